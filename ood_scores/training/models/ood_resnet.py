@@ -132,6 +132,7 @@ class OodResNet(PooledClassifier):
         spectral_norm: Bound on the spectral norm of each convolution, see `SpectralConv2d`; 0 is none (timm drops
             keyword arguments that are None). BatchNorm and the classifier stay unbounded.
         bn_affine: BatchNorm learns a scale and an offset.
+        width: Channels of the first stage; the later ones and the features have as many times more as above.
     """
 
     def __init__(
@@ -146,18 +147,19 @@ class OodResNet(PooledClassifier):
         pooled_shortcut: bool = False,
         spectral_norm: float = 0.0,
         bn_affine: bool = True,
+        width: int = 64,
     ) -> None:
-        super().__init__(in_chans, num_features=512 * block.expansion)
+        super().__init__(in_chans, num_features=8 * width * block.expansion)
         self.l2_head = l2_head
         self.normalize_eval = normalize_eval
         parts = Parts(negative_slope, pooled_shortcut, spectral_norm, bn_affine)
-        self.conv1 = parts.conv(in_chans, 64, 3)
-        self.bn1 = parts.norm(64)
+        self.conv1 = parts.conv(in_chans, width, 3)
+        self.bn1 = parts.norm(width)
         self.act = parts.activation()
-        self.layer1 = _stage(block, parts, depths[0], 64, 64, stride=1)
-        self.layer2 = _stage(block, parts, depths[1], 64 * block.expansion, 128, stride=2)
-        self.layer3 = _stage(block, parts, depths[2], 128 * block.expansion, 256, stride=2)
-        self.layer4 = _stage(block, parts, depths[3], 256 * block.expansion, 512, stride=2)
+        self.layer1 = _stage(block, parts, depths[0], width, width, stride=1)
+        self.layer2 = _stage(block, parts, depths[1], width * block.expansion, 2 * width, stride=2)
+        self.layer3 = _stage(block, parts, depths[2], 2 * width * block.expansion, 4 * width, stride=2)
+        self.layer4 = _stage(block, parts, depths[3], 4 * width * block.expansion, 8 * width, stride=2)
         self.reset_classifier(num_classes)
 
     def make_head(self, num_classes: int) -> nn.Linear:
