@@ -112,7 +112,16 @@ class Block:
     @once
     def max_logit(self) -> Tensor:
         """The largest logit, float64 ``[B]``."""
-        return self.logits.amax(dim=1).double()
+        return self._largest()[:, 0].double()
+
+    @once
+    def _largest(self) -> Tensor:
+        return self.logits.amax(dim=1, keepdim=True)
+
+    @once
+    def native_below_max(self) -> Tensor:
+        """``logits - max logit`` in the logits' own precision, ``[B, C]``: at most 0, and off by half a digit."""
+        return self.logits - self._largest()
 
     @once
     def below_max(self, temperature: float = 1.0) -> Tensor:
@@ -126,8 +135,8 @@ class Block:
 
         In the logits' own precision: float32 logits have errors of their own of the size that their exponential makes.
         """
-        below = self.logits - self.logits.amax(dim=1, keepdim=True)
-        return (below if temperature == 1.0 else below.div_(temperature)).exp_()
+        below = self.native_below_max()
+        return below.exp() if temperature == 1.0 else below.div(temperature).exp_()
 
     @once
     def total_odds(self, temperature: float = 1.0) -> Tensor:
@@ -153,6 +162,12 @@ class Block:
         return self.odds(temperature) / self.total_odds(temperature)[:, None]
 
     @once
+    def native_softmax(self, temperature: float = 1.0) -> Tensor:
+        """``softmax(logits / temperature)`` in the logits' own precision, ``[B, C]``: at half the cost of ``softmax``,
+        but in float32 every probability above 1 - 6e-8 is 1."""
+        return (self.logits if temperature == 1.0 else self.logits / temperature).softmax(dim=1)
+
+    @once
     def logsumexp(self, temperature: float = 1.0) -> Tensor:
         """``logsumexp(logits / temperature)``, float64 ``[B]``."""
         return self.max_logit() / temperature + self.total_odds(temperature).log()
@@ -160,7 +175,8 @@ class Block:
     @once
     def entropy(self) -> Tensor:
         """Entropy of the softmax in nats, float64 ``[B]``."""
-        return self.total_odds().log() - (self.odds() * self.below_max()).sum(dim=1) / self.total_odds()
+        weighted = (self.odds() * self.native_below_max()).sum(dim=1, dtype=torch.float64)
+        return self.total_odds().log() - weighted / self.total_odds()
 
     @once
     def prediction(self) -> Tensor:
@@ -198,7 +214,7 @@ def row_norm(values: Tensor, p: float) -> Tensor:
     if p == 1.0:
         return values.abs().sum(dim=1).double()
     if p == 2.0:
-        return values.square().sum(dim=1).double().sqrt()
+        return torch.linalg.vector_norm(values, 2, dim=1).double()
     largest = values.abs().amax(dim=1, keepdim=True)
     scaled = values.abs() / torch.where(largest > 0, largest, 1)
     return scaled.pow(p).sum(dim=1).double().pow(1.0 / p) * largest[:, 0].double()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -39,20 +40,31 @@ class Statistic(Protocol):
     def start(self, feats: FeatureSet) -> Accumulator: ...
 
 
-def collect(feats: FeatureSet, wanted: Iterable[Statistic]) -> dict[Statistic, Any]:
+def collect(
+    feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statistic, float] | None = None
+) -> dict[Statistic, Any]:
     """The wanted statistics of the set; those it does not know yet are computed in one pass together.
+
+    Args:
+        feats: the set.
+        wanted: the statistics.
+        spent: gets the seconds that each took, without reading; 0 for one that was known.
 
     Raises:
         NotFinite: the set holds NaN or infinite values.
     """
     wanted = list(dict.fromkeys(wanted))
+    seconds = {} if spent is None else spent
+    seconds |= dict.fromkeys(wanted, 0.0)
     kept.recall(feats, wanted)
     missing = {statistic: statistic.start(feats) for statistic in wanted if statistic not in feats.statistics}
     if missing:
         for block in feats.blocks(only={name for statistic in missing for name in statistic.reads}):
             require_finite(block, feats)
-            for accumulator in missing.values():
+            for statistic, accumulator in missing.items():
+                start = perf_counter()
                 accumulator.update(block)
+                seconds[statistic] += perf_counter() - start
         kept.remember(feats, {statistic: accumulator.result() for statistic, accumulator in missing.items()})
     return {statistic: feats.statistics[statistic] for statistic in wanted}
 

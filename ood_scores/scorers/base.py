@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from numbers import Integral
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
@@ -195,8 +196,17 @@ class Scorer(ABC):
             raise BadInput(f"{self.name}: {message}.")
 
 
-def score_all(scorers: Sequence[Scorer], feats: FeatureSet, *, block_rows: int | None = None) -> list[Tensor]:
+def score_all(
+    scorers: Sequence[Scorer], feats: FeatureSet, *, block_rows: int | None = None, spent: list[float] | None = None
+) -> list[Tensor]:
     """The scores of each scorer, float64 ``[N]`` on the CPU, from one pass over the set; blocks share what they derive.
+
+    Args:
+        scorers: fitted, those that are fitted.
+        feats: the set.
+        block_rows: rows of a block; by default as ``FeatureSet.blocks`` has it.
+        spent: gets the seconds of each scorer, without reading. What several derive from a block counts for the first
+            of them; scorers that are scored together share their time equally.
 
     Raises:
         NotFinite: what the scorers read holds NaN or infinite values, or a score is NaN.
@@ -206,14 +216,21 @@ def score_all(scorers: Sequence[Scorer], feats: FeatureSet, *, block_rows: int |
     read = {name for scorer in scorers for name in scorer.needs}
     scores = torch.empty(len(scorers), len(feats), dtype=torch.float64)
     groups = _scored_together(scorers)
+    seconds = [0.0] * len(scorers)
     for block in feats.blocks(block_rows, only=read):
         require_finite(block, feats)
         for group in groups:
+            start = perf_counter()
             for number, found in zip(group, _score_group([scorers[number] for number in group], block), strict=True):
                 if found.shape != (len(block),):
                     name = scorers[number].name
                     raise ShapeMismatch(f"{name!r} gave scores {tuple(found.shape)} for {len(block)} rows.")
                 scores[number, block.start : block.start + len(block)] = found
+            share = (perf_counter() - start) / len(group)
+            for number in group:
+                seconds[number] += share
+    if spent is not None:
+        spent += seconds
     for row, scorer in zip(scores, scorers, strict=True):
         if row.isnan().any():
             first = int(row.isnan().nonzero()[0])

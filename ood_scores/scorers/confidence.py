@@ -46,7 +46,7 @@ class MSP(Scorer):
     def score_block(self, block: Block) -> Tensor:
         if self.double:
             return 1 / block.total_odds(self.temperature)
-        return torch.softmax(block.logits / self.temperature, dim=1).amax(dim=1)
+        return block.native_softmax(self.temperature).amax(dim=1)
 
 
 @register_scorer("max_logit")
@@ -127,7 +127,8 @@ class KLUniform(Scorer):
     needs = ("logits",)
 
     def score_block(self, block: Block) -> Tensor:
-        return block.total_odds().log() - block.below_max().mean(dim=1) - math.log(block.logits.shape[1])
+        below = block.native_below_max().mean(dim=1, dtype=torch.float64)
+        return block.total_odds().log() - below - math.log(block.logits.shape[1])
 
 
 @register_scorer("gen")

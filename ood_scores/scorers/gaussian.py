@@ -34,7 +34,8 @@ FACTORISED = 8
 class Mahalanobis(Scorer):
     """Distance to the nearest class mean, ``-min_c (z - mu_c)^T Sigma^-1 (z - mu_c)``.
 
-    Fits class means and one tied covariance, the pooled within-class scatter divided by N, in float64.
+    Fits class means and one tied covariance, the pooled within-class scatter divided by N, in float64. Scores have the
+    precision that the features are kept in: float32 features have errors of their own of the size that a product makes.
 
     Source: Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
     Attacks", on penultimate features, without input perturbation. Directions in which the fit data do not vary (a
@@ -66,7 +67,7 @@ class Mahalanobis(Scorer):
         self.means_ = (means - self.centre_) @ self.whitening_
 
     def score_block(self, block: Block) -> Tensor:
-        features = block.space("features", self.normalize)
+        features = block.unit_features() if self.normalize else block.features
         rows = whitened(features - self.centre_.to(features), self.whitening_.to(features))
         return -squared_distances(rows, self.means_.to(features)).amin(dim=1)
 
@@ -143,7 +144,7 @@ class RelativeMahalanobis(Scorer):
         self.shares_ = deviations.square() / (1 + deviations.square())
 
     def score_block(self, block: Block) -> Tensor:
-        features = block.space("features", self.normalize)
+        features = block.unit_features() if self.normalize else block.features
         means = self.means_.to(features)
         rows = (features - self.mean_.to(features)) @ self.directions_.to(features)
         nearest = (means.square().sum(dim=1) - 2 * rows @ means.T).amin(dim=1)

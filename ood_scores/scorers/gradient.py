@@ -34,6 +34,8 @@ class GradNorm(Scorer):
 
     The authors' code uses targets of 1 in place of 1/C, so its values are C times these; the ranking is the same.
 
+    The softmax has the logits' own precision, as ``msp`` has it.
+
     Fails where feature norms do not grow with the evidence: on CIFAR networks it often ranks below the energy (OpenOOD
     v1.5: 54.90 against 87.58 near CIFAR-10).
 
@@ -71,8 +73,8 @@ class GradNorm(Scorer):
 
     def _output_part(self, block: Block) -> Tensor:
         if self.target == "uniform":
-            odds, total = block.odds(self.temperature), block.total_odds(self.temperature)
-            return row_norm(torch.sub(total[:, None], odds, alpha=odds.shape[1]), float(self.p)) / total
+            softmax = block.native_softmax(self.temperature)
+            return row_norm(1 - softmax.shape[1] * softmax, float(self.p))
         softmax = block.softmax(self.temperature)
         others = softmax.scatter(1, block.prediction()[:, None], 0.0)
         one_minus_largest = others.sum(dim=1, keepdim=True)  # as a sum: a difference cancels to 0 where p is nearly 1
