@@ -9,6 +9,15 @@ class BadInput(OodScoresError, ValueError):
     """An argument or an array that cannot be worked with."""
 
 
+class MissingData(BadInput):
+    """Data that is not there. `remedy` is the command or address that gets it, "" where none is known."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason.rstrip('.')}. To get it: {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
 class ShapeMismatch(BadInput):
     """Arrays whose shapes do not fit each other."""
 
@@ -83,3 +92,7 @@ class CacheWriteFailed(CacheError):
 
 class ShuffledLoader(CacheError):
     """A loader in random order can neither resume a cache nor be compared with one."""
+
+
+class WorkerDied(OodScoresError, RuntimeError):
+    """A process that worked for this one was ended from outside; the same call continues."""

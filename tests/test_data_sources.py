@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ood_scores.data.digits import digits, digits_split, gaussian_noise, photo_patches, uniform_noise
 from ood_scores.data.images import ImageArrays, ImageDataset
 from ood_scores.data.sources import open_dataset
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch, UnknownName
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingData, ShapeMismatch, UnknownName
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -108,7 +109,7 @@ def test_folder_errors(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     with pytest.raises(EmptyInput, match=f"no images in {tmp_path}"):
         open_dataset(f"folder:{tmp_path}")
-    with pytest.raises(BadInput, match=f"there is no {tmp_path}/nowhere"):
+    with pytest.raises(MissingData, match=f"there is no {tmp_path}/nowhere"):
         open_dataset(f"folder:{tmp_path}/nowhere")
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="is not a folder"):
@@ -205,21 +206,29 @@ def test_imglist_with_a_root(tmp_path: Path) -> None:
     assert (corner(image), label) == (BLUE, 1)
 
 
+def test_imglist_of_sc_ood(tmp_path: Path) -> None:
+    save(tmp_path / "a b.png", RED)
+    lines = ["a b.png {'label': 3, 'sc_label': -1}", "a b.png {'sc_label': 7}", "a b.png {'label': 2}", "a b.png 5"]
+    (tmp_path / "test_tin.txt").write_text("\n".join(lines))
+    dataset = open_dataset(f"imglist:{tmp_path}/test_tin.txt")
+    assert [(corner(image), label) for image, label in items(dataset)] == [(RED, -1), (RED, 7), (RED, 2), (RED, 5)]
+
+
 def test_imglist_errors(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
-    with pytest.raises(BadInput, match=f"there is no {path}"):
+    with pytest.raises(MissingData, match=f"there is no {path}"):
         open_dataset(f"imglist:{path}")
     path.write_text("\n \n")
     with pytest.raises(EmptyInput, match="lists no images"):
         open_dataset(f"imglist:{path}")
     path.write_text("a.png 0\n")
     with pytest.raises(
-        BadInput, match=r"the first image of .* is not at .*/a\.png; name the images' folder with \?root=DIR"
+        MissingData, match=r"the first image of .* is not at .*/a\.png; name the images' folder with \?root=DIR"
     ):
         open_dataset(f"imglist:{path}")
-    for line in ["a.png", "a.png cat", "a.png 1.5"]:
+    for line in ["a.png", "a.png cat", "a.png 1.5", "a.png {'sc_label': 1.5}", "a.png {'other': 1}", "a.png {1}"]:
         path.write_text(f"a.png 0\n{line}\n")
-        with pytest.raises(BadInput, match=f"line 2 of {path} is '{line}'"):
+        with pytest.raises(BadInput, match=re.escape(f"line 2 of {path} is {line!r}")):
             open_dataset(f"imglist:{path}")
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match="as a text file"):
@@ -295,11 +304,11 @@ def test_torchvision_download(mnist: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_torchvision_errors(tmp_path: Path) -> None:
-    with pytest.raises(
-        BadInput, match=f"cannot open CIFAR10 in {tmp_path}: .* add download=true to the spec or put it there"
-    ):
+    with pytest.raises(MissingData, match=f"cannot open CIFAR10 in {tmp_path}: Dataset not found") as missing:
         open_dataset(f"torchvision:CIFAR10?root={tmp_path}")
-    with pytest.raises(BadInput, match=r"cannot open ImageNet in .*the data is missing, put it there"):
+    assert missing.value.remedy.startswith("add download=true to the spec, or run: python -c ")
+    assert f"open_dataset('torchvision:CIFAR10?root={tmp_path}&download=true')" in missing.value.remedy
+    with pytest.raises(MissingData, match=r"cannot open ImageNet in .*To get it: register, .*image-net\.org"):
         open_dataset(f"torchvision:ImageNet?root={tmp_path}&split=val")
     with pytest.raises(BadInput, match="torchvision cannot download ImageNet"):
         open_dataset(f"torchvision:ImageNet?root={tmp_path}&download=true")
@@ -364,11 +373,11 @@ def test_digits_errors() -> None:
 
 
 def test_specs_that_cannot_be_read() -> None:
-    with pytest.raises(UnknownName, match="'zip' in 'zip:a'; there are: folder, npz, imglist, torchvision, digits"):
+    with pytest.raises(UnknownName, match="'zip' in 'zip:a'; there are: folder, npz, imglist, sheets, torchvis"):
         open_dataset("zip:a")
     with pytest.raises(UnknownName, match="digits has no option 'class'; it has: classes"):
         open_dataset("digits?class=1")
-    with pytest.raises(UnknownName, match="folder has no option 'split'; it has: none"):
+    with pytest.raises(UnknownName, match="folder has no option 'split'; it has: scramble, rows, long_tail, take"):
         open_dataset("folder:x?split=test")
     with pytest.raises(UnknownName, match="'target'; it has: split, root, download"):
         open_dataset("torchvision:CIFAR10?target=1")

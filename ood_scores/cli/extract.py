@@ -25,7 +25,7 @@ class Stored(str, Enum):
 
 def extract(
     model: Annotated[str, typer.Argument(help="timm's name of the model, or one of this package's CIFAR networks.")],
-    data: Annotated[str, typer.Argument(help="The dataset, as folder:, npz:, imglist:, torchvision: or digits.")],
+    data: Annotated[str, typer.Argument(help="The dataset, as folder:, npz:, imglist:, torchvision:, hf:, …")],
     cache: Annotated[Path, typer.Argument(help="The HDF5 file to write.")],
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights, .safetensors or .pth; without it timm's pretrained ones.")
@@ -75,8 +75,13 @@ def extract(
       folder:PATH     one subfolder per class, or images without labels
       npz:PATH        arrays images [N,H,W,3] or [N,H,W], and labels [N]
       imglist:PATH?root=DIR          lines "relative/path label"
+      sheets:DIR/NAME                images packed on a few large ones
       torchvision:CIFAR10?split=test&root=DIR&download=true
+      hf:OWNER/NAME?split=test       of the Hugging Face hub
+      noise:gaussian?n=10000&size=32&seed=0     or noise:uniform
       digits?classes=0-6             scikit-learn's handwritten digits
+      options of all: rows=0:5000, take=500, long_tail=100, scramble=SEED
+      $NAME is a variable of the environment
 
     \b
     [bold]Probes[/] are kept as extras of the cache; most run the model again
@@ -87,6 +92,7 @@ def extract(
 
     import ood_scores
     from ood_scores.data.sources import open_dataset
+    from ood_scores.extraction.probes.named import probe_from
     from ood_scores.training.checkpoints import load_model, preprocessing
 
     means, stds = parsing.numbers(mean), parsing.numbers(std)
@@ -102,7 +108,7 @@ def extract(
         dtype=dtype.value,
         head=head,
         layers=parsing.layers(layers),
-        probes=[parsing.probe(text) for text in probe or ()],
+        probes=[probe_from(text) for text in probe or ()],
         resume=resume,
         overwrite=overwrite,
         name=name,

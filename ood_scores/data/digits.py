@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ood_scores.data.noise import gaussian_pixels, uniform_pixels
 from ood_scores.errors import BadInput
 
 TEST_SHARE = 0.3
@@ -78,10 +79,9 @@ def photo_patches(n: int, size: int = 8, seed: int = 0) -> NDArray[np.uint8]:
 
 def uniform_noise(n: int, size: int = 8, seed: int = 0) -> NDArray[np.uint8]:
     """`n` images, uint8 [n,size,size], of independent pixels uniform on 0 to 255."""
-    return np.random.default_rng(seed).integers(0, 256, (n, size, size), dtype=np.uint8)
+    return uniform_pixels(np.random.default_rng(seed), (n, size, size))
 
 
 def gaussian_noise(n: int, size: int = 8, seed: int = 0) -> NDArray[np.uint8]:
     """`n` images, uint8 [n,size,size], of independent pixels from N(127.5, 63.75²), clipped to 0 to 255."""
-    pixels = np.random.default_rng(seed).normal(127.5, 63.75, (n, size, size))
-    return np.rint(pixels.clip(0, 255)).astype(np.uint8)
+    return gaussian_pixels(np.random.default_rng(seed), (n, size, size))

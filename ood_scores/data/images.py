@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingData, ShapeMismatch
 
 Transform: TypeAlias = Callable[[Image.Image], Any]
 
@@ -75,7 +76,7 @@ class ImageArrays(ImageDataset):
         if len(images) == 0:
             raise EmptyInput(f"{name} has no images")
         self.images = images
-        self.labels = None if labels is None else _checked_labels(labels, len(images))
+        self.labels = None if labels is None else checked_labels(labels, len(images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,28 +87,20 @@ class ImageArrays(ImageDataset):
 
 
 class ImageFiles(ImageDataset):
-    """Images in files, opened one by one; a file that cannot be read is a BadInput that names it."""
+    """Images in files, opened one by one; a file that is missing or cannot be read is a BadInput that names it."""
 
     def __init__(
         self, paths: Sequence[str], labels: Sequence[int] | None, transform: Transform | None, name: str
     ) -> None:
         super().__init__(name, transform)
         self.paths = paths
-        self.labels = None if labels is None else _checked_labels(labels, len(paths))
+        self.labels = None if labels is None else checked_labels(labels, len(paths))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except FileNotFoundError as error:
-            raise BadInput(f"there is no image {path}") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BadInput(f"cannot read the image {path}: {error}") from error
-        return image, None if self.labels is None else int(self.labels[index])
+        return read_rgb(self.paths[index]), None if self.labels is None else int(self.labels[index])
 
 
 class TorchvisionImages(ImageDataset):
@@ -131,7 +124,19 @@ class TorchvisionImages(ImageDataset):
         return image.convert("RGB"), None if label is None else int(label)
 
 
-def _checked_labels(labels: ArrayLike, n_images: int) -> NDArray[np.int64]:
+def read_rgb(path: str | Path) -> Image.Image:
+    """The image in a file, as RGB. Raises MissingData if there is no such file, BadInput if it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except FileNotFoundError as error:
+        raise MissingData(f"there is no image {path}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"cannot read the image {path}: {error}") from error
+
+
+def checked_labels(labels: ArrayLike, n_images: int) -> NDArray[np.int64]:
+    """`labels` as int64 `[n_images]`. Raises BadLabels for other types, ShapeMismatch for other lengths."""
     array = np.asarray(labels)
     if array.dtype.kind not in "iu":
         raise BadLabels(f"labels have dtype {array.dtype}; give integers, one class index per image")

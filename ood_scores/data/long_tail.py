@@ -13,6 +13,9 @@ from ood_scores.errors import BadInput, BadLabels, ShapeMismatch
 LABEL_ATTRIBUTES = ("labels", "targets", "_labels")
 """Where datasets keep their labels: this package's, torchvision's, and some of torchvision's out of sight."""
 
+PAIRS_ATTRIBUTE = "_samples"
+"""Where torchvision's GTSRB and some others keep pairs of a file and its label."""
+
 
 class LongTail(Subset[Any]):
     """A long-tailed subset.
@@ -22,7 +25,7 @@ class LongTail(Subset[Any]):
         labels: int64 ``[n]`` of these rows.
         class_counts: int64 ``[C]``, how many rows each class has here.
         name: the dataset's, with ``-LT`` and the ratio.
-        transform: the dataset's.
+        transform: the dataset's own; setting it sets the dataset's.
     """
 
     def __init__(self, dataset: Dataset[Any], indices: NDArray[np.int64], labels: NDArray[np.int64], name: str) -> None:
@@ -30,7 +33,16 @@ class LongTail(Subset[Any]):
         self.labels = labels
         self.class_counts = np.bincount(labels)
         self.name = name
-        self.transform = getattr(dataset, "transform", None)
+
+    @property
+    def transform(self) -> Any:
+        return getattr(self.dataset, "transform", None)
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        if not hasattr(self.dataset, "transform"):
+            raise BadInput(f"{type(self.dataset).__name__} has no transform to set; give it one when it is opened.")
+        self.dataset.transform = transform
 
 
 def long_tail(
@@ -97,9 +109,11 @@ def labels_of(dataset: Any) -> NDArray[Any]:
     for attribute in LABEL_ATTRIBUTES:
         if getattr(dataset, attribute, None) is not None:
             return np.asarray(getattr(dataset, attribute))
+    if hasattr(dataset, PAIRS_ATTRIBUTE):
+        return np.asarray([label for _, label in getattr(dataset, PAIRS_ATTRIBUTE)])
     if hasattr(dataset, "dataset"):
         labels = labels_of(dataset.dataset)
-        return labels[list(dataset.indices)] if isinstance(dataset, Subset) else labels
+        return labels[list(dataset.indices)] if hasattr(dataset, "indices") else labels
     raise BadLabels(
         f"{type(dataset).__name__} says no labels, in .labels or .targets: a long tail needs a labelled "
         "dataset; pass labels=[...], one class index per row."

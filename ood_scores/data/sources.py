@@ -3,72 +3,106 @@
 - `folder:PATH`: one subfolder per class, or images without labels
 - `npz:PATH`: arrays `images` and, optionally, `labels`
 - `imglist:PATH?root=DIR`: lines `relative/path label`, as OpenOOD has them
+- `sheets:DIR/NAME`: images packed on sheets, `NAME.json` beside `NAME.00.webp`, …
 - `torchvision:CIFAR10?split=test`: torchvision's classification datasets
+- `hf:OWNER/NAME?split=test`: image datasets of the Hugging Face hub
+- `noise:gaussian?n=10000&size=32&seed=0`: images of noise, also `noise:uniform`
 - `digits?classes=0-6`: scikit-learn's handwritten digits
+
+Each takes the options `rows=0:5000`, `take=500`, `long_tail=100` and `scramble=SEED`.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
-import os
+import operator
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ood_scores.data.catalog import remedy
 from ood_scores.data.digits import digits
-from ood_scores.data.images import ImageArrays, ImageDataset, ImageFiles, TorchvisionImages, Transform
-from ood_scores.errors import BadInput, EmptyInput, UnknownName
+from ood_scores.data.hub import open_hub
+from ood_scores.data.images import ImageArrays, ImageDataset, ImageFiles, Transform
+from ood_scores.data.noise import open_noise
+from ood_scores.data.sheets import open_sheets
+from ood_scores.data.specs import existing, expanded, located, parse
+from ood_scores.data.torchvision_sets import open_torchvision
+from ood_scores.data.views import VIEWS, seen_through
+from ood_scores.errors import BadInput, EmptyInput, MissingData, UnknownName
 
 
-def open_dataset(spec: str, transform: Transform | None = None) -> ImageDataset:
+def open_dataset(
+    spec: str, transform: Transform | None = None, root: str | PathLike[str] | None = None
+) -> ImageDataset:
     """The dataset that `spec` names.
 
     - `folder:PATH`: with subfolders, each is a class, numbered in alphabetical order as in torchvision's ImageFolder,
       but hidden ones are skipped. Without, the images in alphabetical order and no labels.
     - `npz:PATH`: arrays as in `ImageArrays`, in a NumPy archive without pickles.
     - `imglist:PATH?root=DIR`: a text file of lines `relative/path label`; the label is the last word, -1 for no class.
-      Paths are relative to `root`, by default the folder of the list.
+      Paths are relative to `root`, by default the folder of the list. In the lists of SC-OOD (Yang et al. 2021) the
+      label is a dictionary: its `sc_label` is taken, the ID class that the image shows or -1.
+    - `sheets:DIR/NAME`: images packed on sheets, as `ood_scores.data.sheets` has them; all are held in memory.
     - `torchvision:NAME?split=test&root=DIR&download=true`: `split` becomes the dataset's argument `train` or `split`,
       whichever it has, and defaults to test; `root` defaults to `ood_scores/data` in the user's cache
       (`$XDG_CACHE_HOME`, else `~/.cache`); nothing is downloaded unless told so.
+    - `hf:OWNER/NAME?split=test&config=NAME&image=COLUMN&label=COLUMN`: fetched, or found in its cache, by the library
+      `datasets`. The columns are found where there is one of images, and one or none of classes.
+    - `noise:gaussian?n=10000&size=32&seed=0`, `noise:uniform`: as in `ood_scores.data.noise`.
     - `digits?classes=0-6`: also `classes=0,1,8`; the label is the position in that list.
 
+    Options of every kind, applied in this order whatever the order in which they are written:
+
+    - `scramble=SEED`: each image's pixels in a random order of its own, by the seed and its row in the whole set.
+    - `rows=0:5000`: a slice as in Python.
+    - `long_tail=100`: as in `ood_scores.data.long_tail`; the number is the ratio.
+    - `take=500`: evenly spaced rows, the first 500 of every (N // 500)-th; all where there are less.
+
+    The name of the dataset tells these options. In paths and other values, `$NAME` and `${NAME}` are variables of the
+    environment and `$$` is a dollar sign.
+
+    Args:
+        spec: as above.
+        transform: applied to the PIL image of every item; may be set later, too.
+        root: where relative paths start, by default the current folder.
+
     Raises:
-        UnknownName: a kind, option or torchvision dataset that does not exist.
-        BadInput: a path that is not there, or contents that cannot be read.
+        UnknownName: a kind, option, column or torchvision dataset that does not exist.
+        MissingData: files that are not there, or a variable that is not set; the message says how to get them, where
+            `ood_scores.data.catalog.remedy` knows.
+        BadInput: contents or options that cannot be read.
+        BadLabels: `long_tail` of a dataset without labels.
         EmptyInput: no images.
     """
-    address, _, query = spec.partition("?")
-    kind, _, target = address.partition(":")
+    kind, target, options = parse(spec)
     if kind not in _KINDS:
         raise UnknownName(f"no kind of dataset {kind!r} in {spec!r}; there are: {', '.join(_KINDS)}")
     opener = _KINDS[kind]
-    known = inspect.getfullargspec(opener).kwonlyargs
-    options = _options(spec, query)
+    own = inspect.getfullargspec(opener).kwonlyargs
     for name in options:
-        if name not in known:
-            raise UnknownName(f"{kind} has no option {name!r}; it has: {', '.join(known) or 'none'}")
-    return opener(target, transform, **options)
+        if name not in own and name not in VIEWS:
+            raise UnknownName(f"{kind} has no option {name!r}; it has: {', '.join([*own, *VIEWS])}")
+    base = Path("" if root is None else root).expanduser()
+    try:
+        values = {name: expanded(value) for name, value in options.items()}
+        dataset = opener(expanded(target), base, **{name: values[name] for name in values if name in own})
+    except MissingData as error:
+        raise MissingData(error.reason, remedy(spec, root)) from error
+    dataset = seen_through(dataset, values)
+    dataset.transform = transform
+    return dataset
 
 
-def _options(spec: str, query: str) -> dict[str, str]:
-    options = {}
-    for pair in query.split("&") if query else []:
-        name, _, value = pair.partition("=")
-        if not (name and value):
-            raise BadInput(f"cannot read the option {pair!r} of {spec!r}; write ?name=value&name=value")
-        options[name] = value
-    return options
-
-
-def _folder(target: str, transform: Transform | None) -> ImageDataset:
+def _folder(target: str, base: Path) -> ImageDataset:
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    path = _existing("folder", target)
+    path = existing("folder", target, base)
     if not path.is_dir():
         raise BadInput(f"{path} is not a folder")
     classes = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -82,11 +116,11 @@ def _folder(target: str, transform: Transform | None) -> ImageDataset:
         paths, labels = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS), None
     if not paths:
         raise EmptyInput(f"there are no images in {path}; known are {', '.join(IMG_EXTENSIONS)}")
-    return ImageFiles(paths, labels, transform, path.resolve().name)
+    return ImageFiles(paths, labels, None, path.resolve().name)
 
 
-def _npz(target: str, transform: Transform | None) -> ImageDataset:
-    path = _existing("npz", target)
+def _npz(target: str, base: Path) -> ImageDataset:
+    path = existing("npz", target, base)
     if not zipfile.is_zipfile(path):
         raise BadInput(f"{path} is not a NumPy archive; save the images and labels with np.savez")
     with np.load(path, allow_pickle=False) as archive:
@@ -96,27 +130,36 @@ def _npz(target: str, transform: Transform | None) -> ImageDataset:
             images, labels = archive["images"], archive.get("labels")
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise BadInput(f"cannot read the arrays of {path}: {error}") from error
-    return ImageArrays(images, labels, transform, path.stem)
+    return ImageArrays(images, labels, None, path.stem)
 
 
-def _imglist(target: str, transform: Transform | None, *, root: str | None = None) -> ImageDataset:
-    path = _existing("imglist", target)
-    folder = path.parent if root is None else Path(root).expanduser()
+def _imglist(target: str, base: Path, *, root: str | None = None) -> ImageDataset:
+    path = existing("imglist", target, base)
+    folder = path.parent if root is None else located(root, base)
     paths, labels = [], []
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            file, label = line.rsplit(maxsplit=1)
-            labels.append(int(label))
-        except ValueError as error:
+            file, label = _file_and_label(line.strip())
+        except (ValueError, SyntaxError, TypeError, AttributeError) as error:
             raise BadInput(f"line {number} of {path} is {line!r}; write: relative/path integer-label") from error
-        paths.append(str(folder / file.strip()))
+        paths.append(str(folder / file))
+        labels.append(label)
     if not paths:
         raise EmptyInput(f"{path} lists no images")
     if not Path(paths[0]).exists():
-        raise BadInput(f"the first image of {path} is not at {paths[0]}; name the images' folder with ?root=DIR")
-    return ImageFiles(paths, labels, transform, path.stem)
+        raise MissingData(f"the first image of {path} is not at {paths[0]}; name the images' folder with ?root=DIR")
+    return ImageFiles(paths, labels, None, path.stem)
+
+
+def _file_and_label(line: str) -> tuple[str, int]:
+    file, brace, rest = line.partition(" {")
+    if brace:
+        said = ast.literal_eval("{" + rest)
+        return file.strip(), operator.index(said.get("sc_label", said.get("label")))
+    file, label = line.rsplit(maxsplit=1)
+    return file, int(label)
 
 
 def _lines(path: Path) -> list[str]:
@@ -126,76 +169,12 @@ def _lines(path: Path) -> list[str]:
         raise BadInput(f"cannot read {path} as a text file: {error}") from error
 
 
-def _torchvision(
-    target: str,
-    transform: Transform | None,
-    *,
-    split: str | None = None,
-    root: str | None = None,
-    download: str = "false",
-) -> ImageDataset:
-    classes = _torchvision_classes()
-    if target not in classes:
-        raise UnknownName(f"no torchvision dataset {target!r}; there are: {', '.join(classes)}")
-    folder = _user_data() if root is None else Path(root).expanduser()
-    takes = inspect.signature(classes[target]).parameters
-    arguments = _split_argument(target, takes, split) | _download_argument(target, takes, download)
-    try:
-        dataset = classes[target](root=str(folder), **arguments)
-    except (RuntimeError, OSError, ValueError) as error:
-        remedy = "add download=true to the spec or put it there" if "download" in takes else "put it there"
-        raise BadInput(f"cannot open {target} in {folder}: {error}. If the data is missing, {remedy}") from error
-    return TorchvisionImages(dataset, transform, f"{target}[{split}]" if split else target)
-
-
-def _torchvision_classes() -> dict[str, Callable[..., Any]]:
-    """The datasets that `root` is enough to open, but for EMNIST, whose `split` names an alphabet."""
-    from torchvision import datasets
-
-    return {
-        name: getattr(datasets, name)
-        for name in sorted(datasets.__all__)
-        if name != "EMNIST" and _required(getattr(datasets, name)) == ["root"]
-    }
-
-
-def _required(function: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-
-
-def _split_argument(name: str, takes: Iterable[str], split: str | None) -> dict[str, Any]:
-    if "train" in takes:
-        if split not in ("train", "test", None):
-            raise BadInput(f"{name} has no split {split!r}; there are: train, test")
-        return {"train": split == "train"}
-    if "split" in takes:
-        return {"split": split or "test"}
-    if split is not None:
-        raise BadInput(f"{name} is not split; leave split={split} away")
-    return {}
-
-
-def _download_argument(name: str, takes: Iterable[str], download: str) -> dict[str, bool]:
-    if download not in ("true", "false"):
-        raise BadInput(f"cannot read download={download}; write download=true or download=false")
-    if download == "false":
-        return {}
-    if "download" not in takes:
-        raise BadInput(f"torchvision cannot download {name}; get it from its authors and name its folder with root=DIR")
-    return {"download": True}
-
-
-def _user_data() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ood_scores" / "data"
-
-
-def _digits(target: str, transform: Transform | None, *, classes: str | None = None) -> ImageDataset:
+def _digits(target: str, base: Path, *, classes: str | None = None) -> ImageDataset:
     if target:
         raise BadInput(f"digits takes no path, but got {target!r}; write digits or digits?classes=0-6")
     if classes is None:
-        return ImageArrays(*digits(), transform, "digits")
-    return ImageArrays(*digits(_class_list(classes)), transform, f"digits[{classes}]")
+        return ImageArrays(*digits(), None, "digits")
+    return ImageArrays(*digits(_class_list(classes)), None, f"digits[{classes}]")
 
 
 def _class_list(classes: str) -> list[int]:
@@ -209,19 +188,13 @@ def _class_list(classes: str) -> list[int]:
     return numbers
 
 
-def _existing(kind: str, target: str) -> Path:
-    if not target:
-        raise BadInput(f"{kind} needs a path; write {kind}:PATH")
-    path = Path(target).expanduser()
-    if not path.exists():
-        raise BadInput(f"there is no {path}")
-    return path
-
-
 _KINDS: dict[str, Callable[..., ImageDataset]] = {
     "folder": _folder,
     "npz": _npz,
     "imglist": _imglist,
-    "torchvision": _torchvision,
+    "sheets": open_sheets,
+    "torchvision": open_torchvision,
+    "hf": open_hub,
+    "noise": open_noise,
     "digits": _digits,
 }

@@ -1,0 +1,96 @@
+"""Image datasets of the Hugging Face hub, through their library `datasets`, which is imported only here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ood_scores.data.images import ImageDataset, checked_labels
+from ood_scores.errors import BadInput, EmptyInput, MissingData, UnknownName
+
+LABEL_COLUMNS = ("label", "labels")
+"""Columns of integers that are taken for the labels where no column says what its classes are called."""
+
+
+class HubImages(ImageDataset):
+    """One split of a dataset of the hub, whose images are decoded one by one.
+
+    Attributes:
+        rows: the split, without columns other than that of the images.
+        column: the name of that column.
+        labels: int64 `[N]`, or None.
+    """
+
+    def __init__(self, rows: Any, column: str, labels: Sequence[int] | None, name: str) -> None:
+        super().__init__(name, None)
+        if len(rows) == 0:
+            raise EmptyInput(f"{name} has no images")
+        self.rows = rows
+        self.column = column
+        self.labels = None if labels is None else checked_labels(labels, len(rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self, index: int) -> tuple[Image.Image, int | None]:
+        image = self.rows[index][self.column]
+        if not isinstance(image, Image.Image):
+            raise BadInput(f"column {self.column!r} of {self.name} holds {type(image).__name__}, not images")
+        return image.convert("RGB"), None if self.labels is None else int(self.labels[index])
+
+
+def open_hub(
+    target: str,
+    base: Path,
+    *,
+    split: str = "test",
+    config: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+) -> HubImages:
+    """The dataset `target` of the hub; see `ood_scores.data.sources.open_dataset`.
+
+    Raises:
+        MissingData: the library is not installed, or neither the hub nor its local cache has the dataset.
+        UnknownName: a column that is not there.
+        BadInput: no split or configuration of this name, or columns that have to be named.
+    """
+    if not target:
+        raise BadInput("hf needs a dataset; write hf:OWNER/NAME")
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise MissingData(f"hf:{target} is opened by the library 'datasets', which is not installed") from error
+    try:
+        rows = load_dataset(target, config, split=split)
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"cannot open split {split!r} of hf:{target}: {error}") from error
+    except OSError as error:
+        raise MissingData(f"cannot open hf:{target}: {error}") from error
+    pictures = _column("image", image, rows.features, _of_type("Image", rows.features))
+    if pictures is None:
+        raise BadInput(f"hf:{target} has no column of images; it has: {', '.join(rows.features)}")
+    classes = _of_type("ClassLabel", rows.features) or [name for name in LABEL_COLUMNS if _is_integer(rows, name)]
+    labels = _column("label", label, rows.features, classes)
+    name = f"{target.rpartition('/')[2]}[{split if config is None else f'{config},{split}'}]"
+    return HubImages(rows.select_columns([pictures]), pictures, None if labels is None else list(rows[labels]), name)
+
+
+def _of_type(kind: str, features: Mapping[str, Any]) -> list[str]:
+    return [name for name, feature in features.items() if type(feature).__name__ == kind]
+
+
+def _is_integer(rows: Any, name: str) -> bool:
+    return str(getattr(rows.features.get(name), "dtype", "")).startswith(("int", "uint"))
+
+
+def _column(option: str, named: str | None, features: Mapping[str, Any], found: list[str]) -> str | None:
+    """The column that is named, or the one that was found."""
+    if named is not None and named not in features:
+        raise UnknownName(f"no column {named!r}; there are: {', '.join(features)}")
+    if named is None and len(found) > 1:
+        raise BadInput(f"there are several columns for {option}: {', '.join(found)}; write {option}=NAME")
+    return named or next(iter(found), None)
