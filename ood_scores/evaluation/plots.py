@@ -68,9 +68,9 @@ def _draw_panel(figure: Figure, place: SubplotSpec, title: str, panel: Panel) ->
     for i, (name, scores) in enumerate(panel.ood_scores.items()):
         axes = figure.add_subplot(grid[i])
         colour = OOD_COLOURS[i % len(OOD_COLOURS)]
-        axes.stairs(_heights(panel.id_scores, edges), edges, fill=True, color=ID_COLOUR)
-        axes.stairs(_heights(scores, edges), edges, fill=True, color=colour, alpha=0.2)
-        axes.stairs(_heights(scores, edges), edges, color=colour, linewidth=1.1)
+        axes.stairs(heights(panel.id_scores, edges), edges, fill=True, color=ID_COLOUR)
+        axes.stairs(heights(scores, edges), edges, fill=True, color=colour, alpha=0.2)
+        axes.stairs(heights(scores, edges), edges, color=colour, linewidth=1.1)
         _tidy(axes, edges)
         label = f"{name}\n{100 * auroc(panel.id_scores, scores):.1f}"
         axes.annotate(label, (1.02, 0.5), xycoords="axes fraction", va="center", fontsize=7.5, color=colour)
@@ -95,6 +95,7 @@ def bin_edges(id_scores: NDArray[np.float64], ood_scores: list[NDArray[np.float6
     return np.linspace(first, last if last > first else first + 1, BINS + 1)
 
 
-def _heights(scores: Scores, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+def heights(scores: Scores, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many scores each bin holds, relative to the fullest; those off the edges are in the outermost bins."""
     counts, _ = np.histogram(np.asarray(scores).clip(edges[0], edges[-1]), edges)
     return counts / counts.max()

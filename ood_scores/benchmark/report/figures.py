@@ -1,0 +1,149 @@
+"""What the HTML page draws: paths of SVG pictures, which the page scales and colours, and the hardest samples."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ood_scores.benchmark.results import Scored
+from ood_scores.evaluation.metrics import auroc, roc_counts
+from ood_scores.evaluation.plots import BINS, OOD_COLOURS, bin_edges, heights
+
+if TYPE_CHECKING:
+    from ood_scores.data.images import ImageDataset
+
+ROC_SIZE = 200
+"""Steps of a curve's grid, and at most so many points."""
+HISTOGRAM_SIZE = (BINS, 100)
+THUMBNAIL = 96
+HARDEST = 8
+
+
+@dataclass(frozen=True)
+class SetFigure:
+    """One OoD set against the ID set: ``colour`` is its number in the palette, ``auroc`` in percent."""
+
+    name: str
+    colour: int
+    auroc: float
+    ood_path: str
+    roc_path: str
+
+
+@dataclass(frozen=True)
+class ScorerFigure:
+    """A scorer's histograms and curves; ``low`` and ``high`` are the ends of the histograms' axis."""
+
+    scorer: str
+    low: str
+    high: str
+    id_path: str
+    sets: tuple[SetFigure, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row that a scorer is most wrong about. ``image`` is a data URI; empty where there is no image."""
+
+    set: str
+    row: int
+    score: str
+    prediction: int
+    label: int
+    image: str
+
+
+@dataclass(frozen=True)
+class Hardest:
+    """The OoD rows with the highest scores and the ID rows with the lowest."""
+
+    scorer: str
+    ood: tuple[Sample, ...]
+    id: tuple[Sample, ...]
+
+
+def scorer_figure(unit: Scored, scorer: str, sets: Iterable[str]) -> ScorerFigure:
+    """Of those of the sets that were scored."""
+    scores = unit.scores[scorer]
+    id_scores = np.asarray(scores["id"])
+    ood_scores = {name: np.asarray(scores[name]) for name in sets if name in scores}
+    edges = bin_edges(id_scores, list(ood_scores.values()))
+    return ScorerFigure(
+        scorer=scorer,
+        low=f"{edges[0]:.3g}",
+        high=f"{edges[-1]:.3g}",
+        id_path=histogram_path(heights(id_scores, edges)),
+        sets=tuple(
+            SetFigure(
+                name=name,
+                colour=i % len(OOD_COLOURS),
+                auroc=100 * auroc(id_scores, scores),
+                ood_path=histogram_path(heights(scores, edges)),
+                roc_path=roc_path(id_scores, scores),
+            )
+            for i, (name, scores) in enumerate(ood_scores.items())
+        ),
+    )
+
+
+def histogram_path(bars: NDArray[np.float64]) -> str:
+    """Bars of width 1 from below, the highest of height 100."""
+    tops = np.rint(HISTOGRAM_SIZE[1] * (1 - bars)).astype(int)
+    return f"M0 {HISTOGRAM_SIZE[1]}" + "".join(f"V{top}h1" for top in tops) + f"V{HISTOGRAM_SIZE[1]}z"
+
+
+def roc_path(id_scores: NDArray[np.float64], ood_scores: NDArray[np.float64]) -> str:
+    """ID accepted (up) against OoD accepted (to the right) in a square of ``ROC_SIZE``, rounded to whole steps."""
+    counts = roc_counts(id_scores, ood_scores)
+    shares = np.stack([counts.negatives / counts.n_negative, counts.positives / counts.n_positive], axis=1)
+    points = np.rint(ROC_SIZE * np.concatenate([np.zeros((1, 2)), shares])).astype(int)
+    points = points[np.append(True, np.diff(points, axis=0).any(axis=1))]
+    kept = points[np.unique(np.linspace(0, len(points) - 1, ROC_SIZE).round().astype(int))]
+    return f"M0 {ROC_SIZE}l" + " ".join(f"{right} {-up}" for right, up in np.diff(kept, axis=0))
+
+
+def hardest(unit: Scored, scorer: str, images: Callable[[str], ImageDataset | None]) -> Hardest:
+    """Args: the scores, the scorer, and what gives the images of a set by its name."""
+    scores = {name: np.asarray(values) for name, values in unit.scores[scorer].items()}
+    lowest = [("id", row) for row in np.argsort(scores.pop("id"), kind="stable")[:HARDEST]]
+    high = [(name, row) for name in scores for row in np.argsort(-scores[name], kind="stable")[:HARDEST]]
+    highest = sorted(high, key=lambda place: -scores[place[0]][place[1]])[:HARDEST]
+    return Hardest(scorer, _samples(unit, scorer, highest, images), _samples(unit, scorer, lowest, images))
+
+
+def _samples(
+    unit: Scored, scorer: str, places: Sequence[tuple[str, int]], images: Callable[[str], ImageDataset | None]
+) -> tuple[Sample, ...]:
+    columns = {name: _Columns(unit, scorer, name) for name, _ in places}
+    samples = []
+    for name, i in places:
+        of = columns[name]
+        origin, row = of.origins[i], int(of.rows[i])
+        dataset = images(origin)
+        image = "" if dataset is None else data_uri(dataset.load(row)[0])
+        samples.append(Sample(origin, row, f"{of.scores[i]:.4g}", int(of.predictions[i]), int(of.labels[i]), image))
+    return tuple(samples)
+
+
+class _Columns:
+    """What is known of the rows of a set, read once."""
+
+    def __init__(self, unit: Scored, scorer: str, name: str) -> None:
+        self.scores, self.rows, self.origins = unit.scores[scorer][name], unit.rows[name], unit.origins[name]
+        self.predictions, self.labels = unit.predictions[name], unit.labels[name]
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image, made smaller where a side has more than ``THUMBNAIL`` pixels, as WebP."""
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

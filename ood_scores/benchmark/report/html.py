@@ -1,0 +1,236 @@
+"""The report as one HTML page that needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import isnan, nan
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ood_scores.benchmark.report.figures import (
+    HISTOGRAM_SIZE,
+    ROC_SIZE,
+    Hardest,
+    ScorerFigure,
+    hardest,
+    scorer_figure,
+)
+from ood_scores.benchmark.report.tables import (
+    METRICS,
+    NONE,
+    Cell,
+    Column,
+    ComparisonTable,
+    Row,
+    ScoreTable,
+    comparison_tables,
+    mark_best,
+    measure_table,
+    measured,
+    not_run,
+    notes,
+    percent,
+    versions,
+)
+from ood_scores.benchmark.results import NotRun, Results
+from ood_scores.evaluation.collapse_plots import TITLES as COLLAPSE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ood_scores.data.images import ImageDataset
+
+SEARCHED = ["scorer", "parameters", "metric", "value", "chosen", "model", "checkpoint", "part"]
+SHOWN = 6
+"""Scorers of each model, from the best, whose figures are open."""
+MOST_FIGURES = 400
+"""Scorers of all models and parts together, beyond which the figures of the others are left out."""
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """What the page shows of a model in a part; ``figures`` beyond the first ``SHOWN`` are folded."""
+
+    id: str
+    title: str
+    table: ScoreTable
+    figures: Sequence[ScorerFigure]
+    hardest: Hardest | None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A model's measure: its text, and its length relative to the longest."""
+
+    model: str
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
+class PartView:
+    """What the page shows of a part; where there are several models, ``together`` has them side by side.
+
+    ``collapse`` compares the models by each measure of neural collapse; ``measures`` has the others, and those of a
+    single model: models, and a cell for each by measure.
+    """
+
+    id: str
+    title: str
+    notes: str
+    together: ScoreTable | None
+    models: Sequence[ModelView]
+    comparisons: Sequence[ComparisonTable]
+    collapse: dict[str, list[Bar]]
+    measures: tuple[list[str], dict[str, list[str]]]
+    not_run: Sequence[NotRun]
+
+
+Images = Callable[[str, str], "ImageDataset | None"]
+
+
+def page(results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Images) -> str:
+    """The whole page. ``images`` as for ``write_report``."""
+    environment = Environment(
+        loader=PackageLoader("ood_scores.benchmark.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "brief": _brief, "interval": _interval}
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        parts=_parts(results, parts, cache(images)),
+        metrics=METRICS,
+        shown=SHOWN,
+        roc_size=ROC_SIZE,
+        histogram_size=HISTOGRAM_SIZE,
+        versions=versions(results),
+        facts=_facts(results),
+        weights=_distinct(results.table, ["model", "checkpoint", "weights_sha256"]),
+        data=_data(results),
+        parameters=_distinct(results.table, ["scorer", "parameters", "part"]),
+        searched_columns=SEARCHED,
+        searched=_distinct(results.searched, SEARCHED) if len(results.searched) else [],
+        spec=json.dumps(results.spec, indent=2, ensure_ascii=False, default=str),
+    )
+
+
+def _parts(results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Images) -> list[PartView]:
+    every = sum(len(table.rows) for tables in parts.values() for table in tables) <= MOST_FIGURES
+    figures = None if every else SHOWN
+    return [_part(results, f"part{i}", part, parts[part], figures, images) for i, part in enumerate(parts)]
+
+
+def _part(
+    results: Results,
+    id: str,
+    part: str,
+    tables: Sequence[ScoreTable],
+    figures: int | None,
+    images: Images,
+) -> PartView:
+    models, measures = measure_table(results, part)
+    drawn = {name: cells for name, cells in measures.items() if name in COLLAPSE and len(models) > 1}
+    return PartView(
+        id=id,
+        title=part,
+        notes=notes(results, part),
+        together=side_by_side(tables) if len(tables) > 1 else None,
+        models=[_model(results, f"{id}-model{i}", table, figures, images) for i, table in enumerate(tables)],
+        comparisons=comparison_tables(results, part),
+        collapse={COLLAPSE[name]: list(_bars(models, cells)) for name, cells in drawn.items()},
+        measures=(
+            models,
+            {COLLAPSE.get(name, name): [*map(measured, measures[name])] for name in measures if name not in drawn},
+        ),
+        not_run=not_run(results, part),
+    )
+
+
+def _model(
+    results: Results,
+    id: str,
+    table: ScoreTable,
+    figures: int | None,
+    images: Images,
+) -> ModelView:
+    """The figures are of the first checkpoint."""
+    unit = next((unit for unit in results.scored if (unit.part, unit.model) == (table.part, table.model)), None)
+    scorers = [row.scorer for row in table.rows if unit and row.scorer in unit.scores]
+    if unit is None or not scorers:
+        return ModelView(id, table.model, table, (), None)
+    drawn = [scorer_figure(unit, scorer, table.n_ood) for scorer in scorers[:figures]]
+    return ModelView(id, table.model, table, drawn, hardest(unit, scorers[0], lambda name: images(table.part, name)))
+
+
+def side_by_side(tables: Sequence[ScoreTable]) -> ScoreTable:
+    """A scorer a row, a model a column: the means over the sets, and first of all their mean over the models."""
+    rows = {(table.model, row.scorer): row for table in tables for row in table.rows}
+    scorers = dict.fromkeys(row.scorer for table in tables for row in table.rows)
+    cells: dict[str, dict[str, tuple[Cell, ...]]] = {scorer: {} for scorer in scorers}
+    for metric in METRICS:
+        of_models = {
+            scorer: [
+                row.cells[metric.key][0] if row else Cell(nan)
+                for row in (rows.get((table.model, scorer)) for table in tables)
+            ]
+            for scorer in scorers
+        }
+        means = mark_best(metric, [Cell(float(np.mean([cell.value for cell in of]))) for of in of_models.values()])
+        for mean, (scorer, of) in zip(means, of_models.items(), strict=True):
+            cells[scorer][metric.key] = (mean, *of)
+    made = [Row(scorer, cells[scorer], "", nan, nan) for scorer in scorers]
+    made.sort(key=lambda row: float(np.nan_to_num(row.cells["auroc"][0].value, nan=-1)), reverse=True)
+    columns = [Column(table.model, f"ID accuracy {table.accuracy}", table.columns[0].sets) for table in tables]
+    first = Column("mean", "over the models", ())
+    return ScoreTable(tables[0].part, "all models", 1, Cell(nan), 0, (first, *columns), tuple(made), {})
+
+
+def _bars(models: Sequence[str], cells: Sequence[Cell]) -> Iterator[Bar]:
+    longest = max((cell.value for cell in cells if not isnan(cell.value)), default=0.0) or 1.0
+    for model, cell in zip(models, cells, strict=True):
+        yield Bar(model, measured(cell), 0 if isnan(cell.value) else cell.value / longest)
+
+
+def _brief(value: float) -> str:
+    """A cost with two digits that count."""
+    if isnan(value):
+        return NONE
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _interval(cell: Cell) -> str:
+    """What hovering over a cell tells."""
+    if isnan(cell.low):
+        return ""
+    between = f"{percent(cell.low)} to {percent(cell.high)}"
+    return f"95% interval {between}" if isnan(cell.sd) else f"smallest to largest of the checkpoints: {between}"
+
+
+def _facts(results: Results) -> list[tuple[int, str]]:
+    """How many of what."""
+    counts = {"model": "model", "scorer": "scorer", "ood": "OoD set"}
+    found = [(results.table[column].nunique(), name) for column, name in counts.items()]
+    return [(count, name if count == 1 else f"{name}s") for count, name in found]
+
+
+def _distinct(table: pd.DataFrame, columns: list[str]) -> list[list[object]]:
+    return table[columns].drop_duplicates().to_numpy().tolist()
+
+
+def _data(results: Results) -> list[list[object]]:
+    """Set, rows, SHA-256 and part of everything that was scored or fitted on."""
+    table = results.table
+    frames = (
+        table.assign(set="ID test")[["set", "n_id", "id_sha256", "part"]],
+        table.assign(set="fit", rows="")[["set", "rows", "fit_sha256", "part"]],
+        table[["ood", "n_ood", "ood_sha256", "part"]],
+    )
+    return [row for frame in frames for row in _distinct(frame, list(frame.columns)) if isinstance(row[2], str)]

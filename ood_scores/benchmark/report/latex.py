@@ -1,0 +1,106 @@
+"""The report's tables for a paper: a booktabs table for each model of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+
+from ood_scores.benchmark.report.tables import Cell, Row, ScoreTable
+
+HEAD = r"""% \usepackage[T1]{fontenc}
+% \usepackage{booktabs,graphicx}
+% Bold: best of the column. Dagger: AUROC not significantly below the best (DeLong's paired tests, Holm, 5%)."""
+
+CAPTION = (
+    r"AUROC\,/\,FPR95 with ID positive, in percent, on {n_id} ID images; last column: FPR95 with OoD positive. "
+    r"ID accuracy {accuracy}\,\%.{seeds} Bold: best. $\dagger$: AUROC not significantly below the best (DeLong's "
+    r"paired tests with Holm's correction, 5\,\%)."
+)
+
+ESCAPES = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+    "'": r"\textquotesingle{}",
+    '"': r"\textquotedbl{}",
+    "→": r"$\rightarrow$",
+    "×": r"$\times$",
+    "±": r"$\pm$",
+    "–": "--",
+    "ε": r"$\varepsilon$",
+    "α": r"$\alpha$",
+    "β": r"$\beta$",
+    "γ": r"$\gamma$",
+    "λ": r"$\lambda$",
+    "τ": r"$\tau$",
+    "∞": r"$\infty$",
+}
+
+
+def tables(parts: Mapping[str, Sequence[ScoreTable]]) -> str:
+    """All tables, one file."""
+    made = ["\n".join(_lines(table)) for of in parts.values() for table in of]
+    return "\n\n".join([HEAD, *made]) + "\n"
+
+
+def _lines(table: ScoreTable) -> Iterator[str]:
+    seeds = rf" Mean $\pm$ standard deviation of {table.checkpoints} checkpoints." if table.checkpoints > 1 else ""
+    caption = CAPTION.format(n_id=f"{table.n_id:,}", accuracy=_number(table.accuracy), seeds=seeds)
+    yield r"\begin{table}"
+    yield r"\centering"
+    yield rf"\caption{{{escape(table.part)}: {escape(table.model)}. {caption}}}"
+    yield r"\resizebox{\linewidth}{!}{%"
+    yield rf"\begin{{tabular}}{{l{'c' * (len(table.columns) + 1)}}}"
+    yield r"\toprule"
+    yield from _groups(table)
+    names = [escape(column.name) for column in table.columns]
+    yield f"Scorer & {' & '.join(names)} & {names[0]}, OoD pos. \\\\"
+    yield r"\midrule"
+    for row in table.rows:
+        cells = [*(_cell(row, i) for i in range(len(names))), _bold(row.cells["fpr95_ood"][0])]
+        yield f"{escape(row.scorer)} & {' & '.join(cells)} \\\\"
+    yield r"\bottomrule"
+    yield r"\end{tabular}}"
+    yield r"\end{table}"
+
+
+def _groups(table: ScoreTable) -> Iterator[str]:
+    """A line above the names that says which sets are near and far."""
+    heads, rules, first = [], [], 2
+    for group, run in groupby(column.group for column in table.columns):
+        count = len(list(run))
+        heads.append(rf"\multicolumn{{{count}}}{{c}}{{{group}}}")
+        rules.append(rf"\cmidrule(lr){{{first}-{first + count - 1}}}")
+        first += count
+    yield f" & {' & '.join(heads)} & \\\\"
+    yield " ".join(rules)
+
+
+def _cell(row: Row, i: int) -> str:
+    auroc = row.cells["auroc"][i]
+    dagger = r"$^\dagger$" if auroc.tied and not auroc.best else ""
+    return rf"{_bold(auroc)}{dagger}\,/\,{_bold(row.cells['fpr95_id'][i])}"
+
+
+def _bold(cell: Cell) -> str:
+    return rf"\textbf{{{_number(cell)}}}" if cell.best else _number(cell)
+
+
+def _number(cell: Cell) -> str:
+    return escape(str(cell))
+
+
+def escape(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(ESCAPES.get(letter, letter) for letter in text)

@@ -1,0 +1,137 @@
+"""The report as a page of documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ood_scores.benchmark.report.tables import (
+    NONE,
+    TITLES,
+    Compared,
+    ComparisonTable,
+    Row,
+    ScoreTable,
+    comparison_tables,
+    measure_table,
+    measured,
+    not_run,
+    notes,
+    versions,
+)
+from ood_scores.benchmark.results import NotRun, Results
+
+LEGEND = """Percent. Each cell is AUROC / FPR95 with ID positive: the share of OoD rows that pass where 95% of ID rows
+do. The last column is the overall FPR95 with OoD positive: the share of ID rows rejected where 95% of OoD rows are.
+Overall, near and far are unweighted means over sets. The best of a column is bold; † marks an AUROC that is not
+significantly below the best (DeLong's paired tests with Holm's correction, 5%). ± is the standard deviation over
+checkpoints. All metrics, intervals and hashes of all rows: results.csv.
+"""
+
+
+def report(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> str:
+    """The whole page."""
+    return "\n".join(_lines(results, parts)) + "\n"
+
+
+def _lines(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> Iterator[str]:
+    yield f"# {escape(results.title)}\n"
+    yield LEGEND
+    for part, tables in parts.items():
+        if list(parts) != [results.title]:
+            yield f"## {escape(part)}\n"
+        if notes(results, part):
+            yield f"{notes(results, part)}\n"
+        for table in tables:
+            yield from _scores(table)
+        for comparison in comparison_tables(results, part):
+            yield from _comparison(comparison)
+        yield from _measures(results, part)
+        yield from _not_run(not_run(results, part))
+    yield from _provenance(results)
+
+
+def _scores(table: ScoreTable) -> Iterator[str]:
+    seeds = f" Mean ± standard deviation of {table.checkpoints} checkpoints." if table.checkpoints > 1 else ""
+    yield f"### {escape(table.model)}\n"
+    yield f"{table.known}.{seeds}\n"
+    names = [escape(column.name) for column in table.columns]
+    yield f"| scorer | {' | '.join(names)} | {names[0]}, FPR95 OoD positive |"
+    yield "|---" * (len(names) + 2) + "|"
+    for row in table.rows:
+        cells = [_cell(row, i) for i in range(len(names))]
+        yield f"| {_code(row.scorer)} | {' | '.join(cells)} | {_bold(row, 'fpr95_ood', 0)} |"
+    yield ""
+
+
+def _cell(row: Row, i: int) -> str:
+    mark = "†" if row.cells["auroc"][i].tied and not row.cells["auroc"][i].best else ""
+    return f"{_bold(row, 'auroc', i)}{mark}\u00a0/\u00a0{_bold(row, 'fpr95_id', i)}"
+
+
+def _bold(row: Row, metric: str, i: int) -> str:
+    cell = row.cells[metric][i]
+    return f"**{cell}**" if cell.best else str(cell)
+
+
+def _comparison(table: ComparisonTable) -> Iterator[str]:
+    yield f"### Beside {escape(table.source)}\n"
+    yield "Ours / published / difference, in percent; neural collapse (NC) as it is.\n"
+    heads = [escape(column or "model") for column in table.columns]
+    yield f"| model | scorer | metric | {' | '.join(heads)} |"
+    yield "|---" * (len(heads) + 3) + "|"
+    for row in table.rows:
+        names = " | ".join(map(escape, (row.model, row.scorer, row.metric)))
+        yield f"| {names} | {' | '.join(map(_compared, row.cells))} |"
+    yield ""
+
+
+def _compared(cell: Compared | None) -> str:
+    if cell is None:
+        return ""
+    ours = f"{cell.ours} ± {cell.sd}" if cell.sd else cell.ours
+    return " / ".join(filter(None, (ours, cell.published, cell.difference)))
+
+
+def _measures(results: Results, part: str) -> Iterator[str]:
+    models, rows = measure_table(results, part)
+    if not rows:
+        return
+    yield "### Measures of the models\n"
+    yield "Of neural collapse (NC), 0 is complete.\n"
+    yield f"| measure | {' | '.join(map(escape, models))} |"
+    yield "|---" * (len(models) + 1) + "|"
+    for measure, cells in rows.items():
+        yield f"| {escape(TITLES.get(measure, measure))} | {' | '.join(map(measured, cells))} |"
+    yield ""
+
+
+def _not_run(missing: list[NotRun]) -> Iterator[str]:
+    if missing:
+        yield "### Not run\n"
+        for each in missing:
+            remedy = f" To get it: {_code(each.remedy)}" if each.remedy else ""
+            yield f"- **{escape(each.what)}**: {escape(each.reason)}.{remedy}"
+        yield ""
+
+
+def _provenance(results: Results) -> Iterator[str]:
+    made = results.environment
+    yield "## Provenance\n"
+    yield f"- {made.get('created', NONE)}, on {made.get('device', NONE)}: {versions(results)}"
+    weights = results.table[["model", "checkpoint", "weights_sha256"]].drop_duplicates()
+    for model, checkpoint, sha in weights.itertuples(index=False):
+        yield f"- {escape(model)}, checkpoint {checkpoint}: SHA-256 `{sha}`"
+
+
+def escape(text: str) -> str:
+    """Text that stays text in a cell or a heading."""
+    for letter in "\\`*_|<>[]":
+        text = text.replace(letter, f"\\{letter}")
+    return " ".join(text.split())
+
+
+def _code(text: str) -> str:
+    """A code span, in which only the fence and the cell's end have to be kept apart."""
+    fence = "``" if "`" in text else "`"
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{text}{pad}{fence}".replace("|", "\\|")

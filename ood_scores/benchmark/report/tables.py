@@ -1,0 +1,374 @@
+"""What the reports show: the numbers in percent, which are best, and which cannot be told from the best."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isnan, nan
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ood_scores.benchmark.results import NotRun, Results, Scored
+from ood_scores.evaluation.collapse_plots import TITLES as COLLAPSE
+from ood_scores.evaluation.uncertainty import mean_auroc_covariance, tied_with_best
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ByScorer = Mapping[str, Mapping[str, NDArray[np.float64]]]
+
+OVERALL = "overall"
+MEAN = "mean"
+NONE = "–"
+Z_95 = 1.959964
+CHECKPOINT = re.compile(r" \(\d+\)$")
+"""What follows the label of a model that has several checkpoints, where one of them was not run."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the results, as a reader knows it."""
+
+    key: str
+    title: str
+    small_is_best: bool = False
+
+
+METRICS = (
+    Metric("auroc", "AUROC"),
+    Metric("fpr95_id", "FPR95, ID positive", small_is_best=True),
+    Metric("fpr95_ood", "FPR95, OoD positive", small_is_best=True),
+    Metric("aupr_in", "AUPR, ID positive"),
+    Metric("aupr_out", "AUPR, OoD positive"),
+)
+TITLES = {metric.key: metric.title for metric in METRICS} | {"accuracy": "ID accuracy"} | COLLAPSE
+
+
+@dataclass(frozen=True)
+class Column:
+    """An OoD set, or the unweighted mean over several: ``group`` is ``near`` or ``far``, or ``mean`` of ``sets``."""
+
+    name: str
+    group: str
+    sets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number in percent.
+
+    Attributes:
+        value: of the checkpoint, or the mean of several; NaN where there is none.
+        sd: standard deviation over several checkpoints, else NaN.
+        low, high: the 95% interval of one checkpoint, the smallest and largest of several; NaN if unknown.
+        best: shown with the same digits as the best of its column.
+        tied: AUROC not significantly below the best of its column: DeLong's paired tests, Holm's correction, 5%.
+    """
+
+    value: float
+    sd: float = nan
+    low: float = nan
+    high: float = nan
+    best: bool = False
+    tied: bool = False
+
+    def __str__(self) -> str:
+        return percent(self.value) + ("" if isnan(self.sd) else f" ± {percent(self.sd)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A scorer: its cells by metric, in the order of the table's columns, and what it costs."""
+
+    scorer: str
+    cells: Mapping[str, tuple[Cell, ...]]
+    parameters: str
+    fit_seconds: float
+    score_microseconds: float
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The scorers of one model in a part, best mean AUROC first.
+
+    Attributes:
+        part, model: as in the spec.
+        checkpoints: how many the model has.
+        accuracy: on the ID test set.
+        n_id: ID rows.
+        columns: means first.
+        rows: one for each scorer.
+        n_ood: rows of each OoD set.
+    """
+
+    part: str
+    model: str
+    checkpoints: int
+    accuracy: Cell
+    n_id: int
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    n_ood: Mapping[str, int]
+
+    @property
+    def known(self) -> str:
+        """The ID accuracy in words."""
+        rows = f"on {self.n_id:,} images"
+        return (
+            f"ID accuracy unknown ({rows} without labels)"
+            if isnan(self.accuracy.value)
+            else f"ID accuracy {self.accuracy}% {rows}"
+        )
+
+    @property
+    def tied(self) -> list[str]:
+        """The scorers that cannot be told from the first by their mean AUROC."""
+        return [row.scorer for row in self.rows[1:] if row.cells["auroc"][0].tied]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A published number beside ours: in percent with two decimals, as papers have them; neural collapse as it is.
+
+    Attributes:
+        published, ours, sd, difference: ``ours`` is "not run" where it was not, and ``difference`` then empty; ``sd``
+            is empty with one checkpoint.
+    """
+
+    published: str
+    ours: str
+    sd: str
+    difference: str
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One metric of a model and scorer. ``cells`` are None where the source has no number."""
+
+    model: str
+    scorer: str
+    metric: str
+    cells: tuple[Compared | None, ...]
+    missing: str
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """The numbers of one published table beside ours; ``columns`` are OoD sets or groups of them."""
+
+    part: str
+    source: str
+    columns: tuple[str, ...]
+    rows: tuple[ComparisonRow, ...]
+
+
+def percent(value: float) -> str:
+    return NONE if isnan(value) else f"{value:.1f}"
+
+
+def part_tables(results: Results) -> dict[str, list[ScoreTable]]:
+    """By title of the part, a table for each model; parts that came to nothing are last."""
+    found = [*results.table["part"], *results.comparison["part"], *(missing.part for missing in results.not_run)]
+    pairs = results.table[["part", "model"]].drop_duplicates()
+    return {
+        part: [_score_table(results, part, model) for model in pairs["model"][pairs["part"] == part]]
+        for part in dict.fromkeys(found)
+    }
+
+
+def comparison_tables(results: Results, part: str) -> list[ComparisonTable]:
+    """One for each source that a part has published numbers of."""
+    frame = results.comparison[results.comparison["part"] == part]
+    missing = [each for each in results.not_run if each.part == part]
+    return [_comparison(part, str(source), of, missing) for source, of in frame.groupby("source", sort=False)]
+
+
+def not_run(results: Results, part: str) -> list[NotRun]:
+    return [missing for missing in results.not_run if missing.part == part]
+
+
+def notes(results: Results, part: str) -> str:
+    """What the spec says about a part."""
+    tables = [*results.spec.get("parts", ()), results.spec]
+    return next((table.get("notes", "").strip() for table in tables if table.get("title") == part), "")
+
+
+def measure_table(results: Results, part: str) -> tuple[list[str], dict[str, list[Cell]]]:
+    """Models, and by measure a cell for each of them; not in percent. Accuracies stand with the scores."""
+    frame = results.measures[(results.measures["part"] == part) & (results.measures["measure"] != "accuracy")]
+    models = [str(model) for model in dict.fromkeys(frame["model"])]
+    rows = {}
+    for measure, of in frame.groupby("measure", sort=False):
+        values = {model: spread(rows["value"].astype(float)) for model, rows in of.groupby("model")}
+        rows[str(measure)] = [values.get(model, Cell(nan)) for model in models]
+    return models, rows
+
+
+def measured(cell: Cell) -> str:
+    """A measure, which is no percentage, with three digits that count."""
+    if isnan(cell.value):
+        return NONE
+    return f"{cell.value:.3g}" + ("" if isnan(cell.sd) else f" ± {cell.sd:.2g}")
+
+
+def versions(results: Results) -> str:
+    """The libraries of the run, in a line."""
+    found = results.environment.get("versions", "")
+    return (
+        ", ".join(f"{name} {version}" for name, version in found.items()) if isinstance(found, Mapping) else str(found)
+    )
+
+
+def _score_table(results: Results, part: str, model: str) -> ScoreTable:
+    frame = results.table[(results.table["part"] == part) & (results.table["model"] == model)]
+    scored = [unit for unit in results.scored if (unit.part, unit.model) == (part, model)]
+    columns = _columns(frame)
+    order = _best_first(frame, columns[0])
+    scores = [_in_memory(unit) for unit in scored]
+    by_sets = {sets: errors_and_ties(scores, order, sets) for sets in dict.fromkeys(column.sets for column in columns)}
+    tests = [by_sets[column.sets] for column in columns]
+    cells = {
+        metric.key: [_cells(frame, metric, column, order, test) for column, test in zip(columns, tests, strict=True)]
+        for metric in METRICS
+    }
+    by_scorer = frame.groupby("scorer", sort=False)
+    cost = by_scorer[["fit_seconds", "score_microseconds"]].mean().loc[order]
+    return ScoreTable(
+        part=part,
+        model=model,
+        checkpoints=frame["checkpoint"].nunique(),
+        accuracy=spread(100 * frame.groupby("checkpoint")["id_accuracy"].first()),
+        n_id=int(frame["n_id"].iloc[0]),
+        n_ood={str(name): int(rows) for name, rows in frame.groupby("ood", sort=False)["n_ood"].first().items()},
+        columns=columns,
+        rows=tuple(
+            Row(
+                scorer=scorer,
+                cells={metric: tuple(column[i] for column in made) for metric, made in cells.items()},
+                parameters=str(by_scorer["parameters"].first()[scorer]),
+                fit_seconds=float(cost["fit_seconds"].iloc[i]),
+                score_microseconds=float(cost["score_microseconds"].iloc[i]),
+            )
+            for i, scorer in enumerate(order)
+        ),
+    )
+
+
+def _columns(frame: pd.DataFrame) -> tuple[Column, ...]:
+    """The mean over all sets, those over the near and the far ones where that is another mean; then each set."""
+    groups = {str(name): str(group) for name, group in zip(frame["ood"], frame["group"], strict=True)}
+    members = {group: tuple(name for name in groups if groups[name] == group) for group in ("near", "far")}
+    means = {OVERALL: tuple(groups), **(members if all(members.values()) else {})}
+    of_several = [Column(name, MEAN, sets) for name, sets in means.items() if len(sets) > 1]
+    return (*of_several, *(Column(name, group, (name,)) for name, group in groups.items()))
+
+
+def _best_first(frame: pd.DataFrame, column: Column) -> list[str]:
+    mean = _by_checkpoint(frame, "auroc", column).mean(axis=1, skipna=False)
+    return [str(name) for name in mean.sort_values(ascending=False, kind="stable", na_position="last").index]
+
+
+def _by_checkpoint(frame: pd.DataFrame, metric: str, column: Column) -> pd.DataFrame:
+    """Percent, a scorer a row and a checkpoint a column; NaN where a set of the column is missing."""
+    of = frame[frame["ood"].isin(column.sets)].groupby(["scorer", "checkpoint"], sort=False)[metric]
+    return 100 * of.mean().where(of.size() == len(column.sets)).unstack()
+
+
+def _in_memory(unit: Scored) -> ByScorer:
+    return {name: {of: np.asarray(values) for of, values in sets.items()} for name, sets in unit.scores.items()}
+
+
+def errors_and_ties(
+    units: Sequence[ByScorer], scorers: Sequence[str], sets: tuple[str, ...]
+) -> dict[str, tuple[float, bool]]:
+    """By scorer, the standard error of the mean AUROC over the sets in percent and whether it is tied with the best.
+
+    The scores of all checkpoints enter one covariance, as they are of the same rows; what is tested is the mean over
+    checkpoints, with these checkpoints as given. Scorers that lack scores of a set or checkpoint are left out.
+    """
+    wanted = ("id", *sets)
+    there = [name for name in scorers if all(name in unit and unit[name].keys() >= set(wanted) for unit in units)]
+    if not (units and there):
+        return {}
+    stacked = [np.stack([unit[name][of] for unit in units for name in there]) for of in wanted]
+    aurocs, covariance = mean_auroc_covariance(stacked[0], stacked[1:])
+    shape = (len(units), len(there))
+    mean = aurocs.reshape(shape).mean(axis=0)
+    of_mean = covariance.reshape(shape * 2).mean(axis=(0, 2))
+    errors = 100 * np.sqrt(of_mean.diagonal())
+    return dict(zip(there, zip(errors.tolist(), tied_with_best(mean, of_mean).tolist(), strict=True), strict=True))
+
+
+def _cells(
+    frame: pd.DataFrame, metric: Metric, column: Column, order: list[str], tests: Mapping[str, tuple[float, bool]]
+) -> list[Cell]:
+    """Of one metric and column, in the order of the rows."""
+    values = _by_checkpoint(frame, metric.key, column).reindex(order).to_numpy(float)
+    cells = mark_best(metric, list(map(spread, values)))
+    if metric.key == "auroc":
+        found = [tests.get(scorer, (nan, False)) for scorer in order]
+        cells = [
+            replace(cell, tied=tied, low=max(cell.value - Z_95 * error, 0), high=min(cell.value + Z_95 * error, 100))
+            if isnan(cell.sd)
+            else replace(cell, tied=tied)
+            for cell, (error, tied) in zip(cells, found, strict=True)
+        ]
+    ends = [f"{metric.key}_low", f"{metric.key}_high"]
+    if len(column.sets) == 1 and frame["checkpoint"].nunique() == 1 and ends[0] in frame:
+        of_set = frame[frame["ood"] == column.name].set_index("scorer")[ends].reindex(order).to_numpy(float)
+        cells = [replace(cell, low=100 * low, high=100 * high) for cell, (low, high) in zip(cells, of_set, strict=True)]
+    return cells
+
+
+def mark_best(metric: Metric, cells: Sequence[Cell]) -> list[Cell]:
+    """The best of a column, and what is shown with the same digits."""
+    values = [cell.value for cell in cells if not isnan(cell.value)]
+    best = percent((min if metric.small_is_best else max)(values, default=nan))
+    return [replace(cell, best=not isnan(cell.value) and percent(cell.value) == best) for cell in cells]
+
+
+def spread(values: ArrayLike) -> Cell:
+    """The mean over checkpoints; where there are several, with their standard deviation and range."""
+    array = np.asarray(values, np.float64)
+    if len(array) < 2:
+        return Cell(float(array[0]))
+    return Cell(float(array.mean()), float(array.std(ddof=1)), float(array.min()), float(array.max()))
+
+
+def _comparison(part: str, source: str, frame: pd.DataFrame, missing: Sequence[NotRun]) -> ComparisonTable:
+    columns = tuple(dict.fromkeys(_text(name) for name in frame["ood"]))
+    keys = [frame[key].map(_text) for key in ("model", "scorer", "metric")]
+    rows = []
+    for key, of in frame.groupby(keys, sort=False):
+        model, scorer, metric = map(str, key)
+        cells = {_text(row["ood"]): _compared(row) for _, row in of.iterrows()}
+        absent = of["ood"][of["ours"].isna()]
+        names = {model, scorer, *map(_text, absent)} if len(absent) else set()
+        reasons = [f"{each.what}: {each.reason}" for each in missing if CHECKPOINT.sub("", each.what) in names]
+        rows.append(
+            ComparisonRow(
+                model,
+                scorer,
+                TITLES.get(metric, metric),
+                tuple(cells.get(name) for name in columns),
+                "; ".join(reasons),
+            )
+        )
+    return ComparisonTable(part, source, columns, tuple(rows))
+
+
+def _compared(row: pd.Series) -> Compared:
+    figures = ".3g" if row["metric"] in COLLAPSE else ".2f"
+    published, ours = f"{row['published']:{figures}}", float(row["ours"])
+    if isnan(ours):
+        return Compared(published, "not run", "", "")
+    sd = "" if isnan(row["sd"]) else f"{row['sd']:{figures}}"
+    return Compared(published, f"{ours:{figures}}", sd, f"{ours - row['published']:+{figures}}")
+
+
+def _text(value: object) -> str:
+    """A figure of the model itself has no scorer and no set."""
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,108 @@
+"""``ood-scores compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ood_scores.cli.parsing import check_table_path, write_table
+from ood_scores.cli.printing import busy, console
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ood_scores.benchmark.results import Results
+
+LEVEL = 0.05
+SHOWN = 20
+LEGEND = (
+    "Percent; B less A. p: of the AUROC difference, with Holm's correction for all rows compared; bold where it is "
+    "below 5%. DeLong's paired test where both runs scored the same images, else (~) a z-test of two samples."
+)
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Folder of a benchmark run.")],
+    run_b: Annotated[Path, typer.Argument(help="Folder of another.")],
+    out: Annotated[Path | None, typer.Option(help="Write every row compared: .csv or .json.")] = None,
+) -> None:
+    """Compares two benchmark runs: what changed, and which changes are more than chance?
+
+    \b
+    [bold]Examples[/]
+      ood-scores compare runs/real runs/real-new
+      ood-scores compare runs/real runs/real-new --out changes.csv
+    """
+    from ood_scores.benchmark import load_results
+    from ood_scores.benchmark.compare import compare_runs
+
+    check_table_path(out)
+    a, b = load_results(run_a), load_results(run_b)
+    with busy("comparing …"):
+        frame = compare_runs(a, b)
+    _show(frame, a, b)
+    if out:
+        write_table(frame, out)
+        console().print(f"[green]✓[/] every row in [bold]{out}[/]")
+
+
+def _show(frame: pd.DataFrame, a: Results, b: Results) -> None:
+    screen = console()
+    for name, run in (("A", a), ("B", b)):
+        screen.print(f"{name} [bold]{escape(str(run.folder))}[/] {escape(run.title)}, {run.environment['created']}")
+    both = frame[frame["found"] == "both"]
+    changed = both[(both["auroc_difference"] != 0) | (both["fpr95_id_difference"] != 0)]
+    real = int((both["p_holm"] < LEVEL).sum())
+    screen.print(f"{len(both):,} rows in both: {len(changed):,} differ, {real:,} of them by more than chance")
+    if len(changed):
+        screen.print(_table(_largest(changed), several=bool(frame["checkpoint"].any())))
+        more = f"The {SHOWN} largest of {len(changed):,}; --out writes all. " if len(changed) > SHOWN else ""
+        screen.print(more + LEGEND, style="dim")
+    for name, found in (("A", "a"), ("B", "b")):
+        for what in _only(frame, found):
+            screen.print(f"[yellow]only in {name}[/] {escape(what)}")
+
+
+def _largest(changed: pd.DataFrame) -> pd.DataFrame:
+    """What is more than chance first, by size."""
+    sized = changed.assign(real=changed["p_holm"] < LEVEL, size=changed["auroc_difference"].abs())
+    return sized.sort_values(["real", "size"], ascending=False, kind="stable").head(SHOWN)
+
+
+def _table(rows: pd.DataFrame, several: bool) -> Table:
+    """The number of the checkpoint has a column where a model has several."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
+    names = ["model", *(["checkpoint"] if several else []), "scorer", "ood"]
+    if rows["part"].nunique() > 1:
+        names.insert(0, "part")
+    for name in names:
+        table.add_column("no." if name == "checkpoint" else name, overflow="fold", min_width=3)
+    for head in ("AUROC A", "B", "change", "p", "FPR95 ID", "FPR95 OoD"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for _, row in rows.iterrows():
+        style = "bold" if row["p_holm"] < LEVEL else ""
+        figures = [
+            f"{100 * row['auroc_a']:.1f}",
+            f"{100 * row['auroc_b']:.1f}",
+            f"{100 * row['auroc_difference']:+.2f}",
+            ("" if row["paired"] else "~") + f"{row['p_holm']:.2g}",
+            f"{100 * row['fpr95_id_difference']:+.1f}",
+            f"{100 * row['fpr95_ood_difference']:+.1f}",
+        ]
+        table.add_row(*(Text(str(row[name])) for name in names), *(Text(figure, style=style) for figure in figures))
+    return table
+
+
+def _only(frame: pd.DataFrame, found: str) -> list[str]:
+    """By part and model, the scorers and sets that one run alone has."""
+    lines = []
+    for (part, model), rows in frame[frame["found"] == found].groupby(["part", "model"], sort=False):
+        scorers, sets = (", ".join(dict.fromkeys(rows[name])) for name in ("scorer", "ood"))
+        lines.append(f"{part}, {model}: {scorers} on {sets}")
+    return lines
