@@ -1,0 +1,123 @@
+"""Fusion: several scorers as one, on the common scale of their conformal p-values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ood_scores.errors import NotFinite
+from ood_scores.features import Block, FeatureSet
+from ood_scores.features.statistics import Statistic
+from ood_scores.scorers.base import Scorer, as_scorer, register_scorer, score_all
+
+
+def fisher(p: Tensor) -> Tensor:
+    """``sum log p`` of p-values ``[M, B]``: one very small p-value is enough for a low score."""
+    return p.log().sum(dim=0)
+
+
+def stouffer(p: Tensor) -> Tensor:
+    """The sum of the normal quantiles of p-values ``[M, B]``, over sqrt(M): a high p-value makes up for a low one."""
+    return torch.special.ndtri(p).sum(dim=0) / len(p) ** 0.5
+
+
+def smallest(p: Tensor) -> Tensor:
+    """The smallest of p-values ``[M, B]``: an input that any of the members finds odd is odd."""
+    return p.amin(dim=0)
+
+
+METHODS: dict[str, Callable[[Tensor], Tensor]] = {"fisher": fisher, "stouffer": stouffer, "min": smallest}
+
+
+@register_scorer("fusion")
+@dataclass
+class Fusion(Scorer):
+    """Several scorers as one: each score becomes a p-value among n reference rows, and the p-values are combined.
+
+    ``p_i = (1 + #{reference scores of member i <= score}) / (n + 2)``, in (0, 1); ``fisher``: ``sum_i log p_i``;
+    ``stouffer``: ``sum_i Phi^-1(p_i) / sqrt(M)``; ``min``: ``min_i p_i``.
+
+    The fit keeps the members' scores of the reference rows. Members that are fitted already stay as they are, and all
+    rows are reference rows. Where some are not, these are fitted on every second row, from the first on, and the others
+    are the reference rows: a member says too much good about rows that it was fitted on. Best are fitted members and
+    reference rows that neither they nor the model have seen: half of a validation set, the other half of which
+    calibrates the detector.
+
+    The members are dependent, so no table of chi-squared or normal quantiles says how low a combined score must be.
+    None is used: the combined score is calibrated as any other, on rows that are not among those of the fit, and
+    what ``ood_scores.detector.conformal`` says holds for it whatever the dependence.
+
+    Source: Fisher 1925, "Statistical Methods for Research Workers"; Stouffer et al. 1949, "The American Soldier";
+    Tippett 1931, "The Methods of Statistics" (min). Departure: n + 2 in place of n + 1, so that no p-value is 1, whose
+    normal quantile is infinite.
+
+    Fails to tell apart rows that all members find odder than every reference row: they have the same score.
+
+    Args:
+        scorers: the members: names, or Scorers, which are copied, never changed.
+        method: ``"fisher"``, ``"stouffer"`` or ``"min"``.
+
+    Cost: that of the members, and a search among n numbers for each; keeps ``[M, n]`` numbers in float64. A fit that
+    splits holds the fit set in memory.
+    """
+
+    scorers: Sequence[str | Scorer] = ("energy", "gradnorm")
+    method: Literal["fisher", "stouffer", "min"] = "fisher"
+    reference_: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.require(not isinstance(self.scorers, str), f"scorers is a list of scorers, got {self.scorers!r}")
+        self.require(len(self.scorers) > 0, "at least one scorer is needed")
+        self.require(self.method in METHODS, f"method is one of {', '.join(METHODS)}, got {self.method!r}")
+        self._given = [copy.deepcopy(as_scorer(scorer)) for scorer in self.scorers]
+        self._trained: Mapping[int, Scorer] = {}
+        self.needs = _union(self._given, "needs")
+        self.fit_needs = (
+            *self.needs,
+            *(name for name in _union(self._unfitted(), "fit_needs") if name not in self.needs),
+        )
+
+    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        reference = feats
+        if self._unfitted():
+            self.require(len(feats) >= 2, "one row to fit members on leaves no reference row: at least 2 are needed")
+            rows, reference = feats[::2], feats[1::2]
+            self._trained = {
+                number: copy.deepcopy(member).fit(rows)
+                for number, member in enumerate(self._given)
+                if not member.is_fitted
+            }
+        for member in self._members():
+            member.check_ready(reference)
+        self.reference_ = torch.stack(score_all(self._members(), reference)).sort(dim=1).values
+
+    def fitted_state(self) -> dict[str, Any]:
+        return super().fitted_state() | {"trained": self._trained}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._trained, self.reference_ = state["trained"], state["reference_"]
+
+    def score_block(self, block: Block) -> Tensor:
+        members = self._members()
+        scores = torch.stack([member.score_block(block).double() for member in members])
+        for member, row in zip(members, scores, strict=True):
+            if row.isnan().any():
+                first = block.start + int(row.isnan().nonzero()[0])
+                raise NotFinite(f"{member.name!r} gave NaN, first for row {first}, from finite features and logits.")
+        places = torch.searchsorted(self.reference_.to(scores.device), scores, right=True)
+        return METHODS[self.method]((1 + places).double() / (self.reference_.shape[1] + 2))
+
+    def _members(self) -> list[Scorer]:
+        return [self._trained.get(number, member) for number, member in enumerate(self._given)]
+
+    def _unfitted(self) -> list[Scorer]:
+        return [member for member in self._given if not member.is_fitted]
+
+
+def _union(scorers: Sequence[Scorer], needs: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for scorer in scorers for name in getattr(scorer, needs)))

@@ -1,0 +1,274 @@
+"""The monitor of a stream: fair bets, exactly; few false alarms however one stops; drifts found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+from scipy.special import betaln
+from scipy.stats import binom, norm
+
+from ood_scores.detector.conformal import threshold
+from ood_scores.detector.monitor import ODDS, POINTS, Monitor
+from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
+
+Array = NDArray[Any]
+SURE = 1e-4
+
+
+def watched(below: Any, n: int, rank: int) -> Monitor:
+    """A monitor after rows that lie below the threshold, or not."""
+    monitor = Monitor(value=0.0, n=n, rank=rank, cut=0.5)
+    monitor.update(np.where(np.asarray(below), -1.0, 1.0))
+    return monitor
+
+
+@pytest.mark.parametrize(("n", "rank"), [(1, 1), (3, 1), (19, 1), (20, 5)])
+def test_bets_are_fair(n: int, rank: int) -> None:
+    """The mean wealth over all 2^9 streams, each as likely as n + 9 exchangeable rows make it, is 1 exactly."""
+    streams = list(product([False, True], repeat=9))
+    counts = [sum(stream) for stream in streams]
+    chances = [math.exp(betaln(rank + k, n + 1 - rank + 9 - k) - betaln(rank, n + 1 - rank)) for k in counts]
+    assert sum(chances) == pytest.approx(1)
+    wealth = [watched(stream, n, rank).e_value for stream in streams]
+    assert np.dot(chances, wealth) == pytest.approx(1, rel=1e-12)
+    assert max(wealth) > 2
+
+
+def test_the_wealth_is_what_the_bettors_made_of_it() -> None:
+    """The same, row by row and without logarithms."""
+    stream = np.random.default_rng(0).random(60) < 0.3
+    n, rank, below, peak = 19, 2, 0, 1.0
+    stakes, reserve = np.full(len(ODDS), 1 - 1 / math.sqrt(2)), 1 / math.sqrt(2)
+    for t, is_below in enumerate(stream):
+        chance = (rank + below) / (n + 1 + t)
+        for bettor, times in enumerate(ODDS):
+            odds = times * rank / (n + 1 - rank)
+            q = max(odds / (1 + odds), chance)
+            stakes[bettor] *= q / chance if is_below else (1 - q) / (1 - chance)
+        left = 1 / math.sqrt(t + 3)
+        stakes += reserve - left
+        reserve, below = left, below + is_below
+        peak = max(peak, stakes.mean() + reserve)
+    monitor = watched(stream, n, rank)
+    assert monitor.e_value == pytest.approx(stakes.mean() + reserve, rel=1e-12)
+    assert monitor.p_value == pytest.approx(1 / peak, rel=1e-12)
+    assert monitor.below == monitor.rejected == below
+
+
+def lowest_p_values(draw: Callable[..., Array], n: int, keep: float, delta: float | None) -> Array:
+    """Of 1,000 streams of 1,000 rows without drift, each with its own calibration set."""
+    rng = np.random.default_rng(7)
+    found = []
+    for seed in range(1000):
+        monitor = Monitor.of(draw(rng, n), keep, delta=delta, seed=seed)
+        monitor.update(draw(rng, 1000))
+        found.append(monitor.p_value)
+    return np.array(found)
+
+
+def continuous(rng: np.random.Generator, rows: int) -> Array:
+    return rng.normal(size=rows)
+
+
+def tied(rng: np.random.Generator, rows: int) -> Array:
+    return np.floor(rng.normal(size=rows))
+
+
+@pytest.mark.parametrize(
+    ("draw", "n", "keep", "delta"),
+    [
+        (continuous, 20, 0.95, None),
+        (continuous, 200, 0.9, None),
+        (continuous, 100, 0.95, 0.1),
+        (tied, 20, 0.8, None),
+        (tied, 200, 0.9, None),
+    ],
+)
+def test_false_alarms_are_rare_however_one_stops(
+    draw: Callable[..., Array], n: int, keep: float, delta: float | None
+) -> None:
+    """To stop at the highest wealth is the worst way to stop, and the p-value is that of the highest wealth so far."""
+    found = lowest_p_values(draw, n, keep, delta)
+    for alpha in (0.01, 0.05, 0.2):
+        assert (found <= alpha).sum() <= binom.isf(SURE, 1000, alpha)
+    assert (found <= 0.5).sum() > 50, "the test is not empty"
+
+
+def test_a_threshold_taken_for_known_would_raise_false_alarms() -> None:
+    """The simulation does feel the calibration: with a rate that is taken for exact more than alpha are alarmed."""
+    rng = np.random.default_rng(7)
+    count = 0
+    for _ in range(300):
+        value = threshold(rng.normal(size=20), 0.8).value
+        naive = Monitor(value, n=21 * 10**9 - 1, rank=4 * 10**9, cut=0.5)
+        naive.update(rng.normal(size=1000))
+        count += naive.drifted(0.05)
+    assert count > binom.isf(SURE, 300, 0.05)
+
+
+@pytest.mark.parametrize(("before", "within"), [(0, 250), (1000, 250), (100_000, 400)])
+def test_a_drift_is_found_whenever_it_begins(before: int, within: int) -> None:
+    """Scores fall by one standard deviation: 26% are rejected in place of 5%."""
+    rng = np.random.default_rng(3)
+    found = 0
+    for _ in range(20):
+        monitor = Monitor.of(rng.normal(size=1000))
+        if before:
+            monitor.update(rng.normal(size=before))
+        assert not monitor.drifted()
+        monitor.update(rng.normal(size=within) - 1)
+        found += monitor.drifted()
+    assert norm.cdf(norm.ppf(0.05) + 1) == pytest.approx(0.26, abs=0.001)
+    assert found >= 19
+
+
+def test_a_slight_drift_is_found_in_time() -> None:
+    """9% in place of 5%, after 1,000 rows."""
+    rng = np.random.default_rng(4)
+    monitor = Monitor.of(rng.normal(size=10_000))
+    monitor.update(rng.normal(size=1000))
+    monitor.update(rng.normal(size=3000) - 0.3)
+    assert monitor.drifted()
+
+
+def test_how_the_stream_is_cut_does_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    calibration, stream = tied(rng, 50), tied(rng, 3000)
+    whole, parts = Monitor.of(calibration, 0.8), Monitor.of(calibration, 0.8)
+    whole.update(stream)
+    for start, stop in pairwise([0, 1, 65, 1000, 3000]):
+        parts.update(torch.tensor(stream[start:stop]))
+    assert (parts.seen, parts.rejected, parts.below) == (whole.seen, whole.rejected, whole.below)
+    np.testing.assert_allclose(parts.stakes, whole.stakes, rtol=1e-9)
+    assert parts.p_value == pytest.approx(whole.p_value, rel=1e-9)
+
+
+def test_rates() -> None:
+    monitor = Monitor.of(range(1, 20), 0.9)
+    assert monitor.value == 2
+    assert monitor.expected_rate == 0.1
+    assert math.isnan(monitor.rejection_rate)
+    assert monitor.e_value == pytest.approx(1)
+    assert monitor.p_value == 1
+    monitor.update([1, 2, 2, 2, 2, 2, 2, 3, 4, 0])
+    assert monitor.rejection_rate == 0.2, "ties with the threshold are kept"
+    assert 2 < monitor.below < 8, "but for the test they are above or below by lot"
+
+
+def test_rows_tied_with_the_threshold_lie_below_as_often_as_calibration_rows() -> None:
+    """All scores equal: the threshold's place among n tied rows is rank, so that a share Beta(rank, n + 1 - rank) lies
+    below."""
+    cuts = [Monitor.of(np.zeros(99), 0.9, seed=seed).cut for seed in range(300)]
+    assert np.mean(cuts) == pytest.approx(0.1, abs=4 * 0.03 / math.sqrt(300))
+    assert np.std(cuts) == pytest.approx(0.03, rel=0.2)
+    monitor = Monitor.of(np.zeros(99), 0.9)
+    monitor.update(np.zeros(20_000))
+    assert monitor.rejected == 0
+    assert monitor.below / 20_000 == pytest.approx(monitor.cut, abs=0.01)
+
+
+def test_what_is_beyond_a_float_is_still_said() -> None:
+    monitor = watched(np.ones(2000), n=10**6, rank=10**4)
+    assert monitor.e_value == math.inf
+    assert monitor.p_value == 0
+    assert monitor.drifted(1e-300)
+
+
+def test_its_state_is_one_line_with_which_it_goes_on() -> None:
+    rng = np.random.default_rng(0)
+    monitor = Monitor.of(rng.normal(size=50))
+    for _ in range(3):
+        line = monitor.to_json()
+        assert "\n" not in line
+        assert len(line) < 500
+        again = Monitor.from_json(line)
+        assert again == monitor
+        rows = rng.normal(size=100) - 1
+        monitor.update(rows)
+        again.update(rows)
+        assert again == monitor
+        assert (again.e_value, again.p_value) == (monitor.e_value, monitor.p_value)
+
+
+def test_other_lines_are_refused() -> None:
+    line = Monitor.of(range(30)).to_json()
+    for bad in ("", line[:-5], "[]", "3", "{}", '{"format": "something else"}'):
+        with pytest.raises(BadInput, match="this line is not the state of a monitor"):
+            Monitor.from_json(bad)
+    parts = json.loads(line)
+    parts.pop("cut")
+    with pytest.raises(BadInput, match="not the state of a monitor, or not all of it"):
+        Monitor.from_json(json.dumps(parts))
+    newer = json.loads(line) | {"version": 2}
+    with pytest.raises(BadInput, match="of version 2, this package reads version 1"):
+        Monitor.from_json(json.dumps(newer))
+
+
+def test_bad_input_is_refused_and_changes_nothing() -> None:
+    monitor = Monitor.of(range(30))
+    before = monitor.to_json()
+    refused: list[tuple[Any, type[Exception]]] = [
+        ([1.0, math.nan], NotFinite),
+        ([], EmptyInput),
+        ([[1.0]], ShapeMismatch),
+    ]
+    for bad, error in refused:
+        with pytest.raises(error):
+            monitor.update(bad)
+    assert monitor.to_json() == before
+    for alpha in (0, 1, math.nan):
+        with pytest.raises(BadInput, match="alpha is a share above 0 and below 1"):
+            monitor.drifted(alpha)
+    with pytest.raises(BadInput, match="with 18 calibration rows no row can be rejected"):
+        Monitor.of(range(18))
+    with pytest.raises(BadInput, match="keep is a share"):
+        Monitor.of(range(18), 1.0)
+
+
+def points(line: Line2D) -> Array:
+    return np.asarray(line.get_xydata())
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    monitor = Monitor.of(rng.normal(size=500))
+    with pytest.raises(EmptyInput, match="there has been no row"):
+        monitor.plot()
+    for shift in [0.0] * 40 + [1.0] * 10:
+        monitor.update(rng.normal(size=64) - shift)
+    figure = monitor.plot(alpha=0.001)
+    rates, wealth = figure.axes
+    lately, so_far, expected = map(points, rates.lines)
+    assert tuple(so_far[-1]) == (3200, monitor.rejection_rate)
+    assert lately[-1, 1] == pytest.approx(0.26, abs=0.1)
+    assert (expected[:, 1] == monitor.expected_rate).all()
+    curve, limit, reached = map(points, wealth.lines)
+    assert tuple(curve[-1]) == pytest.approx((3200, math.log10(monitor.e_value)))
+    assert (limit[:, 1] == 3).all()
+    assert 40 * 64 < reached[0, 0] < 43 * 64
+    assert wealth.texts[0].get_text() == f"reached by row {reached[0, 0]:,.0f}"
+    figure.savefig(tmp_path / "monitor.png")
+    assert imread(tmp_path / "monitor.png").std() > 0.05
+
+
+def test_the_picture_keeps_few_points_of_a_long_stream() -> None:
+    rng = np.random.default_rng(0)
+    monitor = Monitor.of(rng.normal(size=500))
+    for rows in (1, 30_000, 7, 50_000):
+        monitor.update(rng.normal(size=rows))
+    seen = points(monitor.plot().axes[0].lines[1])[:, 0]
+    assert POINTS / 2 < len(seen) <= POINTS + 2
+    assert seen[0] == 0
+    assert seen[-1] == monitor.seen == 80_008
+    assert (np.diff(seen)[:-1] == np.diff(seen)[0]).all()
