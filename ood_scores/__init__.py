@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ood_scores import metrics, probes, training
+    from ood_scores import benchmark, metrics, probes, training
+    from ood_scores.detector import Detector, calibrate
     from ood_scores.evaluation import evaluate, sweep
     from ood_scores.extraction import extract
     from ood_scores.features import FeatureSet, Head, ensemble, load
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
     from ood_scores.scorers.storage import load_scorer
 
 __all__ = [
+    "Detector",
     "FeatureSet",
     "Head",
     "Scorer",
+    "benchmark",
+    "calibrate",
     "create_scorer",
     "ensemble",
     "evaluate",
@@ -51,6 +55,8 @@ _HOME = {
     "load_scorer": "scorers.storage",
     "register_scorer": "scorers",
     "score": "scorers",
+    "calibrate": "detector",
+    "Detector": "detector",
     "evaluate": "evaluation",
     "sweep": "evaluation",
 }
@@ -58,7 +64,7 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that ``import ood_scores`` costs nothing."""
-    if name in ("metrics", "probes", "training"):
+    if name in ("benchmark", "metrics", "probes", "training"):
         return import_module(f"ood_scores.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'ood_scores' has no attribute {name!r}")

@@ -5,54 +5,67 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
+import numpy as np
 import rich
 import torch
+from safetensors.torch import save_file
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from ood_scores.benchmark import Results, plan
+from ood_scores.benchmark import run as run_benchmark
+from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Spec
 from ood_scores.data.digits import digits, digits_split, photo_patches, uniform_noise
 from ood_scores.data.images import ImageArrays
-from ood_scores.evaluation import evaluate
 from ood_scores.evaluation.plots import Panel, score_histograms
-from ood_scores.extraction import extract
-from ood_scores.features import FeatureSet
-from ood_scores.scorers import create_scorer, list_scorers, score
 from ood_scores.training.fit import fit
 from ood_scores.training.models import with_l2_head
-from ood_scores.training.models.classifier import PooledClassifier, init_he
+from ood_scores.training.models.classifier import PooledClassifier, cifar_cfg, init_he
+
+__all__ = ["DigitNet"]
 
 ID_CLASSES = range(7)
-NEAR_CLASSES = range(7, 10)
+UNSEEN_CLASSES = range(7, 10)
 FAR_IMAGES = 500
-OOD = ("near", "photo", "noise")
+NEAR, FAR = ("unseen",), ("photo", "noise")
+OOD = (*NEAR, *FAR)
 DRAWN = ("msp", "energy", "gradnorm", "feature_norm", "mahalanobis", "knn")
 """The picture shows one scorer of each family."""
 
 TO_INPUT = transforms.Compose([transforms.Grayscale(), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
 
+_HALF = (0.5, 0.5, 0.5)
+default_cfgs = generate_default_cfgs({"digit_net": cifar_cfg(mean=_HALF, std=_HALF) | {"input_size": (3, 8, 8)}})
+
 
 class DigitNet(PooledClassifier):
     """Images ``[N, 1, 8, 8]`` to logits ``[N, 7]``: three convolutions, the mean over the map, a linear classifier."""
 
-    def __init__(self) -> None:
-        super().__init__(in_chans=1, num_features=64)
-        self.conv1 = nn.Conv2d(1, 32, 3, padding=1, bias=False)
+    def __init__(self, num_classes: int = len(ID_CLASSES), in_chans: int = 1) -> None:
+        super().__init__(in_chans, num_features=64)
+        self.conv1 = nn.Conv2d(in_chans, 32, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
         self.conv2 = nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(64)
-        self.reset_classifier(len(ID_CLASSES))
+        self.reset_classifier(num_classes)
         init_he(self)
 
     def forward_features(self, images: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(images)))
         out = F.relu(self.bn2(self.conv2(out)))
         return F.relu(self.bn3(self.conv3(out)))
+
+
+@register_model
+def digit_net(pretrained: bool = False, **kwargs: Any) -> DigitNet:
+    return build_model_with_cfg(DigitNet, "digit_net", pretrained, **kwargs)
 
 
 TRAININGS: Mapping[str, Callable[[], nn.Module]] = {
@@ -67,40 +80,56 @@ class Demo:
     """What the demo found.
 
     Attributes:
-        table: the frames of ``ood_scores.evaluate`` under each other, with ``training`` as the first column.
-        accuracy: on the in-distribution test set, for each training.
+        results: of the benchmark; ``model`` is the training.
+        caches: the file of features by training and set.
     """
 
-    table: pd.DataFrame
-    accuracy: dict[str, float]
+    results: Results
+    caches: Mapping[str, Mapping[str, Path]]
 
 
 def run(out: Path, seed: int = 0, epochs: int = 30, progress: bool = True) -> Demo:
-    """Trains, extracts, scores and compares; leaves a folder of caches per training, results.csv and scores.png."""
+    """Trains two networks and compares every scorer on them: a folder with the benchmark's caches, tables and report,
+    its images and weights, and the picture scores.png."""
     data = image_sets(seed)
-    tables: dict[str, pd.DataFrame] = {}
-    panels: dict[str, Panel] = {}
+    inputs = out / "inputs" / f"seed{seed}"
+    inputs.mkdir(parents=True, exist_ok=True)
+    for name, images in data.items():
+        labelled: dict[str, Any] = {} if images.labels is None else {"labels": images.labels}
+        np.savez(inputs / f"{name}.npz", images=images.images, **labelled)
     for training in TRAININGS:
         if progress:
             rich.print(f"training a network: {training}")
         network = train(training, data["train"], seed, epochs, progress)
-        feats = {name: extract_to(out / training / f"{name}.h5", network, data[name]) for name in data}
-        ood = {name: feats[name] for name in OOD}
-        tables[training] = evaluate(usable_scorers(feats["train"]), id=feats["test"], ood=ood, fit=feats["train"])
-        panels |= {f"{name}, {training}": panel(name, feats) for name in DRAWN}
-    by_scorer = {title: panels[title] for title in sorted(panels)}
-    table = pd.concat([tables[training].assign(training=training) for training in tables], ignore_index=True)
-    table.insert(0, "training", table.pop("training"))
-    table.to_csv(out / "results.csv", index=False)
-    score_histograms(by_scorer, columns=4).savefig(out / "scores.png", dpi=150)
-    return Demo(table, {training: tables[training].attrs["id_accuracy"] for training in tables})
+        save_file(network.state_dict(), inputs / f"{training}.safetensors")
+    spec = benchmark()
+    results = run_benchmark(spec, out=out, data=inputs, jobs=1, progress=False)
+    score_histograms(panels(results), columns=4).savefig(out / "scores.png", dpi=150)
+    units = plan(spec, out, inputs).units
+    caches = {unit.model: {job.set: job.cache for job in unit.jobs} for unit in units}
+    return Demo(results, caches)
+
+
+def benchmark() -> Spec:
+    """What is compared, as a benchmark file would say it."""
+    part = Part(
+        title="Handwritten digits",
+        models=tuple(ModelTable("digit_net", training, f"{training}.safetensors") for training in TRAININGS),
+        sets={name: f"npz:{name}.npz" for name in ("train", "test", *OOD)},
+        fit="train",
+        id="test",
+        near=NEAR,
+        far=FAR,
+        extraction=Extraction(batch_size=256, workers=0),
+    )
+    return Spec("demo", part.title, (part,))
 
 
 def image_sets(seed: int) -> dict[str, ImageArrays]:
     """Digits 0 to 6 for training and test; digits 7 to 9, patches of photographs, and noise, without labels."""
     split = digits_split(ID_CLASSES, seed)
     unlabelled = {
-        "near": digits(NEAR_CLASSES)[0],
+        "unseen": digits(UNSEEN_CLASSES)[0],
         "photo": photo_patches(FAR_IMAGES, seed=seed),
         "noise": uniform_noise(FAR_IMAGES, seed=seed),
     }
@@ -127,17 +156,11 @@ def train(training: str, data: ImageArrays, seed: int, epochs: int, progress: bo
     return network
 
 
-def extract_to(cache: Path, network: nn.Module, data: ImageArrays) -> FeatureSet:
-    return extract(network, DataLoader(data, batch_size=256), cache, overwrite=True, progress=False)
-
-
-def usable_scorers(feats: FeatureSet) -> list[str]:
-    """All scorers but those that read extras, which this extraction does not make."""
-    scorers = [create_scorer(name) for name in list_scorers()]
-    return [scorer.name for scorer in scorers if all(map(feats.has, (*scorer.needs, *scorer.fit_needs)))]
-
-
-def panel(scorer: str, feats: Mapping[str, FeatureSet]) -> Panel:
-    """The scores of one scorer on the test set and on each OoD set."""
-    scores = {name: score(scorer, feats[name], feats["train"]) for name in ("test", *OOD)}
-    return Panel(scores.pop("test"), scores)
+def panels(results: Results) -> dict[str, Panel]:
+    """The scores of the drawn scorers on the test set and on each OoD set, by scorer and training."""
+    drawn = {
+        f"{name}, {scored.model}": Panel(scored.scores[name]["id"], {ood: scored.scores[name][ood] for ood in OOD})
+        for scored in results.scored
+        for name in DRAWN
+    }
+    return {title: drawn[title] for title in sorted(drawn)}

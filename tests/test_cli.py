@@ -222,7 +222,7 @@ def test_extract_with_layers_and_probes(checkpoints: dict[str, Path], tmp_path: 
     assert "layers and probes" in refused(*words, *weights, "--layers", "stages")
     assert "there are: fgsm" in refused(*words, *weights, "--probe", "colour")
     assert "it has: name, epsilon" in refused(*words, *weights, "--probe", "odin:colour=red")
-    assert "--probe odin:key=value" in refused(*words, *weights, "--probe", "odin:0.1")
+    assert "write odin:key=value" in refused(*words, *weights, "--probe", "odin:0.1")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ALL = "all"
+ALL: Literal["all"] = "all"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class ModelTable:
     num_classes: int | None = None
     head: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """As tables show it."""
+        return self.label or self.name
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,12 @@ class Part:
     @property
     def ood(self) -> tuple[str, ...]:
         return (*self.near, *self.far)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The names of all sets that scores are computed of, each once."""
+        searched = (self.search.id, *self.search.ood) if self.search else ()
+        return tuple(dict.fromkeys((self.id, *self.ood, *self.covariate, *searched)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,19 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ood_scores.cli import demo, evaluate, extract, inspect, listing, score, train
+from ood_scores.cli import (
+    benchmark,
+    calibrate,
+    compare,
+    demo,
+    evaluate,
+    extract,
+    inspect,
+    listing,
+    predict,
+    score,
+    train,
+)
 from ood_scores.cli.printing import print_error, print_warning
 from ood_scores.errors import OodScoresError
 
@@ -57,6 +69,10 @@ app.command("train")(train.train)
 app.command("extract")(extract.extract)
 app.command("score")(score.score)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("benchmark")(benchmark.benchmark)
+app.command("calibrate")(calibrate.calibrate)
+app.command("predict")(predict.predict)
 app.command("inspect")(inspect.inspect)
 app.command("list")(listing.list_scorers)
 app.command("demo")(demo.demo)

@@ -37,6 +37,10 @@ def extract(
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
     amp: Annotated[Amp | None, typer.Option(help="Mixed precision.")] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="The order of memory that tensor cores prefer.")
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="By torch.compile; not with layers or probes.")] = False,
     dtype: Annotated[
         Stored, typer.Option(metavar="TYPE", help="To store: float16, float32 or float64.")
     ] = Stored.float32,
@@ -59,7 +63,8 @@ def extract(
 ) -> None:
     """Runs a model once over a dataset and keeps features, logits, labels and the last layer in an HDF5 file.
 
-    An interrupted run continues where it stopped; a cache that something else made is refused.
+    An interrupted run continues where it stopped; a cache that something else made is refused. Under torchrun the
+    processes share the rows.
 
     \b
     [bold]Examples[/]
@@ -69,6 +74,7 @@ def extract(
       ood-scores extract vit_tiny_patch16_224 imglist:textures.txt dtd.h5
       ood-scores extract resnet50 folder:imagenet/val val.h5 \\
           --layers stages --probe odin:epsilon=0.004 --probe rankfeat
+      torchrun --nproc-per-node 4 -m ood_scores extract resnet50 folder:imagenet/val val.h5
 
     \b
     [bold]Data[/]
@@ -93,6 +99,7 @@ def extract(
     import ood_scores
     from ood_scores.data.sources import open_dataset
     from ood_scores.extraction.probes.named import probe_from
+    from ood_scores.extraction.ranks import Ranks
     from ood_scores.training.checkpoints import load_model, preprocessing
 
     means, stds = parsing.numbers(mean), parsing.numbers(std)
@@ -105,6 +112,8 @@ def extract(
         cache,
         device=device,
         amp=amp and amp.value,
+        channels_last=channels_last,
+        compile=compile,
         dtype=dtype.value,
         head=head,
         layers=parsing.layers(layers),
@@ -113,5 +122,7 @@ def extract(
         overwrite=overwrite,
         name=name,
     )
+    if not Ranks.here().first:
+        return
     classes = f", {feats.num_classes} classes" if feats.head else ""
     console().print(f"[green]✓[/] {len(feats):,} rows of {feats.num_features} features{classes} in [bold]{cache}[/]")

@@ -22,6 +22,9 @@ from ood_scores.features.featureset import FeatureSet
 GRAM_COLUMNS = 128
 """Columns of a symmetric product that are computed at a time."""
 
+CLASS_SCATTER_BYTES = 2**30
+"""Most memory that the scatter of all classes may take; what takes more is left out of their moments."""
+
 
 class Accumulator(Protocol):
     """Takes blocks one after the other, then gives the result."""
@@ -85,7 +88,7 @@ class Moments:
 
     ``counts`` int64 ``[C]``; ``means`` ``[C, D]`` (zeros for a class without rows); ``scatter`` ``[D, D]``: the sum
     over all rows of ``(z - mean_of_its_class)(z - mean_of_its_class)^T``, not divided by anything; ``class_scatter``
-    ``[C, D, D]``: the same for each class, or None where it was not asked for.
+    ``[C, D, D]``: the same for each class, or None where it was not asked for or is more than ``CLASS_SCATTER_BYTES``.
     """
 
     counts: Tensor
@@ -338,11 +341,12 @@ class _ClassMomentsAccumulator:
 
     def _nothing_yet(self, values: Tensor) -> Moments:
         width = values.shape[1]
+        per_class = self._statistic.per_class and 8 * self._classes * width**2 <= CLASS_SCATTER_BYTES
         return Moments(
             torch.zeros(self._classes, dtype=torch.int64, device=values.device),
             values.new_zeros(self._classes, width),
             values.new_zeros(width, width),
-            values.new_zeros(self._classes, width, width) if self._statistic.per_class else None,
+            values.new_zeros(self._classes, width, width) if per_class else None,
         )
 
 

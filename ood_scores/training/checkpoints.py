@@ -27,7 +27,7 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def load_model(
-    name: str, checkpoint: str | os.PathLike[str] | None = None, num_classes: int | None = None
+    name: str, checkpoint: str | os.PathLike[str] | None = None, num_classes: int | None = None, **arguments: Any
 ) -> nn.Module:
     """A timm model in eval mode.
 
@@ -38,19 +38,20 @@ def load_model(
             ``ood_scores.training.models`` are known too.
         checkpoint: a ``.safetensors`` file or one of ``torch.save``; without it the pretrained weights are fetched.
         num_classes: of the checkpoint; by default as many as its classifier has.
+        **arguments: further ones of ``timm.create_model``.
 
     Raises:
         UnknownName: timm has no such model.
         CheckpointError: the checkpoint is missing, unsafe, damaged or of another architecture; or there is none, and
             the pretrained weights do not exist or cannot be fetched.
-        BadInput: ``num_classes`` without a checkpoint.
+        BadInput: ``num_classes`` without a checkpoint; or an argument that the model does not take.
     """
     config = _known_config(name)
     if checkpoint is not None:
-        return _from_checkpoint(name, config, Path(checkpoint), num_classes).eval()
+        return _from_checkpoint(name, config, Path(checkpoint), num_classes, arguments).eval()
     if num_classes is not None:
         raise BadInput("num_classes goes with a checkpoint; pretrained weights have their own classes.")
-    return _pretrained(name).eval()
+    return _pretrained(name, arguments).eval()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -75,7 +76,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def preprocessing(
-    model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, **changes: Any
 ) -> Callable[[Any], Any]:
     """The evaluation transform of a timm model, from a PIL image to its input.
 
@@ -84,12 +85,14 @@ def preprocessing(
             normalised with the means of the three channels' values.
         mean: in place of the model's own, for pixels in 0 .. 1: one number, or one for each channel.
         std: likewise.
+        **changes: in place of other entries of timm's data configuration: ``input_size`` (height, width),
+            ``crop_pct``, ``crop_mode``, ``interpolation``.
 
     Raises:
         BadInput: another number of values, or a standard deviation that is not positive.
     """
     channels = _channels(model)
-    config = resolve_model_data_config(model)
+    config = resolve_model_data_config(model) | changes
     config["mean"] = _per_channel("mean", mean or config["mean"], channels)
     config["std"] = _per_channel("std", std or config["std"], channels)
     if min(config["std"]) <= 0:
@@ -109,9 +112,9 @@ def _known_config(name: str) -> PretrainedCfg | None:
         raise UnknownName(f"timm has no model {name!r}: {_first_sentence(error)}.") from error
 
 
-def _pretrained(name: str) -> nn.Module:
+def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=True)
+        return _create(name, pretrained=True, **arguments)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"timm gives no pretrained weights for {name!r} ({_first_sentence(error)}). Try again where the "
@@ -119,19 +122,28 @@ def _pretrained(name: str) -> nn.Module:
         ) from error
 
 
-def _from_checkpoint(name: str, config: PretrainedCfg | None, path: Path, num_classes: int | None) -> nn.Module:
+def _create(name: str, **arguments: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise BadInput(f"{name!r} cannot be made with {', '.join(arguments)}: {_first_sentence(error)}.") from error
+
+
+def _from_checkpoint(
+    name: str, config: PretrainedCfg | None, path: Path, num_classes: int | None, arguments: Mapping[str, Any]
+) -> nn.Module:
     state = read_checkpoint(path)
-    sizes = _arguments(path, name)
+    sizes = {**arguments_of(path, name), **arguments}
     if num_classes or (num_classes := _size(state, getattr(config, "classifier", None), axis=0)):
         sizes["num_classes"] = num_classes
     if _size(state, getattr(config, "first_conv", None), axis=1) == 1:
         sizes["in_chans"] = 1
-    model = timm.create_model(name, **sizes)
+    model = _create(name, **sizes)
     _fill(model, state, name, path)
     return model
 
 
-def _arguments(path: Path, name: str) -> dict[str, Any]:
+def arguments_of(path: Path, name: str) -> dict[str, Any]:
     """What a checkpoint of ``ood_scores.training`` says that its network was made with; nothing for another's."""
     if path.suffix != ".safetensors":
         return {}

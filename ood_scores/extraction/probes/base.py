@@ -25,8 +25,8 @@ P = TypeVar("P", bound="type[Probe]")
 class Pass:
     """A batch after its ordinary forward pass.
 
-    ``inputs`` ``[B, ...]`` and ``logits`` ``[B, C]`` are on the model's device, the ``labels`` (or None) on the CPU;
-    ``start`` is the number of its first row.
+    ``inputs`` ``[B, ...]`` and ``logits`` ``[B, C]`` are on the model's device, the ``labels`` (or None) where the
+    loader had them; ``start`` is the number of its first row.
     """
 
     model: nn.Module

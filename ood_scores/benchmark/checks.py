@@ -1,0 +1,205 @@
+"""What can be wrong with a spec, found before anything is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ood_scores.benchmark.scorers import create, scorer_tables
+from ood_scores.benchmark.spec import Part, Published, Spec
+from ood_scores.errors import BadInput, OodScoresError, UnknownName
+from ood_scores.evaluation.collapse import Collapse
+from ood_scores.scorers import list_scorers
+from ood_scores.toml import KeyPath, meant
+
+GROUPS = ("near", "far", "mean")
+METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood")
+COLLAPSE = tuple(known.name for known in fields(Collapse))
+LONG_TAIL = ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")
+MEASURES = {"neural_collapse": COLLAPSE, "long_tail": LONG_TAIL}
+"""Figures of a model by the name that asks for them; its ``accuracy`` is always there."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a part.
+
+    Attributes:
+        part: its number, from 0.
+        path: the key, with the tables around it in a spec file.
+        message: what, and what to do.
+        error: BadInput, or UnknownName for a name that does not exist.
+    """
+
+    part: int
+    path: KeyPath
+    message: str
+    error: type[OodScoresError] = BadInput
+
+
+def check(spec: Spec) -> None:
+    """Raises the first problem of a spec that was made in Python."""
+    for problem in problems(spec):
+        raise problem.error(f"{spec.parts[problem.part].title}: {problem.message}")
+
+
+def problems(spec: Spec) -> Iterator[Problem]:
+    titles = Counter(part.title for part in spec.parts)
+    for number, part in enumerate(spec.parts):
+        if titles[part.title] > 1:
+            yield Problem(number, ("title",), f"two parts are called {part.title!r}: each needs a title of its own.")
+        for path, message, error in _of_part(part):
+            yield Problem(number, path, message, error)
+
+
+Found = Iterator[tuple[KeyPath, str, type[OodScoresError]]]
+
+
+def _of_part(part: Part) -> Found:
+    for check_some in (_models, _sets, _scorers, _extraction, _measures, _searches):
+        yield from check_some(part)
+    for number in part.published:
+        yield from _published(part, number)
+
+
+def _unknown(path: KeyPath, what: str, name: str, known: Iterable[str]) -> Found:
+    """That a name is not among the known ones, if it is not."""
+    known = list(known)
+    if name not in known:
+        there_are = f"there are: {', '.join(known) or 'none'}"
+        yield path, f"there is no {what} {name!r}{meant(name, known)}; {there_are}.", UnknownName
+
+
+def _wrong(condition: bool, path: KeyPath, message: str) -> Found:
+    if condition:
+        yield path, message, BadInput
+
+
+def _twice(path: KeyPath, names: Iterable[str], what: str) -> Found:
+    for name, times in Counter(names).items():
+        yield from _wrong(times > 1, path, f"{what} {name!r} is there {times} times; each has a name of its own.")
+
+
+def _models(part: Part) -> Found:
+    import timm
+
+    import ood_scores.training.models  # noqa: F401  makes timm know the CIFAR networks
+
+    yield from _twice(("model",), [*(model.title for model in part.models), *part.ensembles], "the model")
+    for number, model in enumerate(part.models):
+        path = ("model", number)
+        if not timm.is_model(model.name):
+            known = f"timm has no model {model.name!r}{meant(model.name, timm.list_models())}."
+            yield (*path, "name"), known, UnknownName
+        both = model.recipe is not None and model.checkpoint is not None
+        yield from _wrong(both, (*path, "recipe"), "a model has a checkpoint, or a recipe that makes it; not both.")
+        alone = bool(model.seeds) and model.recipe is None
+        yield from _wrong(alone, (*path, "seeds"), "seeds are those of a recipe; a checkpoint may be a list.")
+    for label, members in part.ensembles.items():
+        for member in members:
+            titles = [model.title for model in part.models]
+            yield from _unknown(("ensembles", label), "model", member, titles)
+        yield from _wrong(not members, ("ensembles", label), f"the ensemble {label!r} has no members.")
+
+
+def _sets(part: Part) -> Found:
+    named = {"id": [part.id], "near": part.near, "far": part.far, "covariate": part.covariate}
+    named |= {"fit": [part.fit]} if part.fit is not None else {}
+    for key, names in named.items():
+        for name in names:
+            yield from _unknown((key,), "set", name, part.sets)
+    for name in part.ood:
+        yield from _wrong(name in (*GROUPS, "id"), ("sets", name), f"an OoD set cannot be called {name!r}.")
+        known = name in (part.id, *part.covariate)
+        key = "near" if name in part.near else "far"
+        yield from _wrong(known, (key,), f"{name!r} is in-distribution and OoD at the same time.")
+    yield from _twice(("far",), part.ood, "the OoD set")
+
+
+def _scorers(part: Part) -> Found:
+    tables = scorer_tables(part)
+    yield from _twice(("scorers",), [table.label for table in tables], "the scorer")
+    for table in tables:
+        path = ("scorers", table.label)
+        if table.name not in list_scorers():
+            yield from _unknown(path, "scorer", table.name, list_scorers())
+        else:
+            yield from _raised(path, lambda table=table: create(table))  # type: ignore[misc]
+
+
+def _raised(path: KeyPath, make: Callable[[], Any]) -> Found:
+    try:
+        make()
+    except (BadInput, UnknownName) as error:
+        yield path, str(error), type(error)
+
+
+def _extraction(part: Part) -> Found:
+    from ood_scores.extraction.extract import STORED
+    from ood_scores.extraction.models import AMP_DTYPES
+    from ood_scores.extraction.probes import PROBES
+    from ood_scores.extraction.probes.named import probe_from
+
+    options = part.extraction
+    for key in ("probes", "fit_probes"):
+        for text in getattr(options, key):
+            name = text.partition(":")[0]
+            if name not in PROBES:
+                yield from _unknown(("extraction", key), "probe", name, sorted(PROBES))
+            else:
+                yield from _raised(("extraction", key), lambda text=text: probe_from(text))  # type: ignore[misc]
+    yield from _unknown(("extraction", "dtype"), "dtype", options.dtype, STORED)
+    if options.amp is not None:
+        yield from _unknown(("extraction", "amp"), "amp", options.amp, AMP_DTYPES)
+    for key, least in (("batch_size", 1), ("workers", 0), ("rows", 1)):
+        value = getattr(options, key)
+        small = value is not None and value < least
+        yield from _wrong(small, ("extraction", key), f"{key} = {value} is out of range; give at least {least}.")
+
+
+def _measures(part: Part) -> Found:
+    for name in part.measures:
+        yield from _unknown(("measures",), "measure", name, MEASURES)
+        yield from _wrong(part.fit is None, ("measures",), f"{name} is measured with the fit set: write fit = ….")
+
+
+def _searches(part: Part) -> Found:
+    search = part.search
+    if search is None:
+        return
+    reported = {part.sets.get(name): name for name in (part.id, *part.ood, *part.covariate)}
+    for key, names in (("id", (search.id,)), ("ood", search.ood)):
+        for name in names:
+            yield from _unknown(("search", key), "set", name, part.sets)
+            same = reported.get(part.sets.get(name, ""))
+            message = f"{name!r} is reported as {same!r}: choose parameters on images that no result is shown of."
+            yield from _wrong(same is not None, ("search", key), message)
+    yield from _wrong(not search.ood, ("search", "ood"), "the search has no OoD set.")
+    yield from _unknown(("search", "metric"), "metric", search.metric, ("auroc", "fpr95_id", "fpr95_ood"))
+    tables = {table.label: table for table in scorer_tables(part)}
+    for label, grid in search.grid.items():
+        path = ("search", "grid", label)
+        yield from _unknown(path, "scorer", label, tables)
+        for parameter, values in grid.items() if label in tables else ():
+            yield from _wrong(not values, (*path, parameter), f"{parameter} has no values to try.")
+            for value in values:
+                yield from _raised(
+                    (*path, parameter),
+                    lambda label=label, changes={parameter: value}: create(tables[label], changes),  # type: ignore[misc]
+                )
+
+
+def _published(part: Part, number: Published) -> Found:
+    path = ("published", "values", number.scorer or "model")
+    yield from _unknown(
+        ("published", "model"), "model", number.model, [*(m.title for m in part.models), *part.ensembles]
+    )
+    if number.scorer is not None:
+        yield from _unknown(path, "scorer", number.scorer, [table.label for table in scorer_tables(part)])
+        yield from _unknown(("published", "metrics"), "metric", number.metric, METRICS)
+        yield from _unknown(("published", "ood"), "OoD set", str(number.ood), [*part.ood, *GROUPS])
+    else:
+        known = ("accuracy", *COLLAPSE, *LONG_TAIL)
+        yield from _unknown(("published", "metrics"), "figure of a model", number.metric, known)

@@ -1,0 +1,61 @@
+"""Parameters of scorers, chosen on validation sets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ood_scores.benchmark.fitting import Ready, fit_each, score_each
+from ood_scores.benchmark.scorers import create
+from ood_scores.benchmark.spec import ScorerTable, Search
+from ood_scores.evaluation import metrics
+from ood_scores.features import FeatureSet
+
+
+def choose(
+    search: Search, tables: Mapping[str, ScorerTable], sets: Mapping[str, FeatureSet], fit: FeatureSet | None
+) -> tuple[dict[str, Mapping[str, Any]], list[dict[str, Any]]]:
+    """The best setting of each scorer that has a grid, by its label; and a row for each that was tried.
+
+    Of settings that are as good, the first is chosen. One that fails has the value NaN.
+    """
+    tried = {
+        (label, setting): Ready(create(tables[label], dict(setting)))
+        for label, grid in search.grid.items()
+        if label in tables
+        for setting in _settings(grid)
+    }
+    together = {str(number): each for number, each in enumerate(tried.values())}
+    fit_each(together, fit)
+    inside = score_each(together, sets[search.id])
+    outside = [score_each(together, sets[name]) for name in search.ood]
+    sign = 1 if search.metric == "auroc" else -1
+    values = {}
+    for number, (key, each) in zip(together, tried.items(), strict=True):
+        figures = [getattr(metrics, search.metric)(inside[number], of[number]) for of in outside if not each.failure]
+        values[key] = float(np.mean(figures)) if figures else float("nan")
+    chosen = {}
+    for label in dict.fromkeys(label for label, _ in tried):
+        known = [key for key in tried if key[0] == label and not np.isnan(values[key])]
+        if known:
+            chosen[label] = max(known, key=lambda key: sign * values[key])[1]
+    rows = [
+        {
+            "scorer": label,
+            "parameters": json.dumps(dict(setting)),
+            "metric": search.metric,
+            "value": values[label, setting],
+            "chosen": chosen.get(label) == setting,
+        }
+        for label, setting in tried
+    ]
+    return {label: dict(setting) for label, setting in chosen.items()}, rows
+
+
+def _settings(grid: Mapping[str, tuple[Any, ...]]) -> list[tuple[tuple[str, Any], ...]]:
+    """All combinations of the values."""
+    return [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -1,0 +1,54 @@
+"""Published numbers beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from ood_scores.benchmark.checks import COLLAPSE
+from ood_scores.benchmark.spec import Part, Published, Spec
+
+
+def compared(spec: Spec, table: pd.DataFrame, measures: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row for each published number: ours is the mean over the checkpoints, NaN where any of it was not run.
+
+    In percent, but figures of neural collapse as they are. The value of a group of sets is their unweighted mean.
+    """
+    rows = []
+    for part in spec.parts:
+        of_part = table[table["part"] == part.title], measures[measures["part"] == part.title]
+        rows += [_row(part, number, *of_part) for number in part.published]
+    return rows
+
+
+def _row(part: Part, number: Published, table: pd.DataFrame, measures: pd.DataFrame) -> dict[str, Any]:
+    if number.scorer is None:
+        values = measures[(measures["model"] == number.model) & (measures["measure"] == number.metric)]["value"]
+    else:
+        values = _by_checkpoint(part, number, table)
+    values = values * (1 if number.metric in COLLAPSE else 100)
+    ours = values.mean()
+    return {
+        "part": part.title,
+        "model": number.model,
+        "scorer": number.scorer,
+        "ood": number.ood,
+        "metric": number.metric,
+        "published": number.value,
+        "ours": ours,
+        "difference": ours - number.value,
+        "sd": values.std(),
+        "n": len(values),
+        "source": number.source,
+    }
+
+
+def _by_checkpoint(part: Part, number: Published, table: pd.DataFrame) -> pd.Series:
+    """The mean over the sets that are meant, of each checkpoint that has all of them."""
+    groups: Mapping[str | None, Sequence[str]] = {"near": part.near, "far": part.far, "mean": part.ood}
+    wanted = groups.get(number.ood, (number.ood,))
+    ours = table[(table["model"] == number.model) & (table["scorer"] == number.scorer) & table["ood"].isin(wanted)]
+    by_checkpoint = ours.groupby("checkpoint")[number.metric]
+    return by_checkpoint.mean()[by_checkpoint.size() == len(wanted)]

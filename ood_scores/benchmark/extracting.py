@@ -1,0 +1,164 @@
+"""Runs the extractions that a plan waits for, several at a time on a CPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.markup import escape
+from torch.utils.data import DataLoader
+
+from ood_scores.benchmark.planning import Failures, Job
+from ood_scores.errors import CacheError, DamagedCache, MissingData, StaleCache, WorkerDied
+from ood_scores.extraction import extract
+from ood_scores.features import FeatureSet
+
+MOST_JOBS = 4
+
+
+@dataclass(frozen=True)
+class Done:
+    """How an extraction ended; ``reason`` and ``remedy`` where it failed."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+    remedy: str = ""
+
+
+def extract_all(jobs: Sequence[Job], device: str, at_once: int | None, say: Callable[[str], None]) -> Failures:
+    """Makes every cache; those that could not be made, and why.
+
+    Raises:
+        CacheError: a cache that another process writes; a disk that refuses.
+        WorkerDied: a process was killed. What was written is kept, as after a kill of the whole.
+    """
+    cores = _cores()
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    at_once = min(len(jobs), at_once or (1 if on_gpu else min(MOST_JOBS, cores)))
+    failures: Failures = {}
+    run = _one_by_one(jobs, device) if at_once <= 1 else _in_processes(jobs, device, at_once, max(1, cores // at_once))
+    for number, (job, done) in enumerate(run, start=1):
+        what = escape(f"{job.network.table.title} · {job.set}")
+        if done.reason:
+            failures[job.cache] = done.reason, done.remedy
+            say(f"[yellow]not run[/] {what}: {escape(done.reason)}")
+        else:
+            say(f"[green]✓[/] {what}: {done.rows:,} rows in {done.seconds:.1f} s [dim]({number} of {len(jobs)})[/]")
+    return failures
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _one_by_one(jobs: Sequence[Job], device: str) -> Iterator[tuple[Job, Done]]:
+    for job in sorted(jobs, key=lambda job: job.network.key):  # each model is opened once
+        yield job, run_job(job, device, job.extraction.workers)
+    _opened.clear()
+
+
+def _in_processes(jobs: Sequence[Job], device: str, at_once: int, threads: int) -> Iterator[tuple[Job, Done]]:
+    spawn = multiprocessing.get_context("spawn")
+    with _ended_together():
+        pool = ProcessPoolExecutor(at_once, mp_context=spawn, initializer=_start_worker, initargs=(threads,))
+        tasks = {pool.submit(run_job, job, device, 0): job for job in jobs}
+        try:
+            for task in as_completed(tasks):
+                yield tasks[task], task.result()
+            pool.shutdown()
+        except BrokenProcessPool as error:
+            raise WorkerDied(
+                "a process that ran a model was killed, perhaps for want of memory. What it wrote is kept: run the "
+                "same command again to continue, with --jobs 1 if memory is short."
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _ended_together() -> Iterator[None]:
+    """Processes started within the context are ended with it, whatever they are at: caches survive that."""
+    before = {process.pid for process in multiprocessing.active_children()}
+    try:
+        yield
+    finally:
+        for process in multiprocessing.active_children():
+            if process.pid not in before:
+                process.terminate()
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def run_job(job: Job, device: str, workers: int) -> Done:
+    """Makes the cache of a job. What goes wrong with the model or the data is returned, the rest is raised."""
+    start = time.perf_counter()
+    try:
+        feats = _extract(job, device, workers)
+    except (CacheError, OSError):
+        raise
+    except MissingData as error:
+        return Done(reason=error.reason, remedy=error.remedy)
+    except Exception as error:  # somebody's model: the others go on
+        kind = "" if type(error).__module__.startswith("ood_scores") else f"{type(error).__name__}: "
+        return Done(reason=f"{kind}{error}")
+    return Done(len(feats), time.perf_counter() - start)
+
+
+def _extract(job: Job, device: str, workers: int) -> FeatureSet:
+    from ood_scores.data.sources import open_dataset
+    from ood_scores.extraction.probes.named import probe_from
+
+    model, transform = _open(job)
+    options = job.extraction
+    arguments: dict[str, Any] = {
+        "device": device,
+        "amp": options.amp,
+        "dtype": options.dtype,
+        "head": job.network.table.head,
+        "layers": options.layers,
+        "probes": [probe_from(text) for text in options.probes],
+        "progress": False,
+        "name": job.set,
+    }
+    images = open_dataset(job.source, transform, root=job.data)
+    loader = DataLoader(images, options.batch_size, num_workers=workers)
+    try:
+        return extract(model, loader, job.cache, **arguments)
+    except (DamagedCache, StaleCache):  # not finished, and of no use
+        return extract(model, loader, job.cache, overwrite=True, **arguments)
+
+
+_opened: dict[tuple[str, str], tuple[Any, Any]] = {}
+"""The model that this process has opened last, and its transform."""
+
+
+def _open(job: Job) -> tuple[Any, Any]:
+    key = job.network.key, repr(job.preprocessing)
+    if key not in _opened:
+        _opened.clear()
+        model, transform = job.network.open(job.preprocessing)
+        _opened[key] = model.to(memory_format=torch.channels_last), transform
+    return _opened[key]

@@ -1,0 +1,40 @@
+"""Which scorers a unit will run, as far as can be told before the extraction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ood_scores.benchmark.fitting import Has, unmet
+from ood_scores.benchmark.planning import Job, SetFacts, Unit
+from ood_scores.benchmark.scorers import create, scorer_tables
+
+
+def foreseen(unit: Unit, facts: Mapping[str, SetFacts]) -> tuple[list[str], dict[str, list[str]]]:
+    """Labels of the scorers that will run; and of the others, by reason."""
+    fit = _has(unit.fit, facts) if unit.fit else None
+    sets = [_has(jobs, facts) for jobs in unit.sets.values()]
+    run: list[str] = []
+    left_out: dict[str, list[str]] = {}
+    for table in scorer_tables(unit.part):
+        reason, remedy = unmet(create(table), fit, sets)
+        if not reason:
+            run.append(table.label)
+        else:
+            left_out.setdefault(f"{reason}: {remedy}" if remedy else reason, []).append(table.label)
+    return run, left_out
+
+
+def _has(jobs: tuple[Job, ...], facts: Mapping[str, SetFacts]) -> Has:
+    """Whether a scorer will find what it needs in a set, or in the sets of an ensemble's members."""
+    if len(jobs) > 1:
+        labelled = _has(jobs[:1], facts)("labels")
+        there = {"features", "logits", "head", "ensemble"} | ({"labels"} if labelled else set())
+        return lambda name: name.partition(".")[0] in there
+    (job,) = jobs
+    feats = job.features()
+    if feats is not None:
+        return feats.has
+    there = {"features", "logits", "head", *(text.partition(":")[0] for text in job.extraction.probes)}
+    there |= {"labels"} if facts[job.source].labelled else set()
+    there |= {"layers"} if job.extraction.layers is not None else set()
+    return lambda name: name.partition(".")[0] in there

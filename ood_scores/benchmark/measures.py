@@ -1,0 +1,60 @@
+"""Figures of a model beside its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ood_scores.benchmark.saving import SetScores
+from ood_scores.benchmark.spec import Part
+from ood_scores.errors import OodScoresError
+from ood_scores.evaluation.collapse import neural_collapse
+from ood_scores.evaluation.long_tail import long_tail_report
+from ood_scores.features import FeatureSet
+
+Figures = Sequence[Mapping[str, Any]]
+
+
+def accuracies(part: Part, scored: Mapping[str, SetScores], sets: Mapping[str, FeatureSet]) -> Figures:
+    """``accuracy`` on the ID set, and ``accuracy on NAME`` for the sets under a shift; where there are labels."""
+    names = {part.id: "accuracy"} | {name: f"accuracy on {name}" for name in part.covariate}
+    found = {}
+    for name, measure in names.items():
+        if name in scored and sets[name].has("labels") and sets[name].has("logits"):
+            sets[name].class_labels()
+            found[measure] = float((scored[name].predictions == scored[name].labels).double().mean())
+    return _rows(found)
+
+
+def measured(part: Part, id: FeatureSet, fit: FeatureSet | None) -> Iterator[tuple[str, Figures, str]]:
+    """Name, figures and, where there are none, the reason, for each of the part's measures."""
+    for name in part.measures:
+        try:
+            yield name, _rows(_MEASURES[name](id, fit)), ""
+        except OodScoresError as error:
+            yield name, [], str(error)
+
+
+def _collapse(id: FeatureSet, fit: Any) -> dict[str, float]:
+    return asdict(neural_collapse(fit))
+
+
+def _long_tail(id: FeatureSet, fit: Any) -> dict[str, float]:
+    counts = torch.bincount(fit.class_labels(), minlength=fit.num_classes or 0)
+    report = long_tail_report(id, counts)
+    groups = report.groups.set_index("group")["accuracy"]
+    return {
+        "ece": report.ece,
+        "activation_ratio": report.activation_ratio,
+        **{f"accuracy_{group}": float(groups[group]) for group in ("many", "medium", "few")},
+    }
+
+
+def _rows(figures: Mapping[str, float]) -> Figures:
+    return [{"measure": name, "value": value} for name, value in figures.items()]
+
+
+_MEASURES = {"neural_collapse": _collapse, "long_tail": _long_tail}

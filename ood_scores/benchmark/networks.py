@@ -1,0 +1,93 @@
+"""The networks of a part: which weights each model stands for, where they are, and how images become their inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ood_scores.benchmark.spec import ModelTable, Preprocessing
+from ood_scores.data.specs import expanded, located
+from ood_scores.errors import MissingData
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RECIPES = "benchmarks/recipes"
+RUNS = "runs"
+TRAINED = "last.safetensors"
+"""The file of weights that a training leaves in its folder."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One set of weights.
+
+    Attributes:
+        table: the model that it belongs to.
+        checkpoint: its weights; None for timm's own.
+        key: what tells it from every other network, as a file name. It depends on the bytes of the checkpoint.
+    """
+
+    table: ModelTable
+    checkpoint: Path | None
+    key: str
+
+    def open(self, preprocessing: Preprocessing) -> tuple[nn.Module, Callable[[Any], Any]]:
+        """The model in eval mode, and the transform from a PIL image to its input."""
+        from ood_scores.training import checkpoints
+
+        table = self.table
+        model = checkpoints.load_model(table.name, self.checkpoint, table.num_classes, **table.arguments)
+        changes = {key: value for key, value in asdict(preprocessing).items() if value is not None}
+        return model, checkpoints.preprocessing(model, **changes)
+
+
+def checkpoints_of(model: ModelTable) -> tuple[str | None, ...]:
+    """The files of a model's weights, one for each seed; None for timm's own."""
+    if model.recipe is not None:
+        folders = [f"{model.recipe}_seed{seed}" for seed in model.seeds] or [model.recipe]
+        return tuple(f"{RUNS}/{folder}/{TRAINED}" for folder in folders)
+    return model.checkpoint if isinstance(model.checkpoint, tuple) else (model.checkpoint,)
+
+
+def find(model: ModelTable, number: int, data: Path) -> Network:
+    """The network of a model with one of its checkpoints.
+
+    Raises:
+        MissingData: the checkpoint is not there, or a variable of its path is not set.
+    """
+    text = checkpoints_of(model)[number]
+    if text is None:
+        return Network(model, None, _key(model, b""))
+    path = located(expanded(text), data)
+    if not path.is_file():
+        raise MissingData(f"there is no checkpoint {path}", _how_to_train(model, number, data))
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**24):
+            digest.update(piece)
+    return Network(model, path, _key(model, digest.digest()))
+
+
+def _how_to_train(model: ModelTable, number: int, data: Path) -> str:
+    if model.recipe is None:
+        return ""
+    folder = data / Path(checkpoints_of(model)[number] or "").parent
+    seed = f" --set seed={model.seeds[number]}" if model.seeds else ""
+    return f"ood-scores train {RECIPES}/{model.recipe}.toml{seed} --out {folder}"
+
+
+def _key(model: ModelTable, weights: bytes) -> str:
+    facts = [model.name, model.num_classes, model.head, dict(model.arguments)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode() + weights).hexdigest()
+    return f"{file_name(model.title)}-{digest[:8]}"
+
+
+def file_name(text: str) -> str:
+    """A text as a name that every file system takes."""
+    return re.sub(r"[^\w.=+-]+", "_", text).strip("_.") or "unnamed"

@@ -1,0 +1,251 @@
+"""What a benchmark has to do: which networks see which sets, what is there already, and what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from ood_scores.benchmark import networks
+from ood_scores.benchmark.networks import Network, file_name
+from ood_scores.benchmark.results import NotRun
+from ood_scores.benchmark.spec import Extraction, Part, Preprocessing, Spec
+from ood_scores.data.specs import parse
+from ood_scores.errors import CacheError, MissingData, OodScoresError, UnknownName
+from ood_scores.features import FeatureSet, load
+
+CACHES = "caches"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One extraction: a network on a set.
+
+    Attributes:
+        set: its name.
+        source: what ``open_dataset`` opens.
+        extraction: its ``probes`` are those of this set's role.
+        cache: the file.
+    """
+
+    network: Network
+    set: str
+    source: str
+    preprocessing: Preprocessing
+    extraction: Extraction
+    data: Path
+    cache: Path
+
+    def features(self) -> FeatureSet | None:
+        """The finished cache, or None if there is none."""
+        try:
+            return load(self.cache)
+        except (CacheError, FileNotFoundError):
+            return None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The scorers of a part on one checkpoint of a model, or on an ensemble.
+
+    Attributes:
+        part, model, checkpoint: title or label, and number, as results have them.
+        sets: by name of each set that is scored, the job of every network; an ensemble has several.
+        fit: likewise for the fit set; empty if there is none.
+    """
+
+    part: Part
+    model: str
+    checkpoint: int
+    sets: Mapping[str, tuple[Job, ...]]
+    fit: tuple[Job, ...]
+
+    @property
+    def title(self) -> str:
+        several = next((len(networks.checkpoints_of(m)) > 1 for m in self.part.models if m.title == self.model), False)
+        return f"{self.model} ({self.checkpoint})" if several else self.model
+
+    @property
+    def jobs(self) -> Iterator[Job]:
+        for jobs in (*self.sets.values(), self.fit):
+            yield from jobs
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """What is known of a data set before a model has seen it; None for rows that are not known yet."""
+
+    rows: int | None
+    labelled: bool
+
+
+Failures = dict[Path, tuple[str, str]]
+"""By the cache that an extraction would have made: why it did not, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a benchmark has to do.
+
+    Attributes:
+        units: those that can be run, as far as is known.
+        pending: the extractions that they wait for, longest first.
+        facts: of the sets of these, by source.
+        not_run: what cannot be run.
+    """
+
+    units: tuple[Unit, ...]
+    pending: tuple[Job, ...]
+    facts: Mapping[str, SetFacts] = field(default_factory=dict)
+    not_run: tuple[NotRun, ...] = ()
+
+
+def plan(spec: Spec, out: Path, data: Path, download: bool = True) -> Plan:
+    """Looks for checkpoints, caches and data; opens the data that a model still has to see.
+
+    Args:
+        spec: the benchmark.
+        out: folder of the run.
+        data: where relative paths start.
+        download: False leaves away what the spec says about downloading, so that nothing is written.
+    """
+    units, not_run = _units(spec, out, data)
+    unfinished = {job.cache: job for unit in units for job in unit.jobs if job.features() is None}
+    facts, missing = _look_at_all({job.source: job.set for job in unfinished.values()}, data, download)
+    not_run += _missing_beside_models(spec, units, data)
+    failures = {cache: missing[job.source] for cache, job in unfinished.items() if job.source in missing}
+    units, more = without(units, failures)
+    wanted = {job.cache: job for unit in units for job in unit.jobs if job.cache in unfinished}
+    longest_first = sorted(wanted.values(), key=lambda job: -_cost(job, facts[job.source]))
+    return Plan(tuple(units), tuple(longest_first), facts, tuple(dict.fromkeys([*not_run, *more])))
+
+
+def without(units: Iterable[Unit], failures: Failures) -> tuple[list[Unit], list[NotRun]]:
+    """The units without the sets whose extraction failed; a unit without its ID or fit set is left out."""
+    kept, not_run = [], []
+    for unit in units:
+        lost = {job.cache: job for job in unit.jobs if job.cache in failures}
+        not_run += [NotRun(unit.part.title, job.set, *failures[job.cache]) for job in lost.values()]
+        basis = [name for name, jobs in _basis(unit).items() if any(job.cache in lost for job in jobs)]
+        if basis:
+            reason = f"its set {' and '.join(map(repr, basis))} could not be had"
+            not_run.append(NotRun(unit.part.title, unit.title, reason, _remedy(lost.values(), failures)))
+            continue
+        sets = {name: jobs for name, jobs in unit.sets.items() if not any(job.cache in lost for job in jobs)}
+        kept.append(replace(unit, sets=sets))
+    return kept, not_run
+
+
+def _basis(unit: Unit) -> dict[str, tuple[Job, ...]]:
+    """The jobs without which nothing of the unit can be run, by set."""
+    part = unit.part
+    searched = (part.search.id, *part.search.ood) if part.search else ()
+    basis = {name: unit.sets[name] for name in (part.id, *searched)}
+    return basis | ({part.fit: basis.get(part.fit, ()) + unit.fit} if part.fit else {})
+
+
+def _remedy(jobs: Iterable[Job], failures: Failures) -> str:
+    return next((failures[job.cache][1] for job in jobs if failures[job.cache][1]), "")
+
+
+def _units(spec: Spec, out: Path, data: Path) -> tuple[list[Unit], list[NotRun]]:
+    units, not_run = [], []
+    for part in spec.parts:
+        found: dict[str, list[Network]] = {}
+        for model in part.models:
+            several = len(networks.checkpoints_of(model)) > 1
+            found[model.title] = []
+            for number in range(len(networks.checkpoints_of(model))):
+                try:
+                    network = networks.find(model, number, data)
+                except MissingData as error:
+                    title = f"{model.title} ({number})" if several else model.title
+                    not_run.append(NotRun(part.title, title, error.reason, error.remedy))
+                    continue
+                found[model.title].append(network)
+                units.append(_unit(part, model.title, number, [network], out, data))
+        for label, members in part.ensembles.items():
+            all_of = {m.title: len(networks.checkpoints_of(m)) for m in part.models}
+            lost = [member for member in members if len(found[member]) < all_of[member]]
+            if lost:
+                not_run.append(NotRun(part.title, label, f"its member {lost[0]!r} is not there"))
+            else:
+                joint = [network for member in members for network in found[member]]
+                units.append(_unit(part, label, 0, joint, out, data))
+    return units, not_run
+
+
+def _unit(part: Part, model: str, checkpoint: int, members: list[Network], out: Path, data: Path) -> Unit:
+    def jobs(name: str, probes: tuple[str, ...]) -> tuple[Job, ...]:
+        options = replace(part.extraction, probes=probes, fit_probes=())
+        return tuple(job(network, part, name, options, out, data) for network in members)
+
+    fit = jobs(part.fit, part.extraction.fit_probes) if part.fit else ()
+    return Unit(part, model, checkpoint, {name: jobs(name, part.extraction.probes) for name in part.scored}, fit)
+
+
+def job(network: Network, part: Part, name: str, extraction: Extraction, out: Path, data: Path) -> Job:
+    """The extraction of a set; its cache is named after all that decides what comes out."""
+    source = limited(part.sets[name], extraction.rows)
+    facts = [source, asdict(part.preprocessing), *map(repr, _that_matters(extraction))]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    cache = out / CACHES / network.key / f"{file_name(name)}-{digest[:8]}.h5"
+    return Job(network, name, source, part.preprocessing, extraction, data, cache)
+
+
+def _that_matters(extraction: Extraction) -> Iterator[object]:
+    return (getattr(extraction, key) for key in ("amp", "dtype", "layers", "probes"))
+
+
+def limited(source: str, rows: int | None) -> str:
+    """A source with at most so many rows, evenly spaced."""
+    taken = parse(source).options.get("take")
+    if rows is None or (taken and taken.isdecimal() and int(taken) <= rows):
+        return source
+    return f"{source}{'&' if '?' in source else '?'}take={rows}"
+
+
+def _missing_beside_models(spec: Spec, units: Iterable[Unit], data: Path) -> Iterator[NotRun]:
+    """The missing sets of parts that miss all of their models too."""
+    alive = {unit.part.title for unit in units}
+    for part in spec.parts:
+        if part.title not in alive:
+            names = {part.sets[name]: name for name in (*part.scored, *([part.fit] if part.fit else ()))}
+            _, missing = _look_at_all(names, data, download=False)
+            yield from (NotRun(part.title, names[source], *why) for source, why in missing.items())
+
+
+def _look_at_all(
+    names: Mapping[str, str], data: Path, download: bool
+) -> tuple[dict[str, SetFacts], dict[str, tuple[str, str]]]:
+    """The facts of the sources that are there, and reason and remedy of the others."""
+    facts, missing = {}, {}
+    for source, name in names.items():
+        try:
+            facts[source] = _look_at(source, data, download)
+        except MissingData as error:
+            missing[source] = error.reason, error.remedy
+        except UnknownName as error:
+            raise UnknownName(f"the set {name!r}: {error}") from error
+        except OodScoresError as error:
+            missing[source] = str(error), ""
+    return facts, missing
+
+
+def _look_at(source: str, data: Path, download: bool) -> SetFacts:
+    from ood_scores.data.sources import open_dataset
+
+    if not download and parse(source).kind == "hf":
+        return SetFacts(None, True)  # its library fetches what it opens
+    if not download:
+        source = re.sub(r"([?&])download=true", r"\1download=false", source)
+    images = open_dataset(source, root=data)
+    return SetFacts(len(images), images.load(0)[1] is not None)
+
+
+def _cost(job: Job, facts: SetFacts) -> float:
+    """Roughly: a probe runs the model again, some several times."""
+    return (facts.rows or 0) * (1 + 3 * len(job.extraction.probes))

@@ -1,0 +1,187 @@
+"""``ood-scores benchmark``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from ood_scores.cli.printing import console
+from ood_scores.cli.tables import percent_tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+    from ood_scores.benchmark import Results, Spec
+    from ood_scores.benchmark.planning import Plan, Unit
+    from ood_scores.benchmark.results import NotRun
+
+HEADINGS = {"auroc": ("AUROC", "↑"), "fpr95_id": ("FPR95", "↓ID")}
+LEGEND = (
+    "Percent, best in bold. FPR95 ID: share of OoD that passes when 95% of ID does. near, far, mean: unweighted means "
+    "over the OoD sets. The report has intervals, FPR95 with OoD as the positive class, and costs."
+)
+SHOWN = 8
+"""Names in a line about what was not run."""
+
+
+def benchmark(
+    spec: Annotated[Path, typer.Argument(help="The TOML file that says which models, sets and scorers.")],
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="In place of what the file says; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/ and the file's name.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where relative paths start. Default: the current folder.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Extractions at the same time. Default: 1 on a GPU, else a core each.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, and what is missing.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No line per step.")] = False,
+) -> None:
+    """Compares scorers on models and sets, from one file to tables and a report.
+
+    Each model sees each set once. An interrupted run continues when the same command is given again; a finished one is
+    read again. What is missing here is listed with the way to get it, and the rest is run.
+
+    \b
+    [bold]Examples[/]
+      ood-scores benchmark benchmarks/suites/real.toml --dry-run
+      ood-scores benchmark benchmarks/suites/real.toml
+      ood-scores benchmark mine.toml --set extraction.rows=500 --out quick
+      ood-scores benchmark mine.toml --data /data --jobs 2
+
+    \b
+    [bold]A file[/]
+      id = "cifar10_test"
+      near = \\["cifar100_test"]
+      far = \\["mine"]
+      fit = "cifar10_train"
+      scorers = "all"                # or \\["msp", "energy"]
+      \\[sets]
+      cifar10_train = "torchvision:CIFAR10?split=train&download=true"
+      cifar10_test = "torchvision:CIFAR10?split=test&download=true"
+      cifar100_test = "torchvision:CIFAR100?split=test&download=true"
+      mine = "folder:photos"
+      \\[\\[model]]
+      name = "cifar_resnet20"        # timm's names too
+      checkpoint = "cifar10.safetensors"
+      num_classes = 10
+    """
+    from ood_scores.benchmark import load_spec, run
+
+    screen = console()
+    if dry_run:
+        _show_plan(screen, load_spec(spec, set or ()), out, data)
+        return
+    try:
+        results = run(spec, out=out, data=data, overrides=set or (), device=device, jobs=jobs, progress=not quiet)
+    except KeyboardInterrupt:
+        screen.print("[yellow]stopped[/]: the same command continues from what is there")
+        raise typer.Exit(130) from None
+    _show(screen, results)
+    if results.table.empty and results.measures.empty:
+        raise typer.Exit(1)
+
+
+def _show(screen: Console, results: Results) -> None:
+    screen.print(f"[bold]{escape(results.title)}[/]")
+    for (part, model), table in results.table.groupby(["part", "model"], sort=False):
+        title = f"{part}: {model}" if part != results.title else str(model)
+        screen.print(f"\n[bold]{escape(title)}[/]{_accuracy(table)}")
+        for shown in percent_tables(wide(table), screen.width):
+            screen.print(shown)
+    if len(results.table):
+        screen.print(LEGEND, style="dim")
+    _show_not_run(screen, results.not_run)
+    if (results.folder / "report.html").exists():
+        screen.print(f"[green]✓[/] report [bold]{escape(str(results.folder / 'report.html'))}[/]", soft_wrap=True)
+    screen.print(f"[green]✓[/] all metrics [bold]{escape(str(results.folder / 'results.csv'))}[/]", soft_wrap=True)
+
+
+def _accuracy(table: pd.DataFrame) -> str:
+    by_checkpoint = table.groupby("checkpoint")["id_accuracy"].first()
+    if by_checkpoint.isna().all():
+        return ""
+    spread = f" ± {by_checkpoint.std():.2%}, {len(by_checkpoint)} checkpoints" if len(by_checkpoint) > 1 else ""
+    return f"  accuracy {by_checkpoint.mean():.2%}{spread}"
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """A scorer per row, best mean AUROC first; columns ``(OoD set, metric, direction)``, averages first.
+
+    Means over checkpoints where there are several.
+    """
+    import pandas as pd
+
+    mean = table.groupby(["scorer", "ood", "group"], sort=False)[list(HEADINGS)].mean().reset_index()
+    sets = {name: [name] for name in dict.fromkeys(mean["ood"])}
+    groups = {group: list(dict.fromkeys(mean[mean["group"] == group]["ood"])) for group in ("near", "far")}
+    averages = {"mean": list(sets)} | groups
+    shown = {name: over for name, over in averages.items() if len(over) > 1 and (name == "mean" or over != list(sets))}
+    metrics = mean.pivot(index="scorer", columns="ood", values=list(HEADINGS))
+    columns = {
+        (name, *heading): metrics[metric][over].mean(axis=1, skipna=False)
+        for name, over in (shown | sets).items()
+        for metric, heading in HEADINGS.items()
+    }
+    best_first = mean.groupby("scorer")["auroc"].mean().sort_values(ascending=False, kind="stable").index
+    return pd.DataFrame(columns).loc[best_first]
+
+
+def _show_not_run(screen: Console, not_run: Iterable[NotRun]) -> None:
+    """Grouped by reason."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for entry in not_run:
+        by_reason.setdefault((entry.reason, entry.remedy), []).append(entry.what)
+    for (reason, remedy), names in by_reason.items():
+        names = list(dict.fromkeys(names))
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        listed = escape(", ".join(names[:SHOWN]) + more)
+        screen.print(f"[yellow]not run[/] {listed} [dim]({escape(reason)})[/]", soft_wrap=True)
+        if remedy:
+            screen.print(f"        [dim]→ {escape(remedy)}[/]", soft_wrap=True)
+
+
+def _show_plan(screen: Console, spec: Spec, out: Path | None, data: Path | None) -> None:
+    from ood_scores.benchmark import plan
+    from ood_scores.benchmark.runner import places
+
+    folder, base = places(spec, out, data)
+    planned = plan(spec, folder, base, download=False)
+    screen.print(f"[bold]{escape(spec.title)}[/] → {escape(str(folder))}")
+    for line in (*_caches(planned, folder), *(line for unit in planned.units for line in _scorers(unit, planned))):
+        screen.print(line, soft_wrap=True)
+    _show_not_run(screen, planned.not_run)
+
+
+def _caches(planned: Plan, folder: Path) -> Iterator[str]:
+    pending = {job.cache: job for job in planned.pending}
+    for job in {job.cache: job for unit in planned.units for job in unit.jobs}.values():
+        what = escape(f"{job.network.table.title} · {job.set}")
+        place = escape(str(job.cache.relative_to(folder)))
+        if job.cache not in pending:
+            yield f"[green]there[/]    {what} [dim]{place}[/]"
+            continue
+        rows = planned.facts[job.source].rows
+        size = "rows not known yet" if rows is None else f"{rows:,} rows"
+        probes = f", probes {', '.join(job.extraction.probes)}" if job.extraction.probes else ""
+        yield f"[cyan]extract[/]  {what}: {size}{escape(probes)} [dim]{place}[/]"
+
+
+def _scorers(unit: Unit, planned: Plan) -> Iterator[str]:
+    """What would be scored, as far as can be told before the extraction."""
+    from ood_scores.benchmark.foreseen import foreseen
+
+    run, left_out = foreseen(unit, planned.facts)
+    yield f"[cyan]score[/]    {escape(f'{unit.part.title} · {unit.title}')}: {len(run)} scorers"
+    yield f"         [dim]{escape(', '.join(run))}[/]"
+    for reason, names in left_out.items():
+        yield f"         [yellow]without[/] {escape(', '.join(names))} [dim]({escape(reason)})[/]"

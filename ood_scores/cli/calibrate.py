@@ -1,0 +1,128 @@
+"""``ood-scores calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ood_scores.cli import parsing
+from ood_scores.cli.printing import console, facts
+from ood_scores.errors import BadInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ood_scores.detector import Detector
+
+CACHES = (".h5", ".hdf5")
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="timm's name of the model, or one of this package's CIFAR networks.")],
+    id: Annotated[
+        str, typer.Option("--id", metavar="DATA", help="Held-out ID data for the threshold: a cache, or a dataset.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write the detector into.")],
+    scorer: Annotated[str, typer.Option(help="A scorer's name; ood-scores list shows them.")] = "energy",
+    fit: Annotated[
+        str | None, typer.Option(metavar="DATA", help="ID data to fit the scorer on, usually of training.")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="The share of ID images to keep.")] = 0.95,
+    delta: Annotated[
+        float | None, typer.Option(help="How often the share may be missed; without it, it holds on average.")
+    ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="A threshold for each predicted class.")] = False,
+    param: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the scorer; repeatable.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights, .safetensors or .pth; without it timm's pretrained ones.")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Classes of the checkpoint, where they cannot be read off it.")
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="A text file of the classes' names, one a line.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0 to 1, if not the model's own.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0 to 1, if not the model's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+) -> None:
+    """Makes a detector: a model and a scorer with the threshold that keeps a share of in-distribution images.
+
+    The threshold holds for images like those of --id, which must be new to the model: neither trained nor fitted on.
+
+    \b
+    [bold]Examples[/]
+      ood-scores calibrate resnet50 --id folder:imagenet/val --out detector
+      ood-scores calibrate cifar_resnet20 --checkpoint resnet20.safetensors \\
+          --scorer vim --fit train.h5 --id val.h5 --keep 0.99 --out detector
+      ood-scores predict photos --detector detector --out results.csv
+
+    \b
+    [bold]Data[/] is a cache of the same model from ood-scores extract, or
+      folder:PATH, npz:PATH, imglist:PATH, torchvision:CIFAR10?split=test
+    """
+    import ood_scores
+    from ood_scores.scorers import create_scorer
+    from ood_scores.training.checkpoints import arguments_of, load_model, preprocessing
+
+    changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
+    ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))
+    names = classes.read_text(encoding="utf-8").split("\n") if classes else None
+    network = load_model(model, checkpoint, num_classes)
+    opened = _opener(preprocessing(network, **changes), batch_size, workers)
+    detector = ood_scores.calibrate(
+        ready,
+        network,
+        fit=opened(fit) if fit else None,
+        id=opened(id),
+        keep=keep,
+        delta=delta,
+        per_class=per_class,
+        preprocessing=changes,
+        classes=[name.strip() for name in names if name.strip()] if names else None,
+        device=device,
+    )
+    detector.save(out, arguments=arguments_of(checkpoint, model) if checkpoint else None)
+    _show(detector, out)
+
+
+def _opener(transform: Any, batch_size: int, workers: int) -> Callable[[str], Any]:
+    """A function that opens a cache, or a dataset as a loader, by the text that names it."""
+    from torch.utils.data import DataLoader
+
+    import ood_scores
+    from ood_scores.data.sources import open_dataset
+
+    def opened(text: str) -> Any:
+        if Path(text).suffix in CACHES:
+            return ood_scores.load(text)
+        if ":" not in text and Path(text).exists():
+            raise BadInput(f"{text} is no cache: write folder:{text} for a folder of images.")
+        return DataLoader(open_dataset(text, transform), batch_size, num_workers=workers)
+
+    return opened
+
+
+def _show(detector: Detector, out: Path) -> None:
+    calibration = detector.calibration
+    of = f" of {detector.data.dataset}" if detector.data else ""
+    limits = [each.value for each in calibration.thresholds]
+    limit = f"{limits[0]:.6g}" if len(limits) == 1 else f"{min(limits):.6g} to {max(limits):.6g}, by predicted class"
+    screen = console()
+    screen.print(f"[green]✓[/] a detector in [bold]{out}[/]")
+    screen.print(
+        facts(
+            {
+                "scorer": f"{detector.scorer.name} ({detector.passes})",
+                "threshold": limit,
+                "from": f"{len(calibration.scores):,} rows{of}",
+                "guarantee": calibration.guarantee,
+            }
+        )
+    )

@@ -1,0 +1,179 @@
+"""``ood-scores predict``."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ood_scores.cli.parsing import check_table_path, write_table
+from ood_scores.cli.printing import console
+from ood_scores.errors import BadInput, MissingData
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+    from ood_scores.detector import Detector
+
+SOME_OOD, SOME_UNREADABLE = 3, 4
+"""Exit codes."""
+
+SHOWN = 5
+"""How many rows the screen shows."""
+
+
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES…", help="Files, folders or quoted patterns.")],
+    detector: Annotated[Path, typer.Option(metavar="DIR", help="A folder from ood-scores calibrate.")],
+    out: Annotated[Path | None, typer.Option(help="Write a row for every image: .csv or .json.")] = None,
+    fail_on_ood: Annotated[bool, typer.Option("--fail-on-ood", help="Exit with 3 if an image is OoD.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+) -> None:
+    """Says of every image what it shows, and whether it is out of distribution.
+
+    Folders are searched with all that is below them. An image that cannot be read is a row with its error.
+
+    \b
+    [bold]Examples[/]
+      ood-scores predict photos --detector detector --out results.csv
+      ood-scores predict "inbox/**/*.jpg" cat.png --detector detector
+      ood-scores predict new.png --detector detector --fail-on-ood || echo stop
+
+    \b
+    [bold]Exit codes[/]
+      0  every image was read
+      1  nothing was done: the message says why
+      3  some image is OoD, with --fail-on-ood
+      4  some image could not be read, whatever the others are
+    """
+    from ood_scores.detector import Detector
+
+    check_table_path(out)
+    files = image_files(images)
+    table = results(Detector.load(detector, device=device), files, batch_size, workers)
+    _show(table)
+    if out:
+        write_table(table.astype(object).where(table.notna(), None), out)
+        console().print(f"[green]✓[/] every image in [bold]{out}[/]")
+    if table["error"].notna().any():
+        raise typer.Exit(SOME_UNREADABLE)
+    if fail_on_ood and table["is_ood"].any():
+        raise typer.Exit(SOME_OOD)
+
+
+def image_files(texts: Iterable[str]) -> list[str]:
+    """The image files that files, folders and patterns stand for, in this order, each once.
+
+    A file that is named is taken even if it is not there. Raises MissingData for a pattern or folder without images.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    files: dict[str, None] = {}
+    for text in texts:
+        if Path(text).is_dir():
+            found = [str(file) for file in sorted(Path(text).rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS]
+        elif glob.has_magic(text) and not Path(text).exists():
+            found = sorted(file for file in glob.glob(text, recursive=True) if Path(file).is_file())
+        else:
+            found = [text]
+        if not found:
+            raise MissingData(f"there is no image in {text}; known are {', '.join(IMG_EXTENSIONS)}.")
+        files |= dict.fromkeys(found)
+    return list(files)
+
+
+class Decoded:
+    """A dataset of ``(file, tensor, "")``, or ``(file, None, error)`` for an image that cannot be read."""
+
+    def __init__(self, files: Sequence[str], transform: Any) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[str, Any, str]:
+        from ood_scores.data.images import read_rgb
+
+        try:
+            return self.files[index], self.transform(read_rgb(self.files[index])), ""
+        except BadInput as error:
+            return self.files[index], None, str(error)
+
+
+def results(detector: Detector, files: Sequence[str], batch_size: int, workers: int) -> pd.DataFrame:
+    """A row for each file: ``image``, what the detector says of it, and ``error`` where it cannot be read."""
+    import pandas as pd
+    from torch.utils.data import DataLoader
+
+    if detector.transform is None:
+        raise BadInput("this detector takes tensors only: calibrate it with preprocessing={...}, or call it in Python.")
+    loader: Any = DataLoader(
+        Decoded(files, detector.transform),  # type: ignore[arg-type]
+        batch_size,
+        num_workers=min(workers, len(files) // batch_size),
+        collate_fn=list,
+    )
+    parts = []
+    for batch in _with_progress(loader, len(files)):
+        part = pd.DataFrame({"image": [file for file, _, _ in batch], "error": [error or None for *_, error in batch]})
+        readable = [tensor for _, tensor, _ in batch if tensor is not None]
+        if readable:
+            said = detector.predict(readable).to_pandas()
+            part = part.join(said.set_index(part.index[part["error"].isna()]))
+        parts.append(part)
+    return _typed(pd.concat(parts, ignore_index=True))
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns in order, whole numbers and truth values as such though some are missing."""
+    kinds = {"label": "Int64", "probability": "float64", "score": "float64", "p_value": "float64", "is_ood": "boolean"}
+    names = ["image", "label", *(["class_name"] if "class_name" in table else []), *list(kinds)[1:], "error"]
+    return table.reindex(columns=names).astype(kinds)
+
+
+def _with_progress(batches: Iterable[Any], total: int) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        for batch in batches:
+            yield batch
+            bar.advance(task, len(batch))
+
+
+def _show(table: pd.DataFrame) -> None:
+    screen = console()
+    unread = table[table["error"].notna()]
+    read = table[table["error"].isna()]
+    n_ood = int(read["is_ood"].sum())
+    counts = f"[bold]{len(read):,}[/] images: {len(read) - n_ood:,} in-distribution, [bold]{n_ood:,}[/] OoD"
+    screen.print(counts + (f" ({n_ood / len(read):.1%})" if len(read) else ""))
+    if n_ood:
+        screen.print(_lowest(read))
+    for file in unread.head(SHOWN).itertuples():
+        screen.print(f"[red]✗[/] {file.error}", markup=True, soft_wrap=True)
+    if len(unread) > SHOWN:
+        screen.print(f"[red]✗[/] and {len(unread) - SHOWN:,} more that cannot be read")
+
+
+def _lowest(read: pd.DataFrame) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Least in-distribution", title_justify="left", title_style="bold", header_style="dim")
+    table.add_column("image", overflow="fold")
+    for name in ("label", "probability", "score", "p-value"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = "class_name" if "class_name" in read else "label"
+    for row in read[read["is_ood"]].nsmallest(SHOWN, ["p_value", "score"]).to_dict("records"):
+        numbers = (f"{row['probability']:.3f}", f"{row['score']:.6g}", f"{row['p_value']:.2g}")
+        table.add_row(Text(row["image"]), str(row[shown]), *numbers)
+    return table

@@ -1,0 +1,304 @@
+"""Detectors on disk: a folder of safetensors and JSON. Nothing is pickled, so opening one runs no code of it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from ood_scores.detector.calibration import Calibration
+from ood_scores.detector.conformal import Threshold
+from ood_scores.detector.inputs import input_batches
+from ood_scores.detector.runner import Runner, model_dtype, probe_of
+from ood_scores.errors import BadInput, CacheWriteFailed, DamagedCache, ForeignFile, OodScoresError, OtherModel
+from ood_scores.extraction.heads import logits_of
+from ood_scores.extraction.models import architecture, evaluating, model_device, weights_sha256
+from ood_scores.features import Provenance
+from ood_scores.scorers.storage import load_scorer
+from ood_scores.training.checkpoints import load_model
+
+if TYPE_CHECKING:
+    from ood_scores.detector.detector import Detector
+
+FORMAT = "ood_scores detector"
+VERSION = 1
+PACKAGES = ("ood_scores", "torch", "timm", "numpy")
+DESCRIPTION, SCORER, CALIBRATION, MODEL = (
+    "detector.json",
+    "scorer.safetensors",
+    "calibration.safetensors",
+    "model.safetensors",
+)
+
+
+def save_detector(detector: Detector, path: str | os.PathLike[str], with_model: bool) -> None:
+    """Writes a detector into a folder, which takes the place of ``path`` once it is complete; see ``Detector.save``."""
+    folder = Path(path)
+    _check_replaceable(folder)
+    if weights_sha256(detector.model) != detector.weights:
+        raise OtherModel("the model's weights have changed since it was calibrated: calibrate again.")
+    with _disk_errors(folder), _folder_for_writing(folder) as temporary:
+        detector.scorer.save(temporary / SCORER)
+        _write_calibration(detector.calibration, temporary / CALIBRATION)
+        if with_model:
+            _write_model(detector, temporary / MODEL)
+        files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        described = _describe(detector) | {"files": files}
+        (temporary / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        _put_in_place(temporary, folder)
+
+
+def load_detector(path: str | os.PathLike[str], model: nn.Module | None = None) -> Detector:
+    """Opens what ``save_detector`` wrote; see ``Detector.load``."""
+    from ood_scores.detector.detector import Detector
+
+    folder = Path(path)
+    with _damage_named(folder):
+        described = _read_description(folder)
+        for name, digest in described["files"].items():
+            if not (folder / name).is_file() or _sha256(folder / name) != digest:
+                raise DamagedCache(f"{folder / name} is missing, truncated or altered: save the detector again.")
+        if model is None:
+            model = _model_in(folder, described["model"])
+        else:
+            _require_weights(model, described["model"], folder)
+        return Detector(
+            model=model,
+            scorer=load_scorer(folder / SCORER),
+            calibration=_read_calibration(folder / CALIBRATION, described["keep"], described["delta"]),
+            runner=_runner(model, described["run"]),
+            weights=described["model"]["weights_sha256"],
+            preprocessing=described["preprocessing"],
+            classes=None if described["classes"] is None else tuple(described["classes"]),
+            data=Provenance.from_attributes(described["data"] or {}),
+            arguments=described["model"]["arguments"],
+        )
+
+
+def _describe(detector: Detector) -> dict[str, Any]:
+    """What is no tensor, as JSON; some of it only for the reader."""
+    calibration, runner = detector.calibration, detector.runner
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "scorer": detector.scorer.name,
+        "keep": calibration.keep,
+        "delta": calibration.delta,
+        "per_class": calibration.predicted is not None,
+        "threshold": None if calibration.predicted is not None else str(calibration.thresholds[0].value),
+        "rows": len(calibration.scores),
+        "passes": detector.passes,
+        "classes": detector.classes,
+        "model": {
+            "architecture": architecture(detector.model),
+            "weights_sha256": detector.weights,
+            "arguments": dict(detector.arguments),
+            "channels_last": _is_channels_last(detector.model),
+        },
+        "run": {
+            "head": runner.head,
+            "probes": [repr(probe) for probe in runner.probes],
+            "amp": runner.amp,
+            "dtype": runner.dtype,
+        },
+        "preprocessing": detector.preprocessing,
+        "data": detector.data.to_attributes() if detector.data else None,
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _runner(model: nn.Module, described: Mapping[str, Any]) -> Runner:
+    probes = tuple(probe_of(text) for text in described["probes"])
+    return Runner(model, described["head"], probes, described["amp"], described["dtype"])
+
+
+def _write_calibration(calibration: Calibration, file: Path) -> None:
+    tensors = {
+        "scores": torch.from_numpy(calibration.scores),
+        "thresholds": torch.tensor([each.value for each in calibration.thresholds], dtype=torch.float64),
+        "ranks": torch.tensor([each.rank for each in calibration.thresholds]),
+        "rows": torch.tensor([each.n for each in calibration.thresholds]),
+    }
+    if calibration.predicted is not None:
+        tensors["predicted"] = torch.from_numpy(calibration.predicted)
+    safetensors.torch.save_file(tensors, file)
+
+
+def _read_calibration(file: Path, keep: float, delta: float | None) -> Calibration:
+    stored = {name: values.numpy() for name, values in safetensors.torch.load_file(file).items()}
+    columns = (stored[name].tolist() for name in ("thresholds", "rows", "ranks"))
+    thresholds = tuple(Threshold(value, keep, rows, rank, delta) for value, rows, rank in zip(*columns, strict=True))
+    return Calibration(stored["scores"], thresholds, stored.get("predicted"))
+
+
+def _write_model(detector: Detector, file: Path) -> None:
+    """The weights, in the format of checkpoints of ``ood_scores.training``, if ``load_model`` gives the model back."""
+    model, name = detector.model, architecture(detector.model)
+    if not (hasattr(model, "pretrained_cfg") and timm.is_model(name)):
+        return
+    facts = {"architecture": json.dumps(name), "arguments": json.dumps(dict(detector.arguments))}
+    state = {key: values.detach().cpu().contiguous().clone() for key, values in model.state_dict().items()}
+    safetensors.torch.save_file(state, file, facts)
+    reason = _difference(detector, file)
+    if reason:
+        file.unlink()
+        warnings.warn(
+            f"the model is not saved with the detector: {reason}. If it was made with arguments of timm.create_model, "
+            "pass save(..., arguments={...}); else Detector.load needs the model, load(path, model).",
+            stacklevel=4,
+        )
+
+
+def _difference(detector: Detector, file: Path) -> str:
+    """What the saved model does not have of the detector's; "" where it is the same."""
+    model = detector.model
+    try:
+        again = _load_network(file, architecture(model), _is_channels_last(model)).to(model_device(model))
+    except OodScoresError as error:
+        return str(error).rstrip(".")
+    if weights_sha256(again) != detector.weights:
+        return f"timm makes {architecture(model)} with other weights or buffers from its checkpoint"
+    if not torch.equal(_logits(detector, model), _logits(detector, again)):
+        return f"timm makes {architecture(model)} so that it gives other logits"
+    return ""
+
+
+def _logits(detector: Detector, model: nn.Module) -> Tensor:
+    """What the model, or one like it, says of two images of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    (inputs,) = input_batches(noise, detector.transform)
+    device = model_device(model)
+    with evaluating(model, device):
+        return logits_of(model(inputs.to(device, model_dtype(model))))
+
+
+def _load_network(file: Path, name: str, channels_last: bool) -> nn.Module:
+    model = load_model(name, file)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def _is_channels_last(model: nn.Module) -> bool:
+    """Whether weights lie in memory with channels last: sums in another order are rounded in another way."""
+    weights = [values for values in model.parameters() if values.ndim == 4 and not values.is_contiguous()]
+    return any(values.is_contiguous(memory_format=torch.channels_last) for values in weights)
+
+
+def _model_in(folder: Path, described: Mapping[str, Any]) -> nn.Module:
+    if not (folder / MODEL).is_file():
+        raise BadInput(
+            f"{folder} holds no model: pass the {described['architecture']} that it was calibrated with, "
+            "Detector.load(path, model)."
+        )
+    model = _load_network(folder / MODEL, described["architecture"], described["channels_last"])
+    if weights_sha256(model) != described["weights_sha256"]:
+        raise DamagedCache(
+            f"timm {timm.__version__} makes another {described['architecture']} of {folder / MODEL} than the one that "
+            "was saved: pass the model, Detector.load(path, model)."
+        )
+    return model
+
+
+def _require_weights(model: nn.Module, described: Mapping[str, Any], folder: Path) -> None:
+    found = weights_sha256(model)
+    if found != described["weights_sha256"]:
+        raise OtherModel(
+            f"{folder} was calibrated with {described['architecture']} with weights "
+            f"{described['weights_sha256'][:12]}…, the model given is {architecture(model)} with weights "
+            f"{found[:12]}…: pass the same model, or calibrate again."
+        )
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no folder {folder}.")
+    if not _is_ours(folder):
+        raise ForeignFile(f"{folder} is not a detector that ood_scores saved.")
+    try:
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedCache(f"{folder / DESCRIPTION} is truncated or damaged ({error}): save it again.") from error
+    if described["version"] > VERSION:
+        raise ForeignFile(
+            f"{folder} has detector format {described['version']}; this version of ood_scores reads up to {VERSION}: "
+            "update ood_scores."
+        )
+    return described
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a detector was saved there, whatever has become of its files since."""
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        return False
+    with open(file, encoding="utf-8", errors="replace") as text:
+        return FORMAT in text.read(200)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ForeignFile(f"{folder} is a file: a detector is saved in a folder.")
+    if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
+        raise ForeignFile(f"{folder} holds something else than a detector and is left alone: choose another folder.")
+
+
+@contextmanager
+def _folder_for_writing(folder: Path) -> Iterator[Path]:
+    """A hidden folder on the same disk, gone afterwards."""
+    home = folder if folder.exists() else folder.parent
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=home) as temporary:
+        yield Path(temporary)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Files that are not a detector's stay; the description, without which there is none, goes first and comes last."""
+    folder.mkdir(exist_ok=True)
+    for name in (DESCRIPTION, MODEL):
+        (folder / name).unlink(missing_ok=True)
+    for name in (SCORER, CALIBRATION, MODEL, DESCRIPTION):
+        if (temporary / name).exists():
+            os.replace(temporary / name, folder / name)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CacheWriteFailed(
+            f"could not write {folder} ({error}): make room on the disk, or choose another folder."
+        ) from error
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """What a description lacks becomes an error that says what to do."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedCache(f"{folder / DESCRIPTION} is damaged ({error!r}): save the detector again.") from error
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while part := content.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

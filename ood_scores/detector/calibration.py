@@ -1,0 +1,90 @@
+"""What a detector keeps of its calibration: sorted scores, and the thresholds that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ood_scores.detector.conformal import Threshold, class_thresholds, p_values, threshold
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The scores of held-out ID data and the thresholds that keep the asked share of it.
+
+    Attributes:
+        scores: float64 ``[n]``, ascending.
+        thresholds: one; or one for each predicted class.
+        predicted: int64 ``[n]``, the predicted class of each row where there is a threshold for each; else None.
+    """
+
+    scores: NDArray[np.float64]
+    thresholds: tuple[Threshold, ...]
+    predicted: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        scores: NDArray[np.float64],
+        predicted: NDArray[np.int64],
+        classes: int,
+        keep: float,
+        delta: float | None,
+        per_class: bool,
+    ) -> Calibration:
+        """From the scores and the predicted classes of ID rows; raises what ``conformal.threshold`` raises."""
+        order = np.argsort(scores, kind="stable")
+        if per_class:
+            found = class_thresholds(scores, predicted, classes, keep, delta=delta)
+            return cls(scores[order], found, predicted[order])
+        return cls(scores[order], (threshold(scores, keep, delta=delta),))
+
+    @property
+    def keep(self) -> float:
+        """The share of ID rows that was asked for."""
+        return self.thresholds[0].keep
+
+    @property
+    def delta(self) -> float | None:
+        """How often over calibration sets the kept share may lie below ``keep``; None where it is meant on average."""
+        return self.thresholds[0].delta
+
+    @property
+    def guarantee(self) -> str:
+        """What holds for new rows that are exchangeable with the calibration rows."""
+        if self.predicted is None:
+            return self.thresholds[0].guarantee
+        of = "on average over calibration sets" if self.delta is None else f"with {1 - self.delta:.2%} of them"
+        return f"at least {self.keep:.2%} of the ID rows predicted as each class are kept {of}"
+
+    def rejects(self, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which rows ``[m]`` lie below the threshold, that of their predicted class where each has its own."""
+        limits = np.array([each.value for each in self.thresholds])
+        return scores < (limits[0] if self.predicted is None else limits[labels])
+
+    def p_values(self, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Conformal p-values ``[m]``, among the rows of the same predicted class where each has its own threshold.
+
+        A class for which there is no calibration row has p-values of 1.
+        """
+        if self.predicted is None:
+            return p_values(self.scores, scores)
+        found = np.ones(len(scores))
+        for label in np.unique(labels):
+            among = self._of_class[label]
+            if len(among):
+                found[labels == label] = p_values(among, scores[labels == label])
+        return found
+
+    @cached_property
+    def _of_class(self) -> list[NDArray[np.float64]]:
+        return [self.scores[self.predicted == label] for label in range(len(self.thresholds))]
+
+    def __str__(self) -> str:
+        share = f"keeps {self.keep:.4g} of ID data"
+        sure = "" if self.delta is None else f" with {1 - self.delta:.4g} certainty"
+        limit = f"score >= {self.thresholds[0].value:.6g}" if self.predicted is None else "a threshold for each class"
+        return f"{share}{sure} by {limit}, after {len(self.scores):,} rows"

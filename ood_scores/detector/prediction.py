@@ -1,0 +1,67 @@
+"""Prediction: what a detector says about some images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ood_scores.errors import MissingInput
+from ood_scores.features import FeatureSet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a detector says about each of B images, as NumPy arrays ``[B]``.
+
+    Attributes:
+        label: the predicted class, int64.
+        probability: its softmax probability, float64.
+        score: of the detector's scorer, float64; higher = more in-distribution.
+        p_value: the conformal p-value of "this image is in-distribution", float64; small = OoD.
+        is_ood: whether the score is below the threshold.
+        class_name: the name of the predicted class; None where the detector knows no names.
+    """
+
+    label: NDArray[np.int64]
+    probability: NDArray[np.float64]
+    score: NDArray[np.float64]
+    p_value: NDArray[np.float64]
+    is_ood: NDArray[np.bool_]
+    class_name: NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name, those that there are."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: values for name, values in columns.items() if values is not None}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each image, a column for each array."""
+        import pandas as pd
+
+        return pd.DataFrame(self.columns())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Prediction]) -> Prediction:
+        """Several predictions of one detector as one, in their order."""
+        columns = [part.columns() for part in parts]
+        return cls(**{name: np.concatenate([column[name] for column in columns]) for name in columns[0]})
+
+
+def predictions_of(feats: FeatureSet) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The predicted class of every row and its probability, both ``[N]``. Raises MissingInput without logits."""
+    if not feats.has("logits"):
+        raise MissingInput("a detector says which class it predicts: the feature set needs logits.")
+    parts = [(block.prediction(), 1 / block.total_odds()) for block in feats.blocks(only=("logits",))]
+    label, probability = (torch.cat(part) for part in zip(*parts, strict=True))
+    return label.numpy(), probability.numpy()

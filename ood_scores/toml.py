@@ -1,0 +1,287 @@
+"""Tables from TOML files: inheritance, overrides, and errors that say where the mistake is."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ood_scores.errors import BadInput, UnknownName
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Raw = dict[str, Any]
+KeyPath = tuple[str | int, ...]
+"""Names of tables and of a key; after the name of a list of tables stands the number of one, from 0."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a table may hold.
+
+    Attributes:
+        keys: by key, the type of its value; a ``Table`` for a table below it, ``[Table]`` for a list of tables.
+        rest: likewise for every other key; None if there is none.
+        instead: the type of a value that may stand in the table's place.
+    """
+
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    rest: Any = None
+    instead: Any = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tables come from, to say it in errors.
+
+    Attributes:
+        name: of the file.
+        what: it is, such as ``a recipe``.
+        text: of the file.
+    """
+
+    name: str
+    what: str
+    text: str = ""
+
+    def place(self, path: KeyPath) -> str:
+        """The source and, where it can be found, the line of a key or of the innermost table around it."""
+        whole = [path[:length] for length in range(len(path), 0, -1)]
+        line = next((self.lines[part] for part in whole if part in self.lines), None)
+        return self.name if line is None else f"{self.name}, line {line}"
+
+    @cached_property
+    def lines(self) -> dict[KeyPath, int]:
+        """The line of each key and table."""
+        return dict(reversed(list(_keys_of_lines(self.text))))
+
+
+def hints_of(cls: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return {key: hint for key, hint in get_type_hints(cls).items() if key not in leave_out}
+
+
+def read(path: Path, table: Table, what: str) -> tuple[Raw, list[Source]]:
+    """The tables of a file, and the files that they come from, the given one first.
+
+    ``extends = "base.toml"`` at its top takes what it does not say from another file, beside it.
+
+    Args:
+        path: the file.
+        table: what it may hold.
+        what: it is, in one word.
+
+    Raises:
+        BadInput: the file is not there, not TOML, or has a value of a wrong type.
+        UnknownName: a key that is not of the table; the message says where it is and which there are.
+    """
+    return _read(path, table, what, ())
+
+
+def _read(path: Path, table: Table, what: str, seen: tuple[Path, ...]) -> tuple[Raw, list[Source]]:
+    if path.resolve() in seen:
+        raise BadInput(f"{path} extends itself, through {' and '.join(str(other) for other in seen)}.")
+    try:
+        source = Source(str(path), f"a {what}", path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(source.text)
+    except FileNotFoundError as error:
+        raise BadInput(f"there is no {what} {path}.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"cannot read the {what} {path}: {error}.") from error
+    check(raw, table, source)
+    extended = raw.pop("extends", None)
+    if not extended:
+        return raw, [source]
+    base, sources = _read(path.parent / extended, table, what, (*seen, path.resolve()))
+    return merged(base, raw), [source, *sources]
+
+
+def merged(base: Raw, changes: Mapping[str, Any]) -> Raw:
+    """Tables key by key; a table with another ``name`` starts afresh, and a list takes the place of the other."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        same = isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name"))
+        result[key] = merged(old, value) if same and isinstance(old, dict) else value
+    return result
+
+
+def with_overrides(raw: Raw, overrides: Iterable[str], table: Table, what: str, example: str) -> Raw:
+    """The tables with ``key=value`` texts put in, such as ``optimizer.lr=0.05`` or ``stage.1.epochs=3``.
+
+    A value is read as TOML, or else as a text. Tables of a list are counted from 1.
+
+    Raises:
+        BadInput, UnknownName: as ``read``.
+    """
+    given: Raw = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not (equals and key.strip()):
+            raise BadInput(f"cannot read --set {text}; write --set key=value, such as --set {example}.")
+        *tables, last = key.strip().split(".")
+        place = given
+        for name in tables:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise BadInput(f"--set {text}: {name} is set to a value already.")
+        place[last] = _toml_value(value.strip())
+    result = merged(raw, _numbered(given, raw, table, what))
+    check(result, table, Source("--set", f"a {what}"))
+    return result
+
+
+def _numbered(given: Raw, raw: Raw, table: Table, what: str) -> Raw:
+    """``{"stage": {"1": changes}}`` as the list of stages with the changes in it."""
+    result = dict(given)
+    for key, hint in table.keys.items():
+        if isinstance(hint, list) and isinstance(given.get(key), dict):
+            entries = list(raw.get(key, []))
+            for number, changes in given[key].items():
+                if number not in map(str, range(1, len(entries) + 1)) or not isinstance(changes, dict):
+                    have = f"the {what} has {len(entries)} [[{key}]] tables, counted from 1"
+                    raise BadInput(f"--set {key}.{number}: {have}.")
+                old = entries[int(number) - 1]
+                entries[int(number) - 1] = merged(old, _numbered(changes, old, hint[0], what))
+            result[key] = entries
+    return result
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def check(raw: Mapping[str, Any], table: Table, source: Source, path: KeyPath = ()) -> None:
+    """Raises UnknownName for a key that is not of the table, BadInput for a value of another type."""
+    for key, value in raw.items():
+        hint = table.keys.get(key, table.rest)
+        if hint is None:
+            owner = f"[{_title(path)}]" if path else source.what
+            has = f"it has: {', '.join(table.keys)}"
+            raise UnknownName(f"{source.place((*path, key))}: {owner} has no {key!r}{meant(key, table.keys)}; {has}.")
+        _check_value(value, hint, source, (*path, key))
+
+
+def _check_value(value: Any, hint: Any, source: Source, path: KeyPath) -> None:
+    name = _title(path)
+    if isinstance(hint, list):
+        if not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
+            raise BadInput(f"{source.place(path)}: {name} is not a list of tables; write [[{name}]].")
+        for number, entry in enumerate(value):
+            check(entry, hint[0], source, (*path, number))
+    elif isinstance(hint, Table):
+        if isinstance(value, dict):
+            check(value, hint, source, path)
+        elif hint.instead is None:
+            raise BadInput(f"{source.place(path)}: {name} is {value!r}, not a table; write [{name}].")
+        elif not _fits(value, hint.instead):
+            raise BadInput(f"{source.place(path)}: {name} is {value!r}; give {_wanted(hint.instead)}, or a table.")
+    elif not _fits(value, hint):
+        raise BadInput(f"{source.place(path)}: {name} is {value!r}; give {_wanted(hint)}.")
+
+
+def filled(cls: type[T], given: Mapping[str, Any], title: str, rest: str | None = None) -> T:
+    """A dataclass from a table that was checked; ``rest`` is the field that takes the keys that are no fields.
+
+    Raises:
+        BadInput: a key is missing.
+    """
+    fields = {known.name: known for known in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = hints_of(cls, () if rest is None else (rest,))
+    values = {key: converted(given[key], hint) for key, hint in hints.items() if key in given}
+    for name, known in fields.items():
+        required = known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise BadInput(f"[{title}] has no {name}; write {name} = … in it.")
+    others = {} if rest is None else {rest: {key: value for key, value in given.items() if key not in hints}}
+    return cls(**values, **others)
+
+
+def converted(value: Any, hint: Any) -> Any:
+    """TOML's lists and whole numbers as tuples and floats, where those are meant."""
+    if isinstance(value, list):
+        return tuple(value)
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return float(value) if float in options and not isinstance(value, bool) else value
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)``, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _title(path: Sequence[str | int]) -> str:
+    return ".".join(part for part in path if isinstance(part, str))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _wanted(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_wanted(option) for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)[0]
+        return "a list" if inner is Any else f"a list, each {_wanted(inner)}"
+    return {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}[hint]
+
+
+_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
+_KEYS = rf"{_KEY}(?:\s*\.\s*{_KEY})*"
+_HEADER = re.compile(rf"\s*(\[\[?)\s*({_KEYS})\s*\]\]?\s*(?:#.*)?$")
+_ENTRY = re.compile(rf"\s*({_KEYS})\s*=")
+
+
+def _keys_of_lines(text: str) -> Iterator[tuple[KeyPath, int]]:
+    """Every key and table that starts in a line, with the tables around it, and the number of the line."""
+    table: KeyPath = ()
+    last: dict[KeyPath, int] = {}
+    in_text = False
+    for number, line in enumerate(text.splitlines(), start=1):
+        found: KeyPath = ()
+        if not in_text and (header := _HEADER.match(line)):
+            table = found = _numbered_path(_parts(header[2]), last, starts=header[1] == "[[")
+        elif not in_text and (entry := _ENTRY.match(line)):
+            found = (*table, *_parts(entry[1]))
+        yield from ((found[:length], number) for length in range(1, len(found) + 1))
+        in_text ^= (line.count('"""') + line.count("'''")) % 2 == 1
+
+
+def _numbered_path(parts: Sequence[str], last: dict[KeyPath, int], starts: bool) -> KeyPath:
+    """The path of a header, with the number of the last table of each list in it; ``[[…]]`` starts the next."""
+    path: KeyPath = ()
+    for position, part in enumerate(parts, start=1):
+        path = (*path, part)
+        if starts and position == len(parts):
+            last[path] = last.get(path, -1) + 1
+        if path in last:
+            path = (*path, last[path])
+    return path
+
+
+def _parts(keys: str) -> list[str]:
+    return [part.strip("\"'") for part in re.findall(_KEY, keys)]

@@ -1,0 +1,139 @@
+"""What a benchmark cannot run is listed with the way to get it; the command line says so before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks_in_small import part, spec, write_data
+from typer.testing import CliRunner
+
+from ood_scores.benchmark import load_results, run
+from ood_scores.benchmark.spec import ModelTable, Part, ScorerTable
+from ood_scores.cli import app
+
+SCORERS = (ScorerTable("msp", "msp"), ScorerTable("knn", "knn"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+def missing() -> Part:
+    models = (
+        ModelTable("cifar_resnet20", "Net", ("0.safetensors", "9.safetensors")),
+        ModelTable("cifar_resnet20", "Trained", recipe="mine", seeds=(0, 4)),
+    )
+    sets = {**part().sets, "gone": "npz:gone.npz", "elsewhere": "npz:$NOT_SET_HERE/a.npz"}
+    return part(models=models, sets=sets, far=("dark", "gone", "elsewhere"), scorers=SCORERS)
+
+
+def test_what_is_missing_is_listed_and_the_rest_is_run(data: Path, tmp_path: Path) -> None:
+    found = run(spec(missing()), out=tmp_path, data=data, jobs=1, progress=False)
+    assert set(found.table["ood"]) == {"cousins", "dark"}
+    assert set(found.table["model"]) == {"Net"}
+    listed = {entry.what: (entry.reason, entry.remedy) for entry in found.not_run}
+    assert listed["Net (1)"] == (f"there is no checkpoint {data}/9.safetensors", "")
+    train = f"ood-scores train benchmarks/recipes/mine.toml --set seed=4 --out {data}/runs/mine_seed4"
+    assert listed["Trained (1)"] == (f"there is no checkpoint {data}/runs/mine_seed4/last.safetensors", train)
+    assert listed["gone"][0] == f"there is no {data}/gone.npz"
+    assert "NOT_SET_HERE" in listed["elsewhere"][0]
+
+
+@pytest.mark.parametrize("role", ["id", "fit"])
+def test_without_its_id_or_fit_set_a_model_is_not_run(data: Path, tmp_path: Path, role: str) -> None:
+    sets = {**part().sets, "gone": "npz:gone.npz"}
+    gone = part(title="Gone", sets=sets, scorers=SCORERS, **{role: "gone"})
+    found = run(spec(part(scorers=SCORERS), gone), out=tmp_path, data=data, jobs=1, progress=False)
+    assert set(found.table["part"]) == {"Small"}
+    assert [(entry.part, entry.what) for entry in found.not_run] == [("Gone", "gone"), ("Gone", "Net")]
+    assert found.not_run[1].reason == "its set 'gone' could not be had"
+
+
+def test_a_model_that_cannot_run_is_not_run(data: Path, tmp_path: Path) -> None:
+    wrong = ModelTable("cifar_resnet56", "Wrong", "0.safetensors")
+    found = run(
+        spec(part(models=(*part().models, wrong), scorers=SCORERS)), out=tmp_path, data=data, jobs=1, progress=False
+    )
+    assert set(found.table["model"]) == {"Net"}
+    assert any("does not fit 'cifar_resnet56'" in entry.reason for entry in found.not_run)
+
+
+FILE = """
+title = "On the command line"
+id = "test"
+near = ["cousins"]
+far = ["dark", "gone"]
+fit = "fits"
+scorers = ["msp", "knn", "odin"]
+[sets]
+fits = "npz:fits.npz"
+test = "npz:test.npz"
+cousins = "npz:cousins.npz"
+dark = "npz:dark.npz"
+gone = "torchvision:SVHN?split=test&root=nowhere&download=true"
+[[model]]
+label = "Net"
+name = "cifar_resnet20"
+checkpoint = "0.safetensors"
+[preprocessing]
+input_size = [8, 8]
+[extraction]
+workers = 0
+"""
+
+
+def command(data: Path, out: Path, *words: str, text: str = FILE) -> Any:
+    path = out.parent / "spec.toml"
+    path.write_text(text)
+    places = ["--out", str(out), "--data", str(data), "--jobs", "1"]
+    return CliRunner().invoke(app, ["benchmark", str(path), *places, *words], env={"COLUMNS": "120"})
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(data: Path, tmp_path: Path) -> None:
+    before = sorted(data.rglob("*"))
+    result = command(data, tmp_path / "out", "--dry-run", "--set", "extraction.rows=20")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out").exists()
+    assert sorted(data.rglob("*")) == before
+    assert "extract  Net · test: 20 rows caches/Net-" in result.output
+    assert "On the command line · Net: 2 scorers\n         msp, knn" in result.output
+    assert 'without odin (it reads odin, which is not extracted: [extraction] probes = ["odin"])' in result.output
+    assert "not run gone (" in result.output
+
+
+def test_the_command_shows_percent_and_what_was_not_run(data: Path, tmp_path: Path) -> None:
+    text = FILE.replace("&download=true", "")
+    result = command(data, tmp_path / "out", text=text)
+    assert result.exit_code == 0, result.output
+    found: Any = load_results(tmp_path / "out").table.set_index(["scorer", "ood"])
+    (line,) = [line for line in result.output.splitlines() if line.split()[:1] == ["knn"]]
+    rows = [found.loc[("knn", "cousins")], found.loc[("knn", "dark")]]
+    cells = [100 * row[metric] for row in rows for metric in ("auroc", "fpr95_id")]
+    means = [(cells[0] + cells[2]) / 2, (cells[1] + cells[3]) / 2]
+    assert [float(cell) for cell in line.split()[1:]] == pytest.approx(means + cells, abs=0.051)
+    assert "not run gone (" in result.output
+    assert "→ " in result.output
+    again = command(data, tmp_path / "out", "--dry-run", text=text)
+    assert "there    Net · test caches/Net-" in again.output
+
+
+def test_exit_code_when_nothing_can_be_run(data: Path, tmp_path: Path) -> None:
+    assert command(data, tmp_path / "out", text=FILE.replace("0.safetensors", "7.safetensors")).exit_code == 1
+    result = command(data, tmp_path / "out", "--set", "near=cosins")
+    assert result.exit_code == 1
+    assert "near is 'cosins'; give a list" in result.output

@@ -1,0 +1,289 @@
+"""Benchmark files: what they say, what they may not say, and where the mistake is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ood_scores.benchmark import load_spec
+from ood_scores.benchmark.checks import check
+from ood_scores.benchmark.scorers import create, described
+from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Published, ScorerTable, Search, Spec
+from ood_scores.errors import BadInput, OodScoresError, UnknownName
+
+SMALL = """
+title = "Small"
+id = "test"
+near = ["cousins"]
+far = ["noise"]
+[sets]
+test = "digits?classes=0-6"
+cousins = "digits?classes=7-9"
+noise = "noise:uniform"
+fits = "npz:train.npz"
+[[model]]
+name = "cifar_resnet20"
+"""
+
+
+def toml(folder: Path, text: str = SMALL, name: str = "small") -> Path:
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def part(path: Path, *overrides: str) -> Part:
+    (only,) = load_spec(path, overrides).parts
+    return only
+
+
+def refused(path: Path, *overrides: str, error: type[OodScoresError] = BadInput) -> str:
+    with pytest.raises(error) as caught:
+        load_spec(path, overrides)
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+def test_a_file_without_parts_is_one(tmp_path: Path) -> None:
+    spec = load_spec(toml(tmp_path))
+    assert (spec.name, spec.title) == ("small", "Small")
+    (only,) = spec.parts
+    assert only == Part(
+        title="Small",
+        models=(ModelTable("cifar_resnet20"),),
+        sets={
+            "test": "digits?classes=0-6",
+            "cousins": "digits?classes=7-9",
+            "noise": "noise:uniform",
+            "fits": "npz:train.npz",
+        },
+        id="test",
+        near=("cousins",),
+        far=("noise",),
+    )
+    assert only.ood == ("cousins", "noise")
+
+
+def test_every_table(tmp_path: Path) -> None:
+    only = part(
+        toml(
+            tmp_path,
+            'fit = "fits"\nmeasures = ["long_tail"]\nrelabel = true\nnotes = "so"\n'
+            + SMALL
+            + """
+checkpoint = ["a.pt", "b.pt"]
+num_classes = 7
+width = 8
+[[model]]
+label = "trained"
+name = "resnet18"
+recipe = "mine"
+seeds = [0, 3]
+[scorers]
+msp = {}
+"GradNorm T=2" = { name = "gradnorm", temperature = 2.0 }
+"ReAct → GradNorm" = { name = "react", base = { name = "gradnorm", temperature = 3.0 } }
+[ensembles]
+both = ["cifar_resnet20", "trained"]
+[preprocessing]
+input_size = [8, 8]
+crop_pct = 1
+[extraction]
+layers = ["stage1"]
+probes = ["odin:epsilon=0.01"]
+rows = 50
+[search]
+id = "fits"
+ood = ["aside"]
+metric = "fpr95_ood"
+[search.grid."GradNorm T=2"]
+temperature = [1, 2]
+"""
+            + '[[part]]\ntitle = "P"\n[part.sets]\naside = "noise:gaussian"\n',
+        )
+    )
+    assert only.models == (
+        ModelTable("cifar_resnet20", checkpoint=("a.pt", "b.pt"), num_classes=7, arguments={"width": 8}),
+        ModelTable("resnet18", "trained", recipe="mine", seeds=(0, 3)),
+    )
+    nested = {"name": "gradnorm", "temperature": 3.0}
+    assert only.scorers == (
+        ScorerTable("msp", "msp"),
+        ScorerTable("GradNorm T=2", "gradnorm", {"temperature": 2.0}),
+        ScorerTable("ReAct → GradNorm", "react", {"base": nested}),
+    )
+    assert create(only.scorers[2])._inner.temperature == 3.0  # type: ignore[attr-defined]
+    assert '"base": {"name": "gradnorm", "' in described(create(only.scorers[2]))
+    assert only.ensembles == {"both": ("cifar_resnet20", "trained")}
+    assert only.preprocessing == Preprocessing(input_size=(8, 8), crop_pct=1.0)
+    assert only.extraction == Extraction(layers=("stage1",), probes=("odin:epsilon=0.01",), rows=50)
+    assert only.search == Search("fits", ("aside",), "fpr95_ood", {"GradNorm T=2": {"temperature": (1, 2)}})
+    assert (only.fit, only.measures, only.relabel, only.notes) == ("fits", ("long_tail",), True, "so")
+
+
+def test_published_numbers(tmp_path: Path) -> None:
+    more = """
+[[published]]
+source = "Table 1"
+model = "cifar_resnet20"
+metrics = ["fpr95_id", "auroc"]
+ood = ["cousins", "mean"]
+[published.values]
+msp = [[63, 87.5], ["-", 79.2]]
+[[published]]
+source = "Table 2"
+model = "cifar_resnet20"
+metrics = ["auroc"]
+ood = ["near", "noise"]
+[published.values]
+msp = [1, "-"]
+[[published]]
+source = "Text"
+model = "cifar_resnet20"
+metrics = ["accuracy", "nc1"]
+[published.values]
+model = [92.6, 0.5]
+"""
+    assert part(toml(tmp_path, SMALL + more)).published == (
+        Published("cifar_resnet20", "msp", "cousins", "fpr95_id", 63.0, "Table 1"),
+        Published("cifar_resnet20", "msp", "cousins", "auroc", 87.5, "Table 1"),
+        Published("cifar_resnet20", "msp", "mean", "auroc", 79.2, "Table 1"),
+        Published("cifar_resnet20", "msp", "near", "auroc", 1.0, "Table 2"),
+        Published("cifar_resnet20", None, None, "accuracy", 92.6, "Text"),
+        Published("cifar_resnet20", None, None, "nc1", 0.5, "Text"),
+    )
+
+
+def test_parts_say_what_is_different(tmp_path: Path) -> None:
+    more = """
+[scorers]
+msp = {}
+[extraction]
+layers = "stages"
+rows = 9
+[[part]]
+title = "First"
+[[part]]
+title = "Second"
+near = []
+[part.scorers]
+energy = {}
+[part.extraction]
+rows = 5
+[[part.model]]
+name = "resnet18"
+[part.sets]
+noise = "noise:gaussian"
+"""
+    first, second = load_spec(toml(tmp_path, SMALL + more), ["part.2.extraction.batch_size=7", "fit=fits"]).parts
+    assert (first.title, second.title) == ("First", "Second")
+    assert (first.near, second.near) == (("cousins",), ())
+    assert (first.fit, second.fit) == ("fits", "fits")
+    assert [table.label for table in first.scorers] == ["msp"]  # type: ignore[union-attr]
+    assert [table.label for table in second.scorers] == ["energy"]  # type: ignore[union-attr]
+    assert first.extraction == Extraction(layers="stages", rows=9)
+    assert second.extraction == Extraction(layers="stages", rows=5, batch_size=7)
+    assert second.models == (ModelTable("resnet18"),)
+    assert (first.sets["noise"], second.sets["noise"]) == ("noise:uniform", "noise:gaussian")
+
+
+def test_extends(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    toml(tmp_path / "base", SMALL + '[scorers]\nmsp = {}\nA = { name = "gradnorm", temperature = 2 }\n', "all")
+    child = 'extends = "base/all.toml"\ntitle = "Child"\nfar = []\n[scorers]\nA = { name = "knn", k = 3 }\n'
+    spec = load_spec(toml(tmp_path, child, "child"))
+    (only,) = spec.parts
+    assert (spec.name, spec.title, only.near, only.far) == ("child", "Child", ("cousins",), ())
+    assert only.scorers == (ScorerTable("msp", "msp"), ScorerTable("A", "knn", {"k": 3}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line", "words"),
+    [
+        ("[extraction]\nbatchsize = 3", 15, "[extraction] has no 'batchsize' (did you mean 'batch_size'?)"),
+        ("[[part]]\ntitle = 'a'\nfitt = 'x'", 16, "[part] has no 'fitt' (did you mean 'fit'?)"),
+        ("[serch]\nid = 'x'", 14, "a spec has no 'serch' (did you mean 'search'?)"),
+        ("[scorers]\nmsp = {}\ngradnrm = {}", 16, "there is no scorer 'gradnrm' (did you mean 'gradnorm'?)"),
+        ("[scorers]\nG = { name = 'gradnorm', heat = 2 }", 15, "scorer 'gradnorm' has no parameter 'heat'"),
+        ("[scorers]\nR = { name = 'react', base = 'ensrgy' }", 15, "there is no scorer 'ensrgy'"),
+        ("[extraction]\nprobes = ['odn']", 15, "there is no probe 'odn' (did you mean 'odin'?)"),
+        ("[extraction]\ndtype = 'float23'", 15, "there is no dtype 'float23' (did you mean 'float32'?)"),
+        ("[ensembles]\nE = ['cifar_resnet']", 15, "no model 'cifar_resnet' (did you mean 'cifar_resnet20'?)"),
+        ("[search]\nid = 'fitz'\nood = ['fits']", 15, "there is no set 'fitz' (did you mean 'fits'?)"),
+        ("[search]\nid = 'fits'\nood = ['fits']\n[search.grid.kn]\nk = [1]", 17, "there is no scorer 'kn'"),
+        ("[[part]]\ntitle = 'a'\n[[part]]\ntitle = 'b'\nnear = ['cosins']", 18, "no set 'cosins' (did you mean"),
+        ("[[model]]\nlabel = 'b'\nname = 'cifar_resnt20'", 16, "timm has no model 'cifar_resnt20' (did you mean"),
+    ],
+)  # fmt: skip
+def test_unknown_names_are_named_with_their_place(tmp_path: Path, wrong: str, line: int, words: str) -> None:
+    message = refused(toml(tmp_path, f"{SMALL}\n{wrong}\n"), error=UnknownName)
+    assert message.startswith(f"{tmp_path}/small.toml, line {line}: ")
+    assert words in message
+
+
+def test_a_mistake_in_the_base_is_of_the_base(tmp_path: Path) -> None:
+    toml(tmp_path, SMALL.replace('far = ["noise"]', 'far = ["nose"]'), "base")
+    child = toml(tmp_path, 'extends = "base.toml"\ntitle = "c"\n', "child")
+    assert refused(child, error=UnknownName).startswith(f"{tmp_path}/base.toml, line 5: there is no set 'nose'")
+    assert refused(child, "far=[]", "fit=fitz", error=UnknownName).startswith(f"{child}: there is no set 'fitz'")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("[extraction]\nrows = 'all'", "extraction.rows is 'all'; give a whole number"),
+        ("[extraction]\nrows = 0", "rows = 0 is out of range; give at least 1"),
+        ("scorers = 3", "scorers is 3; give a text in quotes or a list, each a text in quotes, or a table"),
+        ("[[published]]\nsource = 's'\nmodel = 'm'", "[[published]] has no metrics"),
+        (
+            "[[published]]\nsource = 's'\nmodel = 'm'\nmetrics = ['auroc']\nood = ['noise']\nvalues = {msp = [1, 2]}",
+            "published.values.msp (s) is [[1], [2]]; give 1 lists of 1 numbers",
+        ),
+        ("[[part]]\nid = 'test'", "[[part]] number 1 has no title"),
+        ("[[part]]\ntitle = 'a'\n[[part]]\ntitle = 'a'", "two parts are called 'a'"),
+        ("[[model]]\nname = 'cifar_resnet20'", "the model 'cifar_resnet20' is there 2 times"),
+        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nrecipe = 'r'\ncheckpoint = 'c'", "not both"),
+        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nseeds = [1]", "seeds are those of a recipe"),
+        ("measures = ['long_tail']", "long_tail is measured with the fit set"),
+        ("[search]\nid = 'fits'\nood = ['cousins']", "'cousins' is reported as 'cousins'"),
+        ("[search]\nid = 'again'\nood = ['fits']\n[[part]]\ntitle = 'a'\nsets = {again = 'digits?classes=0-6'}",
+         "'again' is reported as 'test'"),
+        ("covariate = ['noise']", "'noise' is in-distribution and OoD at the same time"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together(tmp_path: Path, wrong: str, words: str) -> None:
+    text = SMALL + wrong if wrong.startswith("[") else f"{wrong}\n{SMALL}"
+    message = refused(toml(tmp_path, text))
+    assert message.startswith(f"{tmp_path}/small.toml")
+    assert words in message
+
+
+def test_published_numbers_are_of_something(tmp_path: Path) -> None:
+    def with_table(**changes: Any) -> Path:
+        table = {"model": "cifar_resnet20", "metrics": ["auroc"], "ood": ["noise"], "scorer": "msp"} | changes
+        head = "\n".join(f"{key} = {table[key]!r}" for key in ("model", "metrics", "ood"))
+        return toml(
+            tmp_path, f"{SMALL}[[published]]\nsource = 's'\n{head}\n[published.values]\n{table['scorer']} = [1]\n"
+        )
+
+    assert len(part(with_table()).published) == 1
+    assert "no model 'm'" in refused(with_table(model="m"), error=UnknownName)
+    assert "no metric 'aurok' (did you mean 'auroc'?)" in refused(with_table(metrics=["aurok"]), error=UnknownName)
+    assert "no OoD set 'nois' (did you mean 'noise'?)" in refused(with_table(ood=["nois"]), error=UnknownName)
+    assert "no scorer 'MSP'" in refused(with_table(scorer="MSP"), error=UnknownName)
+
+
+def test_files_that_are_missing_or_no_specs(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none.toml") == f"there is no spec {tmp_path}/none.toml."
+    assert "cannot read the spec" in refused(toml(tmp_path, "a = = 3"))
+    assert "has no id; write id = " in refused(toml(tmp_path, SMALL.replace('id = "test"', "")))
+    assert "has no model; write [[model]]" in refused(toml(tmp_path, SMALL.split("[[model]]")[0]))
+    assert "[[model]] has no name" in refused(toml(tmp_path, SMALL.replace('name = "cifar_resnet20"', 'label = "a"')))
+
+
+def test_a_spec_made_in_python_is_checked_too() -> None:
+    made = Part("P", (ModelTable("cifar_resnet20"),), {"test": "digits"}, "test", near=("tset",))
+    with pytest.raises(UnknownName, match=r"P: there is no set 'tset' \(did you mean 'test'\?\)"):
+        check(Spec("s", "S", (made,)))
