@@ -27,6 +27,7 @@ from ood_scores.benchmark.results import COLUMNS, NotRun, Results
 from ood_scores.benchmark.spec import Spec
 from ood_scores.benchmark.toml import load_spec
 from ood_scores.benchmark.units import SCORES, evaluated
+from ood_scores.benchmark.watching import watching
 from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput, CacheBusy, OodScoresError
 from ood_scores.extraction.extract import PACKAGES
@@ -87,7 +88,8 @@ def run(
     with _alone_in(folder):
         planned = plan(chosen, folder, base)
         _say_plan(planned, say)
-        failures = extract_all(planned.pending, device, jobs, say)
+        with watching([job.cache for job in planned.pending], _rows_to_do(planned), progress):
+            failures = extract_all(planned.pending, device, jobs, say)
         units, more = without(planned.units, failures)
         files = []
         for unit in units:
@@ -157,9 +159,12 @@ def _speaker(progress: bool) -> Callable[[str], None]:
 
 
 def _say_plan(planned: Plan, say: Callable[[str], None]) -> None:
-    rows = sum(planned.facts[job.source].rows or 0 for job in planned.pending)
-    todo = f"{len(planned.pending)} to do, {rows:,} rows" if planned.pending else "all are there"
+    todo = f"{len(planned.pending)} to do, {_rows_to_do(planned):,} rows" if planned.pending else "all are there"
     say(f"extractions: {todo}")
+
+
+def _rows_to_do(planned: Plan) -> int:
+    return sum(planned.facts[job.source].rows or 0 for job in planned.pending)
 
 
 @contextmanager
