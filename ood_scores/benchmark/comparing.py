@@ -7,14 +7,15 @@ from typing import Any
 
 import pandas as pd
 
-from ood_scores.benchmark.checks import COLLAPSE
+from ood_scores.benchmark.checks import COLLAPSE, figure_of
 from ood_scores.benchmark.spec import Part, Published, Spec
 
 
 def compared(spec: Spec, table: pd.DataFrame, measures: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row for each published number: ours is the mean over the checkpoints, NaN where any of it was not run.
+    """A row for each published number: ours is the mean over the checkpoints, or what ``STATISTICS`` says.
 
-    In percent, but figures of neural collapse as they are. The value of a group of sets is their unweighted mean.
+    NaN where any of it was not run. In percent, but figures of neural collapse as they are. The value of a group of
+    sets is their unweighted mean.
     """
     rows = []
     for part in spec.parts:
@@ -24,12 +25,13 @@ def compared(spec: Spec, table: pd.DataFrame, measures: pd.DataFrame) -> list[di
 
 
 def _row(part: Part, number: Published, table: pd.DataFrame, measures: pd.DataFrame) -> dict[str, Any]:
+    metric, statistic = figure_of(number.metric)
     if number.scorer is None:
-        values = measures[(measures["model"] == number.model) & (measures["measure"] == number.metric)]["value"]
+        values = measures[(measures["model"] == number.model) & (measures["measure"] == metric)]["value"]
     else:
-        values = _by_checkpoint(part, number, table)
-    values = values * (1 if number.metric in COLLAPSE else 100)
-    ours = values.mean()
+        values = _by_checkpoint(part, number, metric, table)
+    values = values * (1 if metric in COLLAPSE else 100)
+    ours = {"": values.mean, "_sd": values.std, "_min": values.min, "_max": values.max}[statistic]()
     return {
         "part": part.title,
         "model": number.model,
@@ -45,10 +47,10 @@ def _row(part: Part, number: Published, table: pd.DataFrame, measures: pd.DataFr
     }
 
 
-def _by_checkpoint(part: Part, number: Published, table: pd.DataFrame) -> pd.Series:
+def _by_checkpoint(part: Part, number: Published, metric: str, table: pd.DataFrame) -> pd.Series:
     """The mean over the sets that are meant, of each checkpoint that has all of them."""
     groups: Mapping[str | None, Sequence[str]] = {"near": part.near, "far": part.far, "mean": part.ood}
     wanted = groups.get(number.ood, (number.ood,))
     ours = table[(table["model"] == number.model) & (table["scorer"] == number.scorer) & table["ood"].isin(wanted)]
-    by_checkpoint = ours.groupby("checkpoint")[number.metric]
+    by_checkpoint = ours.groupby("checkpoint")[metric]
     return by_checkpoint.mean()[by_checkpoint.size() == len(wanted)]

@@ -116,7 +116,8 @@ class Published:
         model: label of a model.
         scorer: label of a scorer, or None for a figure of the model itself, such as its accuracy.
         ood: an OoD set, or a group of them: ``near``, ``far``, ``mean``; None for a figure of the model itself.
-        metric: ``auroc``, ``fpr95_id``, ``fpr95_ood``, ``aupr_in``, ``aupr_out``, ``accuracy``, …
+        metric: ``auroc``, ``fpr95_id``, ``fpr95_ood``, ``aupr_in``, ``aupr_out``, ``accuracy``, …: the mean over the
+            checkpoints; with ``_sd``, ``_min`` or ``_max`` behind it, that of them.
         value: as printed, in percent.
         source: paper and table.
     """
