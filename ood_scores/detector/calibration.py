@@ -57,7 +57,11 @@ class Calibration:
         """What holds for new rows that are exchangeable with the calibration rows."""
         if self.predicted is None:
             return self.thresholds[0].guarantee
-        of = "on average over calibration sets" if self.delta is None else f"with {1 - self.delta:.2%} of them"
+        of = (
+            "on average over calibration sets"
+            if self.delta is None
+            else f"with {1 - self.delta:.2%} of calibration sets"
+        )
         return f"at least {self.keep:.2%} of the ID rows predicted as each class are kept {of}"
 
     def rejects(self, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
