@@ -14,16 +14,9 @@ from sklearn.covariance import EmpiricalCovariance
 
 from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput
-from ood_scores.scorers.gaussian import (
-    GMM,
-    JITTERS,
-    Mahalanobis,
-    cholesky_with_jitter,
-    inverted_diagonal,
-    solved_squares,
-    whitened,
-    whitening,
-)
+from ood_scores.scorers.factors import JITTERS, block_rows, cholesky_with_jitter, inverted_diagonal, solved_squares
+from ood_scores.scorers.gaussian import Mahalanobis, whitened, whitening
+from ood_scores.scorers.mixture import GMM
 
 Array = NDArray[np.float64]
 CLASSES, WIDTH = 4, 6
@@ -272,7 +265,7 @@ class TestGMM:
     def test_memory_is_bounded_by_taking_some_classes_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fit, feats = train(), rows_to_score()
         expected = score("gmm", feats, fit=fit)
-        monkeypatch.setattr("ood_scores.scorers.gaussian.DENSITY_BYTES", 1)
+        monkeypatch.setattr("ood_scores.scorers.mixture.DENSITY_BYTES", 1)
         torch.testing.assert_close(score("gmm", feats, fit=fit), expected, rtol=1e-12, atol=0)
 
 
@@ -317,7 +310,7 @@ def test_solved_squares_are_as_accurate_as_substitution(
     condition: float, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against substitution in long double, of vectors that the covariance makes likely and of any."""
-    monkeypatch.setattr("ood_scores.scorers.gaussian.SOLVED", size)
+    monkeypatch.setattr("ood_scores.scorers.factors.SOLVED", size)
     rng = np.random.default_rng(0)
     width = 40
     axes = np.linalg.qr(rng.normal(size=(width, width))).Q
@@ -328,5 +321,5 @@ def test_solved_squares_are_as_accurate_as_substitution(
     for i in range(width):
         exact[i] = (columns[i] - wide[i, :i] @ exact[:i]) / wide[i, i]
     lower = torch.from_numpy(factor)
-    found = solved_squares(lower, inverted_diagonal(lower[None])[0], torch.from_numpy(columns.copy()))
+    found = solved_squares(block_rows(lower, inverted_diagonal(lower[None])[0]), torch.from_numpy(columns.copy()))
     np.testing.assert_allclose(found, np.square(exact).sum(axis=0).astype(float), rtol=1e-16 * condition**0.5 * width)

@@ -148,6 +148,15 @@ def test_pooled_scatter_is_the_sum_over_classes_and_is_all_that_is_kept_unless_a
     torch.testing.assert_close(pooled.scatter, per_class.class_scatter.sum(dim=0))
 
 
+def test_the_scatter_of_each_class_is_left_out_where_it_takes_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = np.random.default_rng(0).normal(size=(60, 4)), np.arange(60) % 3
+    for spare, is_there in ((0, True), (-1, False)):
+        monkeypatch.setattr("ood_scores.features.statistics.CLASS_SCATTER_BYTES", 8 * 4 * 4 * 4 + spare)
+        found = moments(feature_set(features, labels))
+        assert (found.class_scatter is not None) == is_there
+        torch.testing.assert_close(found.scatter, moments(feature_set(features, labels), ClassMoments()).scatter)
+
+
 def test_spaces_and_normalisation() -> None:
     rng = np.random.default_rng(6)
     features, logits, extra = (rng.normal(size=(50, width)) for width in (5, 4, 3))

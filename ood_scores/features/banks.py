@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,9 +16,9 @@ from ood_scores.features.statistics import Accumulator
 
 @dataclass(frozen=True)
 class Rows:
-    """Asks for the features themselves, float32 ``[M, D]``, optionally L2-normalised, of a seeded share of the rows.
+    """Asks for the features themselves, float32 ``[M, D]``, optionally L2-normalised; of a seeded share of the rows.
 
-    At least one row is chosen, and the chosen rows keep their order.
+    All of them keep their order. Of a share at least one row is chosen; see ``HashedSample``.
     """
 
     normalize: bool = False
@@ -27,11 +27,12 @@ class Rows:
     reads: ClassVar[Sequence[str]] = ("features",)
 
     def start(self, feats: FeatureSet) -> Accumulator:
-        chosen = chosen_rows(len(feats), self.share, self.seed)
-        return _RowsAccumulator(self._values, chosen, torch.empty(len(chosen), feats.num_features))
+        if self.share < 1:
+            return HashedSample(self._values, feats, self.share, self.seed)
+        return _AllRows(self._values, torch.empty(len(feats), feats.num_features))
 
     def _values(self, block: Block) -> Tensor:
-        return block.space("features", True) if self.normalize else block.features
+        return (block.space("features", True) if self.normalize else block.features).float().cpu()
 
 
 @dataclass(frozen=True)
@@ -40,31 +41,64 @@ class Energies:
 
     share: float = 1.0
     seed: int = 0
-    reads: ClassVar[Sequence[str]] = ("logits",)
+
+    @property
+    def reads(self) -> Sequence[str]:
+        return ("features", "logits") if self.share < 1 else ("logits",)
 
     def start(self, feats: FeatureSet) -> Accumulator:
-        chosen = chosen_rows(len(feats), self.share, self.seed)
-        return _RowsAccumulator(Block.logsumexp, chosen, torch.empty(len(chosen), dtype=torch.float64))
-
-
-def chosen_rows(count: int, share: float, seed: int) -> Tensor:
-    """The numbers of a random share of the rows, in order; of all with ``share=1``, whatever the seed."""
-    if share == 1:
-        return torch.arange(count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[: max(1, round(share * count))].sort().values
+        if self.share < 1:
+            return HashedSample(Block.logsumexp, feats, self.share, self.seed)
+        return _AllRows(Block.logsumexp, torch.empty(len(feats), dtype=torch.float64))
 
 
 @dataclass
-class _RowsAccumulator:
+class _AllRows:
     values: Callable[[Block], Tensor]
-    chosen: Tensor
     rows: Tensor
 
     def update(self, block: Block) -> None:
-        first, last = torch.searchsorted(self.chosen, torch.tensor([block.start, block.start + len(block)])).tolist()
-        values, here = self.values(block), self.chosen[first:last] - block.start
-        self.rows[first:last] = values if len(here) == len(block) else values[here.to(values.device)]
+        self.rows[block.start : block.start + len(block)] = self.values(block)
 
     def result(self) -> Tensor:
         return self.rows
+
+
+@dataclass
+class HashedSample:
+    """Accumulates a value of each row of a share of the rows, ``least`` at least where there are as many.
+
+    They are those with the smallest hash of their features (as float32) and the seed, in that order: a fair sample that
+    does not depend on the order of the rows. Up to four times as many are in memory while it is made.
+    """
+
+    values: Callable[[Block], Tensor]
+    feats: FeatureSet
+    share: float
+    seed: int
+    least: int = 1
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.count = min(len(self.feats), max(self.least, round(self.share * len(self.feats))))
+        generator = torch.Generator().manual_seed(self.seed)
+        self.factors = torch.randint(-(2**62), 2**62, (self.feats.num_features,), generator=generator) * 2 + 1
+        self.most = torch.iinfo(torch.int64).max
+
+    def update(self, block: Block) -> None:
+        bits = block.features.float().contiguous().view(torch.int32).long()
+        hashes = (bits * self.factors.to(bits.device)).sum(dim=1).cpu()
+        small, values = hashes <= self.most, self.values(block)
+        self.found.append((hashes[small], values[small.to(values.device)]))
+        if sum(len(hashes) for hashes, _ in self.found) >= 2 * self.count:
+            self._keep_smallest()
+
+    def result(self) -> Tensor:
+        self._keep_smallest()
+        return self.found[0][1]
+
+    def _keep_smallest(self) -> None:
+        hashes, values = (torch.cat(parts) for parts in zip(*self.found, strict=True))
+        order = hashes.argsort()[: self.count]
+        self.found = [(hashes[order], values[order.to(values.device)])]
+        self.most = int(hashes[order[-1]])

@@ -44,7 +44,7 @@ Arrays = Mapping[str, np.ndarray]
 
 def recall(feats: FeatureSet, wanted: Iterable[Statistic]) -> None:
     """Adds to the set's statistics those of the wanted that are kept beside its cache."""
-    cache, kinds = _cache_of(feats), _kept_as()
+    cache, kinds = cache_of(feats), _kept_as()
     asked = [statistic for statistic in wanted if type(statistic) in kinds and statistic not in feats.statistics]
     if not cache or not asked:
         return
@@ -58,7 +58,7 @@ def recall(feats: FeatureSet, wanted: Iterable[Statistic]) -> None:
 def remember(feats: FeatureSet, found: Mapping[Statistic, Any]) -> None:
     """Adds what was found to the set's statistics, and keeps what is worth it beside the set's cache."""
     feats.statistics.update(found)
-    cache, kinds = _cache_of(feats), _kept_as()
+    cache, kinds = cache_of(feats), _kept_as()
     if not cache:
         return
     summaries = {repr(statistic): _arrays(result) for statistic, result in found.items() if type(statistic) in kinds}
@@ -83,7 +83,7 @@ def _kept_as() -> Mapping[type, type]:
     return {of.ClassMoments: of.Moments, of.GlobalMoments: of.Moments, of.Means: of.GroupMeans, of.FeatureMean: Tensor}
 
 
-def _cache_of(feats: FeatureSet) -> tuple[Path, str] | None:
+def cache_of(feats: FeatureSet) -> tuple[Path, str] | None:
     """File and identity of the cache that the set is; None where it is anything else than one whole cache."""
     features = feats._columns["features"]
     if not feats.is_whole_file or not isinstance(features, DiskColumn) or features.identity is None:

@@ -1,12 +1,11 @@
-"""Gaussians fitted to the features of each class."""
+"""Distances to Gaussians that share one covariance."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +14,7 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics import ClassMoments, Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
-
-JITTERS = (0.0, torch.finfo(torch.float64).eps, *(10.0**power for power in range(-10, 0)))
-"""What is added to the diagonal of a class covariance, smallest first, until it is positive definite."""
-
-DENSITY_BYTES = 4 * 2**20
-"""Bound on the whitened copy ``[rows, D]`` that one step of the mixture's density makes: it stays in the caches."""
-
-SOLVED = 128
-"""Features that are solved for at a time."""
-
-FACTORISED = 8
-"""Covariances of which copies are factorised at a time."""
+from ood_scores.scorers.factors import SOLVED
 
 
 @register_scorer("mahalanobis")
@@ -61,7 +49,7 @@ class Mahalanobis(Scorer):
 
     def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
-        means = moments.means[_classes_present(moments.counts)]
+        means = moments.means[classes_present(moments.counts)]
         self.centre_ = means.mean(dim=0)
         self.whitening_ = whitening(moments.scatter / moments.counts.sum())
         self.means_ = (means - self.centre_) @ self.whitening_
@@ -134,7 +122,7 @@ class RelativeMahalanobis(Scorer):
 
     def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
-        present = _classes_present(moments.counts)
+        present = classes_present(moments.counts)
         means, weights = moments.means[present], moments.counts[present] / moments.counts.sum().double()
         root = whitening(moments.scatter / moments.counts.sum())
         self.mean_ = weights @ means
@@ -149,124 +137,6 @@ class RelativeMahalanobis(Scorer):
         rows = (features - self.mean_.to(features)) @ self.directions_.to(features)
         nearest = (means.square().sum(dim=1) - 2 * rows @ means.T).amin(dim=1)
         return -(nearest + rows.square() @ self.shares_.to(features))
-
-
-@register_scorer("gmm")
-@dataclass
-class GMM(Scorer):
-    """Log density of one full-covariance Gaussian for each class, ``logsumexp_c log N(z; mu_c, Sigma_c)``.
-
-    Fits, in float64, class means and covariances (divided by ``n_c - 1``), each with the smallest jitter of
-    ``JITTERS`` on its diagonal that makes it positive definite. A class with a single row gets the tied covariance,
-    with a warning; a class without rows is left out.
-
-    Source: Mukhoti et al. 2021 (DDU); Haas et al. 2022 on L2-normalised features. DDU's code takes one jitter for all
-    classes, from a ladder that starts at 2e-308, and accepts a factorisation that succeeds by rounding alone.
-
-    Fails with fewer rows of a class than features: its covariance is singular, and the jitter decides.
-
-    Args:
-        space: ``"features"`` or ``"logits"``.
-        normalize: L2-normalise at fit *and* at score (Haas 2022).
-        prior: ``"none"``, equal weight for every class, as DDU's code does; ``"empirical"``, log n_c/N added, as the
-            ``q(y)`` of DDU's paper says.
-        output: ``"density"``; or ``"entropy"``: minus the entropy of the responsibilities of the classes.
-
-    Cost: ``C D^2`` operations a row, in matrix products, and ``C D^2`` float64 of memory.
-    """
-
-    space: Literal["features", "logits"] = "features"
-    normalize: bool = False
-    prior: Literal["none", "empirical"] = "none"
-    output: Literal["density", "entropy"] = "density"
-    means_: Tensor = field(init=False, repr=False, compare=False)
-    cholesky_: Tensor = field(init=False, repr=False, compare=False)
-    log_weights_: Tensor = field(init=False, repr=False, compare=False)
-    jitter_: Tensor = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        self.require(self.space in ("features", "logits"), f"space is 'features' or 'logits', got {self.space!r}")
-        self.require(self.prior in ("none", "empirical"), f"prior is 'none' or 'empirical', got {self.prior!r}")
-        self.require(self.output in ("density", "entropy"), f"output is 'density' or 'entropy', got {self.output!r}")
-        self.needs = (self.space,)
-        self.fit_needs = (self.space, "labels")
-
-    def statistics(self) -> Sequence[Statistic]:
-        return (ClassMoments(self.space, self.normalize, per_class=True),)
-
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
-        (moments,) = (found[statistic] for statistic in self.statistics())
-        present = _classes_present(moments.counts)
-        counts = moments.counts[present]
-        covariances = moments.class_scatter[present].div_((counts - 1).clamp_min(1)[:, None, None])
-        alone = counts == 1
-        if alone.any():
-            warnings.warn(
-                f"gmm: {int(alone.sum())} classes have a single row to fit and get the tied covariance.", stacklevel=3
-            )
-            covariances[alone] = moments.scatter / counts.sum()
-        self.means_ = moments.means[present]
-        self.cholesky_, self.jitter_ = cholesky_with_jitter(covariances)
-        log_determinant = 2 * self.cholesky_.diagonal(dim1=1, dim2=2).log().sum(dim=1)
-        normaliser = -0.5 * (log_determinant + self.means_.shape[1] * math.log(2 * math.pi))
-        self.log_weights_ = normaliser + ((counts.double() / counts.sum()).log() if self.prior == "empirical" else 0)
-
-    def score_block(self, block: Block) -> Tensor:
-        log_densities = self._log_densities(block.space(self.space, self.normalize))
-        if self.output == "density":
-            return log_densities.logsumexp(dim=1)
-        log_responsibilities = log_densities.log_softmax(dim=1)
-        return (log_responsibilities.exp() * log_responsibilities).sum(dim=1)
-
-    def _log_densities(self, values: Tensor) -> Tensor:
-        """``log pi_c N(z; mu_c, Sigma_c)``, ``[B, C]``, some rows and one class at a time so that memory is bounded."""
-        means, factors, inverses = (part.to(values.device) for part in (self.means_, self.cholesky_, self._inverses()))
-        distances = values.new_empty(len(means), len(values))
-        for rows, found in zip(*(part.split(self._rows(), dim=-1) for part in (values.T, distances)), strict=True):
-            columns = rows.contiguous()
-            for c, mean in enumerate(means):
-                found[c] = solved_squares(factors[c], inverses[c], columns - mean[:, None])
-        return self.log_weights_.to(values) - 0.5 * distances.T
-
-    def _rows(self) -> int:
-        return max(1, DENSITY_BYTES // (8 * self.means_.shape[1]))
-
-    def _inverses(self) -> Tensor:
-        """Those of the diagonal blocks of the factors, ``[C, blocks, S, S]``: from the factors, once."""
-        known: tuple[Tensor, Tensor] | None = getattr(self, "_inverted", None)
-        if known is None or known[0] is not self.cholesky_:
-            self._inverted = self.cholesky_, inverted_diagonal(self.cholesky_)
-        return self._inverted[1]
-
-
-def inverted_diagonal(factors: Tensor) -> Tensor:
-    """The inverses ``[C, ceil(D / S), S, S]`` of the diagonal blocks of lower factors, S = ``SOLVED`` or D if less.
-
-    The last block is filled up with the identity.
-    """
-    width = factors.shape[1]
-    size = min(SOLVED, width)
-    blocks = torch.eye(size, dtype=factors.dtype, device=factors.device).repeat(len(factors), -(-width // size), 1, 1)
-    for number, start in enumerate(range(0, width, size)):
-        block = factors[:, start : start + size, start : start + size]
-        here = blocks[:, number, : block.shape[1], : block.shape[1]]
-        here.copy_(torch.linalg.solve_triangular(block, here, upper=False))
-    return blocks
-
-
-def solved_squares(factor: Tensor, inverses: Tensor, columns: Tensor) -> Tensor:
-    """``|L^-1 x|^2`` of every column x of ``[D, B]``, which is overwritten; ``inverses`` of ``inverted_diagonal``.
-
-    Substitution by blocks: nearly all of it is matrix products, which run at more than twice the speed of a triangular
-    solve, and only the small diagonal blocks are inverted, so that it is as accurate as one.
-    """
-    size, solved = inverses.shape[-1], torch.empty_like(columns)
-    for inverse, start in zip(inverses, range(0, len(columns), size), strict=True):
-        stop = min(start + size, len(columns))
-        if start:
-            columns[start:stop].addmm_(factor[start:stop, :start], solved[:start], alpha=-1)
-        torch.mm(inverse[: stop - start, : stop - start], columns[start:stop], out=solved[start:stop])
-    return torch.mul(solved, solved, out=columns).sum(dim=0)
 
 
 def whitening(covariance: Tensor) -> Tensor:
@@ -286,7 +156,7 @@ def whitening(covariance: Tensor) -> Tensor:
 
 def whitened(rows: Tensor, root: Tensor) -> Tensor:
     """``rows @ root`` of a root from ``whitening``: where that is triangular, without multiplying its zeros."""
-    if root.tril(-1).any():
+    if torch.compiler.is_compiling() or root.tril(-1).any():  # a graph cannot look at the root
         return rows @ root
     found = rows.new_empty(len(rows), root.shape[1])
     for start in range(0, root.shape[1], SOLVED):
@@ -301,35 +171,7 @@ def squared_distances(rows: Tensor, centres: Tensor) -> Tensor:
     return (products + centres.square().sum(dim=1)).clamp_min(0)
 
 
-def cholesky_with_jitter(covariances: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factors ``[C, D, D]`` and the jitter ``[C]`` each matrix needed.
-
-    A matrix counts as positive definite if what the factorisation leaves of every diagonal entry is more than its
-    rounding error: a singular matrix can be factorised by luck, and its determinant is then noise.
-
-    Raises BadInput if one is not positive definite even with the largest jitter.
-    """
-    factors, jitter = torch.empty_like(covariances), covariances.new_zeros(len(covariances))
-    rounding = torch.finfo(covariances.dtype).eps * covariances.shape[1]
-    for pending in torch.arange(len(covariances), device=covariances.device).split(FACTORISED):
-        for amount in JITTERS:
-            jitter[pending] = amount
-            candidates = covariances[pending]
-            candidates.diagonal(dim1=1, dim2=2).add_(amount)
-            found, failed = torch.linalg.cholesky_ex(candidates)
-            left = found.diagonal(dim1=1, dim2=2).square() / candidates.diagonal(dim1=1, dim2=2)
-            factors[pending] = found
-            pending = pending[(failed != 0) | ~(left > rounding).all(dim=1)]
-            if not len(pending):
-                break
-        else:
-            raise BadInput(
-                f"class covariance {int(pending[0])} is not positive definite even with {JITTERS[-1]} added."
-            )
-    return factors, jitter
-
-
-def _classes_present(counts: Tensor) -> Tensor:
+def classes_present(counts: Tensor) -> Tensor:
     present = counts > 0
     if not present.all():
         warnings.warn(

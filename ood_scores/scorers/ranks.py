@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
+from ood_scores.features.banks import HashedSample
 from ood_scores.features.statistics import Accumulator, Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
 from ood_scores.scorers.gaussian import squared_distances
@@ -222,8 +223,7 @@ def neighbour_shares(count: int) -> tuple[Tensor, Tensor]:
 class HashedRows:
     """Asks for a share of the rows, L2-normalised, float64 ``[n, D]``, at least two where there are as many.
 
-    They are those with the smallest hash of their values (as float32) and the seed: a fair sample that does not depend
-    on the order of the rows.
+    See ``HashedSample``.
     """
 
     share: float
@@ -231,27 +231,4 @@ class HashedRows:
     reads: ClassVar[Sequence[str]] = ("features",)
 
     def start(self, feats: FeatureSet) -> Accumulator:
-        generator = torch.Generator().manual_seed(self.seed)
-        factors = torch.randint(-(2**62), 2**62, (feats.num_features,), generator=generator) * 2 + 1
-        return _HashedRowsAccumulator(max(2, int(self.share * len(feats))), factors)
-
-
-@dataclass
-class _HashedRowsAccumulator:
-    count: int
-    factors: Tensor
-    hashes: Tensor | None = None
-    rows: Tensor | None = None
-
-    def update(self, block: Block) -> None:
-        bits = block.features.float().contiguous().view(torch.int32).long()
-        hashes, rows = (bits * self.factors.to(bits.device)).sum(dim=1), block.space("features", True)
-        if self.hashes is not None and self.rows is not None:
-            hashes, rows = torch.cat([self.hashes, hashes]), torch.cat([self.rows, rows])
-        first = hashes.argsort()[: self.count]
-        self.hashes, self.rows = hashes[first], rows[first]
-
-    def result(self) -> Tensor:
-        if self.rows is None:
-            raise BadInput("no block was read.")
-        return self.rows
+        return HashedSample(lambda block: block.space("features", True), feats, self.share, self.seed, least=2)

@@ -1,0 +1,241 @@
+"""A Gaussian of its own for each class."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ood_scores.errors import BadInput
+from ood_scores.features import Block, FeatureSet
+from ood_scores.features import statistics as of
+from ood_scores.features.statistics import ClassMoments, Moments, Statistic
+from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.factors import (
+    LOW_RANK,
+    all_solved_squares,
+    block_rows,
+    cholesky_with_jitter,
+    inverted_diagonal,
+    pack_covariance,
+    pack_rows,
+    packed_size,
+    packed_squares,
+    reserved,
+    solved_squares,
+)
+from ood_scores.scorers.gaussian import classes_present
+
+DENSITY_BYTES = 4 * 2**20
+"""Bound on the whitened copy ``[rows, D]`` that one step of the mixture's density makes: it stays in the caches."""
+
+
+@register_scorer("gmm")
+@dataclass
+class GMM(Scorer):
+    """Log density of one full-covariance Gaussian for each class, ``logsumexp_c log N(z; mu_c, Sigma_c)``.
+
+    Fits, in float64, class means and covariances (divided by ``n_c - 1``), each with the smallest jitter of
+    ``JITTERS`` on its diagonal that makes it positive definite. A class with a single row gets the tied covariance,
+    with a warning; a class without rows is left out.
+
+    Source: Mukhoti et al. 2021 (DDU); Haas et al. 2022 on L2-normalised features. DDU's code takes one jitter for all
+    classes, from a ladder that starts at 2e-308, and accepts a factorisation that succeeds by rounding alone.
+
+    Fails with fewer rows of a class than features: its covariance is singular, and the jitter decides.
+
+    Args:
+        space: ``"features"`` or ``"logits"``.
+        normalize: L2-normalise at fit *and* at score (Haas 2022).
+        prior: ``"none"``, equal weight for every class, as DDU's code does; ``"empirical"``, log n_c/N added, as the
+            ``q(y)`` of DDU's paper says.
+        output: ``"density"``; or ``"entropy"``: minus the entropy of the responsibilities of the classes.
+
+    Where the covariances together take more than ``CLASS_SCATTER_BYTES`` (1 GiB: C = 1,000 from D = 367 on), they are
+    never all in memory. Means are fitted in one pass; in another, as many classes at a time as that bound allows are
+    read and factorised. Of a set whose rows are sorted by class that reads every row once more; of any other, once for
+    each such group of classes, of which there are about ``C D^2 / 2^27``. A class of at most D/4 rows is kept as the
+    directions that they span, which are exact to twice the digits, any other as a triangle: 17 GiB at C = 1,000,
+    D = 2,048 and 1,300 rows a class, where the directions would take 32 GiB and three times the operations. What is
+    more than the bound goes to an unnamed file beside the cache, or in the folder for temporary files, and is read
+    class by class for every block that is scored: large blocks (``score(..., block_rows=...)``) read it less often.
+    Such a scorer is not saved and not exported.
+
+    Cost: ``C D^2`` operations a row, in matrix products; ``C D^2`` float64 of memory, or, where that is more than
+    1 GiB, 2 GiB and a dozen ``[D, D]`` at most, and half as many float64, or fewer, on disk.
+    """
+
+    space: Literal["features", "logits"] = "features"
+    normalize: bool = False
+    prior: Literal["none", "empirical"] = "none"
+    output: Literal["density", "entropy"] = "density"
+    means_: Tensor = field(init=False, repr=False, compare=False)
+    cholesky_: Tensor = field(init=False, repr=False, compare=False)
+    log_weights_: Tensor = field(init=False, repr=False, compare=False)
+    jitter_: Tensor = field(init=False, repr=False, compare=False)
+    packed_: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    ranks_: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.require(self.space in ("features", "logits"), f"space is 'features' or 'logits', got {self.space!r}")
+        self.require(self.prior in ("none", "empirical"), f"prior is 'none' or 'empirical', got {self.prior!r}")
+        self.require(self.output in ("density", "entropy"), f"output is 'density' or 'entropy', got {self.output!r}")
+        self.needs = (self.space,)
+        self.fit_needs = (self.space, "labels")
+
+    def statistics(self) -> Sequence[Statistic]:
+        return (ClassMoments(self.space, self.normalize, per_class=True),)
+
+    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        (moments,) = (found[statistic] for statistic in self.statistics())
+        present = classes_present(moments.counts)
+        counts = moments.counts[present]
+        if (counts == 1).any():
+            warnings.warn(
+                f"gmm: {int((counts == 1).sum())} classes have a single row to fit and get the tied covariance.",
+                stacklevel=3,
+            )
+        self.means_ = moments.means[present]
+        fit = self._fit_dense if moments.class_scatter is not None else self._fit_packed
+        log_determinant = fit(moments, present.nonzero()[:, 0], feats)
+        normaliser = -0.5 * (log_determinant + self.means_.shape[1] * math.log(2 * math.pi))
+        self.log_weights_ = normaliser + ((counts.double() / counts.sum()).log() if self.prior == "empirical" else 0)
+
+    def _fit_dense(self, moments: Moments, classes: Tensor, feats: FeatureSet) -> Tensor:
+        """All covariances at once; returns the logarithms of their determinants, ``[C]``."""
+        assert moments.class_scatter is not None
+        counts = moments.counts[classes]
+        covariances = moments.class_scatter[classes].div_((counts - 1).clamp_min(1)[:, None, None])
+        covariances[counts == 1] = moments.scatter / counts.sum()
+        self.cholesky_, self.jitter_ = cholesky_with_jitter(covariances)
+        self.packed_ = self.ranks_ = None
+        return 2 * self.cholesky_.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+
+    def _fit_packed(self, moments: Moments, classes: Tensor, feats: FeatureSet) -> Tensor:
+        """Some classes at a time; returns as ``_fit_dense``."""
+        counts, width = moments.counts[classes].cpu(), self.means_.shape[1]
+        self.ranks_ = torch.where((counts > 1) & (counts <= LOW_RANK * width), counts, width)
+        sizes = [packed_size(rank, width) for rank in self.ranks_.tolist()]
+        small = 8 * sum(sizes) <= of.CLASS_SCATTER_BYTES
+        folder = feats.file.parent if feats.file else None
+        self.packed_ = torch.empty(sum(sizes), dtype=torch.float64) if small else reserved(sum(sizes), folder)
+        self.cholesky_ = self.means_.new_empty(0, width, width)
+        self.jitter_, log_determinant = self.means_.new_zeros(2, len(classes)).unbind()
+        places = self.packed_.split(sizes)
+        for number, found in self._classes_read(feats, classes):
+            count, rank = int(counts[number]), int(self.ranks_[number])
+            if rank < width:
+                packed, jitter, log_determinant[number] = pack_rows(found.div_(math.sqrt(count - 1)), number)
+            else:
+                covariance = found.div_(count - 1) if count > 1 else moments.scatter / counts.sum()
+                packed, jitter, log_determinant[number] = pack_covariance(covariance, number)
+            places[number].copy_(packed)
+            self.jitter_[number] = jitter
+        return log_determinant
+
+    def _classes_read(self, feats: FeatureSet, classes: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The number of each class with its centred rows ``[n, D]``, if its rank is n, or else its scatter ``[D, D]``.
+
+        Classes come in the order of their first rows, and of the set is read what lies between the first and the last
+        row of those at once in memory: of sorted rows, only theirs.
+        """
+        assert self.ranks_ is not None
+        ranks, width = self.ranks_.tolist(), self.means_.shape[1]
+        numbers = torch.searchsorted(classes.cpu(), feats.class_labels().cpu())
+        first, last = _first_and_last(numbers)
+        for group in _groups(first.argsort().tolist(), ranks, of.CLASS_SCATTER_BYTES // (8 * width)):
+            found = {number: self.means_.new_zeros(ranks[number], width) for number in group}
+            filled = dict.fromkeys(group, 0)
+            start, stop = int(first[group].min()), int(last[group].max()) + 1
+            for block in feats[start:stop].blocks(only=(self.space,)):
+                values = block.space(self.space, self.normalize)
+                here = numbers[start + block.start : start + block.start + len(block)]
+                for number in found.keys() & set(here.tolist()):
+                    rows = values[(here == number).to(values.device)] - self.means_[number]
+                    if ranks[number] == width:
+                        found[number].addmm_(rows.T, rows)
+                    else:
+                        found[number][filled[number] : filled[number] + len(rows)] = rows
+                        filled[number] += len(rows)
+            yield from found.items()
+
+    def fitted_state(self) -> dict[str, Any]:
+        """Raises BadInput for factors that lie in a file of their own."""
+        if self.packed_ is not None and self.packed_.nbytes > of.CLASS_SCATTER_BYTES:
+            raise BadInput(
+                f"gmm: its {len(self.means_):,} covariances take {self.packed_.nbytes / 2**30:,.1f} GiB, which are not "
+                "saved: fit it where it is needed, or on logits or fewer features."
+            )
+        return super().fitted_state()
+
+    def score_block(self, block: Block) -> Tensor:
+        log_densities = self._log_densities(block.space(self.space, self.normalize))
+        if self.output == "density":
+            return log_densities.logsumexp(dim=1)
+        log_responsibilities = log_densities.log_softmax(dim=1)
+        return (log_responsibilities.exp() * log_responsibilities).sum(dim=1)
+
+    def _log_densities(self, values: Tensor) -> Tensor:
+        """``log pi_c N(z; mu_c, Sigma_c)``, ``[B, C]``, some rows and one class at a time so that memory is bounded."""
+        if self.packed_ is not None and self.ranks_ is not None:
+            return self.log_weights_.to(values) - 0.5 * self._packed_distances(self.packed_, self.ranks_, values).T
+        means, factors, inverses = (part.to(values.device) for part in (self.means_, self.cholesky_, self._inverses()))
+        if torch.compiler.is_compiling():
+            columns = (values - means[:, None]).mT
+            return self.log_weights_.to(values) - 0.5 * all_solved_squares(factors, inverses, columns).T
+        distances = values.new_empty(len(means), len(values))
+        for rows, found in zip(*(part.split(self._rows(), dim=-1) for part in (values.T, distances)), strict=True):
+            columns = rows.contiguous()
+            for c, mean in enumerate(means):
+                found[c] = solved_squares(block_rows(factors[c], inverses[c]), columns - mean[:, None])
+        return self.log_weights_.to(values) - 0.5 * distances.T
+
+    def _packed_distances(self, packed: Tensor, ranks: Tensor, values: Tensor) -> Tensor:
+        """``(z - mu_c)^T Sigma_c^-1 (z - mu_c)``, ``[C, B]``: each factor is read once for all rows."""
+        self.require(not torch.compiler.is_compiling(), "its covariances are too large for an exported graph")
+        width = values.shape[1]
+        pieces = [piece.contiguous() for piece in values.T.split(self._rows(), dim=1)]
+        factors = packed.split([packed_size(rank, width) for rank in ranks.tolist()])
+        distances = values.new_empty(len(factors), len(values))
+        for c, (factor, mean) in enumerate(zip(factors, self.means_.to(values), strict=True)):
+            here, rank, jitter = factor.to(values.device), int(ranks[c]), float(self.jitter_[c])
+            found = [packed_squares(here, rank, jitter, piece - mean[:, None]) for piece in pieces]
+            distances[c] = torch.cat(found)
+        return distances
+
+    def _rows(self) -> int:
+        return max(1, DENSITY_BYTES // (8 * self.means_.shape[1]))
+
+    def _inverses(self) -> Tensor:
+        """Those of the diagonal blocks of the factors, ``[C, blocks, S, S]``: from the factors, once."""
+        known: tuple[Tensor, Tensor] | None = getattr(self, "_inverted", None)
+        if known is None or known[0] is not self.cholesky_:
+            known = self.cholesky_, inverted_diagonal(self.cholesky_)
+            if not torch.compiler.is_compiling():  # those of a graph are no numbers
+                self._inverted = known
+        return known[1]
+
+
+def _first_and_last(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last row of each class, of the class numbers of all rows."""
+    rows, empty = torch.arange(len(numbers)), torch.zeros(int(numbers.max()) + 1, dtype=torch.int64)
+    first = empty.scatter_reduce(0, numbers, rows, "amin", include_self=False)
+    return first, empty.scatter_reduce(0, numbers, rows, "amax", include_self=False)
+
+
+def _groups(order: Sequence[int], ranks: Sequence[int], most: int) -> list[list[int]]:
+    """Neighbours in that order whose ranks together are at most ``most``; a class of more is a group by itself."""
+    groups: list[list[int]] = []
+    room = 0
+    for number in order:
+        if not groups or ranks[number] > room:
+            groups.append([])
+            room = most
+        groups[-1].append(number)
+        room -= ranks[number]
+    return groups
