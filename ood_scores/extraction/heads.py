@@ -109,10 +109,18 @@ class FoundHead:
         return features_of([last[id(module)] for module in self.modules])
 
     @contextmanager
-    def capture(self) -> Iterator[list[Tensor | None]]:
-        """A list with one place for each module, filled with its input during a forward pass."""
+    def capture(self, compiled: bool = False) -> Iterator[list[Tensor | None]]:
+        """A list with one place for each module, filled with its input during a forward pass.
+
+        A ``compiled`` model is cut in two there: the list is filled as it is by any other.
+        """
         received: list[Tensor | None] = [None] * len(self.modules)
-        handles = [module.register_forward_pre_hook(_keeper(received, i)) for i, module in enumerate(self.modules)]
+        keepers = [_keeper(received, place) for place in range(len(self.modules))]
+        if compiled:
+            keepers = [torch.compiler.disable(keeper) for keeper in keepers]
+        handles = [
+            module.register_forward_pre_hook(keeper) for module, keeper in zip(self.modules, keepers, strict=True)
+        ]
         try:
             yield received
         finally:

@@ -58,7 +58,7 @@ def _from_mapping(batch: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _as_labels(labels: Any, rows: int) -> Tensor:
     try:
-        tensor = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels).cpu()
+        tensor = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
     except (TypeError, ValueError) as error:
         raise BadLabels(f"labels must be integer class indices [{rows}], one for each input: {error}") from error
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.shape != (rows,):
@@ -119,9 +119,10 @@ class Batches:
         first: list[Any] = []
         rows = 0
         while rows < CHECKSUM_ROWS and (batch := next(rest, None)) is not None:
-            if len(unpack(batch)[0]):
-                first.append(batch)
-                rows += len(unpack(batch)[0])
+            inputs, labels = unpack(batch)
+            if len(inputs):
+                first.append((inputs.clone(), None if labels is None else labels.clone()))  # loaders may reuse memory
+                rows += len(inputs)
         if not rows:
             raise EmptyInput(
                 "the loader gave no batch: is the dataset empty, or drop_last=True with less than a batch?"
@@ -137,20 +138,21 @@ class Batches:
             digest.update(x.cpu().contiguous().view(torch.uint8).numpy())
         labels = [y for _, y in pairs if y is not None]
         if labels:
-            digest.update(torch.cat(labels)[:CHECKSUM_ROWS].numpy().tobytes())
+            digest.update(torch.cat(labels)[:CHECKSUM_ROWS].cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def after(self, rows: int) -> Iterator[tuple[int, Any]]:
-        """Pairs of first row and batch, for every batch that has rows after the first ``rows``.
+    def after(self, rows: int, stop: int | None = None) -> Iterator[tuple[int, Any]]:
+        """Pairs of first row and batch, for every batch that has rows after the first ``rows``, up to row ``stop``.
 
-        A plain DataLoader jumps there without loading what comes before; other loaders are run through.
+        A plain DataLoader jumps there without loading what comes before; other loaders are run through. ``stop`` is for
+        those that can jump.
         """
         loader = self.loader
-        if rows and isinstance(loader, DataLoader) and _can_jump(loader):
+        if (rows or stop is not None) and isinstance(loader, DataLoader) and can_jump(loader):
             self.rest = iter(())  # the workers that looked into the loader stop
             size = loader.batch_sampler.batch_size  # type: ignore[union-attr]
-            skipped = rows // size
-            return _numbered(iter(_from_batch(loader, skipped)), skipped * size)
+            first, last = rows // size, None if stop is None else -(-stop // size)
+            return _numbered(iter(_some_of(loader, first, last)), first * size)
         numbered = _numbered(itertools.chain(self.first, self.rest), 0)
         return ((start, batch) for start, batch in numbered if start + len(unpack(batch)[0]) > rows)
 
@@ -163,15 +165,16 @@ def _numbered(batches: Iterable[Any], start: int) -> Iterator[tuple[int, Any]]:
         start += rows
 
 
-def _can_jump(loader: DataLoader[Any]) -> bool:
+def can_jump(loader: DataLoader[Any]) -> bool:
+    """Whether batches can be skipped without loading them."""
     return row_count(loader) is not None and type(loader).__iter__ is DataLoader.__iter__
 
 
-def _from_batch(loader: DataLoader[Any], skipped: int) -> DataLoader[Any]:
-    """The same loader without its first batches."""
+def _some_of(loader: DataLoader[Any], first: int, last: int | None) -> DataLoader[Any]:
+    """The same loader with its batches ``first .. last``."""
     return DataLoader(
         loader.dataset,
-        batch_sampler=list(itertools.islice(loader.batch_sampler, skipped, None)),  # type: ignore[arg-type]
+        batch_sampler=list(itertools.islice(loader.batch_sampler, first, last)),  # type: ignore[arg-type]
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

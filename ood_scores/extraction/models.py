@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,17 +15,27 @@ from ood_scores.errors import BadInput
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(model: nn.Module, device: str | torch.device) -> torch.device:
-    """``"auto"``: the model's own device if it is not the CPU, else a GPU if there is one, else the CPU."""
-    if device != "auto":
-        try:
-            found = torch.zeros(1, device=device)
-            found.item()  # the meta device has no values
-            return found.device
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise BadInput(f"there is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
-    own = model_device(model)
-    return torch.device("cuda", 0) if own.type == "cpu" and torch.cuda.is_available() else own
+def choose_device(model: nn.Module, device: str | torch.device, local_rank: int = 0) -> torch.device:
+    """``"auto"``: the model's own device if it is not the CPU, else a GPU if there is one, else the CPU.
+
+    Processes beside each other on a machine each take the GPU of their ``local_rank``.
+    """
+    if device == "auto":
+        own = model_device(model)
+        device = f"cuda:{local_rank}" if own.type == "cpu" and torch.cuda.is_available() else own
+    if str(device) == "cuda" and local_rank:
+        device = f"cuda:{local_rank}"
+    try:
+        found = torch.zeros(1, device=device)
+        found.item()  # the meta device has no values
+        return found.device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise BadInput(f"there is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` was given, whose hooks run and whose weights have their own names; else the model."""
+    return getattr(model, "_orig_mod", model)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -34,8 +45,11 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def evaluating(model: nn.Module, device: torch.device, differentiable: bool = False) -> Iterator[None]:
-    """In eval mode, on the device, without gradients; every module's mode and the device are restored afterwards.
+def evaluating(
+    model: nn.Module, device: torch.device, differentiable: bool = False, channels_last: bool = False
+) -> Iterator[None]:
+    """In eval mode, on the device, without gradients; every module's mode, the device and the layout of the weights are
+    restored afterwards.
 
     What a ``differentiable`` run makes may be used where gradients are enabled again; otherwise it is made faster.
     """
@@ -45,7 +59,12 @@ def evaluating(model: nn.Module, device: torch.device, differentiable: bool = Fa
     try:
         if home != device:
             model.to(device)
-        with torch.inference_mode(not differentiable), torch.no_grad():
+        with (
+            _laid_out(model, channels_last),
+            _current(device),
+            torch.inference_mode(not differentiable),
+            torch.no_grad(),
+        ):
             yield
     finally:
         for module, mode in modes:  # parents come before their children
@@ -55,6 +74,25 @@ def evaluating(model: nn.Module, device: torch.device, differentiable: bool = Fa
             module.training = mode
         if home != device:
             model.to(home)
+
+
+@contextmanager
+def _laid_out(model: nn.Module, channels_last: bool) -> Iterator[None]:
+    """With the weights of convolutions in the order of channels-last inputs."""
+    weights = [weight for weight in model.parameters() if weight.ndim == 4 and channels_last]
+    before = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for weight, data in zip(weights, before, strict=True):
+            weight.data = data
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """With a GPU being the one that kernels are started on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Block:
         self._head = head
         self.extras = dict(extras or {})
         self.start = start
-        self._rows = len(features) if features is not None else rows or 0
+        self._rows = features.shape[0] if features is not None else rows or 0  # len() would fix it in a traced graph
         self._derived: dict[Any, Any] = {}
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class Block:
             self._head if head is None else head,
             self.extras,
             self.start,
-            len(self),
+            self._rows,
         )
 
     def floating_columns(self) -> dict[str, Tensor]:

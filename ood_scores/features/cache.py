@@ -8,11 +8,9 @@ data set is closed are lost without an error, and the process crashes later.)
 
 from __future__ import annotations
 
-import itertools
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,36 +38,14 @@ from ood_scores.features.files import (
     temporary_beside,
 )
 from ood_scores.features.head import Head
+from ood_scores.features.opening import FORMAT, open_to_read, zstd
 from ood_scores.features.provenance import Provenance
 
-FORMAT = "ood_scores features"
 VERSION = 1
 UNKNOWN_LENGTH_ROWS = 1024
 
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Name of each column -> shape of a row, dtype."""
-
-
-@contextmanager
-def open_to_read(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    """An open HDF5 file of any origin; the errors of h5py become errors that say what to do."""
-    path = Path(file)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}.")
-    if not path.is_file() or not _has_hdf5_signature(path):
-        raise ForeignFile(f"{path} is not an HDF5 file.")
-    try:
-        h5 = h5py.File(path, "r")
-    except BlockingIOError as error:
-        raise CacheBusy(f"{path} is being written by another process and is not finished: wait for it.") from error
-    except OSError as error:
-        raise DamagedCache(
-            f"{path} is truncated or damaged ({error}): delete it, or pass overwrite=True to extract again."
-        ) from error
-    with h5:
-        if h5.attrs.get("compressed", False):
-            _zstd()  # importing it is what lets h5py read such a file
-        yield h5
 
 
 def check_is_cache(h5: h5py.File) -> None:
@@ -150,11 +126,12 @@ class CacheWriter:
     Holds the file's exclusive lock for as long as it lives, so two writers cannot share a file.
     """
 
+    path: Path
     rows: int
     _file: LockedFile
 
     def __init__(self, file: LockedFile, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._use(file)
 
     @classmethod
@@ -173,7 +150,7 @@ class CacheWriter:
             CacheBusy: there is a file already and ``replace`` is False: another process has just made it.
         """
         with disk_errors(path, 0), temporary_beside(path) as temporary, closed_on_error(temporary, "x+") as file:
-            _lay_out(file, path, columns, rows, head, _attributes(provenance))
+            _lay_out(file, path, columns, rows, head, identifying(provenance))
             put_in_place(temporary, path, replace)
             return cls(file, path)
 
@@ -198,9 +175,9 @@ class CacheWriter:
         stop = self.rows + len(arrays["features"])
         if stop > self._capacity:
             if not self._growing:
-                raise BadInput(f"{self._path} has room for {self._capacity:,} rows, not for {stop:,}.")
+                raise BadInput(f"{self.path} has room for {self._capacity:,} rows, not for {stop:,}.")
             self._move_to_capacity(max(stop, 2 * self._capacity))
-        with disk_errors(self._path, self.rows):
+        with disk_errors(self.path, self.rows):
             for name, array in arrays.items():
                 self._file.write_at(self._places[name].of_row(self.rows), array)
             self._file.write_at(self._counter, np.array([stop]))
@@ -210,9 +187,9 @@ class CacheWriter:
         """Marks the file complete; a file of unknown length is first cut to the rows it holds."""
         if self.rows < self._capacity:
             if not self._growing:
-                raise BadInput(f"{self._path} wants {self._capacity:,} rows and has got {self.rows:,}.")
+                raise BadInput(f"{self.path} wants {self._capacity:,} rows and has got {self.rows:,}.")
             self._move_to_capacity(self.rows)
-        with disk_errors(self._path, self.rows):
+        with disk_errors(self.path, self.rows):
             os.fsync(self._file.fileno())
             self._file.write_at(self._counter, np.array([self.rows, 1]))
 
@@ -237,31 +214,31 @@ class CacheWriter:
     def _arrays(self, rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """The rows as they will lie in the file."""
         if rows.keys() != self._places.keys():
-            raise BadInput(f"{self._path} has {', '.join(self._places)}; these rows have {', '.join(rows)}.")
+            raise BadInput(f"{self.path} has {', '.join(self._places)}; these rows have {', '.join(rows)}.")
         arrays = {}
         for name, values in rows.items():
             place = self._places[name]
             arrays[name] = np.ascontiguousarray(values.numpy(), dtype=place.dtype)
             if values.shape != (len(rows["features"]), *place.width):
-                raise ShapeMismatch(f"rows of {name} are {place.width} in {self._path}, got {tuple(values.shape)}.")
+                raise ShapeMismatch(f"rows of {name} are {place.width} in {self.path}, got {tuple(values.shape)}.")
         return arrays
 
     def _move_to_capacity(self, capacity: int) -> None:
         """Continue in a copy with room for ``capacity`` rows that takes the file's place in one step."""
         old = self._file
         with (
-            disk_errors(self._path, self.rows),
-            temporary_beside(self._path) as temporary,
+            disk_errors(self.path, self.rows),
+            temporary_beside(self.path) as temporary,
             closed_on_error(temporary, "x+") as file,
         ):
             with h5py.File(old, "r") as h5:
                 shapes = {name: (place.width, place.dtype) for name, place in self._places.items()}
-                _lay_out(file, self._path, shapes, capacity, read_head(h5), dict(h5.attrs) | {"growing": True})
-            new = CacheWriter(file, self._path)
+                _lay_out(file, self.path, shapes, capacity, read_head(h5), dict(h5.attrs) | {"growing": True})
+            new = CacheWriter(file, self.path)
             for name, place in self._places.items():
                 copy_bytes(old, place.offset, file, new._places[name].offset, self.rows * place.row_bytes)
             file.write_at(new._counter, np.array([self.rows]))
-            os.replace(temporary, self._path)
+            os.replace(temporary, self.path)
         self._use(file)
         old.close()
 
@@ -278,7 +255,7 @@ def write(
     """A whole cache file, which takes the place of ``path`` once it is complete."""
     check_replaceable(path)
     with disk_errors(path, 0), temporary_beside(path) as temporary, LockedFile(temporary, "x+") as file:
-        _lay_out(file, path, columns, rows, head, _attributes(provenance), compress)
+        _lay_out(file, path, columns, rows, head, identifying(provenance), compress)
         if compress:
             _write_compressed(file, runs)
         else:
@@ -309,7 +286,8 @@ class _Place:
         return self.offset + row * self.row_bytes
 
 
-def _attributes(provenance: Provenance | None) -> dict[str, Any]:
+def identifying(provenance: Provenance | None) -> dict[str, Any]:
+    """Attributes of a new file: an identity of its own, and what made it."""
     return {"identity": uuid.uuid4().hex} | (provenance.to_attributes() if provenance else {})
 
 
@@ -325,21 +303,26 @@ def _lay_out(
     """A complete HDF5 file, to be put at ``path``, with no row counted. Raises OSError where the disk refuses."""
     length = UNKNOWN_LENGTH_ROWS if rows is None else rows
     with h5py.File(file, "w", alignment_threshold=1, alignment_interval=8) as h5:
-        h5.attrs.update({"format": FORMAT, "version": VERSION, "compressed": compress, "growing": rows is None})
-        h5.attrs.update(attributes)
-        if head is not None:
-            h5["head/weight"], h5["head/bias"] = _array(head.weight), _array(head.bias)
-        _allocate(h5, "progress", (2,), np.dtype(np.int64))
-        h5["progress"].attrs["meaning"] = "rows written; 1 if finished, else 0"
-        h5["statistics"] = h5py.ExternalLink(statistics_file(path).name, "/")
+        write_header(h5, path, head, {"compressed": compress, "growing": rows is None} | dict(attributes))
         if any(name.startswith("extras/") for name in columns):
             h5.create_group("extras", track_order=True)  # as they were given, not by the alphabet
         for name, (width, dtype) in columns.items():
             if compress and length:
-                h5.create_dataset(name, (length, *width), dtype, **_zstd())
+                h5.create_dataset(name, (length, *width), dtype, **zstd())
             else:
                 _allocate(h5, name, (length, *width), dtype)
     file.check()
+
+
+def write_header(h5: h5py.File, path: Path, head: Head | None, attributes: Mapping[str, Any]) -> None:
+    """All but the columns of a file that will be put at ``path``, with no row counted."""
+    h5.attrs.update({"format": FORMAT, "version": VERSION})
+    h5.attrs.update(attributes)
+    if head is not None:
+        h5["head/weight"], h5["head/bias"] = _array(head.weight), _array(head.bias)
+    _allocate(h5, "progress", (2,), np.dtype(np.int64))
+    h5["progress"].attrs["meaning"] = "rows written; 1 if finished, else 0"
+    h5["statistics"] = h5py.ExternalLink(statistics_file(path).name, "/")
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -370,19 +353,6 @@ def _write_compressed(file: LockedFile, runs: Iterable[Mapping[str, Tensor]]) ->
             done = stop
         h5["progress"][:] = done, 1
     file.check()
-
-
-def _zstd() -> Mapping[str, Any]:
-    import hdf5plugin
-
-    return hdf5plugin.Zstd()
-
-
-def _has_hdf5_signature(path: Path) -> bool:
-    """At the start, or after a user block of 512 bytes or a power of two more (MATLAB)."""
-    with open(path, "rb") as file:
-        places = itertools.takewhile(lambda at: at < path.stat().st_size, (0, *(512 << n for n in range(20))))
-        return any(file.seek(at) == at and file.read(8) == b"\x89HDF\r\n\x1a\n" for at in places)
 
 
 def _bears_our_name(path: Path) -> bool:

@@ -47,7 +47,7 @@ class DiskColumn:
     @contextmanager
     def reader(self) -> Iterator[Callable[[int, int], Tensor]]:
         """A function ``(start, stop) -> rows`` that keeps the file open for as long as the context lasts."""
-        from ood_scores.features.cache import open_to_read
+        from ood_scores.features.opening import open_to_read
 
         with open_to_read(self.file) as h5:
             if h5.attrs.get("identity") != self.identity:

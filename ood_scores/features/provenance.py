@@ -19,7 +19,7 @@ class Provenance:
     The *fingerprint* (weights, architecture, requested head, data, precision) decides whether a cache may be used; the
     rest is for the reader. ``data_sha256`` covers the first inputs exactly as the model saw them, and their labels, so
     that a changed resize, crop or normalisation is noticed; ``preprocessing`` describes the transform where it can be
-    read.
+    read. ``shard`` says which rows of the dataset a file holds that is one of several processes' own.
     """
 
     architecture: str
@@ -38,6 +38,7 @@ class Provenance:
     versions: Mapping[str, str]
     created: str
     probes: Sequence[str] = ()
+    shard: str | None = None
 
     FINGERPRINT = (
         ("architecture", "architecture"),
@@ -50,6 +51,7 @@ class Provenance:
         ("data_sha256", "first inputs and labels (data or preprocessing)"),
         ("precision", "precision"),
         ("probes", "layers and probes"),
+        ("shard", "rows of this shard"),
     )
 
     def differences(self, other: Provenance) -> Iterable[str]:

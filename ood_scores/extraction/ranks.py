@@ -1,0 +1,105 @@
+"""Ranks: the processes of one `torchrun` that extract together, each some of the rows."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch import distributed as dist
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from ood_scores.errors import BadInput, ShuffledLoader, WorkerDied
+from ood_scores.extraction import loaders
+
+Value = TypeVar("Value")
+
+LONGEST_WAIT = timedelta(days=1)
+"""For the slowest process, once this one has written its rows."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is (from 0), of how many, and which one on its machine."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """As `torchrun` says in the environment."""
+        return cls(
+            *(int(os.environ.get(*value)) for value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        )
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What processes tell each other. Raises WorkerDied where one of them is gone."""
+
+    group: Any
+
+    def gather(self, value: Value) -> list[Value]:
+        """The value of every process, by rank."""
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        _unless_one_died(lambda: dist.all_gather_object(values, value, group=self.group))
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        _unless_one_died(lambda: dist.monitored_barrier(self.group, LONGEST_WAIT))
+
+
+@contextmanager
+def meeting() -> Iterator[Meeting]:
+    """Brings the processes of `torchrun` together, by gloo, whatever device they compute on."""
+    started_here = not dist.is_initialized()
+    if started_here:
+        _unless_one_died(lambda: dist.init_process_group("gloo"))
+    group = dist.group.WORLD if started_here else dist.new_group(backend="gloo")
+    try:
+        yield Meeting(group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _unless_one_died(call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        raise WorkerDied(
+            "another process of torchrun has ended, or did not come: look at its error, then run the same command "
+            f"again, which continues. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def shares(loader: Any, count: int) -> list[range]:
+    """The rows of each of ``count`` processes: contiguous, whole batches, as many for one as for another.
+
+    Raises:
+        ShuffledLoader: the order is random: each process would have its own.
+        BadInput: the loader's rows cannot be counted and skipped, or are a share already.
+    """
+    if loaders.is_shuffled(loader):
+        raise ShuffledLoader("the loader gives its rows in random order, each process another: use shuffle=False.")
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        raise BadInput("the loader gives each process its share already: leave the DistributedSampler out.")
+    if not isinstance(loader, DataLoader) or not loaders.can_jump(loader):
+        raise BadInput(
+            f"several processes share the rows of a DataLoader with a batch_size over a dataset of known length; got "
+            f"{type(loader).__name__} over {type(getattr(loader, 'dataset', loader)).__name__}: run it in one process."
+        )
+    rows, size = loaders.row_count(loader) or 0, loader.batch_sampler.batch_size  # type: ignore[union-attr]
+    batches = -(-rows // size)
+    bounds = [min(batches * rank // count * size, rows) for rank in range(count + 1)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]
