@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import timm
+import tiny  # noqa: F401  makes timm know the networks
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -13,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 import ood_scores
 from ood_scores.detector import Prediction
 from ood_scores.features import FeatureSet
-from tests import tiny  # noqa: F401  makes timm know the networks
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
 
@@ -40,7 +40,7 @@ def loader(rows: int, seed: int) -> DataLoader[Any]:
 def network(seed: int = 0) -> nn.Module:
     """A network with random features, whose head predicts the class with the nearest mean of these."""
     torch.manual_seed(seed)
-    model = timm.create_model("tiny_net", num_classes=4).eval()
+    model: Any = timm.create_model("tiny_net", num_classes=4).eval()
     rows = Rows(200, seed)
     with torch.no_grad():
         features = model.forward_head(model.forward_features(rows.inputs), pre_logits=True)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from detecting import extracted, network, same
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
@@ -18,7 +19,6 @@ from ood_scores.cli import app
 from ood_scores.cli.predict import image_files
 from ood_scores.errors import MissingData
 from ood_scores.training.checkpoints import load_model
-from tests.detecting import extracted, network, same
 
 NAMES = ["ant", "bee", "cow", "dog"]
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detecting import PIXELS, Rows, extracted, loader, network, same
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -32,7 +33,6 @@ from ood_scores.features import FeatureSet
 from ood_scores.probes import ODIN, PROBES, ParameterGradients
 from ood_scores.scorers import create_scorer
 from ood_scores.training.checkpoints import preprocessing
-from tests.detecting import PIXELS, Rows, extracted, loader, network, same
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from detecting import PIXELS, Plain, Rows, extracted, network, same
 from torch import nn
 
 import ood_scores
@@ -30,7 +31,6 @@ from ood_scores.errors import (
 from ood_scores.features import FeatureSet
 from ood_scores.probes import ODIN
 from ood_scores.scorers import Scorer, create_scorer
-from tests.detecting import PIXELS, Plain, Rows, extracted, network, same
 
 FILES = ["calibration.safetensors", "detector.json", "model.safetensors", "scorer.safetensors"]
 

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from detecting import PIXELS, Plain, Rows, extracted, network, same
 from PIL import Image
 from torch import Tensor, nn
 
 from ood_scores import Detector, calibrate
 from ood_scores.errors import BadInput, EmptyInput, MissingData, NotFinite, OodScoresError, ShapeMismatch
 from ood_scores.training.checkpoints import preprocessing
-from tests.detecting import PIXELS, Plain, Rows, extracted, network, same
 
 
 @pytest.fixture(scope="module")
