@@ -1,1 +1,0 @@
-"""Every scorer on published checkpoints and real images."""
