@@ -323,3 +323,21 @@ def test_solved_squares_are_as_accurate_as_substitution(
     lower = torch.from_numpy(factor)
     found = solved_squares(block_rows(lower, inverted_diagonal(lower[None])[0]), torch.from_numpy(columns.copy()))
     np.testing.assert_allclose(found, np.square(exact).sum(axis=0).astype(float), rtol=1e-16 * condition**0.5 * width)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "relative_mahalanobis"])
+def test_a_nearly_singular_covariance_is_whitened_in_float64(name: str) -> None:
+    """A direction 1e-7 times as wide as the others: in float32, rounding of the product would fill it with noise."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(400) % 4
+    rows = torch.randn(400, 12, generator=generator, dtype=torch.float64) + labels[:, None]
+    turned = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
+    features = ((rows * torch.tensor([1e-7, *[1.0] * 11])) @ turned).float()
+    feats = FeatureSet(features, labels=labels)
+    scorer = create_scorer(name).fit(feats)
+    in_double = (
+        create_scorer(name).fit(FeatureSet(features.double(), labels=labels)).score(FeatureSet(features.double()))
+    )
+    torch.testing.assert_close(scorer.score(feats), in_double, rtol=1e-9, atol=1e-9)
+    alone = torch.cat([scorer.score(feats[row : row + 1]) for row in range(5)])
+    torch.testing.assert_close(alone, in_double[:5], rtol=1e-9, atol=1e-9)

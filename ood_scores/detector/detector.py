@@ -154,12 +154,13 @@ class Detector:
         calibration = self.calibration
         return Monitor.of(calibration.scores, calibration.keep, delta=calibration.delta, seed=seed)
 
-    def export_onnx(self, path: str | os.PathLike[str], images: Any) -> None:
+    def export_onnx(self, path: str | os.PathLike[str], images: Any = None) -> None:
         """One ONNX file from images to ``logits``, ``score`` and ``is_ood``: see ``ood_scores.detector.export``.
 
         Args:
             path: of the file, replaced in one step.
             images: some, as ``predict`` takes them: what onnxruntime says of them is compared with what is said here.
+                Noise where there are none, on which scores are less like those of real images.
 
         Raises:
             MissingInput: onnx, onnxscript or onnxruntime is not installed.
@@ -169,10 +170,14 @@ class Detector:
         from ood_scores.detector.export import export_onnx
 
         graph, inputs = self._graph(images)
-        facts = {"weights_sha256": self.weights, "preprocessing": json.dumps(self.preprocessing)}
+        facts = {
+            "architecture": architecture(self.model),
+            "weights_sha256": self.weights,
+            "preprocessing": json.dumps(self.preprocessing),
+        }
         export_onnx(graph, inputs, path, facts | ({"classes": json.dumps(self.classes)} if self.classes else {}))
 
-    def export(self, images: Any) -> torch.export.ExportedProgram:
+    def export(self, images: Any = None) -> torch.export.ExportedProgram:
         """The same graph by ``torch.export``, for batches of any size; ``torch.export.save`` writes it.
 
         Raises:
@@ -183,14 +188,15 @@ class Detector:
         return export_program(*self._graph(images))
 
     def _graph(self, images: Any) -> tuple[DetectorGraph, torch.Tensor]:
-        from ood_scores.detector.export import DetectorGraph
+        from ood_scores.detector.export import DetectorGraph, noise
 
         if self.runner.amp is not None:
             raise BadInput(
                 f"the detector runs in mixed precision ({self.runner.amp}), as its calibration data were extracted; a "
                 "graph does not: calibrate it on sets extracted without amp."
             )
-        inputs = next(input_batches(images, self.transform)).to(model_dtype(self.model))
+        given = noise(self.preprocessing) if images is None else next(input_batches(images, self.transform))
+        inputs = given.to(model_dtype(self.model))
         limits = torch.tensor([each.value for each in self.calibration.thresholds], dtype=torch.float64)
         threshold = limits if self.calibration.predicted is not None else limits[0]
         stored = getattr(torch, self.runner.dtype)

@@ -84,7 +84,7 @@ class ORA(Scorer):
         steps = torch.where(squares > 0, gaps / squares.clamp_min(torch.finfo(torch.float64).tiny), 0)
         lengths = rows.square().sum(dim=1, keepdim=True)
         aside = steps * (lengths * squares - along.square()).clamp_min(0).sqrt()
-        angles = torch.atan2(aside, lengths - steps * along)
+        angles = angle(aside, lengths - steps * along)
         return angles.amax(dim=1) if self.aggregate == "max" else angles.mean(dim=1)
 
 
@@ -223,6 +223,13 @@ class _MeanConfidenceAccumulator:
         if not self.rows:
             raise BadInput("no block was read.")
         return self.total / self.rows
+
+
+def angle(aside: Tensor, along: Tensor) -> Tensor:
+    """``atan2``; in a traced graph it is taken in float32, as onnxruntime has none in float64."""
+    if torch.compiler.is_compiling():
+        return torch.atan2(aside.float(), along.float()).double()
+    return torch.atan2(aside, along)
 
 
 def squares_between(rows: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics import ClassMoments, Statistic
+from ood_scores.features.statistics import ClassMoments, Moments, Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
 from ood_scores.scorers.factors import SOLVED
+
+AMPLIFIED = 3e5
+"""Float32 features are whitened in float32 as long as that makes their deviations at most so many times longer."""
 
 
 @register_scorer("mahalanobis")
@@ -24,6 +27,7 @@ class Mahalanobis(Scorer):
 
     Fits class means and one tied covariance, the pooled within-class scatter divided by N, in float64. Scores have the
     precision that the features are kept in: float32 features have errors of their own of the size that a product makes.
+    Only where a nearly singular covariance would make these errors count (``AMPLIFIED``) is the product float64.
 
     Source: Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
     Attacks", on penultimate features, without input perturbation. Directions in which the fit data do not vary (a
@@ -41,6 +45,7 @@ class Mahalanobis(Scorer):
     whitening_: Tensor = field(init=False, repr=False, compare=False)
     means_: Tensor = field(init=False, repr=False, compare=False)
     centre_: Tensor = field(init=False, repr=False, compare=False)
+    double_: bool = field(default=False, init=False, repr=False, compare=False)
     needs = ("features",)
     fit_needs = ("features", "labels")
 
@@ -53,9 +58,10 @@ class Mahalanobis(Scorer):
         self.centre_ = means.mean(dim=0)
         self.whitening_ = whitening(moments.scatter / moments.counts.sum())
         self.means_ = (means - self.centre_) @ self.whitening_
+        self.double_ = amplifies(self.whitening_, moments)
 
     def score_block(self, block: Block) -> Tensor:
-        features = block.unit_features() if self.normalize else block.features
+        features = rows_of(block, self.normalize, self.double_)
         rows = whitened(features - self.centre_.to(features), self.whitening_.to(features))
         return -squared_distances(rows, self.means_.to(features)).amin(dim=1)
 
@@ -114,6 +120,7 @@ class RelativeMahalanobis(Scorer):
     directions_: Tensor = field(init=False, repr=False, compare=False)
     means_: Tensor = field(init=False, repr=False, compare=False)
     shares_: Tensor = field(init=False, repr=False, compare=False)
+    double_: bool = field(default=False, init=False, repr=False, compare=False)
     needs = ("features",)
     fit_needs = ("features", "labels")
 
@@ -130,13 +137,28 @@ class RelativeMahalanobis(Scorer):
         _, deviations, axes = torch.linalg.svd(weights.sqrt()[:, None] * centred, full_matrices=False)
         self.directions_, self.means_ = root @ axes.T, centred @ axes.T
         self.shares_ = deviations.square() / (1 + deviations.square())
+        self.double_ = amplifies(root, moments)
 
     def score_block(self, block: Block) -> Tensor:
-        features = block.unit_features() if self.normalize else block.features
+        features = rows_of(block, self.normalize, self.double_)
         means = self.means_.to(features)
         rows = (features - self.mean_.to(features)) @ self.directions_.to(features)
         nearest = (means.square().sum(dim=1) - 2 * rows @ means.T).amin(dim=1)
         return -(nearest + rows.square() @ self.shares_.to(features))
+
+
+def amplifies(root: Tensor, moments: Moments) -> bool:
+    """Whether whitening makes deviations of rows so much longer that their rounding in float32 counts."""
+    between = moments.means - moments.means.mean(dim=0)
+    spread = moments.scatter.trace() / moments.counts.sum() + between.square().sum(dim=1).mean()
+    return bool(root.norm(dim=0).amax() * spread.sqrt() > AMPLIFIED)
+
+
+def rows_of(block: Block, normalize: bool, double: bool) -> Tensor:
+    """The features, L2-normalised if asked for, in their own precision or float64."""
+    if double:
+        return block.space("features", normalize)
+    return block.unit_features() if normalize else block.features
 
 
 def whitening(covariance: Tensor) -> Tensor:

@@ -326,16 +326,23 @@ def largest(values: Tensor, share: float) -> Tensor:
     count = max(1, width - int(np.round(width * (1 - share))))
     last = kth_largest(values, count)
     kept = values >= last
+    if torch.compiler.is_compiling():  # a graph cannot pick the rows with ties
+        return _first_of_equals(values, last, count)
     tied = (kept.sum(dim=1) > count).nonzero()[:, 0]
     if len(tied):
-        above, level = values[tied] > last[tied], values[tied] == last[tied]
-        kept[tied] = above | (level & (level.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True)))
+        kept[tied] = _first_of_equals(values[tied], last[tied], count)
     return kept
+
+
+def _first_of_equals(values: Tensor, last: Tensor, count: int) -> Tensor:
+    """Which values are above the ``count``-th largest of their row, or among the first that equal it."""
+    above, level = values > last, values == last
+    return above | (level & (level.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True)))
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest value of each row, ``[B, 1]``. On the CPU by NumPy's partition, five times as fast as topk."""
-    if values.device.type != "cpu":
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
         return values.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     place = values.shape[1] - k
     return torch.from_numpy(np.partition(values.numpy(), place, axis=1)[:, place : place + 1])

@@ -247,7 +247,7 @@ class PNML(Scorer):
     def score_block(self, block: Block) -> Tensor:
         rows = block.unit_features()
         projected = whitened(rows, self.root_.to(rows)).square_().sum(dim=1, keepdim=True).double()
-        learner = Block(logits=block.head(rows), rows=len(block))
+        learner = Block(logits=block.head(rows), rows=rows.shape[0])
         rest = (learner.total_odds()[:, None] - learner.odds()).scatter(1, *learner.odds_of_others())
         rest = rest / learner.total_odds()[:, None]
         terms = rest.mul_((learner.log_softmax() * (-1 / (1 + projected))).exp_()).add_(1).reciprocal_()

@@ -1,0 +1,35 @@
+"""A small timm classifier for the other examples: a transformer as it is initialised, whose head learns digits.
+
+It makes no table itself: the other examples import it.
+"""
+
+import timm
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.utils.data import DataLoader
+
+import ood_scores
+from ood_scores.data.digits import digits_split, photo_patches
+from ood_scores.data.images import ImageArrays
+from ood_scores.training.checkpoints import preprocessing
+
+PREPROCESSING = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
+
+torch.manual_seed(0)
+model = timm.create_model("test_vit", num_classes=10, img_size=16).eval()
+split = digits_split()
+photographs = photo_patches(200)  # uint8 [200, 8, 8], as the digits are
+
+
+def loader(images, labels=None):
+    return DataLoader(ImageArrays(images, labels, preprocessing(model, **PREPROCESSING)), batch_size=128)
+
+
+fit = loader(split.train_images, split.train_labels)
+held_out = loader(split.test_images[:300], split.test_labels[:300])
+new_digits = split.test_images[300:]
+
+features = ood_scores.extract(model, fit, progress=False)
+probe = LogisticRegression(C=100, max_iter=2000).fit(features.features, features.labels)
+weights = {"weight": torch.from_numpy(probe.coef_), "bias": torch.from_numpy(probe.intercept_)}
+model.get_submodule("head").load_state_dict(weights)
