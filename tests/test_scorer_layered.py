@@ -98,7 +98,7 @@ def test_the_sum_is_that_of_the_layers() -> None:
 
 def test_one_layer_is_mahalanobis_on_it() -> None:
     def as_features(feats: FeatureSet) -> FeatureSet:
-        return FeatureSet(feats.extras["layers.block.1"], feats.logits, feats.labels)
+        return FeatureSet(feats.extras["layers.block.1"].double(), feats.logits, feats.labels)
 
     ours = create_scorer("mahalanobis_layers", layers=["block.1"], combine="sum").fit(TRAIN).score(TEST)
     other = create_scorer("mahalanobis").fit(as_features(TRAIN)).score(as_features(TEST))
