@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.special import betainc
 
 from ood_scores.errors import BadInput, BadLabels, ShapeMismatch
-from ood_scores.evaluation.metrics import Scores, _checked
+from ood_scores.evaluation.metrics import Scores, checked_scores
 
 ROUNDING = 1e-12
 """Benjamini and Hochberg's bounds are met by p-values that exceed them by this share: both are rounded."""
@@ -87,8 +87,8 @@ def threshold(scores: Scores, keep: float = 0.95, *, delta: float | None = None)
         ShapeMismatch: scores that are not one-dimensional.
         BadInput: scores that are not real numbers, or `keep` or `delta` outside (0, 1).
     """
-    _check_shares(keep=keep, delta=delta)
-    found = _threshold(_checked(scores, "calibration"), keep, delta)
+    check_shares(keep=keep, delta=delta)
+    found = threshold_of(checked_scores(scores, "calibration"), keep, delta)
     if found.rank == 0:
         warnings.warn(
             f"{found.n} calibration rows are too few to keep {keep:g}{_surely(delta)}: at least "
@@ -118,10 +118,10 @@ def class_thresholds(
         ShapeMismatch: not one prediction for each score.
         BadLabels: predictions that are not class indices. Besides, what `threshold` raises.
     """
-    _check_shares(keep=keep, delta=delta)
-    rows = _checked(scores, "calibration")
+    check_shares(keep=keep, delta=delta)
+    rows = checked_scores(scores, "calibration")
     of_class = _class_indices(predictions, classes, len(rows))
-    found = tuple(_threshold(rows[of_class == index], keep, delta) for index in range(classes))
+    found = tuple(threshold_of(rows[of_class == index], keep, delta) for index in range(classes))
     too_few = [index for index, each in enumerate(found) if each.rank == 0]
     if too_few:
         named = ", ".join(map(str, too_few[:5])) + (", …" if len(too_few) > 5 else "")
@@ -148,8 +148,8 @@ def p_values(calibration: Scores, scores: Scores) -> NDArray[np.float64]:
 
     Raises: what `threshold` raises for scores.
     """
-    ordered = np.sort(_checked(calibration, "calibration"), kind="stable")
-    places = np.searchsorted(ordered, _checked(scores, "new"), side="right")
+    ordered = np.sort(checked_scores(calibration, "calibration"), kind="stable")
+    places = np.searchsorted(ordered, checked_scores(scores, "new"), side="right")
     return (1 + places) / (len(ordered) + 1)
 
 
@@ -172,8 +172,8 @@ def benjamini_hochberg(p: Scores, rate: float) -> NDArray[np.bool_]:
     Raises:
         BadInput: p-values outside [0, 1], or a rate outside (0, 1). Besides, what `threshold` raises for scores.
     """
-    _check_shares(rate=rate)
-    values = _checked(p, "p-value")
+    check_shares(rate=rate)
+    values = checked_scores(p, "p-value")
     if values.min() < 0 or values.max() > 1:
         raise BadInput(f"p-values lie in [0, 1], these run from {values.min():g} to {values.max():g}")
     m = len(values)
@@ -185,7 +185,7 @@ def benjamini_hochberg(p: Scores, rate: float) -> NDArray[np.bool_]:
     return rejected
 
 
-def _threshold(scores: NDArray[np.float64], keep: float, delta: float | None) -> Threshold:
+def threshold_of(scores: NDArray[np.float64], keep: float, delta: float | None) -> Threshold:
     n = len(scores)
     rank = _rank(n, keep) if delta is None else _sure_rank(n, keep, delta)
     value = float(np.partition(scores, rank - 1)[rank - 1]) if rank else -math.inf
@@ -211,7 +211,7 @@ def _surely(delta: float | None) -> str:
     return "" if delta is None else f" with {1 - delta:.2%} certainty"
 
 
-def _check_shares(**shares: float | None) -> None:
+def check_shares(**shares: float | None) -> None:
     for name, share in shares.items():
         if share is not None and not 0 < share < 1:
             raise BadInput(f"{name} is a share above 0 and below 1, got {share}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ood_scores.detector.conformal import Scores, _check_shares, _checked, _threshold
+from ood_scores.detector.conformal import Scores, check_shares, checked_scores, threshold_of
 from ood_scores.errors import BadInput, EmptyInput
 
 if TYPE_CHECKING:
@@ -96,9 +96,9 @@ class Monitor:
         Raises:
             BadInput: too few rows for that threshold to reject anything. Besides, what ``threshold`` raises.
         """
-        _check_shares(keep=keep, delta=delta)
-        scores = _checked(calibration, "calibration")
-        found = _threshold(scores, keep, delta)
+        check_shares(keep=keep, delta=delta)
+        scores = checked_scores(calibration, "calibration")
+        found = threshold_of(scores, keep, delta)
         if found.rank == 0:
             raise BadInput(
                 f"with {found.n} calibration rows no row can be rejected, so that there is nothing to watch: calibrate "
@@ -116,7 +116,7 @@ class Monitor:
 
         Raises: what ``threshold`` raises for scores; the monitor is then as it was.
         """
-        rows = _checked(scores, "stream")
+        rows = checked_scores(scores, "stream")
         is_rejected = rows < self.value
         lots = np.random.Generator(np.random.PCG64(self.seed).advance(self.seen)).random(len(rows))
         is_below = is_rejected | ((rows == self.value) & (lots < self.cut))
@@ -158,7 +158,7 @@ class Monitor:
         Raises:
             BadInput: alpha outside (0, 1).
         """
-        _check_shares(alpha=alpha)
+        check_shares(alpha=alpha)
         return self.p_value <= alpha
 
     def to_json(self) -> str:
@@ -200,7 +200,7 @@ class Monitor:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        _check_shares(alpha=alpha)
+        check_shares(alpha=alpha)
         if self.seen == self._curve[0, 0]:
             raise EmptyInput("there has been no row since this monitor was made or loaded: update it first.")
         now = [[self.seen], [self.rejected], [self._wealth()]]

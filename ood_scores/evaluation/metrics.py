@@ -79,7 +79,7 @@ def roc_counts(id_scores: Scores, ood_scores: Scores) -> RocCounts:
         ShapeMismatch: scores that are not one-dimensional.
         BadInput: scores that are not real numbers.
     """
-    id_negated, ood_negated = -_checked(id_scores, "ID"), -_checked(ood_scores, "OoD")
+    id_negated, ood_negated = -checked_scores(id_scores, "ID"), -checked_scores(ood_scores, "OoD")
     id_negated.sort()
     ood_negated.sort()
     scores = np.concatenate([id_negated, ood_negated])
@@ -97,11 +97,11 @@ def compare(
     as_id = roc_counts(id_scores, ood_scores)
     as_ood = as_id.mirrored()
     return Metrics(
-        auroc=_auroc(as_id),
-        aupr_in=_aupr(as_id, interpolation),
-        aupr_out=_aupr(as_ood, interpolation),
-        fpr95_id=_fpr_at_tpr(as_id, 0.95, rule),
-        fpr95_ood=_fpr_at_tpr(as_ood, 0.95, rule),
+        auroc=auroc_of(as_id),
+        aupr_in=aupr_of(as_id, interpolation),
+        aupr_out=aupr_of(as_ood, interpolation),
+        fpr95_id=fpr_of(as_id, 0.95, rule),
+        fpr95_ood=fpr_of(as_ood, 0.95, rule),
         n_id=as_id.n_positive,
         n_ood=as_id.n_negative,
     )
@@ -112,7 +112,7 @@ def auroc(id_scores: Scores, ood_scores: Scores) -> float:
 
     Shapes, dtypes and errors as in `roc_counts`. Source: Fawcett 2006, An introduction to ROC analysis.
     """
-    return _auroc(roc_counts(id_scores, ood_scores))
+    return auroc_of(roc_counts(id_scores, ood_scores))
 
 
 def aupr_in(id_scores: Scores, ood_scores: Scores, *, interpolation: Interpolation = "step") -> float:
@@ -129,12 +129,12 @@ def aupr_in(id_scores: Scores, ood_scores: Scores, *, interpolation: Interpolati
 
     Source: Davis & Goadrich 2006, The relationship between precision-recall and ROC curves.
     """
-    return _aupr(roc_counts(id_scores, ood_scores), interpolation)
+    return aupr_of(roc_counts(id_scores, ood_scores), interpolation)
 
 
 def aupr_out(id_scores: Scores, ood_scores: Scores, *, interpolation: Interpolation = "step") -> float:
     """Area under the precision-recall curve with OoD as the positive class and scores negated; see `aupr_in`."""
-    return _aupr(roc_counts(id_scores, ood_scores).mirrored(), interpolation)
+    return aupr_of(roc_counts(id_scores, ood_scores).mirrored(), interpolation)
 
 
 def fpr95_id(id_scores: Scores, ood_scores: Scores, *, rule: Rule = "first") -> float:
@@ -168,22 +168,23 @@ def fpr_at_tpr_id(id_scores: Scores, ood_scores: Scores, tpr: float, *, rule: Ru
         BadInput: `tpr` outside (0, 1].
         UnknownName: another rule. Besides, what `roc_counts` raises.
     """
-    return _fpr_at_tpr(roc_counts(id_scores, ood_scores), tpr, rule)
+    return fpr_of(roc_counts(id_scores, ood_scores), tpr, rule)
 
 
 def fpr_at_tpr_ood(id_scores: Scores, ood_scores: Scores, tpr: float, *, rule: Rule = "first") -> float:
     """Share of ID rows rejected by the threshold that catches the share `tpr` of OoD rows: `fpr_at_tpr_id` mirrored."""
-    return _fpr_at_tpr(roc_counts(id_scores, ood_scores).mirrored(), tpr, rule)
+    return fpr_of(roc_counts(id_scores, ood_scores).mirrored(), tpr, rule)
 
 
-def _checked(scores: Scores, side: str) -> NDArray[np.float64]:
+def checked_scores(scores: Scores, side: str) -> NDArray[np.float64]:
+    """Scores as float64 ``[N]``; raises what ``roc_counts`` raises, naming the side."""
     if isinstance(scores, torch.Tensor):
         scores = scores.detach().cpu().to(torch.promote_types(scores.dtype, torch.float64)).numpy()
     array = np.asarray(scores)
     if array.ndim != 1:
         raise ShapeMismatch(f"{side} scores have shape {list(array.shape)}; give one score per row, shape [N]")
     if len(array) == 0:
-        raise EmptyInput(f"there are no {side} scores; give at least one on each side")
+        raise EmptyInput(f"there are no {side} scores; give at least one")
     if array.dtype.kind not in "biuf":
         raise BadInput(f"{side} scores have dtype {array.dtype}; give real numbers")
     array = array.astype(np.float64, copy=False)
@@ -201,7 +202,8 @@ def _rejected(accepted: NDArray[np.int64]) -> NDArray[np.int64]:
     return below
 
 
-def _auroc(counts: RocCounts) -> float:
+def auroc_of(counts: RocCounts) -> float:
+    """``auroc`` of scores that are counted already."""
     new_negatives = np.diff(counts.negatives, prepend=0)
     outranked_twice = counts.positives.copy()  # positives above a negative count twice, those tied with it once
     outranked_twice[1:] += counts.positives[:-1]
@@ -222,7 +224,8 @@ _INTERPOLATIONS: dict[str, Callable[[NDArray[np.int64], NDArray[np.float64]], fl
 }
 
 
-def _aupr(counts: RocCounts, interpolation: str) -> float:
+def aupr_of(counts: RocCounts, interpolation: str) -> float:
+    """``aupr_in`` of scores that are counted already."""
     if interpolation not in _INTERPOLATIONS:
         raise UnknownName(f"no interpolation {interpolation!r}; there are: {', '.join(_INTERPOLATIONS)}")
     precision = counts.positives / (counts.positives + counts.negatives)
@@ -246,7 +249,8 @@ def _nearest(positives: NDArray[np.int64], wanted: Fraction) -> int:
 _RULES: dict[str, Callable[[NDArray[np.int64], Fraction], int]] = {"first": _first, "nearest": _nearest}
 
 
-def _fpr_at_tpr(counts: RocCounts, tpr: float, rule: str) -> float:
+def fpr_of(counts: RocCounts, tpr: float, rule: str) -> float:
+    """``fpr_at_tpr_id`` of scores that are counted already."""
     if not 0 < tpr <= 1:
         raise BadInput(f"a true positive rate of {tpr} cannot be asked for; give a number above 0 and at most 1")
     if rule not in _RULES:

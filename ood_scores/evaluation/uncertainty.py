@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit, ndtr, ndtri
 
 from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch, UnknownName
-from ood_scores.evaluation.metrics import RocCounts, Scores, _aupr, _auroc, _checked, _fpr_at_tpr, roc_counts
+from ood_scores.evaluation.metrics import RocCounts, Scores, aupr_of, auroc_of, checked_scores, fpr_of, roc_counts
 
 ScoreTable: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[Scores]"
 
@@ -98,7 +98,7 @@ def auroc_interval(id_scores: Scores, ood_scores: Scores, level: float = 0.95) -
         BadInput: a level outside (0, 1). Besides, what `roc_counts` raises.
     """
     quantile = _quantile(level)
-    placed = _placements(_checked(id_scores, "ID"), _checked(ood_scores, "OoD"))
+    placed = _placements(checked_scores(id_scores, "ID"), checked_scores(ood_scores, "OoD"))
     area = placed.auroc
     error = _standard_error(placed.on_id, placed.on_ood)
     if area in (0, 1):
@@ -320,7 +320,7 @@ def _in_errors(difference: ArrayLike, error: ArrayLike) -> NDArray[np.float64]:
 
 
 def _rows(scores: ScoreTable, side: str) -> list[NDArray[np.float64]]:
-    rows = [_checked(row, side) for row in scores]
+    rows = [checked_scores(row, side) for row in scores]
     if not rows:
         raise EmptyInput(f"there is no scorer in the {side} scores; give a table [S, N]")
     lengths = sorted({len(row) for row in rows})
@@ -363,15 +363,15 @@ def _resampled_fpr95(counts: RocCounts, replicates: int, rng: np.random.Generato
 
 
 def _average_precision(counts: RocCounts) -> float:
-    return _aupr(counts, "step")
+    return aupr_of(counts, "step")
 
 
 def _fpr95(counts: RocCounts) -> float:
-    return _fpr_at_tpr(counts, 0.95, "first")
+    return fpr_of(counts, 0.95, "first")
 
 
 _METRICS: dict[str, tuple[Callable[[RocCounts], float], bool]] = {
-    "auroc": (_auroc, False),
+    "auroc": (auroc_of, False),
     "aupr_in": (_average_precision, False),
     "aupr_out": (_average_precision, True),
     "fpr95_id": (_fpr95, False),
