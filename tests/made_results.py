@@ -42,6 +42,9 @@ MODELS = {
 """How well the sets are separated, the ID accuracy, and how many checkpoints there are."""
 
 
+NOTES = "Rows & columns <made> up.\n\n- *first*\n- ![picture](https://example.org/a.png)"
+
+
 def make_results(folder: Path, n_id: int = 300, n_ood: int = 200, parts: tuple[str, ...] = (PART,)) -> Results:
     """Three models, twelve scorers, five sets; two scorers always equal, two checkpoints of the first model."""
     rng = np.random.default_rng(0)
@@ -58,7 +61,7 @@ def make_results(folder: Path, n_id: int = 300, n_ood: int = 200, parts: tuple[s
         folder=folder,
         spec={
             "title": "Every score on made-up images",
-            "parts": [{"title": parts[0], "notes": "Rows & columns <made> up."}],
+            "parts": [{"title": parts[0], "notes": NOTES}],
         },
         table=table,
         comparison=_comparison(table),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from ood_scores.benchmark.report.figures import (
     HISTOGRAM_SIZE,
@@ -82,7 +84,7 @@ class PartView:
 
     id: str
     title: str
-    notes: str
+    notes: Markup
     together: ScoreTable | None
     models: Sequence[ModelView]
     comparisons: Sequence[ComparisonTable]
@@ -141,7 +143,7 @@ def _part(
     return PartView(
         id=id,
         title=part,
-        notes=notes(results, part),
+        notes=_as_html(notes(results, part)),
         together=side_by_side(tables) if len(tables) > 1 else None,
         models=[_model(results, f"{id}-model{i}", table, figures, images) for i, table in enumerate(tables)],
         comparisons=comparison_tables(results, part),
@@ -152,6 +154,11 @@ def _part(
         ),
         not_run=not_run(results, part),
     )
+
+
+def _as_html(markdown: str) -> Markup:
+    """Markdown as HTML, without anything that a browser would fetch."""
+    return Markup(MarkdownIt("commonmark", {"html": False}).enable("table").disable("image").render(markdown))
 
 
 def _model(
