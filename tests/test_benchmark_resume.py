@@ -9,7 +9,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import h5py
 import pandas as pd
 import pytest
 import torch
-from benchmarks_in_small import part, spec, write_data
+from benchmarks_in_small import one_thread_and_no_report, part, spec, write_data  # noqa: F401  a fixture
 
 from ood_scores.benchmark import Results, load_results, run
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, ScorerTable
@@ -31,16 +30,6 @@ KILLS = 6
 
 children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(["ood_scores.benchmark.runner", "ood_scores.training.checkpoints"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_no_report() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ood_scores.benchmark.report.write_report", lambda results, images: [])
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

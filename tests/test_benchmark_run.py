@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from benchmarks_in_small import CLASSES, ROWS, part, spec, write_data
+from benchmarks_in_small import CLASSES, ROWS, one_thread_and_no_report, part, spec, write_data  # noqa: F401  a fixture
 from numpy.testing import assert_allclose
 
 import ood_scores
@@ -31,16 +30,6 @@ TIMES = ["fit_seconds", "score_microseconds"]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the network has not learnt some classes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_no_report() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ood_scores.benchmark.report.write_report", lambda results, images: [])
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from ood_scores.cli import options
 from ood_scores.cli.printing import console
 from ood_scores.cli.tables import percent_tables
 
@@ -43,7 +44,7 @@ def benchmark(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, and what is missing.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    device: options.Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No line per step.")] = False,
 ) -> None:
     """Compares scorers on models and sets, from one file to tables and a report.

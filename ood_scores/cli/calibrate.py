@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ood_scores.cli import parsing
+from ood_scores.cli import options, parsing
 from ood_scores.cli.printing import console, facts
 from ood_scores.errors import BadInput
 
@@ -20,7 +20,7 @@ CACHES = (".h5", ".hdf5")
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="timm's name of the model, or one of this package's CIFAR networks.")],
+    model: options.Model,
     id: Annotated[
         str, typer.Option("--id", metavar="DATA", help="Held-out ID data for the threshold: a cache, or a dataset.")
     ],
@@ -35,22 +35,14 @@ def calibrate(
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="A threshold for each predicted class.")] = False,
     param: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the scorer; repeatable.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights, .safetensors or .pth; without it timm's pretrained ones.")
-    ] = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=1, help="Classes of the checkpoint, where they cannot be read off it.")
-    ] = None,
+    checkpoint: options.Checkpoint = None,
+    num_classes: options.NumClasses = None,
     classes: Annotated[Path | None, typer.Option(help="A text file of the classes' names, one a line.")] = None,
-    mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0 to 1, if not the model's own.")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0 to 1, if not the model's own.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    mean: options.OfChannels = None,
+    std: options.OfChannels = None,
+    batch_size: options.BatchSize = 64,
+    workers: options.Workers = 2,
+    device: options.Device = "auto",
 ) -> None:
     """Makes a detector: a model and a scorer with the threshold that keeps a share of in-distribution images.
 

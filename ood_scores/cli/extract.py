@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ood_scores.cli import parsing
+from ood_scores.cli import options, parsing
 from ood_scores.cli.printing import console
 
 
@@ -24,18 +24,14 @@ class Stored(str, Enum):
 
 
 def extract(
-    model: Annotated[str, typer.Argument(help="timm's name of the model, or one of this package's CIFAR networks.")],
+    model: options.Model,
     data: Annotated[str, typer.Argument(help="The dataset, as folder:, npz:, imglist:, torchvision:, hf:, …")],
     cache: Annotated[Path, typer.Argument(help="The HDF5 file to write.")],
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights, .safetensors or .pth; without it timm's pretrained ones.")
-    ] = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=1, help="Classes of the checkpoint, where they cannot be read off it.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    checkpoint: options.Checkpoint = None,
+    num_classes: options.NumClasses = None,
+    batch_size: options.BatchSize = 64,
+    workers: options.Workers = 2,
+    device: options.Device = "auto",
     amp: Annotated[Amp | None, typer.Option(help="Mixed precision.")] = None,
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="The order of memory that tensor cores prefer.")
@@ -51,12 +47,8 @@ def extract(
     probe: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="What else to compute: odin, gram, … Repeatable.")
     ] = None,
-    mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0 to 1, if not the model's own.")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0 to 1, if not the model's own.")
-    ] = None,
+    mean: options.OfChannels = None,
+    std: options.OfChannels = None,
     name: Annotated[str | None, typer.Option(help="The dataset's name, if not its own.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache, whatever made it.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted extraction.")] = True,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, write_table
 from ood_scores.cli.printing import console
 from ood_scores.errors import BadInput, MissingData
@@ -31,9 +32,9 @@ def predict(
     detector: Annotated[Path, typer.Option(metavar="DIR", help="A folder from ood-scores calibrate.")],
     out: Annotated[Path | None, typer.Option(help="Write a row for every image: .csv or .json.")] = None,
     fail_on_ood: Annotated[bool, typer.Option("--fail-on-ood", help="Exit with 3 if an image is OoD.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch_size: options.BatchSize = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Says of every image what it shows, and whether it is out of distribution.
 

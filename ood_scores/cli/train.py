@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ood_scores.cli import options
 from ood_scores.cli.printing import console
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for what comes out. Default: runs/ and the recipe.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop what another training left in it.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    device: options.Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Neither a bar nor a line per epoch.")] = False,
 ) -> None:
     """Trains what a recipe says; an interrupted run continues when the same command is given again.

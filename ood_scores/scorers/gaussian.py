@@ -149,7 +149,8 @@ class RelativeMahalanobis(Scorer):
 
 def amplifies(root: Tensor, moments: Moments) -> bool:
     """Whether whitening makes deviations of rows so much longer that their rounding in float32 counts."""
-    between = moments.means - moments.means.mean(dim=0)
+    means = moments.means[moments.counts > 0]
+    between = means - means.mean(dim=0)
     spread = moments.scatter.trace() / moments.counts.sum() + between.square().sum(dim=1).mean()
     return bool(root.norm(dim=0).amax() * spread.sqrt() > AMPLIFIED)
 
