@@ -77,10 +77,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(data: Path, undi
     assert not list(tmp_path.rglob(".*.part"))
 
 
-def test_a_killed_process_is_told_and_processes_find_the_same(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("alive", [1, 2], ids=["while-the-next-starts", "at-work"])
+def test_a_killed_process_is_told_and_processes_find_the_same(
+    data: Path, undisturbed: Path, tmp_path: Path, alive: int
+) -> None:
     def kill_the_first() -> None:
-        while not (born := multiprocessing.active_children()):
-            time.sleep(0.01)
+        while len(born := multiprocessing.active_children()) < alive:
+            time.sleep(0.001)
         os.kill(born[0].pid or 0, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_the_first)

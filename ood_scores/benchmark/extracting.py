@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,8 +72,8 @@ def _in_processes(jobs: Sequence[Job], device: str, at_once: int, threads: int) 
     spawn = multiprocessing.get_context("spawn")
     with _ended_together():
         pool = ProcessPoolExecutor(at_once, mp_context=spawn, initializer=_start_worker, initargs=(threads,))
-        tasks = {pool.submit(run_job, job, device, 0): job for job in jobs}
         try:
+            tasks = _submit(pool, jobs, device)
             for task in as_completed(tasks):
                 yield tasks[task], task.result()
             pool.shutdown()
@@ -85,6 +85,13 @@ def _in_processes(jobs: Sequence[Job], device: str, at_once: int, threads: int) 
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _submit(pool: ProcessPoolExecutor, jobs: Sequence[Job], device: str) -> dict[Future[Done], Job]:
+    try:
+        return {pool.submit(run_job, job, device, 0): job for job in jobs}
+    except OSError as error:  # a process that dies while the next one starts closes the pipes they share
+        raise BrokenProcessPool(str(error)) from error
 
 
 @contextmanager
