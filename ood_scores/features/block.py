@@ -142,14 +142,14 @@ class Block:
     def total_odds(self, temperature: float = 1.0) -> Tensor:
         """The sum of the ``odds`` over the classes, float64 ``[B]``: 1 over the largest probability, which therefore
         does not saturate."""
-        return self.odds(temperature).sum(dim=1, dtype=torch.float64)
+        return self.odds(temperature).double().sum(dim=1)
 
     @once
     def odds_of_others(self) -> tuple[Tensor, Tensor]:
         """The predicted class and the sum of the ``odds`` of all others, both ``[B, 1]``: without the digits that
         ``total_odds() - 1`` loses where the prediction is sure."""
         predicted = self.prediction()[:, None]
-        return predicted, self.odds().scatter(1, predicted, 0.0).sum(dim=1, keepdim=True, dtype=torch.float64)
+        return predicted, self.odds().scatter(1, predicted, 0.0).double().sum(dim=1, keepdim=True)
 
     @once
     def log_softmax(self, temperature: float = 1.0) -> Tensor:
@@ -169,13 +169,15 @@ class Block:
 
     @once
     def logsumexp(self, temperature: float = 1.0) -> Tensor:
-        """``logsumexp(logits / temperature)``, float64 ``[B]``."""
-        return self.max_logit() / temperature + self.total_odds(temperature).log()
+        """``logsumexp(logits / temperature)``, float64 ``[B]``: what it adds to the largest logit is computed in the
+        logits' own precision, by one kernel."""
+        scaled = self.logits if temperature == 1.0 else self.logits / temperature
+        return self.max_logit() / temperature - scaled.log_softmax(dim=1).amax(dim=1).double()
 
     @once
     def entropy(self) -> Tensor:
         """Entropy of the softmax in nats, float64 ``[B]``."""
-        weighted = (self.odds() * self.native_below_max()).sum(dim=1, dtype=torch.float64)
+        weighted = (self.odds() * self.native_below_max()).sum(dim=1).double()  # of one sign: nothing cancels
         return self.total_odds().log() - weighted / self.total_odds()
 
     @once

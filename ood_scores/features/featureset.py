@@ -21,7 +21,7 @@ from ood_scores.features.provenance import Provenance
 BLOCK_BYTES = 16 * 2**20
 """Largest default size of a block, counted in float64."""
 
-BLOCK_ROWS = 2048
+BLOCK_ROWS = 16384
 """Most rows of a default block: enough to hide Python; what scorers make of them stays in the processor's caches."""
 
 

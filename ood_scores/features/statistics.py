@@ -5,6 +5,7 @@ A statistic is a small frozen dataclass; two scorers that ask for equal ones sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -78,7 +79,7 @@ def require_finite(block: Block, feats: FeatureSet) -> None:
     Either makes the sum NaN or infinite, and a sum is the cheapest pass there is; finite values whose sum overflows are
     told apart by looking at every one of them.
     """
-    if not all(values.sum().isfinite() for values in block.floating_columns().values()):
+    if not all(math.isfinite(values.sum()) for values in block.floating_columns().values()):
         feats.check_finite()
 
 
