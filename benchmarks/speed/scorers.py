@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import ood_scores
-from benchmarks.speed.peers import PEERS, Peer, Problem
+from benchmarks.speed.peers import PEERS, Problem
 from ood_scores.errors import OodScoresError
 from ood_scores.evaluation.evaluate import fit_all
 
@@ -168,8 +168,9 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"Written by `python -m benchmarks.speed scorers` on {results['machine']}: {sizes['fit_rows']:,} rows to fit, "
         f"{sizes['rows']:,} to score, D = {sizes['width']}, C = {sizes['classes']}, float32, from RAM. Medians of "
-        f"{PAIRS} runs, up to {MOST_PAIRS} of what takes no time, that alternate with those of pytorch-ood on the same "
-        "tensors (one run where it takes more than 20 s). A fit counts alone, with the pass over the data that fits share in `evaluate`.",
+        f"{PAIRS} runs, up to {MOST_PAIRS} of what takes little time, that alternate with those of pytorch-ood on the "
+        "same tensors (one run where it takes more than 20 s). A fit counts alone, with the pass over the data that "
+        "fits share in `evaluate`.",
         "",
         "| scorer | fit | score a row | pytorch-ood: fit | score a row | scores faster | fits faster |",
         "|---|---|---|---|---|---|---|",

@@ -209,12 +209,15 @@ class Block:
         return values / row_norm(values, 2.0).clamp_min(1e-12)[:, None] if normalize else values
 
 
-def row_norm(values: Tensor, p: float) -> Tensor:
-    """The p-norm of every row, p in (0, inf], float64 ``[B]``; rows are scaled first where a power could overflow."""
+def row_norm(values: Tensor, p: float, *, spare: bool = False) -> Tensor:
+    """The p-norm of every row, p in (0, inf], float64 ``[B]``; rows are scaled first where a power could overflow.
+
+    ``spare`` values are nobody else's and may be overwritten.
+    """
     if p == float("inf"):
         return values.abs().amax(dim=1).double()
     if p == 1.0:
-        return values.abs().sum(dim=1).double()
+        return (values.abs_() if spare else values.abs()).sum(dim=1).double()
     if p == 2.0:
         return torch.linalg.vector_norm(values, 2, dim=1).double()
     largest = values.abs().amax(dim=1, keepdim=True)

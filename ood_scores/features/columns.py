@@ -46,14 +46,20 @@ class DiskColumn:
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[int, int], Tensor]]:
-        """A function ``(start, stop) -> rows`` that keeps the file open for as long as the context lasts."""
+        """A function ``(start, stop) -> rows`` that keeps the file open for as long as the context lasts.
+
+        The rows may be the file itself (see ``MappedRows``): copy those that are kept for longer.
+        """
+        from ood_scores.features.mapping import mapped_rows
         from ood_scores.features.opening import open_to_read
 
         with open_to_read(self.file) as h5:
             if h5.attrs.get("identity") != self.identity:
                 raise CacheError(f"{self.file} was replaced since it was loaded: load it again.")
             dataset = h5[self.name]
-            yield lambda start, stop: torch.from_numpy(_native(dataset[self.start + start : self.start + stop]))
+            mapped = mapped_rows(dataset)
+            read = mapped.read if mapped else lambda start, stop: dataset[start:stop]
+            yield lambda start, stop: torch.from_numpy(_native(read(self.start + start, self.start + stop)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,8 @@ def as_column(name: str, values: Any) -> Column:
 
 def read_all(column: Column) -> Tensor:
     with reader(column) as read:
-        return read(0, column.shape[0])
+        rows = read(0, column.shape[0])
+        return rows.clone() if isinstance(column, DiskColumn) else rows
 
 
 def take(column: Column, start: int, stop: int) -> Column:
