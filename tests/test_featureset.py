@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ood_scores
-from ood_scores import FeatureSet, Head
+from ood_scores import FeatureSet, Head, ensemble, load
 from ood_scores.errors import (
     BadInput,
     BadLabels,
@@ -467,3 +467,27 @@ def test_head_of_integers_is_made_floating() -> None:
 def test_heads_that_cannot_be(weight: Any, bias: Any, error: type[OodScoresError], message: str) -> None:
     with pytest.raises(error, match=message):
         Head(weight, bias)
+
+
+def test_the_device_of_a_loaded_set_is_that_of_its_blocks(tmp_path: Path) -> None:
+    FeatureSet(torch.ones(3, 2), torch.ones(3, 4)).save(tmp_path / "a.h5")
+    feats = load(tmp_path / "a.h5", device="cpu")
+    joint = ensemble([feats, feats])
+    feats.device = joint.device = torch.device("meta")
+    assert ensemble([feats, feats]).device == feats.device
+    for each in (feats, feats[:2], feats[[2, 0]], joint[1:]):
+        (block,) = each.blocks()
+        assert {block.features.device, block.logits.device} == {torch.device("meta")}
+        (block,) = each.blocks(device="cpu")
+        assert block.features.device == torch.device("cpu")
+    with pytest.raises(BadInput, match="there is no device 'tpu' here"):
+        load(tmp_path / "a.h5", device="tpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_blocks_of_a_set_on_disk_arrive_on_the_gpu_in_their_order(tmp_path: Path) -> None:
+    values = torch.arange(60_000.0).reshape(20_000, 3)
+    FeatureSet(values).save(tmp_path / "a.h5")
+    blocks = list(load(tmp_path / "a.h5", device="cuda").blocks(777))
+    assert {block.features.device.type for block in blocks} == {"cuda"}
+    assert torch.equal(torch.cat([block.features.cpu() for block in blocks]), values)

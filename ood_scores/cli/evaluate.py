@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, named_caches, write_table
 from ood_scores.cli.printing import busy, console
 from ood_scores.cli.tables import percent_tables
@@ -34,6 +35,7 @@ def evaluate(
     fit: Annotated[Path | None, typer.Option(help="In-distribution cache to fit on, usually of training.")] = None,
     scorer: Annotated[list[str] | None, typer.Option(help="A scorer; repeatable. Default: all that can run.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the table with all metrics: .csv or .json.")] = None,
+    device: options.Device = "auto",
 ) -> None:
     """Compares scorers: how well does each tell one in-distribution set from the others?
 
@@ -48,9 +50,9 @@ def evaluate(
     import ood_scores
 
     check_table_path(out)
-    id_feats = ood_scores.load(id)
-    ood_feats = {name: ood_scores.load(cache) for name, cache in named_caches(ood).items()}
-    fit_feats = ood_scores.load(fit) if fit else None
+    id_feats = ood_scores.load(id, device)
+    ood_feats = {name: ood_scores.load(cache, device) for name, cache in named_caches(ood).items()}
+    fit_feats = ood_scores.load(fit, device) if fit else None
     left_out: dict[str, str] = {}
     with busy("fitting and scoring …"):
         if scorer:

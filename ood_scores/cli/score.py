@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, parameters, write_table
 from ood_scores.cli.printing import busy, console
 
@@ -27,6 +28,7 @@ def score(
     fit: Annotated[Path | None, typer.Option(help="In-distribution cache to fit on, usually of training.")] = None,
     param: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A parameter; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write every row's score: .csv or .json.")] = None,
+    device: options.Device = "auto",
 ) -> None:
     """Scores every row of a cache; higher = more in-distribution.
 
@@ -39,10 +41,10 @@ def score(
     import ood_scores
 
     check_table_path(out)
-    feats = ood_scores.load(cache)
+    feats = ood_scores.load(cache, device)
     params = parameters(scorer, param or ())
     with busy(f"{scorer} …"):
-        scores = ood_scores.score(scorer, feats, ood_scores.load(fit) if fit else None, **params)
+        scores = ood_scores.score(scorer, feats, ood_scores.load(fit, device) if fit else None, **params)
         table = score_table(feats, scores)
     table.attrs = {"scorer": scorer, "parameters": params, "cache": str(cache)}
     screen = console()
@@ -63,7 +65,9 @@ def score_table(feats: FeatureSet, scores: Tensor) -> pd.DataFrame:
     if feats.labels is not None:
         table["label"] = feats.labels.numpy()
     if feats.has("logits"):
-        table["prediction"] = torch.cat([block.prediction() for block in feats.blocks()]).numpy()
+        table["prediction"] = torch.cat(
+            [block.prediction() for block in feats.blocks(device="cpu", only=["logits"])]
+        ).numpy()
     return table
 
 

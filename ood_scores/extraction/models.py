@@ -10,27 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ood_scores.errors import BadInput
+from ood_scores.devices import find_device
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(model: nn.Module, device: str | torch.device, local_rank: int = 0) -> torch.device:
-    """``"auto"``: the model's own device if it is not the CPU, else a GPU if there is one, else the CPU.
-
-    Processes beside each other on a machine each take the GPU of their ``local_rank``.
-    """
-    if device == "auto":
-        own = model_device(model)
-        device = f"cuda:{local_rank}" if own.type == "cpu" and torch.cuda.is_available() else own
-    if str(device) == "cuda" and local_rank:
-        device = f"cuda:{local_rank}"
-    try:
-        found = torch.zeros(1, device=device)
-        found.item()  # the meta device has no values
-        return found.device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise BadInput(f"there is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
+    """``"auto"``: the model's own device if it is not the CPU, else as ``find_device`` has it."""
+    return find_device(device, model_device(model), local_rank)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

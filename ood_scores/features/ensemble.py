@@ -42,7 +42,9 @@ def ensemble(members: Sequence[FeatureSet]) -> FeatureSet:
         columns["ensemble.entropy"] = col.CombinedColumn(logits, _mean_entropy)
     labelled = next((member for member in members if member.has("labels")), None)
     labels = labelled.column("labels") if labelled else None
-    return FeatureSet(features, columns.pop("logits", None), labels, _joint_head(members), columns)
+    joint = FeatureSet(features, columns.pop("logits", None), labels, _joint_head(members), columns)
+    joint.device = members[0].device
+    return joint
 
 
 def as_feature_set(feats: FeatureSet | Sequence[FeatureSet]) -> FeatureSet:

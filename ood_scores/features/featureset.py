@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ood_scores.devices import CPU, find_device
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, NotFinite, ShapeMismatch
 from ood_scores.features import columns as col
 from ood_scores.features.block import Block
 from ood_scores.features.head import Head
+from ood_scores.features.moving import moved
 from ood_scores.features.provenance import Provenance
 
 BLOCK_BYTES = 16 * 2**20
@@ -49,6 +51,9 @@ class FeatureSet:
 
     is_whole_file = False
     """Whether the set is all of one cache file, as ``load`` opened it."""
+
+    device: torch.device | None = None
+    """Where blocks are computed with, for all that fits or scores; None: where the columns are."""
 
     def __init__(
         self,
@@ -148,9 +153,11 @@ class FeatureSet:
             index = self._row_numbers(rows)
             columns = {name: col.gather(column, index) for name, column in self._columns.items()}
         extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
-        return FeatureSet(
+        chosen = FeatureSet(
             columns["features"], columns.get("logits"), columns.get("labels"), self.head, extras, self.provenance
         )
+        chosen.device = self.device
+        return chosen
 
     def blocks(
         self,
@@ -159,9 +166,12 @@ class FeatureSet:
         *,
         only: Iterable[str] | None = None,
     ) -> Iterator[Block]:
-        """The set as consecutive blocks of at most ``rows`` rows (by default 2,048 and 16 MiB), on ``device``.
+        """The set as consecutive blocks of at most ``rows`` rows (by default 16,384 and 16 MiB), on ``device``.
 
-        Memory is bounded by the block. ``only`` names what is read, as ``has`` understands it; None reads everything.
+        Memory is bounded by the block, on a GPU by two: the next one is on its way there while one is computed with.
+        ``only`` names what is read, as ``has`` understands it; None reads everything. Without ``device`` blocks are on
+        the set's own. Rows of a cache on disk may be its mapped pages: copy those that are kept for longer.
+
         Raises EmptyInput if there is no row.
         """
         if len(self) == 0:
@@ -170,17 +180,22 @@ class FeatureSet:
             raise BadInput(f"a block holds at least one row, got rows={rows}.")
         columns = self._columns if only is None else self._columns_of(only)
         rows = rows or self._default_rows(columns)
-        head = self.head.to(device) if self.head and device is not None else self.head
+        to = self.device if device is None else torch.device(device)
+        head = self.head.to(to) if self.head and to else self.head
+        parts = self._parts(columns, rows)
+        starts = range(0, len(self), rows)
+        for start, part in zip(starts, moved(parts, to) if to else parts, strict=True):
+            extras = {name.removeprefix("extras/"): part[name] for name in part if name.startswith("extras/")}
+            basic = {name: part.get(name) for name in ("features", "logits", "labels")}
+            yield Block(**basic, head=head, extras=extras, start=start, rows=min(rows, len(self) - start))
+
+    def _parts(self, columns: Mapping[str, col.Column], rows: int) -> Iterator[dict[str, Tensor]]:
+        """The columns as they are kept, ``rows`` rows at a time."""
         with ExitStack() as stack:
             readers = {name: stack.enter_context(col.reader(column)) for name, column in columns.items()}
             for start in range(0, len(self), rows):
                 stop = min(start + rows, len(self))
-                part = {name: read(start, stop) for name, read in readers.items()}
-                if device is not None:
-                    part = {name: values.to(device, non_blocking=True) for name, values in part.items()}
-                extras = {name.removeprefix("extras/"): part[name] for name in part if name.startswith("extras/")}
-                basic = {name: part.get(name) for name in ("features", "logits", "labels")}
-                yield Block(**basic, head=head, extras=extras, start=start, rows=stop - start)
+                yield {name: read(start, stop) for name, read in readers.items()}
 
     def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> None:
         """Writes the set as an HDF5 cache that ``ood_scores.load`` opens, replacing a cache already there.
@@ -200,12 +215,7 @@ class FeatureSet:
 
     def _runs(self) -> Iterator[dict[str, Tensor]]:
         """All columns as they are stored, on the CPU, some rows at a time."""
-        with ExitStack() as stack:
-            readers = {name: stack.enter_context(col.reader(column)) for name, column in self._columns.items()}
-            rows = self._default_rows(self._columns)
-            for start in range(0, len(self), rows):
-                stop = min(start + rows, len(self))
-                yield {name: read(start, stop).cpu() for name, read in readers.items()}
+        return moved(self._parts(self._columns, self._default_rows(self._columns)), CPU)
 
     def check_finite(self) -> None:
         """Raises NotFinite, naming the first row, if features, logits or extras hold NaN or infinite values."""
@@ -279,10 +289,15 @@ class _Extras(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-def load(path: str | os.PathLike[str]) -> FeatureSet:
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> FeatureSet:
     """Opens a feature cache lazily.
 
+    Args:
+        path: the file.
+        device: where its blocks are fitted and scored; ``"auto"`` takes a GPU if there is one.
+
     Raises:
+        BadInput: there is no such device.
         FileNotFoundError: there is no such file.
         ForeignFile: it is not a cache of this package.
         UnfinishedCache: its extraction has not finished; the message says how to continue it.
@@ -291,6 +306,7 @@ def load(path: str | os.PathLike[str]) -> FeatureSet:
     """
     from ood_scores.features import cache
 
+    found = find_device(device)
     with cache.open_to_read(path) as h5:
         cache.require_finished(h5)
         columns = {name: h5[name] for name in cache.column_names(h5)}
@@ -304,6 +320,7 @@ def load(path: str | os.PathLike[str]) -> FeatureSet:
             cache.state(h5).provenance,
         )
         feats.is_whole_file = True
+        feats.device = None if found.type == "cpu" else found
         return feats
 
 
