@@ -19,7 +19,7 @@ from torch import nn
 
 from ood_scores import FeatureSet, Head, create_scorer, score
 from ood_scores.errors import BadInput
-from ood_scores.features.statistics import GlobalMoments, collect
+from ood_scores.features.statistics import GlobalMoments, SampledRows, collect
 from ood_scores.scorers.subspace import NECO, ViM, default_dimension, origin_of
 
 Array = NDArray[np.float64]
@@ -137,6 +137,12 @@ class TestViMAndResidual:
         expected = ViM().fit(train()).alpha_  # type: ignore[attr-defined]
         monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: 7)
         assert ViM().fit(train()).alpha_ == pytest.approx(expected, rel=1e-12)  # type: ignore[attr-defined]
+
+    def test_alpha_of_a_large_set_is_that_of_evenly_spaced_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ood_scores.scorers.subspace.SampledRows", lambda: SampledRows(50 * WIDTH))
+        every_fourth = residuals(train(), train()[::4], WIDTH // 2)[1]
+        found = ViM().fit(train()).alpha_  # type: ignore[attr-defined]
+        assert found == pytest.approx(parts(train())[1].max(axis=1).mean() / every_fourth.mean(), rel=1e-10)
 
     def test_dead_features_and_more_features_than_rows(self) -> None:
         features = parts(train())[0].copy()

@@ -6,7 +6,7 @@ A statistic is a small frozen dataclass; two scorers that ask for equal ones sha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar, Literal, Protocol
@@ -25,6 +25,13 @@ GRAM_COLUMNS = 128
 
 CLASS_SCATTER_BYTES = 2**30
 """Most memory that the scatter of all classes may take; what takes more is left out of their moments."""
+
+
+FROM_LOGITS: Mapping[str, Callable[[Block], Tensor]] = {
+    "softmax": Block.softmax,
+    "max_logit": lambda block: block.max_logit()[:, None],
+}
+"""What else than columns there are means of, ``[B, K]``."""
 
 
 class Accumulator(Protocol):
@@ -217,7 +224,7 @@ class GroupMeans:
 
 @dataclass(frozen=True)
 class Means:
-    """Asks for the ``GroupMeans`` of ``"features"``, ``"logits"``, ``"softmax"`` or an extra.
+    """Asks for the ``GroupMeans`` of ``"features"``, ``"logits"``, ``"softmax"``, ``"max_logit"`` or an extra.
 
     ``group``: ``"all"`` rows together, G = 1; by the ``"predicted"`` class, G = C; or ``"correct"``: by class, of the
     rows whose predicted class is their label.
@@ -228,7 +235,7 @@ class Means:
 
     @property
     def reads(self) -> Sequence[str]:
-        space = "logits" if self.space == "softmax" else self.space
+        space = "logits" if self.space in FROM_LOGITS else self.space
         return (space,) if self.group == "all" else (space, "logits")
 
     def start(self, feats: FeatureSet) -> Accumulator:
@@ -277,9 +284,9 @@ class _MeansAccumulator:
 
 
 def _values(block: Block, space: str) -> Tensor:
-    """A space as the block has it, or its softmax."""
-    if space == "softmax":
-        return block.softmax()
+    """A space as the block has it, or what is derived from its logits."""
+    if space in FROM_LOGITS:
+        return FROM_LOGITS[space](block)
     return getattr(block, space) if space in ("features", "logits") else block.extras[space]
 
 
