@@ -29,6 +29,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 import ood_scores
 import ood_scores.training.models  # makes its networks known to timm
+from ood_scores.devices import Ranks
 from ood_scores.errors import BadInput, CacheError, DamagedCache, ShuffledLoader, StaleCache, UnfinishedCache
 from ood_scores.extraction.ranks import shares
 from ood_scores.features import statistics
@@ -215,6 +216,7 @@ def test_a_finished_cache_is_opened_by_any_number_of_processes(
 ) -> None:
     assert extract(copied).features.equal(ood_scores.load(single).features)
     monkeypatch.setenv("WORLD_SIZE", "7")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert len(extract(copied)) == ROWS
     with pytest.raises(StaleCache, match="weights: cache"):
         extract(copied, seed=2)
@@ -272,6 +274,7 @@ def test_an_extraction_by_one_process_is_not_continued_by_two(tmp_path: Path, mo
         with pytest.raises(KeyboardInterrupt):
             extract(path)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(UnfinishedCache, match="holds 64 rows of an extraction by one process: continue it without"):
         extract(path)
 
@@ -350,6 +353,7 @@ def test_loaders_that_cannot_be_shared(
     loader: Any, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     model = nn.Linear(12, 5)
     with pytest.raises(error, match=message):
         ood_scores.extract(model, loader, tmp_path / "feats.h5", progress=False)
@@ -401,3 +405,10 @@ def test_torchrun(tmp_path: Path) -> None:
         env=environment, capture_output=True, check=True, timeout=500,
     )  # fmt: skip
     assert contents(tmp_path / "two.h5") == contents(tmp_path / "one.h5")
+
+
+def test_several_processes_that_were_not_told_where_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(BadInput, match="start the processes with torchrun, or unset WORLD_SIZE"):
+        Ranks.here()

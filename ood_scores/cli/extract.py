@@ -90,8 +90,8 @@ def extract(
 
     import ood_scores
     from ood_scores.data.sources import open_dataset
+    from ood_scores.devices import Ranks
     from ood_scores.extraction.probes.named import probe_from
-    from ood_scores.extraction.ranks import Ranks
     from ood_scores.training.checkpoints import load_model, preprocessing
 
     means, stds = parsing.numbers(mean), parsing.numbers(std)

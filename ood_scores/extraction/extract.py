@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ood_scores.devices import Ranks
 from ood_scores.errors import BadInput, UnfinishedCache
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.forward import Forward
@@ -20,7 +21,6 @@ from ood_scores.extraction.layers import Layers
 from ood_scores.extraction.models import AMP_DTYPES, architecture, choose_device, uncompiled, weights_sha256
 from ood_scores.extraction.onepass import Target, Task, run, state_of
 from ood_scores.extraction.probes import Probe, as_probes
-from ood_scores.extraction.ranks import Ranks
 from ood_scores.extraction.sharded import extract_shards
 from ood_scores.features import FeatureSet, Provenance, load, shards
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,26 +20,6 @@ Value = TypeVar("Value")
 
 LONGEST_WAIT = timedelta(days=1)
 """For the slowest process, once this one has written its rows."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Which process this is (from 0), of how many, and which one on its machine."""
-
-    rank: int = 0
-    count: int = 1
-    local: int = 0
-
-    @classmethod
-    def here(cls) -> Ranks:
-        """As `torchrun` says in the environment."""
-        return cls(
-            *(int(os.environ.get(*value)) for value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-        )
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
 
 
 @dataclass(frozen=True)

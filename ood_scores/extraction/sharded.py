@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ood_scores.devices import Ranks
 from ood_scores.errors import BadInput
 from ood_scores.extraction.onepass import Target, Task, run, state_of
-from ood_scores.extraction.ranks import Ranks, meeting, shares
+from ood_scores.extraction.ranks import meeting, shares
 from ood_scores.features import Provenance, shards
 
 

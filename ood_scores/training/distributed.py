@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ood_scores.errors import BadInput
+from ood_scores.devices import Ranks, find_device
 
 Value = TypeVar("Value")
 
@@ -80,32 +79,20 @@ def processes(device: str) -> Iterator[Processes]:
     """This process among those of `torchrun`, or alone. `auto` takes a GPU if there is one, under torchrun its own.
 
     Raises:
-        BadInput: there is no such device.
+        BadInput: there is no such device; the environment is not that of torchrun.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    own = _device(device, local if count > 1 else None)
+    ranks = Ranks.here()
+    own = find_device(device, local_rank=ranks.local)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    if count == 1:
+    if ranks.count == 1:
         yield Processes(own)
         return
     started_here = not dist.is_initialized()
     if started_here:
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
-        yield Processes(own, rank, count)
+        yield Processes(own, ranks.rank, ranks.count)
     finally:
         if started_here:
             dist.destroy_process_group()
-
-
-def _device(device: str, local: int | None) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{local or 0}"
-    try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"there is no device {device!r} here: {str(error).splitlines()[0]}") from error
