@@ -26,17 +26,8 @@ from ood_scores import FeatureSet, Head, create_scorer, evaluate, load
 from ood_scores.cli import app
 from ood_scores.errors import NotFinite
 from ood_scores.features import Block, cache, kept
-from ood_scores.features.statistics import (
-    Accumulator,
-    ClassMoments,
-    FeatureMean,
-    GlobalMoments,
-    Logits,
-    Means,
-    SampledRows,
-    Statistic,
-    collect,
-)
+from ood_scores.features.moments import ClassMoments, GlobalMoments
+from ood_scores.features.statistics import Accumulator, FeatureMean, Logits, Means, SampledRows, Statistic, collect
 
 SUMMARIES: list[Statistic] = [
     ClassMoments(),
@@ -480,7 +471,8 @@ def test_a_full_disk_is_no_error_and_leaves_the_old_file(path: Path) -> None:
     before = beside(path).read_bytes()
     code = f"""
         import resource, ood_scores
-        from ood_scores.features.statistics import ClassMoments, collect
+        from ood_scores.features.moments import ClassMoments
+        from ood_scores.features.statistics import collect
         feats = ood_scores.load({str(path)!r})
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         print(float(collect(feats, [ClassMoments()])[ClassMoments()].scatter.sum()))
@@ -499,7 +491,8 @@ def test_killed_while_writing_leaves_the_old_statistics(instant: str, path: Path
     before = beside(path).read_bytes()
     code = f"""
         import h5py, os, signal, ood_scores
-        from ood_scores.features.statistics import ClassMoments, collect
+        from ood_scores.features.moments import ClassMoments
+        from ood_scores.features.statistics import collect
         feats = ood_scores.load({str(path)!r})
         {instant} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         collect(feats, [ClassMoments()])

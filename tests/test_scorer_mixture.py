@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ood_scores import FeatureSet, Head, create_scorer, load, load_scorer
 from ood_scores.errors import BadInput, CacheWriteFailed
-from ood_scores.features import Block, statistics
+from ood_scores.features import Block, moments
 from ood_scores.scorers import factors
 from ood_scores.scorers.factors import (
     JITTERS,
@@ -55,7 +55,7 @@ def fitted(feats: FeatureSet, most: int, **params: Any) -> GMM:
     """With that many bytes for the scatter of all classes."""
     feats.statistics.clear()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(statistics, "CLASS_SCATTER_BYTES", most)
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", most)
         warnings.simplefilter("ignore")
         scorer = GMM(**params)
         scorer.fit(feats)
@@ -227,7 +227,7 @@ def test_shaped_features() -> None:
     fit, feats = train(FULL, FULL, FULL), rows_to_score(classes=3)
     expected = create_scorer("react", base="gmm").fit(fit).score(feats)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "CLASS_SCATTER_BYTES", 8 * WIDTH**2)
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", 8 * WIDTH**2)
         scorer: Any = create_scorer("react", base="gmm").fit(train(FULL, FULL, FULL))
     assert scorer._inner.packed_ is not None
     np.testing.assert_allclose(scorer.score(feats), expected, rtol=1e-9)
@@ -247,7 +247,7 @@ def test_from_a_cache_and_from_what_is_kept_beside_it(tmp_path: Path, rows_read:
 def test_a_refit_is_dense_or_packed_as_its_own_set_asks() -> None:
     small, large, feats = train(FULL, FULL, FULL, FULL), train(*COUNTS[:4]), rows_to_score()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "CLASS_SCATTER_BYTES", 10**4)
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", 10**4)
         scorer = GMM()
         scorer.fit(large)
     assert torch.equal(scorer.score(feats), packed(large, 10**4).score(feats))
@@ -279,11 +279,11 @@ def test_a_graph_of_the_dense_scorer_leaves_it_as_it_was_and_there_is_none_of_th
 def test_is_saved_where_it_fits_in_memory(tmp_path: Path) -> None:
     fit, feats = train(FEW, FEW, FEW, SINGULAR), rows_to_score()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "CLASS_SCATTER_BYTES", 8 * 3 * WIDTH**2)
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", 8 * 3 * WIDTH**2)
         scorer = GMM().fit(fit)
         scorer.save(tmp_path / "gmm.safetensors")
         assert torch.equal(load_scorer(tmp_path / "gmm.safetensors").score(feats), scorer.score(feats))
-        patch.setattr(statistics, "CLASS_SCATTER_BYTES", 8 * WIDTH**2)
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", 8 * WIDTH**2)
         with pytest.raises(BadInput, match=r"gmm: its 4 covariances take 0\.0 GiB, which are not saved"):
             GMM().fit(fit).save(tmp_path / "gmm.safetensors")
 
@@ -323,13 +323,13 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     code = f"""
         import re, resource, torch, ood_scores
         from pathlib import Path
-        from ood_scores.features import statistics
+        from ood_scores.features import moments
         torch.linalg.cholesky(torch.eye(300, dtype=torch.float64))
         feats = ood_scores.load({str(tmp_path / "train.h5")!r})
         (data,) = re.findall(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
         most = int(data) * 1024 + 128 * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-        for statistics.CLASS_SCATTER_BYTES in (8 * 2**20, 2**30):
+        for moments.CLASS_SCATTER_BYTES in (8 * 2**20, 2**30):
             try:
                 print(float(ood_scores.create_scorer("gmm").fit(feats).score(feats[:300], block_rows=50).mean()))
             except (MemoryError, RuntimeError) as error:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ood_scores import FeatureSet, Scorer, create_scorer, evaluate, list_scorers, register_scorer, score
 from ood_scores.errors import BadInput, NotFinite, NotFitted, ShapeMismatch, UnknownName
 from ood_scores.features import Block
-from ood_scores.features.statistics import ClassMoments, Statistic
+from ood_scores.features.moments import ClassMoments
+from ood_scores.features.statistics import Statistic
 from ood_scores.scorers import base
 
 

@@ -14,7 +14,7 @@ from sklearn.covariance import EmpiricalCovariance
 
 from ood_scores import FeatureSet, score
 from ood_scores.errors import BadInput
-from ood_scores.features.statistics import ClassMoments
+from ood_scores.features.moments import ClassMoments
 from ood_scores.scorers.gaussian import Mahalanobis, MahalanobisPP, RelativeMahalanobis
 
 Array = NDArray[np.float64]

@@ -21,7 +21,8 @@ from ood_scores import FeatureSet, Head, Scorer, create_scorer, evaluate, score
 from ood_scores.errors import BadInput, MissingInput, NotFinite, NotFitted
 from ood_scores.features import Block
 from ood_scores.features.banks import Rows
-from ood_scores.features.statistics import ClassMoments, FeatureMean, SampledRows, collect, quantiles
+from ood_scores.features.moments import ClassMoments
+from ood_scores.features.statistics import FeatureMean, SampledRows, collect, quantiles
 from ood_scores.scorers.composition import ShapedSet, Shaper
 from ood_scores.scorers.shaping import largest, ratio
 

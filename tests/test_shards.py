@@ -33,6 +33,7 @@ from ood_scores.devices import Ranks
 from ood_scores.errors import BadInput, CacheError, DamagedCache, ShuffledLoader, StaleCache, UnfinishedCache
 from ood_scores.extraction.ranks import shares
 from ood_scores.features import statistics
+from ood_scores.features.moments import ClassMoments, GlobalMoments
 from ood_scores.features.shards import shard_path
 
 ROWS, BATCH = 333, 16
@@ -185,9 +186,9 @@ def test_three_processes(count: int, rows: int, tmp_path: Path) -> None:
 
 def test_statistics_of_the_joined_file_are_those_of_one(single: Path, copied: Path) -> None:
     wanted: list[statistics.Statistic] = [
-        statistics.ClassMoments(),
-        statistics.ClassMoments(per_class=True),
-        statistics.GlobalMoments(),
+        ClassMoments(),
+        ClassMoments(per_class=True),
+        GlobalMoments(),
         statistics.FeatureMean(),
         statistics.SampledRows(100),
     ]

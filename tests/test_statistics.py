@@ -16,7 +16,8 @@ from ood_scores import FeatureSet
 from ood_scores.errors import BadLabels, EmptyInput, NotFinite
 from ood_scores.features import Block
 from ood_scores.features.banks import Rows
-from ood_scores.features.statistics import ClassMoments, Logits, Moments, collect
+from ood_scores.features.moments import ClassMoments, GlobalMoments, Moments
+from ood_scores.features.statistics import Logits, collect
 
 Array = NDArray[Any]
 PER_CLASS = ClassMoments(per_class=True)
@@ -151,7 +152,7 @@ def test_pooled_scatter_is_the_sum_over_classes_and_is_all_that_is_kept_unless_a
 def test_the_scatter_of_each_class_is_left_out_where_it_takes_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = np.random.default_rng(0).normal(size=(60, 4)), np.arange(60) % 3
     for spare, is_there in ((0, True), (-1, False)):
-        monkeypatch.setattr("ood_scores.features.statistics.CLASS_SCATTER_BYTES", 8 * 4 * 4 * 4 + spare)
+        monkeypatch.setattr("ood_scores.features.moments.CLASS_SCATTER_BYTES", 8 * 4 * 4 * 4 + spare)
         found = moments(feature_set(features, labels))
         assert (found.class_scatter is not None) == is_there
         torch.testing.assert_close(found.scatter, moments(feature_set(features, labels), ClassMoments()).scatter)
@@ -255,3 +256,37 @@ def test_what_is_not_finite_is_refused_and_not_kept(value: float, column: str, m
 def test_finite_values_whose_sum_overflows_are_accepted() -> None:
     feats = FeatureSet(torch.full((8, 4), 3e38))
     assert torch.equal(collect(feats, [Rows()])[Rows()], feats.features)
+
+
+class TestMomentsOfAllFromThoseOfTheClasses:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=300) % 3 + (rng.random(300) < 0.01)  # class 3 is rare, 4 has no row
+    features = np.concatenate([rng.normal(size=(300, 5)) + 5 * labels[:, None], np.full((300, 1), 0.1)], axis=1)
+
+    def feats(self) -> FeatureSet:
+        return FeatureSet(self.features + 1000, torch.zeros(300, 5), self.labels)
+
+    @pytest.mark.parametrize("per_class", [False, True])
+    @pytest.mark.parametrize("normalize", [False, True])
+    def test_are_those_of_all(self, per_class: bool, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        wanted = GlobalMoments(normalize=normalize)
+        direct = collect(self.feats(), [wanted])[wanted]
+        monkeypatch.setattr(GlobalMoments, "start", lambda *_: pytest.fail("they were accumulated"))
+        derived = collect(self.feats(), [wanted, ClassMoments(normalize=normalize, per_class=per_class)])[wanted]
+        assert derived.counts.tolist() == [300]
+        torch.testing.assert_close(derived.means, direct.means, rtol=1e-14, atol=0)
+        torch.testing.assert_close(
+            derived.scatter, direct.scatter, rtol=1e-10, atol=1e-10 * float(direct.scatter.max())
+        )
+        assert derived.class_scatter is None
+
+    def test_a_constant_has_no_spread(self) -> None:
+        derived = collect(self.feats(), [GlobalMoments(), ClassMoments()])[GlobalMoments()]
+        assert derived.means[0, 5] == 1000.1
+        assert not derived.scatter[5].any()
+
+    def test_moments_that_are_known_are_not_made_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        feats = self.feats()
+        collect(feats, [ClassMoments()])
+        monkeypatch.setattr(FeatureSet, "blocks", None)
+        assert collect(feats, [GlobalMoments()])[GlobalMoments()].counts.tolist() == [300]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, BadLabels, MissingInput, ShapeMismatch, UnknownName
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics import ClassMoments, GlobalMoments, Moments, collect, require_finite
+from ood_scores.features.moments import ClassMoments, GlobalMoments, Moments
+from ood_scores.features.statistics import collect, require_finite
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -98,6 +99,17 @@ class Block:
             self.start,
             self._rows,
         )
+
+    def is_finite(self) -> bool:
+        """Whether no column holds NaN or infinite values. False also where finite values sum up to infinity.
+
+        Such a value makes a sum NaN or infinite, and a sum is the cheapest pass there is; it also makes every norm of
+        its features so, and where one has been derived the features are not read again.
+        """
+        norms = [value for (name, *_), value in self._derived.items() if name == "feature_norm"]
+        known = any(bool(norm.isfinite().all()) for norm in norms)
+        columns = {name: values for name, values in self.floating_columns().items() if name != "features" or not known}
+        return all(math.isfinite(values.sum()) for values in columns.values())
 
     def floating_columns(self) -> dict[str, Tensor]:
         """Features, logits and extras by name, those that the block has."""

@@ -78,9 +78,10 @@ def names(cache: Path, identity: str) -> list[str]:
 
 def _kept_as() -> Mapping[type, type]:
     """The statistics that sum up the rows, and the type of their results; what copies rows is never kept."""
-    from ood_scores.features import statistics as of
+    from ood_scores.features.moments import ClassMoments, GlobalMoments, Moments
+    from ood_scores.features.statistics import FeatureMean, GroupMeans, Means
 
-    return {of.ClassMoments: of.Moments, of.GlobalMoments: of.Moments, of.Means: of.GroupMeans, of.FeatureMean: Tensor}
+    return {ClassMoments: Moments, GlobalMoments: Moments, Means: GroupMeans, FeatureMean: Tensor}
 
 
 def cache_of(feats: FeatureSet) -> tuple[Path, str] | None:

@@ -218,17 +218,15 @@ def score_all(
     groups = _scored_together(scorers)
     seconds = [0.0] * len(scorers)
     for block in feats.blocks(block_rows, only=read):
-        require_finite(block, feats)
-        for group in groups:
-            start = perf_counter()
-            for number, found in zip(group, _score_group([scorers[number] for number in group], block), strict=True):
-                if found.shape != (len(block),):
-                    name = scorers[number].name
-                    raise ShapeMismatch(f"{name!r} gave scores {tuple(found.shape)} for {len(block)} rows.")
-                scores[number, block.start : block.start + len(block)] = found
-            share = (perf_counter() - start) / len(group)
-            for number in group:
-                seconds[number] += share
+        rows = scores[:, block.start : block.start + len(block)]
+        try:
+            for group in groups:
+                start = perf_counter()
+                _score_group(group, scorers, block, rows)
+                for number in group:
+                    seconds[number] += (perf_counter() - start) / len(group)
+        finally:
+            require_finite(block, feats)  # last: what scorers derived makes it cheaper
     if spent is not None:
         spent += seconds
     for row, scorer in zip(scores, scorers, strict=True):
@@ -247,8 +245,14 @@ def _scored_together(scorers: Sequence[Scorer]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _score_group(scorers: Sequence[Scorer], block: Block) -> Sequence[Tensor]:
-    return [scorers[0].score_block(block)] if len(scorers) == 1 else scorers[0].score_together(block, scorers)
+def _score_group(numbers: Sequence[int], scorers: Sequence[Scorer], block: Block, scores: Tensor) -> None:
+    """Puts what the scorers of these numbers give into their rows of ``scores`` ``[S, B]``."""
+    group = [scorers[number] for number in numbers]
+    found = group[0].score_together(block, group) if len(group) > 1 else [group[0].score_block(block)]
+    for number, scored in zip(numbers, found, strict=True):
+        if scored.shape != (len(block),):
+            raise ShapeMismatch(f"{scorers[number].name!r} gave scores {tuple(scored.shape)} for {len(block)} rows.")
+        scores[number] = scored
 
 
 def require_same_weights(one: Provenance | None, other: Provenance | None, name: str, other_name: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics import ClassMoments, Moments, Statistic
+from ood_scores.features.moments import ClassMoments, Moments
+from ood_scores.features.statistics import Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
 from ood_scores.scorers.factors import SOLVED
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, MissingInput, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics import ClassMoments, Moments, Statistic, collect, require_finite
+from ood_scores.features.moments import ClassMoments, Moments
+from ood_scores.features.statistics import Statistic, collect, require_finite
 from ood_scores.scorers.base import Scorer, register_scorer
 from ood_scores.scorers.gaussian import squared_distances, whitening
 
