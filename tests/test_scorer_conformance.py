@@ -57,6 +57,9 @@ NOT_FOR_ONE_CLASS: dict[str, str] = {
 }
 """Scorers that are not defined for a model with a single class, and why."""
 
+COARSE: dict[str, float] = {"weiper": 1e-3}
+"""Scorers that count float32 numbers in bins, of which one may lie on the edge of two, and how far that takes them."""
+
 NAMES = [name for name in list_scorers() if scorer_class(name).__module__.startswith("ood_scores.")]
 COLUMNS = ("features", "logits")
 CLASSES, WIDTH = 4, 8
@@ -181,7 +184,8 @@ def test_precision_of_the_storage(name: str, dtype: torch.dtype, rtol: float) ->
     for feats in (TRAIN, ID):
         narrow.append(cast(feats, lambda values: values.to(dtype)))
         wide.append(cast(narrow[-1], Tensor.double))
-    close(make(name).fit(narrow[0]).score(narrow[1]), make(name).fit(wide[0]).score(wide[1]), rtol)
+    found, expected = make(name).fit(narrow[0]).score(narrow[1]), make(name).fit(wide[0]).score(wide[1])
+    close(found, expected, max(rtol, COARSE.get(name, 0)))
 
 
 @every_scorer

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput
-from ood_scores.features.block import Block
 from ood_scores.features.statistics import collect
 from ood_scores.scorers.kernel import FourierAxes, fourier_features, fourier_map
 
@@ -62,8 +61,8 @@ def test_the_defaults_are_the_authors_for_cifar10() -> None:
 
 
 def test_fourier_features_make_the_gaussian_kernel() -> None:
-    features = fourier_features(Block(torch.tensor(ROWS[:10])), *fourier_map(WIDTH, 1.5, 40_000, seed=1))
     x = unit(ROWS[:10])
+    features = fourier_features(torch.tensor(x), *fourier_map(WIDTH, 1.5, 40_000, seed=1))
     kernel = [[np.exp(-1.5 * sum((a - b) ** 2)) for b in x] for a in x]
     np.testing.assert_allclose(features @ features.T, kernel, atol=0.03)
 
@@ -79,7 +78,7 @@ def test_the_map_is_seeded() -> None:
 def test_fourier_axes_of_few_and_many_rows_in_any_blocks(monkeypatch: pytest.MonkeyPatch, directions: int) -> None:
     """Of fewer rows than directions, the axes that have no variance are left out."""
     asked = FourierAxes(2.0, directions, 0)
-    features = fourier_features(Block(torch.tensor(FIT)), *fourier_map(WIDTH, 2.0, directions, 0)).numpy()
+    features = fourier_features(torch.tensor(unit(FIT)), *fourier_map(WIDTH, 2.0, directions, 0)).numpy()
     covariance = np.cov(features.T, bias=True)
     for block_rows in (1000, 17):
         monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_, rows=block_rows: rows)
@@ -108,3 +107,29 @@ def test_what_has_no_residual_is_refused() -> None:
     for name, params in (("cop", {"variance": 1.0}), ("corp", {"gamma": 0.0}), ("corp", {"directions": 0})):
         with pytest.raises(BadInput, match=next(iter(params))):
             create_scorer(name, **params)
+
+
+@pytest.mark.parametrize(("name", "params"), [("cop", {}), ("corp", {"directions": 64}), ("corp", {"directions": 400})])
+@pytest.mark.parametrize("variance", [0.2, 0.9])
+@pytest.mark.parametrize("spread", [0.3, 1e-3])
+def test_float32_features_cost_no_more_than_their_rounding(
+    name: str, params: dict[str, Any], variance: float, spread: float
+) -> None:
+    """Also of a collapsed network, whose residuals are a thousandth of the features and less."""
+    rng = np.random.default_rng(5)
+    fit, values = (MEANS[np.arange(count) % CLASSES] + spread * rng.normal(size=(count, WIDTH)) for count in (300, 40))
+    narrow = FeatureSet(values.astype(np.float32))
+    scorer = create_scorer(name, variance=variance, **params).fit(FeatureSet(fit))
+    found, expected = scorer.score(narrow), scorer.score(FeatureSet(narrow.features.double()))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cop", "corp"])
+@pytest.mark.parametrize(("variance", "outside"), [(0.05, False), (0.99, True)])
+def test_the_space_that_is_kept_is_the_smaller_one(name: str, variance: float, outside: bool) -> None:
+    params = {"directions": 40} if name == "corp" else {}
+    scorer: Any = create_scorer(name, variance=variance, **params).fit(TRAIN)
+    width = len(scorer.mean_)
+    assert scorer.outside_ == outside
+    assert scorer.axes_.shape[1] < (width if outside else width / 3)
+    np.testing.assert_allclose(scorer.axes_.T @ scorer.axes_, np.eye(scorer.axes_.shape[1]), atol=1e-12)

@@ -120,6 +120,19 @@ def test_copies_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(score("weiper", FEATS, fit=FeatureSet(FIT, head=HEAD), **SMALL), whole, rtol=1e-12)
 
 
+def test_float32_features_cost_no_more_than_logits_at_the_edges_of_bins() -> None:
+    narrow = FeatureSet(ROWS.astype(np.float32), head=HEAD)
+    scorer = create_scorer("weiper").fit(TRAIN)
+    found, expected = scorer.score(narrow), scorer.score(FeatureSet(narrow.features.double(), head=HEAD))
+    np.testing.assert_allclose(found, expected, atol=3e-5)
+    assert (found - expected).abs().median() < 1e-6
+
+
+def test_values_outside_the_limits_are_in_no_bin() -> None:
+    values = torch.tensor([[-1e30, -0.1, 0.0, 0.5, 1.0, 1.1, 1e30]], dtype=torch.float32)
+    assert histogram(values, [0.0, 1.0], 2).tolist() == [[2, 1]]
+
+
 def test_ranges() -> None:
     asked = PerturbedRange(7, 2.4, 0)
     found = collect(TRAIN, [asked])[asked]

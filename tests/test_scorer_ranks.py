@@ -14,11 +14,15 @@ from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput
 from ood_scores.features.statistics import collect
 from ood_scores.scorers import ranks
-from ood_scores.scorers.ranks import HashedRows, RankLevels, neighbour_shares
+from ood_scores.scorers.ranks import HashedRows, RankLevels, first_with_enough, neighbour_shares
 
 Array = NDArray[np.float64]
 CLASSES, WIDTH = 15, 6
 MEANS = 1.5 * np.random.default_rng(99).normal(size=(CLASSES, WIDTH))
+
+
+def unit(values: torch.Tensor) -> torch.Tensor:
+    return values / values.norm(dim=1, keepdim=True)
 
 
 def rows(count: int, seed: int) -> Array:
@@ -140,10 +144,37 @@ def test_cf_ood_of_rows_of_the_bank() -> None:
         np.testing.assert_allclose(scorer.score(TRAIN, block_rows=block_rows), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+@pytest.mark.parametrize("width", [3, 100])
+def test_cf_ood_decides_in_float32_only_where_float64_agrees(spread: float, width: int) -> None:
+    """Of rows of the bank, whose distances are equal to some of those that they are compared with, too."""
+    rng = np.random.default_rng(7)
+    means = 1 + rng.normal(size=(4, width))
+    fit = means[np.arange(800) % 4] + spread * rng.normal(size=(800, width))
+    scorer: Any = create_scorer("cf_ood", share=0.5, rho=0.02).fit(FeatureSet(fit))
+    new = unit(torch.from_numpy(means[np.arange(600) % 4] + spread * rng.normal(size=(600, width))))
+    rows = torch.cat([new, scorer.bank_, torch.zeros(1, width, dtype=torch.float64)])
+    found, sure = scorer._found_in_float32(rows)
+    expected = scorer._found_in_float64(rows)
+    assert torch.equal(found[sure], expected[sure])
+    assert spread < 1 or sure[:600].double().mean() > 0.95
+    assert torch.equal(scorer.score(FeatureSet(rows)), -torch.cat([scorer.shares_, torch.ones(1)])[expected])
+
+
+def test_bisection_counts_what_is_reached() -> None:
+    values, limits = (
+        torch.tensor([[1.0, 5.0, 3.0], [0.0, 0.0, 0.0], [9.0, 9.0, 9.0]]),
+        torch.tensor([8.0, 4.0, 3.0, 1.0]),
+    )
+    reached = [first_with_enough(values, limits[:, None].expand(4, 3), enough).tolist() for enough in (1, 2, 3)]
+    assert reached == [[1, 4, 0], [2, 4, 0], [3, 4, 0]]
+
+
 @pytest.mark.parametrize("name", ["cf_ood", "excel"])
 def test_in_any_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     whole = score(name, FEATS, fit=TRAIN)
     monkeypatch.setattr(ranks, "PIECE", 500)
+    monkeypatch.setattr(ranks, "NARROW_PIECE", 300)
     assert torch.equal(score(name, FEATS, fit=FeatureSet(FIT, FIT_LOGITS)), whole)
 
 

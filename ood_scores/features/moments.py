@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ood_scores.errors import BadInput
+from ood_scores.errors import BadInput, BadLabels
 from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.statistics import Accumulator, Statistic
@@ -56,15 +57,18 @@ class ClassMoments:
 class GlobalMoments:
     """Asks for the ``Moments`` of all rows together, whatever their labels: those of a single class.
 
-    ``counts`` ``[1]``, ``means`` ``[1, D]``, and ``scatter`` around that one mean. Where the moments of the classes are
-    asked for too, or known, these follow from them, without another product.
+    ``counts`` ``[1]``, ``means`` ``[1, D]``, and ``scatter`` around that one mean. Of a set with labels they follow
+    from the moments of the classes, which others may ask for too: one product for both.
     """
 
     space: str = "features"
     normalize: bool = False
 
-    def sources(self) -> Sequence[Statistic]:
-        return ClassMoments(self.space, self.normalize), ClassMoments(self.space, self.normalize, per_class=True)
+    def source(self, feats: FeatureSet) -> Statistic | None:
+        with suppress(BadLabels):
+            feats.class_labels()
+            return ClassMoments(self.space, self.normalize)
+        return None
 
     def derive(self, source: Moments) -> Moments:
         rows = source.counts.sum()

@@ -5,7 +5,7 @@ A statistic is a small frozen dataclass; two scorers that ask for equal ones sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -45,9 +45,10 @@ class Statistic(Protocol):
 
 @runtime_checkable
 class Derivable(Statistic, Protocol):
-    """A statistic that follows from any one of some others."""
+    """A statistic that follows from another one of some sets."""
 
-    def sources(self) -> Sequence[Statistic]: ...
+    def source(self, feats: FeatureSet) -> Statistic | None:
+        """What it follows from; None for a set of which it is accumulated itself."""
 
     def derive(self, source: Any) -> Any: ...
 
@@ -69,29 +70,41 @@ def collect(
     seconds = {} if spent is None else spent
     seconds |= dict.fromkeys(wanted, 0.0)
     kept.recall(feats, wanted)
-    derivable = _derivable(wanted, feats.statistics)
-    unknown = [statistic for statistic in wanted if statistic not in feats.statistics]
-    missing = {statistic: statistic.start(feats) for statistic in unknown if statistic not in derivable}
-    if missing:
-        for block in feats.blocks(only={name for statistic in missing for name in statistic.reads}):
-            require_finite(block, feats)
-            for statistic, accumulator in missing.items():
-                start = perf_counter()
-                accumulator.update(block)
-                seconds[statistic] += perf_counter() - start
-    found = {statistic: accumulator.result() for statistic, accumulator in missing.items()}
+    sources = {each: _source(each, feats) for each in wanted if each not in feats.statistics}
+    kept.recall(feats, sources.values())
+    missing = [source for source in dict.fromkeys(sources.values()) if source not in feats.statistics]
+    found, took = _accumulate(feats, missing)
+    asked_by = {source: each for each, source in reversed(sources.items())} | {each: each for each in wanted}
+    for statistic in missing:
+        seconds[asked_by[statistic]] += took[statistic]
     known = {**feats.statistics, **found}
-    found |= {statistic: statistic.derive(known[source]) for statistic, source in derivable.items()}
+    for each, source in sources.items():
+        if isinstance(each, Derivable) and source != each:
+            found[each] = each.derive(known[source])
     if found:
         kept.remember(feats, found)
     return {statistic: feats.statistics[statistic] for statistic in wanted}
 
 
-def _derivable(wanted: Sequence[Statistic], known: Collection[Statistic]) -> dict[Derivable, Statistic]:
-    """The wanted statistics that are not known but follow from others that are known or wanted; and from which."""
-    unknown = [each for each in wanted if isinstance(each, Derivable) and each not in known]
-    found = {each: [source for source in each.sources() if source in known or source in wanted] for each in unknown}
-    return {each: sources[0] for each, sources in found.items() if sources}
+def _accumulate(
+    feats: FeatureSet, statistics: Sequence[Statistic]
+) -> tuple[dict[Statistic, Any], dict[Statistic, float]]:
+    """The results of the statistics, from one pass, and the seconds that each took."""
+    accumulators = {statistic: statistic.start(feats) for statistic in statistics}
+    seconds = dict.fromkeys(statistics, 0.0)
+    if statistics:
+        for block in feats.blocks(only={name for statistic in statistics for name in statistic.reads}):
+            require_finite(block, feats)
+            for statistic, accumulator in accumulators.items():
+                start = perf_counter()
+                accumulator.update(block)
+                seconds[statistic] += perf_counter() - start
+    return {statistic: accumulator.result() for statistic, accumulator in accumulators.items()}, seconds
+
+
+def _source(statistic: Statistic, feats: FeatureSet) -> Statistic:
+    """What a statistic of the set follows from, or the statistic itself."""
+    return (statistic.source(feats) if isinstance(statistic, Derivable) else None) or statistic
 
 
 def require_finite(block: Block, feats: FeatureSet) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics import Accumulator, GlobalMoments, Moments, Statistic
+from ood_scores.features.moments import GlobalMoments, Moments
+from ood_scores.features.statistics import Accumulator, Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
 from ood_scores.scorers.subspace import principal_axes, rank_of
 
@@ -24,11 +25,16 @@ LEVEL = 1e-24
 
 @dataclass
 class _KernelPCA(Scorer):
-    """What ``cop`` and ``corp`` share: the principal space of mapped features, and what a feature has outside it."""
+    """What ``cop`` and ``corp`` share: the principal space of mapped features, and what a feature has outside it.
+
+    Of the two spaces the one is kept, ``axes_``, that takes fewer products. A residual is never the difference of two
+    squares, so that one much shorter than the feature keeps its digits.
+    """
 
     variance: float
     mean_: Tensor = field(init=False, repr=False, compare=False)
-    principal_space_: Tensor = field(init=False, repr=False, compare=False)
+    axes_: Tensor = field(init=False, repr=False, compare=False)
+    outside_: bool = field(init=False, repr=False, compare=False)
     needs = ("features",)
     fit_needs = ("features",)
 
@@ -36,8 +42,8 @@ class _KernelPCA(Scorer):
         self.require(0 < self.variance < 1, f"variance is a share above 0 and below 1, got {self.variance}")
 
     @abstractmethod
-    def mapped(self, block: Block) -> Tensor:
-        """The mapped features, ``[B, M]``."""
+    def mapped(self, rows: Tensor) -> Tensor:
+        """The map of L2-normalised features, ``[B, M]``."""
 
     def fit_axes(self, axes: Axes) -> None:
         values, width = axes.values, len(axes.mean)
@@ -48,12 +54,17 @@ class _KernelPCA(Scorer):
             dimension < width,
             f"{self.variance} of the variance takes all {width} dimensions, which leaves no residual: lower it",
         )
-        self.mean_, self.principal_space_ = axes.mean, axes.vectors[:, :dimension].contiguous()
+        self.mean_ = axes.mean
+        self.outside_ = axes.vectors.shape[1] == width and width - dimension < 2 * dimension
+        chosen = slice(dimension, None) if self.outside_ else slice(dimension)
+        self.axes_ = axes.vectors[:, chosen].contiguous()
 
     def score_block(self, block: Block) -> Tensor:
-        rows = self.mapped(block) - self.mean_.to(block.features.device)
-        space = self.principal_space_.to(rows)
-        return -row_norm(rows - (rows @ space) @ space.T, 2.0)
+        rows = self.mapped(block.unit_features())
+        rows = rows - self.mean_.to(rows)
+        axes = self.axes_.to(rows)
+        residual = rows @ axes if self.outside_ else rows - (rows @ axes) @ axes.T
+        return -row_norm(residual, 2.0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,8 @@ class CoP(_KernelPCA):
     """Minus the reconstruction error of the L2-normalised feature by its principal components, ``-||y - P P^T y||``.
 
     ``y = x - m`` and ``x = z / ||z||``, which is the map of the cosine kernel. Fits m, the mean of x, and P, the fewest
-    eigenvectors of the covariance of x that hold the share ``variance`` of it.
+    eigenvectors of the covariance of x that hold the share ``variance`` of it, in float64. Scores are computed in the
+    precision that the features are kept in: their errors are of the size that the rounding of x makes.
 
     Source: Fang et al. 2024, "Kernel PCA for Out-of-Distribution Detection". Their code takes 0.85 for ResNet-18 on
     CIFAR-10, the default here, and 0.99 for ResNet-50 on ImageNet; 0.85 and 0.7 where these are trained with the
@@ -83,7 +95,8 @@ class CoP(_KernelPCA):
     Args:
         variance: share of the variance that the principal space holds.
 
-    Cost: two products with a ``[D, q]`` matrix for each block; one eigendecomposition to fit.
+    Cost: two products with a ``[D, q]`` matrix for each block, or, from ``q > D/3`` on, one with a ``[D, D - q]``; one
+    eigendecomposition to fit.
     """
 
     variance: float = 0.85
@@ -95,8 +108,8 @@ class CoP(_KernelPCA):
         moments: Moments = found[self.statistics()[0]]
         self.fit_axes(Axes(moments.means[0], *principal_axes(moments.scatter / moments.counts.sum())))
 
-    def mapped(self, block: Block) -> Tensor:
-        return block.space("features", True)
+    def mapped(self, rows: Tensor) -> Tensor:
+        return rows
 
 
 @register_scorer("corp")
@@ -120,8 +133,9 @@ class CoRP(_KernelPCA):
         directions: how many random Fourier features, M.
         seed: of W and u.
 
-    Cost: one product with a ``[D, M]`` and two with a ``[M, q]`` matrix for each block; to fit, ``M^2`` products for
-    each row and the eigendecomposition of ``[M, M]``, or of ``[N, N]`` for fewer rows.
+    Cost: one product with a ``[D, M]`` and two with a ``[M, q]`` matrix for each block, or, from ``q > M/3`` on, one
+    with a ``[M, M - q]``; to fit, ``M^2`` products for each row and the eigendecomposition of ``[M, M]``, or of
+    ``[N, N]`` for fewer rows.
     """
 
     variance: float = 0.8
@@ -143,8 +157,8 @@ class CoRP(_KernelPCA):
         self.fit_axes(found[self.statistics()[0]])
         self.weight_, self.phase_ = fourier_map(feats.num_features, self.gamma, self.directions, self.seed)
 
-    def mapped(self, block: Block) -> Tensor:
-        return fourier_features(block, self.weight_, self.phase_)
+    def mapped(self, rows: Tensor) -> Tensor:
+        return fourier_features(rows, self.weight_, self.phase_)
 
 
 @dataclass(frozen=True)
@@ -172,7 +186,7 @@ class _ManyFourierRows:
     products: Tensor | float = 0.0
 
     def update(self, block: Block) -> None:
-        features = fourier_features(block, self.weight, self.phase)
+        features = fourier_features(block.space("features", True), self.weight, self.phase)
         self.rows += len(block)
         self.total = self.total + features.sum(dim=0)
         self.products = self.products + features.T @ features
@@ -193,7 +207,7 @@ class _FewFourierRows:
     rows: list[Tensor] = field(default_factory=list)
 
     def update(self, block: Block) -> None:
-        self.rows.append(fourier_features(block, self.weight, self.phase))
+        self.rows.append(fourier_features(block.space("features", True), self.weight, self.phase))
 
     def result(self) -> Axes:
         rows = torch.cat(self.rows)
@@ -212,7 +226,6 @@ def fourier_map(width: int, gamma: float, directions: int, seed: int) -> tuple[T
     return math.sqrt(2 * gamma) * weight, 2 * math.pi * phase
 
 
-def fourier_features(block: Block, weight: Tensor, phase: Tensor) -> Tensor:
-    """``sqrt(2/M) cos(W x + u)`` of the L2-normalised features, ``[B, M]``."""
-    rows = block.space("features", True)
+def fourier_features(rows: Tensor, weight: Tensor, phase: Tensor) -> Tensor:
+    """``sqrt(2/M) cos(W x + u)`` of each row x, ``[B, M]``."""
     return torch.addmm(phase.to(rows), rows, weight.to(rows).T).cos_().mul_(math.sqrt(2 / len(phase)))

@@ -20,7 +20,7 @@ SEARCH_ROWS = 512
 SEARCH_BANK = 2**16
 """Rows of the bank that are searched at a time: with ``SEARCH_ROWS``, 128 MiB of products."""
 
-SUB_BANK = 2**11
+SUB_BANK = 2**10
 """Rows of the bank in one matrix product, few enough for the caches."""
 
 
@@ -52,7 +52,7 @@ def search_unit_rows(rows: Tensor, wanted: Sequence[Wanted]) -> list[Tensor]:
     """
     bank, rankings = wanted[0].bank, [want.ranking for want in wanted]
     found = [torch.empty(len(rows), want.count, dtype=torch.int64) for want in wanted]
-    space = torch.empty(min(SEARCH_ROWS, len(rows)), min(SEARCH_BANK, len(bank) + -len(bank) % GROUP))
+    space = torch.empty(min(SEARCH_ROWS, len(rows)) * min(SEARCH_BANK, len(bank) + -len(bank) % GROUP))
     for first in range(0, len(rows), SEARCH_ROWS):
         part = rows[first : first + SEARCH_ROWS]
         best = [(part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.int64)) for _ in wanted]
@@ -76,7 +76,7 @@ def _search_piece(
     over = -len(bank) % GROUP
     width = len(bank) + over
     grouped = [(pad(weights, (0, over)), pad(added, (0, over), value=-math.inf)) for weights, added in rankings]
-    products = space[: len(rows), :width]
+    products = space[: len(rows) * width].view(len(rows), width)
     products[:, len(bank) :] = 0
     maxima = [torch.empty(len(rows), width // GROUP) for _ in rankings]
     for start in range(0, width, SUB_BANK):
@@ -86,7 +86,7 @@ def _search_piece(
             ranked = torch.addcmul(added[start:stop], products[:, start:stop], weights[start:stop])
             torch.amax(ranked.unflatten(1, (-1, GROUP)), dim=2, out=largest[:, start // GROUP : stop // GROUP])
     return [
-        _largest(products.unflatten(1, (-1, GROUP)), *ranking, largest, min(count, len(bank)))
+        _largest(products, *ranking, largest, min(count, len(bank)))
         for ranking, largest, count in zip(grouped, maxima, counts, strict=True)
     ]
 
@@ -94,7 +94,9 @@ def _search_piece(
 def _largest(products: Tensor, weights: Tensor, added: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest of ``w p + a``: they lie in the groups with the largest maxima, ties included."""
     groups = maxima.topk(min(count, maxima.shape[1]), dim=1, sorted=False).indices
-    inside = products.gather(1, groups[:, :, None].expand(-1, -1, GROUP))
-    inside = inside.mul_(weights.view(-1, GROUP)[groups]).add_(added.view(-1, GROUP)[groups]).flatten(1)
-    values, places = inside.topk(count, dim=1)
+    flat = groups.flatten()
+    first = torch.arange(0, maxima.numel(), maxima.shape[1])[:, None]
+    inside = products.view(-1, GROUP).index_select(0, (groups + first).flatten())
+    inside.mul_(weights.view(-1, GROUP).index_select(0, flat)).add_(added.view(-1, GROUP).index_select(0, flat))
+    values, places = inside.view(len(products), -1).topk(count, dim=1)
     return values, groups.gather(1, places // GROUP) * GROUP + places % GROUP
