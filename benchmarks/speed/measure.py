@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Better = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the speed table: seconds of ours and of the baseline, medians of paired runs."""
+    """Seconds of ours and of the baseline, medians of paired runs, and the ratio that is asked for (None: none is)."""
 
     name: str
     baseline: str
     ours_s: float
     baseline_s: float
-    better: str
-    pairs: int
+    better: Better
+    asked: float | None = None
+    pairs: int = 1
 
     @property
     def ratio(self) -> float:
-        """How many times faster (``better="higher"``) or slower (``"lower"``) than the baseline; see ``better``."""
+        """Our speed over the baseline's (``better="higher"``), or our time over the baseline's (``"lower"``)."""
         return self.baseline_s / self.ours_s if self.better == "higher" else self.ours_s / self.baseline_s
+
+    @property
+    def met(self) -> bool | None:
+        if self.asked is None:
+            return None
+        return self.ratio >= self.asked if self.better == "higher" else self.ratio <= self.asked
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that is no ratio of times, how it was come by, and the bounds that are asked for (None: none is)."""
+
+    name: str
+    how: str
+    value: float
+    unit: str
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        if self.least is None and self.most is None:
+            return None
+        return (self.least or 0.0) <= self.value <= (math.inf if self.most is None else self.most)
 
 
 def paired(
@@ -31,21 +62,74 @@ def paired(
     baseline_name: str,
     baseline: Callable[[], object],
     *,
-    better: str,
+    better: Better,
+    asked: float | None = None,
     pairs: int = 7,
     ours_share: float = 1.0,
     baseline_share: float = 1.0,
 ) -> Line:
     """Medians over ``pairs`` alternating runs, after one run of each to warm up.
 
-    A share below 1 says that a function does only that share of the work; its time is divided by it.
+    A share says that a function does only that share of the work, or that many times the work; its time is divided by
+    it.
     """
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(pairs + 1):
         for function, seconds in zip((ours, baseline), times, strict=True):
-            start = time.perf_counter()
-            function()
+            taken = timed(function)
             if turn:
-                seconds.append(time.perf_counter() - start)
+                seconds.append(taken)
     ours_s, baseline_s = (statistics.median(seconds) for seconds in times)
-    return Line(name, baseline_name, ours_s / ours_share, baseline_s / baseline_share, better, pairs)
+    return Line(name, baseline_name, ours_s / ours_share, baseline_s / baseline_share, better, asked, pairs)
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call, with all that it started on a GPU."""
+    _synchronize()
+    start = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def exponent(runs: Sequence[tuple[int, Callable[[], object]]], rounds: int = 5) -> float:
+    """The slope of log time over log size, by least squares: of each size the median of ``rounds`` runs in turn, after
+    one to warm up."""
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds + 1):
+        for seconds, (_, run) in zip(times, runs, strict=True):
+            taken = timed(run)
+            if turn:
+                seconds.append(taken)
+    medians = [statistics.median(seconds) for seconds in times]
+    sizes = [math.log(size) for size, _ in runs]
+    return statistics.linear_regression(sizes, list(map(math.log, medians))).slope
+
+
+def scaled(scale: float, size: int, least: int = 1) -> int:
+    """A size as ``--scale`` has it."""
+    return max(least, round(scale * size))
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two square matrices, the measure of what the machine can compute."""
+
+    side: int
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.side**3
+
+    def runner(self) -> Callable[[], object]:
+        left, right, out = (torch.rand(self.side, self.side, dtype=self.dtype) for _ in range(3))
+        return lambda: torch.mm(left, right, out=out)
+
+    def __str__(self) -> str:
+        return f"{self.side:,} x {self.side:,} {str(self.dtype).removeprefix('torch.')} product"

@@ -1,0 +1,63 @@
+"""What goes around a model costs, on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import ood_scores
+from benchmarks.speed.measure import Line, paired, scaled
+
+
+def extraction(scale: float) -> Iterator[Line]:
+    """``extract`` to HDF5 against the same model called in a plain loop."""
+    model = timm.create_model("resnet50").eval()
+    size = scaled(scale, 32)
+    batches = [torch.randn(size, 3, 224, 224) for _ in range(4)]
+
+    def bare_loop() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield paired(
+            f"extract to HDF5, ResNet-50, 224 px, float32, batch {size}",
+            partial(ood_scores.extract, model, batches, Path(folder) / "cache.h5", progress=False, overwrite=True),
+            "bare forward loop",
+            bare_loop,
+            better="higher",
+            asked=0.97,
+            pairs=5,
+        )
+
+
+def detector(scale: float) -> Iterator[Line]:
+    """``Detector.predict`` against the same model called by itself."""
+    model = timm.create_model("resnet18").eval()
+    size = scaled(scale, 64)
+    images = torch.randn(size, 3, 224, 224)
+    features = torch.rand(10_000, 512)
+    classifier: Any = model.get_submodule("fc")
+    head = ood_scores.Head(classifier.weight, classifier.bias)
+    feats = ood_scores.FeatureSet(features, head(features), torch.arange(len(features)) % 1000, head)
+
+    def bare() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    for scorer in ("energy", "gradnorm", "mahalanobis"):
+        found = ood_scores.calibrate(scorer, model, fit=feats[:5000], id=feats[5000:])
+        yield paired(
+            f"Detector.predict with {scorer}, ResNet-18, 224 px, batch {size}",
+            partial(found.predict, images),
+            "bare model",
+            bare,
+            better="lower",
+        )
