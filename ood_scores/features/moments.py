@@ -88,55 +88,69 @@ class GlobalMoments:
 
 
 class _ClassMomentsAccumulator:
-    """Merges each block's own means and scatter: stable in one pass, exact for constants.
+    """Sums up rows relative to the mean of their class in the block in which it is first met, so that neither a large
+    offset nor a collapsed class costs digits. What the means of all rows add to that is taken away once, at the end.
+    That block's mean is found relative to its first row of the class, so that a constant leaves no rounding error.
 
-    Rows are first taken relative to their class mean so far (of a class not yet seen, relative to its first row), so
-    that neither a large offset nor a constant leaves a rounding error.
-
-    Source: Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance".
+    Source: Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", on shifted data.
     """
 
     def __init__(self, statistic: ClassMoments, labels: Tensor, classes: int) -> None:
         self._statistic, self._labels, self._classes = statistic, labels, classes
-        self._moments: Moments | None = None
+        self._sums: _Sums | None = None
 
     def update(self, block: Block) -> None:
         values = block.space(self._statistic.space, self._statistic.normalize)
         labels = self._labels[block.start : block.start + len(block)].to(values.device)
-        old = self._moments or self._nothing_yet(values)
+        self._sums = sums = self._sums or self._nothing_yet(values)
 
         counts = torch.bincount(labels, minlength=self._classes)
-        total = old.counts + counts
-        share = counts.double() / total.clamp_min(1)
+        unseen = (counts > 0) & (sums.counts == 0)
+        if unseen.any():
+            sums.origins[unseen] = values[_first_rows(labels, counts)[unseen]]
+            shifts = _sums(values - _by_label(sums.origins, labels), labels, self._classes)
+            sums.origins[unseen] += (shifts / counts.clamp_min(1)[:, None])[unseen]
+        deviations = values - _by_label(sums.origins, labels)
 
-        unseen = (counts > 0) & (old.counts == 0)
-        old.means[unseen] = values[_first_rows(labels, counts)[unseen]]
-        deviations = values - _by_label(old.means, labels)
-        shift = _sums(deviations, labels, self._classes) / counts.clamp_min(1)[:, None]
-        centred = deviations.sub_(_by_label(shift, labels))
-        spread = (old.counts * share).sqrt()[:, None] * shift
-
-        moved = spread[(counts > 0) & ~unseen]
-        _add_gram(old.scatter, centred)
-        old.scatter.addmm_(moved.T, moved)
-        if old.class_scatter is not None:
-            _add_class_scatter(old.class_scatter, centred, labels, counts, spread)
-        self._moments = Moments(total, old.means.add_(share[:, None] * shift), old.scatter, old.class_scatter)
+        sums.counts += counts
+        sums.deviations += _sums(deviations, labels, self._classes)
+        _add_lower_gram(sums.products, deviations)
+        if sums.class_products is not None:
+            _add_class_products(sums.class_products, deviations, labels, counts)
 
     def result(self) -> Moments:
-        if self._moments is None:
+        if self._sums is None:
             raise BadInput("no block was read.")
-        return self._moments
+        sums = self._sums
+        means = sums.deviations / sums.counts.clamp_min(1)[:, None]
+        _add_lower_gram(sums.products, sums.counts.double().sqrt()[:, None] * means, sign=-1)
+        if sums.class_products is not None:
+            sums.class_products.baddbmm_(sums.deviations[:, :, None], means[:, None, :], alpha=-1)
+        return Moments(sums.counts, means.add_(sums.origins), _symmetric(sums.products), sums.class_products)
 
-    def _nothing_yet(self, values: Tensor) -> Moments:
+    def _nothing_yet(self, values: Tensor) -> _Sums:
         width = values.shape[1]
         per_class = self._statistic.per_class and 8 * self._classes * width**2 <= CLASS_SCATTER_BYTES
-        return Moments(
+        return _Sums(
             torch.zeros(self._classes, dtype=torch.int64, device=values.device),
+            values.new_zeros(self._classes, width),
             values.new_zeros(self._classes, width),
             values.new_zeros(width, width),
             values.new_zeros(self._classes, width, width) if per_class else None,
         )
+
+
+@dataclass
+class _Sums:
+    """Of the rows so far: their number in each class, int64 ``[C]``; float64, where a class is counted from ``[C, D]``,
+    the sum of its rows' deviations from there ``[C, D]``, and of the outer products of these, of all ``[D, D]`` and of
+    each class ``[C, D, D]``."""
+
+    counts: Tensor
+    origins: Tensor
+    deviations: Tensor
+    products: Tensor
+    class_products: Tensor | None
 
 
 def _by_label(means: Tensor, labels: Tensor) -> Tensor:
@@ -151,12 +165,16 @@ def _sums(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
     return rows.new_zeros(classes, rows.shape[1]).index_add_(0, labels, rows)
 
 
-def _add_gram(scatter: Tensor, rows: Tensor) -> None:
-    """Adds ``rows^T rows``, of which only the blocks on and below the diagonal are computed: it is symmetric."""
-    for start in range(0, len(scatter), GRAM_COLUMNS):
+def _add_lower_gram(products: Tensor, rows: Tensor, sign: int = 1) -> None:
+    """Adds ``rows^T rows`` on and below the diagonal, in panels: it is symmetric."""
+    for start in range(0, len(products), GRAM_COLUMNS):
         stop = start + GRAM_COLUMNS
-        scatter[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
-        scatter[:start, start:stop] = scatter[start:stop, :start].T
+        products[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop], alpha=sign)
+
+
+def _symmetric(products: Tensor) -> Tensor:
+    """The matrix whose lower half is given."""
+    return products.tril_().add_(products.tril(-1).T)
 
 
 def _first_rows(labels: Tensor, counts: Tensor) -> Tensor:
@@ -164,8 +182,8 @@ def _first_rows(labels: Tensor, counts: Tensor) -> Tensor:
     return labels.argsort(stable=True)[(counts.cumsum(0) - counts).clamp_max(len(labels) - 1)]
 
 
-def _add_class_scatter(scatter: Tensor, centred: Tensor, labels: Tensor, counts: Tensor, spread: Tensor) -> None:
+def _add_class_products(products: Tensor, rows: Tensor, labels: Tensor, counts: Tensor) -> None:
     """One matrix product for each class in the block: products of unequal heights have no batched form."""
-    groups = centred[labels.argsort(stable=True)].split(counts.tolist())
+    groups = rows[labels.argsort(stable=True)].split(counts.tolist())
     for label in counts.nonzero()[:, 0].tolist():
-        scatter[label].addmm_(groups[label].T, groups[label]).addr_(spread[label], spread[label])
+        products[label].addmm_(groups[label].T, groups[label])
