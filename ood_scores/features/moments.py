@@ -14,8 +14,8 @@ from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.statistics import Accumulator, Statistic
 
-GRAM_COLUMNS = 128
-"""Columns of a symmetric product that are computed at a time."""
+GRAM_ROWS = 128
+"""Rows of a symmetric product that are computed at a time."""
 
 CLASS_SCATTER_BYTES = 2**30
 """Most memory that the scatter of all classes may take; what takes more is left out of their moments."""
@@ -167,9 +167,9 @@ def _sums(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 def _add_lower_gram(products: Tensor, rows: Tensor, sign: int = 1) -> None:
     """Adds ``rows^T rows`` on and below the diagonal, in panels: it is symmetric."""
-    for start in range(0, len(products), GRAM_COLUMNS):
-        stop = start + GRAM_COLUMNS
-        products[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop], alpha=sign)
+    for start in range(0, len(products), GRAM_ROWS):
+        stop = start + GRAM_ROWS
+        products[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=sign)
 
 
 def _symmetric(products: Tensor) -> Tensor:
