@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +51,12 @@ def test_a_group_that_finds_nothing_keeps_what_is_there(table, monkeypatch):
     monkeypatch.setitem(GROUPS, "gradnorm", lambda scale: [])
     main(["gradnorm", *SMALL, "--out", str(table)])
     assert records(table) == before
+
+
+def test_an_unknown_group_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["exponents", "imports", "--out", str(tmp_path)])
+    assert "there is no group 'imports'; there are: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -20,13 +20,17 @@ HERE = Path(__file__).parent
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     machine = f"{platform.machine()} CPU, {options.threads} threads, torch {torch.__version__}"
     if options.groups[:1] == ["scorers"]:
         sizes = (options.fit_rows, options.rows, options.width, options.classes)
         scorers.run(options.out, machine, *sizes, names=options.groups[1:])
         return
+    unknown = [group for group in options.groups if group not in GROUPS]
+    if unknown:
+        parser.error(f"there is no group {unknown[0]!r}; there are: {', '.join(GROUPS)}")
     smaller = "" if options.scale == 1 else f", at {options.scale:g} of the sizes named"
     for group in options.groups or GROUPS:
         found = GROUPS[group](options.scale)
