@@ -135,7 +135,7 @@ def test_scorers_that_cannot_run_say_why(everything: Results) -> None:
     assert reasons["mahalanobis_layers"][0].startswith("to be fitted it reads layers")
 
 
-def same(one: Results, other: Results, *, times: bool = True) -> None:
+def assert_same(one: Results, other: Results, *, times: bool = True) -> None:
     for name in ("table", "comparison", "measures", "searched"):
         frames = [getattr(each, name) for each in (one, other)]
         if name == "table" and not times:
@@ -149,7 +149,7 @@ def same(one: Results, other: Results, *, times: bool = True) -> None:
 
 
 def test_a_folder_is_read_without_models_and_images(everything: Results) -> None:
-    same(everything, load_results(everything.folder))
+    assert_same(everything, load_results(everything.folder))
     written = pd.read_csv(everything.folder / "results.csv")
     pd.testing.assert_frame_equal(written, everything.table, check_dtype=False)
 
@@ -164,7 +164,7 @@ def test_a_second_run_only_reads(everything: Results, data: Path, monkeypatch: p
     (given,) = everything.spec["parts"]
     published = tuple(Published(**number) for number in given["published"])
     again = part(measures=("neural_collapse", "long_tail"), published=published)
-    same(everything, results(data, everything.folder, again))
+    assert_same(everything, results(data, everything.folder, again))
 
 
 # ---- several parts, checkpoints, networks

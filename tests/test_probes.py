@@ -77,7 +77,7 @@ def perturbed(model: nn.Module, sign: float, epsilon: float, temperature: float,
     return torch.cat(moved)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_pooled_layers(batch: int) -> None:
     feats = extract(data=loader(batch), layers=LAYERS)
     assert list(feats.extras) == ["layers.stem", "layers.body"]
     for name in LAYERS:
-        close(feats.extras[f"layers.{name}"], outputs()[name].mean((2, 3)))
+        assert_close(feats.extras[f"layers.{name}"], outputs()[name].mean((2, 3)))
 
 
 def test_layers_change_nothing_else() -> None:
@@ -105,7 +105,7 @@ def test_layer_norms() -> None:
     for name in LAYERS:
         maps = outputs()[name].double().relu()
         expected = [sum(float(channel.square().sum()) ** 0.5 for channel in row) / len(row) for row in maps]
-        close(feats.extras[f"norms.{name}"], torch.tensor(expected))
+        assert_close(feats.extras[f"norms.{name}"], torch.tensor(expected))
 
 
 def gram_by_matrices(maps: Tensor, orders: Sequence[int]) -> Tensor:
@@ -121,7 +121,7 @@ def test_gram_sums() -> None:
     for name, channels in (("stem", 4), ("body", 6)):
         found = feats.extras[f"gram.{name}"]
         assert found.shape == (ROWS, 10, channels)
-        close(found, gram_by_matrices(outputs()[name], range(1, 11)).float())
+        assert_close(found, gram_by_matrices(outputs()[name], range(1, 11)).float())
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e4, 1e12])
@@ -146,7 +146,7 @@ def test_odin(std: tuple[float, ...] | None, temperature: float) -> None:
     moved = perturbed(model, -1.0, 0.1, temperature, targets)
     if std:
         moved = INPUTS + (moved - INPUTS) / torch.tensor(std).view(1, 3, 1, 1)
-    close(feats.extras["odin"], outputs(moved)["logits"])
+    assert_close(feats.extras["odin"], outputs(moved)["logits"])
     assert feats.logits is not None
     confidence = [values.softmax(dim=1).gather(1, targets[:, None]) for values in (feats.extras["odin"], feats.logits)]
     assert (confidence[0] > confidence[1]).all()
@@ -158,9 +158,9 @@ def test_fgsm(labelled: bool) -> None:
     moved = perturbed(Classifier().eval(), 1.0, 0.05, 1.0, targets)
     feats = extract(data=loader(labels=LABELS if labelled else None), layers=LAYERS, probes=[FGSM(layers=LAYERS)])
     for name in LAYERS:
-        close(feats.extras[f"fgsm.{name}"], outputs(moved)[name].mean((2, 3)))
-        close(feats.extras[f"layers.{name}"], outputs()[name].mean((2, 3)))  # of the ordinary pass still
-    close(feats.features, outputs()["body"].relu().mean((2, 3)))
+        assert_close(feats.extras[f"fgsm.{name}"], outputs(moved)[name].mean((2, 3)))
+        assert_close(feats.extras[f"layers.{name}"], outputs()[name].mean((2, 3)))  # of the ordinary pass still
+    assert_close(feats.features, outputs()["body"].relu().mean((2, 3)))
 
 
 @pytest.mark.parametrize("label", [-100, -1, 5, 999])
@@ -171,7 +171,7 @@ def test_fgsm_takes_the_prediction_where_a_label_is_no_class(label: int) -> None
     targets[3] = outputs()["logits"][3].argmax()
     moved = perturbed(Classifier().eval(), 1.0, 0.05, 1.0, targets)
     feats = extract(data=loader(labels=labels), probes=[FGSM(layers=LAYERS)])
-    close(feats.extras["fgsm.body"], outputs(moved)["body"].mean((2, 3)))
+    assert_close(feats.extras["fgsm.body"], outputs(moved)["body"].mean((2, 3)))
 
 
 def test_odin_without_a_step_makes_no_pass_and_is_the_logits() -> None:
@@ -219,7 +219,7 @@ def test_a_layer_that_gives_a_tuple_of_tokens() -> None:
             return self.fc(self.attend(tokens, tokens, tokens)[0].mean(dim=1))
 
     feats = extract(Attending(), layers=["attend"])
-    close(feats.extras["layers.attend"], feats.features)
+    assert_close(feats.extras["layers.attend"], feats.features)
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ EXTRAS = [
 ]
 
 
-def same(one: FeatureSet, other: FeatureSet) -> None:
+def assert_same(one: FeatureSet, other: FeatureSet) -> None:
     assert sorted(one.extras) == sorted(other.extras)
     assert one.features.equal(other.features)
     assert one.logits.equal(other.logits)  # type: ignore[union-attr, arg-type]
@@ -267,9 +267,9 @@ def test_disk_is_memory(dtype: str, tmp_path: Path) -> None:
     assert list(memory.extras) == EXTRAS
     disk = extract(**EVERYTHING, dtype=dtype, cache=tmp_path / "feats.h5")
     assert disk.file == tmp_path / "feats.h5"
-    same(memory, disk)
-    same(memory, load(tmp_path / "feats.h5"))
-    same(memory[5:11], disk[5:11])
+    assert_same(memory, disk)
+    assert_same(memory, load(tmp_path / "feats.h5"))
+    assert_same(memory[5:11], disk[5:11])
 
 
 class Interrupted:
@@ -296,7 +296,7 @@ def test_an_interrupted_extraction_is_continued(batches: int, tmp_path: Path) ->
     model = Classifier()
     resumed = extract(model, data=data, **EVERYTHING, cache=path, name="data")
     whole = Classifier()
-    same(extract(whole, data=Interrupted(9), **EVERYTHING), resumed)
+    assert_same(extract(whole, data=Interrupted(9), **EVERYTHING), resumed)
     assert started is (batches == 2)  # the first 16 rows are looked at before anything is written
     assert (len(model.passes) < len(whole.passes)) is started
 
@@ -312,7 +312,7 @@ def test_an_interrupted_extraction_is_not_continued_with_other_probes(tmp_path: 
 def test_the_same_call_does_not_run_the_model(tmp_path: Path) -> None:
     first = extract(**EVERYTHING, cache=tmp_path / "feats.h5")
     model = Classifier()
-    same(first, extract(model, **EVERYTHING, cache=tmp_path / "feats.h5"))
+    assert_same(first, extract(model, **EVERYTHING, cache=tmp_path / "feats.h5"))
     assert model.passes == []
 
 
@@ -340,7 +340,7 @@ def test_a_cache_of_other_probes_is_refused(change: dict[str, Any], tmp_path: Pa
     assert "ODIN(name='odin', epsilon=0.0014" in before
     assert all(repr(probe) in after for probe in as_probes(change.get("layers"), change.get("probes", ())))
     again = extract(**change, cache=tmp_path / "feats.h5", overwrite=True)
-    same(again, extract(**change))
+    assert_same(again, extract(**change))
 
 
 def test_a_list_and_a_tuple_of_layers_are_the_same(tmp_path: Path) -> None:
@@ -368,9 +368,9 @@ def test_a_cache_from_before_there_were_probes(tmp_path: Path) -> None:
     old = load(path)
     assert old.provenance is not None
     assert list(old.provenance.probes) == []
-    same(first, old)
+    assert_same(first, old)
     model = Classifier()
-    same(first, extract(model, cache=path))
+    assert_same(first, extract(model, cache=path))
     assert model.passes == []
     with pytest.raises(StaleCache, match="layers and probes"):
         extract(layers=LAYERS, cache=path)
@@ -480,7 +480,7 @@ def test_images_of_other_sizes_have_the_same_extras() -> None:
     sizes = [INPUTS[:4], INPUTS[4:8, :, :6, :6]]
     feats = extract(data=sizes, layers=LAYERS, probes=[GramSums(layers=LAYERS), "odin"])
     assert feats.extras["layers.stem"].shape == (8, 4)
-    close(feats.extras["layers.stem"][4:], outputs(sizes[1])["stem"].mean((2, 3)))
+    assert_close(feats.extras["layers.stem"][4:], outputs(sizes[1])["stem"].mean((2, 3)))
 
 
 # --- the model is left as it was --------------------------------------------------------------------------------------
@@ -537,7 +537,7 @@ def test_extras_hold_no_graph_and_inputs_stay() -> None:
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_model_has_gradients_of_its_inputs(frozen: bool) -> None:
     model = Classifier().requires_grad_(not frozen)
-    same(extract(model, probes=["odin"]), extract(probes=["odin"]))
+    assert_same(extract(model, probes=["odin"]), extract(probes=["odin"]))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -545,7 +545,7 @@ def test_without_gradients_around_the_call(context: Callable[[], Any]) -> None:
     model, expected = Classifier(), extract(**EVERYTHING)
     with context():
         found = extract(model, **EVERYTHING)
-    same(found, expected)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -115,7 +115,7 @@ def cast(feats: FeatureSet, convert: Callable[[Tensor], Any]) -> FeatureSet:
     return change(feats, features=convert(feats.features), logits=convert(feats.logits), extras=extras)
 
 
-def close(found: Tensor, expected: Tensor, rtol: float = 1e-8) -> None:
+def assert_close(found: Tensor, expected: Tensor, rtol: float = 1e-8) -> None:
     torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
@@ -145,8 +145,8 @@ def test_is_described_and_declares_what_it_reads(name: str) -> None:
 @settings(max_examples=8, deadline=None)
 def test_block_size_and_row_order_do_not_matter(name: str, rows: int, order: list[int]) -> None:
     expected = fitted(name).score(ID)
-    close(fitted(name).score(ID, block_rows=rows), expected)
-    close(fitted(name).score(ID[order], block_rows=rows), expected[order])
+    assert_close(fitted(name).score(ID, block_rows=rows), expected)
+    assert_close(fitted(name).score(ID[order], block_rows=rows), expected[order])
 
 
 @every_scorer
@@ -156,7 +156,7 @@ def test_blocks_and_order_of_the_fit_set_do_not_matter(name: str, rows: int, ord
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureSet, "_default_rows", lambda *_: rows)
         found = make(name).fit(TRAIN[order]).score(ID)
-    close(found, fitted(name).score(ID), rtol=1e-7)
+    assert_close(found, fitted(name).score(ID), rtol=1e-7)
 
 
 @every_scorer
@@ -185,7 +185,7 @@ def test_precision_of_the_storage(name: str, dtype: torch.dtype, rtol: float) ->
         narrow.append(cast(feats, lambda values: values.to(dtype)))
         wide.append(cast(narrow[-1], Tensor.double))
     found, expected = make(name).fit(narrow[0]).score(narrow[1]), make(name).fit(wide[0]).score(wide[1])
-    close(found, expected, max(rtol, COARSE.get(name, 0)))
+    assert_close(found, expected, max(rtol, COARSE.get(name, 0)))
 
 
 @every_scorer
@@ -193,9 +193,9 @@ def test_precision_of_the_storage(name: str, dtype: torch.dtype, rtol: float) ->
 def test_device_does_not_matter(name: str) -> None:
     train, feats = (change(cast(feats, Tensor.cuda), labels=feats.labels.cuda()) for feats in (TRAIN, ID))  # type: ignore[union-attr]
     expected = fitted(name).score(ID)
-    close(make(name).fit(train).score(feats), expected, rtol=1e-6)
-    close(make(name).fit(train).score(ID), expected, rtol=1e-6)
-    close(fitted(name).score(feats), expected, rtol=1e-6)
+    assert_close(make(name).fit(train).score(feats), expected, rtol=1e-6)
+    assert_close(make(name).fit(train).score(ID), expected, rtol=1e-6)
+    assert_close(fitted(name).score(feats), expected, rtol=1e-6)
 
 
 @every_scorer
@@ -283,7 +283,7 @@ def test_is_not_saved_before_it_is_fitted(name: str, tmp_path: Path) -> None:
 
 @every_scorer
 def test_a_row_scores_alone_as_among_others(name: str) -> None:
-    close(fitted(name).score(ID[7:8]), fitted(name).score(ID)[7:8])
+    assert_close(fitted(name).score(ID[7:8]), fitted(name).score(ID)[7:8])
 
 
 @every_scorer
@@ -352,7 +352,7 @@ def test_needs_nothing_it_does_not_declare(name: str) -> None:
 
     scorer = make(name)
     bare = scorer.fit(only(TRAIN, scorer.fit_needs)).score(only(ID, scorer.needs))
-    close(bare, fitted(name).score(ID))
+    assert_close(bare, fitted(name).score(ID))
 
 
 @every_scorer

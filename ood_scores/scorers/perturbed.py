@@ -189,11 +189,11 @@ def perturbed_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Iterator
 def histogram(values: Tensor, limits: Sequence[float], bins: int) -> Tensor:
     """How many values of each row are in each of the equal bins between the limits, float64 ``[B, bins]``.
 
-    What lies outside is counted in a bin below or above, which are left out.
+    What lies outside, and what is no number, is counted in a bin below or above, which are left out.
     """
     rounding = ROUNDED * torch.finfo(torch.float64).eps * max(map(abs, limits))
     low, high = limits[0] - rounding, limits[1] + max(EDGE, rounding)
-    numbers = (values.double() - low).mul_(bins / (high - low)).add_(1).clamp_(0, bins + 1).long()
+    numbers = (values.double() - low).mul_(bins / (high - low)).add_(1).long().clamp_(0, bins + 1)
     counts = values.new_zeros(len(values), bins + 2).scatter_add_(1, numbers, torch.ones_like(values))
     return counts[:, 1:-1].double()
 
