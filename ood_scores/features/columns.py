@@ -45,10 +45,10 @@ class DiskColumn:
         )
 
     @contextmanager
-    def reader(self) -> Iterator[Callable[[int, int], Tensor]]:
+    def reader(self, copied: bool = False) -> Iterator[Callable[[int, int], Tensor]]:
         """A function ``(start, stop) -> rows`` that keeps the file open for as long as the context lasts.
 
-        The rows may be the file itself (see ``MappedRows``): copy those that are kept for longer.
+        Unless ``copied`` the rows may be the file itself (see ``MappedRows``): not to be kept for longer.
         """
         from ood_scores.features.mapping import mapped_rows
         from ood_scores.features.opening import open_to_read
@@ -57,7 +57,7 @@ class DiskColumn:
             if h5.attrs.get("identity") != self.identity:
                 raise CacheError(f"{self.file} was replaced since it was loaded: load it again.")
             dataset = h5[self.name]
-            mapped = mapped_rows(dataset)
+            mapped = None if copied else mapped_rows(dataset)
             read = mapped.read if mapped else lambda start, stop: dataset[start:stop]
             yield lambda start, stop: torch.from_numpy(_native(read(self.start + start, self.start + stop)))
 
@@ -119,9 +119,8 @@ def as_column(name: str, values: Any) -> Column:
 
 
 def read_all(column: Column) -> Tensor:
-    with reader(column) as read:
-        rows = read(0, column.shape[0])
-        return rows.clone() if isinstance(column, DiskColumn) else rows
+    with column.reader(copied=True) if isinstance(column, DiskColumn) else reader(column) as read:
+        return read(0, column.shape[0])
 
 
 def take(column: Column, start: int, stop: int) -> Column:
