@@ -133,7 +133,25 @@ def test_msp_precision_is_the_logits_own_unless_asked() -> None:
     assert score("msp", feats).tolist() == [1.0, 1.0, 1.0]
     first, second, third = score("msp", feats, double=True).tolist()
     assert first < second < third < 1
-    assert torch.equal(score("msp", FeatureSet(torch.ones(3, 1), logits.double())), score("msp", feats, double=True))
+    wide = score("msp", FeatureSet(torch.ones(3, 1), logits.double()))
+    torch.testing.assert_close(score("msp", feats, double=True), wide, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_confidence_keeps_the_digits_of_what_is_left(dtype: torch.dtype) -> None:
+    """At and around every place where its formula changes, and where one class has nearly all."""
+    gaps = [0.0, 1e-7, 1e-3, *(np.log(odds) for odds in (1.0001, 2.9999, 3.0, 3.0001)), 2.0, 8.0, 16.0, 30.0]
+    logits = torch.tensor([[gap, 0.0, -60.0] for gap in gaps], dtype=dtype)
+    found = 1 - score("msp", FeatureSet(torch.ones(len(gaps), 1), logits), double=True).numpy()
+    one, other, last = np.exp(logits.double().numpy()).T
+    np.testing.assert_allclose(found, (other + last) / (one + other + last), rtol=5e-7, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["msp", "energy", "entropy", "gradnorm"])
+def test_pieces_that_fit_the_caches_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = score(name, example(torch.float32))
+    monkeypatch.setattr("ood_scores.features.block.PIECE", 7 * 9)
+    assert score(name, example(torch.float32)).equal(whole)
 
 
 def test_gen_does_not_saturate() -> None:

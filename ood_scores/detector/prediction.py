@@ -62,6 +62,6 @@ def predictions_of(feats: FeatureSet) -> tuple[NDArray[np.int64], NDArray[np.flo
     """The predicted class of every row and its probability, both ``[N]``. Raises MissingInput without logits."""
     if not feats.has("logits"):
         raise MissingInput("a detector says which class it predicts: the feature set needs logits.")
-    parts = [(block.prediction(), 1 / block.total_odds()) for block in feats.blocks(device="cpu", only=["logits"])]
+    parts = [(block.prediction(), block.confidence()) for block in feats.blocks(device="cpu", only=["logits"])]
     label, probability = (torch.cat(part) for part in zip(*parts, strict=True))
     return label.numpy(), probability.numpy()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from ood_scores.features.head import Head
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     P = ParamSpec("P")
 R = TypeVar("R")
+
+PIECE = 2**17
+"""Values of which a CPU makes something passing at a time: few enough for its caches."""
 
 
 def once(method: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Block, P], R]:
@@ -173,24 +177,30 @@ class Block:
         """``softmax(logits / temperature)``, float64 ``[B, C]``."""
         return self.odds(temperature) / self.total_odds(temperature)[:, None]
 
+    def from_native_softmax(self, temperature: float, reduced: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``reduced`` makes of each row of ``softmax(logits / temperature)``, ``[B]``.
+
+        That is in the logits' own precision, at half the cost of ``softmax``, and never all in memory: but in float32
+        every probability above 1 - 6e-8 is 1.
+        """
+        return by_pieces(lambda logits: reduced(_divided(logits, temperature).softmax(dim=1)), self.logits)
+
     @once
-    def native_softmax(self, temperature: float = 1.0) -> Tensor:
-        """``softmax(logits / temperature)`` in the logits' own precision, ``[B, C]``: at half the cost of ``softmax``,
-        but in float32 every probability above 1 - 6e-8 is 1."""
-        return (self.logits if temperature == 1.0 else self.logits / temperature).softmax(dim=1)
+    def confidence(self, temperature: float = 1.0) -> Tensor:
+        """The largest probability, float64 ``[B]``: it does not saturate, since near 1 it is 1 minus all others."""
+        return self.from_native_softmax(temperature, _largest_share)
 
     @once
     def logsumexp(self, temperature: float = 1.0) -> Tensor:
         """``logsumexp(logits / temperature)``, float64 ``[B]``: what it adds to the largest logit is computed in the
         logits' own precision, by one kernel."""
-        scaled = self.logits if temperature == 1.0 else self.logits / temperature
-        return self.max_logit() / temperature - scaled.log_softmax(dim=1).amax(dim=1).double()
+        added = by_pieces(lambda logits: _divided(logits, temperature).log_softmax(dim=1).amax(dim=1), self.logits)
+        return self.max_logit() / temperature - added.double()
 
     @once
     def entropy(self) -> Tensor:
         """Entropy of the softmax in nats, float64 ``[B]``."""
-        weighted = (self.odds() * self.native_below_max()).sum(dim=1).double()  # of one sign: nothing cancels
-        return self.total_odds().log() - weighted / self.total_odds()
+        return by_pieces(_entropy, self.logits)
 
     @once
     def prediction(self) -> Tensor:
@@ -221,20 +231,43 @@ class Block:
         return values / row_norm(values, 2.0).clamp_min(1e-12)[:, None] if normalize else values
 
 
-def row_norm(values: Tensor, p: float, *, spare: bool = False) -> Tensor:
-    """The p-norm of every row, p in (0, inf], float64 ``[B]``; rows are scaled first where a power could overflow.
+def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """What ``reduced`` makes of each row of ``[B, K]``, ``[B]``; on a CPU of ``PIECE`` values after the other."""
+    rows = max(1, PIECE // max(1, values.shape[1]))
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or len(values) <= rows:
+        return reduced(values)
+    return torch.cat([reduced(piece) for piece in values.split(rows)])
 
-    ``spare`` values are nobody else's and may be overwritten.
-    """
+
+def row_norm(values: Tensor, p: float) -> Tensor:
+    """The p-norm of every row, p in (0, inf], float64 ``[B]``; rows are scaled first where a power could overflow."""
     if p == float("inf"):
         return values.abs().amax(dim=1).double()
     if p == 1.0:
-        return (values.abs_() if spare else values.abs()).sum(dim=1).double()
+        return by_pieces(lambda piece: piece.abs().sum(dim=1), values).double()
     if p == 2.0:
         return torch.linalg.vector_norm(values, 2, dim=1).double()
     largest = values.abs().amax(dim=1, keepdim=True)
     scaled = values.abs() / torch.where(largest > 0, largest, 1)
     return scaled.pow(p).sum(dim=1).double().pow(1.0 / p) * largest[:, 0].double()
+
+
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _largest_share(shares: Tensor) -> Tensor:
+    """The largest of shares that add up to 1, float64 ``[B]``."""
+    largest = shares.amax(dim=1).double()
+    minus_others = threshold(-shares, -0.5, 0.0).sum(dim=1).double()  # where one is more than 3/4, all but that one
+    return torch.where(largest > 0.75, 1 + minus_others, largest)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    below = logits - logits.amax(dim=1, keepdim=True)
+    odds = below.exp()
+    total = odds.double().sum(dim=1)
+    return total.log() - torch.linalg.vecdot(odds, below).double() / total  # of one sign: nothing cancels
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

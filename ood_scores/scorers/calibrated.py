@@ -57,7 +57,7 @@ class Temperature(Scorer):
         self.temperature_ = 1.0 if best is None else 1 / best
 
     def score_block(self, block: Block) -> Tensor:
-        return 1 / block.total_odds(self.temperature_)
+        return block.confidence(self.temperature_)
 
 
 @register_scorer("weighted_energy")

@@ -45,8 +45,8 @@ class MSP(Scorer):
 
     def score_block(self, block: Block) -> Tensor:
         if self.double:
-            return 1 / block.total_odds(self.temperature)
-        return block.native_softmax(self.temperature).amax(dim=1)
+            return block.confidence(self.temperature)
+        return block.from_native_softmax(self.temperature, lambda softmax: softmax.amax(dim=1))
 
 
 @register_scorer("max_logit")

@@ -73,9 +73,10 @@ class GradNorm(Scorer):
 
     def _output_part(self, block: Block) -> Tensor:
         if self.target == "uniform":
-            softmax = block.native_softmax(self.temperature)
-            classes = softmax.shape[1]
-            return classes * row_norm(softmax - 1 / classes, float(self.p), spare=True)
+            classes = block.logits.shape[1]
+            return classes * block.from_native_softmax(
+                self.temperature, lambda softmax: row_norm(softmax.sub_(1 / classes), float(self.p))
+            )
         softmax = block.softmax(self.temperature)
         others = softmax.scatter(1, block.prediction()[:, None], 0.0)
         one_minus_largest = others.sum(dim=1, keepdim=True)  # as a sum: a difference cancels to 0 where p is nearly 1
