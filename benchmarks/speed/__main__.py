@@ -23,18 +23,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    machine = f"{platform.machine()} CPU, {options.threads} threads, torch {torch.__version__}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    cpu = f"{platform.machine()} CPU, {options.threads} threads"
+    devices = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     if options.groups[:1] == ["scorers"]:
         sizes = (options.fit_rows, options.rows, options.width, options.classes)
-        scorers.run(options.out, machine, *sizes, names=options.groups[1:])
+        scorers.run(options.out, f"{cpu}, torch {torch.__version__}", *sizes, names=options.groups[1:])
         return
     unknown = [group for group in options.groups if group not in GROUPS]
     if unknown:
         parser.error(f"there is no group {unknown[0]!r}; there are: {', '.join(GROUPS)}")
     smaller = "" if options.scale == 1 else f", at {options.scale:g} of the sizes named"
     for group in options.groups or GROUPS:
-        found = GROUPS[group](options.scale)
-        for record in table.update(options.out, group, found, machine + smaller, list(GROUPS)):
+        measured_on = f"{devices.get(group, cpu)}, torch {torch.__version__}{smaller}"
+        for record in table.update(options.out, group, GROUPS[group](options.scale), measured_on, list(GROUPS)):
             print(table.in_words(record), flush=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from benchmarks.speed.lines import extraction, fitting, gpu, importing, metrics, scaling, scoring, search
+from benchmarks.speed.lines import extraction, fitting, gpu, importing, metrics, scaling, scoring, search, training
 from benchmarks.speed.measure import Figure, Line
 
 GROUPS: dict[str, Callable[[float], Iterable[Line | Figure]]] = {
@@ -18,6 +18,7 @@ GROUPS: dict[str, Callable[[float], Iterable[Line | Figure]]] = {
     "metrics": metrics.metrics,
     "import": importing.importing,
     "detector": extraction.detector,
+    "training": training.training,
     "exponents": scaling.exponents,
     "gpu": gpu.gpu,
 }

@@ -1,4 +1,4 @@
-"""What extraction and scores cost on a CUDA device; no line where there is none."""
+"""What extraction, scores and training cost on a CUDA device; no line where there is none."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from torch import Tensor
 
 import ood_scores
 from benchmarks.speed.lines.data import CLASSES, WIDTH, random_set
-from benchmarks.speed.measure import Line, paired, scaled
+from benchmarks.speed.lines.training import ON_GPU, epochs
+from benchmarks.speed.measure import Figure, Line, paired, scaled
 from ood_scores.features import Block
 
 BATCH, BATCHES = 256, 100
 
 
-def gpu(scale: float) -> Iterator[Line]:
+def gpu(scale: float) -> Iterator[Line | Figure]:
     if torch.cuda.is_available():
         yield from _extraction(scale)
         yield from _scoring(scale)
+        yield from epochs(ON_GPU, torch.device("cuda", 0), scale)
 
 
 def _extraction(scale: float) -> Iterator[Line]:
