@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     cpu = f"{platform.machine()} CPU, {options.threads} threads"

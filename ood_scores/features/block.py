@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
 R = TypeVar("R")
 
-PIECE = 2**17
+PIECE = 2**20
 """Values of which a CPU makes something passing at a time: few enough for its caches."""
 
 
@@ -200,7 +200,7 @@ class Block:
     @once
     def entropy(self) -> Tensor:
         """Entropy of the softmax in nats, float64 ``[B]``."""
-        return by_pieces(_entropy, self.logits)
+        return by_pieces(lambda logits: entropy(logits.softmax(dim=1), logits), self.logits)
 
     @once
     def prediction(self) -> Tensor:
@@ -239,6 +239,13 @@ def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     return torch.cat([reduced(piece) for piece in values.split(rows)])
 
 
+def entropy(softmax: Tensor, logits: Tensor) -> Tensor:
+    """Entropy in nats of the softmax ``[B, C]`` of logits, float64 ``[B]``; the softmax is overwritten."""
+    below = logits - logits.amax(dim=1, keepdim=True)
+    below_largest = below.mul_(softmax).sum(dim=1).double()  # of one sign: nothing cancels
+    return -_largest_share(softmax).log() - below_largest
+
+
 def row_norm(values: Tensor, p: float) -> Tensor:
     """The p-norm of every row, p in (0, inf], float64 ``[B]``; rows are scaled first where a power could overflow."""
     if p == float("inf"):
@@ -257,17 +264,10 @@ def _divided(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _largest_share(shares: Tensor) -> Tensor:
-    """The largest of shares that add up to 1, float64 ``[B]``."""
+    """The largest of shares that add up to 1, float64 ``[B]``; they are overwritten."""
     largest = shares.amax(dim=1).double()
-    minus_others = threshold(-shares, -0.5, 0.0).sum(dim=1).double()  # where one is more than 3/4, all but that one
+    minus_others = threshold(shares.neg_(), -0.5, 0.0, inplace=True).sum(dim=1).double()  # all that are below a half
     return torch.where(largest > 0.75, 1 + minus_others, largest)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    below = logits - logits.amax(dim=1, keepdim=True)
-    odds = below.exp()
-    total = odds.double().sum(dim=1)
-    return total.log() - torch.linalg.vecdot(odds, below).double() / total  # of one sign: nothing cancels
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ood_scores.features import Block
-from ood_scores.features.block import row_norm
+from ood_scores.features.block import by_pieces, row_norm
 from ood_scores.scorers.base import Scorer, register_scorer
 from ood_scores.scorers.probed import column
 
@@ -87,4 +87,5 @@ class ActivationRatio(Scorer):
     needs = ("features",)
 
     def score_block(self, block: Block) -> Tensor:
-        return (block.features > 0).double().mean(dim=1)
+        positive = by_pieces(lambda features: (features > 0).float().sum(dim=1), block.features)
+        return positive.double() / block.features.shape[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.block import row_norm
+from ood_scores.features.block import by_pieces, entropy, row_norm
 from ood_scores.features.statistics import Logits, Means, Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
 from ood_scores.scorers.gaussian import squared_distances
@@ -59,9 +59,12 @@ class KLMatching(Scorer):
         self.log_means_ = means.clamp_min(torch.finfo(means.dtype).tiny).log()
 
     def score_block(self, block: Block) -> Tensor:
-        odds = block.odds()
-        cross = (odds @ self.log_means_.to(odds).T).amax(dim=1).double() / block.total_odds()
-        return cross + block.entropy()
+        return by_pieces(self._scored, block.logits)
+
+    def _scored(self, logits: Tensor) -> Tensor:
+        softmax = logits.softmax(dim=1)
+        cross = (softmax @ self.log_means_.to(softmax).T).amax(dim=1)
+        return cross + entropy(softmax, logits)
 
 
 @register_scorer("she")
