@@ -198,21 +198,22 @@ class GroupMeans:
 class Means:
     """Asks for the ``GroupMeans`` of ``"features"``, ``"logits"``, ``"softmax"``, ``"max_logit"`` or an extra.
 
-    ``group``: ``"all"`` rows together, G = 1; by the ``"predicted"`` class, G = C; or ``"correct"``: by class, of the
-    rows whose predicted class is their label.
+    ``group``: ``"all"`` rows together, G = 1; by class, G = C, of the ``"label"`` or as ``"predicted"``; or
+    ``"correct"``: by class, of the rows whose predicted class is their label.
     """
 
     space: str = "features"
-    group: Literal["all", "predicted", "correct"] = "all"
+    group: Literal["all", "label", "predicted", "correct"] = "all"
 
     @property
     def reads(self) -> Sequence[str]:
         space = "logits" if self.space in FROM_LOGITS else self.space
-        return (space,) if self.group == "all" else (space, "logits")
+        return (space, "logits") if self.group in ("predicted", "correct") else (space,)
 
     def start(self, feats: FeatureSet) -> Accumulator:
-        groups = 1 if self.group == "all" else feats.num_classes or 1
-        return _MeansAccumulator(self, feats.class_labels() if self.group == "correct" else None, groups)
+        labels = feats.class_labels() if self.group in ("label", "correct") else None
+        highest = 0 if labels is None else int(labels.max())
+        return _MeansAccumulator(self, labels, 1 if self.group == "all" else feats.num_classes or highest + 1)
 
 
 @dataclass(frozen=True)
@@ -242,12 +243,19 @@ class _MeansAccumulator:
             self.counts += len(block)
             self.sums += values.sum(dim=0, dtype=torch.float64)
             return
-        group = block.prediction()
-        if self.labels is not None:
-            correct = group == self.labels[block.start : block.start + len(block)].to(group.device)
-            group, values = group[correct], values[correct]
+        group, values = self._grouped(block, values)
         self.counts += torch.bincount(group, minlength=self.groups)
         self.sums.index_add_(0, group, values.double())
+
+    def _grouped(self, block: Block, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The group of each row that counts, and its values."""
+        if self.labels is None:
+            return block.prediction(), values
+        labels = self.labels[block.start : block.start + len(block)].to(values.device)
+        if self.statistic.group == "label":
+            return labels, values
+        correct = block.prediction() == labels
+        return labels[correct], values[correct]
 
     def result(self) -> GroupMeans:
         if self.counts is None or self.sums is None:

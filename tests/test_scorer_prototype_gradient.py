@@ -1,0 +1,99 @@
+"""grood, held to the gradient that autograd computes, row by row, and to a search in plain float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ood_scores import FeatureSet, create_scorer, score
+from ood_scores.errors import BadInput
+
+CLASSES, WIDTH = 4, 6
+
+
+def made(count: int, seed: int, spread: float = 0.7) -> FeatureSet:
+    """Features around class means; the logits are wrong for some rows."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    means = 2 * torch.eye(CLASSES, WIDTH, dtype=torch.float64) + 1
+    features = means[labels] + spread * torch.randn(count, WIDTH, generator=generator, dtype=torch.float64)
+    return FeatureSet(features, features @ (means - means.mean(dim=0)).T, labels)
+
+
+FIT, ROWS = made(60, seed=0), made(25, seed=1, spread=1.5)
+
+
+def prototypes(ood: Tensor | None = None) -> Tensor:
+    means = torch.stack([FIT.features[FIT.labels == c].mean(dim=0) for c in range(CLASSES)])
+    return torch.cat([means, (means.mean(dim=0) if ood is None else ood)[None]])
+
+
+def gradients(feats: FeatureSet, known: Tensor) -> Tensor:
+    """Of the loss of each row, with respect to the last prototype."""
+    found = []
+    for row, logits in zip(feats.features, feats.logits, strict=True):  # type: ignore[arg-type]
+        ood = known[-1].clone().requires_grad_()
+        distances = torch.stack([(row - each).norm() for each in (*known[:-1], ood)])
+        cross_entropy(-distances[None], logits.argmax()[None]).backward()
+        assert ood.grad is not None
+        found.append(ood.grad)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("given", [None, [0.5, -1.0, 2.0, 0.0, 0.3, 1.0]])
+def test_is_the_size_of_the_gradient(given: list[float] | None) -> None:
+    known = prototypes(None if given is None else torch.tensor(given, dtype=torch.float64))
+    expected = -gradients(ROWS, known).abs().sum(dim=1).log()
+    torch.testing.assert_close(score("grood", ROWS, fit=FIT, prototype=given), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_is_the_distance_to_the_nearest_gradient_of_a_row_that_is_predicted_right() -> None:
+    assert FIT.logits is not None
+    assert FIT.labels is not None
+    right = FIT.logits.argmax(dim=1) == FIT.labels
+    assert 0 < right.sum() < len(FIT)
+    bank, found = gradients(FIT, prototypes())[right], gradients(ROWS, prototypes())
+    expected = -(found[:, None] - bank).norm(dim=2).amin(dim=1)
+    torch.testing.assert_close(score("grood", ROWS, fit=FIT, by="nearest"), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_rows_near_a_prototype_keep_their_order() -> None:
+    """Gradients of 1e-400 are no numbers any more."""
+    far = FeatureSet(1000 * torch.eye(2, 3, dtype=torch.float64), labels=torch.tensor([0, 1]))
+    steps = torch.tensor([[1.0], [0.9], [0.8], [0.7]], dtype=torch.float64)
+    rows = FeatureSet(steps * far.features[:1])
+    found = score("grood", rows, fit=far, prototype=[0.0, 0.0, 0.0])
+    assert (found.diff() < 0).all()
+    np.testing.assert_allclose(found[0], 1000.0, rtol=1e-9)
+
+
+def test_a_row_at_the_prototype_has_no_direction() -> None:
+    known = prototypes()
+    found = score("grood", FeatureSet(known[-1:].clone()), fit=FIT)
+    distances = (known[-1] - known).norm(dim=1)
+    assert found.item() == pytest.approx(-math.log(torch.softmax(-distances, dim=0)[-1].item()))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"by": "length"}, "by is 'norm' or 'nearest'"),
+        ({"prototype": [math.nan] * WIDTH}, "prototype must be finite"),
+        ({"prototype": [1.0] * 3}, "prototype has 3 numbers for 6 features"),
+    ],
+)
+def test_what_cannot_be(params: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        create_scorer("grood", **params).fit(FIT)
+
+
+def test_a_fit_set_that_is_predicted_wrongly() -> None:
+    assert FIT.labels is not None
+    wrong = FeatureSet(FIT.features, torch.eye(CLASSES)[(FIT.labels + 1) % CLASSES], FIT.labels)
+    with pytest.raises(BadInput, match="no row of the fit set is predicted as its label"):
+        create_scorer("grood", by="nearest").fit(wrong)
