@@ -1,4 +1,4 @@
-"""ora, caref and cadref, each held to a plain float64 reference: one row, one class and one feature at a time."""
+"""ora, caref, cadref and core, each held to a plain float64 reference: one row, one class and one feature at a time."""
 
 from __future__ import annotations
 
@@ -159,6 +159,37 @@ def test_a_row_of_zeros_scores_lowest(name: str) -> None:
     found = ours(name, FeatureSet(np.concatenate([np.zeros((1, WIDTH)), ROWS]), np.concatenate([LOGITS[:1], LOGITS])))
     assert np.isfinite(found).all()
     assert found[0] < found[1:].min()
+
+
+def core_parts(z: Array, f: Array, directions: list[Array]) -> tuple[float, float]:
+    best = int(f.argmax())
+    residual = z - (z @ WEIGHT[best]) / (WEIGHT[best] @ WEIGHT[best]) * WEIGHT[best]
+    towards = directions[best]
+    return math.log(np.exp(f).sum()), residual @ towards / np.linalg.norm(residual) / np.linalg.norm(towards)
+
+
+def test_core() -> None:
+    directions = []
+    for c in range(CLASSES):
+        rows = FIT[FIT_LOGITS.argmax(axis=1) == c]
+        along = rows @ WEIGHT[c] / (WEIGHT[c] @ WEIGHT[c])
+        directions.append((rows - along[:, None] * WEIGHT[c]).mean(axis=0))
+    known = np.array([core_parts(z, f, directions) for z, f in zip(FIT, FIT_LOGITS, strict=True)])
+    found = np.array([core_parts(z, f, directions) for z, f in zip(ROWS, LOGITS, strict=True)])
+    expected = ((found - known.mean(axis=0)) / known.std(axis=0)).sum(axis=1)
+    np.testing.assert_allclose(ours("core"), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_core_of_features_along_their_weights_is_the_energy() -> None:
+    """They have no residual, and so no direction."""
+    labels = torch.arange(30) % CLASSES
+    features = torch.from_numpy(WEIGHT)[labels] * torch.linspace(1, 3, 30, dtype=torch.float64)[:, None]
+    feats = FeatureSet(features, features @ torch.from_numpy(WEIGHT).T, head=Head(WEIGHT))
+    assert feats.logits is not None
+    assert (feats.logits.argmax(dim=1) == labels).all()
+    energies = feats.logits.logsumexp(dim=1)
+    expected = (energies - energies.mean()) / energies.std(correction=0)
+    torch.testing.assert_close(score("core", feats, fit=feats), expected, rtol=0, atol=1e-3)
 
 
 def test_cadref_where_confidences_are_not_positive() -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
@@ -21,6 +22,9 @@ from ood_scores.scorers.gaussian import squared_distances
 
 SMALLEST = 1e-12
 """Lengths and confidences are taken to be at least this before they divide."""
+
+ROUNDING = 1e-6
+"""Residuals that are shorter than this share of the feature, and deviations below it, are rounding errors."""
 
 
 @register_scorer("ora")
@@ -196,6 +200,73 @@ class CADRef(_RelativeToClass):
         confidence = CONFIDENCES[self.confidence](block).clamp_min(SMALLEST)
         error = raising / confidence + lowering / max(self.mean_confidence_, SMALLEST)
         return -error / block.feature_norm(1.0).clamp_min(SMALLEST)
+
+
+@register_scorer("core")
+@dataclass
+class CORE(Scorer):
+    """Energy, and the direction of what a feature has beside the predicted class's weight, each standardised.
+
+    ``(E - mean E) / std E + (S - mean S) / std S`` with the energy ``E = logsumexp(f)`` and ``S = cos(r, m_yhat)``. The
+    residual r is z without its projection on the weight w_yhat.
+
+    Fits m_c, the mean residual of the rows predicted as class c (labels are not read), and in a second pass the means
+    and standard deviations of E and S over the fit set. The mean feature of all rows stands for that of a class never
+    predicted, with a warning.
+
+    Source: Yang, Kim & Bahk 2026, "CORE: Robust Out-of-Distribution Detection via Confidence and Orthogonal Residual
+    Scoring", after its abstract and summaries of it; its formulas were not at hand. These say: a part of the feature
+    along the classifier's weights and an orthogonal residual, the energy, cosine similarity to a direction for each
+    class, z-scores and their sum, at a cost of O(D). Our reading, which is to be checked against the text: the weight
+    is that of the predicted class alone (all weights together leave nothing where classes outnumber features, as in the
+    ViT that they test), directions and z-scores are those of the fit set.
+
+    Fails on OoD classes much like known ones, whose residuals point the same way; and where the fit set is the
+    training set and energies are higher there than on unseen ID rows, which S must then outweigh.
+
+    Cost: two vectors gathered for each row; a second pass to fit.
+    """
+
+    weight_: Tensor = field(init=False, repr=False, compare=False)
+    directions_: Tensor = field(init=False, repr=False, compare=False)
+    means_: list[float] = field(init=False, repr=False, compare=False)
+    deviations_: list[float] = field(init=False, repr=False, compare=False)
+    needs = ("features", "logits")
+    fit_needs = ("features", "logits", "head")
+
+    def statistics(self) -> Sequence[Statistic]:
+        return (Means("features", "predicted"),)
+
+    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        assert feats.head is not None
+        means = _means_of_predicted(self.name, found[Means("features", "predicted")])
+        self.weight_ = normalize(feats.head.weight.double().to(means.device), dim=1)
+        self.directions_ = direction_beside(means, self.weight_)
+        values = torch.cat([self._parts(block) for block in feats.blocks(only=("features", "logits"))])
+        self.means_ = values.mean(dim=0).tolist()
+        self.deviations_ = values.std(dim=0, correction=0).clamp_min(ROUNDING).tolist()
+
+    def score_block(self, block: Block) -> Tensor:
+        parts = self._parts(block)
+        return ((parts - parts.new_tensor(self.means_)) / parts.new_tensor(self.deviations_)).sum(dim=1)
+
+    def _parts(self, block: Block) -> Tensor:
+        """E and S, float64 ``[B, 2]``."""
+        predicted, features = block.prediction(), block.features
+        weight, directions = (values.to(features)[predicted] for values in (self.weight_, self.directions_))
+        similarity = (direction_beside(features, weight) * directions).sum(dim=1)
+        return torch.stack([block.logsumexp(), similarity.double()], dim=1)
+
+
+def direction_beside(rows: Tensor, units: Tensor) -> Tensor:
+    """Rows without their projections on paired vectors of length one, brought to length one, ``[B, D]``.
+
+    Of a row that lies along its vector, but for rounding, hardly anything is left.
+    """
+    residual = rows - (rows * units).sum(dim=1, keepdim=True) * units
+    smallest = ROUNDING * torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    length = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
+    return residual / torch.maximum(length, smallest).clamp_min(SMALLEST)
 
 
 @dataclass(frozen=True)
