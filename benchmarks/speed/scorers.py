@@ -200,7 +200,8 @@ def markdown(results: dict[str, Any]) -> str:
             f"OoD rows, D = {line['width']}, C = {line['classes']}: {line['all_s']:.2f} s; with the slowest alone "
             f"(`{line['slowest']}`) {line['slowest_s']:.2f} s; one read of the data {line['read_s']:.3f} s: "
             f"{line['ratio']:.2f} times the last two. One product of all rows with the bank's {sizes['fit_rows']:,}, "
-            f"which `knn` and `nnguide` share, takes {line['bank_s']:.2f} s at the speed of a 4,096 x 4,096 float32 product.",
+            f"which `knn` and `nnguide` share, takes {line['bank_s']:.2f} s at the speed of a 4,096 x 4,096 float32 "
+            "product.",
             "",
         ]
     return "\n".join(lines)
