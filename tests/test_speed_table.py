@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.lines import GROUPS
+from benchmarks.speed.lines import GROUPS, training
 
 SMALL = ["--scale", "0.01", "--threads", "1"]
 LIGHT = {"gradnorm": 2, "mahalanobis": 1, "knn": 2, "metrics": 1}
@@ -60,3 +60,17 @@ def test_an_unknown_group_is_refused_before_anything_is_measured(
         main(["exponents", "imports", "--out", str(tmp_path)])
     assert "there is no group 'imports'; there are: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_training_is_measured_beside_the_bare_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    small = ["model.width=4", "batch_size=128", "data.validation=0"]
+    rna = training.Epoch("rna_cifar10_lt", 256, [*small, "data.long_tail=1"], auxiliary=True)
+    monkeypatch.setattr(training, "ON_CPU", (training.Epoch("haas_resnet18_60", 256, small), rna))
+    main(["training", "--threads", "1", "--out", str(tmp_path / "new")])
+    torch.set_num_threads(threads)
+    lines = records(tmp_path / "new")
+    assert ["ratio" in line for line in lines] == [True, False, True, False]
+    for line, speed in zip(lines[::2], lines[1::2], strict=True):
+        assert 0 < line["ratio"] < 1, "an epoch takes more than its forward and backward passes"
+        assert speed["value"] == pytest.approx(256 / line["ours_s"])

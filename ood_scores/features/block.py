@@ -43,8 +43,8 @@ class Block:
 
     ``features`` ``[B, D]`` and ``logits`` ``[B, C]`` are float32 or float64 (half-precision storage is widened).
     Quantities derived from the logits are float64: a softmax confidence must not saturate at 1 and make ties that the
-    logits do not have. They share one exponential of each logit, in the logits' own precision. Norms of the
-    features keep the features' dtype while summing and are returned as float64.
+    logits do not have. Exponentials are taken in the logits' own precision. Norms of the features keep the features'
+    dtype while summing and are returned as float64.
     """
 
     def __init__(
