@@ -34,7 +34,8 @@ class Temperature(Scorer):
     steps of L-BFGS from T = 1.5 and may stop short of the minimum; here it is reached.
 
     Fails on the training set of a model that classifies it without error: the likelihood then grows as T falls to 0,
-    and rows whose other probabilities together are below 1e-16 all score 1. Where no T between ``COOLEST`` and ``HOTTEST`` is best, T stays 1, with a warning. Fit on held-out rows.
+    and rows whose other probabilities together are below 1e-16 all score 1. Where no T between ``COOLEST`` and
+    ``HOTTEST`` is best, T stays 1, with a warning. Fit on held-out rows.
 
     Cost: one softmax of the fit set for each of about ten steps; keeps the fit set's logits ``[N, C]``.
     """
