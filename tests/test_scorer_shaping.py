@@ -124,7 +124,7 @@ def shaped(name: str, feats: FeatureSet, **params: Any) -> FeatureSet:
     return FeatureSet(z, logits, feats.labels, sparse)
 
 
-def close(found: Tensor, expected: Any, rtol: float = 1e-9) -> None:
+def assert_close(found: Tensor, expected: Any, rtol: float = 1e-9) -> None:
     torch.testing.assert_close(found, torch.as_tensor(expected).double(), rtol=rtol, atol=rtol)
 
 
@@ -142,14 +142,14 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "params"), SETTINGS, ids=str)
 def test_equals_the_reference(name: str, params: dict[str, Any]) -> None:
     _, logits = REFERENCES[name](Z, **params)
-    close(score(name, FEATS, fit=FIT, **params), logsumexp(logits, axis=1))
+    assert_close(score(name, FEATS, fit=FIT, **params), logsumexp(logits, axis=1))
 
 
 @pytest.mark.parametrize("name", ["react", "vra", "dice", "lts"])
 def test_equals_the_reference_on_features_of_both_signs(name: str) -> None:
     feats = feature_set(1, 40, relu=False)
     _, logits = REFERENCES[name](feats.features.numpy())
-    close(score(name, feats, fit=FIT), logsumexp(logits, axis=1))
+    assert_close(score(name, feats, fit=FIT), logsumexp(logits, axis=1))
 
 
 # --- pytorch-ood 0.4: theirs says higher = out-of-distribution ---
@@ -214,7 +214,7 @@ def test_equals_pytorch_ood(name: str, params: dict[str, Any], theirs: Callable[
         rows = (FEATS.features > 0).sum(dim=1) >= WIDTH - round(WIDTH * params["percentile"])
         assert rows.double().mean() > 0.9
     ours, others = score(name, FEATS, fit=FIT, **params)[rows], theirs()[rows]
-    close(ours, others, rtol)
+    assert_close(ours, others, rtol)
     assert spearmanr(ours, others).statistic > 1 - 1e-9
 
 
@@ -223,7 +223,7 @@ def test_a_row_of_zeros_is_nan_there_and_the_bias_here() -> None:
     feats, theirs = FeatureSet(zeros, HEAD(zeros), head=HEAD), peer.LTS(None, LAYER).predict_features(zeros)
     assert theirs.isnan().all()
     for name in ("ash_s", "scale", "lts", "ash_b", "ash_p"):
-        close(score(name, feats), [logsumexp(B)])
+        assert_close(score(name, feats), [logsumexp(B)])
 
 
 def test_pruning_everything_keeps_one_here() -> None:
@@ -231,7 +231,7 @@ def test_pruning_everything_keeps_one_here() -> None:
     detector = peer.SCALE(None, lambda z: LAYER(z.flatten(1)), percentile=0.99)
     assert not detector.predict_feature_maps(maps(FEATS.features)).isfinite().any()
     _, logits = ref_scale(Z, percentile=0.95)
-    close(score("scale", FEATS, percentile=0.99), logsumexp(logits, axis=1))
+    assert_close(score("scale", FEATS, percentile=0.99), logsumexp(logits, axis=1))
 
 
 # --- composition ---
@@ -243,8 +243,8 @@ def test_react_and_gradnorm() -> None:
     logits = head(clipped)
     softmax = np.exp(logits - logsumexp(logits, axis=1, keepdims=True))
     expected = np.abs(clipped).sum(axis=1) * np.abs(1 - CLASSES * softmax).sum(axis=1) / CLASSES
-    close(score("react", FEATS, fit=FIT, base="gradnorm"), expected)
-    close(create_scorer("react", base="gradnorm").fit(FIT).score(FEATS), expected)
+    assert_close(score("react", FEATS, fit=FIT, base="gradnorm"), expected)
+    assert_close(create_scorer("react", base="gradnorm").fit(FIT).score(FEATS), expected)
 
 
 BASES: list[tuple[str, dict[str, Any]]] = [
@@ -273,9 +273,9 @@ def test_any_base_scores_the_shaped_rows(name: str, base: str, params: dict[str,
         return
     expected = score(base, shaped(name, FEATS), fit=shaped(name, FIT), **params)
     found = score(name, FEATS, fit=FIT, base=inner)
-    close(found, expected, rtol=1e-6)
+    assert_close(found, expected, rtol=1e-6)
     if not inner.fit_needs:
-        close(found, expected, rtol=1e-9)
+        assert_close(found, expected, rtol=1e-9)
 
 
 def test_nesting_shapes_from_the_outside_in() -> None:
@@ -283,9 +283,9 @@ def test_nesting_shapes_from_the_outside_in() -> None:
     _, logits = ref_ash_s(clipped)
     expected = score("msp", FeatureSet(clipped, logits))
     found = score("react", FEATS, fit=FIT, base=create_scorer("ash_s", base="msp"))
-    close(found, expected)
+    assert_close(found, expected)
     _, logits = ref_lts(clipped)
-    close(score("react", FEATS, fit=FIT, base="lts"), logsumexp(logits, axis=1))
+    assert_close(score("react", FEATS, fit=FIT, base="lts"), logsumexp(logits, axis=1))
 
 
 def test_nesting_fitted_shapers_fits_each_on_what_it_sees() -> None:
@@ -294,9 +294,9 @@ def test_nesting_fitted_shapers_fits_each_on_what_it_sees() -> None:
     contributions = W * np.minimum(FIT_Z, clip).mean(axis=0)
     sparse = W * (contributions > np.percentile(contributions, 90))
     expected = logsumexp(clipped @ sparse.T + B, axis=1)
-    close(score("react", FEATS, fit=FIT, base="dice"), expected)
+    assert_close(score("react", FEATS, fit=FIT, base="dice"), expected)
     expected = logsumexp(clipped @ sparse_weight().T + B, axis=1)
-    close(score("dice", FEATS, fit=FIT, base="react"), expected)
+    assert_close(score("dice", FEATS, fit=FIT, base="react"), expected)
 
 
 def test_the_given_base_is_neither_fitted_nor_changed() -> None:
@@ -315,7 +315,9 @@ def test_a_fitted_base_is_fitted_anew() -> None:
     scorer = create_scorer("ash_s", base=create_scorer("mahalanobis").fit(FIT))
     with pytest.raises(NotFitted, match="'ash_s' is fitted on in-distribution features"):
         scorer.score(FEATS)
-    close(scorer.fit(FIT).score(FEATS), score("mahalanobis", shaped("ash_s", FEATS), fit=shaped("ash_s", FIT)), 1e-6)
+    assert_close(
+        scorer.fit(FIT).score(FEATS), score("mahalanobis", shaped("ash_s", FEATS), fit=shaped("ash_s", FIT)), 1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,17 +336,17 @@ def test_a_fitted_base_is_fitted_anew() -> None:
 def test_neutral_settings_leave_the_base_s_score(name: str, params: dict[str, Any], base: str) -> None:
     if name == "lts" and base == "gradnorm":
         base = "max_logit"
-    close(score(name, FIT, fit=FIT, base=base, **params), score(base, FIT))
+    assert_close(score(name, FIT, fit=FIT, base=base, **params), score(base, FIT))
 
 
 @pytest.mark.parametrize("name", ["ash_s", "scale"])
 def test_scaling_without_pruning_is_by_e(name: str) -> None:
-    close(score(name, FEATS, percentile=0.0), logsumexp(head(Z * np.e), axis=1))
+    assert_close(score(name, FEATS, percentile=0.0), logsumexp(head(Z * np.e), axis=1))
 
 
 def test_ash_b_without_pruning_levels_a_row() -> None:
     level = np.repeat(Z.mean(axis=1, keepdims=True), WIDTH, axis=1)
-    close(score("ash_b", FEATS, percentile=0.0), logsumexp(head(level), axis=1))
+    assert_close(score("ash_b", FEATS, percentile=0.0), logsumexp(head(level), axis=1))
 
 
 def test_what_is_needed_follows_from_the_base() -> None:
@@ -415,7 +417,7 @@ def test_the_command_line_takes_a_base_by_name() -> None:
 
     params = parameters("react", ["base=gradnorm", "q=0.8"])
     assert params == {"base": "gradnorm", "q": 0.8}
-    close(score("react", FEATS, fit=FIT, **params), score("react", FEATS, fit=FIT, base="gradnorm", q=0.8))
+    assert_close(score("react", FEATS, fit=FIT, **params), score("react", FEATS, fit=FIT, base="gradnorm", q=0.8))
 
 
 # --- ties, zeros and extremes ---
@@ -444,16 +446,16 @@ def test_extreme_rows_stay_finite(name: str) -> None:
 def test_dice_drops_contributions_at_the_threshold() -> None:
     """Four equal ones, of which the median is one: all go, as with the authors; without sparsity all stay."""
     feats = FeatureSet(torch.ones(3, 2), head=Head(torch.tensor([[1.0, 1.0], [1.0, 2.0]]), torch.tensor([0.5, 0.0])))
-    close(score("dice", feats, fit=feats, base="max_logit", sparsity=0.5), [2.0] * 3)
-    close(score("dice", feats, fit=feats, base="max_logit", sparsity=0.0), [3.0] * 3)
+    assert_close(score("dice", feats, fit=feats, base="max_logit", sparsity=0.5), [2.0] * 3)
+    assert_close(score("dice", feats, fit=feats, base="max_logit", sparsity=0.0), [3.0] * 3)
 
 
 def test_vra_sets_low_activations_to_zero_or_to_the_quantile() -> None:
     fit = FeatureSet(torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]]))
     rows = FeatureSet(torch.tensor([[0.5], [1.0], [2.5], [9.0]]))
     params: dict[str, Any] = {"low": 0.25, "high": 0.75, "base": "feature_norm"}
-    close(score("vra", rows, fit=fit, **params), [0, 1, 2.5, 3])
-    close(score("vra", rows, fit=fit, below="clip", **params), [1, 1, 2.5, 3])
+    assert_close(score("vra", rows, fit=fit, **params), [0, 1, 2.5, 3])
+    assert_close(score("vra", rows, fit=fit, below="clip", **params), [1, 1, 2.5, 3])
 
 
 # --- the statistics ---
@@ -527,12 +529,12 @@ def test_the_shaped_set_is_a_feature_set(name: str) -> None:
     view, expected = ShapedSet(FEATS, scorer), shaped(name, FEATS)
     assert (len(view), view.num_features, view.num_classes) == (len(FEATS), WIDTH, CLASSES)
     for one, other in ((view, expected), (view[5:9], expected[5:9]), (view[[3, 1]], expected[[3, 1]])):
-        close(one.features, other.features)
+        assert_close(one.features, other.features)
         assert one.logits is not None
-        close(one.logits, other.logits)
+        assert_close(one.logits, other.logits)
         assert torch.equal(one.class_labels(), other.class_labels())
     assert view.head is not None
-    close(view.head.weight, expected.head.weight)  # type: ignore[union-attr]
+    assert_close(view.head.weight, expected.head.weight)  # type: ignore[union-attr]
     view.check_finite()
 
 
@@ -549,7 +551,7 @@ def test_a_block_with_parts_replaced() -> None:
     block.softmax()
     other = block.replaced(logits=2 * block.logits)
     assert torch.equal(other.features, block.features)
-    close(other.softmax(), torch.softmax(2 * block.logits, dim=1))
+    assert_close(other.softmax(), torch.softmax(2 * block.logits, dim=1))
     assert torch.equal(other.labels, block.labels)
     assert other.head is block.head
     for stale in (block.replaced(features=block.features + 1), block.replaced(head=HEAD)):
