@@ -304,6 +304,7 @@ def test_cifar_lt(row: str, objective: str, data: str) -> None:
     stage = recipe.stages[0]
     assert recipe.data.train == f"torchvision:{data.upper()}?split=train"
     assert (recipe.model.name, recipe.data.long_tail, stage.epochs) == ("rna_resnet18", 100, 200)
+    assert recipe.model.arguments == {"bn_affine": row != "rna"}
     assert (stage.batch_size, stage.drop_last, stage.objective.name) == (128, True, objective)
     assert stage.optimizer == OptimizerTable(1e-3, "adam", 5e-4)
     assert stage.schedule == ScheduleTable("cosine")
@@ -333,6 +334,8 @@ def test_imagenet_lt_and_fine_tuning() -> None:
     tuned = named("finetune_rna_ce_la_cifar10_lt")
     assert tuned.model.checkpoint == "runs/ce_cifar10_lt/last.safetensors"
     assert (tuned.epochs, tuned.stages[0].objective.name) == (10, "rna")
+    assert tuned.model.arguments == named("ce_cifar10_lt").model.arguments == {"bn_affine": True}
+    assert tuned.stages[0].trainable == ("!batchnorm",)
 
 
 def test_the_recipe_in_the_documentation_is_one(tmp_path: Path) -> None:

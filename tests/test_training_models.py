@@ -323,6 +323,15 @@ def test_bn_affine_off_leaves_no_batchnorm_parameters() -> None:
     assert not any("bn" in name or "shortcut.1" in name for name, _ in model.named_parameters())
 
 
+def test_shortcut_affine_gives_scale_and_offset_to_the_shortcuts_alone() -> None:
+    model = create("rna_resnet18", shortcut_affine=True)
+    scaled = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d) and module.affine]
+    assert scaled == [f"layer{stage}.0.shortcut.1" for stage in (2, 3, 4)]
+    assert set(create("rna_resnet18", bn_affine=True, shortcut_affine=True).state_dict()) == set(
+        create("rna_resnet18", bn_affine=True).state_dict()
+    )
+
+
 def test_pooled_shortcut_averages_pads_and_adds_no_parameters() -> None:
     shortcut = PooledShortcut(3, 5, stride=2)
     x = images(2, size=4)

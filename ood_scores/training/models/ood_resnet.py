@@ -5,7 +5,8 @@
 
 `rna_*`: Shin et al., "Representation Norm Amplification for Out-of-Distribution Detection in Long-Tail Learning"
 (2024). ReLU, convolutional shortcuts, BatchNorm without scale and offset, images not standardised. The authors' CIFAR
-code keeps scale and offset in the BatchNorm of its shortcuts; their text turns them off everywhere, and so do we.
+code keeps scale and offset in the BatchNorm of its shortcuts, which `shortcut_affine=True` does here; their text turns
+them off everywhere, and so do we by default.
 """
 
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Parts:
     pooled_shortcut: bool
     spectral_norm: float
     bn_affine: bool
+    shortcut_affine: bool
 
     def conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
         shape = (in_channels, out_channels, kernel, stride, kernel // 2)
@@ -63,6 +65,9 @@ class Parts:
     def norm(self, channels: int) -> nn.BatchNorm2d:
         return nn.BatchNorm2d(channels, affine=self.bn_affine)
 
+    def shortcut_norm(self, channels: int) -> nn.BatchNorm2d:
+        return nn.BatchNorm2d(channels, affine=self.bn_affine or self.shortcut_affine)
+
     def activation(self) -> nn.Module:
         return nn.LeakyReLU(self.negative_slope) if self.negative_slope else nn.ReLU()
 
@@ -71,7 +76,7 @@ class Parts:
             return nn.Identity()
         if self.pooled_shortcut:
             return PooledShortcut(in_channels, out_channels, stride)
-        return nn.Sequential(self.conv(in_channels, out_channels, 1, stride), self.norm(out_channels))
+        return nn.Sequential(self.conv(in_channels, out_channels, 1, stride), self.shortcut_norm(out_channels))
 
 
 class BasicBlock(nn.Module):
@@ -132,6 +137,7 @@ class OodResNet(PooledClassifier):
         spectral_norm: Bound on the spectral norm of each convolution, see `SpectralConv2d`; 0 is none (timm drops
             keyword arguments that are None). BatchNorm and the classifier stay unbounded.
         bn_affine: BatchNorm learns a scale and an offset.
+        shortcut_affine: That of convolutional shortcuts does, also without `bn_affine`.
         width: Channels of the first stage; the later ones and the features have as many times more as above.
     """
 
@@ -147,12 +153,13 @@ class OodResNet(PooledClassifier):
         pooled_shortcut: bool = False,
         spectral_norm: float = 0.0,
         bn_affine: bool = True,
+        shortcut_affine: bool = False,
         width: int = 64,
     ) -> None:
         super().__init__(in_chans, num_features=8 * width * block.expansion)
         self.l2_head = l2_head
         self.normalize_eval = normalize_eval
-        parts = Parts(negative_slope, pooled_shortcut, spectral_norm, bn_affine)
+        parts = Parts(negative_slope, pooled_shortcut, spectral_norm, bn_affine, shortcut_affine)
         self.conv1 = parts.conv(in_chans, width, 3)
         self.bn1 = parts.norm(width)
         self.act = parts.activation()
