@@ -54,7 +54,7 @@ class Parts:
     pooled_shortcut: bool
     spectral_norm: float
     bn_affine: bool
-    shortcut_affine: bool
+    shortcut_affine: bool = False
 
     def conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
         shape = (in_channels, out_channels, kernel, stride, kernel // 2)
