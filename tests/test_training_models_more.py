@@ -277,10 +277,10 @@ def test_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
 def test_extract_finds_head_and_features(name: str, switches: dict[str, Any]) -> None:
     model = small(name, num_classes=5, **switches)
     settle(model)
-    require_extracted(model, model.get_classifier())
+    assert_extracted(model, model.get_classifier())
 
 
-def require_extracted(model: Any, classifier: nn.Linear, size: int = 32) -> ood_scores.FeatureSet:
+def assert_extracted(model: Any, classifier: nn.Linear, size: int = 32) -> ood_scores.FeatureSet:
     """Features are the classifier's inputs, the head is the classifier, and it gives the model's logits."""
     data = DataLoader(TensorDataset(images(5, size), labels(5)), batch_size=3)
     feats = ood_scores.extract(model, data, progress=False)
@@ -394,8 +394,8 @@ def test_wrapped_timm_model_opens_without_this_package(name: str, kwargs: dict[s
     assert opened.state_dict().keys() == model.state_dict().keys()
     with torch.no_grad():
         assert torch.equal(opened(images()), model(images()))
-    kept = require_extracted(opened, opened.get_classifier()).features
-    assert kept.equal(require_extracted(model, model.get_classifier()).features)
+    kept = assert_extracted(opened, opened.get_classifier()).features
+    assert kept.equal(assert_extracted(model, model.get_classifier()).features)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TIMM)
