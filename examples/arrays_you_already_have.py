@@ -6,7 +6,7 @@ python examples/arrays_you_already_have.py
 from sklearn.linear_model import LogisticRegression
 
 import ood_scores
-from ood_scores.data.digits import digits
+from ood_scores.data.kinds.digits import digits
 
 images, labels = digits(range(7))
 features = images.reshape(len(images), -1) / 255

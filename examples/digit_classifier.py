@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 
 import ood_scores
-from ood_scores.data.digits import digits_split, photo_patches
 from ood_scores.data.images import ImageArrays
-from ood_scores.training.checkpoints import preprocessing
+from ood_scores.data.kinds.digits import digits_split, photo_patches
+from ood_scores.models.opening import preprocessing
 
 PREPROCESSING = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
 

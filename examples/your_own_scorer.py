@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ood_scores
-from ood_scores.data.digits import digits_split, photo_patches
+from ood_scores.data.kinds.digits import digits_split, photo_patches
 
 
 @ood_scores.register_scorer("logit_spread")

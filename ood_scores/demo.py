@@ -20,12 +20,12 @@ from torchvision import transforms
 from ood_scores.benchmark import Results, plan
 from ood_scores.benchmark import run as run_benchmark
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Spec
-from ood_scores.data.digits import digits, digits_split, photo_patches, uniform_noise
 from ood_scores.data.images import ImageArrays
-from ood_scores.evaluation.plots import Panel, score_histograms
+from ood_scores.data.kinds.digits import digits, digits_split, photo_patches, uniform_noise
+from ood_scores.models.networks import with_l2_head
+from ood_scores.models.networks.classifier import PooledClassifier, cifar_cfg, init_he
+from ood_scores.plotting.curves import Panel, score_histograms
 from ood_scores.training.fit import fit
-from ood_scores.training.models import with_l2_head
-from ood_scores.training.models.classifier import PooledClassifier, cifar_cfg, init_he
 
 __all__ = ["DigitNet"]
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import ood_scores.training.models  # noqa: F401  registers the CIFAR networks
+import ood_scores.models.networks  # noqa: F401  registers the CIFAR networks
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Spec
 
 CLASSES = 4

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import ood_scores
 from ood_scores import demo
 from ood_scores.cli import app
-from ood_scores.data.digits import digits
+from ood_scores.data.kinds.digits import digits
 
 SETS = ("train", "test", "unseen", "photo", "noise")
 METRICS = ["auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood"]

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import ood_scores
-import ood_scores.training.models
+import ood_scores.models.networks
 from ood_scores.data.images import ImageArrays
 
 DATA = os.environ.get("OOD_SCORES_DATA")

@@ -9,8 +9,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ood_scores.training.models.classifier import PooledClassifier, cifar_cfg
-from ood_scores.training.models.l2_head import L2Head
+from ood_scores.models.networks.classifier import PooledClassifier, cifar_cfg
+from ood_scores.models.networks.l2_head import L2Head
 
 __all__ = ["TinyNet"]
 

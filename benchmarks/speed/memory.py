@@ -20,7 +20,7 @@ import ood_scores
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.scorers import problem
 from ood_scores.evaluation.evaluate import fit_all
-from ood_scores.features import cache
+from ood_scores.features.storage import cache
 
 FITS = ("mahalanobis", "relative_mahalanobis", "vim", "react", "she", "kl_matching")
 

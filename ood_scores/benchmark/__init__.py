@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ood_scores.benchmark.results import Results
     from ood_scores.benchmark.runner import load_results, run
     from ood_scores.benchmark.spec import Spec
-    from ood_scores.benchmark.toml import load_spec
+    from ood_scores.benchmark.spec_file import load_spec
 
 __all__ = ["Results", "Spec", "load_results", "load_spec", "plan", "run"]
 
@@ -23,7 +23,7 @@ _PLACES = {
     "Results": "results",
     "Spec": "spec",
     "load_results": "runner",
-    "load_spec": "toml",
+    "load_spec": "spec_file",
     "plan": "planning",
     "run": "runner",
 }

@@ -10,9 +10,9 @@ from typing import Any
 from ood_scores.benchmark.scorers import create, scorer_tables
 from ood_scores.benchmark.spec import Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
-from ood_scores.evaluation.collapse import Collapse
+from ood_scores.evaluation.neural_collapse import Collapse
 from ood_scores.scorers import list_scorers
-from ood_scores.toml import KeyPath, meant
+from ood_scores.toml_tables import KeyPath, meant
 
 GROUPS = ("near", "far", "mean")
 METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood")
@@ -93,7 +93,7 @@ def _twice(path: KeyPath, names: Iterable[str], what: str) -> Found:
 def _models(part: Part) -> Found:
     import timm
 
-    import ood_scores.training.models  # noqa: F401  makes timm know the CIFAR networks
+    import ood_scores.models.networks  # noqa: F401  makes timm know the CIFAR networks
 
     yield from _twice(("model",), [*(model.title for model in part.models), *part.ensembles], "the model")
     for number, model in enumerate(part.models):
@@ -146,9 +146,9 @@ def _raised(path: KeyPath, make: Callable[[], Any]) -> Found:
 
 def _extraction(part: Part) -> Found:
     from ood_scores.extraction.extract import STORED
-    from ood_scores.extraction.models import AMP_DTYPES
     from ood_scores.extraction.probes import PROBES
     from ood_scores.extraction.probes.named import probe_from
+    from ood_scores.models.running import AMP_DTYPES
 
     options = part.extraction
     for key in ("probes", "fit_probes"):

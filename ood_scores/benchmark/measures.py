@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ood_scores.benchmark.saving import SetScores
 from ood_scores.benchmark.spec import Part
+from ood_scores.benchmark.unit_files import SetScores
 from ood_scores.errors import OodScoresError
-from ood_scores.evaluation.collapse import neural_collapse
 from ood_scores.evaluation.long_tail import long_tail_report
+from ood_scores.evaluation.neural_collapse import neural_collapse
 from ood_scores.features import FeatureSet
 
 Figures = Sequence[Mapping[str, Any]]

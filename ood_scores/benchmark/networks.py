@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ood_scores.benchmark.spec import ModelTable, Preprocessing
-from ood_scores.data.specs import expanded, located
+from ood_scores.data.dataset_spec import expanded, located
 from ood_scores.errors import MissingData
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ class Network:
 
     def open(self, preprocessing: Preprocessing) -> tuple[nn.Module, Callable[[Any], Any]]:
         """The model in eval mode, and the transform from a PIL image to its input."""
-        from ood_scores.training import checkpoints
+        from ood_scores.models import opening
 
         table = self.table
-        model = checkpoints.load_model(table.name, self.checkpoint, table.num_classes, **table.arguments)
+        model = opening.load_model(table.name, self.checkpoint, table.num_classes, **table.arguments)
         changes = {key: value for key, value in asdict(preprocessing).items() if value is not None}
-        return model, checkpoints.preprocessing(model, **changes)
+        return model, opening.preprocessing(model, **changes)
 
 
 def checkpoints_of(model: ModelTable) -> tuple[str | None, ...]:

@@ -13,7 +13,7 @@ from ood_scores.benchmark import networks
 from ood_scores.benchmark.networks import Network, file_name
 from ood_scores.benchmark.results import NotRun
 from ood_scores.benchmark.spec import Extraction, Part, Preprocessing, Spec
-from ood_scores.data.specs import parse
+from ood_scores.data.dataset_spec import parse
 from ood_scores.errors import CacheError, MissingData, OodScoresError, UnknownName
 from ood_scores.features import FeatureSet, load
 

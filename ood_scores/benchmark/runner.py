@@ -19,19 +19,19 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ood_scores.benchmark import checks, saving
-from ood_scores.benchmark.comparing import compared
-from ood_scores.benchmark.extracting import extract_all
+from ood_scores.benchmark import checks, unit_files
+from ood_scores.benchmark.extract_jobs import extract_all
 from ood_scores.benchmark.planning import Plan, limited, plan, without
+from ood_scores.benchmark.progress import watching
+from ood_scores.benchmark.published import compared
 from ood_scores.benchmark.results import COLUMNS, NotRun, Results
 from ood_scores.benchmark.spec import Spec
-from ood_scores.benchmark.toml import load_spec
-from ood_scores.benchmark.units import SCORES, evaluated
-from ood_scores.benchmark.watching import watching
+from ood_scores.benchmark.spec_file import load_spec
+from ood_scores.benchmark.unit import SCORES, evaluated
 from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput, CacheBusy, OodScoresError
 from ood_scores.extraction.extract import PACKAGES
-from ood_scores.features.files import LockedFile
+from ood_scores.features.storage.files import LockedFile
 
 RUNS = "runs"
 JSON = "results.json"
@@ -121,11 +121,11 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
         ) from error
     scored = []
     for name in kept["scores"]:
-        facts = saving.read(folder / SCORES / name)
+        facts = unit_files.read(folder / SCORES / name)
         if facts is None:
             raise BadInput(f"{folder / SCORES / name} is missing or damaged: run the benchmark again.")
         if facts["sets"]:
-            scored.append(saving.scored(folder / SCORES / name, facts))
+            scored.append(unit_files.scored(folder / SCORES / name, facts))
     return Results(
         name=kept["name"],
         title=kept["title"],
@@ -186,11 +186,11 @@ def _results(
     scored, noted = [], list(not_run)
     for name in files:
         path = folder / SCORES / name
-        facts = saving.read(path)
+        facts = unit_files.read(path)
         if facts is None:
             raise BadInput(f"{path} was removed while the benchmark ran: run it again.")
         if facts["sets"]:
-            scored.append(saving.scored(path, facts))
+            scored.append(unit_files.scored(path, facts))
         noted += [NotRun(facts["part"], **entry) for entry in facts["not_run"]]
         for frame in ("table", "measures", "searched"):
             rows[frame] += facts[frame]

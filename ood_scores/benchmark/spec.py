@@ -1,4 +1,4 @@
-"""What a benchmark compares: models, sets and scorers. ``ood_scores.benchmark.toml`` reads it from a file."""
+"""What a benchmark compares: models, sets and scorers. ``ood_scores.benchmark.spec_file`` reads it from a file."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def calibrate(
       folder:PATH, npz:PATH, imglist:PATH, torchvision:CIFAR10?split=test
     """
     import ood_scores
+    from ood_scores.models.opening import arguments_of, load_model, preprocessing
     from ood_scores.scorers import create_scorer
-    from ood_scores.training.checkpoints import arguments_of, load_model, preprocessing
 
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
     ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))

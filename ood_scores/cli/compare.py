@@ -40,7 +40,7 @@ def compare(
       ood-scores compare runs/real runs/real-new --out changes.csv
     """
     from ood_scores.benchmark import load_results
-    from ood_scores.benchmark.compare import compare_runs
+    from ood_scores.benchmark.run_diff import compare_runs
 
     check_table_path(out)
     a, b = load_results(run_a), load_results(run_b)

@@ -68,7 +68,7 @@ def evaluate(
 
 def usable_scorers(sets: Sequence[FeatureSet], fit: FeatureSet | None) -> tuple[list[Scorer], dict[str, str]]:
     """Every registered scorer that can score these sets, fitted; and why each of the others cannot."""
-    from ood_scores.features.statistics import collect
+    from ood_scores.features.statistics.collect import collect
     from ood_scores.scorers import create_scorer, list_scorers
 
     scorers = [create_scorer(name) for name in list_scorers()]

@@ -90,9 +90,9 @@ def extract(
 
     import ood_scores
     from ood_scores.data.sources import open_dataset
-    from ood_scores.devices import Ranks
     from ood_scores.extraction.probes.named import probe_from
-    from ood_scores.training.checkpoints import load_model, preprocessing
+    from ood_scores.models.opening import load_model, preprocessing
+    from ood_scores.runtime import Ranks
 
     means, stds = parsing.numbers(mean), parsing.numbers(std)
     dataset = open_dataset(data)

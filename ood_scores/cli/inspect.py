@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import h5py
 
     from ood_scores.features import Provenance
-    from ood_scores.features.cache import CacheState
+    from ood_scores.features.storage.cache import CacheState
 
 
 def inspect(cache: Annotated[Path, typer.Argument(help="A file from ood-scores extract, finished or not.")]) -> None:
@@ -25,8 +25,8 @@ def inspect(cache: Annotated[Path, typer.Argument(help="A file from ood-scores e
       ood-scores inspect val.h5
       for cache in cache/*.h5; do ood-scores inspect $cache; done
     """
-    from ood_scores.features import cache as caches
-    from ood_scores.features import kept
+    from ood_scores.features.storage import cache as caches
+    from ood_scores.features.storage import statistics_store
 
     screen = console()
     with caches.open_to_read(cache) as h5:
@@ -34,7 +34,7 @@ def inspect(cache: Annotated[Path, typer.Argument(help="A file from ood-scores e
         head = [name for name in ("head/weight", "head/bias") if name in h5]
         screen.print(f"[bold]{cache}[/]  {cache.stat().st_size / 1e6:,.1f} MB  {_progress(found)}", soft_wrap=True)
         screen.print(_arrays(h5, caches.column_names(h5), head, found.rows))
-        statistics = kept.names(cache, h5.attrs["identity"])
+        statistics = statistics_store.names(cache, h5.attrs["identity"])
     if statistics:
         screen.print(f"statistics kept: {', '.join(statistics)}", soft_wrap=True, markup=False, highlight=False)
     if found.provenance is None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from os import PathLike, fspath
 from pathlib import PurePosixPath
 
+from ood_scores.data.dataset_spec import parse
+from ood_scores.data.kinds.torchvision_sets import can_download
 from ood_scores.data.known_sets import CATALOG, OPENOOD, KnownSet
-from ood_scores.data.specs import parse
-from ood_scores.data.torchvision_sets import can_download
 
 
 def remedy(spec: str, root: str | PathLike[str] | None = None) -> str:

@@ -26,14 +26,14 @@ from pathlib import Path
 import numpy as np
 
 from ood_scores.data.catalog import remedy
-from ood_scores.data.digits import digits
-from ood_scores.data.hub import open_hub
+from ood_scores.data.dataset_spec import existing, expanded, located, parse
 from ood_scores.data.images import ImageArrays, ImageDataset, ImageFiles, Transform
-from ood_scores.data.noise import open_noise
-from ood_scores.data.sheets import open_sheets
-from ood_scores.data.specs import existing, expanded, located, parse
-from ood_scores.data.torchvision_sets import open_torchvision
-from ood_scores.data.views import VIEWS, seen_through
+from ood_scores.data.kinds.digits import digits
+from ood_scores.data.kinds.hub import open_hub
+from ood_scores.data.kinds.noise import open_noise
+from ood_scores.data.kinds.sheets import open_sheets
+from ood_scores.data.kinds.torchvision_sets import open_torchvision
+from ood_scores.data.subsets import VIEWS, seen_through
 from ood_scores.errors import BadInput, EmptyInput, MissingData, UnknownName
 
 
@@ -48,13 +48,13 @@ def open_dataset(
     - `imglist:PATH?root=DIR`: a text file of lines `relative/path label`; the label is the last word, -1 for no class.
       Paths are relative to `root`, by default the folder of the list. In the lists of SC-OOD (Yang et al. 2021) the
       label is a dictionary: its `sc_label` is taken, the ID class that the image shows or -1.
-    - `sheets:DIR/NAME`: images packed on sheets, as `ood_scores.data.sheets` has them; all are held in memory.
+    - `sheets:DIR/NAME`: images packed on sheets, as `ood_scores.data.kinds.sheets` has them; all are held in memory.
     - `torchvision:NAME?split=test&root=DIR&download=true`: `split` becomes the dataset's argument `train` or `split`,
       whichever it has, and defaults to test; `root` defaults to `ood_scores/data` in the user's cache
       (`$XDG_CACHE_HOME`, else `~/.cache`); nothing is downloaded unless told so.
     - `hf:OWNER/NAME?split=test&config=NAME&image=COLUMN&label=COLUMN`: fetched, or found in its cache, by the library
       `datasets`. The columns are found where there is one of images, and one or none of classes.
-    - `noise:gaussian?n=10000&size=32&seed=0`, `noise:uniform`: as in `ood_scores.data.noise`.
+    - `noise:gaussian?n=10000&size=32&seed=0`, `noise:uniform`: as in `ood_scores.data.kinds.noise`.
     - `digits?classes=0-6`: also `classes=0,1,8`; the label is the position in that list.
 
     Options of every kind, applied in this order whatever the order in which they are written:

@@ -27,10 +27,10 @@ from ood_scores.detector.inputs import input_batches
 from ood_scores.detector.runner import Runner, model_dtype, probe_of
 from ood_scores.errors import BadInput, CacheWriteFailed, DamagedCache, ForeignFile, OodScoresError, OtherModel
 from ood_scores.extraction.heads import logits_of
-from ood_scores.extraction.models import architecture, evaluating, model_device, weights_sha256
 from ood_scores.features import Provenance
+from ood_scores.models.opening import load_model
+from ood_scores.models.running import architecture, evaluating, model_device, weights_sha256
 from ood_scores.scorers.storage import load_scorer
-from ood_scores.training.checkpoints import load_model
 
 if TYPE_CHECKING:
     from ood_scores.detector.detector import Detector

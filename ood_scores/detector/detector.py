@@ -20,10 +20,10 @@ from ood_scores.detector.prediction import Prediction, predictions_of
 from ood_scores.detector.runner import Runner, cost, extra_stems, model_dtype
 from ood_scores.errors import BadInput, NotFitted, OtherModel
 from ood_scores.extraction import extract
-from ood_scores.extraction.models import architecture, choose_device, model_device, weights_sha256
 from ood_scores.features import FeatureSet, Provenance
+from ood_scores.models.opening import preprocessing as transform_of
+from ood_scores.models.running import architecture, choose_device, model_device, weights_sha256
 from ood_scores.scorers.base import Scorer, as_scorer
-from ood_scores.training.checkpoints import preprocessing as transform_of
 
 if TYPE_CHECKING:
     from ood_scores.detector.export import DetectorGraph

@@ -15,7 +15,7 @@ from ood_scores.errors import BadInput, MissingInput, NotFitted
 from ood_scores.extraction import heads
 from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer, create_scorer, list_scorers
-from ood_scores.scorers.composition import Shaper
+from ood_scores.scorers.shapers.base import Shaper
 
 BANK_ROWS = 50_000
 """The largest bank of fit rows that goes into a graph (``knn``, ``nnguide``)."""

@@ -255,7 +255,7 @@ def _exp(logarithm: float) -> float:
 
 def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None:
     """The rate so far, and that of the last rows: a twentieth of all."""
-    from ood_scores.evaluation.plots import ID_COLOUR, OOD_COLOURS
+    from ood_scores.plotting.curves import ID_COLOUR, OOD_COLOURS
 
     seen, rejected, _ = curve
     window = max(1.0, (seen[-1] - seen[0]) / 20)
@@ -273,7 +273,7 @@ def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None
 
 def _draw_wealth(axes: Axes, curve: NDArray[np.float64], alpha: float) -> None:
     """The wealth in powers of ten: it may be too large or too small for a float."""
-    from ood_scores.evaluation.plots import OOD_COLOURS
+    from ood_scores.plotting.curves import OOD_COLOURS
 
     seen, _, wealth = curve
     axes.plot(seen, wealth / math.log(10), color=OOD_COLOURS[0], linewidth=1.6, label="e-value")

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ood_scores.errors import BadInput, NotFinite, OodScoresError
 from ood_scores.extraction import heads
 from ood_scores.extraction.heads import FoundHead
-from ood_scores.extraction.models import autocasting, evaluating, model_device
 from ood_scores.extraction.probes import PROBES, LayerProbe, Pass, Probe
 from ood_scores.extraction.probes.base import watch_all
 from ood_scores.features import FeatureSet, Head, Provenance
+from ood_scores.models.running import autocasting, evaluating, model_device
 
 _LOCKS: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()
 """Of every model that runs: its modes and hooks are there for one call at a time."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.evaluation import metrics
 from ood_scores.features import Block, FeatureSet, as_feature_set
-from ood_scores.features.statistics import Statistic, collect
+from ood_scores.features.statistics.collect import Statistic, collect
 from ood_scores.scorers.base import Scorer, as_scorer, require_same_weights, score_all
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput, MissingInput, ShapeMismatch
-from ood_scores.evaluation.collapse import finite_blocks
+from ood_scores.evaluation.neural_collapse import finite_blocks
 from ood_scores.features import Block, FeatureSet
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch, UnknownName
 from ood_scores.evaluation.metrics import Scores, roc_counts
 from ood_scores.features import FeatureSet
-from ood_scores.features.statistics import require_finite
+from ood_scores.features.statistics.collect import require_finite
 from ood_scores.scorers.norms import ActivationRatio
 
 if TYPE_CHECKING:

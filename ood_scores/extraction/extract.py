@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ood_scores.devices import Ranks
 from ood_scores.errors import BadInput, UnfinishedCache
 from ood_scores.extraction import heads, loaders
+from ood_scores.extraction.distributed import extract_shards
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.layers import Layers
-from ood_scores.extraction.models import AMP_DTYPES, architecture, choose_device, uncompiled, weights_sha256
-from ood_scores.extraction.onepass import Target, Task, run, state_of
+from ood_scores.extraction.one_pass import Target, Task, run, state_of
 from ood_scores.extraction.probes import Probe, as_probes
-from ood_scores.extraction.sharded import extract_shards
-from ood_scores.features import FeatureSet, Provenance, load, shards
+from ood_scores.features import FeatureSet, Provenance, load
+from ood_scores.features.storage import shards
+from ood_scores.models.running import AMP_DTYPES, architecture, choose_device, uncompiled, weights_sha256
+from ood_scores.runtime import Ranks
 
 STORED = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 PACKAGES = ("ood_scores", "torch", "timm", "h5py", "numpy")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ood_scores.errors import BadInput, BadLabels, ShapeMismatch
 from ood_scores.extraction import heads, loaders
-from ood_scores.extraction.models import autocasting, evaluating
 from ood_scores.extraction.probes.base import Pass, Probe, watch_all
 from ood_scores.extraction.transfers import Arriving, Transfers
-from ood_scores.extraction.writing import require_finite
+from ood_scores.extraction.writers import require_finite
+from ood_scores.models.running import autocasting, evaluating
 
 
 @dataclass

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
-from ood_scores.features import columns as col
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.head import Head
+from ood_scores.features.storage import columns as col
 
 
 def ensemble(members: Sequence[FeatureSet]) -> FeatureSet:

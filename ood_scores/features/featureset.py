@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_scores.devices import CPU, find_device
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, NotFinite, ShapeMismatch
-from ood_scores.features import columns as col
 from ood_scores.features.block import Block
 from ood_scores.features.head import Head
-from ood_scores.features.moving import moved
+from ood_scores.features.prefetch import moved
 from ood_scores.features.provenance import Provenance
+from ood_scores.features.storage import columns as col
+from ood_scores.runtime import CPU, find_device
 
 BLOCK_BYTES = 16 * 2**20
 """Largest default size of a block, counted in float64."""
@@ -208,7 +208,7 @@ class FeatureSet:
             ForeignFile: something that is not a feature cache is in the way.
             CacheWriteFailed: the disk refused.
         """
-        from ood_scores.features import cache
+        from ood_scores.features.storage import cache
 
         shapes = {name: (column.shape[1:], _numpy_dtype(column.dtype)) for name, column in self._columns.items()}
         cache.write(Path(path), shapes, len(self), self.head, self.provenance, self._runs(), compress)
@@ -304,7 +304,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Fe
         DamagedCache: it is truncated or unreadable.
         CacheBusy: another process is writing it.
     """
-    from ood_scores.features import cache
+    from ood_scores.features.storage import cache
 
     found = find_device(device)
     with cache.open_to_read(path) as h5:

@@ -1,49 +1,11 @@
 """Scorers: read a feature set, give each row a score; higher = more in-distribution."""
 
-from ood_scores.scorers import (
-    angles,
-    calibrated,
-    confidence,
-    gaussian,
-    gradient,
-    kernel,
-    layered,
-    mixture,
-    neighbours,
-    norms,
-    optimal,
-    perturbed,
-    probed,
-    prototype_gradient,
-    prototypes,
-    ranks,
-    shaping,
-    subspace,
-)
+from importlib import import_module
+from pkgutil import walk_packages
+
 from ood_scores.scorers.base import Scorer, create_scorer, list_scorers, register_scorer, score
 
-__all__ = [
-    "Scorer",
-    "angles",
-    "calibrated",
-    "confidence",
-    "create_scorer",
-    "gaussian",
-    "gradient",
-    "kernel",
-    "layered",
-    "list_scorers",
-    "mixture",
-    "neighbours",
-    "norms",
-    "optimal",
-    "perturbed",
-    "probed",
-    "prototype_gradient",
-    "prototypes",
-    "ranks",
-    "register_scorer",
-    "score",
-    "shaping",
-    "subspace",
-]
+__all__ = ["Scorer", "create_scorer", "list_scorers", "register_scorer", "score"]
+
+for _module in walk_packages(__path__, f"{__name__}."):  # importing a module registers its scorers
+    import_module(_module.name)

@@ -26,7 +26,7 @@ from ood_scores.errors import (
     UnknownName,
 )
 from ood_scores.features import Block, FeatureSet, Provenance, as_feature_set
-from ood_scores.features.statistics import Statistic, collect, require_finite
+from ood_scores.features.statistics.collect import Statistic, collect, require_finite
 
 _REGISTRY: dict[str, type[Scorer]] = {}
 S = TypeVar("S", bound="type[Scorer]")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics import Logits, Statistic
+from ood_scores.features.statistics.collect import Logits, Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
 
 COOLEST, HOTTEST = 0.01, 100.0

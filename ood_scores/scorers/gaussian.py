@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.moments import ClassMoments, Moments
-from ood_scores.features.statistics import Statistic
+from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, register_scorer
-from ood_scores.scorers.factors import SOLVED
+from ood_scores.scorers.numerics.cholesky import SOLVED
 
 AMPLIFIED = 3e5
 """Float32 features are whitened in float32 as long as that makes their deviations at most so many times longer."""

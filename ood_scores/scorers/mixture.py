@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features import moments as of
-from ood_scores.features.moments import ClassMoments, Moments
-from ood_scores.features.statistics import Statistic
+from ood_scores.features.statistics import moments as of
+from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, register_scorer
-from ood_scores.scorers.factors import (
+from ood_scores.scorers.gaussian import classes_present
+from ood_scores.scorers.numerics.cholesky import (
     LOW_RANK,
     all_solved_squares,
     block_rows,
@@ -30,7 +31,6 @@ from ood_scores.scorers.factors import (
     reserved,
     solved_squares,
 )
-from ood_scores.scorers.gaussian import classes_present
 
 DENSITY_BYTES = 4 * 2**20
 """Bound on the whitened copy ``[rows, D]`` that one step of the mixture's density makes: it stays in the caches."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from ood_scores.features import Block
 from ood_scores.features.block import by_pieces, row_norm
 from ood_scores.scorers.base import Scorer, register_scorer
-from ood_scores.scorers.probed import column
+from ood_scores.scorers.input_perturbation import column
 
 
 @register_scorer("feature_norm")

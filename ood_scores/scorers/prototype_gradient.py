@@ -13,10 +13,10 @@ from torch.nn.functional import normalize
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics import Means, Statistic
+from ood_scores.features.statistics.collect import Means, Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
 from ood_scores.scorers.gaussian import classes_present, squared_distances
-from ood_scores.scorers.neighbours import kth_neighbours
+from ood_scores.scorers.neighbors import kth_neighbours
 
 
 @register_scorer("grood")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, CacheWriteFailed, DamagedCache, ForeignFile, NotFitted, UnknownName
 from ood_scores.features import Head, Provenance
-from ood_scores.features.files import LockedFile, temporary_beside
+from ood_scores.features.storage.files import LockedFile, temporary_beside
 from ood_scores.scorers.base import Scorer, create_scorer, list_scorers, scorer_class
 
 FORMAT = "ood_scores scorer"

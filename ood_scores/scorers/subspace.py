@@ -14,8 +14,8 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.block import row_norm
-from ood_scores.features.moments import GlobalMoments, Moments
-from ood_scores.features.statistics import Means, SampledRows, Statistic
+from ood_scores.features.statistics.collect import Means, SampledRows, Statistic
+from ood_scores.features.statistics.moments import GlobalMoments, Moments
 from ood_scores.scorers.base import Scorer, register_scorer
 from ood_scores.scorers.gaussian import whitened, whitening
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ood_scores.training.recipe import Recipe
-    from ood_scores.training.toml import load_recipe
+    from ood_scores.training.recipe_file import load_recipe
     from ood_scores.training.trainer import Trained, train
 
 __all__ = ["Recipe", "Trained", "load_recipe", "train"]
 
-_PLACES = {"Recipe": "recipe", "load_recipe": "toml", "Trained": "trainer", "train": "trainer"}
+_PLACES = {"Recipe": "recipe", "load_recipe": "recipe_file", "Trained": "trainer", "train": "trainer"}
 
 
 def __getattr__(name: str) -> Any:

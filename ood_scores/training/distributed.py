@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ood_scores.devices import Ranks, find_device
+from ood_scores.runtime import Ranks, find_device
 
 Value = TypeVar("Value")
 

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
 from ood_scores.errors import BadLabels, EmptyInput, NotFinite, ShapeMismatch
-
-from .loop import EpochRecord, TrainingStep, record, train_step
-from .models.classifier import linear_classifier
-from .objectives import CrossEntropy, Objective
+from ood_scores.models.networks.classifier import linear_classifier
+from ood_scores.training.objectives import CrossEntropy, Objective
+from ood_scores.training.step import EpochRecord, TrainingStep, record, train_step
 
 Batches = Iterable[Sequence[Tensor]]
 

@@ -1,4 +1,4 @@
-"""Recipes: which network is trained, on which images and how. `ood_scores.training.toml` reads them from files."""
+"""Recipes: which network is trained, on which images, and how. ``recipe_file`` reads them from TOML files."""
 
 from __future__ import annotations
 

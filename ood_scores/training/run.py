@@ -10,14 +10,14 @@ import torch
 from torch import Generator, Tensor
 
 from ood_scores.errors import BadInput, NotFinite
+from ood_scores.models.networks.classifier import linear_classifier
 from ood_scores.training.augment import Augmentation, seed_of
 from ood_scores.training.distributed import Processes
 from ood_scores.training.log import Log, write_log
-from ood_scores.training.loop import TrainingStep, count_correct, leaves_some_unread, record, train_step
-from ood_scores.training.models.classifier import linear_classifier
-from ood_scores.training.prepare import Prepared, make_objective, trainable_parameters
 from ood_scores.training.recipe import OptimizerTable, Recipe, Stage
+from ood_scores.training.setup import Prepared, make_objective, trainable_parameters
 from ood_scores.training.state import LAST, STATE, Progress, State, restore_optimizer, save_state, write_tensors
+from ood_scores.training.step import TrainingStep, count_correct, leaves_some_unread, record, train_step
 from ood_scores.training.streams import Images, cycled, in_order, order, share
 
 CHECK_EVERY = 50

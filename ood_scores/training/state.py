@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ood_scores.errors import CacheWriteFailed, CheckpointError
-from ood_scores.features.files import temporary_beside
+from ood_scores.features.storage.files import temporary_beside
 
 LAST, STATE, LOG = "last.safetensors", "state.safetensors", "log.csv"
 FORMAT = 1

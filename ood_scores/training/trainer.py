@@ -13,13 +13,13 @@ from rich.console import Console
 from safetensors import safe_open
 
 from ood_scores.errors import BadInput
-from ood_scores.features.files import LockedFile
+from ood_scores.features.storage.files import LockedFile
 from ood_scores.training.distributed import Processes, processes
-from ood_scores.training.prepare import prepare
 from ood_scores.training.recipe import Recipe, flat_tables
+from ood_scores.training.recipe_file import load_recipe
 from ood_scores.training.run import Run
+from ood_scores.training.setup import prepare
 from ood_scores.training.state import LAST, LOG, STATE, State, load_state
-from ood_scores.training.toml import load_recipe
 
 FREE_KEYS = {"workers", "checkpoint_every", "state_every", "tensorboard"}
 """Keys of a recipe that do not change what comes out: a run may continue with others."""

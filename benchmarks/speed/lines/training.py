@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.speed.measure import Figure, Line, paired, scaled
 from ood_scores.training.distributed import Processes
-from ood_scores.training.prepare import prepare
+from ood_scores.training.recipe_file import load_recipe
 from ood_scores.training.run import Run
-from ood_scores.training.toml import load_recipe
+from ood_scores.training.setup import prepare
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ood_scores.benchmark.results import Scored
 from ood_scores.evaluation.metrics import auroc, roc_counts
-from ood_scores.evaluation.plots import BINS, OOD_COLOURS, bin_edges, heights
+from ood_scores.plotting.curves import BINS, OOD_COLOURS, bin_edges, heights
 
 if TYPE_CHECKING:
     from ood_scores.data.images import ImageDataset

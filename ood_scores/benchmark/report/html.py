@@ -40,7 +40,7 @@ from ood_scores.benchmark.report.tables import (
     versions,
 )
 from ood_scores.benchmark.results import NotRun, Results
-from ood_scores.evaluation.collapse_plots import TITLES as COLLAPSE
+from ood_scores.plotting.collapse import TITLES as COLLAPSE
 
 if TYPE_CHECKING:
     import pandas as pd

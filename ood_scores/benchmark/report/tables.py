@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ood_scores.benchmark.results import NotRun, Results, Scored
-from ood_scores.evaluation.collapse_plots import TITLES as COLLAPSE
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance, tied_with_best
+from ood_scores.plotting.collapse import TITLES as COLLAPSE
 
 if TYPE_CHECKING:
     import pandas as pd

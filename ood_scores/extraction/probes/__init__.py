@@ -2,9 +2,9 @@
 
 from ood_scores.extraction.probes.base import PROBES, LayerProbe, Pass, Probe, as_probes, register_probe
 from ood_scores.extraction.probes.gradients import LayerGradients, ParameterGradients
-from ood_scores.extraction.probes.passes import MCDropout, RankFeat
-from ood_scores.extraction.probes.perturbed import FGSM, ODIN
-from ood_scores.extraction.probes.pooled import GramSums, LayerNorms, PooledLayers
+from ood_scores.extraction.probes.input_perturbation import FGSM, ODIN
+from ood_scores.extraction.probes.layers import GramSums, LayerNorms, PooledLayers
+from ood_scores.extraction.probes.reruns import MCDropout, RankFeat
 
 __all__ = [
     "FGSM",

@@ -16,7 +16,7 @@ from ood_scores.errors import BadInput
 from ood_scores.extraction.heads import logits_of
 from ood_scores.extraction.layers import Layers, resolve_layers
 from ood_scores.extraction.probes.base import Pass, Probe, register_probe
-from ood_scores.extraction.probes.passes import seed_of
+from ood_scores.extraction.probes.reruns import seed_of
 from ood_scores.features.block import row_norm
 
 GRADIENT_BYTES = 256 * 2**20

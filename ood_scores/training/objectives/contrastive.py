@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ood_scores.training.models.classifier import linear_classifier
+from ood_scores.models.networks.classifier import linear_classifier
 from ood_scores.training.objectives.base import Objective, register_objective
 from ood_scores.training.objectives.classification import cross_entropy
 from ood_scores.training.objectives.exposure import outlier_exposure

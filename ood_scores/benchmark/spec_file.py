@@ -1,0 +1,209 @@
+"""Benchmark specs from TOML files; ``ood_scores.toml_tables`` says how they are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ood_scores.benchmark.checks import Problem, problems
+from ood_scores.benchmark.spec import (
+    ALL,
+    Extraction,
+    ModelTable,
+    Part,
+    Preprocessing,
+    Published,
+    ScorerTable,
+    Search,
+    Spec,
+)
+from ood_scores.errors import BadInput, UnknownName
+from ood_scores.toml_tables import (
+    KeyPath,
+    Raw,
+    Source,
+    Table,
+    converted,
+    filled,
+    hints_of,
+    merged,
+    read,
+    with_overrides,
+)
+
+TABLES = ("models", "sets", "scorers", "ensembles", "preprocessing", "extraction", "search", "published")
+NO_NUMBER = "-"
+"""Stands in a row of published values where the paper prints none."""
+OF_THE_MODEL = "model"
+"""Stands in the place of a scorer's label, for figures of the model itself."""
+
+_PART_KEYS = hints_of(Part, TABLES)
+_PART: dict[str, Any] = {
+    **_PART_KEYS,
+    "sets": Table(rest=str),
+    "model": [Table(hints_of(ModelTable, ("arguments",)), rest=Any)],
+    "scorers": Table(rest=Table(rest=Any), instead=str | tuple[str, ...]),
+    "ensembles": Table(rest=tuple[str, ...]),
+    "preprocessing": Table(hints_of(Preprocessing)),
+    "extraction": Table(hints_of(Extraction)),
+    "search": Table(
+        {"id": str, "ood": tuple[str, ...], "metric": str, "grid": Table(rest=Table(rest=tuple[Any, ...]))}
+    ),
+    "published": [
+        Table(
+            {
+                "source": str,
+                "model": str,
+                "metrics": tuple[str, ...],
+                "ood": tuple[str, ...],
+                "values": Table(rest=tuple[Any, ...]),
+            }
+        )
+    ],
+}
+_SPEC = Table({**_PART, "extends": str, "part": [Table(_PART)]})
+
+
+def load_spec(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Spec:
+    """The benchmark in a TOML file.
+
+    ``extends = "base/openood.toml"`` at its top takes what it does not say from another file, beside it: tables are
+    merged key by key, and a list takes the place of the other. What stands above the ``[[part]]`` tables is said for
+    each of them; without any, the file is one part.
+
+    Args:
+        path: the file.
+        overrides: ``key=value`` texts such as ``extraction.rows=500`` or ``part.2.fit=cifar10_train``, which win over
+            the file.
+
+    Raises:
+        BadInput: the file is not there, not TOML, lacks a key or says something that does not go together.
+        UnknownName: a key, or the name of a set, model, scorer, probe or measure, that does not exist. Both name the
+            file and, where it can be found, the line.
+    """
+    path = Path(path)
+    raw, sources = read(path, _SPEC, "spec")
+    raw = with_overrides(raw, overrides, _SPEC, "spec", "extraction.rows=500")
+    try:
+        spec = _spec(raw, path.stem)
+    except (BadInput, UnknownName) as error:
+        raise type(error)(f"{path}: {error}") from error
+    for problem in problems(spec):
+        raise problem.error(f"{_place(problem, sources, 'part' in raw)}: {problem.message}")
+    return spec
+
+
+def _place(problem: Problem, sources: Iterable[Source], in_parts: bool) -> str:
+    """Where the key of a problem stands: in its part, else above the parts, in the file or in one that it extends."""
+    sources = list(sources)
+    paths: list[KeyPath] = [problem.path]
+    if in_parts:
+        paths.insert(0, ("part", problem.part, *problem.path))
+    for length in range(len(problem.path), 0, -1):
+        for path in paths:
+            for source in sources:
+                wanted = path[: len(path) - len(problem.path) + length]
+                if wanted in source.lines:
+                    return source.place(wanted)
+    return sources[0].name
+
+
+def _spec(raw: Raw, name: str) -> Spec:
+    title = raw.get("title", name)
+    above = {key: value for key, value in raw.items() if key != "part"}
+    parts = raw.get("part") or [{"title": title}]
+    for number, part in enumerate(parts, start=1):
+        if "title" not in part:
+            raise BadInput(f"[[part]] number {number} has no title; write title = … in it.")
+    return Spec(name, title, tuple(_part(_over(above, part)) for part in parts))
+
+
+def _over(above: Raw, part: Raw) -> Raw:
+    """A part over what stands above the parts; its scorers take the place of those."""
+    if "scorers" in part:
+        above = {key: value for key, value in above.items() if key != "scorers"}
+    return merged(above, part)
+
+
+def _part(raw: Raw) -> Part:
+    for key in ("id", "sets", "model"):
+        if not raw.get(key):
+            raise BadInput(f"the part {raw['title']!r} has no {key}; write {_HOW[key]}.")
+    return Part(
+        **{key: converted(raw[key], hint) for key, hint in _PART_KEYS.items() if key in raw},
+        models=tuple(filled(ModelTable, model, "[model]", "arguments") for model in raw["model"]),
+        sets=raw["sets"],
+        scorers=_scorers(raw.get("scorers", ALL)),
+        ensembles={label: tuple(members) for label, members in raw.get("ensembles", {}).items()},
+        preprocessing=filled(Preprocessing, raw.get("preprocessing", {}), "preprocessing"),
+        extraction=filled(Extraction, raw.get("extraction", {}), "extraction"),
+        search=_search(raw["search"]) if "search" in raw else None,
+        published=tuple(number for table in raw.get("published", ()) for number in _published(table)),
+    )
+
+
+_HOW = {
+    "id": 'id = "…", the name of the in-distribution test set',
+    "sets": '[sets] with a line such as mine = "folder:/data/mine"',
+    "model": "[[model]] with its name",
+}
+
+
+def _scorers(given: Any) -> tuple[ScorerTable, ...] | Literal["all"]:
+    if isinstance(given, str):
+        if given != ALL:
+            raise UnknownName(f'scorers is {given!r}; write scorers = "all", or a list of names.')
+        return ALL
+    if isinstance(given, Mapping):
+        return tuple(_scorer(label, dict(table)) for label, table in given.items())
+    return tuple(ScorerTable(name, name) for name in given)
+
+
+def _scorer(label: str, table: Raw) -> ScorerTable:
+    return ScorerTable(label, table.pop("name", label), table)
+
+
+def _search(table: Raw) -> Search:
+    grid = {
+        label: {parameter: tuple(values) for parameter, values in parameters.items()}
+        for label, parameters in table.get("grid", {}).items()
+    }
+    return filled(Search, {**table, "grid": grid}, "search")
+
+
+def _published(table: Raw) -> Iterator[Published]:
+    """The numbers of a compact table, those that are printed."""
+    for key in ("source", "model", "metrics", "values"):
+        if key not in table:
+            raise BadInput(f"[[published]] has no {key}; write {key} = … in it.")
+    sets = table.get("ood")
+    for label, rows in table["values"].items():
+        of_model = label == OF_THE_MODEL and sets is None
+        for ood, cells in zip([None] if sets is None else sets, _rows(table, label, rows), strict=True):
+            for metric, cell in zip(table["metrics"], cells, strict=True):
+                if cell != NO_NUMBER:
+                    scorer = None if of_model else label
+                    yield Published(table["model"], scorer, ood, metric, float(cell), table["source"])
+
+
+def _rows(table: Raw, label: str, rows: list[Any]) -> list[list[Any]]:
+    """One row of cells for each OoD set, or a single one for figures of the model; of one metric, bare numbers too."""
+    sets, metrics = table.get("ood"), table["metrics"]
+    if sets is None:
+        rows = [rows]
+    elif len(metrics) == 1:
+        rows = [row if isinstance(row, list) else [row] for row in rows]
+    fits = len(rows) == (1 if sets is None else len(sets)) and all(
+        isinstance(row, list) and len(row) == len(metrics) and all(map(_is_cell, row)) for row in rows
+    )
+    if not fits:
+        wanted = f"{len(metrics)} numbers" if sets is None else f"{len(sets)} lists of {len(metrics)} numbers"
+        where = f"published.values.{label} ({table['source']})"
+        raise BadInput(f'{where} is {rows}; give {wanted}, "-" where none is printed.')
+    return rows
+
+
+def _is_cell(cell: Any) -> bool:
+    return cell == NO_NUMBER or (isinstance(cell, (int, float)) and not isinstance(cell, bool))

@@ -1,0 +1,240 @@
+"""A unit of a benchmark: all scorers of a part on one checkpoint, fitted in one pass, every set scored once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ood_scores.benchmark import unit_files
+from ood_scores.benchmark.fitting import Ready, fit_each, score_each, unmet
+from ood_scores.benchmark.measures import accuracies, measured
+from ood_scores.benchmark.parameter_search import choose
+from ood_scores.benchmark.planning import Job, Unit
+from ood_scores.benchmark.scorers import create, described, scorer_tables
+from ood_scores.benchmark.unit_files import Found, SetScores
+from ood_scores.errors import EmptyInput, OodScoresError
+from ood_scores.evaluation import metrics
+from ood_scores.evaluation.uncertainty import auroc_interval, bootstrap
+from ood_scores.features import Block, FeatureSet, Provenance, ensemble
+from ood_scores.scorers import Scorer
+
+SCORES = "scores"
+ID = "id"
+
+
+def evaluated(unit: Unit, out: Path) -> Path:
+    """The file of what the unit finds, written if it is not there, damaged, or of other features or scorers."""
+    digest = _digest(unit)
+    path = out / SCORES / f"{digest[:16]}.h5"
+    if unit_files.read(path, digest) is None:
+        unit_files.write(path, digest, find(unit))
+    return path
+
+
+def find(unit: Unit) -> Found:
+    """Fits, scores and compares. What goes wrong with one scorer is noted, and the others go on."""
+    found = Found(unit.part.title, unit.model, unit.checkpoint)
+    try:
+        _find(unit, found)
+    except OodScoresError as error:
+        found = Found(unit.part.title, unit.model, unit.checkpoint)
+        found.not_run.append(_not_run(unit.title, str(error)))
+    return found
+
+
+def _find(unit: Unit, found: Found) -> None:
+    part = unit.part
+    sets = {name: _features(jobs) for name, jobs in unit.sets.items()}
+    fit = _features(unit.fit) if unit.fit else None
+    ready = _fitted(unit, sets, fit, found)
+    predicts = [_Prediction()] if sets[part.id].has("logits") else []
+    reported = {name: feats for name, feats in sets.items() if name in (part.id, *part.covariate, *part.ood)}
+    whole = {name: score_each(ready, feats, predicts) for name, feats in reported.items()}
+    for label in [label for label, each in ready.items() if each.failure]:
+        found.not_run.append(_not_run(label, ready.pop(label).failure))
+    found.scorers = list(ready)
+    by_set = {name: _set_scores(whole[name], reported[name], name, ready) for name in reported}
+    inside = [by_set[name] for name in (part.id, *part.covariate) if name in by_set]
+    found.measures += _tidy(unit, accuracies(part, by_set, reported))
+    outside = {}
+    for name in part.ood:
+        if name in by_set:
+            shows_id = (by_set[name].labels >= 0) & part.relabel
+            inside += [_rows(by_set[name], shows_id)] if shows_id.any() else []
+            outside[name] = _rows(by_set[name], ~shows_id)
+            if shows_id.all():
+                found.not_run.append(_not_run(name, "all of its rows are labelled as ID classes"))
+                del outside[name]
+    found.sets = {ID: _joined(inside), **outside}
+    found.table = _table(unit, found, ready, _provenances(unit, sets, fit))
+    for name, figures, reason in measured(part, sets[part.id], fit):
+        found.measures += _tidy(unit, figures)
+        found.not_run += [_not_run(f"{name} of {unit.title}", reason)] if reason else []
+
+
+def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, found: Found) -> dict[str, Ready]:
+    """The scorers that can run, fitted, with the parameters that the search has chosen."""
+    part = unit.part
+    tables = {}
+    fit_has = fit.has if fit is not None else None
+    for table in scorer_tables(part):
+        reason, remedy = unmet(create(table), fit_has, [feats.has for feats in sets.values()])
+        if reason:
+            found.not_run.append(_not_run(table.label, reason, remedy))
+        else:
+            tables[table.label] = table
+    chosen: dict[str, Mapping[str, Any]] = {}
+    if part.search:
+        chosen, tried = choose(part.search, tables, sets, fit)
+        found.searched += _tidy(unit, tried)
+    ready = {label: Ready(create(table, chosen.get(label))) for label, table in tables.items()}
+    fit_each(ready, fit)
+    for label in [label for label, each in ready.items() if each.failure]:
+        found.not_run.append(_not_run(label, ready.pop(label).failure))
+    return ready
+
+
+class _Prediction(Scorer):
+    """The class with the largest logit."""
+
+    name = "prediction"
+    needs = ("logits",)
+
+    def score_block(self, block: Block) -> Tensor:
+        return block.prediction().double()
+
+
+def _features(jobs: Sequence[Job]) -> FeatureSet:
+    found = [job.features() for job in jobs]
+    there = [feats for feats in found if feats is not None]
+    if len(there) < len(found):
+        raise EmptyInput(f"the features of {jobs[0].set!r} are not there any more: run the same command again.")
+    return there[0] if len(there) == 1 else ensemble(there)
+
+
+def _set_scores(scores: Mapping[str, Tensor], feats: FeatureSet, name: str, ready: Mapping[str, Ready]) -> SetScores:
+    unknown = torch.full((len(feats),), -1)
+    labels = feats.labels
+    predictions = scores.get(_Prediction.name)
+    return SetScores(
+        scores=torch.stack([scores[label] for label in ready]) if ready else torch.empty(0, len(feats)).double(),
+        labels=unknown if labels is None else labels,
+        predictions=unknown if predictions is None else predictions.long(),
+        rows=torch.arange(len(feats)),
+        origins=torch.zeros(len(feats), dtype=torch.int64),
+        names=[name],
+    )
+
+
+def _rows(whole: SetScores, mask: Tensor) -> SetScores:
+    arrays = {name: getattr(whole, name)[..., mask] for name in unit_files.ARRAYS}
+    return SetScores(**arrays, names=whole.names)
+
+
+def _joined(parts: Sequence[SetScores]) -> SetScores:
+    """Rows of several data sets, one set after the other."""
+    arrays = {name: torch.cat([getattr(each, name) for each in parts], dim=-1) for name in unit_files.ARRAYS}
+    arrays["origins"] = torch.cat([torch.full_like(each.origins, number) for number, each in enumerate(parts)])
+    return SetScores(**arrays, names=[each.names[0] for each in parts])
+
+
+def _table(
+    unit: Unit, found: Found, ready: Mapping[str, Ready], made_by: Mapping[str, list[Provenance]]
+) -> list[dict[str, Any]]:
+    part = unit.part
+    accuracy = next((row["value"] for row in found.measures if row["measure"] == "accuracy"), None)
+    rows = []
+    for number, (label, each) in enumerate(ready.items()):
+        for name in found.sets:
+            if name == ID:
+                continue
+            known, other = _sides(part, found.sets, name)
+            rows.append(
+                {
+                    **_names(unit),
+                    "scorer": label,
+                    "ood": name,
+                    "group": "near" if name in part.near else "far",
+                    **_compared(known.scores[number].numpy(), other.scores[number].numpy()),
+                    "id_accuracy": accuracy,
+                    "fit_seconds": each.fit_seconds,
+                    "score_microseconds": 1e6 * each.score_seconds / each.rows,
+                    "parameters": described(each.scorer),
+                    "weights_sha256": _joint([each.weights_sha256 for each in made_by[ID]]),
+                    "id_sha256": _joint([each.data_sha256 for each in made_by[ID]]),
+                    "ood_sha256": _joint([each.data_sha256 for each in made_by[name]]),
+                    "fit_sha256": _joint([each.data_sha256 for each in made_by.get("fit", [])]),
+                    "versions": json.dumps(dict(made_by[ID][0].versions)),
+                }
+            )
+    return rows
+
+
+def _sides(part: Any, sets: Mapping[str, SetScores], ood: str) -> tuple[SetScores, SetScores]:
+    """ID and OoD rows for one OoD set: of the rows that SC-OOD counts as ID, those of this set."""
+    inside = sets[ID]
+    ours = {part.id, *part.covariate, ood}
+    return _rows(inside, torch.tensor([name in ours for name in inside.names])[inside.origins]), sets[ood]
+
+
+def _compared(inside: np.ndarray, outside: np.ndarray) -> dict[str, Any]:
+    figures = asdict(metrics.compare(inside, outside))
+    auroc = auroc_interval(inside, outside)
+    ranges = {"auroc": (auroc.low, auroc.high)}
+    for metric in ("fpr95_id", "fpr95_ood"):
+        interval = bootstrap(inside, outside, metric)
+        ranges[metric] = interval.low, interval.high
+    for metric, (low, high) in ranges.items():
+        figures |= {f"{metric}_low": low, f"{metric}_high": high}
+    return figures
+
+
+def _provenances(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None) -> dict[str, list[Provenance]]:
+    by_set = {name: _made_by(unit.sets[name]) for name in sets} | {"fit": _made_by(unit.fit)}
+    return by_set | {ID: by_set[unit.part.id]}
+
+
+def _made_by(jobs: Sequence[Job]) -> list[Provenance]:
+    found = [job.features() for job in jobs]
+    return [feats.provenance for feats in found if feats is not None and feats.provenance is not None]
+
+
+def _joint(hashes: Sequence[str]) -> str:
+    return "+".join(dict.fromkeys(hashes))
+
+
+def _names(unit: Unit) -> dict[str, Any]:
+    return {"part": unit.part.title, "model": unit.model, "checkpoint": unit.checkpoint}
+
+
+def _tidy(unit: Unit, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**_names(unit), **row} for row in rows]
+
+
+def _not_run(what: str, reason: str, remedy: str = "") -> dict[str, str]:
+    return {"what": what, "reason": reason, "remedy": remedy}
+
+
+def _digest(unit: Unit) -> str:
+    """Of everything that decides what the unit finds."""
+    part = unit.part
+    asked = {key: getattr(part, key) for key in ("id", "near", "far", "covariate", "fit", "relabel", "measures")}
+    facts = {
+        **_names(unit),
+        **asked,
+        "scorers": [asdict(table) for table in scorer_tables(part)],
+        "search": part.search and asdict(part.search),
+        "features": {name: [each.to_attributes() for each in _made_by(jobs)] for name, jobs in unit.sets.items()},
+        "fitted on": [each.to_attributes() for each in _made_by(unit.fit)],
+        "ood_scores": version("ood_scores"),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()

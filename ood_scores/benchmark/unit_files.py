@@ -1,0 +1,141 @@
+"""What a unit found, in an HDF5 file that takes its place in one step: figures, scores, labels and predictions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from ood_scores.benchmark.results import Scored
+from ood_scores.features.storage.files import LockedFile, disk_errors, temporary_beside
+
+FORMAT = "ood_scores benchmark"
+ARRAYS = ("scores", "labels", "predictions", "rows", "origins")
+UNUSABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError)
+"""What h5py and json raise on damaged files."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """The scores of a set: float64 ``[S, N]``, and int64 ``[N]``: labels (-1 for none), predictions, rows, origins.
+
+    ``origins`` are numbers of ``names``: of the data sets that the rows come from.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    predictions: Tensor
+    rows: Tensor
+    origins: Tensor
+    names: Sequence[str]
+
+
+@dataclass
+class Found:
+    """What a unit found.
+
+    Attributes:
+        part, model, checkpoint: as in ``Scored``.
+        scorers: labels of those that ran.
+        sets: ``"id"``, and the OoD sets by name.
+        table, measures, searched, not_run: rows, as ``Results`` has them.
+    """
+
+    part: str
+    model: str
+    checkpoint: int
+    scorers: list[str] = field(default_factory=list)
+    sets: dict[str, SetScores] = field(default_factory=dict)
+    table: list[dict[str, Any]] = field(default_factory=list)
+    measures: list[dict[str, Any]] = field(default_factory=list)
+    searched: list[dict[str, Any]] = field(default_factory=list)
+    not_run: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write(path: Path, digest: str, found: Found) -> None:
+    """Raises CacheWriteFailed where the disk refuses."""
+    facts = {key: value for key, value in vars(found).items() if key != "sets"}
+    facts |= {"sets": list(found.sets), "names": [list(each.names) for each in found.sets.values()]}
+    with disk_errors(path, 0), temporary_beside(path) as temporary, LockedFile(temporary, "x+") as file:
+        with h5py.File(file, "w") as h5:
+            h5.attrs.update({"format": FORMAT, "digest": digest})
+            text = json.dumps(facts).encode()
+            h5.create_dataset("facts", data=np.frombuffer(text, np.uint8), chunks=True, fletcher32=True)
+            for number, each in enumerate(found.sets.values()):
+                for name in ARRAYS:
+                    values = getattr(each, name).numpy()
+                    summed = {"chunks": True, "fletcher32": True} if values.size else {}
+                    h5.create_dataset(f"sets/{number}/{name}", data=values, **summed)
+        file.check()
+        os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def read(path: Path, digest: str | None = None) -> dict[str, Any] | None:
+    """The facts of a file, all of whose checksums are right; None if it is damaged, or of another digest."""
+    try:
+        with h5py.File(path, "r") as h5:
+            if h5.attrs["format"] != FORMAT or digest not in (None, h5.attrs["digest"]):
+                return None
+            facts = json.loads(h5["facts"][()].tobytes())
+            for number, _ in enumerate(facts["sets"]):
+                for name in ARRAYS:
+                    h5[f"sets/{number}/{name}"][()]
+            return facts
+    except UNUSABLE:
+        return None
+
+
+def scored(path: Path, facts: Mapping[str, Any]) -> Scored:
+    """The arrays of a file, read when they are asked for."""
+    numbers = {name: number for number, name in enumerate(facts["sets"])}
+    rows = {label: row for row, label in enumerate(facts["scorers"])}
+
+    def array(name: str, what: str, row: Any = ()) -> Tensor:
+        with h5py.File(path, "r") as h5:
+            return torch.from_numpy(h5[f"sets/{numbers[name]}/{what}"][row])
+
+    def origins(name: str) -> list[str]:
+        names = facts["names"][numbers[name]]
+        return [names[number] for number in array(name, "origins").tolist()]
+
+    def by_set(what: str) -> Lazy[Tensor]:
+        return Lazy(numbers, lambda name: array(name, what))
+
+    return Scored(
+        part=facts["part"],
+        model=facts["model"],
+        checkpoint=facts["checkpoint"],
+        scores=Lazy(rows, lambda label: Lazy(numbers, lambda name: array(name, "scores", rows[label]))),
+        labels=by_set("labels"),
+        predictions=by_set("predictions"),
+        rows=by_set("rows"),
+        origins=Lazy(numbers, origins),
+    )
+
+
+class Lazy(Mapping[str, T]):
+    """A mapping whose values are read each time they are asked for."""
+
+    def __init__(self, names: Mapping[str, Any], read: Callable[[str], T]) -> None:
+        self._names, self._read = names, read
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

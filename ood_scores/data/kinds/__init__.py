@@ -1,0 +1,1 @@
+"""Kinds of datasets: each module opens one kind."""

@@ -1,0 +1,87 @@
+"""Images that need no download: handwritten digits, patches of photographs and noise, for demos and tests.
+
+Digits and photographs come with scikit-learn. All images are uint8 arrays, grey, 0 to 255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ood_scores.data.kinds.noise import gaussian_pixels, uniform_pixels
+from ood_scores.errors import BadInput
+
+TEST_SHARE = 0.3
+PHOTO_REDUCTION = 8  # a patch of 8 x 8 covers 64 x 64 pixels of the photograph, enough to hold edges
+
+
+class Split(NamedTuple):
+    """Training and test images, uint8 [N,8,8], with their labels, int64 [N]."""
+
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.int64]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.int64]
+
+
+def digits(classes: Sequence[int] = range(10)) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The handwritten digits among `classes`: images uint8 [N,8,8] and labels int64 [N].
+
+    A label is the position of its digit in `classes`. All ten classes are 1,797 images.
+
+    Raises:
+        BadInput: `classes` is empty, repeats a digit or has one outside 0 to 9.
+
+    Source: the test set of Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits, UCI repository.
+    """
+    from sklearn.datasets import load_digits
+
+    if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
+        raise BadInput(f"classes are {list(classes)}; give one or more different digits from 0 to 9")
+    bunch = load_digits()
+    position = np.full(10, -1)
+    position[list(classes)] = np.arange(len(classes))
+    labels = position[bunch.target]
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    return images[labels >= 0], labels[labels >= 0]
+
+
+def digits_split(classes: Sequence[int] = range(10), seed: int = 0) -> Split:
+    """`digits` split at random into 70% for training and 30% for test, each with the same share of every class."""
+    from sklearn.model_selection import train_test_split
+
+    images, labels = digits(classes)
+    train, test = train_test_split(np.arange(len(labels)), test_size=TEST_SHARE, stratify=labels, random_state=seed)
+    return Split(images[train], labels[train], images[test], labels[test])
+
+
+def photo_patches(n: int, size: int = 8, seed: int = 0) -> NDArray[np.uint8]:
+    """`n` random square patches, uint8 [n,size,size], of scikit-learn's two sample photographs, reduced to an eighth.
+
+    Raises:
+        BadInput: `size` is larger than the reduced photographs.
+    """
+    from sklearn.datasets import load_sample_images
+
+    grey = [Image.fromarray(photo).convert("L") for photo in load_sample_images().images]
+    photos = np.stack([np.asarray(photo.reduce(PHOTO_REDUCTION)) for photo in grey])
+    if not 1 <= size <= min(photos.shape[1:]):
+        raise BadInput(f"patches of size {size} cannot be cut; give a size from 1 to {min(photos.shape[1:])}")
+    patches = np.lib.stride_tricks.sliding_window_view(photos, (size, size), axis=(1, 2))
+    rng = np.random.default_rng(seed)
+    photo, top, left = (rng.integers(0, choices, n) for choices in patches.shape[:3])
+    return patches[photo, top, left]
+
+
+def uniform_noise(n: int, size: int = 8, seed: int = 0) -> NDArray[np.uint8]:
+    """`n` images, uint8 [n,size,size], of independent pixels uniform on 0 to 255."""
+    return uniform_pixels(np.random.default_rng(seed), (n, size, size))
+
+
+def gaussian_noise(n: int, size: int = 8, seed: int = 0) -> NDArray[np.uint8]:
+    """`n` images, uint8 [n,size,size], of independent pixels from N(127.5, 63.75²), clipped to 0 to 255."""
+    return gaussian_pixels(np.random.default_rng(seed), (n, size, size))

@@ -1,0 +1,62 @@
+"""Images of noise: each pixel of each channel is drawn by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image
+
+from ood_scores.data.dataset_spec import whole_number
+from ood_scores.data.images import ImageDataset
+from ood_scores.errors import UnknownName
+
+Pixels = Callable[[Generator, tuple[int, ...]], NDArray[np.uint8]]
+
+
+def uniform_pixels(rng: Generator, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Uniform on 0 to 255."""
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def gaussian_pixels(rng: Generator, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """From N(127.5, 63.75²), rounded and clipped to 0 to 255.
+
+    Haas et al. (2024, Fig. 5) use Gaussian noise and do not say its mean or variance. Here they are such that 95% of
+    the pixels lie within the range. Liang et al. (2018, ODIN) draw from N(127.5, 255²), of which 62% are clipped.
+    """
+    return np.rint(rng.normal(127.5, 63.75, shape).clip(0, 255)).astype(np.uint8)
+
+
+DRAWN: dict[str, Pixels] = {"gaussian": gaussian_pixels, "uniform": uniform_pixels}
+
+
+class NoiseImages(ImageDataset):
+    """`n` colour images of noise, `size` x `size`, without labels.
+
+    A row is drawn when it is asked for, from the seed and its number alone: the same in every order and process.
+    """
+
+    def __init__(self, kind: str, n: int, size: int, seed: int) -> None:
+        super().__init__(f"{kind}_noise", None)
+        self.kind = kind
+        self.n = n
+        self.size = size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.n
+
+    def load(self, index: int) -> tuple[Image.Image, None]:
+        rng = np.random.default_rng([self.seed, range(self.n)[index]])
+        return Image.fromarray(DRAWN[self.kind](rng, (self.size, self.size, 3))), None
+
+
+def open_noise(target: str, base: Path, *, n: str = "10000", size: str = "32", seed: str = "0") -> NoiseImages:
+    """`NoiseImages` of the kind `target`. Raises UnknownName for another, BadInput for options that are no numbers."""
+    if target not in DRAWN:
+        raise UnknownName(f"no noise {target!r}; there are: {', '.join(DRAWN)}")
+    return NoiseImages(target, whole_number("n", n, 1), whole_number("size", size, 1), whole_number("seed", seed))

@@ -1,0 +1,85 @@
+"""Many small images on a few large ones: `NAME.json` beside the sheets `NAME.00.webp`, `NAME.01.webp`, …
+
+The images stand in rows from left to right, `per_file` of them on a sheet; the last sheet may hold less, and what is
+left of a sheet's last row is blank. Lossless WebP keeps every pixel as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ood_scores.data.dataset_spec import located
+from ood_scores.data.images import ImageArrays, read_rgb
+from ood_scores.errors import BadInput, MissingData
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `NAME.json` says: pixels of an image's side, images in a row, on a sheet and in all, and their classes."""
+
+    size: int
+    columns: int
+    per_file: int
+    count: int
+    labels: list[int] | None
+
+
+def open_sheets(target: str, base: Path) -> ImageArrays:
+    """The images of `target`, a path without `.json`, all in memory.
+
+    Raises:
+        MissingData: the index or one of its sheets is not there.
+        BadInput: an index or a sheet that cannot be read, or that do not fit each other.
+        ShapeMismatch: not one label per image.
+    """
+    if not target:
+        raise BadInput("sheets needs a path; write sheets:DIR/NAME")
+    path = located(target, base)
+    index = _read_index(path.with_name(f"{path.name}.json"))
+    images = np.empty((index.count, index.size, index.size, 3), dtype=np.uint8)
+    for number, first in enumerate(range(0, index.count, index.per_file)):
+        part = images[first : first + index.per_file]
+        part[:] = _tiles(path.with_name(f"{path.name}.{number:02d}.webp"), index, len(part))
+    return ImageArrays(images, index.labels, name=path.name)
+
+
+def _read_index(path: Path) -> Index:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingData(f"there is no {path}") from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {path} as JSON: {error}") from error
+    names = [field.name for field in fields(Index)]
+    if not isinstance(said, dict) or not set(names) <= set(said):
+        raise BadInput(f"{path} is no index of sheets; it must be an object of {', '.join(names)}")
+    for name in ("size", "columns", "per_file", "count"):
+        if not _is_whole(said[name]) or said[name] < 1:
+            raise BadInput(f"{name} of {path} is {said[name]!r}; it must be a whole number from 1")
+    labels = said["labels"]
+    if labels is not None and not (isinstance(labels, list) and all(map(_is_whole, labels))):
+        raise BadInput(f"labels of {path} must be a list of class indices, or null")
+    return Index(**{name: said[name] for name in names})
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _tiles(path: Path, index: Index, n_images: int) -> NDArray[np.uint8]:
+    """The first images of a sheet, uint8 `[n_images, size, size, 3]`."""
+    sheet = np.asarray(read_rgb(path))
+    height, width, _ = sheet.shape
+    rows, size, columns = height // index.size, index.size, index.columns
+    if width != columns * size or height != rows * size or rows * columns < n_images:
+        raise BadInput(
+            f"{path} has {width} x {height} pixels, which are not {n_images} images of {size} x {size} in rows of "
+            f"{columns}, as its index has it"
+        )
+    return sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)[:n_images]

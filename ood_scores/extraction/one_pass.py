@@ -1,0 +1,143 @@
+"""One pass of a model over some of a loader's rows, to a cache or to memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ood_scores.errors import BadInput, ShuffledLoader, StaleCache
+from ood_scores.extraction.forward import Forward
+from ood_scores.extraction.loaders import Batches
+from ood_scores.extraction.sinks import MemorySink
+from ood_scores.extraction.writers import BackgroundWriter
+from ood_scores.features import FeatureSet, Head, Provenance, load
+from ood_scores.features.storage import cache as caches
+
+
+@dataclass(frozen=True)
+class Task:
+    """What runs over which batches: the model with the head that is asked for, None where it is to be found."""
+
+    forward: Forward
+    batches: Batches
+    requested: str | bool | None
+    module: nn.Module | None
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where rows go.
+
+    Attributes:
+        provenance: of the rows.
+        path: the file; None for memory.
+        rows: which of the loader's; None for all, however many come.
+        state: of the file that is continued; None for a new one.
+        replace: whether a new file may take the place of another.
+    """
+
+    provenance: Provenance
+    path: Path | None = None
+    rows: range | None = None
+    state: caches.CacheState | None = None
+    replace: bool = False
+
+    @property
+    def promised(self) -> int | None:
+        """How many rows there will be, where that is known."""
+        return self.provenance.dataset_rows if self.rows is None else len(self.rows)
+
+
+def run(task: Task, target: Target) -> FeatureSet:
+    """Runs the model over the rows that the target has not got, and opens the target."""
+    forward, first = task.forward, 0 if target.rows is None else target.rows.start
+    done = target.state.rows if target.state else 0
+    stop = None if target.rows is None else target.rows.stop
+    remaining = task.batches.after(first + done, stop)  # before the cache is locked: forked workers share locks
+    with forward.ready():
+        found, first_batch = forward.find_head(task.batches.first[0], task.requested, task.module)
+        like = first_batch.columns
+        with _open_sink(target, found.head, " + ".join(found.names), like) as sink:
+            with (
+                _progress_bar(target, sink.rows, task.progress) as advance,
+                found.capture(forward.compiled) as received,
+                BackgroundWriter(sink, first, advance) as writer,
+            ):
+                for start, batch in remaining:
+                    again = start > 0 or forward.compiled
+                    rows = forward.rows_of(batch, received, start, like) if again else first_batch
+                    _require_length(target.promised, start + len(rows.columns["features"]) - first, ended=False)
+                    writer.put(start, rows)
+            _require_length(target.promised, sink.rows, ended=True)
+            sink.finish()
+    return sink.feature_set() if isinstance(sink, MemorySink) else load(sink.path)
+
+
+def state_of(path: Path, provenance: Provenance, resume: bool, overwrite: bool) -> caches.CacheState | None:
+    """The state of the cache to open or to continue; None where a new file is to be written."""
+    if not path.exists():
+        return None
+    if overwrite:
+        caches.check_replaceable(path)
+        return None
+    if provenance.shuffled:
+        raise ShuffledLoader(
+            f"{path} exists, but the loader gives its rows in random order, so they cannot be compared with it: use "
+            "shuffle=False, or overwrite=True to extract again."
+        )
+    with caches.open_to_read(path) as h5:
+        state = caches.state(h5)
+    if state.provenance is None:
+        raise StaleCache(f"{path} does not say what made it, so it cannot be compared: open it with ood_scores.load.")
+    state.provenance.require_same(provenance, str(path))
+    return state if state.finished or resume else None
+
+
+def _require_length(promised: int | None, rows: int, ended: bool) -> None:
+    if promised is not None and (rows > promised or (ended and rows < promised)):
+        raise BadInput(
+            f"the loader {'ended after' if ended else 'gave at least'} {rows:,} rows; its length promised "
+            f"{promised:,}: correct the length of its sampler, or pass (batch for batch in loader), which has none."
+        )
+
+
+@contextmanager
+def _open_sink(
+    target: Target, head: Head | None, head_modules: str, columns: Mapping[str, Tensor]
+) -> Iterator[MemorySink | caches.CacheWriter]:
+    provenance = replace(target.provenance, head_modules=head_modules)
+    if target.path is None:
+        yield MemorySink(target.promised, head, provenance)
+        return
+    if provenance.shuffled:
+        warnings.warn(
+            f"the loader gives its rows in random order: {target.path} can neither be resumed nor compared with "
+            "another run. Use shuffle=False.",
+            stacklevel=6,
+        )
+    if target.state:
+        writer = caches.CacheWriter.resume(target.path, target.state)
+    else:
+        shapes = {name: (values.shape[1:], values.numpy().dtype) for name, values in columns.items()}
+        writer = caches.CacheWriter.create(target.path, shapes, target.promised, head, provenance, target.replace)
+    with writer:
+        yield writer
+
+
+@contextmanager
+def _progress_bar(target: Target, done: int, visible: bool) -> Iterator[Callable[[int], None]]:
+    """A function to be told how many rows are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    name = f"{target.provenance.dataset}{f' ({target.provenance.shard})' if target.provenance.shard else ''} → features"
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+        task = bar.add_task(name, total=target.promised, completed=done)
+        yield lambda rows: bar.update(task, completed=rows)

@@ -1,0 +1,189 @@
+"""Moments: means and scatter of the features, of each class or of all rows, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ood_scores.errors import BadInput, BadLabels
+from ood_scores.features.block import Block
+from ood_scores.features.featureset import FeatureSet
+from ood_scores.features.statistics.collect import Accumulator, Statistic
+
+GRAM_ROWS = 128
+"""Rows of a symmetric product that are computed at a time."""
+
+CLASS_SCATTER_BYTES = 2**30
+"""Most memory that the scatter of all classes may take; what takes more is left out of their moments."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Class means and the scatter around them, float64.
+
+    ``counts`` int64 ``[C]``; ``means`` ``[C, D]`` (zeros for a class without rows); ``scatter`` ``[D, D]``: the sum
+    over all rows of ``(z - mean_of_its_class)(z - mean_of_its_class)^T``, not divided by anything; ``class_scatter``
+    ``[C, D, D]``: the same for each class, or None where it was not asked for or is more than ``CLASS_SCATTER_BYTES``.
+    """
+
+    counts: Tensor
+    means: Tensor
+    scatter: Tensor
+    class_scatter: Tensor | None
+
+
+@dataclass(frozen=True)
+class ClassMoments:
+    """Asks for the ``Moments`` of a space (``"features"``, ``"logits"`` or an extra), optionally L2-normalised."""
+
+    space: str = "features"
+    normalize: bool = False
+    per_class: bool = False
+
+    @property
+    def reads(self) -> Sequence[str]:
+        return (self.space,)
+
+    def start(self, feats: FeatureSet) -> Accumulator:
+        labels = feats.class_labels()
+        return _ClassMomentsAccumulator(self, labels, feats.num_classes or int(labels.max()) + 1)
+
+
+@dataclass(frozen=True)
+class GlobalMoments:
+    """Asks for the ``Moments`` of all rows together, whatever their labels: those of a single class.
+
+    ``counts`` ``[1]``, ``means`` ``[1, D]``, and ``scatter`` around that one mean. Of a set with labels they follow
+    from the moments of the classes, which others may ask for too: one product for both.
+    """
+
+    space: str = "features"
+    normalize: bool = False
+
+    def source(self, feats: FeatureSet) -> Statistic | None:
+        with suppress(BadLabels):
+            feats.class_labels()
+            return ClassMoments(self.space, self.normalize)
+        return None
+
+    def derive(self, source: Moments) -> Moments:
+        rows = source.counts.sum()
+        shares = (source.counts.double() / rows)[:, None]
+        first = source.means[source.counts.argmax()]
+        mean = first + (shares * (source.means - first)).sum(dim=0, keepdim=True)  # so that a constant stays exact
+        spread = source.counts.double().sqrt()[:, None] * (source.means - mean)
+        return Moments(rows[None], mean, source.scatter + spread.T @ spread, None)
+
+    @property
+    def reads(self) -> Sequence[str]:
+        return (self.space,)
+
+    def start(self, feats: FeatureSet) -> Accumulator:
+        together = torch.zeros(len(feats), dtype=torch.int64)
+        return _ClassMomentsAccumulator(ClassMoments(self.space, self.normalize), together, 1)
+
+
+class _ClassMomentsAccumulator:
+    """Sums up rows relative to the mean of their class in the block in which it is first met, so that neither a large
+    offset nor a collapsed class costs digits. What the means of all rows add to that is taken away once, at the end.
+    That block's mean is found relative to its first row of the class, so that a constant leaves no rounding error.
+
+    Source: Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", on shifted data.
+    """
+
+    def __init__(self, statistic: ClassMoments, labels: Tensor, classes: int) -> None:
+        self._statistic, self._labels, self._classes = statistic, labels, classes
+        self._sums: _Sums | None = None
+
+    def update(self, block: Block) -> None:
+        values = block.space(self._statistic.space, self._statistic.normalize)
+        labels = self._labels[block.start : block.start + len(block)].to(values.device)
+        self._sums = sums = self._sums or self._nothing_yet(values)
+
+        counts = torch.bincount(labels, minlength=self._classes)
+        unseen = (counts > 0) & (sums.counts == 0)
+        if unseen.any():
+            sums.origins[unseen] = values[_first_rows(labels, counts)[unseen]]
+            shifts = _sums(values - _by_label(sums.origins, labels), labels, self._classes)
+            sums.origins[unseen] += (shifts / counts.clamp_min(1)[:, None])[unseen]
+        deviations = values - _by_label(sums.origins, labels)
+
+        sums.counts += counts
+        sums.deviations += _sums(deviations, labels, self._classes)
+        _add_lower_gram(sums.products, deviations)
+        if sums.class_products is not None:
+            _add_class_products(sums.class_products, deviations, labels, counts)
+
+    def result(self) -> Moments:
+        if self._sums is None:
+            raise BadInput("no block was read.")
+        sums = self._sums
+        means = sums.deviations / sums.counts.clamp_min(1)[:, None]
+        _add_lower_gram(sums.products, sums.counts.double().sqrt()[:, None] * means, sign=-1)
+        if sums.class_products is not None:
+            sums.class_products.baddbmm_(sums.deviations[:, :, None], means[:, None, :], alpha=-1)
+        return Moments(sums.counts, means.add_(sums.origins), _symmetric(sums.products), sums.class_products)
+
+    def _nothing_yet(self, values: Tensor) -> _Sums:
+        width = values.shape[1]
+        per_class = self._statistic.per_class and 8 * self._classes * width**2 <= CLASS_SCATTER_BYTES
+        return _Sums(
+            torch.zeros(self._classes, dtype=torch.int64, device=values.device),
+            values.new_zeros(self._classes, width),
+            values.new_zeros(self._classes, width),
+            values.new_zeros(width, width),
+            values.new_zeros(self._classes, width, width) if per_class else None,
+        )
+
+
+@dataclass
+class _Sums:
+    """Of the rows so far: their number in each class, int64 ``[C]``; float64, where a class is counted from ``[C, D]``,
+    the sum of its rows' deviations from there ``[C, D]``, and of the outer products of these, of all ``[D, D]`` and of
+    each class ``[C, D, D]``."""
+
+    counts: Tensor
+    origins: Tensor
+    deviations: Tensor
+    products: Tensor
+    class_products: Tensor | None
+
+
+def _by_label(means: Tensor, labels: Tensor) -> Tensor:
+    """Each row's mean, ``[B, D]``; that of a single class as it is, ``[1, D]``."""
+    return means if len(means) == 1 else means[labels]
+
+
+def _sums(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Of the rows of each class, ``[C, D]``."""
+    if classes == 1:
+        return rows.sum(dim=0, keepdim=True)
+    return rows.new_zeros(classes, rows.shape[1]).index_add_(0, labels, rows)
+
+
+def _add_lower_gram(products: Tensor, rows: Tensor, sign: int = 1) -> None:
+    """Adds ``rows^T rows`` on and below the diagonal, in panels: it is symmetric."""
+    for start in range(0, len(products), GRAM_ROWS):
+        stop = start + GRAM_ROWS
+        products[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=sign)
+
+
+def _symmetric(products: Tensor) -> Tensor:
+    """The matrix whose lower half is given."""
+    return products.tril_().add_(products.tril(-1).T)
+
+
+def _first_rows(labels: Tensor, counts: Tensor) -> Tensor:
+    """The number of the first row of each class, ``[C]``; of a class without rows, that of some row."""
+    return labels.argsort(stable=True)[(counts.cumsum(0) - counts).clamp_max(len(labels) - 1)]
+
+
+def _add_class_products(products: Tensor, rows: Tensor, labels: Tensor, counts: Tensor) -> None:
+    """One matrix product for each class in the block: products of unequal heights have no batched form."""
+    groups = rows[labels.argsort(stable=True)].split(counts.tolist())
+    for label in counts.nonzero()[:, 0].tolist():
+        products[label].addmm_(groups[label].T, groups[label])

@@ -1,0 +1,360 @@
+"""The HDF5 cache: a run killed at any instant, or stopped by a full disk, leaves a file that can be continued.
+
+How: HDF5 lays the file out under a temporary name, every data set contiguous and at its full length, and closes it; the
+file then takes its place in one step. From there on HDF5 writes nothing: rows go as plain bytes to where their data set
+lies, and after them the counter that counts them, eight aligned bytes. (Left to HDF5, rows that the disk refuses when a
+data set is closed are lost without an error, and the process crashes later.)
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from ood_scores.errors import (
+    BadInput,
+    CacheBusy,
+    DamagedCache,
+    ForeignFile,
+    ShapeMismatch,
+    UnfinishedCache,
+)
+from ood_scores.features.head import Head
+from ood_scores.features.provenance import Provenance
+from ood_scores.features.storage.files import (
+    LockedFile,
+    closed_on_error,
+    copy_bytes,
+    disk_errors,
+    put_in_place,
+    remove_abandoned,
+    temporary_beside,
+)
+from ood_scores.features.storage.reading import FORMAT, open_to_read, zstd
+
+VERSION = 1
+UNKNOWN_LENGTH_ROWS = 1024
+
+Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+"""Name of each column -> shape of a row, dtype."""
+
+
+def check_is_cache(h5: h5py.File) -> None:
+    """Raises ForeignFile unless this package wrote the file in a format it knows."""
+    if h5.attrs.get("format") != FORMAT:
+        raise ForeignFile(f"{h5.filename} is an HDF5 file, but not a feature cache of ood_scores.")
+    if int(h5.attrs["version"]) > VERSION:
+        raise ForeignFile(
+            f"{h5.filename} has cache format {int(h5.attrs['version'])}; this version of ood_scores reads up to "
+            f"{VERSION}: update ood_scores."
+        )
+    if "progress" not in h5 or "features" not in h5:
+        raise DamagedCache(f"{h5.filename} lacks its features or their count: pass overwrite=True to extract again.")
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """What a cache file says about itself."""
+
+    rows: int
+    finished: bool
+    provenance: Provenance | None
+
+
+def state(h5: h5py.File) -> CacheState:
+    check_is_cache(h5)
+    rows, finished = h5["progress"][()].tolist()
+    return CacheState(rows, bool(finished), Provenance.from_attributes(h5.attrs))
+
+
+def require_finished(h5: h5py.File) -> None:
+    found = state(h5)
+    if not found.finished:
+        raise UnfinishedCache(
+            f"{h5.filename} holds {found.rows:,} rows of an extraction that has not finished: run the same "
+            "extract(...) again to continue it."
+        )
+
+
+def read_head(h5: h5py.File) -> Head | None:
+    return Head(h5["head/weight"][()], h5["head/bias"][()]) if "head" in h5 else None
+
+
+def column_names(h5: h5py.File) -> list[str]:
+    """``features``, ``logits``, ``labels`` where present, then ``extras/<name>``."""
+    extras = [f"extras/{name}" for name in h5.get("extras", {})]
+    return [name for name in ("features", "logits", "labels") if name in h5] + extras
+
+
+def statistics_file(path: Path) -> Path:
+    """Where the statistics of the cache at ``path`` are kept; see ``ood_scores.features.storage.statistics_store``."""
+    return path.with_name(f"{path.name}.statistics")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises ForeignFile if there is something at ``path`` that this package did not write, CacheBusy if it is being
+    written."""
+    if not path.exists():
+        return
+    try:
+        with open_to_read(path) as h5:
+            if h5.attrs.get("format") == FORMAT and int(h5.attrs["version"]) <= VERSION:
+                return
+    except DamagedCache:
+        if _bears_our_name(path):
+            return
+    except ForeignFile:
+        pass
+    raise ForeignFile(
+        f"{path} is not a feature cache that this version of ood_scores wrote and is left alone: choose "
+        "another path, or delete it yourself."
+    )
+
+
+class CacheWriter:
+    """Appends rows to a cache file. Use as a context manager; leaving it without ``finish`` keeps a resumable file.
+
+    Holds the file's exclusive lock for as long as it lives, so two writers cannot share a file.
+    """
+
+    path: Path
+    rows: int
+    _file: LockedFile
+
+    def __init__(self, file: LockedFile, path: Path) -> None:
+        self.path = path
+        self._use(file)
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        columns: Shapes,
+        rows: int | None,
+        head: Head | None,
+        provenance: Provenance | None,
+        replace: bool = False,
+    ) -> CacheWriter:
+        """A new file for ``rows`` rows, or for as many as come where ``rows`` is None.
+
+        Raises:
+            CacheBusy: there is a file already and ``replace`` is False: another process has just made it.
+        """
+        with disk_errors(path, 0), temporary_beside(path) as temporary, closed_on_error(temporary, "x+") as file:
+            _lay_out(file, path, columns, rows, head, identifying(provenance))
+            put_in_place(temporary, path, replace)
+            return cls(file, path)
+
+    @classmethod
+    def resume(cls, path: Path, expected: CacheState) -> CacheWriter:
+        """The unfinished file at ``path``, to be continued after its last counted row.
+
+        Raises:
+            CacheBusy: another process is writing it, or has since it was in the ``expected`` state.
+        """
+        remove_abandoned(path)
+        with disk_errors(path, expected.rows), closed_on_error(path, "r+") as file:
+            with h5py.File(file, "r") as h5:
+                found = state(h5)
+            if found != expected or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise CacheBusy(f"another process has just written {path}: run the same call again.")
+            return cls(file, path)
+
+    def append(self, rows: Mapping[str, Tensor]) -> None:
+        """Writes one run of rows of every column, then counts them."""
+        arrays = self._arrays(rows)
+        stop = self.rows + len(arrays["features"])
+        if stop > self._capacity:
+            if not self._growing:
+                raise BadInput(f"{self.path} has room for {self._capacity:,} rows, not for {stop:,}.")
+            self._move_to_capacity(max(stop, 2 * self._capacity))
+        with disk_errors(self.path, self.rows):
+            for name, array in arrays.items():
+                self._file.write_at(self._places[name].of_row(self.rows), array)
+            self._file.write_at(self._counter, np.array([stop]))
+        self.rows = stop
+
+    def finish(self) -> None:
+        """Marks the file complete; a file of unknown length is first cut to the rows it holds."""
+        if self.rows < self._capacity:
+            if not self._growing:
+                raise BadInput(f"{self.path} wants {self._capacity:,} rows and has got {self.rows:,}.")
+            self._move_to_capacity(self.rows)
+        with disk_errors(self.path, self.rows):
+            os.fsync(self._file.fileno())
+            self._file.write_at(self._counter, np.array([self.rows, 1]))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _use(self, file: LockedFile) -> None:
+        with h5py.File(file, "r") as h5:
+            self._places = {name: _Place.of(h5[name]) for name in column_names(h5)}
+            self._counter = h5["progress"].id.get_offset()
+            self._capacity = h5["features"].shape[0]
+            self._growing = bool(h5.attrs["growing"])
+            self.rows = int(h5["progress"][0])
+        self._file = file
+
+    def _arrays(self, rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """The rows as they will lie in the file."""
+        if rows.keys() != self._places.keys():
+            raise BadInput(f"{self.path} has {', '.join(self._places)}; these rows have {', '.join(rows)}.")
+        arrays = {}
+        for name, values in rows.items():
+            place = self._places[name]
+            arrays[name] = np.ascontiguousarray(values.numpy(), dtype=place.dtype)
+            if values.shape != (len(rows["features"]), *place.width):
+                raise ShapeMismatch(f"rows of {name} are {place.width} in {self.path}, got {tuple(values.shape)}.")
+        return arrays
+
+    def _move_to_capacity(self, capacity: int) -> None:
+        """Continue in a copy with room for ``capacity`` rows that takes the file's place in one step."""
+        old = self._file
+        with (
+            disk_errors(self.path, self.rows),
+            temporary_beside(self.path) as temporary,
+            closed_on_error(temporary, "x+") as file,
+        ):
+            with h5py.File(old, "r") as h5:
+                shapes = {name: (place.width, place.dtype) for name, place in self._places.items()}
+                _lay_out(file, self.path, shapes, capacity, read_head(h5), dict(h5.attrs) | {"growing": True})
+            new = CacheWriter(file, self.path)
+            for name, place in self._places.items():
+                copy_bytes(old, place.offset, file, new._places[name].offset, self.rows * place.row_bytes)
+            file.write_at(new._counter, np.array([self.rows]))
+            os.replace(temporary, self.path)
+        self._use(file)
+        old.close()
+
+
+def write(
+    path: Path,
+    columns: Shapes,
+    rows: int,
+    head: Head | None,
+    provenance: Provenance | None,
+    runs: Iterable[Mapping[str, Tensor]],
+    compress: bool = False,
+) -> None:
+    """A whole cache file, which takes the place of ``path`` once it is complete."""
+    check_replaceable(path)
+    with disk_errors(path, 0), temporary_beside(path) as temporary, LockedFile(temporary, "x+") as file:
+        _lay_out(file, path, columns, rows, head, identifying(provenance), compress)
+        if compress:
+            _write_compressed(file, runs)
+        else:
+            writer = CacheWriter(file, path)
+            for run in runs:
+                writer.append(run)
+            writer.finish()
+        os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a contiguous data set lies in its file."""
+
+    offset: int
+    width: tuple[int, ...]
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, dataset: h5py.Dataset) -> _Place:
+        return cls(dataset.id.get_offset() or 0, dataset.shape[1:], dataset.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.width, dtype=np.int64)) * self.dtype.itemsize
+
+    def of_row(self, row: int) -> int:
+        return self.offset + row * self.row_bytes
+
+
+def identifying(provenance: Provenance | None) -> dict[str, Any]:
+    """Attributes of a new file: an identity of its own, and what made it."""
+    return {"identity": uuid.uuid4().hex} | (provenance.to_attributes() if provenance else {})
+
+
+def _lay_out(
+    file: LockedFile,
+    path: Path,
+    columns: Shapes,
+    rows: int | None,
+    head: Head | None,
+    attributes: Mapping[str, Any],
+    compress: bool = False,
+) -> None:
+    """A complete HDF5 file, to be put at ``path``, with no row counted. Raises OSError where the disk refuses."""
+    length = UNKNOWN_LENGTH_ROWS if rows is None else rows
+    with h5py.File(file, "w", alignment_threshold=1, alignment_interval=8) as h5:
+        write_header(h5, path, head, {"compressed": compress, "growing": rows is None} | dict(attributes))
+        if any(name.startswith("extras/") for name in columns):
+            h5.create_group("extras", track_order=True)  # as they were given, not by the alphabet
+        for name, (width, dtype) in columns.items():
+            if compress and length:
+                h5.create_dataset(name, (length, *width), dtype, **zstd())
+            else:
+                _allocate(h5, name, (length, *width), dtype)
+    file.check()
+
+
+def write_header(h5: h5py.File, path: Path, head: Head | None, attributes: Mapping[str, Any]) -> None:
+    """All but the columns of a file that will be put at ``path``, with no row counted."""
+    h5.attrs.update({"format": FORMAT, "version": VERSION})
+    h5.attrs.update(attributes)
+    if head is not None:
+        h5["head/weight"], h5["head/bias"] = _array(head.weight), _array(head.bias)
+    _allocate(h5, "progress", (2,), np.dtype(np.int64))
+    h5["progress"].attrs["meaning"] = "rows written; 1 if finished, else 0"
+    h5["statistics"] = h5py.ExternalLink(statistics_file(path).name, "/")
+
+
+def _array(values: Tensor) -> np.ndarray:
+    """A tensor for HDF5, which has no bfloat16: its values are exact in float32."""
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _allocate(h5: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape)
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    h5py.h5d.create(h5.id, name.encode(), h5py.h5t.py_create(dtype), space, layout, links)
+
+
+def _write_compressed(file: LockedFile, runs: Iterable[Mapping[str, Tensor]]) -> None:
+    done = 0
+    with h5py.File(file, "r+") as h5:
+        for run in runs:
+            stop = done + len(run["features"])
+            for name, values in run.items():
+                h5[name][done:stop] = values.numpy()
+            file.check()
+            done = stop
+        h5["progress"][:] = done, 1
+    file.check()
+
+
+def _bears_our_name(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return FORMAT.encode() in file.read(2**20)

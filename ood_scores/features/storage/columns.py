@@ -1,0 +1,161 @@
+"""Columns: the arrays of a feature set, in memory or on disk, read a run of rows at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ood_scores.errors import BadInput, CacheError
+
+if TYPE_CHECKING:
+    import h5py
+
+
+@dataclass(frozen=True)
+class DiskColumn:
+    """Rows ``start .. stop`` of one HDF5 data set; the file is opened only while rows are read.
+
+    ``identity`` is the file's own identity when the column was made (None for a file that has none): rows of a file
+    that was replaced since are never returned as if they were the old ones.
+    """
+
+    file: str
+    name: str
+    start: int
+    stop: int
+    width: tuple[int, ...]
+    dtype: torch.dtype
+    identity: str | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.width)
+
+    def slice(self, start: int, stop: int) -> DiskColumn:
+        return DiskColumn(
+            self.file, self.name, self.start + start, self.start + stop, self.width, self.dtype, self.identity
+        )
+
+    @contextmanager
+    def reader(self, copied: bool = False) -> Iterator[Callable[[int, int], Tensor]]:
+        """A function ``(start, stop) -> rows`` that keeps the file open for as long as the context lasts.
+
+        Unless ``copied`` the rows may be the file itself (see ``MappedRows``): not to be kept for longer.
+        """
+        from ood_scores.features.storage.mmap import mapped_rows
+        from ood_scores.features.storage.reading import open_to_read
+
+        with open_to_read(self.file) as h5:
+            if h5.attrs.get("identity") != self.identity:
+                raise CacheError(f"{self.file} was replaced since it was loaded: load it again.")
+            dataset = h5[self.name]
+            mapped = None if copied else mapped_rows(dataset)
+            read = mapped.read if mapped else lambda start, stop: dataset[start:stop]
+            yield lambda start, stop: torch.from_numpy(_native(read(self.start + start, self.start + stop)))
+
+
+@dataclass(frozen=True)
+class CombinedColumn:
+    """Rows that are computed from the same rows of other columns whenever they are read; nothing is kept."""
+
+    parts: tuple[Column, ...]
+    combine: Callable[[Sequence[Tensor]], Tensor]
+
+    @cached_property
+    def _like(self) -> Tensor:
+        return self.combine([torch.zeros((1, *part.shape[1:]), dtype=part.dtype) for part in self.parts])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.parts[0].shape[0], *self._like.shape[1:])
+
+    def slice(self, start: int, stop: int) -> CombinedColumn:
+        return CombinedColumn(tuple(take(part, start, stop) for part in self.parts), self.combine)
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[int, int], Tensor]]:
+        with ExitStack() as stack:
+            readers = [stack.enter_context(reader(part)) for part in self.parts]
+            yield lambda start, stop: self.combine([read(start, stop) for read in readers])
+
+
+Column: TypeAlias = "Tensor | DiskColumn | CombinedColumn"
+
+
+@contextmanager
+def reader(column: Column) -> Iterator[Callable[[int, int], Tensor]]:
+    """A function ``(start, stop) -> rows`` of any column."""
+    if not isinstance(column, Tensor):
+        with column.reader() as read:
+            yield read
+    else:
+        yield lambda start, stop: column[start:stop]
+
+
+def as_column(name: str, values: Any) -> Column:
+    """A column from a torch tensor, a NumPy array (shared, not copied), a list or an open h5py data set (lazy)."""
+    if isinstance(values, (DiskColumn, CombinedColumn)):
+        return values
+    if isinstance(values, Tensor):
+        return values.detach()
+    try:
+        if type(values).__module__.startswith("h5py"):
+            return _disk_column(values)
+        return torch.from_numpy(_native(np.ascontiguousarray(values)))
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{name} must be a torch tensor, a NumPy array or an open h5py data set: {error}") from error
+
+
+def read_all(column: Column) -> Tensor:
+    with column.reader(copied=True) if isinstance(column, DiskColumn) else reader(column) as read:
+        return read(0, column.shape[0])
+
+
+def take(column: Column, start: int, stop: int) -> Column:
+    """Rows ``start .. stop``; a column on disk stays there."""
+    return column[start:stop] if isinstance(column, Tensor) else column.slice(start, stop)
+
+
+def gather(column: Column, rows: Tensor) -> Tensor:
+    """The given rows, in the given order, in memory; a column on disk is passed over once, in runs."""
+    if isinstance(column, Tensor):
+        return column[rows.to(column.device)]
+    if isinstance(column, CombinedColumn):
+        return column.combine([gather(part, rows) for part in column.parts])
+    ordered, position = rows.sort()
+    found = torch.empty((len(rows), *column.width), dtype=column.dtype)
+    run = 16384
+    with column.reader() as read:
+        for start in range(0, column.shape[0], run):
+            first, last = torch.searchsorted(ordered, torch.tensor([start, start + run])).tolist()
+            if first < last:
+                found[position[first:last]] = read(start, min(start + run, column.shape[0]))[
+                    ordered[first:last] - start
+                ]
+    return found
+
+
+def _disk_column(dataset: h5py.Dataset) -> DiskColumn:
+    if not dataset or not dataset.shape:
+        raise ValueError("it is closed or has no rows")
+    dtype = torch.from_numpy(_native(np.empty(0, dtype=dataset.dtype))).dtype
+    identity = dataset.file.attrs.get("identity")
+    file = os.path.abspath(dataset.file.filename)
+    return DiskColumn(file, dataset.name, 0, dataset.shape[0], tuple(dataset.shape[1:]), dtype, identity)
+
+
+def _native(values: np.ndarray) -> np.ndarray:
+    """The array in this machine's byte order, the only one torch knows."""
+    return values.astype(values.dtype.newbyteorder("="), copy=False)

@@ -1,0 +1,122 @@
+"""Shards: the files that several processes write, each with its own rows, and the cache that reads them as one.
+
+The joined cache holds no rows: its columns are HDF5 virtual data sets over those of the shards, which stay beside it
+and move with it. Every shard is a cache of its own.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from ood_scores.errors import DamagedCache, ForeignFile, ShapeMismatch, StaleCache
+from ood_scores.features.provenance import Provenance
+from ood_scores.features.storage import cache as caches
+from ood_scores.features.storage.files import LockedFile, disk_errors, temporary_beside
+from ood_scores.features.storage.reading import open_to_read
+
+
+def shard_path(cache: Path, rank: int, count: int) -> Path:
+    return cache.with_name(f"{cache.name}.shard-{rank}-of-{count}.h5")
+
+
+def require_no_others(cache: Path, count: int = 1) -> None:
+    """Raises StaleCache if there are shards beside the cache of another number of processes than ``count``."""
+    others = {of for of in _shards_beside(cache).values() if of != count}
+    if others:
+        raise StaleCache(
+            f"an extraction to {cache} by {min(others)} processes has not finished: continue it with torchrun "
+            f"--nproc-per-node {min(others)}, or pass overwrite=True to extract again."
+        )
+
+
+def remove(cache: Path, keep: int = 0) -> None:
+    """Removes the shards of a cache that is replaced, but those of ``keep`` processes."""
+    for shard, count in _shards_beside(cache).items():
+        if count != keep:
+            caches.check_replaceable(shard)
+            shard.unlink()
+
+
+def join(cache: Path, shards: Mapping[Path, Provenance]) -> None:
+    """Puts the cache that reads the shards as one file in its place.
+
+    Args:
+        cache: its path, in the folder of the shards.
+        shards: finished ones in the order of their rows, and what must have made each.
+
+    Raises:
+        StaleCache, UnfinishedCache, ShapeMismatch, DamagedCache: a shard is not what it must be.
+        CacheWriteFailed: the disk refused.
+    """
+    with ExitStack() as stack:
+        parts = [stack.enter_context(_opened(shard, wanted)) for shard, wanted in shards.items()]
+        columns = _columns_of_all(parts)
+        counts = [caches.state(part).rows for part in parts]
+        made_by = replace(caches.state(parts[0]).provenance, shard=None)  # type: ignore[type-var]
+        attributes = {"compressed": False, "growing": False} | caches.identifying(made_by)
+        with disk_errors(cache, 0), temporary_beside(cache) as temporary, LockedFile(temporary, "x+") as file:
+            with h5py.File(file, "w", alignment_threshold=1, alignment_interval=8) as h5:
+                caches.write_header(h5, cache, caches.read_head(parts[0]), attributes)
+                h5["shards/file"] = [shard.name for shard in shards]
+                h5["shards/identity"] = [part.attrs["identity"] for part in parts]
+                h5["progress"][:] = sum(counts), 1
+                if "extras" in parts[0]:
+                    h5.create_group("extras", track_order=True)
+                for name, (width, dtype) in columns.items():
+                    h5.create_virtual_dataset(name, _one_after_the_other(name, width, dtype, list(shards), counts))
+            file.check()
+            os.fsync(file.fileno())
+            os.replace(temporary, cache)
+
+
+def _shards_beside(cache: Path) -> dict[Path, int]:
+    """The shards beside the cache, whatever made them, and of how many each is one."""
+    of = re.compile(re.escape(cache.name) + r"\.shard-\d+-of-(\d+)\.h5")
+    files = sorted(cache.parent.glob(f"{glob.escape(cache.name)}.shard-*.h5"))
+    return {file: int(found[1]) for file in files if (found := of.fullmatch(file.name))}
+
+
+@contextmanager
+def _opened(shard: Path, wanted: Provenance) -> Iterator[h5py.File]:
+    """The finished shard that ``wanted`` made."""
+    if not shard.exists():
+        raise DamagedCache(f"there is no {shard}: all processes must write to one folder that each of them sees.")
+    with open_to_read(shard) as h5:
+        caches.require_finished(h5)
+        made_by = caches.state(h5).provenance
+        if made_by is None:
+            raise ForeignFile(f"{shard} does not say what made it.")
+        made_by.require_same(wanted, str(shard))
+        yield h5
+
+
+def _columns_of_all(parts: Sequence[h5py.File]) -> caches.Shapes:
+    first, *others = [
+        {name: (part[name].shape[1:], part[name].dtype) for name in caches.column_names(part)} for part in parts
+    ]
+    for part, columns in zip(parts[1:], others, strict=True):
+        if columns != first:
+            raise ShapeMismatch(f"{part.filename} has columns {columns}, {parts[0].filename} has {first}.")
+    return first
+
+
+def _one_after_the_other(
+    name: str, width: tuple[int, ...], dtype: np.dtype, shards: Sequence[Path], counts: Sequence[int]
+) -> h5py.VirtualLayout:
+    layout = h5py.VirtualLayout((sum(counts), *width), dtype)
+    start = 0
+    for shard, count in zip(shards, counts, strict=True):
+        if count:
+            literal = shard.name.replace("%", "%%")  # HDF5 takes it for a pattern
+            layout[start : start + count] = h5py.VirtualSource(literal, name, (count, *width))
+        start += count
+    return layout

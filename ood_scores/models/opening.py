@@ -1,0 +1,221 @@
+"""Models by timm's names, with timm's weights or those of a checkpoint; opening a checkpoint never runs its code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import PretrainedCfg, clean_state_dict
+from torch import Tensor, nn
+from torchvision.transforms import Compose, Grayscale
+
+import ood_scores.models.networks  # noqa: F401  makes timm know the CIFAR networks
+from ood_scores.errors import BadInput, CheckpointError, UnknownName
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Where training scripts put the weights; averaged weights first, as timm takes them."""
+
+
+def load_model(
+    name: str, checkpoint: str | os.PathLike[str] | None = None, num_classes: int | None = None, **arguments: Any
+) -> nn.Module:
+    """A timm model in eval mode.
+
+    A checkpoint that this package trained also says the arguments that its network was made with.
+
+    Args:
+        name: timm's name, with or without a tag (``"resnet50"``, ``"resnet50.a1_in1k"``); the CIFAR networks of
+            ``ood_scores.models.networks`` are known too.
+        checkpoint: a ``.safetensors`` file or one of ``torch.save``; without it the pretrained weights are fetched.
+        num_classes: of the checkpoint; by default as many as its classifier has.
+        **arguments: further ones of ``timm.create_model``.
+
+    Raises:
+        UnknownName: timm has no such model.
+        CheckpointError: the checkpoint is missing, unsafe, damaged or of another architecture; or there is none, and
+            the pretrained weights do not exist or cannot be fetched.
+        BadInput: ``num_classes`` without a checkpoint; or an argument that the model does not take.
+    """
+    config = _known_config(name)
+    if checkpoint is not None:
+        return _from_checkpoint(name, config, Path(checkpoint), num_classes, arguments).eval()
+    if num_classes is not None:
+        raise BadInput("num_classes goes with a checkpoint; pretrained weights have their own classes.")
+    return _pretrained(name, arguments).eval()
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights in a checkpoint by name, without the wrappers and prefixes that training scripts add.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, holds something else than weights, or would run code if opened.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}.")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not (isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values())):
+        raise CheckpointError(
+            f"{path} holds no weights by name: save model.state_dict(), alone or under one of {', '.join(WRAPPERS)}."
+        )
+    return clean_state_dict(dict(content))
+
+
+def preprocessing(
+    model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, **changes: Any
+) -> Callable[[Any], Any]:
+    """The evaluation transform of a timm model, from a PIL image to its input.
+
+    Args:
+        model: decides size, crop, interpolation and normalisation. One that takes grey images gets them grey,
+            normalised with the means of the three channels' values.
+        mean: in place of the model's own, for pixels in 0 .. 1: one number, or one for each channel.
+        std: likewise.
+        **changes: in place of other entries of timm's data configuration: ``input_size`` (height, width),
+            ``crop_pct``, ``crop_mode``, ``interpolation``.
+
+    Raises:
+        BadInput: another number of values, or a standard deviation that is not positive.
+    """
+    channels = _channels(model)
+    config = resolve_model_data_config(model) | changes
+    config["mean"] = _per_channel("mean", mean or config["mean"], channels)
+    config["std"] = _per_channel("std", std or config["std"], channels)
+    if min(config["std"]) <= 0:
+        raise BadInput(f"std must be positive, got {config['std']}.")
+    transform = create_transform(**config, is_training=False)
+    return Compose([Grayscale(), transform]) if channels == 1 else transform
+
+
+def _known_config(name: str) -> PretrainedCfg | None:
+    """What timm knows of a model's weights; None for one that is registered without any."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise UnknownName(f"timm has no model {name!r}; close are: {', '.join(close) or 'none'}.")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UnknownName(f"timm has no model {name!r}: {_first_sentence(error)}.") from error
+
+
+def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        return _create(name, pretrained=True, **arguments)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"timm gives no pretrained weights for {name!r} ({_first_sentence(error)}). Try again where the "
+            "network is reachable, or pass a checkpoint file."
+        ) from error
+
+
+def _create(name: str, **arguments: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise BadInput(f"{name!r} cannot be made with {', '.join(arguments)}: {_first_sentence(error)}.") from error
+
+
+def _from_checkpoint(
+    name: str, config: PretrainedCfg | None, path: Path, num_classes: int | None, arguments: Mapping[str, Any]
+) -> nn.Module:
+    state = read_checkpoint(path)
+    sizes = {**arguments_of(path, name), **arguments}
+    if num_classes or (num_classes := _size(state, getattr(config, "classifier", None), axis=0)):
+        sizes["num_classes"] = num_classes
+    if _size(state, getattr(config, "first_conv", None), axis=1) == 1:
+        sizes["in_chans"] = 1
+    model = _create(name, **sizes)
+    _fill(model, state, name, path)
+    return model
+
+
+def arguments_of(path: Path, name: str) -> dict[str, Any]:
+    """What a checkpoint of ``ood_scores.training`` says that its network was made with; nothing for another's."""
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        facts = file.metadata() or {}
+    known = "arguments" in facts and json.loads(facts.get("architecture", "null")) == name
+    return json.loads(facts["arguments"]) if known else {}
+
+
+def _size(state: Mapping[str, Tensor], module: str | Sequence[str] | None, axis: int) -> int | None:
+    """The size of a module's weight along an axis, where the state has it; of several modules the first counts."""
+    first = module if isinstance(module, str) else next(iter(module or ()), None)
+    weight = state.get(f"{first}.weight")
+    return None if weight is None or weight.ndim <= axis else weight.shape[axis]
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> None:
+    own = model.state_dict()
+    wrong = [
+        f"{key} is {list(state[key].shape)}, wants {list(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    if not wrong:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        wrong = [f"{key} is missing" for key in missing] + [f"{key} is not of this model" for key in unexpected]
+    if wrong:
+        more = f"; and {len(wrong) - 4:,} more" if len(wrong) > 4 else ""
+        raise CheckpointError(f"{path} does not fit {name!r}: {'; '.join(sorted(wrong)[:4])}{more}.")
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({_first_sentence(error)}).") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data: timm keeps its options in one
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint.") from error
+        raise CheckpointError(
+            f"{path} holds more than weights: opening it would call {wanted[1]}, so it is not opened. If you trust it, "
+            "save its state_dict alone, best as safetensors."
+        ) from error
+
+
+def _channels(model: nn.Module) -> int:
+    """1 if the first convolution takes grey images, else 3 (a stem may have folded pixels into further channels)."""
+    config: Any = getattr(model, "pretrained_cfg", {})
+    return 1 if _size(model.state_dict(), config.get("first_conv"), axis=1) == 1 else 3
+
+
+def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) == 1:
+        return (values[0],) * channels
+    if channels == 1 and len(values) == 3:
+        return (sum(values) / 3,)
+    if len(values) != channels:
+        raise BadInput(f"{name} has {len(values)} values, the model takes {channels} channels.")
+    return tuple(values)
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"\.\s|\n", str(error), maxsplit=1)[0].rstrip(".")

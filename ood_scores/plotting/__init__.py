@@ -1,0 +1,1 @@
+"""Figures of scores, feature norms, and neural collapse."""

@@ -1,0 +1,276 @@
+"""Distances to in-distribution neighbours."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ood_scores.errors import BadInput
+from ood_scores.features import Block, FeatureSet
+from ood_scores.features.block import row_norm
+from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.row_samples import Energies, Rows
+from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.gaussian import squared_distances
+from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
+from ood_scores.scorers.numerics.faiss_index import kept_index, trained_index
+
+CLOSE = 0.1
+"""Neighbours nearer than this share of the row's norm are searched for in float64."""
+
+BANK_PIECE = 4096
+"""Rows of the bank that are widened to float64 at a time."""
+
+AROUND = 4
+"""How many neighbours before and after the k-th ``knn`` looks at in float64."""
+
+SPARE = 10
+"""How many neighbours more than asked for ``nnguide`` looks at in float64."""
+
+
+@dataclass
+class _BankScorer(Scorer):
+    """What ``knn`` and ``nnguide`` share: candidates from a search of the bank in float32, judged in float64.
+
+    Scorers of one pass that search the same normalised bank search it once, together: their inner products with the
+    bank are the same matrix. Alone, each leaves the search to faiss, which finds a single list sooner.
+    """
+
+    bank_: Tensor = field(init=False, repr=False, compare=False)
+
+    @abstractmethod
+    def search(self, rows: Tensor) -> Tensor:
+        """The numbers of each row's candidates, best first, from an index of the scorer's own."""
+
+    @abstractmethod
+    def wanted(self) -> Wanted:
+        """What a search of the normalised bank has to find."""
+
+    @abstractmethod
+    def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
+        """The scores, from the candidates' numbers."""
+
+    def scored_with(self) -> Hashable:
+        return "bank", self.bank_.data_ptr(), tuple(self.bank_.shape)
+
+    @abstractmethod
+    def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:
+        """The scores without an index, as a traced graph needs them: everything in float64."""
+
+    def score_block(self, block: Block) -> Tensor:
+        rows = self._rows(block)
+        if torch.compiler.is_compiling():
+            return self.score_against_all(block, rows, self.bank_.to(rows))
+        return self.judge(block, rows, self.search(rows))
+
+    def score_together(self, block: Block, scorers: Sequence[Scorer]) -> list[Tensor]:
+        together = [scorer for scorer in scorers if isinstance(scorer, _BankScorer)]
+        rows = block.space("features", True).cpu()
+        found = search_unit_rows(rows.float(), [scorer._remembered_wanted() for scorer in together])
+        return [scorer.judge(block, rows, candidates) for scorer, candidates in zip(together, found, strict=True)]
+
+    def _remembered_wanted(self) -> Wanted:
+        """``wanted()`` of this bank, with the ranking that it makes once."""
+        known: tuple[Tensor, Wanted] | None = getattr(self, "_asked", None)
+        if known is None or known[0] is not self.bank_:
+            self._asked = self.bank_, self.wanted()
+        return self._asked[1]
+
+    def _rows(self, block: Block) -> Tensor:
+        return block.space("features", True).cpu()
+
+
+@register_scorer("knn")
+@dataclass
+class KNN(_BankScorer):
+    """Minus the Euclidean distance to the k-th nearest in-distribution feature.
+
+    Fits a bank: the (L2-normalised) features of the fit set, float32, for a faiss index.
+
+    Source: Sun et al. 2022, "Out-of-Distribution Detection with Deep Nearest Neighbors"; k = 50 is their choice for
+    CIFAR-10 (200 for CIFAR-100, 1,000 for all of ImageNet). Neighbours are found in float32; the distances of the k-th
+    and of ``AROUND`` on either side of it are then computed in float64 from the differences, and the k-th chosen. The
+    search expands ``|x - y|^2 = |x|^2 + |y|^2 - 2xy``, which cannot tell apart neighbours much nearer than the features
+    are long, as those of a collapsed network are: rows with such a neighbour (``CLOSE``) are searched for again in
+    float64, if the index is exact. A feature of zeros stays zero under normalisation.
+
+    Fails where OoD rows lie between the classes, as near to the bank as ID rows are; and where k is more than the rows
+    of a class.
+
+    Args:
+        k: which neighbour.
+        normalize: L2-normalise features at fit and at score.
+        index: a faiss factory string; ``"Flat"`` is exact. Others (``"IVF1024,Flat"``, ``"HNSW32"``, ``"PCA64,Flat"``)
+            trade accuracy for speed and are trained on the bank; what was trained on a cache is kept in a file beside
+            it, and read by the next fit with the same parameters.
+        share: the share of the fit rows that make up the bank, 1% in some of the paper's runs on ImageNet. They are
+            chosen by a hash of their features, so that the order of the rows does not matter.
+        seed: of that choice.
+
+    Cost: one inner product with every bank row for each row, the same that ``nnguide`` takes if both are scored in one
+    pass; ``4 D`` bytes for each bank row, twice where faiss searches.
+    """
+
+    k: int = 50
+    normalize: bool = True
+    index: str = "Flat"
+    share: float = 1.0
+    seed: int = 0
+    needs = ("features",)
+    fit_needs = ("features",)
+
+    def __post_init__(self) -> None:
+        self.require_count("k")
+        self.require(0 < self.share <= 1, f"share must be more than 0 and at most 1, got {self.share}")
+
+    def statistics(self) -> Sequence[Statistic]:
+        return (Rows(self.normalize, self.share, self.seed if self.share < 1 else 0),)
+
+    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        (self.bank_,) = (found[statistic] for statistic in self.statistics())
+        if len(self.bank_) < self.k:
+            raise BadInput(f"knn: k={self.k} neighbours need as many rows to fit, got {len(self.bank_)}: lower k.")
+        if not self.bank_.isfinite().all():
+            raise BadInput("knn: the features hold values beyond float32, in which faiss computes: scale them down.")
+        self._index: Any = None
+        if self.index != "Flat":
+            self._index = kept_index(self.index, self.bank_, feats, repr(self.statistics()))
+
+    def fitted_state(self) -> dict[str, Any]:
+        """An exact index is its bank; any other may come out differently when it is built again."""
+        import faiss
+
+        state = super().fitted_state()
+        return state if self.index == "Flat" else state | {"index": faiss.serialize_index(self._index)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        import faiss
+
+        super().restore({name: value for name, value in state.items() if name != "index"})
+        self._index = faiss.deserialize_index(state["index"]) if "index" in state else None
+
+    def scored_with(self) -> Hashable:
+        return super().scored_with() if self.normalize and self.index == "Flat" else None
+
+    def wanted(self) -> Wanted:
+        return Wanted(self.bank_, min(self.k + AROUND, len(self.bank_)))
+
+    def search(self, rows: Tensor) -> Tensor:
+        self._index = self._index if getattr(self, "_index", None) else trained_index(self.index, self.bank_)
+        count = self.wanted().count if self.index == "Flat" else self.k
+        _, found = self._index.search(rows.float().contiguous().numpy(), count)
+        if (found < 0).any():
+            raise BadInput(
+                f"knn: the index {self.index!r} found fewer than k={self.k} neighbours: lower k or use 'Flat'."
+            )
+        return torch.from_numpy(found)
+
+    def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
+        first = max(0, self.k - 1 - AROUND) if self.index == "Flat" else self.k - 1
+        distances = self._distances(rows, candidates[:, first:]).sort(dim=1).values[:, self.k - 1 - first]
+        close = distances < CLOSE * row_norm(rows, 2.0)
+        if self.index == "Flat" and close.any():
+            kth = kth_neighbours(rows[close], self.bank_, self.k)
+            distances[close] = self._distances(rows[close], kth[:, None])[:, 0]
+        return -distances
+
+    def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:
+        nearest = squared_distances(rows, bank).topk(self.k, dim=1, largest=False).values
+        return -nearest.amax(dim=1).sqrt()
+
+    def _rows(self, block: Block) -> Tensor:
+        return block.space("features", self.normalize).cpu()
+
+    def _distances(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """From each row to some rows of the bank, ``[B, K]``."""
+        columns = [(rows - self.bank_[column]).square_().sum(dim=1).sqrt_() for column in numbers.unbind(dim=1)]
+        return torch.stack(columns, dim=1)
+
+
+def kth_neighbours(rows: Tensor, bank: Tensor, k: int) -> Tensor:
+    """The number of each row's k-th nearest bank row, ``[B]``: exact, in float64, a piece of the bank at a time."""
+    nearest, numbers = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
+    for start in range(0, len(bank), BANK_PIECE):
+        distances = squared_distances(rows, bank[start : start + BANK_PIECE].double())
+        found = torch.arange(start, start + distances.shape[1]).expand(len(rows), -1)
+        nearest, numbers = torch.cat([nearest, distances], dim=1), torch.cat([numbers, found], dim=1)
+        nearest, chosen = nearest.topk(min(k, nearest.shape[1]), dim=1, largest=False)
+        numbers = numbers.gather(1, chosen)
+    return numbers[:, -1]
+
+
+@register_scorer("nnguide")
+@dataclass
+class NNGuide(_BankScorer):
+    """Energy times the mean of the k largest inner products with a bank of energy-weighted neighbours.
+
+    ``E(x) 1/k sum_{the k largest} E(z_i) <z/||z||, z_i/||z_i||>`` with ``E = logsumexp(f)``.
+
+    Fits a bank, the L2-normalised features of the fit rows in float32, and their energies.
+
+    Source: Park et al. 2023, "Nearest Neighbor Guidance for Out-of-Distribution Detection"; k = 10 is theirs, and so
+    is a bank of 1% of ImageNet's rows (``share=0.01``); by default all rows are in it. The search finds ``SPARE`` more
+    than k candidates in float32; their inner products are computed again, and the k largest chosen, in float64. A
+    feature of zeros stays zero, and scores 0.
+
+    Fails where energies are negative: the signs of both factors then turn the order around.
+
+    Args:
+        k: how many neighbours.
+        share: the share of the fit rows that make up the bank, chosen by a hash of their features.
+        seed: of that choice.
+
+    Cost: one inner product with every bank row for each row, the same that ``knn`` takes if both are scored in one
+    pass; ``4 D`` bytes for each bank row, twice where faiss searches.
+    """
+
+    k: int = 10
+    share: float = 1.0
+    seed: int = 0
+    energies_: Tensor = field(init=False, repr=False, compare=False)
+    needs = ("features", "logits")
+    fit_needs = ("features", "logits")
+
+    def __post_init__(self) -> None:
+        self.require_count("k")
+        self.require(0 < self.share <= 1, f"share must be more than 0 and at most 1, got {self.share}")
+
+    def statistics(self) -> Sequence[Statistic]:
+        draw = (self.share, self.seed if self.share < 1 else 0)
+        return Rows(True, *draw), Energies(*draw)
+
+    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        self.bank_, self.energies_ = (found[statistic] for statistic in self.statistics())
+        if len(self.bank_) < self.k:
+            raise BadInput(f"nnguide: k={self.k} neighbours need as many bank rows, got {len(self.bank_)}: lower k.")
+        if not self.energies_.float().isfinite().all():
+            raise BadInput("nnguide: the logits are beyond float32, in which faiss computes: scale them down.")
+        self._index: Any = None
+
+    def wanted(self) -> Wanted:
+        return Wanted(self.bank_, min(self.k + SPARE, len(self.bank_)), self.energies_)
+
+    def search(self, rows: Tensor) -> Tensor:
+        self._index = self._index if getattr(self, "_index", None) else self._build_index()
+        return torch.from_numpy(self._index.search(rows.float().contiguous().numpy(), self.wanted().count)[1])
+
+    def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
+        products = torch.stack([(rows * self.bank_[column]).sum(dim=1) for column in candidates.unbind(dim=1)], dim=1)
+        guidance = (products * self.energies_[candidates]).topk(self.k, dim=1).values.mean(dim=1)
+        return block.logsumexp().cpu() * guidance
+
+    def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:
+        guidance = (rows @ bank.T * self.energies_.to(rows)).topk(self.k, dim=1).values.mean(dim=1)
+        return block.logsumexp() * guidance
+
+    def _build_index(self) -> Any:
+        import faiss
+
+        index = faiss.IndexFlatIP(self.bank_.shape[1])
+        index.add((self.bank_ * self.energies_.float()[:, None]).numpy())
+        return index

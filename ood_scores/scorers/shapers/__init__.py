@@ -1,0 +1,1 @@
+"""Activation shapers: each reshapes the features that another scorer reads."""

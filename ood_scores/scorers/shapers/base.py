@@ -1,0 +1,128 @@
+"""Composition: what an activation shaper is, around any scorer."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ood_scores.features import Block, FeatureSet, Head
+from ood_scores.features.statistics.collect import Statistic, require_finite
+from ood_scores.scorers.base import Scorer, as_scorer
+
+
+@dataclass
+class Shaper(Scorer):
+    """Reshapes features or logits and has another scorer, ``base``, score the outcome.
+
+    ``base`` is a name or a Scorer, another shaper included: ``create_scorer("react", base="gradnorm")``,
+    ``create_scorer("react", base=create_scorer("ash_s", base="msp"))``. The outermost shapes first. What the base reads
+    is needed, except the logits, which are made anew from the shaped features by the head; a base that is fitted is
+    fitted on the shaped fit set, in a second pass over it. A base given as a Scorer is copied, never changed.
+
+    A new shaper writes ``shape``; if it is fitted, ``fit_reads``, ``statistics`` and ``fit_shape``.
+    """
+
+    base: str | Scorer = field(default="energy", kw_only=True)
+    shapes: ClassVar[Sequence[str]] = ("features", "logits")
+    fit_reads: ClassVar[Sequence[str]] = ()
+
+    def __post_init__(self) -> None:
+        self._inner = copy.deepcopy(as_scorer(self.base))
+        changed = " or ".join(self.shapes)
+        self.require(
+            bool(set(self.shapes) & set(self._inner.needs)),
+            f"it changes {changed}, which base={self._inner.name!r} does not read: it would change nothing",
+        )
+        self.needs = self.reads(self._inner.needs)
+        self.fit_needs = self.fit_reads
+        if self._inner.fit_needs:
+            self.fit_needs = tuple(dict.fromkeys([*self.fit_reads, *self.reads(self._inner.fit_needs)]))
+
+    def reads(self, names: Sequence[str]) -> tuple[str, ...]:
+        """What has to be there so that the base finds ``names`` in the shaped block: for logits, the head."""
+        return tuple(dict.fromkeys(["features", *("head" if name == "logits" else name for name in names)]))
+
+    @property
+    def makes_logits(self) -> bool:
+        """Whether the base reads logits at all."""
+        return "logits" in {*self._inner.needs, *self._inner.fit_needs}
+
+    @abstractmethod
+    def shape(self, block: Block) -> Block:
+        """The same rows, shaped."""
+
+    def shaped_head(self, head: Head | None) -> Head | None:
+        """The head of the shaped blocks."""
+        return head
+
+    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        """Fits the shaper itself, from the collected statistics."""
+
+    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        self.fit_shape(found, feats)
+        self._inner.fit(ShapedSet(feats, self))
+
+    def fitted_state(self) -> dict[str, Any]:
+        return super().fitted_state() | {"base": self._inner}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore({name: value for name, value in state.items() if name != "base"})
+        self._inner = state["base"]
+
+    def score_block(self, block: Block) -> Tensor:
+        return self._inner.score_block(self.shape(block))
+
+
+class ShapedSet(FeatureSet):
+    """A feature set whose blocks are shaped as they are read; nothing is kept."""
+
+    def __init__(self, feats: FeatureSet, shaper: Shaper) -> None:
+        self._feats, self._shaper = feats, shaper
+        self._columns, self.provenance = feats._columns, feats.provenance
+        self.head = shaper.shaped_head(feats.head)
+        self.statistics = {}
+
+    @property
+    def features(self) -> Tensor:
+        return torch.cat([block.features for block in self.blocks()])
+
+    @property
+    def logits(self) -> Tensor | None:
+        return torch.cat([block.logits for block in self.blocks()]) if self.has("logits") else None
+
+    def has(self, name: str) -> bool:
+        return self._shaper.makes_logits if name == "logits" else super().has(name)
+
+    def __getitem__(self, rows: slice | Any) -> FeatureSet:
+        return ShapedSet(self._feats[rows], self._shaper)
+
+    def blocks(
+        self,
+        rows: int | None = None,
+        device: torch.device | str | None = None,
+        *,
+        only: Iterable[str] | None = None,
+    ) -> Iterator[Block]:
+        read = None if only is None else self._shaper.reads(tuple(only))
+        for block in self._feats.blocks(rows, device, only=read):
+            require_finite(block, self._feats)  # a shaper may hide what is not
+            yield self._shaper.shape(block)
+
+
+@dataclass
+class FeatureShaper(Shaper):
+    """A shaper of the features; the head makes their logits."""
+
+    @abstractmethod
+    def shape_features(self, features: Tensor) -> Tensor:
+        """Shaped features ``[B, D]``; the given ones are left alone."""
+
+    def shape(self, block: Block) -> Block:
+        features = self.shape_features(block.features)
+        return block.replaced(features=features, logits=block.head(features) if self.makes_logits else None)

@@ -1,0 +1,274 @@
+"""What a benchmark finds is what the package finds piece by piece; a second run reads it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from benchmarks_in_small import CLASSES, ROWS, one_thread_and_no_report, part, spec, write_data  # noqa: F401  a fixture
+from numpy.testing import assert_allclose
+
+import ood_scores
+from ood_scores.benchmark import Results, load_results, run
+from ood_scores.benchmark.results import COLUMNS
+from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Published, ScorerTable, Search
+from ood_scores.evaluation import metrics
+from ood_scores.evaluation.long_tail import sc_ood
+from ood_scores.evaluation.neural_collapse import neural_collapse
+from ood_scores.evaluation.uncertainty import auroc_interval, bootstrap
+from ood_scores.models import opening
+
+METRICS = ["auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "n_id", "n_ood"]
+TIMES = ["fit_seconds", "score_microseconds"]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the network has not learnt some classes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder, checkpoints=3)
+    return folder
+
+
+def results(data: Path, out: Path, *parts: Part) -> Results:
+    return run(spec(*parts), out=out, data=data, jobs=1, progress=False)
+
+
+def caches(out: Path) -> dict[str, ood_scores.FeatureSet]:
+    """By the name of the set, of a run with one cache for each."""
+    return {path.name.rsplit("-", 1)[0]: ood_scores.load(path) for path in out.glob("caches/*/*.h5")}
+
+
+def named(*names: str) -> tuple[ScorerTable, ...]:
+    return tuple(ScorerTable(name, name) for name in names)
+
+
+# ---- all scorers
+
+
+@pytest.fixture(scope="module")
+def everything(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    out = tmp_path_factory.mktemp("everything")
+    published = (
+        Published("Net", "msp", "mean", "auroc", 50.0, "Nobody"),
+        Published("Net", None, None, "accuracy", 20.0, "Nobody"),
+        Published("Net", None, None, "nc4", 0.5, "Nobody"),
+        Published("Net", "odin", "far", "fpr95_id", 10.0, "Nobody"),
+    )
+    return results(data, out, part(measures=("neural_collapse", "long_tail"), published=published))
+
+
+def test_the_table_is_what_evaluate_gives_on_the_caches(everything: Results) -> None:
+    feats = caches(everything.folder)
+    assert {name: len(each) for name, each in feats.items()} == {
+        n: ROWS[n] for n in ("fits", "test", "cousins", "dark")
+    }
+    scorers = list(dict.fromkeys(everything.table["scorer"]))
+    assert {"msp", "gradnorm", "knn", "vim", "mahalanobis"} <= set(scorers)
+    ood = {name: feats[name] for name in ("cousins", "dark")}
+    again = ood_scores.evaluate(scorers, id=feats["test"], ood=ood, fit=feats["fits"])
+    columns = ["scorer", "ood", *METRICS]
+    pd.testing.assert_frame_equal(everything.table[columns], again[columns], check_dtype=False)
+    assert list(everything.table.columns) == list(COLUMNS)
+    assert (everything.table["id_accuracy"] == again.attrs["id_accuracy"]).all()
+    assert dict(zip(everything.table["ood"], everything.table["group"], strict=True)) == {
+        "cousins": "near",
+        "dark": "far",
+    }
+
+
+def test_intervals_and_scores(everything: Results) -> None:
+    (scored,) = everything.scored
+    feats = caches(everything.folder)
+    assert_allclose(scored.scores["energy"]["id"], ood_scores.score("energy", feats["test"]), rtol=0)
+    assert_allclose(scored.scores["knn"]["dark"], ood_scores.score("knn", feats["dark"], feats["fits"]), rtol=0)
+    inside, outside = scored.scores["knn"]["id"], scored.scores["knn"]["cousins"]
+    row: Any = everything.table.set_index(["scorer", "ood"]).loc[("knn", "cousins")]
+    auroc, fpr = auroc_interval(inside, outside), bootstrap(inside, outside, "fpr95_ood")
+    assert (row["auroc_low"], row["auroc_high"]) == (auroc.low, auroc.high)
+    assert (row["fpr95_ood_low"], row["fpr95_ood_high"]) == (fpr.low, fpr.high)
+    assert torch.equal(scored.labels["id"], torch.arange(40) % CLASSES)
+    logits: Any = feats["cousins"].logits
+    assert torch.equal(scored.predictions["cousins"], logits.argmax(dim=1))
+    assert (list(scored.origins["dark"]), scored.rows["dark"].tolist()) == (["dark"] * 25, list(range(25)))
+
+
+def test_costs_parameters_and_provenance(everything: Results) -> None:
+    table: Any = everything.table.set_index("scorer")
+    assert (table["score_microseconds"] > 0).all()
+    assert (table.loc["msp", "fit_seconds"] == 0).all()
+    assert (table.loc["knn", "fit_seconds"] > 0).all()
+    row = table.iloc[0]
+    made_by: Any = caches(everything.folder)["test"].provenance
+    assert (row["weights_sha256"], row["id_sha256"]) == (made_by.weights_sha256, made_by.data_sha256)
+    assert json.loads(row["versions"])["torch"] == version("torch")
+    assert json.loads(table.loc["knn", "parameters"].iloc[0])["k"] == 50
+
+
+def test_measures_and_what_was_published(everything: Results) -> None:
+    feats = caches(everything.folder)
+    measures = everything.measures.set_index("measure")["value"]
+    assert measures["nc4"] == neural_collapse(feats["fits"]).nc4
+    assert {"ece", "accuracy_many", "accuracy_few"} <= set(measures.index)
+    table = everything.table.set_index(["scorer", "ood"])["auroc"]
+    ours = [50 * (table["msp", "cousins"] + table["msp", "dark"]), 100 * measures["accuracy"], measures["nc4"], np.nan]
+    assert_allclose(everything.comparison["ours"], ours, rtol=1e-12)
+    assert_allclose(everything.comparison["difference"], np.array(ours) - [50, 20, 0.5, 10], rtol=1e-12)
+    assert everything.comparison["n"].tolist() == [1, 1, 1, 0]
+    assert everything.comparison["sd"].isna().all()
+
+
+def test_scorers_that_cannot_run_say_why(everything: Results) -> None:
+    reasons = {entry.what: (entry.reason, entry.remedy) for entry in everything.not_run}
+    assert set(reasons) | set(everything.table["scorer"]) == set(ood_scores.list_scorers())
+    assert reasons["odin"] == ("it reads odin, which is not extracted", '[extraction] probes = ["odin"]')
+    assert reasons["gram"][1] == '[extraction] fit_probes = ["gram"]'
+    assert reasons["mahalanobis_layers"][0].startswith("to be fitted it reads layers")
+
+
+def assert_same(one: Results, other: Results, *, times: bool = True) -> None:
+    for name in ("table", "comparison", "measures", "searched"):
+        frames = [getattr(each, name) for each in (one, other)]
+        if name == "table" and not times:
+            frames = [frame.drop(columns=TIMES) for frame in frames]
+        pd.testing.assert_frame_equal(*frames)
+    assert (one.not_run, one.spec, one.title) == (other.not_run, other.spec, other.title)
+    for here, there in zip(one.scored, other.scored, strict=True):
+        for label in here.scores:
+            for name in here.labels:
+                assert torch.equal(here.scores[label][name], there.scores[label][name])
+
+
+def test_a_folder_is_read_without_models_and_images(everything: Results) -> None:
+    assert_same(everything, load_results(everything.folder))
+    written = pd.read_csv(everything.folder / "results.csv")
+    pd.testing.assert_frame_equal(written, everything.table, check_dtype=False)
+
+
+def test_a_second_run_only_reads(everything: Results, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("a model was opened, or images were")
+
+    monkeypatch.setattr(opening, "load_model", opened)
+    monkeypatch.setattr("ood_scores.data.sources.open_dataset", opened)
+    monkeypatch.setattr("ood_scores.benchmark.unit.find", opened)
+    (given,) = everything.spec["parts"]
+    published = tuple(Published(**number) for number in given["published"])
+    again = part(measures=("neural_collapse", "long_tail"), published=published)
+    assert_same(everything, results(data, everything.folder, again))
+
+
+# ---- several parts, checkpoints, networks
+
+
+def test_parts_share_caches_and_roles_have_their_own(data: Path, tmp_path: Path) -> None:
+    probing = Extraction(batch_size=8, workers=0, rows=10, probes=("norms",), fit_probes=("gram",))
+    found = results(
+        data,
+        tmp_path,
+        part(scorers=named("msp")),
+        part(title="Same", scorers=named("energy")),
+        part(title="Probed", fit="test", far=(), scorers=named("block_norm", "gram"), extraction=probing),
+    )
+    names = sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.glob("caches/*/*.h5"))
+    assert names == ["cousins", "cousins", "dark", "fits", "test", "test", "test"]
+    assert list(found.table.groupby("part", sort=False).size()) == [2, 2, 1]
+    assert [entry.what for entry in found.not_run] == ["gram"]  # its test sets lack what it reads
+    (row,) = found.table[found.table["part"] == "Probed"].to_dict("records")
+    assert (row["n_id"], row["n_ood"]) == (10, 10)
+
+
+def test_several_checkpoints_and_an_ensemble(data: Path, tmp_path: Path) -> None:
+    seeds = ModelTable("cifar_resnet20", "Net", tuple(f"{seed}.safetensors" for seed in range(3)))
+    published = (
+        Published("Net", "msp", "dark", "auroc", 50.0, "Nobody"),
+        Published("All", "msp", "dark", "auroc", 1, "N"),
+    )
+    found = results(
+        data, tmp_path, part(models=(seeds,), ensembles={"All": ("Net",)}, scorers=named("msp"), published=published)
+    )
+    far = found.table[found.table["ood"] == "dark"]
+    assert (far["model"].tolist(), far["checkpoint"].tolist()) == (["Net"] * 3 + ["All"], [0, 1, 2, 0])
+    seeds_alone = 100 * far["auroc"].to_numpy()[:3]
+    assert len(set(seeds_alone)) == 3
+    first = found.comparison.iloc[0]
+    assert_allclose([first["ours"], first["sd"], first["n"]], [seeds_alone.mean(), seeds_alone.std(ddof=1), 3])
+    members = [
+        [ood_scores.load(path) for path in sorted(tmp_path.glob(f"caches/*/{name}-*.h5"))] for name in ("test", "dark")
+    ]
+    again = ood_scores.evaluate(["msp"], id=members[0], ood={"dark": members[1]})
+    assert far["auroc"].iloc[3] == pytest.approx(again["auroc"].iloc[0], abs=1e-12)
+    assert far["weights_sha256"].iloc[3].count("+") == 2
+
+
+# ---- other protocols
+
+
+def test_relabelled_rows_are_id_for_their_own_set(data: Path, tmp_path: Path) -> None:
+    found = results(data, tmp_path, part(scorers=named("msp"), relabel=True, far=("val_ood",)))
+    feats = caches(tmp_path)
+    inside, near = (ood_scores.score("msp", feats[name]) for name in ("test", "cousins"))
+    labels: Any = feats["cousins"].labels
+    expected = metrics.compare(*sc_ood(inside, near, labels))
+    (row,) = found.table.to_dict("records")
+    assert {key: row[key] for key in METRICS} == dataclasses.asdict(expected)
+    assert (row["n_id"], row["n_ood"]) == (50, 20)
+    assert [(entry.what, entry.reason) for entry in found.not_run] == [
+        ("val_ood", "all of its rows are labelled as ID classes")
+    ]
+    (scored,) = found.scored
+    assert scored.origins["id"] == ["test"] * 40 + ["cousins"] * 10 + ["val_ood"] * 24
+    assert scored.rows["id"].tolist()[40:50] == list(range(0, 30, 3))
+
+
+def test_covariate_sets_are_id(data: Path, tmp_path: Path) -> None:
+    found = results(data, tmp_path, part(scorers=named("energy"), covariate=("shifted",), near=()))
+    feats = caches(tmp_path)
+    inside = torch.cat([ood_scores.score("energy", feats[name]) for name in ("test", "shifted")])
+    expected = metrics.compare(inside, ood_scores.score("energy", feats["dark"]))
+    (row,) = found.table.to_dict("records")
+    assert {key: row[key] for key in METRICS} == dataclasses.asdict(expected)
+    shifted = ood_scores.evaluate(["msp"], id=feats["shifted"], ood={"dark": feats["dark"]}).attrs["id_accuracy"]
+    measures = found.measures.set_index("measure")["value"]
+    assert measures["accuracy on shifted"] == shifted
+    assert row["id_accuracy"] == measures["accuracy"]
+
+
+@pytest.mark.parametrize("metric", ["auroc", "fpr95_id"])
+def test_search_chooses_on_validation_sets_only(data: Path, tmp_path: Path, metric: Any) -> None:
+    search = Search("val_id", ("val_ood",), metric, {"knn": {"k": (1, 5, 20, 10_000)}})
+    found = results(data, tmp_path, part(scorers=named("knn", "msp"), search=search))
+    feats = caches(tmp_path)
+
+    def tried(k: int, inside: str, outside: str) -> float:
+        sets = {outside: feats[outside]}
+        knn = {"knn": ood_scores.create_scorer("knn", k=k)}
+        return ood_scores.evaluate(knn, id=feats[inside], ood=sets, fit=feats["fits"])[metric].iloc[0]
+
+    values = {k: tried(k, "val_id", "val_ood") for k in (1, 5, 20)}
+    best = (max if metric == "auroc" else min)(values, key=lambda k: values[k])
+    assert found.searched["value"].tolist()[:3] == list(values.values())
+    assert np.isnan(found.searched["value"].iloc[3])
+    assert found.searched["chosen"].tolist() == [k == best for k in (1, 5, 20, 10_000)]
+    row = found.table[(found.table["scorer"] == "knn") & (found.table["ood"] == "dark")].iloc[0]
+    assert json.loads(row["parameters"])["k"] == best
+    assert row[metric] == tried(best, "test", "dark")
+    assert set(found.table["ood"]) == {"cousins", "dark"}
+
+
+def test_one_scorer_that_fails_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
+    scorers = (ScorerTable("too many", "knn", {"k": 10_000}), *named("knn", "msp"))
+    found = results(data, tmp_path, part(scorers=scorers))
+    assert list(dict.fromkeys(found.table["scorer"])) == ["knn", "msp"]
+    ((entry),) = found.not_run
+    assert entry.what == "too many"
+    assert "10,000" in entry.reason or "10000" in entry.reason

@@ -1,0 +1,235 @@
+"""The benchmark files of this repository: they load, what they name exists, and what they say was published."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import ood_scores
+from ood_scores.benchmark import Spec, load_spec
+from ood_scores.benchmark.scorers import create, scorer_tables
+from ood_scores.benchmark.spec import Part, Published
+from ood_scores.data.dataset_spec import parse
+from ood_scores.data.sources import _KINDS
+from ood_scores.toml_tables import tomllib
+from ood_scores.training import Recipe, load_recipe
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SUITES = sorted((BENCHMARKS / "suites").glob("*.toml"))
+PAPERS = sorted((BENCHMARKS / "papers").glob("*.toml"))
+EPOCH = re.compile(r"runs/(\w+)_seed\d+/epoch_(\d+)\.safetensors")
+
+
+@cache
+def spec(name: str) -> Spec:
+    return load_spec(BENCHMARKS / f"{name}.toml")
+
+
+@cache
+def recipe(name: str) -> Recipe:
+    return load_recipe(BENCHMARKS / "recipes" / f"{name}.toml")
+
+
+every_file = pytest.mark.parametrize("name", [f"{path.parent.name}/{path.stem}" for path in (*SUITES, *PAPERS)])
+every_paper = pytest.mark.parametrize("name", [f"papers/{path.stem}" for path in PAPERS])
+
+
+def test_the_suites_and_papers_are_there() -> None:
+    openood = {"cifar10", "cifar100", "imagenet200", "imagenet"}
+    others = {"gradnorm_imagenet", "gradnorm_cifar", "scood_cifar10_lt", "scood_cifar100_lt", "imagenet_lt", "haas"}
+    assert {path.stem for path in SUITES} == openood | others | {"real", "shortened"}
+    rna = {"rna_cifar10_lt", "rna_cifar100_lt", "rna_imagenet_lt"}
+    assert {path.stem for path in PAPERS} == {"gradnorm", "gradnorm_cifar", "haas2022", "haas2024"} | rna
+
+
+def test_every_base_is_extended() -> None:
+    text = "".join(path.read_text() for path in (*SUITES, *PAPERS))
+    for base in (BENCHMARKS / "suites" / "base").glob("*.toml"):
+        assert f'base/{base.name}"' in text
+
+
+@every_file
+def test_what_a_spec_names_exists(name: str) -> None:
+    for part in spec(name).parts:
+        assert {part.id, *part.ood, *part.covariate, *filter(None, [part.fit])} <= part.sets.keys()
+        for text in part.sets.values():
+            assert parse(text).kind in _KINDS
+        for table in scorer_tables(part):
+            assert create(table).name == table.name
+
+
+@every_file
+def test_a_recipe_makes_the_network_that_the_model_names(name: str) -> None:
+    for model in (model for part in spec(name).parts for model in part.models):
+        files = (model.checkpoint,) if isinstance(model.checkpoint, str) else model.checkpoint or ()
+        kept = [match.groups() for match in map(EPOCH.fullmatch, files) if match]
+        for made, epoch in [(model.recipe, None)] if model.recipe else kept:
+            trained = recipe(made)
+            assert trained.model.name == model.name
+            arguments = {key: value for key, value in model.arguments.items() if key != "normalize_eval"}
+            assert arguments.items() <= trained.model.arguments.items()
+            assert epoch is None or int(epoch) % trained.checkpoint_every == 0
+
+
+@every_paper
+def test_a_paper_says_what_was_published(name: str) -> None:
+    """Every number of a table is read, and there are as many as its axes promise."""
+    with open(BENCHMARKS / f"{name}.toml", "rb") as file:
+        parts = tomllib.load(file)["part"]
+    for raw, part in zip(parts, spec(name).parts, strict=True):
+        promised = [
+            len(table["values"]) * len(table.get("ood", [None])) * len(table["metrics"])
+            for table in raw.get("published", [])
+        ]
+        dashes = str(raw.get("published", "")).count("'-'")
+        assert len(part.published) == sum(promised) - dashes
+        assert all(re.search(r"\d{4}, Tables? \d", number.source) for number in part.published)
+
+
+def of(part: Part, **wanted: str | None) -> list[float]:
+    return [n.value for n in part.published if all(getattr(n, key) == value for key, value in wanted.items())]
+
+
+def means(part: Part) -> Iterator[tuple[Published, float]]:
+    """The printed means of sets that are printed too, beside the means of these."""
+    for number in part.published:
+        if number.ood == "mean" and not number.metric.endswith("_sd"):
+            same = {"model": number.model, "scorer": number.scorer, "metric": number.metric, "source": number.source}
+            singles = [of(part, ood=ood, **same) for ood in part.ood]
+            if all(singles):
+                yield number, sum(values[0] for values in singles) / len(singles)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("gradnorm", 80), ("gradnorm_cifar", 20), ("rna_cifar10_lt", 21), ("rna_cifar100_lt", 21)]
+)
+def test_printed_means_are_those_of_the_printed_sets(name: str, count: int) -> None:
+    """A figure that was mistyped would show in the mean, but for what rounding hides."""
+    found = [pair for part in spec(f"papers/{name}").parts for pair in means(part)]
+    assert len(found) == count
+    assert [number.value for number, _ in found] == pytest.approx([mean for _, mean in found], abs=0.009)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "model", "scorer", "ood", "metric", "value"),
+    [
+        ("gradnorm", "Table 1: ImageNet", "BiT-S R101x1", "GradNorm", "sun", "fpr95_id", 46.48),
+        ("gradnorm", "Table 1: Mahalanobis", "BiT-S R101x1", "Mahalanobis", "textures", "fpr95_id", 52.23),
+        ("gradnorm", "Table 2", "BiT-S R101x1", "Block 4", "mean", "auroc", 85.11),
+        ("gradnorm", "Table 3", "DenseNet-121", "GradNorm", "inaturalist", "fpr95_id", 23.87),
+        ("gradnorm", "Table 4", "BiT-S R152x2", "GradNorm", "mean", "auroc", 81.33),
+        ("gradnorm", "Table 5", "BiT-S R101x1", "U·V", "inaturalist", "fpr95_id", 50.05),
+        ("gradnorm", "Table 7", "BiT-S R101x1", "L0.8", "textures", "auroc", 92.07),
+        ("gradnorm", "Table 7", "BiT-S R101x1", "L∞", "mean", "fpr95_id", 83.56),
+        ("gradnorm", "Table 8", "BiT-S R101x1", "T=0.0625", "places", "auroc", 72.84),
+        ("gradnorm", "Table 8", "BiT-S R101x1", "T=2", "sun", "auroc", 91.67),
+        ("gradnorm_cifar", "Table 6: CIFAR-100,", "ResNet-20", "GradNorm", "lsun_crop", "fpr95_id", 1.12),
+        ("haas2022", "Tables 1, 4", "ResNet-18 L2 60", "GMM", "svhn", "auroc", 93.8),
+        ("haas2022", "Tables 1, 4", "ResNet-50 No L2 350", None, None, "accuracy", 93.9),
+        ("haas2022", "Table 4 (b)", "ResNet-50 No L2 350", "softmax", "svhn", "auroc", 96.4),
+        ("haas2022", "Table 5", "ResNet-50 L2 100", "GMM on logits", "tinyimagenet", "auroc", 86.8),
+        ("haas2022", "Tables 2 and 3", "no SN, leaky, L2", "GMM", "svhn", "auroc", 94.4),
+        ("haas2022", "Tables 2 and 3", "SN, leaky, no L2", None, None, "nc1", 2.690),
+        ("haas2024", "Table 1", "LogitNorm+ ResNet-18", "MSP", "cifar100_test", "auroc", 91.0),
+        ("haas2024", "Table 2", "VGG-16 L2", "SM", "svhn", "fpr95_id", 36.4),
+        ("haas2024", "Table 4", "CCT-7/3×1 L2", "Norm", "svhn", "fpr95_id", 62.9),
+        ("haas2024", "Table 5", "ResNet-18 no L2", "Norm", "svhn", "auroc", 50.5),
+        ("haas2024", "Table 6", "ResNet-50 L2", None, None, "accuracy", 49.1),
+        ("haas2024", "Table 7", "ResNet-50 L2 150", "Norm", "tinyimagenet", "fpr95_id", 66.6),
+        ("haas2024", "Table 8", "ResNet-18 no L2 60", "Norm", "svhn", "fpr95_id", 92.9),
+        ("rna_cifar10_lt", "Tables 2, 4", "RNA", "RN", "mean", "fpr95_ood", 29.18),
+        ("rna_cifar10_lt", "Tables 2, 4", "BEL", "Energy", "svhn", "aupr_out", 98.66),
+        ("rna_cifar10_lt", "Tables 2, 4", "BEL-FT", None, None, "accuracy_few", 80.26),
+        ("rna_cifar10_lt", "Table 1", "LA+OE", "MSP", "svhn", "fpr95_ood", 17.92),
+        ("rna_cifar10_lt", "Table 3", "RNA, both", "RN", "mean", "auroc", 84.03),
+        ("rna_cifar10_lt", "Table 5", "PASCL, ratio 1000", "MSP", "mean", "auroc", 86.62),
+        ("rna_cifar10_lt", "Table 12", "RNA, 300 OoD images", None, None, "accuracy", 45.82),
+        ("rna_cifar10_lt", "Table 13", "RNA, 128:512", "RN", "mean", "fpr95_ood", 27.64),
+        ("rna_cifar10_lt", "Table 14", "RNA, ImageNet-RC", "RN", "mean", "fpr95_ood", 23.61),
+        ("rna_cifar10_lt", "Table 17", "EnergyOE, CE then LA", "Energy", "mean", "auroc", 85.10),
+        ("rna_cifar100_lt", "Tables 2, 4", "RNA", None, None, "ece", 17.67),
+        ("rna_cifar100_lt", "Table 5", "RNA, ratio 100", "RN", "mean", "auroc", 74.33),
+        ("rna_cifar100_lt", "Table 11", "RNA", "RN", "far", "auroc", 80.19),
+        ("rna_imagenet_lt", "Tables 2, 4", "OE", "RN", "imagenet1k_ood", "auroc", 77.99),
+        ("rna_imagenet_lt", "Table 17", "RNA, LA then LA", "RN", "imagenet1k_ood", "auroc", 72.20),
+    ],
+)
+def test_cells_of_the_papers(
+    name: str, start: str, model: str, scorer: str | None, ood: str | None, metric: str, value: float
+) -> None:
+    (printed, *_) = (
+        found
+        for part in spec(f"papers/{name}").parts
+        if part.title.startswith(start)
+        for found in of(part, model=model, scorer=scorer, ood=ood, metric=metric)
+    )
+    assert printed == value
+
+
+def test_the_conventions_of_the_papers() -> None:
+    """FPR95 has ID positive in GradNorm and Haas, OoD positive in RNA; so has AUPR there."""
+    used = {
+        path.stem: {n.metric for part in spec(f"papers/{path.stem}").parts for n in part.published} for path in PAPERS
+    }
+    for name, metrics in used.items():
+        assert ("fpr95_ood" in metrics) == name.startswith("rna")
+        assert ("aupr_out" in metrics) == name.startswith("rna")
+    for name in ("scood_cifar10_lt", "scood_cifar100_lt"):
+        assert all(part.relabel for part in spec(f"suites/{name}").parts)
+
+
+def test_gradnorm_sees_squashed_images_of_480_pixels() -> None:
+    for part in spec("papers/gradnorm").parts:
+        chosen = part.preprocessing
+        assert (chosen.input_size, chosen.crop_mode, chosen.crop_pct) == ((480, 480), "squash", 1.0)
+    assert spec("suites/gradnorm_imagenet").parts[0].preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+def test_openood_has_near_far_and_full_spectrum() -> None:
+    for name, near, far in (("imagenet", 2, 3), ("imagenet200", 2, 3), ("cifar10", 2, 4)):
+        plain, full = spec(f"suites/{name}").parts
+        assert (len(plain.near), len(plain.far), plain.covariate) == (near, far, ())
+        assert (full.near, full.far) == (plain.near, plain.far)
+        assert full.covariate
+        assert plain.search is not None
+        assert not {plain.search.id, *plain.search.ood} & {plain.id, *plain.ood, *full.covariate}
+
+
+def test_the_real_benchmark() -> None:
+    parts = {part.title: part for part in spec("suites/real").parts}
+    first, probed, hundred = (
+        parts[title] for title in ("CIFAR-10", "CIFAR-10: scores that run the model again", "CIFAR-100")
+    )
+    assert first.scorers == hundred.scorers == "all"
+    assert (first.fit, hundred.fit, hundred.id) == ("cifar10_train", "cifar100_first_half", "cifar100_second_half")
+    assert [model.title for model in first.models] == ["ResNet-20", "DenseNet-100"]
+    assert [tuple(members) for members in first.ensembles.values()] == [("ResNet-20", "DenseNet-100")]
+    assert of(first, scorer="energy", ood="textures", metric="fpr95_id") == [54.83, 56.12]  # reference, DICE's paper
+    assert of(first, scorer="msp", ood="cifar100_test", metric="auroc") == [88.438]
+    names = {table.name for table in scorer_tables(probed)}
+    again = {"odin", "rankfeat", "gram", "gradnorm_params", "gradient_classifier", "mahalanobis_layers"}
+    assert again <= names <= set(ood_scores.list_scorers())
+
+
+@pytest.mark.skipif("OOD_SCORES_DATA" not in os.environ, reason="OOD_SCORES_DATA names no folder of real images")
+def test_the_real_benchmark_finds_its_files() -> None:
+    for part in spec("suites/real").parts:
+        for text in part.sets.values():
+            assert Path(os.path.expandvars(parse(text).target) + ".json").is_file()
+        for model in part.models:
+            assert Path(os.path.expandvars(str(model.checkpoint))).is_file()
+
+
+def test_the_files_in_the_readme_load(tmp_path: Path) -> None:
+    text = (BENCHMARKS / "README.md").read_text()
+    blocks = [block.partition("```")[0] for block in text.split("```toml\n")[1:]]
+    assert len(blocks) >= 3
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(block.replace("suites/real.toml", str(BENCHMARKS / "suites" / "real.toml")))
+        assert load_spec(path).parts

@@ -1,0 +1,580 @@
+"""The command line: every command against the function behind it, and every error as one line and exit code 1."""
+
+import argparse
+import csv
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from typer.testing import CliRunner, Result
+
+import ood_scores
+from ood_scores.cli import app
+from ood_scores.cli.evaluate import usable_scorers
+from ood_scores.cli.parsing import parameters
+from ood_scores.data.sources import open_dataset
+from ood_scores.errors import BadInput, CheckpointError, OodScoresError, UnknownName
+from ood_scores.features import FeatureSet, Head
+from ood_scores.models.opening import load_model, preprocessing, read_checkpoint
+from ood_scores.scorers import create_scorer
+
+COMMANDS = (
+    *("extract", "score", "evaluate", "inspect", "list", "demo"),
+    *("train", "benchmark", "compare", "calibrate", "predict"),
+)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def call(*words: object, columns: int = 100) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": str(columns)})
+
+
+def ok(*words: object, columns: int = 100) -> str:
+    result = call(*words, columns=columns)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*words: object) -> str:
+    """The message of a command that fails as it should."""
+    result = call(*words)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    return result.output
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Every cell as the text that it is."""
+    with path.open(newline="") as file:
+        return pd.DataFrame(list(csv.DictReader(file)))
+
+
+def synthetic(rows: int, seed: int, shift: float = 0.0, labelled: bool = True) -> FeatureSet:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, rows)
+    features = (rng.standard_normal((rows, 6)) + 2 * np.eye(4, 6)[labels] + shift).astype(np.float32)
+    head = Head(np.eye(4, 6, dtype=np.float32))
+    logits = head(torch.from_numpy(features))
+    return FeatureSet(features, logits, labels if labelled else None, head)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("caches")
+    sets = {
+        "train": synthetic(200, 0),
+        "id": synthetic(90, 1),
+        "near": synthetic(70, 2, -0.5, labelled=False),
+        "far": synthetic(60, 3, 2.0, labelled=False),
+    }
+    for name, feats in sets.items():
+        feats.save(folder / f"{name}.h5")
+    return {name: folder / f"{name}.h5" for name in sets}
+
+
+def resnet(**settings: Any) -> nn.Module:
+    """A network whose statistics and weights are not those it starts with."""
+    torch.manual_seed(0)
+    model = timm.create_model("cifar_resnet20", **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def images(count: int, size: int = 32) -> NDArray[np.uint8]:
+    return np.random.default_rng(5).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(inputs)
+
+
+# ---- extract
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same weights, of 7 classes, in every form that is understood."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    state = resnet(num_classes=7).state_dict()
+    wrapped = {
+        "plain.pth": state,
+        "timm.pth": {"state_dict": state, "args": argparse.Namespace(lr=0.1, model="resnet10t")},
+        "state_dict.pth": {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}},
+        "model.pt": {"model": state, "optimizer": {"lr": 0.1}},
+        "ema.bin": {"model": {name: torch.zeros_like(value) for name, value in state.items()}, "model_ema": state},
+    }
+    save_file(state, folder / "weights.safetensors")
+    for name, content in wrapped.items():
+        torch.save(content, folder / name)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "plain.pth"])
+def test_extract_of_npz_gives_what_the_model_gives(checkpoints: dict[str, Path], tmp_path: Path, file: str) -> None:
+    pixels, labels = images(10), np.arange(10) % 7
+    np.savez(tmp_path / "some.npz", images=pixels, labels=labels)
+    spec = f"npz:{tmp_path / 'some.npz'}"
+    output = ok(
+        "extract", "cifar_resnet20", spec, tmp_path / "c.h5", "--checkpoint", checkpoints[file], "--batch-size", 4,
+        "--workers", 0,
+    )  # fmt: skip
+    assert "10 rows of 64 features, 7 classes" in output
+    feats: Any = ood_scores.load(tmp_path / "c.h5")
+    inputs = torch.from_numpy((pixels / 255 - MEAN) / STD).float().permute(0, 3, 1, 2)
+    model: Any = resnet(num_classes=7)
+    torch.testing.assert_close(feats.logits, logits_of(model, inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(feats.features, model.forward_head(model.forward_features(inputs), pre_logits=True))
+    assert torch.equal(feats.labels, torch.from_numpy(labels))
+    assert feats.provenance.dataset == "some"
+    assert feats.provenance.architecture == "cifar_resnet20"
+
+
+def test_extract_of_digits_with_every_option(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    words = ("extract", "cifar_resnet20", "digits?classes=8", tmp_path / "d.h5", "--workers", 0, "--device", "cpu")
+    weights = ("--checkpoint", checkpoints["weights.safetensors"], "--num-classes", 7)
+    ok(
+        *words,
+        *weights,
+        "--dtype",
+        "float64",
+        "--head",
+        "linear",
+        "--name",
+        "eights",
+        "--mean",
+        "0.5,0.25,0",
+        "--std",
+        2,
+    )
+    feats: Any = ood_scores.load(tmp_path / "d.h5")
+    grey = torch.stack([_resized(open_dataset("digits?classes=8")[row][0]) for row in range(len(feats))])
+    inputs = (grey - torch.tensor([0.5, 0.25, 0.0])[:, None, None]) / 2
+    torch.testing.assert_close(feats.logits, logits_of(resnet(num_classes=7), inputs).double())
+    assert feats.provenance.dataset == "eights"
+    assert feats.provenance.head == "linear"
+    assert feats.provenance.precision.endswith("stored float64")
+
+
+def test_extract_refuses_a_cache_of_other_settings(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", images=images(4))
+    words = ("extract", "cifar_resnet20", f"npz:{tmp_path / 'some.npz'}", tmp_path / "c.h5", "--workers", 0)
+    weights = ("--checkpoint", checkpoints["plain.pth"])
+    ok(*words, *weights)
+    ok(*words, *weights)
+    message = refused(*words, *weights, "--std", 1)
+    assert "first inputs" in message
+    assert "--overwrite" in message
+    ok(*words, *weights, "--dtype", "float16", "--overwrite")
+    assert ood_scores.load(tmp_path / "c.h5").features.dtype == torch.float16
+
+
+def _resized(image: Any) -> Tensor:
+    from torchvision.transforms import functional as F
+
+    return F.to_tensor(F.resize(image, 32, F.InterpolationMode.BILINEAR, antialias=True))
+
+
+def test_extract_mixed_precision_is_recorded(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    weights = checkpoints["plain.pth"]
+    words = ("cifar_resnet20", "digits?classes=1", tmp_path / "c.h5", "--checkpoint", weights, "--workers", 0)
+    ok("extract", *words, "--amp", "bf16", "--device", "cpu")
+    feats: Any = ood_scores.load(tmp_path / "c.h5")
+    assert "autocast bf16" in feats.provenance.precision
+
+
+def test_extract_with_layers_and_probes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", images=images(6))
+    words = ("extract", "cifar_resnet20", f"npz:{tmp_path / 'some.npz'}", tmp_path / "c.h5", "--workers", 0)
+    weights = ("--checkpoint", checkpoints["plain.pth"])
+    ok(
+        *words,
+        *weights,
+        "--layers",
+        "layer1, layer3",
+        "--probe",
+        "odin:epsilon=0,std=(1.0,2.0,1.0)",
+        "--probe",
+        "norms",
+    )
+    feats: Any = ood_scores.load(tmp_path / "c.h5")
+    assert list(feats.extras)[:2] == ["layers.layer1", "layers.layer3"]
+    assert torch.equal(feats.extras["odin"], feats.logits)
+    assert "norms.layer2" in feats.extras
+    assert "ODIN(name='odin', epsilon=0.0, temperature=1000.0, std=(1.0, 2.0, 1.0))" in feats.provenance.probes
+    assert "probes PooledLayers(name='layers'," in " ".join(ok("inspect", tmp_path / "c.h5").split())
+    assert "layers and probes" in refused(*words, *weights, "--layers", "stages")
+    assert "there are: fgsm" in refused(*words, *weights, "--probe", "colour")
+    assert "it has: name, epsilon" in refused(*words, *weights, "--probe", "odin:colour=red")
+    assert "write odin:key=value" in refused(*words, *weights, "--probe", "odin:0.1")
+
+
+@pytest.mark.parametrize(
+    "file", ["weights.safetensors", "plain.pth", "timm.pth", "state_dict.pth", "model.pt", "ema.bin"]
+)
+def test_wrapped_checkpoints_are_understood(checkpoints: dict[str, Path], file: str) -> None:
+    expected = resnet(num_classes=7).state_dict()
+    found = load_model("cifar_resnet20", checkpoints[file]).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_grey_checkpoint_takes_grey_images(tmp_path: Path) -> None:
+    save_file(resnet(in_chans=1).state_dict(), tmp_path / "grey.safetensors")
+    model = load_model("cifar_resnet20", tmp_path / "grey.safetensors")
+    image = open_dataset("digits")[0][0]
+    found = preprocessing(model)(image)
+    expected = (_resized(image)[:1] - float(np.mean(MEAN))) / float(np.mean(STD))
+    torch.testing.assert_close(found, expected)
+
+
+def test_two_heads_are_both_loaded(tmp_path: Path) -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    torch.save(timm.create_model(name, num_classes=5).state_dict(), tmp_path / "deit.pth")
+    model: Any = load_model(name, tmp_path / "deit.pth")
+    assert (model.head.out_features, model.head_dist.out_features) == (5, 5)
+
+
+class Malicious:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_malicious_pickle_is_refused_unopened(tmp_path: Path, as_zip: bool) -> None:
+    marker, file = tmp_path / "marker", tmp_path / "evil.pth"
+    if as_zip:
+        torch.save({"state_dict": Malicious(marker)}, file)
+    else:
+        file.write_bytes(pickle.dumps(Malicious(marker), protocol=2))
+    message = refused("extract", "cifar_resnet20", "digits", tmp_path / "c.h5", "--checkpoint", file)
+    assert "mkdir" in message
+    assert not marker.exists()
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_bad_checkpoints_say_what_is_wrong(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("junk.pth", "junk.safetensors", "empty.pth"):
+        (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"no weights at all")
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_checkpoint(tmp_path / name)
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match="holds no weights by name"):
+        read_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        read_checkpoint(tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError, match=r"layer1\.3\.bn1\.bias is missing.* more"):
+        load_model("cifar_resnet56", checkpoints["plain.pth"])
+    with pytest.raises(CheckpointError, match=r"linear\.weight is \[7, 64\], wants \[3, 64\]"):
+        load_model("cifar_resnet20", checkpoints["plain.pth"], num_classes=3)
+
+
+def test_models_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(UnknownName, match=r"close are: .*cifar_resnet20"):
+        load_model("cifar_resnet21")
+    with pytest.raises(UnknownName, match="nonsense"):
+        load_model("resnet18.nonsense", checkpoints["plain.pth"])
+    with pytest.raises(BadInput, match="goes with a checkpoint"):
+        load_model("resnet18", num_classes=10)
+    with pytest.raises(CheckpointError, match="pass a checkpoint"):
+        load_model("cifar_resnet20")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "nowhere")
+    with pytest.raises(CheckpointError, match="network is reachable, or pass a checkpoint"):
+        load_model("resnet18")
+
+
+def test_normalisation_is_checked() -> None:
+    model = resnet()
+    with pytest.raises(BadInput, match="2 values, the model takes 3"):
+        preprocessing(model, mean=[0.5, 0.5])
+    with pytest.raises(BadInput, match="positive"):
+        preprocessing(model, std=[0.0])
+
+
+# ---- score
+
+
+def test_score_writes_what_score_gives(caches: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "scores.csv"
+    output = ok("score", "gradnorm", caches["id"], "--param", "p=2", "--param", "bias=true", "--out", out)
+    feats: Any = ood_scores.load(caches["id"])
+    expected = ood_scores.score("gradnorm", feats, p=2.0, bias=True)
+    table = read_csv(out)
+    assert list(table.columns) == ["row", "score", "label", "prediction"]
+    assert table["score"].astype(float).tolist() == expected.tolist()
+    assert table["row"].astype(int).tolist() == list(range(90))
+    assert table["label"].astype(int).tolist() == feats.labels.tolist()
+    assert table["prediction"].astype(int).tolist() == feats.logits.argmax(1).tolist()
+    for value in (expected.min(), expected.median(), expected.max()):
+        assert f"{value:.3g}"[:3] in output
+    lowest = re.findall(r"^│ +(\d+) │", output, re.MULTILINE)
+    assert [int(row) for row in lowest] == expected.argsort()[:5].tolist()
+
+
+def test_score_as_json_with_fit_and_without_labels(caches: dict[str, Path], tmp_path: Path) -> None:
+    words = ("score", "mahalanobis", caches["near"], "--fit", caches["train"], "--out", tmp_path / "s.json")
+    ok(*words, "--param", "normalize=true")
+    content = json.loads((tmp_path / "s.json").read_text())
+    near, train = ood_scores.load(caches["near"]), ood_scores.load(caches["train"])
+    expected = ood_scores.score("mahalanobis", near, train, normalize=True)
+    assert content["scorer"] == "mahalanobis"
+    assert content["parameters"] == {"normalize": True}
+    assert [row["score"] for row in content["rows"]] == expected.tolist()
+    assert set(content["rows"][0]) == {"row", "score", "prediction"}
+
+
+@pytest.mark.parametrize(
+    ("scorer", "text", "expected"),
+    [
+        ("gradnorm", "p=inf", float("inf")),
+        ("gradnorm", "p=2", 2.0),
+        ("gradnorm", "target=predicted", "predicted"),
+        ("gradnorm", "bias=False", False),
+        ("knn", "k=3", 3),
+        ("knn", "index=IVF4,Flat", "IVF4,Flat"),
+    ],
+)
+def test_parameters_have_the_type_of_their_default(scorer: str, text: str, expected: object) -> None:
+    ((_, found),) = parameters(scorer, [text]).items()
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--param", "p"), "write --param key=value"),
+        (("--param", "p=abc"), "p is a value such as 1.0, got 'abc'"),
+        (("--param", "bias=maybe"), "bias is a value such as false"),
+        (("--param", "q=1"), "has no parameter 'q'; it has: p, temperature"),
+        (("--param", "p=-1"), r"p must be in \(0, inf\]"),
+        (("--out", "scores.xlsx"), "a table's name ends in .csv or .json"),
+    ],
+)
+def test_score_refuses_bad_options(caches: dict[str, Path], words: tuple[str, ...], message: str) -> None:
+    assert re.search(message, refused("score", "gradnorm", caches["id"], *words))
+
+
+def test_fitted_scorer_without_fit_says_which_option_is_missing(caches: dict[str, Path]) -> None:
+    assert "--fit CACHE" in refused("score", "knn", caches["id"])
+
+
+# ---- evaluate
+
+
+def test_evaluate_writes_the_frame_of_evaluate(caches: dict[str, Path], tmp_path: Path) -> None:
+    output = ok(
+        "evaluate", "--id", caches["id"], "--ood", caches["near"], "--ood", f"there={caches['far']}",
+        "--fit", caches["train"], "--scorer", "energy", "--scorer", "mahalanobis", "--out", tmp_path / "t.csv",
+    )  # fmt: skip
+    sets = {name: ood_scores.load(path) for name, path in caches.items()}
+    ood = {"near": sets["near"], "there": sets["far"]}
+    expected = ood_scores.evaluate(["energy", "mahalanobis"], id=sets["id"], ood=ood, fit=sets["train"])
+    found = read_csv(tmp_path / "t.csv").astype(expected.dtypes.to_dict())
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    assert f"accuracy {expected.attrs['id_accuracy']:.2%}" in output
+    mean = expected.groupby("scorer")[["auroc", "fpr95_id", "fpr95_ood"]].mean()
+    for scorer, rows in expected.groupby("scorer"):
+        shown = [rows.iloc[0], rows.iloc[1], mean.loc[scorer]]
+        cells = [100 * row[metric] for row in shown for metric in ("auroc", "fpr95_id", "fpr95_ood")]
+        (line,) = [line for line in output.splitlines() if line.strip().startswith(str(scorer))]
+        assert [float(cell) for cell in line.split()[1:]] == pytest.approx(cells, abs=0.051)
+
+
+def test_evaluate_takes_all_scorers_that_can_run_and_names_the_others(caches: dict[str, Path], tmp_path: Path) -> None:
+    output = ok("evaluate", "--id", caches["id"], "--ood", caches["near"], "--out", tmp_path / "t.json")
+    content = json.loads((tmp_path / "t.json").read_text())
+    used = {row["scorer"] for row in content["rows"]}
+    fitted = {name for name in ood_scores.list_scorers() if create_scorer(name).fit_needs}
+    assert {"energy", "gradnorm", "msp"} <= used
+    assert not used & fitted
+    left_out = " ".join(output.split("left out", 1)[1].split())
+    assert all(name in left_out for name in fitted)
+    assert "pass --fit CACHE" in left_out
+    assert "rankfeat (they read extras: extract with --layers or --probe)" in left_out
+    feats: Any = ood_scores.load(caches["id"])
+    assert content["id_accuracy"] == float((feats.logits.argmax(1) == feats.labels).double().mean())
+
+    ok(
+        "evaluate",
+        "--id",
+        caches["id"],
+        "--ood",
+        caches["near"],
+        "--fit",
+        caches["train"],
+        "--out",
+        tmp_path / "f.json",
+    )
+    with_fit = {row["scorer"] for row in json.loads((tmp_path / "f.json").read_text())["rows"]}
+    assert {"knn", "mahalanobis", *used} <= with_fit
+
+
+def test_scorers_are_left_out_for_their_own_reason() -> None:
+    id_feats, few = synthetic(30, 1), synthetic(20, 0)
+    bare = FeatureSet(id_feats.features)
+    usable, left_out = usable_scorers([id_feats, bare], few)
+    assert "feature_norm" in {scorer.name for scorer in usable}
+    assert "needs logits" in left_out["energy"]
+    assert "lower k" in left_out["knn"]
+    assert all(scorer.is_fitted for scorer in usable)
+
+
+def test_tables_fit_the_terminal(caches: dict[str, Path]) -> None:
+    sets = [word for name in "abcdefg" for word in ("--ood", f"{name}={caches['far']}")]
+    for columns in (60, 80, 120):
+        output = ok("evaluate", "--id", caches["id"], *sets, "--scorer", "energy", columns=columns)
+        assert max(map(len, output.splitlines())) <= columns
+        rows = [line.split()[1:] for line in output.splitlines() if line.strip().startswith("energy")]
+        assert sum(map(len, rows)) == 8 * 3
+        assert "average" in output
+
+
+def test_two_sets_of_one_name_are_refused(caches: dict[str, Path]) -> None:
+    words = ("--ood", caches["near"], "--ood", f"near={caches['far']}")
+    assert "two OoD sets are called 'near'" in refused("evaluate", "--id", caches["id"], *words)
+
+
+# ---- inspect
+
+
+class Interrupted(Dataset[Tensor]):
+    name = "half"
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, row: int) -> Tensor:
+        if row >= 24:
+            raise KeyboardInterrupt
+        return torch.full((3,), float(row))
+
+
+def test_inspect_of_finished_caches(caches: dict[str, Path], tmp_path: Path) -> None:
+    output = ok("inspect", caches["id"])
+    assert "finished, 90 rows" in output
+    for array in ("features", "logits", "labels", "head/weight", "head/bias"):
+        assert array in output
+    assert re.search(r"features +│ 90 × 6 +│ float32", output)
+    assert "does not say what made it" in output
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    rows = DataLoader(torch.utils.data.TensorDataset(torch.rand(20, 3)), 8)
+    made: Any = ood_scores.extract(model, rows, tmp_path / "m.h5", name="noise", progress=False)
+    output = ok("inspect", tmp_path / "m.h5")
+    for text in ("Sequential", "noise", "8 images at a time", made.provenance.weights_sha256[:16]):
+        assert text in output
+
+
+def test_inspect_of_an_unfinished_cache(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        ood_scores.extract(nn.Linear(3, 2), DataLoader(Interrupted(), 8), tmp_path / "u.h5", progress=False)
+    output = ok("inspect", tmp_path / "u.h5")
+    assert "not finished, 24 of 40 rows (60%) so far" in output
+    assert re.search(r"features +│ 24 × 3 +│ float32", output)
+    assert "half" in output
+    assert "run the same ood-scores extract" in refused("score", "energy", tmp_path / "u.h5")
+
+
+def test_inspect_of_other_files(tmp_path: Path) -> None:
+    import h5py
+
+    (tmp_path / "notes.txt").write_text("not a cache")
+    with h5py.File(tmp_path / "other.h5", "w") as h5:
+        h5["x"] = 1
+    assert "is not an HDF5 file" in refused("inspect", tmp_path / "notes.txt")
+    assert "not a feature cache" in refused("inspect", tmp_path / "other.h5")
+    assert "there is no file" in refused("inspect", tmp_path / "absent.h5")
+
+
+# ---- list, help, errors
+
+
+def test_list_shows_every_scorer_with_its_parameters() -> None:
+    output = ok("list", columns=120)
+    for name in ood_scores.list_scorers():
+        assert re.search(rf"│ {name} +│", output)
+    for text in ("temperature=1.0", "k=50", "fit: features, labels", "Maximum softmax probability"):
+        assert text in output
+    matching = ok("list", "*norm*")
+    assert "gradnorm" in matching
+    assert "energy" not in matching
+    assert "there are: activation_ratio" in refused("list", "nothing*")
+
+
+HELP = """
+import sys
+from typer.testing import CliRunner
+from ood_scores.cli import app
+for command in sys.argv[1:]:
+    print(CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "80"}).output)
+    print("=====")
+print([name for name in ("torch", "timm", "pandas", "matplotlib") if name in sys.modules])
+"""
+
+
+def test_help_teaches_by_example_and_imports_nothing_heavy() -> None:
+    answer = subprocess.run([sys.executable, "-c", HELP, "", *COMMANDS], capture_output=True, text=True, check=True)
+    *helps, imported = answer.stdout.split("=====\n")
+    assert imported.strip() == "[]"
+    assert all(command in helps[0] for command in COMMANDS)
+    for command, text in zip(COMMANDS, helps[1:], strict=True):
+        examples = [line for line in text.splitlines() if line.strip().startswith(f"ood-scores {command}")]
+        assert "Examples" in text
+        assert len(examples) >= 2 or command == "inspect"
+        assert max(map(len, text.splitlines())) <= 80
+
+
+def test_entry_points() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "ood_scores", "inspect", "absent.h5"], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 1
+    assert answer.stdout == ""
+    assert answer.stderr == "error: there is no file absent.h5.\n"
+
+
+def test_usage_errors_are_exit_code_2() -> None:
+    assert call("score").exit_code == 2
+    assert call("nonsense").exit_code == 2
+    assert call("extract", "a", "b", "c", "--amp", "int8").exit_code == 2
+
+
+def test_bad_data_is_told_before_a_model_is_made(tmp_path: Path) -> None:
+    message = refused("extract", "no_such_model", "npz:absent.npz", tmp_path / "c.h5")
+    assert "there is no absent.npz" in message
+    assert "no kind of dataset" in refused("extract", "cifar_resnet20", "nothing:x", tmp_path / "c.h5")
+    assert "cannot read 'a,b'" in refused("extract", "x", "digits", tmp_path / "c.h5", "--mean", "a,b")
+
+
+def test_warnings_are_one_line_on_standard_error(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    def score(*_: Any, **__: Any) -> Tensor:
+        warnings.warn("few rows", stacklevel=1)
+        raise OodScoresError("stopped")
+
+    monkeypatch.setattr(ood_scores, "score", score, raising=False)
+    assert call("score", "energy", caches["id"]).stderr == "warning: few rows\nerror: stopped\n"

@@ -1,0 +1,202 @@
+"""calibrate and predict on the command line, against the functions behind them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from detecting import extracted, network, same
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+import ood_scores
+from ood_scores import Detector, calibrate
+from ood_scores.cli import app
+from ood_scores.cli.predict import image_files
+from ood_scores.errors import MissingData
+from ood_scores.models.opening import load_model
+
+NAMES = ["ant", "bee", "cow", "dog"]
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "80"})
+
+
+def refused(*words: object) -> str:
+    result = call(*words)
+    assert result.exit_code == 1, result.output
+    assert result.output.startswith("error: ")
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, caches, images in folders, one of which cannot be read, and a detector."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = network()
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    for name, seed in (("fit", 1), ("id", 2)):
+        extracted(model, 200, seed).save(folder / f"{name}.h5")
+    (folder / "names.txt").write_text("\n".join(NAMES) + "\n")
+    rng = np.random.default_rng(0)
+    (folder / "photos" / "below").mkdir(parents=True)
+    for number in range(30):
+        place = folder / "photos" / ("below" if number % 3 else ".") / f"{number:02}.png"
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(place)
+    (folder / "photos" / "notes.txt").write_text("no image")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "cut.png").write_bytes(b"\x89PNG no more")
+    words = ("tiny_net", "--checkpoint", folder / "weights.safetensors", "--scorer", "mahalanobis")
+    data = ("--fit", folder / "fit.h5", "--id", folder / "id.h5", "--classes", folder / "names.txt")
+    result = call("calibrate", *words, *data, "--keep", "0.9", "--out", folder / "detector")
+    assert result.exit_code == 0, result.output
+    assert "a detector in" in result.output
+    assert "mahalanobis (one forward pass)" in result.output
+    assert "at least 90.05% of ID rows are kept on average" in " ".join(result.output.split())
+    return folder
+
+
+def expected_detector(home: Path) -> Detector:
+    fit, id = (ood_scores.load(home / f"{name}.h5") for name in ("fit", "id"))
+    model = load_model("tiny_net", home / "weights.safetensors")
+    return calibrate("mahalanobis", model, fit=fit, id=id, keep=0.9, classes=NAMES)
+
+
+def test_calibrate_saves_what_the_function_gives(home: Path) -> None:
+    files = image_files([str(home / "photos")])
+    assert same(Detector.load(home / "detector").predict(files), expected_detector(home).predict(files))
+
+
+def test_predict_writes_a_row_for_every_image(home: Path) -> None:
+    out = home / "results.csv"
+    result = call("predict", home / "photos", "--detector", home / "detector", "--out", out, "--batch-size", 7)
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(out)
+    columns = ["image", "label", "class_name", "probability", "score", "p_value", "is_ood", "error"]
+    assert list(table) == columns
+    files = image_files([str(home / "photos")])
+    assert list(table["image"]) == files
+    assert len(files) == 30
+    expected = expected_detector(home).predict(files).to_pandas()
+    pd.testing.assert_frame_equal(table[columns[1:-1]], expected[columns[1:-1]], check_dtype=False, rtol=1e-6)
+    assert table["error"].isna().all()
+    n_ood = int(expected["is_ood"].sum())
+    assert n_ood > 0
+    assert f"30 images: {30 - n_ood} in-distribution, {n_ood} OoD ({n_ood / 30:.1%})" in result.output
+
+
+def test_workers_change_nothing(home: Path) -> None:
+    tables = []
+    for workers in (0, 2):
+        out = home / f"workers{workers}.csv"
+        call("predict", home / "photos", "--detector", home / "detector", "--out", out, "--workers", workers)
+        tables.append(out.read_text())
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_an_unreadable_image_is_a_row_with_its_error(home: Path, suffix: str) -> None:
+    out = home / f"unreadable.{suffix}"
+    images = [home / "photos" / "00.png", home / "broken", home / "missing.png", home / "photos" / "03.png"]
+    result = call("predict", *images, "--detector", home / "detector", "--out", out, "--fail-on-ood")
+    assert result.exit_code == 4, result.output
+    assert "2 images: " in result.output
+    table = pd.read_csv(out) if suffix == "csv" else pd.DataFrame(json.loads(out.read_text())["rows"])
+    assert list(table["error"].notna()) == [False, True, True, False]
+    assert "cannot read the image" in table["error"][1]
+    assert table["error"][2] == f"there is no image {home / 'missing.png'}"
+    assert table.loc[1:2, "label":"is_ood"].isna().all(axis=None)
+    expected = expected_detector(home).predict([images[0], images[3]])
+    assert list(table["label"].dropna()) == list(expected.label)
+    assert list(table["is_ood"].dropna()) == list(expected.is_ood)
+
+
+def test_nothing_but_unreadable_images(home: Path) -> None:
+    result = call("predict", home / "broken", "--detector", home / "detector", "--out", home / "none.csv")
+    assert result.exit_code == 4
+    assert "0 images: 0 in-distribution, 0 OoD\n" in result.output
+    assert len(pd.read_csv(home / "none.csv")) == 1
+
+
+def test_exit_codes_of_ood(home: Path) -> None:
+    detector = expected_detector(home)
+    files = image_files([str(home / "photos")])
+    is_ood = detector.predict(files).is_ood
+    bad, good = files[int(is_ood.argmax())], files[int(is_ood.argmin())]
+    codes = [
+        call("predict", image, "--detector", home / "detector", *option).exit_code
+        for image in (good, bad)
+        for option in ([], ["--fail-on-ood"])
+    ]
+    assert codes == [0, 0, 0, 3]
+
+
+def test_files_folders_and_patterns(home: Path) -> None:
+    photos = home / "photos"
+    everything = image_files([str(photos)])
+    assert everything == sorted(everything)
+    assert {Path(file).suffix for file in everything} == {".png"}
+    assert image_files([str(photos / "*.png")]) == [file for file in everything if "below" not in file]
+    assert sorted(image_files([str(photos / "**" / "*.png")])) == everything
+    assert image_files([everything[3], str(photos), everything[3]]) == [everything[3], *everything[:3], *everything[4:]]
+    (home / "odd[1].png").write_bytes(b"")
+    assert image_files([str(home / "odd[1].png")]) == [str(home / "odd[1].png")]
+    for nothing in (photos / "*.tiff", home / "empty"):
+        (home / "empty").mkdir(exist_ok=True)
+        with pytest.raises(MissingData, match="there is no image in"):
+            image_files([str(nothing)])
+
+
+def test_errors_are_one_line(home: Path) -> None:
+    checkpoint = ("tiny_net", "--checkpoint", home / "weights.safetensors", "--out", home / "new")
+    assert "pass fit=" in refused("calibrate", *checkpoint, "--id", home / "id.h5", "--scorer", "vim")
+    assert "there is no scorer 'vin'" in refused("calibrate", *checkpoint, "--id", home / "id.h5", "--scorer", "vin")
+    assert "write folder:" in refused("calibrate", *checkpoint, "--id", home / "photos")
+    assert "no.h5" in refused("calibrate", *checkpoint, "--id", home / "no.h5")
+    assert not (home / "new").exists()
+    words = ("calibrate", *checkpoint[:-1], home / "photos", "--id", home / "id.h5", "--scorer", "energy")
+    assert "holds something else than a detector" in refused(*words)
+    assert "is not a detector" in refused("predict", home / "photos", "--detector", home / "photos")
+    assert "there is no image in" in refused("predict", home / "no*.png", "--detector", home / "detector")
+    to_text = ("--detector", home / "detector", "--out", home / "results.txt")
+    assert "a table's name ends in .csv or .json" in refused("predict", home / "photos", *to_text)
+
+
+def test_calibrate_on_images_and_with_other_arguments(home: Path) -> None:
+    """A dataset in place of a cache, and a checkpoint of the trainer that says what its network was made with."""
+    torch.manual_seed(0)
+    facts = {"architecture": '"tiny_net"', "arguments": '{"norm": false}'}
+    save_file(timm.create_model("tiny_net", norm=False, num_classes=4).state_dict(), home / "plain.safetensors", facts)
+    words = ("calibrate", "tiny_net", "--checkpoint", home / "plain.safetensors", "--id", f"folder:{home / 'photos'}")
+    options = ("--mean", "0.5", "--param", "temperature=2", "--workers", 0, "--per-class", "--keep", "0.5")
+    result = call(*words, *options, "--out", home / "plain")
+    assert result.exit_code == 0, result.output
+    loaded = Detector.load(home / "plain")
+    assert loaded.preprocessing is not None
+    assert loaded.preprocessing["mean"] == [0.5]
+    assert loaded.scorer == ood_scores.create_scorer("energy", temperature=2.0)
+    assert loaded.calibration.predicted is not None
+    files = image_files([str(home / "photos")])
+    assert loaded.predict(files).is_ood.mean() <= 0.5
+
+
+@pytest.mark.parametrize("command", ["calibrate", "predict"])
+def test_help_fits_a_terminal_and_shows_examples(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"ood-scores {command} " in result.output
+    assert "Examples" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_the_screen_fits_a_terminal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    result = call("predict", "photos", "--detector", "detector")
+    assert "Least in-distribution" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80

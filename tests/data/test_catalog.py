@@ -1,0 +1,107 @@
+"""What is said to get data that is not there."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+
+from ood_scores.data.catalog import remedy
+from ood_scores.data.dataset_spec import parse
+from ood_scores.data.known_sets import CATALOG, KnownSet
+from ood_scores.data.sources import open_dataset
+from ood_scores.errors import MissingData
+
+PAGE = Path(__file__).parents[2] / "docs" / "datasets.md"
+
+
+@pytest.mark.parametrize("known", CATALOG, ids=lambda known: known.name)
+def test_what_every_set_opens_with_is_missing_and_has_a_remedy(known: KnownSet, tmp_path: Path) -> None:
+    spec = known.spec.replace("&download=true", f"&root={tmp_path}")
+    with pytest.raises(MissingData) as missing:
+        open_dataset(spec, root=tmp_path)
+    assert missing.value.remedy == remedy(spec, tmp_path) != ""
+    assert "{data}" not in missing.value.remedy
+    assert str(missing.value).endswith(f". To get it: {missing.value.remedy}")
+    assert known.get == "" or str(tmp_path) in missing.value.remedy or "{data}" not in known.get
+
+
+def test_sets_are_told_apart() -> None:
+    names = [known.name for known in CATALOG]
+    folders = [folder for known in CATALOG for folder in known.folders]
+    assert len(set(names)) == len(names)
+    assert len(set(folders)) == len(folders)
+    assert all(folder == folder.lower().replace("-", "_") for folder in folders)
+    assert all(re.fullmatch(r"https?://\S+", known.page) for known in CATALOG)
+
+
+@pytest.mark.parametrize(
+    ("spec", "root", "expected"),
+    [
+        (
+            "imglist:$D/benchmark_imglist/imagenet/test_ninco.txt?root=$D/images_largescale",
+            "/r",
+            "ninco --save_dir $D ",
+        ),
+        ("imglist:benchmark_imglist/imagenet/test_ninco.txt", "/r", "--datasets ninco --save_dir /r "),
+        ("imglist:/d/benchmark_imglist/cifar100/test_tin.txt", None, "--datasets ood_v1.5 --save_dir /d "),
+        ("folder:x/images_classic/texture", None, "--datasets ood_v1.5 --save_dir x "),
+        ("imglist:scood/data/imglist/benchmark_cifar10/test_tin.txt", "/my sc", '-d "/my sc"/scood'),
+        ("imglist:tiny-imagenet-200/val_labels.txt?root=x", "/r", "cd /r/tiny-imagenet-200 && sort wnids.txt"),
+        ("folder:/ood/iNaturalist", None, "wget -P /ood http://pages.cs.wisc.edu"),
+        ("folder:/imagenet/ood/inaturalist", "/r", "folder:iNaturalist then opens it"),
+        ("folder:~/LSUN", "/r", "-P ~ https://www.dropbox.com"),
+        ("npz:data/300K_random_images.npz", None, "cd data && wget https://people.eecs.berkeley.edu"),
+        ("imglist:data/ImageNet_LT_test.txt?root=data/imagenet", None, "imglist:ImageNet_LT_train.txt?root=imagenet"),
+        ("folder:/data/cifar-10", None, "write torchvision:CIFAR10?split=test&download=true"),
+        ("torchvision:ImageNet?split=val", None, "https://image-net.org/download.php"),
+    ],
+)
+def test_remedies(spec: str, root: str | None, expected: str) -> None:
+    assert expected in remedy(spec, root)
+
+
+def test_nothing_is_known_of_other_data() -> None:
+    for spec in ["folder:mine", "npz:/x/y.npz", "sheets:/data/cifar10", "digits", "noise:uniform", "folder:"]:
+        assert remedy(spec) == ""
+    assert remedy("torchvision:SVHN?download=true") == ""
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("torchvision:SVHN", "torchvision:SVHN?download=true"),
+        ("torchvision:SVHN?split=test", "torchvision:SVHN?split=test&download=true"),
+        ("torchvision:SVHN?download=false&split=test", "torchvision:SVHN?split=test&download=true"),
+        ("torchvision:SVHN?split=test&download=false", "torchvision:SVHN?split=test&download=true"),
+        ("torchvision:SVHN?download=false", "torchvision:SVHN?download=true"),
+    ],
+)
+def test_torchvision_is_told_to_download(spec: str, expected: str) -> None:
+    code = f"from ood_scores.data.sources import open_dataset; open_dataset('{expected}')"
+    assert remedy(spec) == f'add download=true to the spec, or run: python -c "{code}"'
+    assert remedy(spec, Path("/r")).endswith(f"open_dataset('{expected}', root='/r')\"")
+
+
+def test_the_command_for_torchvision_runs(tmp_path: Path) -> None:
+    code = remedy(f"torchvision:MNIST?root={tmp_path}").partition('python -c "')[2].removesuffix('"')
+    with pytest.raises(MissingData, match=f"cannot open MNIST in {tmp_path}"):
+        exec(code.replace("&download=true", ""))
+
+
+def test_the_remedy_survives_a_worker_process() -> None:
+    error = pickle.loads(pickle.dumps(MissingData("there is none.", "fetch it")))
+    assert (str(error), error.reason, error.remedy) == (
+        "there is none. To get it: fetch it",
+        "there is none.",
+        "fetch it",
+    )
+    assert str(MissingData("there is none")) == "there is none"
+
+
+def test_the_page_lists_every_set() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|.*\| `([^`]+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed == [(known.name, known.spec) for known in CATALOG]
+    assert parse(listed[0][1]).kind == "torchvision"

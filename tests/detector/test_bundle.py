@@ -1,0 +1,320 @@
+"""Detectors on disk: the same predictions bit for bit, other models refused, nothing lost and nothing run."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from detecting import PIXELS, Plain, Rows, extracted, network, same
+from torch import nn
+
+import ood_scores
+from ood_scores import Detector, calibrate
+from ood_scores.detector import Fusion, bundle
+from ood_scores.errors import (
+    BadInput,
+    CacheWriteFailed,
+    DamagedCache,
+    ForeignFile,
+    OodScoresError,
+    OtherModel,
+    UnknownName,
+)
+from ood_scores.features import FeatureSet
+from ood_scores.probes import ODIN
+from ood_scores.scorers import Scorer, create_scorer
+
+FILES = ["calibration.safetensors", "detector.json", "model.safetensors", "scorer.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return network()
+
+
+@pytest.fixture(scope="module")
+def sets(model: nn.Module) -> dict[str, FeatureSet]:
+    probes = ["gram", "norms", ODIN(epsilon=0.1, std=(0.5, 0.4, 0.3))]
+    return {name: extracted(model, 200, seed, probes=probes) for name, seed in (("fit", 1), ("id", 2))}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: nn.Module, sets: dict[str, FeatureSet]) -> Path:
+    """A saved detector."""
+    calibrate("mahalanobis", model, fit=sets["fit"], id=sets["id"]).save(tmp_path / "detector")
+    return tmp_path / "detector"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "energy": ("energy", {}),
+    "delta": ("energy", {"keep": 0.9, "delta": 0.1}),
+    "per class": ("gradnorm", {"keep": 0.7, "per_class": True}),
+    "mahalanobis": ("mahalanobis", {"classes": ["ä", "b", "c", "d"]}),
+    "vim": ("vim", {}),
+    "knn": ("knn", {}),
+    "react": ("react", {"preprocessing": {"mean": (0.2, 0.3, 0.4)}}),
+    "gram": ("gram", {}),
+    "block_norm": ("block_norm", {}),
+    "odin": ("odin", {}),
+    "fusion": (Fusion(["energy", "mahalanobis"], method="min"), {}),
+    "nothing rejected": ("energy", {"keep": 0.999}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:200 calibration rows are too few")
+@pytest.mark.parametrize("case", CASES)
+def test_a_loaded_detector_predicts_the_same_bits(
+    case: str, tmp_path: Path, model: nn.Module, sets: dict[str, FeatureSet]
+) -> None:
+    scorer, options = CASES[case]
+    detector = calibrate(scorer, model, fit=sets["fit"], id=sets["id"], **options)
+    detector.save(tmp_path / "detector")
+    assert names(tmp_path / "detector") == FILES
+    alone, with_model = Detector.load(tmp_path / "detector"), Detector.load(tmp_path / "detector", model)
+    assert with_model.model is model
+    for images in (Rows(64, 5).inputs, PIXELS):
+        expected = detector.predict(images)
+        assert same(alone.predict(images), expected)
+        assert same(with_model.predict(images), expected)
+    assert repr(alone) == repr(detector)
+    assert alone.calibration.thresholds == detector.calibration.thresholds
+    assert (alone.classes, alone.runner.probes) == (detector.classes, detector.runner.probes)
+    assert alone.data == detector.data
+    alone.save(tmp_path / "again")
+    assert same(Detector.load(tmp_path / "again").predict(PIXELS), detector.predict(PIXELS))
+
+
+def test_the_description_is_plain_json(folder: Path, model: nn.Module) -> None:
+    described = json.loads((folder / "detector.json").read_text(), parse_constant=pytest.fail)
+    assert (described["format"], described["version"]) == ("ood_scores detector", 1)
+    assert (described["scorer"], described["keep"], described["rows"]) == ("mahalanobis", 0.95, 200)
+    assert float(described["threshold"]) == Detector.load(folder).calibration.thresholds[0].value
+    assert described["model"]["architecture"] == "tiny_net"
+    assert described["preprocessing"]["mean"] == [0.3, 0.3, 0.3]
+    scores = safetensors.torch.load_file(folder / "calibration.safetensors")["scores"]
+    assert torch.equal(scores, scores.sort().values)
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    assert stored.keys() == model.state_dict().keys()
+
+
+def test_channels_last_weights_come_back_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("cifar_resnet20").to(memory_format=torch.channels_last)
+    inputs = torch.randn(96, 3, 32, 32)
+    detector = calibrate("energy", model, id=[inputs[:32]])
+    detector.save(tmp_path / "detector")
+    loaded = Detector.load(tmp_path / "detector")
+    strides = [weight.stride() for weight in model.parameters()]
+    assert [weight.stride() for weight in loaded.model.parameters()] == strides
+    assert same(loaded.predict(inputs), detector.predict(inputs))
+
+
+def test_another_process_predicts_the_same_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("cifar_resnet20")
+    inputs = torch.randn(64, 3, 32, 32)
+    detector = calibrate("gradnorm", model, id=[inputs])
+    detector.save(tmp_path / "detector")
+    np.save(tmp_path / "inputs.npy", inputs.numpy())
+    code = (
+        "import sys, numpy, torch; torch.set_num_threads(int(sys.argv[2])); from ood_scores import Detector;"
+        "found = Detector.load(sys.argv[1] + '/detector').predict(numpy.load(sys.argv[1] + '/inputs.npy'));"
+        "numpy.savez(sys.argv[1] + '/found.npz', **found.columns())"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads())], check=True)
+    found = np.load(tmp_path / "found.npz")
+    assert all(np.array_equal(found[name], values) for name, values in detector.predict(inputs).columns().items())
+
+
+# ---- models
+
+
+def test_refuses_another_models_weights(folder: Path, model: nn.Module) -> None:
+    with pytest.raises(OtherModel, match=r"calibrated with tiny_net with weights .*the model given is tiny_net"):
+        Detector.load(folder, network(1))
+    with pytest.raises(OtherModel, match="the model given is Plain"):
+        Detector.load(folder, Plain())
+    assert Detector.load(folder, network(0)).weights == Detector.load(folder, model).weights
+
+
+def test_a_model_that_is_not_timms_is_passed_to_load(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = Plain()
+    detector = calibrate("energy", plain, id=[Rows(64, 2).inputs])
+    detector.save(tmp_path / "detector")
+    assert names(tmp_path / "detector") == [name for name in FILES if name != "model.safetensors"]
+    with pytest.raises(BadInput, match=r"holds no model: pass the Plain .*Detector.load\(path, model\)"):
+        Detector.load(tmp_path / "detector")
+    inputs = Rows(20, 3).inputs
+    assert same(Detector.load(tmp_path / "detector", plain).predict(inputs), detector.predict(inputs))
+
+
+def test_the_model_can_be_left_out(folder: Path, model: nn.Module) -> None:
+    Detector.load(folder).save(folder, with_model=False)
+    assert "model.safetensors" not in names(folder)
+    with pytest.raises(BadInput, match="holds no model"):
+        Detector.load(folder)
+    assert len(Detector.load(folder, model).predict(PIXELS)) == 5
+
+
+def test_a_model_that_timm_makes_otherwise_is_left_out(tmp_path: Path) -> None:
+    inputs = Rows(64, 2).inputs
+    changed = network()
+    changed.get_submodule("bn1").eps = 0.5  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"not saved with the detector: .*other logits.*load\(path, model\)"):
+        calibrate("energy", changed, id=[inputs]).save(tmp_path / "detector")
+    assert "model.safetensors" not in names(tmp_path / "detector")
+    with pytest.warns(UserWarning, match="other weights or buffers"):
+        calibrate("energy", network().double(), id=[inputs.double()]).save(tmp_path / "detector")
+
+
+def test_arguments_that_timm_made_the_model_with(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    detector = calibrate("energy", timm.create_model("tiny_net", norm=False, in_chans=1), id=[torch.rand(64, 1, 8, 8)])
+    with pytest.warns(UserWarning, match=r"not saved with the detector: .* is missing.*arguments=\{"):
+        detector.save(tmp_path / "detector")
+    with pytest.raises(BadInput, match="arguments are what JSON can hold"):
+        detector.save(tmp_path / "detector", arguments={"norm": nn.Identity})
+    detector.save(tmp_path / "detector", arguments={"norm": False})
+    loaded = Detector.load(tmp_path / "detector")
+    loaded.save(tmp_path / "again")
+    assert same(Detector.load(tmp_path / "again").predict(PIXELS), detector.predict(PIXELS))
+    assert same(Detector.load(tmp_path / "detector").predict(PIXELS), detector.predict(PIXELS))
+
+
+def test_a_model_that_has_changed_is_not_saved(tmp_path: Path) -> None:
+    model = network()
+    detector = calibrate("energy", model, id=[Rows(64, 2).inputs])
+    with torch.no_grad():
+        model.get_submodule("fc").bias.add_(1)  # type: ignore[operator]
+    with pytest.raises(OtherModel, match="have changed since it was calibrated"):
+        detector.save(tmp_path / "detector")
+
+
+def test_a_scorer_that_is_not_registered_is_not_saved(tmp_path: Path, model: nn.Module) -> None:
+    class Mine(Scorer):
+        needs = ("logits",)
+
+        def score_block(self, block: Any) -> torch.Tensor:
+            return block.max_logit()
+
+    detector = calibrate(Mine(), model, id=[Rows(64, 2).inputs])
+    with pytest.raises(BadInput, match="not registered"):
+        detector.save(tmp_path / "detector")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- folders
+
+
+def test_replaces_a_detector_and_nothing_else(folder: Path, tmp_path: Path, model: nn.Module) -> None:
+    detector = calibrate("energy", model, id=[Rows(64, 2).inputs])
+    (folder / "notes.txt").write_text("mine")
+    detector.save(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert Detector.load(folder).scorer == create_scorer("energy")
+    (tmp_path / "empty").mkdir()
+    detector.save(tmp_path / "empty")
+    detector.save(tmp_path / "a" / "b" / "c")
+    assert names(tmp_path / "empty") == names(tmp_path / "a" / "b" / "c") == FILES
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+    with pytest.raises(ForeignFile, match="holds something else than a detector"):
+        detector.save(tmp_path / "photos")
+    assert names(tmp_path / "photos") == ["cat.png"]
+    with pytest.raises(ForeignFile, match="is a file"):
+        detector.save(tmp_path / "photos" / "cat.png")
+
+
+@pytest.mark.parametrize("where", ["save_file", "dumps"])
+def test_a_full_disk_leaves_the_old_detector(
+    where: str, folder: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    expected = Detector.load(folder).predict(PIXELS)
+    detector = calibrate("energy", model, id=[Rows(64, 2).inputs])
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle.safetensors.torch if where == "save_file" else bundle.json, where, refuse)
+        with pytest.raises(CacheWriteFailed, match="No space left on device"):
+            detector.save(folder)
+    assert same(Detector.load(folder).predict(PIXELS), expected)
+    assert names(folder) == FILES
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path, model: nn.Module) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CacheWriteFailed, match="could not write"):
+        calibrate("energy", model, id=[Rows(64, 2).inputs]).save(tmp_path / "detector")
+
+
+def shorten(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-30])
+
+
+def change(folder: Path, **entries: Any) -> None:
+    described = json.loads((folder / "detector.json").read_text())
+    (folder / "detector.json").write_text(json.dumps(described | entries))
+
+
+def drop(folder: Path, entry: str) -> None:
+    described = json.loads((folder / "detector.json").read_text())
+    del described[entry]
+    (folder / "detector.json").write_text(json.dumps(described))
+
+
+DAMAGES: dict[str, tuple[Any, type[OodScoresError], str]] = {
+    "a shorter scorer": (lambda f: shorten(f, "scorer.safetensors"), DamagedCache, "scorer.safetensors is missing, tr"),
+    "shorter scores": (lambda f: shorten(f, "calibration.safetensors"), DamagedCache, "calibration.safetensors is mis"),
+    "a shorter model": (lambda f: shorten(f, "model.safetensors"), DamagedCache, "model.safetensors is missing, trunc"),
+    "a shorter description": (lambda f: shorten(f, "detector.json"), DamagedCache, "detector.json is truncated"),
+    "no scorer": (lambda f: (f / "scorer.safetensors").unlink(), DamagedCache, "scorer.safetensors is missing"),
+    "no description": (
+        lambda f: (f / "detector.json").unlink(),
+        ForeignFile,
+        "is not a detector that ood_scores saved",
+    ),
+    "another program's": (lambda f: change(f, format="other"), ForeignFile, "is not a detector"),
+    "a newer version": (lambda f: change(f, version=2), ForeignFile, "detector format 2; .* reads up to 1: update"),
+    "no version": (lambda f: drop(f, "version"), DamagedCache, r"damaged \(KeyError\('version'\)\)"),
+    "no run": (lambda f: drop(f, "run"), DamagedCache, r"damaged \(KeyError\('run'\)\)"),
+    "a timm model unknown here": (
+        lambda f: change(f, model={"architecture": "no_net", "weights_sha256": "", "channels_last": False}),
+        UnknownName,
+        "timm has no model 'no_net'",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_not_a_whole_detector(damage: str, folder: Path) -> None:
+    break_it, error, message = DAMAGES[damage]
+    break_it(folder)
+    with pytest.raises(error, match=message):
+        Detector.load(folder)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        Detector.load(tmp_path / "detector")
+
+
+def test_a_saved_model_is_a_checkpoint(folder: Path, model: nn.Module) -> None:
+    again = ood_scores.models.opening.load_model("tiny_net", folder / "model.safetensors")
+    inputs = Rows(8, 3).inputs
+    with torch.no_grad():
+        assert torch.equal(again(inputs), model(inputs))

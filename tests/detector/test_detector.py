@@ -1,0 +1,359 @@
+"""Detectors: every column against its definition, the model left alone, and what may go wrong."""
+
+import importlib.util
+import os
+import pickle
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detecting import PIXELS, Rows, extracted, loader, network, same
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+import ood_scores
+from ood_scores import calibrate
+from ood_scores.data.images import ImageArrays
+from ood_scores.detector import Fusion
+from ood_scores.detector.conformal import class_thresholds, p_values, threshold
+from ood_scores.detector.runner import probe_of
+from ood_scores.errors import (
+    BadInput,
+    MissingInput,
+    NotFitted,
+    OtherModel,
+)
+from ood_scores.features import FeatureSet
+from ood_scores.models.opening import preprocessing
+from ood_scores.probes import ODIN, PROBES, ParameterGradients
+from ood_scores.scorers import create_scorer
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return network()
+
+
+@pytest.fixture(scope="module")
+def sets(model: nn.Module) -> dict[str, FeatureSet]:
+    probes = ["odin", "rankfeat", "fgsm", "gram", "norms", ParameterGradients(groups=("fc",))]
+    return {
+        name: extracted(model, rows, seed, layers="stages", probes=probes)
+        for name, rows, seed in (("fit", 200, 1), ("id", 199, 2), ("new", 64, 3))
+    }
+
+
+SCORERS: dict[str, Any] = {
+    "energy": "energy",
+    "gradnorm": "gradnorm",
+    "mahalanobis": "mahalanobis",
+    "react": "react",
+    "vim": "vim",
+    "knn": "knn",
+    "pnml": "pnml",
+    "block_norm": "block_norm",
+    "gram": "gram",
+    "mahalanobis_layers": "mahalanobis_layers",
+    "odin": "odin",
+    "rankfeat": "rankfeat",
+    "gradnorm_params": create_scorer("gradnorm_params", group="fc"),
+    "fusion": Fusion(["energy", "mahalanobis"]),
+}
+
+
+# ---- what a prediction is
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_predict_is_extract_score_and_compare(name: str, model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    detector = calibrate(SCORERS[name], model, fit=sets["fit"], id=sets["id"])
+    logits = sets["new"].logits
+    assert logits is not None
+    scorer = ood_scores.create_scorer(name, **({"group": "fc"} if name == "gradnorm_params" else {}))
+    if name == "fusion":
+        scorer = Fusion(["energy", "mahalanobis"])
+    scores = ood_scores.score(scorer, sets["new"], fit=sets["fit"]).numpy()
+    calibration = scorer.score(sets["id"]).numpy()
+
+    found = detector.predict(Rows(64, 3).inputs)
+    assert np.array_equal(found.score, scores)
+    assert np.array_equal(found.label, logits.argmax(dim=1).numpy())
+    assert np.allclose(found.probability, logits.double().softmax(dim=1).amax(dim=1).numpy(), rtol=1e-6)
+    assert np.array_equal(found.p_value, [(1 + (calibration <= score).sum()) / 200 for score in scores])
+    assert np.array_equal(found.is_ood, scores < threshold(calibration, 0.95).value)
+    assert np.array_equal(found.is_ood, found.p_value <= 10 / 200)
+    assert same(found, detector.decide(sets["new"]))
+    assert [values.dtype for values in found.columns().values()] == [np.int64, *[np.float64] * 3, np.bool_]
+
+
+def test_loaders_give_the_detector_that_feature_sets_give(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    from_sets = calibrate("mahalanobis", model, fit=sets["fit"], id=sets["id"])
+    from_loaders = calibrate("mahalanobis", model, fit=loader(200, 1), id=loader(199, 2))
+    inputs = Rows(64, 3).inputs
+    assert same(from_sets.predict(inputs), from_loaders.predict(inputs))
+
+
+def test_the_shares_are_those_asked_for(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    scores = ood_scores.score("energy", sets["id"])
+    for keep, delta in ((0.8, None), (0.9, 0.05)):
+        found = calibrate("energy", model, id=sets["id"], keep=keep, delta=delta).calibration.thresholds
+        assert found == (threshold(scores, keep, delta=delta),)
+
+
+def test_each_predicted_class_has_its_own_threshold_and_p_values(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    detector = calibrate("energy", model, id=sets["id"], keep=0.8, per_class=True)
+    scores = ood_scores.score("energy", sets["id"]).numpy()
+    assert sets["id"].logits is not None
+    predicted = sets["id"].logits.argmax(dim=1).numpy()
+    limits = class_thresholds(scores, predicted, 4, 0.8)
+    assert detector.calibration.thresholds == limits
+    assert len({limit.value for limit in limits}) > 1
+    found = detector.predict(Rows(64, 3).inputs)
+    for row in range(64):
+        label, score = found.label[row], found.score[row]
+        assert found.is_ood[row] == (score < limits[label].value)
+        assert found.p_value[row] == p_values(scores[predicted == label], [score])[0]
+
+
+def test_a_class_without_calibration_rows_has_p_values_of_1(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    assert sets["id"].logits is not None
+    predicted = sets["id"].logits.argmax(dim=1)
+    missing = int(predicted[0])
+    with pytest.warns(UserWarning, match="1 of 4 classes"):
+        detector = calibrate("energy", model, id=sets["id"][predicted != missing], keep=0.5, per_class=True)
+    found = detector.decide(sets["id"][predicted == missing])
+    assert (found.p_value == 1).all()
+    assert not found.is_ood.any()
+
+
+def test_names_of_classes(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    detector = calibrate("energy", model, id=sets["id"], classes=["ant", "bee", "cow", "dog"])
+    frame = detector.decide(sets["new"]).to_pandas()
+    assert list(frame) == ["label", "probability", "score", "p_value", "is_ood", "class_name"]
+    assert list(frame["class_name"]) == [["ant", "bee", "cow", "dog"][label] for label in frame["label"]]
+    with pytest.raises(BadInput, match="4 classes, and there are names for 1"):
+        calibrate("energy", model, id=sets["id"], classes=["ant"])
+
+
+def test_kept_precision_is_that_of_the_calibration_set(model: nn.Module) -> None:
+    halves = extracted(model, 199, 2, amp="bf16", dtype="float16")
+    detector = calibrate("energy", model, id=halves)
+    assert (detector.runner.amp, detector.runner.dtype) == ("bf16", "float16")
+    new = extracted(model, 64, 3, amp="bf16", dtype="float16")
+    assert same(detector.predict(Rows(64, 3).inputs), detector.decide(new))
+
+
+def test_probes_are_those_of_the_calibration_set(model: nn.Module) -> None:
+    probe = ODIN(epsilon=0.2, temperature=7.0, std=(0.1, 0.2, 0.3))
+    detector = calibrate("odin", model, id=extracted(model, 150, 2, probes=[probe]))
+    assert detector.runner.probes == (probe,)
+    by_hand = FeatureSet(torch.rand(30, 3), torch.rand(30, 4), extras={"odin": torch.rand(30, 4)})
+    with pytest.raises(BadInput, match="holds odin, but not how it was computed"):
+        calibrate("odin", model, id=by_hand)
+
+
+@pytest.mark.parametrize("name", sorted(PROBES))
+def test_every_probe_is_made_again_from_its_description(name: str) -> None:
+    assert probe_of(repr(PROBES[name]())) == PROBES[name]()
+
+
+def test_probes_are_read_and_never_run() -> None:
+    assert probe_of("ParameterGradients(p=inf)") == ParameterGradients(p=float("inf"))
+    for text in ("__import__('os').getcwd()", "ODIN(epsilon=__import__('os'))", "Missing(name='x')", "ODIN("):
+        with pytest.raises(BadInput, match="cannot be made again"):
+            probe_of(text)
+
+
+def test_says_what_a_scorer_costs(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    passes = {
+        name: calibrate(name, model, fit=sets["fit"], id=sets["id"]).passes for name in ("energy", "gram", "rankfeat")
+    }
+    assert passes["energy"] == passes["gram"] == "one forward pass"
+    assert passes["rankfeat"] == "one forward pass, and further forward passes for rankfeat"
+    detector = calibrate("odin", model, id=sets["id"])
+    assert repr(detector).endswith("after 199 rows; one forward pass, and backward passes for odin)")
+    assert repr(detector).startswith("Detector(odin on tiny_net: keeps 0.95 of ID data by score >= ")
+
+
+# ---- the model
+
+
+def test_the_model_is_left_as_it_was(sets: dict[str, FeatureSet]) -> None:
+    model = network()
+    model.train()
+    model.get_submodule("bn1").eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: values.clone() for name, values in model.state_dict().items()}
+    detector = calibrate("odin", model, id=sets["id"])
+    generator = torch.get_rng_state()
+    expected = calibrate("odin", network(), id=sets["id"]).predict(Rows(8, 3).inputs)
+    assert same(detector.predict(Rows(8, 3).inputs), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(state[name], values) for name, values in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_the_given_scorer_is_copied(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    scorer = create_scorer("mahalanobis")
+    detector = calibrate(scorer, model, fit=sets["fit"], id=sets["id"])
+    assert not scorer.is_fitted
+    expected = detector.decide(sets["new"])
+    fitted = create_scorer("mahalanobis").fit(sets["fit"])
+    detector = calibrate(fitted, model, id=sets["id"])
+    fitted.fit(sets["new"])
+    assert same(detector.decide(sets["new"]), expected)
+
+
+def test_threads_take_turns_at_a_model(sets: dict[str, FeatureSet]) -> None:
+    model = network()
+    model.get_submodule("fc").register_forward_hook(lambda *_: time.sleep(0.001))  # others come between
+    detectors = [calibrate(name, model, fit=sets["fit"], id=sets["id"]) for name in ("mahalanobis", "gradnorm")]
+    calls = [(detector, Rows(16, seed).inputs) for seed in range(12) for detector in detectors]
+    expected = [detector.predict(inputs) for detector, inputs in calls]
+    with ThreadPoolExecutor(6) as pool:
+        found = pool.map(lambda call: call[0].predict(call[1]), calls)
+        assert all(map(same, found, expected))
+
+
+def test_copies_are_independent(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    detector = calibrate("mahalanobis", model, fit=sets["fit"], id=sets["id"])
+    expected = detector.predict(Rows(16, 3).inputs)
+    copy = pickle.loads(pickle.dumps(detector))
+    assert copy.runner.model is copy.model is not model
+    assert same(copy.predict(Rows(16, 3).inputs), expected)
+
+
+def test_refuses_other_weights(sets: dict[str, FeatureSet]) -> None:
+    other = network(1)
+    with pytest.raises(OtherModel, match="id comes from tiny_net with weights"):
+        calibrate("energy", other, id=sets["id"])
+    with pytest.raises(OtherModel, match="fit comes from tiny_net"):
+        calibrate("mahalanobis", other, fit=sets["fit"], id=loader(150, 2))
+    with pytest.raises(OtherModel, match="was fitted on"):
+        calibrate(create_scorer("mahalanobis").fit(sets["fit"]), other, id=loader(150, 2))
+    detector = calibrate("energy", other, id=loader(150, 2))
+    with pytest.raises(OtherModel, match="this set"):
+        detector.decide(sets["new"])
+
+
+def test_refuses_what_cannot_work(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    with pytest.raises(NotFitted, match="pass fit="):
+        calibrate("mahalanobis", model, id=sets["id"])
+    with pytest.raises(BadInput, match="'ensemble', which no probe of one model gives"):
+        calibrate("ensemble", model, id=sets["id"])
+    with pytest.raises(MissingInput, match="logits"):
+        calibrate("feature_norm", model, id=FeatureSet(torch.rand(30, 16)))
+    with pytest.raises(BadInput, match="keep"):
+        calibrate("energy", model, id=sets["id"], keep=1.0)
+    with pytest.warns(UserWarning, match="at least 99 are needed"):
+        detector = calibrate("energy", model, id=sets["id"][:50], keep=0.99)
+    assert not detector.decide(sets["new"]).is_ood.any()
+
+
+def test_warns_of_calibrating_on_the_rows_of_the_fit(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    fit = sets["fit"]
+    for part, id in ((fit, fit), (fit[:150], fit[100:])):
+        with pytest.warns(UserWarning, match="rows that 'mahalanobis' was fitted on"):
+            calibrate("mahalanobis", model, fit=part, id=id)
+    with pytest.warns(UserWarning, match="was fitted on"):
+        calibrate(create_scorer("mahalanobis").fit(fit), model, id=fit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate("mahalanobis", model, fit=fit[:100], id=fit[100:])
+        calibrate("energy", model, fit=fit, id=fit)
+
+
+def test_warns_of_other_preprocessing(model: nn.Module) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
+    own = DataLoader(ImageArrays(pixels, transform=preprocessing(model)), 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate("energy", model, id=own)
+    with pytest.warns(UserWarning, match=r"went through Compose.*will go through Compose"):
+        detector = calibrate("energy", model, id=own, preprocessing={"mean": (0.1, 0.1, 0.1)})
+    inputs = torch.stack([preprocessing(model, mean=(0.1, 0.1, 0.1))(Image.fromarray(image)) for image in PIXELS])
+    assert same(detector.predict(PIXELS), detector.predict(inputs))
+
+
+# ---- a stream, a graph
+
+
+def test_monitor(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    detector = calibrate("energy", model, id=sets["id"])
+    monitor = detector.monitor()
+    found = detector.predict(Rows(64, 3).inputs)
+    monitor.update(found.score)
+    assert monitor.rejection_rate == found.is_ood.mean()
+    assert monitor.expected_rate == 10 / 200
+    assert not monitor.drifted()
+    monitor.update(np.full(100, detector.calibration.scores[0]))
+    assert monitor.drifted()
+
+
+def test_graph(tmp_path: Path, model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    pytest.importorskip("onnxruntime")
+    from ood_scores.detector.export import run_onnx
+
+    detector = calibrate("gradnorm", model, id=sets["id"], keep=0.7, per_class=True)
+    inputs = Rows(64, 3).inputs
+    detector.export_onnx(tmp_path / "detector.onnx", inputs)
+    expected = detector.predict(inputs)
+    assert np.array_equal(run_onnx(tmp_path / "detector.onnx", inputs)["is_ood"], expected.is_ood)
+    assert 0 < expected.is_ood.sum() < 64
+    _, score, _ = detector.export(inputs).module()(inputs)
+    assert np.allclose(score.numpy(), expected.score, rtol=1e-6)
+    half = calibrate("gradnorm", model, id=extracted(model, 100, 2, amp="bf16"))
+    with pytest.raises(BadInput, match="mixed precision"):
+        half.export(inputs)
+
+
+# ---- real images
+
+
+def real_sets(model: nn.Module, folder: Path) -> dict[str, FeatureSet]:
+    spec = importlib.util.spec_from_file_location("real_images", folder / "load.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    transform = preprocessing(model)
+    sets = {}
+    for name, rows in (("cifar10_train", 2000), ("cifar10_test", 2000)):
+        images, labels = module.load(name)
+        dataset = ImageArrays(images[:rows], labels[:rows], transform, name)
+        sets[name] = ood_scores.extract(
+            model, DataLoader(dataset, 250), layers="stages", probes=["gram", "norms"], progress=False
+        )
+    return sets
+
+
+@pytest.mark.skipif("OOD_SCORES_DATA" not in os.environ, reason="OOD_SCORES_DATA does not name a folder of real images")
+def test_kept_share_of_held_out_images_for_every_scorer() -> None:
+    folder = Path(os.environ["OOD_SCORES_DATA"])
+    model = ood_scores.models.opening.load_model(
+        "cifar_resnet20", folder / "checkpoints" / "cifar10_resnet20.safetensors"
+    )
+    sets = real_sets(model, folder)
+    fit, id, held = sets["cifar10_train"], sets["cifar10_test"][:1000], sets["cifar10_test"][1000:]
+    level = 1 - 50 / 1001
+    error = (level * (1 - level) * (1 / 1002 + 1 / 1000)) ** 0.5  # of a beta-binomial share
+    kept = {}
+    for name in ood_scores.list_scorers():
+        scorer = create_scorer(name)
+        if not all(held.has(need) and fit.has(need) for need in {*scorer.needs, *scorer.fit_needs} - {"labels"}):
+            continue
+        detector = calibrate(scorer, model, fit=fit, id=id)
+        found = detector.decide(held)
+        limit = detector.calibration.thresholds[0].value
+        kept[name] = (1 - found.is_ood.mean(), (found.score > limit).mean())  # rows tied with the threshold are kept
+    assert len(kept) > 45
+    assert min(share for share, _ in kept.values()) > level - 4 * error, kept
+    assert max(share for _, share in kept.values()) < level + 4 * error, kept

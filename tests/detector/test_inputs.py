@@ -1,0 +1,163 @@
+"""What a detector takes: images in every form, batches of columns, and what is neither."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from detecting import PIXELS, Plain, Rows, extracted, network, same
+from PIL import Image
+from torch import Tensor, nn
+
+from ood_scores import Detector, calibrate
+from ood_scores.errors import BadInput, EmptyInput, MissingData, NotFinite, OodScoresError, ShapeMismatch
+from ood_scores.models.opening import preprocessing
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return network()
+
+
+@pytest.fixture(scope="module")
+def detector(model: nn.Module) -> Detector:
+    return calibrate("energy", model, id=extracted(model, 199, 2))
+
+
+def forms(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The same five pictures in every form that they may come in, each a batch."""
+    pictures = [Image.fromarray(pixels) for pixels in PIXELS]
+    encoded = []
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    paths = [folder / f"{number}.png" for number in range(5)]
+    yield "PIL", pictures
+    yield "a generator", (picture for picture in pictures)
+    yield "RGBA", [picture.convert("RGBA") for picture in pictures]
+    yield "paths", paths
+    yield "strings", [str(path) for path in paths]
+    yield "bytes", encoded
+    yield "Hugging Face's", [{"bytes": content, "path": None} for content in encoded]
+    yield "Hugging Face's paths", [{"bytes": None, "path": str(path)} for path in paths]
+    yield "arrays", list(PIXELS)
+    yield "one array", PIXELS
+    yield "an array of objects", np.array([*pictures, None], dtype=object)[:5]
+    yield "tensors", [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in PIXELS]
+    yield "one tensor", torch.from_numpy(PIXELS).permute(0, 3, 1, 2)
+    yield "several kinds", [pictures[0], paths[1], encoded[2], PIXELS[3], torch.from_numpy(PIXELS[4]).movedim(2, 0)]
+
+
+def test_an_image_is_the_same_in_every_form(tmp_path: Path, model: nn.Module, detector: Detector) -> None:
+    transform = preprocessing(model)
+    inputs = torch.stack([transform(Image.fromarray(pixels)) for pixels in PIXELS])
+    expected = detector.predict(inputs)
+    for form, images in (*forms(tmp_path), ("floats", inputs.numpy()), ("float64", inputs.double())):
+        assert same(detector.predict(images), expected), form
+    assert same(detector.predict(inputs.tolist()), expected)
+    assert detector.predict(tmp_path / "3.png").score == pytest.approx(expected.score[3], rel=1e-5)
+
+
+def test_grey_images_and_long_lists(detector: Detector) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (150, 8, 8, 1), dtype=np.uint8)
+    found = detector.predict(grey)
+    assert len(found) == 150
+    assert same(found, detector.predict([Image.fromarray(pixels[:, :, 0]) for pixels in grey]))
+    assert same(found, detector.predict([pixels[:, :, 0] for pixels in grey]))
+    assert np.array_equal(found.score[64:128], detector.predict(grey[64:128]).score)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(0, 3, 8, 8), EmptyInput, "no image"),
+        ([], EmptyInput, "no image"),
+        (torch.zeros(3, 8, 8), ShapeMismatch, r"\[3, 8, 8\]: put a single one in a batch, images\[None\]"),
+        (torch.zeros(2, 8), ShapeMismatch, r"\[B, C, H, W\], got \[2, 8\]"),
+        (torch.zeros(2, 1, 8, 8), BadInput, r"cannot take a batch of shape \[2, 1, 8, 8\]: .*3 channels"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), BadInput, "int64: pixels are uint8"),
+        (np.zeros((2, 8, 8, 3), dtype=np.int32), BadInput, "int32: pixels are uint8"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ShapeMismatch, "channels first"),
+        (np.zeros((2, 3, 8, 8), dtype=np.uint8), ShapeMismatch, "channels last"),
+        (np.zeros((8, 8, 3), dtype=np.uint8), ShapeMismatch, "put a single one in a list"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], ShapeMismatch, "different shapes"),
+        ([torch.zeros(8, 8)], ShapeMismatch, r"an image among several is \[C, H, W\], got \[8, 8\]"),
+        ([[[1.0, 2.0], [3.0]]], BadInput, "lists of different lengths"),
+        ([torch.full((3, 8, 8), 1.0), torch.full((3, 8, 8), torch.nan)], NotFinite, "image 1 holds NaN"),
+        (torch.full((2, 3, 8, 8), torch.inf), NotFinite, "image 0 holds NaN or infinite"),
+        (torch.full((1, 3, 8, 8), 3e38), NotFinite, "of image 0 hold NaN or infinite"),
+        ("missing.png", MissingData, "there is no image missing.png"),
+        ([b"no image"], BadInput, "cannot read an image from bytes"),
+        ([3], BadInput, "an image is given as int"),
+        (3, BadInput, "images are a batch, got int"),
+        ({"image": []}, BadInput, "images are a batch, got dict"),
+    ],
+)
+def test_what_is_no_batch_of_images(images: Any, error: type[OodScoresError], message: str, detector: Detector) -> None:
+    with pytest.raises(error, match=message):
+        detector.predict(images)
+    assert len(detector.predict(torch.zeros(1, 3, 8, 8))) == 1
+
+
+def test_a_truncated_file_is_named(tmp_path: Path, detector: Detector) -> None:
+    whole = io.BytesIO()
+    Image.fromarray(PIXELS[0]).resize((200, 200)).save(whole, "PNG")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:500])
+    with pytest.raises(BadInput, match=r"cut\.png"):
+        detector.predict([tmp_path / "cut.png"])
+    with Image.open(tmp_path / "cut.png") as lazy, pytest.raises(BadInput, match=r"cut\.png"):
+        detector.predict([lazy])
+
+
+def test_models_that_are_not_timms() -> None:
+    torch.manual_seed(0)
+    plain = Plain().eval()
+    feats = extracted(plain, 100, 2)
+    detector = calibrate("energy", plain, id=feats)
+    assert same(detector.predict(Rows(64, 3).inputs), detector.decide(extracted(plain, 64, 3)))
+    with pytest.raises(BadInput, match="nothing says how an image becomes"):
+        detector.predict(PIXELS)
+    entries = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "crop_pct": 1.0}
+    detector = calibrate("energy", plain, id=feats, preprocessing=entries)
+    inputs = (torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255 - 0.5) / 0.2
+    assert np.allclose(detector.predict(PIXELS).score, detector.predict(inputs).score, rtol=1e-5)
+    with pytest.raises(BadInput, match="needs std, too"):
+        calibrate("energy", plain, id=feats, preprocessing={"input_size": (3, 8, 8), "mean": (0.5,)})
+    with pytest.raises(BadInput, match=r"preprocessing has input_size.*; got size"):
+        calibrate("energy", plain, id=feats, preprocessing={"size": 8})
+
+
+# ---- batches of columns
+
+
+def test_a_batch_of_columns(model: nn.Module, detector: Detector) -> None:
+    expected = detector.predict(PIXELS)
+    new = ["predicted_label", "probability", "score", "p_value", "is_ood"]
+    batch = {"image": list(PIXELS), "label": [9] * 5}
+    found = detector(batch)
+    assert list(found) == ["image", "label", *new]
+    assert found["label"] == [9] * 5
+    assert list(batch) == ["image", "label"]
+    assert np.array_equal(found["predicted_label"], expected.label)
+    assert np.array_equal(found["is_ood"], expected.is_ood)
+    lazy = detector(MappingProxyType({"pixel_values": preprocessed(model), "image": None}))
+    assert list(lazy) == new
+    assert np.array_equal(lazy["score"], expected.score)
+    frame = detector(pd.DataFrame({"image": list(PIXELS), "row": range(5)}))
+    assert list(frame) == ["image", "row", *new]
+    assert np.array_equal(frame["p_value"], expected.p_value)
+    assert np.array_equal(detector(PIXELS)["score"], expected.score)
+    with pytest.raises(BadInput, match="the keys picture; images are looked for under pixel_values, image"):
+        detector({"picture": PIXELS})
+
+
+def preprocessed(model: nn.Module) -> Tensor:
+    transform = preprocessing(model)
+    return torch.stack([transform(Image.fromarray(pixels)) for pixels in PIXELS])

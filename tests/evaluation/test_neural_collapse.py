@@ -1,0 +1,452 @@
+"""Neural collapse and feature norms: zero where collapse is complete, and equal to the definitions written as loops."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from ood_scores import FeatureSet, Head
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch, UnknownName
+from ood_scores.evaluation.feature_norms import norm_bins, norm_groups
+from ood_scores.evaluation.neural_collapse import Collapse, neural_collapse, singular_values
+from ood_scores.features import featureset
+from ood_scores.plotting.collapse import (
+    collapse_curves,
+    norm_bin_curves,
+    norm_group_curves,
+    singular_value_curves,
+)
+
+Array = NDArray[Any]
+SHAPES = [(4, 9), (4, 3), (7, 3), (10, 2), (2, 1), (2, 5), (5, 64)]
+"""Classes and features: more of either, and D = C - 1."""
+
+
+def simplex(classes: int, features: int, seed: int = 0) -> Array:
+    """A simplex equiangular tight frame ``[C, D]``, D >= C - 1, turned at random."""
+    rng = np.random.default_rng(seed)
+    frame = np.eye(classes) - 1 / classes
+    basis = np.linalg.svd(frame)[0][:, : classes - 1]
+    turned = np.linalg.qr(rng.normal(size=(features, features)))[0][:, : classes - 1]
+    return basis @ turned.T
+
+
+def collapsed(classes: int, features: int, rows: int = 6) -> FeatureSet:
+    """Every row at its class mean, the means a simplex away from the origin, the weights the simplex, larger."""
+    frame = simplex(classes, features)
+    labels = np.repeat(np.arange(classes), rows)
+    offset = np.random.default_rng(1).normal(size=features)
+    values = (3 * frame + offset)[labels]
+    head = Head(7 * frame, -7 * frame @ offset)
+    return FeatureSet(values, values @ (7 * frame).T - 7 * frame @ offset, labels, head)
+
+
+def random_set(classes: int, features: int, rows: int = 90, seed: int = 0, dtype: Any = np.float64) -> FeatureSet:
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, rows - classes)])
+    values = (rng.normal(size=(classes, features))[labels] + 0.7 * rng.normal(size=(rows, features)) + 2).astype(dtype)
+    weight, bias = rng.normal(size=(classes, features)), rng.normal(size=classes)
+    return FeatureSet(values, values.astype(np.float64) @ weight.T + bias, labels, Head(weight, bias))
+
+
+def by_loops(feats: FeatureSet, columns: bool = False, against_label: bool = False) -> dict[str, float]:
+    """The definitions of methods.md, one sum after the other."""
+    assert feats.head is not None
+    assert feats.labels is not None
+    assert feats.logits is not None
+    z, labels, weight = feats.features.double().numpy(), feats.labels.numpy(), feats.head.weight.double().numpy()
+    classes, width = weight.shape
+    mean = [np.mean([row for row, label in zip(z, labels, strict=True) if label == c], axis=0) for c in range(classes)]
+    centre = sum(mean) / classes
+    within = sum(np.outer(z[n] - mean[labels[n]], z[n] - mean[labels[n]]) for n in range(len(z))) / len(z)
+    between = sum(np.outer(mean[c] - centre, mean[c] - centre) for c in range(classes)) / classes
+    values, vectors = np.linalg.eigh(between)
+    rank = min(classes - 1, width)
+    inverse = sum(np.outer(vectors[:, -k], vectors[:, -k]) / values[-k] for k in range(1, rank + 1))
+    means = [mean[c] - centre for c in range(classes)]
+
+    def unequal_norms(vectors: Any) -> float:
+        norms = [float(np.sqrt(vector @ vector)) for vector in vectors]
+        average = sum(norms) / classes
+        return float(np.sqrt(sum((norm - average) ** 2 for norm in norms) / (classes - 1))) / average
+
+    def unequal_angles(vectors: Any) -> float:
+        total = 0.0
+        for i in range(classes):
+            for j in range(classes):
+                if i != j:
+                    cosine = vectors[i] @ vectors[j] / np.sqrt((vectors[i] @ vectors[i]) * (vectors[j] @ vectors[j]))
+                    total += abs(cosine + 1 / (classes - 1))
+        return total / (classes * (classes - 1))
+
+    def distance(one: Any, other: Any) -> float:
+        if columns:
+            pairs = zip(one, other, strict=True)
+            return sum(float(np.sum((a / np.linalg.norm(a) - b / np.linalg.norm(b)) ** 2)) for a, b in pairs)
+        return float(np.sum((one / np.sqrt(np.sum(one**2)) - np.array(other) / np.sqrt(np.sum(np.square(other)))) ** 2))
+
+    wrong = 0
+    for n in range(len(z)):
+        nearest = min(range(classes), key=lambda c: float(np.linalg.norm(z[n] - mean[c])))
+        wrong += nearest != (labels[n] if against_label else int(feats.logits[n].argmax()))
+    return {
+        "nc1": float(np.trace(within @ inverse)) / classes,
+        "en_means": unequal_norms(means),
+        "en_classifier": unequal_norms(weight),
+        "ea_means": unequal_angles(means),
+        "ea_classifier": unequal_angles(weight),
+        "nc3": distance(weight, means),
+        "nc4": wrong / len(z),
+    }
+
+
+# --- neural collapse ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("classes", "features"), [(2, 1), (2, 4), (4, 3), (5, 16), (10, 9), (10, 64)])
+@pytest.mark.parametrize("nc3_norm", ["frobenius", "columns"])
+@pytest.mark.parametrize("nc4_against", ["prediction", "label"])
+def test_a_collapsed_simplex_measures_zero(classes: int, features: int, nc3_norm: Any, nc4_against: Any) -> None:
+    found = asdict(neural_collapse(collapsed(classes, features), nc3_norm=nc3_norm, nc4_against=nc4_against))
+    assert found.keys() == {"nc1", "en_means", "en_classifier", "ea_means", "ea_classifier", "nc3", "nc4"}
+    assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=1e-12)
+
+
+@pytest.mark.parametrize(("classes", "features"), SHAPES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equals_the_definitions_as_loops(classes: int, features: int, dtype: Any) -> None:
+    feats = random_set(classes, features, dtype=dtype)
+    assert asdict(neural_collapse(feats)) == pytest.approx(by_loops(feats), rel=1e-9, abs=1e-13)
+    switched = neural_collapse(feats, nc3_norm="columns", nc4_against="label")
+    assert asdict(switched) == pytest.approx(by_loops(feats, columns=True, against_label=True), rel=1e-9, abs=1e-13)
+
+
+def test_papyans_nc1_is_not_divided_by_the_classes() -> None:
+    feats = random_set(6, 8)
+    whole = neural_collapse(feats, nc1_over_classes=False).nc1
+    assert whole == pytest.approx(6 * neural_collapse(feats).nc1, rel=1e-14)
+
+
+def test_features_of_length_one() -> None:
+    feats = random_set(5, 8)
+    unit = FeatureSet(torch.nn.functional.normalize(feats.features), feats.logits, feats.labels, feats.head)
+    assert asdict(neural_collapse(feats, normalize=True)) == pytest.approx(asdict(neural_collapse(unit)), rel=1e-12)
+
+
+def test_values_by_hand() -> None:
+    # Two classes in one dimension: means -1 and 1, variance 1/4 within, 1 between.
+    feats = FeatureSet([[-1.5], [-0.5], [0.5], [1.5]], None, [0, 0, 1, 1], Head([[-1.0], [3.0]]))
+    found = neural_collapse(feats)
+    assert found.nc1 == pytest.approx(0.25 / 2)
+    assert (found.en_means, found.en_classifier) == pytest.approx((0, np.sqrt(2) / 2))
+    assert (found.ea_means, found.ea_classifier) == pytest.approx((0, 0))
+    # Weights (-1, 3) / sqrt 10 against means (-1, 1) / sqrt 2.
+    assert found.nc3 == pytest.approx(2 - 2 * 4 / np.sqrt(20))
+    assert neural_collapse(feats, nc3_norm="columns").nc3 == pytest.approx(0)
+    assert found.nc4 == 0
+
+
+def test_nc4_counts_rows_against_the_prediction_or_the_label() -> None:
+    # Nearest mean: 0, 0, 1 (the third row lies with class 1), 1, 1, 1; the network says 0, 1, 0, 1, 1, 1.
+    values = torch.tensor([[-3.0], [-2.0], [1.0], [2.0], [3.0], [2.5]])
+    logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1, 1, 1])).double()
+    feats = FeatureSet(values, logits, [0, 0, 0, 1, 1, 1], Head([[-1.0], [1.0]]))
+    assert neural_collapse(feats).nc4 == pytest.approx(2 / 6)
+    assert neural_collapse(feats, nc4_against="label").nc4 == pytest.approx(1 / 6)
+
+
+def test_logits_come_from_the_head_where_the_set_has_none() -> None:
+    feats = random_set(5, 8)
+    bare = FeatureSet(feats.features, None, feats.labels, feats.head)
+    assert neural_collapse(bare) == neural_collapse(feats)
+
+
+def test_the_pseudo_inverse_is_truncated() -> None:
+    """Neither the C-th singular value, which is rounding, nor that of a direction without spread is inverted."""
+    feats = random_set(4, 6)
+    shifted = FeatureSet(feats.features + 1000, feats.logits, feats.labels, feats.head)
+    assert neural_collapse(shifted).nc1 == pytest.approx(neural_collapse(feats).nc1, rel=1e-9)
+
+    labels = np.arange(40) % 4
+    pairs = np.random.default_rng(0).normal(size=(20, 6))  # row by row in classes 0 and 1, and again in 2 and 3
+    values = np.stack([pairs[::2], 1 - pairs[::2], pairs[::2], pairs[1::2]], axis=1).reshape(40, 6)
+    twins = FeatureSet(values, None, labels, Head(np.eye(4, 6)))
+    means = np.stack([values[labels == c].mean(axis=0) for c in range(4)])
+    within = sum(np.outer(row - means[c], row - means[c]) for row, c in zip(values, labels, strict=True)) / 40
+    centred = means - means.mean(axis=0)
+    expected = np.trace(within @ np.linalg.pinv(centred.T @ centred / 4, rcond=1e-10)) / 4
+    assert np.linalg.matrix_rank(centred, tol=1e-10) == 2
+    assert neural_collapse(twins).nc1 == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_mean_at_the_centre_has_no_direction() -> None:
+    feats = FeatureSet([[-1.0], [0.0], [1.0]], None, [0, 1, 2], Head([[-1.0], [0.0], [1.0]]))
+    # cos = -1 between the outer two, 0 with the middle: |-1 + 1/2| twice and |0 + 1/2| four times.
+    assert neural_collapse(feats).ea_means == pytest.approx(0.5)
+    assert neural_collapse(feats, nc3_norm="columns").nc3 == 0
+
+
+@given(rows=st.integers(1, 95), seed=st.integers(0, 99), shape=st.sampled_from(SHAPES))
+@settings(max_examples=25, deadline=None)
+def test_any_blocks_and_any_order_give_the_same(rows: int, seed: int, shape: tuple[int, int]) -> None:
+    feats = random_set(*shape)
+    expected = asdict(neural_collapse(feats))
+    order = np.random.default_rng(seed).permutation(len(feats))
+    shuffled = feats[order]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(featureset, "BLOCK_BYTES", 8 * rows * sum(shape))
+        assert asdict(neural_collapse(shuffled)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_sets_on_disk_are_measured_alike(tmp_path: Any) -> None:
+    import ood_scores
+
+    feats = random_set(4, 6)
+    feats.save(tmp_path / "feats.h5")
+    assert neural_collapse(ood_scores.load(tmp_path / "feats.h5")) == neural_collapse(feats)
+
+
+def test_what_cannot_be_measured() -> None:
+    feats = random_set(4, 6)
+    z, labels = feats.features, feats.labels
+    with pytest.raises(MissingInput, match="has none: extract it"):
+        neural_collapse(FeatureSet(z, None, labels))
+    with pytest.raises(BadLabels, match="no labels"):
+        neural_collapse(FeatureSet(z, None, None, feats.head))
+    with pytest.raises(BadInput, match="only one"):
+        neural_collapse(FeatureSet(z, None, [0] * len(z), Head(np.ones((1, 6)))))
+    with pytest.raises(BadLabels, match=r"2 of 6 classes have no rows \(4, 5\)"):
+        neural_collapse(FeatureSet(z, None, labels, Head(np.ones((6, 6)))))
+    with pytest.raises(BadInput, match="all class means are the same"):
+        neural_collapse(FeatureSet(torch.full((8, 3), 0.1), None, [0, 1] * 4, Head(np.eye(2, 3))))
+    with pytest.raises(BadInput, match="all zeros"):
+        neural_collapse(FeatureSet(z, None, labels, Head(np.zeros((4, 6)))))
+    with pytest.raises(EmptyInput):
+        neural_collapse(feats[:0])
+    with pytest.raises(NotFinite, match="row 3"):
+        neural_collapse(FeatureSet(z.index_fill(0, torch.tensor([3]), float("nan")), None, labels, feats.head))
+    with pytest.raises(UnknownName, match="there are: frobenius, columns"):
+        neural_collapse(feats, nc3_norm="rows")  # type: ignore[arg-type]
+    with pytest.raises(UnknownName, match="there are: prediction, label"):
+        neural_collapse(feats, nc4_against="truth")  # type: ignore[arg-type]
+
+
+# --- change of features by norm group -------------------------------------------------------------------------------
+
+
+def test_norm_groups_by_hand() -> None:
+    # Last norms 5, 10 (an edge belongs to the group above), 25, 50; the second group of three has two rows.
+    last = torch.tensor([[3.0, 4.0], [10.0, 0.0], [0.0, 25.0], [30.0, 40.0]])
+    middle = last - torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [0.0, 0.0]])
+    table = norm_groups([FeatureSet(torch.zeros(4, 2)), FeatureSet(middle), FeatureSet(last)], edges=(10, 30))
+    assert table[["epoch", "group"]].to_numpy().tolist() == [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]]
+    assert table["low"].tolist() == [0, 10, 30] * 2
+    assert table["high"].tolist() == [10, 30, float("inf")] * 2
+    assert table["rows"].tolist() == [1, 2, 1] * 2
+    first = [2**2 + 4**2, (10**2 + 2**2 + 3**2 + 21**2) / 2, 50**2]
+    assert table["change"].tolist() == [*first, 1, (4 + 25) / 2, 0]
+    assert table["total"].tolist() == [*first, first[0] + 1, first[1] + 29 / 2, first[2]]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_norm_groups_equal_a_loop(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    walk = rng.normal(size=(4, 60, 5)).cumsum(axis=0)
+    monkeypatch.setattr(featureset, "BLOCK_BYTES", 8 * 5 * rows)
+    table = norm_groups([FeatureSet(epoch) for epoch in walk], edges=(2, 4, 5))
+    norms = np.sqrt((walk[-1] ** 2).sum(axis=1))
+    assert len(table) == 3 * 4
+    for epoch, low, high, count, change in table[["epoch", "low", "high", "rows", "change"]].to_numpy():
+        old, new = walk[int(epoch) - 1], walk[int(epoch)]
+        members = [n for n in range(60) if low <= norms[n] < high]
+        assert count == len(members)
+        assert change == pytest.approx(sum(np.sum((new[n] - old[n]) ** 2) for n in members) / count, rel=1e-12)
+
+
+def test_an_empty_norm_group_has_no_change() -> None:
+    table = norm_groups([FeatureSet(torch.ones(2, 2)), FeatureSet(torch.zeros(2, 2))])
+    assert table["rows"].tolist() == [2, 0, 0, 0]
+    assert table["change"].tolist() == pytest.approx([2, *[float("nan")] * 3], nan_ok=True)
+
+
+def test_norm_groups_that_cannot_be() -> None:
+    one, wide, long = FeatureSet(torch.ones(4, 2)), FeatureSet(torch.ones(4, 3)), FeatureSet(torch.ones(5, 2))
+    with pytest.raises(BadInput, match="two epochs at least, got 1"):
+        norm_groups([one])
+    for other in (wide, long):
+        with pytest.raises(ShapeMismatch, match="same rows"):
+            norm_groups([one, other])
+    for edges in ([3, 2], [0, 1], [2, 2], [float("inf")]):
+        with pytest.raises(BadInput, match="increasing order"):
+            norm_groups([one, one], edges)
+
+
+# --- singular values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(50, 8), (5, 8)])
+def test_singular_values_are_those_of_the_matrix(shape: tuple[int, int]) -> None:
+    values = np.random.default_rng(0).normal(size=shape) + 1
+    expected = np.zeros(8)
+    expected[: min(shape)] = np.linalg.svd(values, compute_uv=False)
+    table = singular_values(FeatureSet(values), per_row=False)
+    assert table["rank"].tolist() == list(range(1, 9))
+    np.testing.assert_allclose(table["value"], expected, atol=1e-7 * expected[0])
+    np.testing.assert_allclose(singular_values(FeatureSet(values))["value"] * shape[0] ** 0.5, table["value"])
+    centred = np.linalg.svd(values - values.mean(axis=0), compute_uv=False)
+    found = singular_values(FeatureSet(values), centre=True, per_row=False)["value"][: min(shape)]
+    np.testing.assert_allclose(found, centred, atol=1e-7 * expected[0])
+
+
+def test_other_sets_are_seen_in_the_directions_of_the_first() -> None:
+    rng = np.random.default_rng(0)
+    train, other = rng.normal(size=(60, 5)) * [5, 4, 3, 2, 1], rng.normal(size=(40, 5)) + 2
+    directions = np.linalg.svd(train)[2]
+    table = singular_values(FeatureSet(train), {"svhn": FeatureSet(other)}, per_row=False)
+    found = table.loc[table["set"] == "svhn", "value"]
+    np.testing.assert_allclose(found, np.linalg.norm(other @ directions.T, axis=0), rtol=1e-10)
+    shifted = singular_values(FeatureSet(train), {"svhn": FeatureSet(other)}, centre=True)
+    centred = train - train.mean(axis=0)
+    reach = np.linalg.norm((other - train.mean(axis=0)) @ np.linalg.svd(centred)[2].T, axis=0) / 40**0.5
+    np.testing.assert_allclose(shifted.loc[shifted["set"] == "svhn", "value"], reach, rtol=1e-10)
+
+
+def test_collapsed_features_have_as_many_singular_values_as_classes() -> None:
+    values = singular_values(collapsed(5, 16))["value"]
+    assert (values > 1e-6).sum() == 5
+    assert (singular_values(collapsed(5, 16), centre=True)["value"] > 1e-6).sum() == 4
+
+
+def test_singular_values_of_sets_that_do_not_go_together() -> None:
+    feats = FeatureSet(torch.ones(4, 2))
+    with pytest.raises(BadInput, match="two sets are called 'train'"):
+        singular_values(feats, {"train": feats})
+    with pytest.raises(ShapeMismatch, match="'svhn' has 3 features, 'train' has 2"):
+        singular_values(feats, {"svhn": FeatureSet(torch.ones(4, 3))})
+
+
+# --- norm against accuracy and softmax ------------------------------------------------------------------------------
+
+
+def test_norm_bins_by_hand() -> None:
+    # Norms 5, 1, 2, 3, 4, 6 in bins {1, 2}, {3, 4}, {5, 6}; logits +-log 3 give a confidence of 3/4 or, twice it, 9/10.
+    norms = torch.tensor([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    side = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 2.0]) * np.log(3)
+    logits = torch.stack([side, torch.zeros(6)], dim=1)
+    feats = FeatureSet(norms[:, None], logits, [0, 1, 1, 0, 1, 0])
+    table = norm_bins(feats, bins=3)
+    assert list(table) == ["low", "high", "norm", "rows", "accuracy", "confidence"]
+    assert table[["low", "high", "norm"]].to_numpy().tolist() == [[1, 2, 1.5], [3, 4, 3.5], [5, 6, 5.5]]
+    assert table["rows"].tolist() == [2, 2, 2]
+    assert table["accuracy"].tolist() == [0, 0.5, 1]
+    assert table["confidence"].tolist() == pytest.approx([0.75, 0.75, 0.9])
+    assert norm_bins(feats, bins=3, labelled=False)["accuracy"].isna().all()
+
+
+def test_bins_of_haas_hold_eighty_rows_each() -> None:
+    feats = FeatureSet(torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(10_000, 2))
+    assert norm_bins(feats, labelled=False)["rows"].tolist() == [80] * 125
+
+
+def test_equal_norms_share_a_bin() -> None:
+    feats = FeatureSet(torch.tensor([1.0, 1, 1, 2, 2, 3])[:, None], torch.zeros(6, 2))
+    assert norm_bins(feats, bins=4, labelled=False)["rows"].tolist() == [3, 3]
+    assert norm_bins(feats, bins=50, labelled=False)["rows"].tolist() == [3, 2, 1]
+    assert norm_bins(feats, bins=1, labelled=False)["rows"].tolist() == [6]
+
+
+@pytest.mark.parametrize("rows", [1, 13, 1000])
+def test_scaled_features_and_any_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    feats = random_set(4, 6)
+    assert feats.head is not None
+    assert feats.logits is not None
+    assert feats.labels is not None
+    monkeypatch.setattr(featureset, "BLOCK_BYTES", 8 * 10 * rows)
+    expected = norm_bins(FeatureSet(feats.features, feats.head(feats.features * 0.1), feats.labels), bins=5)
+    order = np.random.default_rng(0).permutation(len(feats))
+    table = norm_bins(feats[order], bins=5, scale=0.1)
+    np.testing.assert_allclose(table["confidence"], expected["confidence"], rtol=1e-12)
+    unscaled = norm_bins(feats, bins=5)
+    np.testing.assert_allclose(table["accuracy"], unscaled["accuracy"])
+    correct = feats.logits.argmax(dim=1).eq(feats.labels).double().mean()
+    assert np.average(table["accuracy"], weights=table["rows"]) == pytest.approx(float(correct))
+
+
+def test_norm_bins_that_cannot_be() -> None:
+    feats = FeatureSet(torch.ones(4, 2), torch.zeros(4, 3), [0, 1, 2, 3])
+    with pytest.raises(BadLabels, match="labels run from 0 to 3"):
+        norm_bins(feats)
+    with pytest.raises(BadInput, match="at least one bin"):
+        norm_bins(feats, bins=0)
+    with pytest.raises(BadInput, match="above 0"):
+        norm_bins(feats, scale=0)
+    with pytest.raises(MissingInput, match="use scale=1"):
+        norm_bins(feats, scale=0.5, labelled=False)
+    with pytest.raises(MissingInput, match="need logits"):
+        norm_bins(FeatureSet(torch.ones(4, 2)))
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def lines(axes: Any) -> list[list[float]]:
+    return [list(map(float, line.get_ydata())) for line in axes.get_lines()]
+
+
+def test_collapse_curves_show_every_measure_of_every_run() -> None:
+    first, second = Collapse(*np.arange(1.0, 8)), Collapse(*np.arange(8.0, 15))
+    figure = collapse_curves({"L2": {20: second, 10: first}, "no L2": {10: second}})
+    *panels, legend = figure.axes
+    for i, axes in enumerate(panels):
+        assert lines(axes) == [[i + 1, i + 8], [i + 8]]  # by epoch
+        assert axes.get_ylim()[0] == 0
+    assert [axes.get_title(loc="left")[:3] for axes in panels] == ["NC1", *["NC2"] * 4, "NC3", "NC4"]
+    box = legend.get_legend()
+    assert box is not None
+    assert [text.get_text() for text in box.get_texts()] == ["L2", "no L2"]
+
+
+def test_norm_bin_curves_have_a_column_for_each_model() -> None:
+    feats = random_set(4, 6)
+    known, unknown = norm_bins(feats, bins=5), norm_bins(feats, bins=5, labelled=False)
+    figure = norm_bin_curves({"L2": {"id": known, "ood": unknown}, "no L2": {"id": known}})
+    assert [len(axes.collections) for axes in figure.axes] == [2, 1, 2, 1]
+    points = figure.axes[0].collections[0].get_offsets()
+    np.testing.assert_array_equal(points, known[["norm", "accuracy"]])
+    points = figure.axes[2].collections[1].get_offsets()
+    np.testing.assert_array_equal(points, unknown[["norm", "confidence"]])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["id", "ood"]
+
+
+def test_singular_value_curves_end_where_rounding_begins() -> None:
+    table = singular_values(collapsed(5, 16), {"other": random_set(5, 16)})
+    (axes,) = singular_value_curves(table).axes
+    assert [len(line) for line in lines(axes)] == [5, 16]
+    (axes,) = singular_value_curves(table, first=3).axes
+    assert [len(line) for line in lines(axes)] == [3, 3]
+    assert axes.get_yscale() == "log"
+
+
+def test_norm_group_curves_leave_empty_groups_out() -> None:
+    epochs = [FeatureSet(torch.full((3, 1), value) * torch.tensor([[1.0], [1], [9]])) for value in (1.0, 2, 4)]
+    figure = norm_group_curves(norm_groups(epochs, edges=(5, 10)))
+    assert [lines(axes) for axes in figure.axes] == [[[1, 4], [81, 324]], [[1, 5], [81, 405]]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["from 10 (1)", "0 to 5 (2)"]
+
+
+def test_nothing_to_draw() -> None:
+    with pytest.raises(EmptyInput, match="to draw: pass"):
+        collapse_curves({"L2": {}})
+    with pytest.raises(EmptyInput, match="to draw: pass"):
+        norm_bin_curves({})
+    with pytest.raises(EmptyInput, match="to draw: pass"):
+        singular_value_curves(singular_values(FeatureSet(torch.ones(1, 1)))[:0])
+    with pytest.raises(EmptyInput, match="to draw: pass"):
+        norm_group_curves(norm_groups([FeatureSet(torch.ones(1, 1))] * 2)[:0])

@@ -1,0 +1,418 @@
+"""Writing, checking and copying beside the model change no number, lose no row and hide no error; what makes the model
+faster (channels-last, torch.compile) is recorded."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
+
+import ood_scores
+from ood_scores.cli import app
+from ood_scores.errors import BadInput, NotFinite, StaleCache
+from ood_scores.extraction.transfers import Arriving, Transfers
+from ood_scores.extraction.writers import AHEAD, BackgroundWriter, require_finite
+from ood_scores.features.storage import cache as caches
+from ood_scores.models.networks import cifar_resnet20
+
+GENERATOR = torch.Generator().manual_seed(0)
+ROWS, BATCH = 72, 8
+IMAGES = torch.randn(ROWS, 3, 6, 6, generator=GENERATOR)
+LABELS = torch.randint(5, (ROWS,), generator=GENERATOR)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Network(nn.Module):
+    """Notes the order of memory of what it is given; ``heads`` linear maps, whose mean is the logits."""
+
+    def __init__(self, heads: int = 1) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 16, 3)
+            self.heads = nn.ModuleList(nn.Linear(16, 5) for _ in range(heads))
+        self.orders: set[tuple[bool, bool]] = set()
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu().mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            last = torch.channels_last
+            self.orders.add((x.is_contiguous(memory_format=last), self.conv.weight.is_contiguous(memory_format=last)))
+        logits = torch.stack([head(self.features(x)) for head in self.heads])
+        return logits.mean(0) if len(self.heads) > 1 else logits[0]
+
+
+def loader(images: Tensor = IMAGES, **options: Any) -> DataLoader:
+    return DataLoader(TensorDataset(images, LABELS), batch_size=BATCH, **options)
+
+
+def extract(model: nn.Module, data: Any = None, *arguments: Any, **options: Any) -> ood_scores.FeatureSet:
+    return ood_scores.extract(model, loader() if data is None else data, *arguments, progress=False, **options)
+
+
+def state(path: Path) -> caches.CacheState:
+    with caches.open_to_read(path) as h5:
+        return caches.state(h5)
+
+
+# --- the writer -------------------------------------------------------------------------------------------------------
+
+
+class Sink:
+    """Keeps what it is given, as soon as it is let, and fails at batch ``fails``."""
+
+    def __init__(self, fails: int | None = None) -> None:
+        self.rows, self.fails, self.let = 0, fails, threading.Event()
+        self.batches: list[list[float]] = []
+        self.threads: set[threading.Thread] = set()
+
+    def append(self, rows: Mapping[str, Tensor]) -> None:
+        assert self.let.wait(10)
+        if len(self.batches) == self.fails:
+            raise OSError("the disk is full")
+        self.threads.add(threading.current_thread())
+        self.batches.append(rows["features"].tolist())
+        self.rows += len(rows["features"])
+
+
+def batch(start: int, rows: int = 2) -> Arriving:
+    return Arriving({"features": torch.arange(float(start), start + rows)})
+
+
+def write(sink: Sink, batches: int, then: type[BaseException] | None = None) -> list[int]:
+    """Batches of two rows, then perhaps an error; gives the counts that were told."""
+    counted: list[int] = []
+    with BackgroundWriter(sink, 0, counted.append) as writer:
+        for start in range(0, 2 * batches, 2):
+            writer.put(start, batch(start))
+        if then:
+            raise then
+    return counted
+
+
+def test_batches_are_written_in_order_by_another_thread_and_counted() -> None:
+    sink = Sink()
+    sink.let.set()
+    assert write(sink, 10) == [*range(2, 21, 2)]
+    assert sink.batches == [[start, start + 1] for start in range(0, 20, 2)]
+    assert threading.main_thread() not in sink.threads
+    assert len(sink.threads) == 1
+
+
+def test_only_so_many_batches_wait() -> None:
+    sink, put = Sink(), []
+    with BackgroundWriter(sink, 0, lambda rows: None) as writer:
+
+        def fill() -> None:
+            for start in range(0, 2 * (AHEAD + 4), 2):
+                writer.put(start, batch(start))
+                put.append(start)
+
+        producer = threading.Thread(target=fill)
+        producer.start()
+        producer.join(0.3)
+        assert producer.is_alive()
+        assert len(put) == AHEAD + 1  # and the one that is being written
+        sink.let.set()
+        producer.join(10)
+        assert not producer.is_alive()
+    assert sink.rows == 2 * (AHEAD + 4)
+
+
+def test_rows_that_the_sink_has_already_are_passed_over() -> None:
+    sink = Sink()
+    sink.let.set()
+    sink.rows = 3  # rows 10, 11 and 12 of the dataset
+    with BackgroundWriter(sink, 10, lambda rows: None) as writer:
+        writer.put(12, batch(12))
+        writer.put(14, batch(14))
+    assert sink.batches == [[13], [14, 15]]
+
+
+def test_an_error_comes_out_and_what_follows_is_dropped() -> None:
+    sink = Sink(fails=1)
+    sink.let.set()
+    with pytest.raises(OSError, match="the disk is full"):
+        write(sink, 1000)
+    assert sink.batches == [[0, 1]]
+    with pytest.raises(OSError, match="the disk is full"):
+        write(sink, 1)  # raised on leaving
+    assert sink.batches == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("later", "wins"), [(RuntimeError, OSError), (NotFinite, OSError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_the_error_of_earlier_rows_is_told(later: type[BaseException], wins: type[BaseException]) -> None:
+    sink = Sink(fails=0)
+    sink.let.set()
+    with pytest.raises(wins):
+        write(sink, 1, later)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_the_row_that_is_not_finite_is_named(dtype: torch.dtype, value: float) -> None:
+    extras = torch.zeros(6, 2, 3, dtype=dtype)
+    columns = {"features": torch.ones(6, 4, dtype=dtype), "labels": torch.arange(6), "extras/maps": extras}
+    require_finite(columns, 40)
+    extras[4, 1, 2] = extras[5] = value
+    with pytest.raises(NotFinite, match="extras/maps of row 44 hold NaN or infinite values"):
+        require_finite(columns, 40)
+
+
+# --- extraction with it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [0, 17, 71])
+def test_rows_before_one_that_is_not_finite_are_kept(row: int, tmp_path: Path) -> None:
+    path, images = tmp_path / "feats.h5", IMAGES.clone()
+    images[row] = torch.nan
+    with pytest.raises(NotFinite, match=f"features of row {row} hold" if row else "logits of row 0"):
+        extract(Network(), loader(images), path, name="data")
+    if row == 0:
+        assert not path.exists()
+    else:
+        assert (state(path).rows, state(path).finished) == (row // BATCH * BATCH, False)
+
+
+class Failing(Network):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 6:
+            raise RuntimeError("out of luck")
+        return super().forward(x)
+
+
+def test_all_that_was_computed_before_a_failure_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "feats.h5"
+    with pytest.raises(RuntimeError, match="out of luck"):
+        extract(Failing(), None, path)
+    assert state(path).rows == 5 * BATCH
+    assert extract(Network(), None, tmp_path / "whole.h5").features[: 5 * BATCH].equal(_rows(path, 5 * BATCH))
+    assert not [thread for thread in threading.enumerate() if thread.name == "ood_scores writer"]
+
+
+def _rows(path: Path, count: int) -> Tensor:
+    with caches.open_to_read(path) as h5:
+        return torch.from_numpy(h5["features"][:count])
+
+
+def refilled(inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every batch in the same memory."""
+    x, y = torch.empty(BATCH, *inputs.shape[1:]), torch.empty(BATCH, dtype=torch.int64)
+    for start in range(0, ROWS, BATCH):
+        x.copy_(inputs[start : start + BATCH])
+        y.copy_(LABELS[start : start + BATCH])
+        yield x, y
+
+
+class OneBuffer(nn.Module):
+    """Gives its logits in the same memory every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(108, 5)
+        self.buffer = torch.empty(BATCH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.buffer.copy_(self.fc(x))
+
+
+@pytest.mark.parametrize("to_disk", [True, False])
+@pytest.mark.parametrize("model", [nn.Linear(108, 5), OneBuffer()], ids=["its features are its inputs", "one buffer"])
+def test_memory_that_is_used_again_while_rows_wait(
+    model: nn.Module, to_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = IMAGES.flatten(1)
+    slow = threading.Event()
+    write = BackgroundWriter._write
+
+    def late(self: BackgroundWriter, start: int, rows: Arriving) -> None:
+        slow.wait(0.01)
+        write(self, start, rows)
+
+    monkeypatch.setattr(BackgroundWriter, "_write", late)
+    feats = extract(model, refilled(inputs), tmp_path / "feats.h5" if to_disk else None)
+    assert feats.features.equal(inputs)
+    assert feats.labels is not None
+    assert feats.labels.equal(LABELS)
+    linear = model if isinstance(model, nn.Linear) else model.fc
+    assert isinstance(linear, nn.Linear)
+    with torch.no_grad():
+        torch.testing.assert_close(feats.logits, linear(inputs))
+
+
+def test_copies_to_the_host_are_copies_in_the_type_asked_for() -> None:
+    values, labels = torch.randn(4, 3), torch.arange(4)
+    rows = Transfers(torch.device("cpu")).to_host({"a": (values, torch.float32), "labels": (labels, torch.int64)})
+    kept = values.clone()
+    values.zero_()
+    labels.zero_()
+    assert rows.wait()["a"].equal(kept)
+    assert rows.wait()["labels"].tolist() == [0, 1, 2, 3]
+    assert Transfers(torch.device("cpu")).to_host({"a": (kept, torch.float16)}).wait()["a"].equal(kept.half())
+
+
+# --- channels-last ----------------------------------------------------------------------------------------------------
+
+
+def test_channels_last_is_used_recorded_and_undone() -> None:
+    model = Network()
+    before, place = model.conv.weight.detach().clone(), model.conv.weight.data_ptr()
+    plain, feats = extract(Network()), extract(model, channels_last=True)
+    assert model.orders == {(True, True)}
+    assert model.conv.weight.is_contiguous()
+    assert model.conv.weight.data_ptr() == place
+    assert model.conv.weight.equal(before)
+    assert feats.provenance is not None
+    assert feats.provenance.precision == "model float32, autocast off, channels last, stored float32"
+    torch.testing.assert_close(feats.features, plain.features)
+    assert feats.labels is not None
+    assert feats.labels.equal(LABELS)
+
+
+def test_channels_last_is_undone_after_an_error() -> None:
+    model = Failing()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        extract(model, channels_last=True)
+    assert model.conv.weight.is_contiguous()
+    model.conv.weight.sum().backward()
+    assert model.conv.weight.grad is not None
+
+
+def test_weights_that_are_channels_last_stay_so() -> None:
+    model = Network().to(memory_format=torch.channels_last)
+    extract(model, channels_last=True)
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_last_is_for_images() -> None:
+    with pytest.raises(BadInput, match=r"channels_last is for inputs \[batch, channels, height, width\], got 2-D"):
+        extract(nn.Linear(3, 5), [torch.zeros(4, 3)], channels_last=True)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torch.compile finds in the code is run as it is: the same bits, and no C++ compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.usefixtures("eager_backend")
+def test_compiled_models_give_features_and_logits(heads: int) -> None:
+    data = DataLoader(loader().dataset, batch_size=20)  # the last batch has 12
+    model = Network(heads)
+    plain, feats = extract(Network(heads), data), extract(model, data, compile=True)
+    assert feats.features.equal(plain.features)
+    assert feats.logits is not None
+    assert feats.logits.equal(plain.logits)  # type: ignore[arg-type]
+    assert feats.provenance is not None
+    assert feats.provenance.precision == "model float32, autocast off, compiled, stored float32"
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert extract(model, data, compile=True).features.equal(plain.features)
+
+
+@pytest.mark.usefixtures("eager_backend")
+def test_models_that_were_compiled_before() -> None:
+    model, plain = Network().eval(), extract(Network())
+    compiled: Any = torch.compile(model)
+    with torch.inference_mode(), torch.no_grad():
+        compiled(IMAGES[:BATCH])  # what this compiled knows of no hooks
+    assert extract(model, compile=True).features.equal(plain.features)
+    assert extract(compiled, compile=True).features.equal(plain.features)
+    same = extract(compiled)
+    assert same.features.equal(plain.features)
+    assert same.provenance is not None
+    assert list(same.provenance.differences(plain.provenance)) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"layers": ["conv"]}, {"probes": ["odin"]}])
+def test_compile_goes_without_layers_and_probes(option: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="compile=True is for a pass without layers and probes"):
+        extract(Network(), compile=True, **option)
+
+
+def test_caches_of_other_roundings_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "feats.h5"
+    extract(Network(), None, path)
+    with pytest.raises(StaleCache, match=r"autocast off, stored float32, now .*, channels last, compiled, stored"):
+        extract(Network(), None, path, channels_last=True, compile=True)
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def note(model: nn.Module, data: Any, cache: Path, **options: Any) -> ood_scores.FeatureSet:
+        given.update(options)
+        return ood_scores.FeatureSet(np.zeros((2, 3), np.float32))
+
+    monkeypatch.setattr(ood_scores, "extract", note)
+    weights = tmp_path / "weights.safetensors"
+    save_file(cifar_resnet20(num_classes=10).state_dict(), weights)
+    words = ["extract", "cifar_resnet20", "digits", str(tmp_path / "c.h5"), "--checkpoint", str(weights)]
+    for flags, expected in ([], (False, False)), (["--channels-last", "--compile"], (True, True)):
+        result = CliRunner().invoke(app, [*words, *flags])
+        assert result.exit_code == 0, result.output
+        assert (given["channels_last"], given["compile"]) == expected
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("where", ["pageable", "pinned", "on the device"])
+@pytest.mark.parametrize("to_disk", [True, False])
+def test_overlapped_copies_change_no_bit(where: str, to_disk: bool, tmp_path: Path) -> None:
+    """Large batches of changing size: copies that did not wait for the model, or it for them, would mix rows."""
+    torch.manual_seed(0)
+    sizes = [512, 64, 512, 1, 300] * 6
+    images = [torch.randn(size, 3, 64, 64) for size in sizes]
+    labels = [torch.randint(5, (size,)) for size in sizes]
+    model = Network().cuda()
+    expected = []
+    with torch.inference_mode(), torch.no_grad():
+        expected = [model.features(x.cuda()).cpu() for x in images]
+        logits = [model(x.cuda()).cpu() for x in images]
+    place = {"pageable": lambda x: x, "pinned": Tensor.pin_memory, "on the device": Tensor.cuda}[where]
+    batches = [(place(x), place(y)) for x, y in zip(images, labels, strict=True)]
+    for _ in range(3):
+        feats = extract(model, batches, tmp_path / "feats.h5" if to_disk else None, overwrite=to_disk)
+        assert feats.features.equal(torch.cat(expected))
+        assert feats.logits is not None
+        assert feats.logits.equal(torch.cat(logits))
+        assert feats.labels is not None
+        assert feats.labels.equal(torch.cat(labels))
+
+
+@needs_gpu
+def test_the_host_does_not_wait_for_the_device() -> None:
+    values = torch.randn(4096, 4096, device="cuda")
+    transfers = Transfers(values.device)
+    for _ in range(50):
+        values = (values @ values).clamp(-1, 1)
+    rows = transfers.to_host({"a": (values, torch.float16)})
+    assert rows.arrived is not None
+    assert not rows.arrived.query()
+    assert rows.columns["a"].is_pinned()
+    assert rows.wait()["a"].equal(values.half().cpu())

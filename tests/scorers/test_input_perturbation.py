@@ -1,0 +1,294 @@
+"""Scores of extras, held to plain definitions, and from extraction to score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import ood_scores
+from ood_scores import FeatureSet, create_scorer, evaluate, load_scorer, score
+from ood_scores.errors import BadInput, MissingInput
+from ood_scores.probes import LayerGradients, LayerNorms, MCDropout, ParameterGradients, Probe, RankFeat
+from ood_scores.scorers import input_perturbation
+
+Array = NDArray[np.float64]
+ROWS, CLASSES = 30, 5
+RNG = np.random.default_rng(0)
+FEATURES, LOGITS = RNG.normal(size=(ROWS, 7)), 4 * RNG.normal(size=(ROWS, CLASSES))
+PASSES = RNG.dirichlet(np.full(CLASSES, 0.3), size=(6, ROWS))
+
+
+def feats(**extras: Any) -> FeatureSet:
+    return FeatureSet(FEATURES, LOGITS, extras={name.replace("__", "."): values for name, values in extras.items()})
+
+
+def softmax(logits: Array) -> Array:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def entropy(probabilities: Array) -> Array:
+    result: Array = -(probabilities * np.log(probabilities)).sum(axis=-1)
+    return result
+
+
+@pytest.mark.parametrize("temperature", [1000.0, 1.0, 3.0])
+def test_odin(temperature: float) -> None:
+    found = score("odin", feats(odin=LOGITS), temperature=temperature)
+    np.testing.assert_allclose(found, softmax(LOGITS / temperature).max(axis=1), rtol=1e-12)
+
+
+def test_odin_keeps_apart_what_a_large_temperature_brings_together() -> None:
+    logits = torch.zeros(2, 1000)
+    logits[0, 0], logits[1, 0] = 1.0, 1.0001
+    low, high = score("odin", FeatureSet(logits, logits, extras={"odin": logits}))
+    assert low < high
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_rankfeat(temperature: float) -> None:
+    found = score("rankfeat", feats(rankfeat=LOGITS), temperature=temperature)
+    np.testing.assert_allclose(found, temperature * np.log(np.exp(LOGITS / temperature).sum(axis=1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mc_dropout", "ensemble"])
+def test_means_of_predictions(name: str) -> None:
+    mean = PASSES.mean(axis=0)
+    kept = feats(**{f"{name}__mean": mean, f"{name}__entropy": entropy(PASSES).mean(axis=0)})
+    np.testing.assert_allclose(score(name, kept), -entropy(mean), rtol=1e-12)
+    np.testing.assert_allclose(score(name, kept, output="entropy"), -entropy(mean), rtol=1e-12)
+    np.testing.assert_allclose(score(name, kept, output="msp"), mean.max(axis=1), rtol=1e-12)
+    divergences = (PASSES * np.log(PASSES / mean)).sum(axis=2).mean(axis=0)
+    np.testing.assert_allclose(score(name, kept, output="mutual_information"), -divergences, rtol=1e-9, atol=1e-12)
+    bare = feats(**{f"{name}__mean": mean})
+    assert torch.equal(score(name, bare), score(name, kept))
+    with pytest.raises(MissingInput, match=f"{name}.entropy"):
+        score(name, bare, output="mutual_information")
+
+
+def test_certain_means_have_no_entropy() -> None:
+    mean = torch.eye(CLASSES)
+    kept = FeatureSet(mean, mean, extras={"ensemble.mean": mean, "ensemble.entropy": torch.zeros(CLASSES)})
+    for output in ("entropy", "mutual_information"):
+        assert (score("ensemble", kept, output=output) == 0).all()
+
+
+def test_gradnorm_params() -> None:
+    kept = feats(gradnorm__all=FEATURES[:, 0], gradnorm__layer4=FEATURES[:, 1])
+    np.testing.assert_array_equal(score("gradnorm_params", kept), FEATURES[:, 0])
+    np.testing.assert_array_equal(score("gradnorm_params", kept, group="layer4"), FEATURES[:, 1])
+    with pytest.raises(MissingInput, match=r"gradnorm\.fc"):
+        score("gradnorm_params", kept, group="fc")
+
+
+def test_groups_below_the_one_wanted_are_named() -> None:
+    kept = feats(**{"gradnorm.fc.weight": FEATURES[:, 0], "gradnorm.fc.bias": FEATURES[:, 1]})
+    with pytest.raises(MissingInput, match=r"needs gradnorm\.fc .* only gradnorm\.fc\.weight, gradnorm\.fc\.bias"):
+        score("gradnorm_params", kept, group="fc")
+
+
+def test_block_norm() -> None:
+    several = feats(norms__layer1=FEATURES[:, 0], norms__layer2=FEATURES[:, 1])
+    np.testing.assert_array_equal(score("block_norm", several, layer="layer2"), FEATURES[:, 1])
+    np.testing.assert_array_equal(score("block_norm", feats(norms__layer1=FEATURES[:, 0])), FEATURES[:, 0])
+    np.testing.assert_array_equal(score("block_norm", several), FEATURES[:, 1])
+    with pytest.raises(MissingInput, match="'block_norm' needs norms"):
+        score("block_norm", feats())
+    for name, params in (("block_norm", {"layer": "layer1"}), ("block_norm", {"layer": "layer2"})):
+        scorers = [create_scorer(name, **params), create_scorer("feature_norm")]
+        assert evaluate(scorers, id=several, ood={"ood": several}) is not None
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 0.5, float("inf")])
+def test_feature_norm_of_other_spaces(p: float) -> None:
+    kept = feats(layers__layer4=2 * FEATURES)
+    for space, values in (("features", FEATURES), ("logits", LOGITS), ("layers.layer4", 2 * FEATURES)):
+        expected = [np.linalg.norm(row, p) for row in values]
+        np.testing.assert_allclose(score("feature_norm", kept, p=p, space=space), expected, rtol=1e-12)
+    assert torch.equal(score("feature_norm", kept, p=p), score("feature_norm", kept, p=p, space="features"))
+    with pytest.raises(MissingInput, match=r"layers\.layer3"):
+        score("feature_norm", kept, space="layers.layer3")
+    with pytest.raises(BadInput, match=r"rows \[N, K\], 'norms.a' has shape \(30,\)"):
+        score("feature_norm", feats(norms__a=FEATURES[:, 0]), space="norms.a")
+
+
+def test_bad_parameters_are_named() -> None:
+    for name in ("odin", "rankfeat"):
+        with pytest.raises(BadInput, match=f"{name}: temperature must be positive"):
+            create_scorer(name, temperature=0.0)
+    for name in ("mc_dropout", "ensemble"):
+        with pytest.raises(BadInput, match="output is one of entropy, msp, mutual_information; got 'mean'"):
+            create_scorer(name, output="mean")
+
+
+# --- gradient_classifier ----------------------------------------------------------------------------------------------
+
+
+def gradients(rows: int, seed: int, shift: float = 0.6) -> FeatureSet:
+    """Norms of inputs and of noise that overlap: log-normal, with other means in two of four columns."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs, noise = torch.randn(2, rows, 4, generator=generator, dtype=torch.float64)
+    noise[:, :2] += torch.tensor([shift, -2 * shift])
+    extras = {"gradients.inputs": inputs.exp(), "gradients.noise": noise.exp()}
+    return FeatureSet(torch.zeros(rows, 1), extras=extras)
+
+
+def classifier(train: FeatureSet, **params: Any) -> Any:
+    return create_scorer("gradient_classifier", **params).fit(train)
+
+
+def test_log_odds() -> None:
+    """Standardised normal columns of shift d have the log odds of Gaussians: the direction is that of the shift."""
+    fitted = classifier(gradients(20_000, seed=0))
+    direction = fitted.weight_ / fitted.scale_
+    expected = torch.tensor([-0.6, 1.2, 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(direction, expected, rtol=0, atol=0.06)
+    assert fitted.accuracy_ == pytest.approx(0.749, abs=0.02)  # Phi(|(0.6, 1.2)| / 2)
+    test = gradients(500, seed=1)
+    logs = test.extras["gradients.inputs"].log()
+    by_hand = ((logs - fitted.mean_) / fitted.scale_ * fitted.weight_).sum(dim=1) + fitted.bias_
+    torch.testing.assert_close(fitted.score(test), by_hand)
+    noise = FeatureSet(torch.zeros(500, 1), extras={"gradients.inputs": test.extras["gradients.noise"]})
+    assert (fitted.score(test)[:, None] > fitted.score(noise)).double().mean() > 0.8
+
+
+def test_the_logistic_regression_is_at_its_optimum() -> None:
+    """The gradient of the penalised likelihood of the training part vanishes; the strength is the likeliest one."""
+    train = gradients(400, seed=2)
+    fitted = classifier(train)
+    rows = fitted._shuffled(train)
+    part, validation, test = rows.split([160, 160, 80])
+    logs = torch.cat([part[:, 0], part[:, 1]]).log()
+    torch.testing.assert_close(fitted.mean_, logs.mean(dim=0))
+    torch.testing.assert_close(fitted.scale_, logs.std(dim=0, correction=0))
+    labels = torch.arange(320) < 160
+    missing = labels.double() - fitted._odds(logs, fitted.weight_, fitted.bias_).sigmoid()
+    slope = missing @ ((logs - fitted.mean_) / fitted.scale_) - fitted.weight_ / fitted.strength_
+    assert slope.abs().max() < 0.01
+    assert missing.sum().abs() < 0.01
+
+    def likelihood(strength: float) -> float:
+        weight, bias = fitted._trained((logs, labels), strength)
+        odds = [fitted._odds(validation[:, kind].log(), weight, bias) for kind in (0, 1)]
+        return float(odds[0].sigmoid().log().sum() + (-odds[1]).sigmoid().log().sum())
+
+    assert fitted.strength_ == max(input_perturbation.STRENGTHS, key=likelihood)
+    right = [fitted._odds(test[:, kind].log(), fitted.weight_, fitted.bias_) for kind in (0, 1)]
+    assert fitted.accuracy_ == (int((right[0] > 0).sum()) + int((right[1] <= 0).sum())) / 160
+
+
+def test_the_split_is_seeded_and_follows_the_rows() -> None:
+    train = gradients(100, seed=3)
+    test = gradients(50, seed=4)
+    scores = [classifier(train, seed=seed).score(test) for seed in (0, 0, 1)]
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(classifier(train[order]).score(test), scores[0])
+    assert sorted(classifier(train)._shuffled(train)[:, 0, 0].tolist()) == sorted(
+        train.extras["gradients.inputs"][:, 0].tolist()
+    )
+
+
+def test_columns_without_variation_or_gradient_count_for_nothing() -> None:
+    train = gradients(200, seed=5)
+    dead = {name: torch.cat([values, torch.zeros(200, 1)], dim=1) for name, values in train.extras.items()}
+    fitted = classifier(FeatureSet(torch.zeros(200, 1), extras=dead))
+    assert fitted.weight_[4] == 0
+    assert fitted.score(FeatureSet(torch.zeros(200, 1), extras=dead)).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [3, 4, 7])
+def test_few_rows(rows: int) -> None:
+    train = gradients(rows, seed=6)
+    assert classifier(train).score(train).isfinite().all()
+    with pytest.raises(BadInput, match="at least 3 rows are needed to fit, got 2"):
+        classifier(train[:2])
+
+
+def test_saved_without_scikit_learn_objects(tmp_path: Any) -> None:
+    fitted = classifier(gradients(60, seed=7))
+    kinds = {name: type(value) for name, value in fitted.fitted_state().items()}
+    assert kinds == dict.fromkeys(("mean_", "scale_", "weight_"), Tensor) | dict.fromkeys(
+        ("bias_", "strength_", "accuracy_"), float
+    )
+    fitted.save(tmp_path / "scorer.safetensors")
+    again: Any = load_scorer(tmp_path / "scorer.safetensors")
+    assert again.accuracy_ == fitted.accuracy_
+    assert torch.equal(again.score(gradients(20, seed=8)), fitted.score(gradients(20, seed=8)))
+
+
+# --- from extraction to score -----------------------------------------------------------------------------------------
+
+
+def test_from_extraction_to_score(tmp_path: Any) -> None:
+    """A small network trained to tell orientations of stripes; what it has not seen is noise."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(128, 2),
+        )
+        optimiser = torch.optim.Adam(model.parameters(), 0.01)
+        for step in range(150):
+            images, labels = stripes(64, step)
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimiser.step()
+    probes: list[str | Probe] = [
+        "odin",
+        ParameterGradients(groups=("2", "all")),
+        RankFeat(layers=("1", "3")),
+        MCDropout(passes=4),
+        LayerNorms(layers=("3",)),
+    ]
+
+    def extract(images: Tensor, labels: Tensor | None, name: str) -> FeatureSet:
+        data = [images] if labels is None else [(images, labels)]
+        wanted = [*probes, LayerGradients(noise=name == "train")]
+        return ood_scores.extract(model, data, tmp_path / f"{name}.h5", probes=wanted, progress=False, name=name)
+
+    train = extract(*stripes(200, seed=500), name="train")
+    test = extract(*stripes(100, seed=501), name="test")
+    noise = extract(torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0)), None, name="noise")
+    for name, params in (
+        ("odin", {}),
+        ("gradnorm_params", {}),
+        ("gradnorm_params", {"group": "2"}),
+        ("rankfeat", {}),
+        ("mc_dropout", {}),
+        ("mc_dropout", {"output": "msp"}),
+        ("mc_dropout", {"output": "mutual_information"}),
+        ("block_norm", {}),
+        ("gradient_classifier", {}),
+        ("feature_norm", {"space": "mc_dropout.mean"}),
+    ):
+        scorer = create_scorer(name, **params)
+        scorer.fit(train)
+        for each in (test, noise):
+            scores = scorer.score(each)
+            assert scores.shape == (100,)
+            assert scores.isfinite().all()
+    classified = create_scorer("gradient_classifier").fit(train)
+    separated = (classified.score(test)[:, None] > classified.score(noise)).double().mean()
+    assert separated > 0.9
+
+
+def stripes(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images ``[count, 1, 8, 8]`` of stripes of any phase, across or along, with a little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    phase = 6.28 * torch.rand(count, 1, 1, generator=generator)
+    waves = (torch.arange(8.0).view(1, 8, 1) * 1.6 + phase).sin().expand(count, 8, 8)
+    labels = torch.arange(count) % 2
+    images = torch.where(labels[:, None, None] == 0, waves, waves.mT)
+    return (images + 0.1 * torch.randn(count, 8, 8, generator=generator))[:, None], labels

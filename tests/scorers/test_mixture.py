@@ -1,0 +1,346 @@
+"""GMM where its covariances are more than memory should hold: the same scores, from less memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ood_scores import FeatureSet, Head, create_scorer, load, load_scorer
+from ood_scores.errors import BadInput, CacheWriteFailed
+from ood_scores.features import Block
+from ood_scores.features.statistics import moments
+from ood_scores.scorers.mixture import GMM
+from ood_scores.scorers.numerics import cholesky
+from ood_scores.scorers.numerics.cholesky import (
+    JITTERS,
+    cholesky_with_jitter,
+    pack_covariance,
+    pack_rows,
+    packed_size,
+    packed_squares,
+)
+
+Array = NDArray[Any]
+WIDTH = 20
+FULL, SINGULAR, FEW = 60, 12, 5
+"""Rows of a class: more than the features; fewer; at most a quarter of them."""
+
+
+def train(*counts: int, width: int = WIDTH, seed: int = 0) -> FeatureSet:
+    """Correlated features, sorted by class, that many rows of each; logits as many as features."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    mix = rng.normal(size=(width, width)) / width**0.5
+    features = rng.normal(size=(len(counts), width))[labels] + rng.normal(size=(len(labels), width)) @ mix
+    head = Head(torch.from_numpy(mix[: len(counts)]))
+    return FeatureSet(features, features @ mix[:, : len(counts)], labels, head)
+
+
+def rows_to_score(width: int = WIDTH, classes: int = 4) -> FeatureSet:
+    rng = np.random.default_rng(1)
+    return FeatureSet(rng.normal(size=(30, width)), rng.normal(size=(30, classes)))
+
+
+def fitted(feats: FeatureSet, most: int, **params: Any) -> GMM:
+    """With that many bytes for the scatter of all classes."""
+    feats.statistics.clear()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", most)
+        warnings.simplefilter("ignore")
+        scorer = GMM(**params)
+        scorer.fit(feats)
+    assert (scorer.packed_ is None) == (most > 10**6)
+    return scorer
+
+
+def dense(feats: FeatureSet, **params: Any) -> GMM:
+    return fitted(feats, 2**30, **params)
+
+
+def packed(feats: FeatureSet, most: int = 8 * WIDTH * WIDTH - 1, **params: Any) -> GMM:
+    """By default with room for less than one triangle at a time."""
+    return fitted(feats, most, **params)
+
+
+CASES = {
+    "full rank": ((FULL, FULL, FULL, FULL), 1e-10),
+    "fewer rows than features": ((SINGULAR, SINGULAR, SINGULAR + 1, SINGULAR), 1e-5),  # 1e-16 / 1e-10, as dense
+    "a quarter": ((FEW, FEW, FEW - 1, 2), 1e-5),
+    "all kinds": ((FULL, FEW, SINGULAR, 1), 1e-5),
+    "a class without rows": ((FULL, 0, FEW, SINGULAR), 1e-5),
+}
+
+
+@pytest.mark.parametrize(("counts", "rtol"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("params", [{}, {"normalize": True, "prior": "empirical"}, {"output": "entropy"}], ids=str)
+def test_scores_are_those_of_the_dense_fit(counts: tuple[int, ...], rtol: float, params: dict[str, Any]) -> None:
+    fit, feats = train(*counts), rows_to_score()
+    one, other = dense(fit, **params), packed(fit, **params)
+    assert torch.equal(other.jitter_, one.jitter_)
+    if (one.jitter_ == JITTERS[1]).any():
+        rtol = 0.05  # 1e-17 / 2e-16: features of length one vary so little that this jitter is accepted
+    np.testing.assert_allclose(other.score(feats), one.score(feats), rtol=rtol, atol=1e-12)
+
+
+def test_on_logits() -> None:
+    fit, feats = train(FULL, FULL, FULL, SINGULAR), rows_to_score()
+    one, other = (fitted(fit, most, space="logits") for most in (2**30, 8 * 4))
+    np.testing.assert_allclose(other.score(feats), one.score(feats), rtol=1e-10)
+
+
+def exact_log_density(rows: Array, jitter: float, values: Array) -> Array:
+    """Of the Gaussian with the mean and covariance of the rows, in long double throughout."""
+    centred = rows.astype(np.longdouble) - rows.astype(np.longdouble).mean(axis=0)
+    covariance = centred.T @ centred / (len(rows) - 1) + np.longdouble(jitter) * np.eye(rows.shape[1])
+    lower = np.zeros_like(covariance)
+    for i in range(len(lower)):
+        lower[i, i] = np.sqrt(covariance[i, i] - lower[i, :i] @ lower[i, :i])
+        lower[i + 1 :, i] = (covariance[i + 1 :, i] - lower[i + 1 :, :i] @ lower[i, :i]) / lower[i, i]
+    columns = (values - rows.astype(np.longdouble).mean(axis=0)).T
+    for i in range(len(lower)):
+        columns[i] = (columns[i] - lower[i, :i] @ columns[:i]) / lower[i, i]
+    constant = len(lower) * np.log(2 * np.longdouble(np.pi)) + 2 * np.log(np.diag(lower)).sum()
+    return -0.5 * ((columns**2).sum(axis=0) + constant)
+
+
+@pytest.mark.parametrize("rows", [2, FEW])
+def test_few_rows_keep_their_digits(rows: int) -> None:
+    """Against long double, which has three digits more, where the dense fit keeps 5 or 6 (jitter is 1e-10)."""
+    fit, feats = train(rows), rows_to_score()
+    inside = fit.features[:1] * 0.7 + fit.features[1:2] * 0.3
+    values = np.concatenate([feats.features.numpy(), inside.numpy()])
+    scorer = packed(fit)
+    expected = exact_log_density(fit.features.numpy(), float(scorer.jitter_), values).astype(float)
+    np.testing.assert_allclose(scorer.score(FeatureSet(values)), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0, 6.0])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_the_jitter_is_that_of_the_dense_matrix(spread: float, scale: float) -> None:
+    """Features whose scales differ by so many powers of ten, a dead one or a copied one among them."""
+    generator = torch.Generator().manual_seed(0)
+    for count in range(2, 42, 2):
+        width = 4 * count + int(torch.randint(0, 40, (1,), generator=generator))
+        rows = scale * torch.randn(count, width, generator=generator, dtype=torch.float64)
+        rows *= 10 ** (spread * torch.rand(width, generator=generator, dtype=torch.float64) - spread / 2)
+        rows[:, 1] = 0 if count % 4 else rows[:, 0]
+        rows = (rows - rows.mean(dim=0)) / (count - 1) ** 0.5
+        assert pack_rows(rows, 0)[1] == float(cholesky_with_jitter((rows.T @ rows)[None])[1])
+
+
+@pytest.mark.parametrize("size", [1, 7, 128])
+def test_pivots(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cholesky, "SOLVED", size)
+    rows = torch.randn(6, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.linalg.cholesky(rows.T @ rows + 1e-3 * torch.eye(50, dtype=torch.float64)).diagonal().square()
+    torch.testing.assert_close(cholesky._pivots(rows, 1e-3), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(300, 5), (300, 200), (400, 256), (30, 256)])
+def test_a_packed_factor_is_the_inverse(rows: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centred = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    columns = torch.randn(width, 9, generator=generator, dtype=torch.float64)
+    few = rows < width
+    flat, jitter, log_determinant = pack_rows(centred, 0) if few else pack_covariance(centred.T @ centred, 0)
+    assert len(flat) == packed_size(rows if few else width, width)
+    covariance = centred.T @ centred + jitter * torch.eye(width, dtype=torch.float64)
+    expected = (columns * torch.linalg.solve(covariance, columns)).sum(dim=0)
+    rtol = 1e-3 if few else 1e-10  # of the reference
+    found = packed_squares(flat, rows if few else width, jitter, columns.clone())
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+    torch.testing.assert_close(log_determinant, torch.logdet(covariance), rtol=rtol, atol=0)
+
+
+def test_what_cannot_be_mended_is_named() -> None:
+    with pytest.raises(BadInput, match=r"class covariance 7 is not positive definite even with 0\.1"):
+        pack_rows(1e12 * torch.randn(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 7)
+    with pytest.raises(BadInput, match="class covariance 7 is not"):
+        pack_covariance(-torch.eye(3, dtype=torch.float64), 7)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each pass read."""
+    read: list[int] = []
+    blocks = FeatureSet.blocks
+
+    def counted(self: FeatureSet, *args: Any, **kwargs: Any) -> Iterator[Block]:
+        read.append(0)
+        for block in blocks(self, *args, **kwargs):
+            read[-1] += len(block)
+            yield block
+
+    monkeypatch.setattr(FeatureSet, "blocks", counted)
+    return read
+
+
+COUNTS = (FULL, FEW, SINGULAR, FULL, FEW, 1)
+
+
+@pytest.mark.parametrize("order", ["sorted", "sorted the other way", "shuffled"])
+def test_sorted_rows_are_read_twice_and_others_once_for_each_group(order: str, rows_read: list[int]) -> None:
+    fit = train(*COUNTS)
+    rows = {
+        "sorted": torch.arange(len(fit)),
+        "sorted the other way": torch.arange(len(fit)).flip(0),
+        "shuffled": torch.randperm(len(fit), generator=torch.Generator().manual_seed(0)),
+    }[order]
+    scorer = packed(fit[rows], most=8 * WIDTH * 2 * WIDTH)  # two triangles, or one and its neighbours with few rows
+    groups = len(rows_read) - 1
+    assert rows_read[0] == len(fit)
+    assert groups >= 3
+    assert sum(rows_read[1:]) == len(fit) or order == "shuffled"
+    expected = packed(fit).score(rows_to_score(classes=6))
+    np.testing.assert_allclose(scorer.score(rows_to_score(classes=6)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_blocks_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, feats = train(*COUNTS), rows_to_score(classes=6)
+    expected = packed(fit).score(feats)
+    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: rows)
+    monkeypatch.setattr("ood_scores.scorers.mixture.DENSITY_BYTES", 8 * WIDTH * rows)
+    np.testing.assert_allclose(packed(train(*COUNTS)).score(feats), expected, rtol=1e-5)
+
+
+def test_of_few_rows_in_each_class_the_order_changes_rounding_only() -> None:
+    fit, feats = train(FEW, FEW, FEW, FEW), rows_to_score()
+    shuffled = fit[torch.randperm(len(fit), generator=torch.Generator().manual_seed(0))]
+    np.testing.assert_allclose(packed(shuffled).score(feats), packed(fit).score(feats), rtol=1e-9)
+
+
+def test_shaped_features() -> None:
+    fit, feats = train(FULL, FULL, FULL), rows_to_score(classes=3)
+    expected = create_scorer("react", base="gmm").fit(fit).score(feats)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", 8 * WIDTH**2)
+        scorer: Any = create_scorer("react", base="gmm").fit(train(FULL, FULL, FULL))
+    assert scorer._inner.packed_ is not None
+    np.testing.assert_allclose(scorer.score(feats), expected, rtol=1e-9)
+
+
+def test_from_a_cache_and_from_what_is_kept_beside_it(tmp_path: Path, rows_read: list[int]) -> None:
+    fit, feats = train(*COUNTS), rows_to_score(classes=6)
+    fit.save(tmp_path / "train.h5")
+    for passes in (2, 1):
+        rows_read.clear()
+        found = packed(load(tmp_path / "train.h5"))
+        assert sum(rows_read) == passes * len(fit)
+        assert torch.equal(found.score(feats), packed(fit).score(feats))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["train.h5", "train.h5.statistics"]
+
+
+def test_a_refit_is_dense_or_packed_as_its_own_set_asks() -> None:
+    small, large, feats = train(FULL, FULL, FULL, FULL), train(*COUNTS[:4]), rows_to_score()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", 10**4)
+        scorer = GMM()
+        scorer.fit(large)
+    assert torch.equal(scorer.score(feats), packed(large, 10**4).score(feats))
+    scorer.fit(small)
+    assert torch.equal(scorer.score(feats), dense(small).score(feats))
+
+
+def test_a_graph_of_the_dense_scorer_leaves_it_as_it_was_and_there_is_none_of_the_packed() -> None:
+    class Scored(torch.nn.Module):
+        def __init__(self, scorer: GMM) -> None:
+            super().__init__()
+            self.scorer = scorer
+
+        def forward(self, features: Tensor) -> Tensor:
+            return self.scorer.score_block(Block(features=features))
+
+    fit, feats = train(FULL, FULL, FULL, FULL), rows_to_score()
+    scorer = dense(fit)
+    graph = torch.export.export(Scored(scorer), (feats.features,), strict=False).module()
+    torch.testing.assert_close(scorer.score(feats), dense(fit).score(feats))
+    torch.testing.assert_close(graph(feats.features), scorer.score(feats))
+    with pytest.raises(BadInput, match="gmm: its covariances are too large for an exported graph"):
+        torch.export.export(Scored(packed(fit)), (feats.features,), strict=False)
+
+
+# --- keeping ----------------------------------------------------------------------------------------------------------
+
+
+def test_is_saved_where_it_fits_in_memory(tmp_path: Path) -> None:
+    fit, feats = train(FEW, FEW, FEW, SINGULAR), rows_to_score()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", 8 * 3 * WIDTH**2)
+        scorer = GMM().fit(fit)
+        scorer.save(tmp_path / "gmm.safetensors")
+        assert torch.equal(load_scorer(tmp_path / "gmm.safetensors").score(feats), scorer.score(feats))
+        patch.setattr(moments, "CLASS_SCATTER_BYTES", 8 * WIDTH**2)
+        with pytest.raises(BadInput, match=r"gmm: its 4 covariances take 0\.0 GiB, which are not saved"):
+            GMM().fit(fit).save(tmp_path / "gmm.safetensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc to see what is mapped")
+@pytest.mark.parametrize("place", ["beside the cache", "temporary folder"])
+def test_the_file_has_no_name_and_is_gone_with_the_scorer(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mapped() -> int:
+        return sum(f"{tmp_path}/" in line and "(deleted)" in line for line in open("/proc/self/maps"))
+
+    fit = train(*COUNTS)
+    if place == "beside the cache":
+        fit.save(tmp_path / "train.h5")
+        fit = load(tmp_path / "train.h5")
+    else:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    scorer = packed(fit)
+    assert mapped() == 1
+    assert {file.name for file in tmp_path.iterdir()} <= {"train.h5", "train.h5.statistics"}
+    del scorer
+    assert mapped() == 0
+
+
+def test_no_room_is_an_error_that_says_how_much(tmp_path: Path) -> None:
+    with pytest.raises(CacheWriteFailed, match=rf"take 524,288\.0 GiB, for which there is no room in {tmp_path}"):
+        cholesky.reserved(2**46, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on data is Linux's")
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """40 classes at D = 512: 84 MB of covariances, four times that to factorise them, in 128 MiB above the import."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(40), 150)
+    FeatureSet(rng.normal(size=(len(labels), 512)).astype(np.float32), labels=labels).save(tmp_path / "train.h5")
+    code = f"""
+        import re, resource, torch, ood_scores
+        from pathlib import Path
+        from ood_scores.features import moments
+        torch.linalg.cholesky(torch.eye(300, dtype=torch.float64))
+        feats = ood_scores.load({str(tmp_path / "train.h5")!r})
+        (data,) = re.findall(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+        most = int(data) * 1024 + 128 * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        for moments.CLASS_SCATTER_BYTES in (8 * 2**20, 2**30):
+            try:
+                print(float(ood_scores.create_scorer("gmm").fit(feats).score(feats[:300], block_rows=50).mean()))
+            except (MemoryError, RuntimeError) as error:
+                print("not enough memory")
+            feats.statistics.clear()
+            Path(f"{{feats.file}}.statistics").unlink(missing_ok=True)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    mean, too_much = done.stdout.splitlines()
+    train = load(tmp_path / "train.h5")
+    assert float(mean) == pytest.approx(float(GMM().fit(train).score(train[:300]).mean()), rel=1e-5)
+    assert too_much == "not enough memory"

@@ -1,0 +1,429 @@
+"""Scores of several layers against the formulas written out as loops, and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+import ood_scores
+import ood_scores.probes
+from ood_scores import FeatureSet, create_scorer
+from ood_scores.errors import BadInput, BadLabels, MissingInput, NotFinite, ShapeMismatch
+from ood_scores.scorers.multilayer import deviation
+
+ROWS, CLASSES = 60, 3
+WIDTHS = {"stem": 4, "block.1": 6}
+
+
+def problem(rows: int = ROWS, seed: int = 0, shift: float = 0.0, classes: int = CLASSES, **extras: Any) -> FeatureSet:
+    """Layers with classes apart; the perturbed ones are off in one layer more than in the other."""
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % classes
+    layers, perturbed = {}, {}
+    for number, (name, width) in enumerate(WIDTHS.items()):
+        mix = torch.randn(width, width, generator=torch.Generator().manual_seed(100 + number))
+        means = 2 * torch.randn(classes, width, generator=torch.Generator().manual_seed(200 + number))
+        values = means[labels] + torch.randn(rows, width, generator=random) @ mix + shift
+        layers[f"layers.{name}"] = values
+        perturbed[f"fgsm.{name}"] = values + (1 + number) * torch.randn(rows, width, generator=random)
+    logits = 3 * torch.eye(classes)[labels] + torch.randn(rows, classes, generator=random)
+    grams = {
+        f"gram.{name}": torch.randn(rows, 2, width, generator=random) + logits[:, :1, None] + shift
+        for name, width in WIDTHS.items()
+    }
+    return FeatureSet(logits[:, :2], logits.double(), labels, extras={**layers, **perturbed, **grams, **extras})
+
+
+TRAIN, TEST, FAR = problem(), problem(20, seed=1), problem(20, seed=2, shift=4.0)
+
+
+def without(feats: FeatureSet, *prefixes: str, **extras: Tensor) -> FeatureSet:
+    kept = {name: values for name, values in feats.extras.items() if not name.startswith(prefixes)}
+    return FeatureSet(feats.features, feats.logits, feats.labels, extras={**kept, **extras})
+
+
+def layer_score(row: np.ndarray, values: np.ndarray, labels: np.ndarray) -> float:
+    """max_c -1/2 d^2 with class means and the pooled covariance of the values."""
+    classes = np.unique(labels)
+    means = np.stack([values[labels == c].mean(axis=0) for c in classes])
+    covariance = np.zeros((values.shape[1], values.shape[1]))
+    for c, mean in zip(classes, means, strict=True):
+        centred = values[labels == c] - mean
+        covariance += centred.T @ centred / len(values)
+    inverse = np.linalg.inv(covariance)
+    return max(-0.5 * (row - mean) @ inverse @ (row - mean) for mean in means)
+
+
+def layer_scores(feats: FeatureSet, fit: FeatureSet, names: list[str]) -> np.ndarray:
+    assert fit.labels is not None
+    labels = fit.labels.numpy()
+    columns = []
+    for name in names:
+        values = fit.extras[f"layers.{name}"].double().numpy()
+        rows = feats.extras[f"layers.{name}"].double().numpy()
+        columns.append([layer_score(row, values, labels) for row in rows])
+    return np.array(columns).T
+
+
+def scores_left_out(fit: FeatureSet, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Of every row and its perturbed copy, from a fit to all other rows."""
+    assert fit.labels is not None
+    labels = fit.labels.numpy()
+    found: dict[str, list[list[float]]] = {"layers": [], "fgsm": []}
+    for extra, columns in found.items():
+        for name in names:
+            values, rows = (fit.extras[f"{of}.{name}"].double().numpy() for of in ("layers", extra))
+            columns.append(
+                [layer_score(row, np.delete(values, i, 0), np.delete(labels, i)) for i, row in enumerate(rows)]
+            )
+    return np.array(found["layers"]).T, np.array(found["fgsm"]).T
+
+
+# --- mahalanobis_layers -----------------------------------------------------------------------------------------------
+
+
+def test_the_sum_is_that_of_the_layers() -> None:
+    found = create_scorer("mahalanobis_layers", combine="sum").fit(TRAIN).score(TEST)
+    expected = layer_scores(TEST, TRAIN, list(WIDTHS)).sum(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_one_layer_is_mahalanobis_on_it() -> None:
+    def as_features(feats: FeatureSet) -> FeatureSet:
+        return FeatureSet(feats.extras["layers.block.1"].double(), feats.logits, feats.labels)
+
+    ours = create_scorer("mahalanobis_layers", layers=["block.1"], combine="sum").fit(TRAIN).score(TEST)
+    other = create_scorer("mahalanobis").fit(as_features(TRAIN)).score(as_features(TEST))
+    torch.testing.assert_close(ours, other / 2, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_regression_tells_rows_from_perturbed_rows_by_gaussians_without_them(uneven: bool) -> None:
+    fit = TRAIN[[*range(20), *range(21, 60, 3)]] if uneven else TRAIN
+    names = list(WIDTHS)
+    rows, perturbed = scores_left_out(fit, names)
+    columns = np.concatenate([rows, perturbed])
+    mean, std = columns.mean(axis=0), columns.std(axis=0)
+    model = LogisticRegression(tol=1e-10, max_iter=10_000)
+    model.fit((columns - mean) / std, np.repeat([1, 0], len(fit)))
+    expected = model.decision_function((layer_scores(TEST, fit, names) - mean) / std)
+    scorer = create_scorer("mahalanobis_layers").fit(fit)
+    np.testing.assert_allclose(scorer.score(TEST), expected, rtol=1e-5)
+    assert scorer.layers_ == names  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("sizes", [[30, 20, 1], [1, 30], [2, 40]])
+def test_small_classes_left_out(sizes: list[int]) -> None:
+    """The only row of a class leaves a fit without that class."""
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    feats = problem(len(labels), classes=len(sizes))
+    fit = FeatureSet(feats.features, feats.logits, labels, extras=dict(feats.extras))
+    scorer: Any = create_scorer("mahalanobis_layers").fit(fit)
+    found = scorer._scores_left_out(fit, torch.tensor(sizes))
+    for ours, expected in zip(found, scores_left_out(fit, list(WIDTHS)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-8)
+
+
+def test_rows_that_took_part_would_look_better() -> None:
+    few = TRAIN[:24]
+    scorer: Any = create_scorer("mahalanobis_layers").fit(few)
+    left_out, _ = scorer._scores_left_out(few, torch.tensor([8, 8, 8]))
+    taken_part = layer_scores(few, few, list(WIDTHS))
+    assert (left_out.mean(dim=0).numpy() < 1.5 * taken_part.mean(axis=0)).all()
+
+
+def test_layers_are_chosen_and_remembered() -> None:
+    scorer: Any = create_scorer("mahalanobis_layers", layers=["block.1"]).fit(TRAIN)
+    assert scorer.layers_ == ["block.1"]
+    assert scorer.needs == ("layers.block.1",)
+    only = without(TEST, "layers.stem", "fgsm", "gram")
+    torch.testing.assert_close(scorer.score(only), scorer.score(TEST))
+
+
+def test_a_layer_that_does_not_vary_is_refused() -> None:
+    class_only = torch.arange(ROWS)[:, None] % CLASSES + torch.tensor([[0.0, 1.0]])
+    fit = without(TRAIN, "gram", **{"layers.c": class_only, "fgsm.c": class_only})
+    with pytest.raises(BadInput, match="do not vary within any class"):
+        create_scorer("mahalanobis_layers").fit(fit)
+
+
+def test_a_channel_that_does_not_vary_is_left_out() -> None:
+    def widened(feats: FeatureSet) -> FeatureSet:
+        dead = {
+            f"{of}.stem": torch.cat([feats.extras[f"{of}.stem"], torch.zeros(len(feats), 2)], dim=1)
+            for of in ("layers", "fgsm")
+        }
+        return without(feats, "layers.stem", "fgsm.stem", **dead)
+
+    names = ["stem", "block.1"]
+    one = create_scorer("mahalanobis_layers", layers=names).fit(TRAIN).score(TEST)
+    other = create_scorer("mahalanobis_layers", layers=names).fit(widened(TRAIN)).score(widened(TEST))
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_a_row_that_is_alone_in_a_direction_is_not_in_the_regression() -> None:
+    """Without it nothing is known of that direction, so it cannot be scored by what the others say."""
+    alone = torch.zeros(ROWS, 1)
+    alone[7] = 5.0
+    wide = {f"{of}.stem": torch.cat([TRAIN.extras[f"{of}.stem"], alone], dim=1) for of in ("layers", "fgsm")}
+    fit = without(TRAIN, "layers.stem", "fgsm.stem", **wide)
+    scorer: Any = create_scorer("mahalanobis_layers").fit(fit)
+    rows, perturbed = scorer._scores_left_out(fit, torch.tensor([20, 20, 20]))
+    assert rows.shape == perturbed.shape == (ROWS - 1, 2)
+    assert rows.isfinite().all()
+
+
+def test_fewer_rows_than_channels() -> None:
+    with pytest.raises(BadInput, match="no row can be left out of the covariance of every layer: fit on more rows"):
+        create_scorer("mahalanobis_layers").fit(TRAIN[:6])
+    assert create_scorer("mahalanobis_layers", combine="sum").fit(TRAIN[:6]).score(TEST).isfinite().all()
+
+
+def test_scores_are_higher_for_rows_like_the_fit_set() -> None:
+    for name in ("mahalanobis_layers", "gram"):
+        scorer = create_scorer(name).fit(TRAIN)
+        assert scorer.score(TEST).mean() > scorer.score(FAR).mean()
+
+
+def test_probabilities_that_saturate_keep_their_order() -> None:
+    scorer = create_scorer("mahalanobis_layers").fit(TRAIN)
+    far = torch.stack([scorer.score(problem(20, seed=2, shift=shift)) for shift in (1e3, 1e4, 1e5)])
+    assert (far.diff(dim=0) < 0).all()
+
+
+def test_no_perturbed_rows() -> None:
+    plain = without(TRAIN, "fgsm")
+    with pytest.raises(MissingInput, match="'mahalanobis_layers' needs fgsm to be fitted on this feature set"):
+        create_scorer("mahalanobis_layers").fit(plain)
+    with pytest.raises(MissingInput, match=r"needs fgsm\.block\.1 to be fitted on"):
+        create_scorer("mahalanobis_layers").fit(without(TRAIN, "fgsm.block"))
+    assert create_scorer("mahalanobis_layers", combine="sum").fit(plain).score(TEST).isfinite().all()
+
+
+def test_perturbed_rows_of_another_width() -> None:
+    with pytest.raises(ShapeMismatch, match=r"fgsm\.\* have other widths than layers\.\*"):
+        create_scorer("mahalanobis_layers").fit(without(TRAIN, "fgsm.stem", **{"fgsm.stem": torch.zeros(ROWS, 3)}))
+
+
+def test_perturbed_rows_that_are_not_finite() -> None:
+    values = TRAIN.extras["fgsm.stem"].clone()
+    values[17, 2] = torch.nan
+    with pytest.raises(NotFinite, match=r"fgsm\.stem hold NaN or infinite values, first in row 17"):
+        create_scorer("mahalanobis_layers").fit(without(TRAIN, "fgsm.stem", **{"fgsm.stem": values}))
+
+
+def test_labels_outside_the_classes() -> None:
+    fit = FeatureSet(TRAIN.features, TRAIN.logits, torch.arange(ROWS), extras=dict(TRAIN.extras))
+    with pytest.raises(BadLabels, match="class indices must be in 0"):
+        create_scorer("mahalanobis_layers").fit(fit)
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "extra"), [("mahalanobis_layers", "layers"), ("gram", "gram")])
+class TestLayers:
+    def test_a_layer_missing_at_scoring(self, name: str, extra: str) -> None:
+        scorer = create_scorer(name).fit(TRAIN)
+        with pytest.raises(MissingInput, match=rf"'{name}' needs {extra}\.stem to score this feature set"):
+            scorer.score(without(TEST, f"{extra}.stem"))
+
+    def test_a_layer_below_the_one_that_is_missing(self, name: str, extra: str) -> None:
+        below = {f"{extra}.stem.0": TEST.extras[f"{extra}.stem"]}
+        scorer = create_scorer(name).fit(TRAIN)
+        with pytest.raises(MissingInput, match=rf"'{name}' needs {extra}\.stem to score this .* {extra}\.stem\.0"):
+            scorer.score(without(TEST, f"{extra}.stem", **below))
+
+    def test_a_layer_that_the_fit_set_has_not(self, name: str, extra: str) -> None:
+        with pytest.raises(MissingInput, match=rf"needs {extra}\.body to be fitted on .*layers=\[\.\.\.\]"):
+            create_scorer(name, layers=["stem", "body"]).fit(TRAIN)
+
+    def test_an_extra_without_layers(self, name: str, extra: str) -> None:
+        fit = without(TRAIN, extra, **{extra: TRAIN.features})
+        with pytest.raises(MissingInput, match=f"'{name}' needs {extra} to be fitted on"):
+            create_scorer(name).fit(fit)
+
+    def test_another_width_at_scoring(self, name: str, extra: str) -> None:
+        narrow = {f"{extra}.stem": TEST.extras[f"{extra}.stem"][..., :-1]}
+        scorer = create_scorer(name).fit(TRAIN)
+        with pytest.raises(ShapeMismatch, match=rf"{extra}\.stem of shape \[.*4\], here they have \[.*3\]"):
+            scorer.score(without(TEST, f"{extra}.stem", **narrow))
+
+    def test_extras_of_another_kind(self, name: str, extra: str) -> None:
+        odd = {f"{extra}.stem": torch.zeros(ROWS, 2, 2, 2)}
+        with pytest.raises(
+            ShapeMismatch, match=rf"reads extras of the probe '{extra}'; a row of {extra}\.stem is \[2, 2, 2\]"
+        ):
+            create_scorer(name).fit(without(TRAIN, f"{extra}.stem", **odd))
+
+    @pytest.mark.parametrize("layers", ["stem", []])
+    def test_layers_are_a_list_of_names(self, name: str, extra: str, layers: Any) -> None:
+        with pytest.raises(BadInput, match="layers is a list of module names, or None"):
+            create_scorer(name, layers=layers)
+
+    def test_other_layers_of_the_scored_set_do_not_matter(self, name: str, extra: str) -> None:
+        more = {f"{extra}.more": torch.full((20, 3), torch.nan)}
+        scorer = create_scorer(name).fit(TRAIN)
+        assert scorer.score(without(TEST, "nothing", **more)).equal(scorer.score(TEST))
+
+    def test_is_loaded_with_what_it_reads(self, name: str, extra: str, tmp_path: Any) -> None:
+        scorer = create_scorer(name).fit(TRAIN)
+        scorer.save(tmp_path / "scorer.safetensors")
+        again: Any = ood_scores.load_scorer(tmp_path / "scorer.safetensors")
+        assert again.needs == scorer.needs
+        assert again.layers_ == list(WIDTHS)
+        with pytest.raises(MissingInput, match=rf"needs {extra}\.stem"):
+            again.score(without(TEST, f"{extra}.stem"))
+
+    def test_two_fits_on_other_layers(self, name: str, extra: str) -> None:
+        scorer = create_scorer(name).fit(TRAIN)
+        one = without(TRAIN, f"{extra}.stem")
+        assert scorer.fit(one).score(TEST).equal(create_scorer(name).fit(one).score(TEST))
+
+
+def test_combine_is_one_of_two() -> None:
+    with pytest.raises(BadInput, match="combine is 'regression' or 'sum', got 'mean'"):
+        create_scorer("mahalanobis_layers", combine="mean")
+
+
+# --- gram -------------------------------------------------------------------------------------------------------------
+
+
+def gram_deviation(row: np.ndarray, others: np.ndarray) -> float:
+    """Sum over orders and channels of how far the row is outside what the others have."""
+    total = 0.0
+    for order in range(row.shape[0]):
+        for channel in range(row.shape[1]):
+            value, usual = row[order, channel], others[:, order, channel]
+            if value < usual.min():
+                total += (usual.min() - value) / max(abs(usual.min()), 1e-6)
+            elif value > usual.max():
+                total += (value - usual.max()) / max(abs(usual.max()), 1e-6)
+    return total
+
+
+def gram_by_loops(feats: FeatureSet, fit: FeatureSet, confidence: bool = True) -> np.ndarray:
+    assert fit.logits is not None
+    assert feats.logits is not None
+    fit_predicted, predicted = fit.logits.argmax(1).numpy(), feats.logits.argmax(1).numpy()
+
+    def divisor(of: FeatureSet) -> np.ndarray:
+        assert of.logits is not None
+        logits = of.logits.double().numpy()
+        likely = np.exp(logits.max(axis=1)) / np.exp(logits).sum(axis=1)
+        return likely if confidence else np.ones(len(of))
+
+    score = np.zeros(len(feats))
+    for name in WIDTHS:
+        values, rows = (of.extras[f"gram.{name}"].double().numpy() for of in (fit, feats))
+        usual = []
+        for i, row in enumerate(values):
+            others = (fit_predicted == fit_predicted[i]) & (np.arange(len(fit)) != i)
+            if others.any():
+                usual.append(gram_deviation(row, values[others]) / divisor(fit)[i])
+        for i, row in enumerate(rows):
+            same = fit_predicted == predicted[i]
+            found = gram_deviation(row, values[same] if same.any() else values) / divisor(feats)[i]
+            score[i] -= found / (np.mean(usual) + 1e-7)
+    return score
+
+
+@pytest.mark.parametrize("confidence", [True, False])
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_gram_by_loops(confidence: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: block)
+    found = create_scorer("gram", confidence=confidence).fit(TRAIN).score(FAR)
+    np.testing.assert_allclose(found, gram_by_loops(FAR, TRAIN, confidence), rtol=1e-9)
+
+
+def test_equal_extremes_are_in_the_range_without_one_of_them() -> None:
+    """Values that occur twice: leaving one row out leaves the other."""
+    coarse = {name: (2 * TRAIN.extras[name]).round() for name in TRAIN.extras if name.startswith("gram")}
+    fit = without(TRAIN, "gram", **coarse)
+    np.testing.assert_allclose(create_scorer("gram").fit(fit).score(FAR), gram_by_loops(FAR, fit), rtol=1e-9)
+
+
+def test_fit_rows_do_not_deviate() -> None:
+    assert (create_scorer("gram").fit(TRAIN).score(TRAIN) == 0).all()
+
+
+def test_classes_that_are_never_or_once_predicted() -> None:
+    assert TRAIN.logits is not None
+    predicted = TRAIN.logits.argmax(1)
+    first = int((predicted == 1).nonzero()[0])
+    fit = TRAIN[(predicted == 0) | (torch.arange(ROWS) == first)]
+    scorer = create_scorer("gram")
+    with pytest.warns(UserWarning, match="gram: 1 of 3 classes are predicted for no row of the fit set and get the"):
+        scorer.fit(fit)
+    np.testing.assert_allclose(scorer.score(FAR), gram_by_loops(FAR, fit), rtol=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_scorer("gram").fit(TRAIN)
+
+
+def test_no_two_rows_of_a_class() -> None:
+    assert TRAIN.logits is not None
+    firsts = [int((TRAIN.logits.argmax(1) == c).nonzero()[0]) for c in range(CLASSES)]
+    with pytest.raises(BadInput, match="no two rows of the fit set are predicted as the same class"):
+        create_scorer("gram").fit(TRAIN[firsts])
+
+
+def test_bounds_at_zero() -> None:
+    zero = torch.zeros(1, 1, 1)
+    assert float(deviation(torch.full((1, 1, 1), 2e-6), zero, zero)) == pytest.approx(2.0)
+    assert float(deviation(torch.full((1, 1, 1), -3e-6), zero, zero)) == pytest.approx(3.0)
+    assert float(deviation(torch.tensor([[[1.0]]]), zero - 2e-6, zero - 1e-6)) == pytest.approx(1e6, rel=1e-5)
+    assert math.isfinite(float(deviation(torch.tensor([[[1e300]]]).float().clamp_max(3e38), zero, zero)))
+
+
+def test_a_gram_that_is_not_finite_is_named() -> None:
+    values = TRAIN.extras["gram.stem"].clone()
+    values[17, 1, 2] = torch.inf
+    broken = without(TRAIN, "gram.stem", **{"gram.stem": values})
+    message = re.escape("gram.stem hold NaN or infinite values, first in row 17")
+    with pytest.raises(NotFinite, match=message):
+        create_scorer("gram").fit(broken)
+    with pytest.raises(NotFinite, match=message):
+        create_scorer("gram").fit(TRAIN).score(broken)
+
+
+# --- from extraction to a table ---------------------------------------------------------------------------------------
+
+
+def test_from_extraction_to_a_table(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    stem, body = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 6, 3, stride=2)
+    pooled = [torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 3)]
+    model = torch.nn.Sequential(stem, torch.nn.ReLU(), body, *pooled)
+    images = torch.rand(90, 3, 10, 10)
+    batches: dict[str, list[Any]] = {
+        "fit": [(images[:60], (images[:60].mean((1, 2, 3)) > 0.5).long())],
+        "id": [images[60:]],
+        "ood": [torch.randn(30, 3, 10, 10)],
+    }
+    probes = [ood_scores.probes.GramSums(layers=["0", "2"])]
+    sets = {
+        name: ood_scores.extract(
+            model,
+            batches[name],
+            tmp_path / f"{name}.h5",
+            layers=["0", "2"],
+            probes=[*probes, ood_scores.probes.FGSM(layers=["0", "2"])] if name == "fit" else probes,
+            progress=False,
+        )
+        for name in batches
+    }
+    names = ["mahalanobis_layers", "gram", "msp"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the model is not trained: there are classes that no row has
+        table = ood_scores.evaluate(names, id=sets["id"], ood={"noise": sets["ood"]}, fit=sets["fit"])
+    auroc = table.set_index("scorer").auroc
+    assert (auroc[["mahalanobis_layers", "gram"]] > 0.9).all()

@@ -1,0 +1,175 @@
+"""The registry of names, and scorers that a user writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ood_scores import FeatureSet, Scorer, create_scorer, evaluate, list_scorers, register_scorer, score
+from ood_scores.errors import BadInput, NotFinite, NotFitted, ShapeMismatch, UnknownName
+from ood_scores.features import Block
+from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.moments import ClassMoments
+from ood_scores.scorers import base
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+
+
+def feature_set(seed: int = 0, rows: int = 24) -> FeatureSet:
+    generator = torch.Generator().manual_seed(seed)
+    return FeatureSet(
+        torch.randn(rows, 5, generator=generator), torch.randn(rows, 3, generator=generator), torch.arange(rows) % 3
+    )
+
+
+def register_mean_distance() -> type[Scorer]:
+    @register_scorer("mean_distance")
+    @dataclass
+    class MeanDistance(Scorer):
+        """Minus the distance to the mean of all class means, times a factor."""
+
+        factor: float = 1.0
+        mean_: Tensor = field(init=False, repr=False, compare=False)
+        needs = ("features",)
+        fit_needs = ("features", "labels")
+
+        def statistics(self) -> Sequence[Statistic]:
+            return (ClassMoments(),)
+
+        def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+            self.mean_ = found[ClassMoments()].means.mean(dim=0)
+
+        def score_block(self, block: Block) -> Tensor:
+            return -self.factor * (block.space("features") - self.mean_).norm(dim=1)
+
+    return MeanDistance
+
+
+class First(Scorer):
+    """The first logit; not registered, and no dataclass."""
+
+    needs = ("logits",)
+
+    def score_block(self, block: Block) -> Tensor:
+        return block.logits[:, 0]
+
+
+def test_a_user_s_scorer_works_everywhere() -> None:
+    register_mean_distance()
+    fit, feats = feature_set(0), feature_set(1)
+    assert "mean_distance" in list_scorers()
+    assert fit.labels is not None
+    mean = torch.stack([fit.features[fit.labels == c].double().mean(dim=0) for c in range(3)]).mean(dim=0)
+    expected = -2 * (feats.features.double() - mean).norm(dim=1)
+    found = score("mean_distance", feats, fit=fit, factor=2.0)
+    torch.testing.assert_close(found, expected)
+    table = evaluate(["energy", "mean_distance"], id=feats, ood={"ood": feature_set(2)}, fit=fit)
+    assert table["scorer"].tolist() == ["energy", "mean_distance"]
+    with pytest.raises(NotFitted, match="mean_distance"):
+        score("mean_distance", feats)
+    with pytest.raises(UnknownName, match="has no parameter 'power'; it has: factor"):
+        create_scorer("mean_distance", power=2)
+
+
+def test_a_scorer_need_not_be_registered_to_be_used() -> None:
+    feats = feature_set()
+    assert feats.logits is not None
+    assert torch.equal(score(First(), feats), feats.logits[:, 0].double())
+    table = evaluate([First()], id=feats, ood={"ood": feature_set(1)})
+    assert table["scorer"].tolist() == ["First"]
+    assert "First" not in list_scorers()
+
+
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(BadInput, match=r"a scorer named 'msp' exists already: ood_scores\.scorers\.confidence\.MSP"):
+        register_scorer("msp")(First)
+    assert create_scorer("msp").name == "msp"
+    namesake = type("MSP", (First,), {"__module__": "elsewhere"})
+    with pytest.raises(BadInput, match="exists already"):
+        register_scorer("msp")(namesake)
+
+
+def test_a_module_can_be_reloaded() -> None:
+    register_mean_distance()
+    again = register_mean_distance()
+    assert type(create_scorer("mean_distance")) is again
+
+
+def test_names_and_patterns() -> None:
+    names = list_scorers()
+    assert names == sorted(names)
+    assert {"msp", "energy", "gradnorm", "knn", "gmm", "mahalanobis"} <= set(names)
+    assert list_scorers("*norm") == [name for name in names if name.endswith("norm")]
+    assert list_scorers("nothing*") == []
+
+
+def test_unknown_names_list_those_there_are() -> None:
+    for call in (lambda: create_scorer("gradnrom"), lambda: score("gradnrom", feature_set())):
+        with pytest.raises(UnknownName, match=r"there is no scorer 'gradnrom'; there are: .*energy, .*gradnorm"):
+            call()
+    with pytest.raises(UnknownName, match="scorer 'gradnorm' has no parameter 'T'; it has: p, temperature, target"):
+        score("gradnorm", feature_set(), T=2)
+    with pytest.raises(UnknownName, match="scorer 'max_logit' has no parameter 'p'; it has: none"):
+        create_scorer("max_logit", p=2)
+    with pytest.raises(UnknownName, match="has no parameter 'bank_'"):
+        create_scorer("knn", bank_=torch.ones(1))
+
+
+def test_parameters_go_with_a_name() -> None:
+    with pytest.raises(BadInput, match="parameters temperature go with a scorer's name"):
+        score(create_scorer("energy"), feature_set(), temperature=2.0)
+
+
+def test_what_is_no_scorer() -> None:
+    for wrong in (First, 3, None):
+        with pytest.raises(BadInput, match="a scorer is given by its name or as a Scorer object"):
+            score(wrong, feature_set())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("shape", "index"), [("(24, 3)", slice(None)), ("(24, 1)", slice(0, 1))])
+def test_one_score_for_each_row(shape: str, index: slice) -> None:
+    class Wide(First):
+        def score_block(self, block: Block) -> Tensor:
+            return block.logits[:, index]
+
+    with pytest.raises(ShapeMismatch, match=r"'Wide' gave scores \(24, .\) for 24 rows"):
+        score(Wide(), feature_set())
+
+
+def test_a_scalar_is_not_spread_over_the_rows() -> None:
+    class Mean(First):
+        def score_block(self, block: Block) -> Tensor:
+            return block.logits.mean()
+
+    with pytest.raises(ShapeMismatch, match=r"'Mean' gave scores \(\) for 24 rows"):
+        evaluate([Mean()], id=feature_set(), ood={"ood": feature_set()})
+
+
+def test_a_nan_of_the_scorer_s_own_making_is_named_but_an_infinity_is_a_score() -> None:
+    class Log(First):
+        def score_block(self, block: Block) -> Tensor:
+            return block.logits[:, 0].log()
+
+    logits = torch.ones(5, 2)
+    logits[1, 0] = 0
+    feats = FeatureSet(torch.ones(5, 2), logits)
+    assert score(Log(), feats)[1] == -float("inf")
+    logits[3, 0] = -1
+    with pytest.raises(NotFinite, match="'Log' gave NaN, first for row 3"):
+        score(Log(), feats)
+
+
+def test_fitting_what_needs_no_fit_changes_nothing() -> None:
+    scorer = create_scorer("energy")
+    assert scorer.is_fitted
+    assert scorer.fit(feature_set()) is scorer
+    assert torch.equal(score("energy", feature_set(), fit=FeatureSet(torch.ones(1, 1))), scorer.score(feature_set()))

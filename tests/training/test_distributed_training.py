@@ -1,0 +1,171 @@
+"""Two processes, as `torchrun` starts them, against one."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import tiny
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ood_scores.data.long_tail import labels_of
+from ood_scores.data.sources import open_dataset
+from ood_scores.errors import BadInput
+from ood_scores.models.opening import preprocessing
+from ood_scores.training import state, train
+from ood_scores.training.augment import seed_of
+from ood_scores.training.distributed import Processes
+from ood_scores.training.recipe_file import recipe_from
+from ood_scores.training.setup import prepare
+from ood_scores.training.streams import cycled, order, validation_split
+
+children = multiprocessing.get_context("forkserver")
+children.set_forkserver_preload(["ood_scores.training.trainer", "sklearn.datasets", "tiny"])
+
+
+def work(out: str, changes: dict[str, Any], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    train(recipe_from(tiny.tables(**changes)), out, device="cpu", progress=False)
+
+
+def start(out: Path, changes: dict[str, Any], count: int = 2) -> list[Any]:
+    """As torchrun does it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    processes = [children.Process(target=work, args=(str(out), changes, rank)) for rank in ranks]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def join(processes: list[Any]) -> None:
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return state.read_tensors(folder / "last.safetensors")
+
+
+def images_of(spec: str) -> Tensor:
+    data = open_dataset(spec, preprocessing(timm.create_model("tiny_net")))
+    return next(iter(DataLoader(data, batch_size=len(data))))[0]
+
+
+def test_gradients_are_means_over_the_whole_batch(tmp_path: Path) -> None:
+    """The last batch of an epoch has 17 images: one process gets 9 and the other 8."""
+    changes: dict[str, Any] = {
+        "model": {"name": "tiny_plain"},
+        "data": {"train": "digits?classes=0-5", "validation": 0.1},
+        "objective": {"name": "oe"},
+        "auxiliary": {"data": "digits?classes=7-9"},
+    }
+    join(start(tmp_path / "two", changes))
+    one = train(recipe_from(tiny.tables(**changes)), tmp_path / "one", device="cpu", progress=False)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+    with (tmp_path / "two" / "log.csv").open(newline="") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert len(rows) == 2
+    for row, entry in zip(rows, one.history, strict=True):
+        assert row == pytest.approx(entry, rel=1e-4)
+
+
+def test_parameters_that_the_loss_leaves_out_stay_as_they_are(tmp_path: Path) -> None:
+    """The NC loss has no use for the bias of the head."""
+    changes: dict[str, Any] = {"model": {"name": "tiny_plain"}, "objective": {"name": "nc_loss"}, "drop_last": True}
+    join(start(tmp_path, {**changes, "epochs": 1}))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(0, "model"))
+        model: Any = timm.create_model("tiny_plain", num_classes=7)
+    assert torch.equal(weights(tmp_path)["fc.bias"], model.fc.bias)
+    assert not torch.equal(weights(tmp_path)["fc.weight"], model.fc.weight)
+
+
+def test_batch_statistics_are_of_a_share_of_id_and_of_ood_images(tmp_path: Path) -> None:
+    spec, aside = "digits?classes=0-6", "digits?classes=7-9"
+    images, outside = images_of(spec), images_of(aside)
+    changes: dict[str, Any] = {
+        "epochs": 1,
+        "batch_size": 1200,
+        "drop_last": True,
+        "objective": {"name": "rna"},
+        "auxiliary": {"data": aside, "batch_size": 400},
+    }
+    join(start(tmp_path, changes))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(0, "model"))
+        model: Any = timm.create_model("tiny_net", num_classes=7).train()
+    inside = order(0, 0, len(images), 1200, drop_last=True)[0][::2]
+    others = cycled(0, 0, 0, 1, len(outside), 400)[0][::2]
+    assert (len(inside), len(others)) == (600, 200)
+    with torch.no_grad():
+        model(torch.cat([images[inside], outside[others]]))
+    torch.testing.assert_close(weights(tmp_path)["bn1.running_mean"], model.bn1.running_mean)
+    torch.testing.assert_close(weights(tmp_path)["bn2.running_var"], model.bn2.running_var)
+
+
+def test_a_killed_pair_continues_to_the_same_weights(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"epochs": 6, "model": {"drop": 0.2}, "data": {"augmentation": "rna"}, "state_every": 3}
+    join(start(tmp_path / "peace", changes))
+    processes = start(tmp_path / "killed", changes)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    for process in processes:
+        process.kill()
+        process.join()
+    progress = state.load_state(tmp_path / "killed" / "state.safetensors").progress
+    assert progress.epoch < 6
+    join(start(tmp_path / "killed", changes))
+    peace, killed = weights(tmp_path / "peace"), weights(tmp_path / "killed")
+    assert all(torch.equal(peace[name], killed[name]) for name in peace)
+    assert (tmp_path / "peace" / "log.csv").read_text() == (tmp_path / "killed" / "log.csv").read_text()
+
+
+def test_sync_batchnorm_keeps_names_and_weights() -> None:
+    model = timm.create_model("tiny_net", num_classes=7)
+    before = model.state_dict()
+    pair = Processes(torch.device("cpu"), rank=1, count=2)
+    synchronised = pair.with_sync_batchnorm(model)
+    assert [type(module) for module in synchronised.modules()].count(torch.nn.SyncBatchNorm) == 2
+    assert all(torch.equal(value, before[name]) for name, value in synchronised.state_dict().items())
+    assert synchronised.state_dict().keys() == before.keys()
+    assert Processes(torch.device("cpu")).with_sync_batchnorm(model) is model
+
+
+def test_what_two_processes_cannot_do(tmp_path: Path) -> None:
+    pair = Processes(torch.device("cpu"), rank=1, count=2)
+    with pytest.raises(BadInput, match="a batch of 63 cannot be shared by 2 processes"):
+        prepare(recipe_from(tiny.tables(batch_size=63)), pair)
+    with pytest.raises(BadInput, match="sync_batchnorm needs GPUs"):
+        prepare(recipe_from(tiny.tables(sync_batchnorm=True)), pair)
+    with pytest.raises(BadInput, match="there is no device 'nothing'"):
+        train(recipe_from(tiny.tables()), tmp_path, device="nothing")
+
+
+def test_validation_is_by_the_statistics_that_are_saved(tmp_path: Path) -> None:
+    spec = "digits?classes=0-6"
+    changes: dict[str, Any] = {"data": {"validation": 0.3}, "epochs": 2, "batch_size": 16, "optimizer": {"lr": 0.3}}
+    join(start(tmp_path, changes))
+    model = timm.create_model("tiny_net", num_classes=7, checkpoint_path=str(tmp_path / "last.safetensors")).eval()
+    labels = labels_of(open_dataset(spec))
+    _, aside = validation_split(labels, 0.3)
+    with torch.no_grad():
+        right = model(images_of(spec)[aside]).argmax(1).numpy() == labels[aside]
+    with (tmp_path / "log.csv").open(newline="") as file:
+        *_, last = csv.DictReader(file)
+    assert float(last["validation_accuracy"]) == pytest.approx(right.mean())

@@ -1,0 +1,226 @@
+"""All objectives by name: what they are made of, what they refuse, and that each trains a network on real digits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ood_scores.data.kinds.digits import digits
+from ood_scores.errors import BadInput, EmptyInput, MissingInput, ShapeMismatch, UnknownName
+from ood_scores.models.networks.classifier import PooledClassifier, init_he
+from ood_scores.training.objectives import (
+    Objective,
+    create_objective,
+    list_objectives,
+    objective_class,
+    register_objective,
+)
+
+CLASSES = 5
+SETTINGS: dict[str, dict[str, Any]] = {"oecc": {"train_accuracy": 0.95}}
+OF_OOD = {"balanced_energy", "energy_oe", "oe", "oecc", "pascl", "rna"}
+
+
+class SmallNet(PooledClassifier):
+    """Two convolutions with BatchNorm for 8x8 digits."""
+
+    def __init__(self) -> None:
+        super().__init__(in_chans=1, num_features=16)
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.reset_classifier(CLASSES)
+        init_he(self)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images))))))
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """96 of the digits 0 to 4 with their labels, and 64 of the digits 5 to 9."""
+    (known, labels), (unknown, _) = digits(range(5)), digits(range(5, 10))
+    images, ood = (torch.from_numpy(pixels).float()[:, None] / 127.5 - 1 for pixels in (known[:96], unknown[:64]))
+    return images, torch.from_numpy(labels[:96]), ood
+
+
+def by_name(name: str, **settings: Any) -> Objective:
+    settings = {**SETTINGS.get(name, {}), **settings}
+    return create_objective(name, class_counts=[50, 20, 10, 5, 1], num_features=16, **settings)
+
+
+def steps(objective: Objective, number: int, lr: float = 0.1) -> list[float]:
+    """Losses of SGD steps on one batch, as a trainer takes them: one forward pass of ID and OoD images."""
+    torch.manual_seed(0)
+    net = SmallNet().train()
+    images, labels, ood = batch()
+    noise = torch.randn_like(images) * 0.1
+    views = torch.cat([images, images + noise][: objective.views])
+    labels = labels.repeat(objective.views)
+    inputs = torch.cat([views, ood]) if objective.auxiliary else views
+    optimizer = torch.optim.SGD([*net.parameters(), *objective.parameters()], lr, momentum=0.9)
+    losses = []
+    for _ in range(number):
+        features = net.forward_head(net.forward_features(inputs), pre_logits=True)
+        ood_features = features[len(views) :] if objective.auxiliary else None
+        loss = objective(features[: len(views)], net.get_classifier(), labels, ood_features)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("name", list_objectives())
+def test_every_objective_falls_on_real_digits(name: str) -> None:
+    losses = steps(by_name(name), 30)
+    assert losses[::5] == sorted(losses[::5], reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["oe", "energy_oe", "balanced_energy"])
+def test_logit_adjustment_below_an_exposure_falls_too(name: str) -> None:
+    losses = steps(by_name(name, base="logit_adjustment"), 30)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# ---- the registry
+
+
+def test_the_names() -> None:
+    assert list_objectives() == [
+        "balanced_energy",
+        "cross_entropy",
+        "energy_oe",
+        "l2_norm",
+        "logit_adjustment",
+        "logit_norm",
+        "nc_loss",
+        "oe",
+        "oecc",
+        "pascl",
+        "rna",
+    ]
+    assert list_objectives("*energy*") == ["balanced_energy", "energy_oe"]
+
+
+@pytest.mark.parametrize("name", list_objectives())
+def test_what_steps_are_made_of(name: str) -> None:
+    objective = by_name(name)
+    assert objective.name == name
+    assert isinstance(objective, objective_class(name))
+    assert objective.auxiliary == (name in OF_OOD)
+    assert objective.views == (2 if name == "pascl" else 1)
+    assert bool(list(objective.parameters())) == (name in {"pascl", "rna"})
+
+
+def test_unknown_names_list_those_that_exist() -> None:
+    with pytest.raises(UnknownName, match=r"cross_entropy.*rna"):
+        create_objective("cross-entropy")
+    with pytest.raises(UnknownName, match="'lambda'; it has: weight, base"):
+        by_name("oe", **{"lambda": 0.5})
+    with pytest.raises(UnknownName, match="it has: none"):
+        by_name("cross_entropy", tau=1)
+    with pytest.raises(UnknownName, match="mlp, linear, none"):
+        by_name("rna", projector="conv")
+    with pytest.raises(UnknownName, match="there is no objective 'la'"):
+        by_name("oe", base="la")
+
+
+def test_what_has_no_default_is_asked_for() -> None:
+    with pytest.raises(MissingInput, match="'rna' needs class_counts, num_features"):
+        create_objective("rna")
+    with pytest.raises(MissingInput, match="'oecc' needs train_accuracy"):
+        create_objective("oecc")
+    with pytest.raises(MissingInput, match="'logit_adjustment' needs class_counts"):
+        create_objective("oe", base="logit_adjustment")
+
+
+def test_a_new_objective_can_be_registered_once() -> None:
+    with pytest.raises(BadInput, match="'rna' exists already"):
+
+        @register_objective("rna")
+        class Other(Objective):
+            def loss(self, features: Tensor, head: nn.Linear, labels: Tensor, ood_features: Tensor) -> Tensor:
+                return features.sum()
+
+    class Unregistered(Objective):
+        def loss(self, features: Tensor, head: nn.Linear, labels: Tensor, ood_features: Tensor) -> Tensor:
+            return features.sum()
+
+    assert Unregistered().name == "Unregistered"
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("name", list_objectives())
+def test_batches_that_do_not_fit_are_refused(name: str) -> None:
+    objective, head = by_name(name), nn.Linear(16, CLASSES)
+    features, labels, ood = torch.randn(6, 16), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(3, 16)
+    assert objective(features, head, labels, ood).isfinite()
+    with pytest.raises(EmptyInput, match=name):
+        objective(features[:0], head, labels[:0], ood)
+    with pytest.raises(ShapeMismatch, match="one label per feature"):
+        objective(features, head, labels[:5], ood)
+    with pytest.raises(ShapeMismatch, match="head of 16 features"):
+        objective(features[:, :7], head, labels, ood)
+
+
+@pytest.mark.parametrize("name", sorted(OF_OOD))
+def test_ood_images_are_asked_for(name: str) -> None:
+    objective, head = by_name(name), nn.Linear(16, CLASSES)
+    features, labels = torch.randn(6, 16), torch.tensor([0, 1, 2, 0, 1, 2])
+    with pytest.raises(MissingInput, match="auxiliary set"):
+        objective(features, head, labels)
+    with pytest.raises(EmptyInput, match="empty batch of OoD images"):
+        objective(features, head, labels, features[:0])
+    with pytest.raises(ShapeMismatch, match="OoD features"):
+        objective(features, head, labels, features[:, :7])
+
+
+def test_an_odd_batch_has_no_two_views() -> None:
+    with pytest.raises(ShapeMismatch, match="2 views"):
+        by_name("pascl")(torch.randn(3, 16), nn.Linear(16, CLASSES), torch.tensor([0, 1, 2]), torch.randn(3, 16))
+
+
+@pytest.mark.parametrize("base", ["oe", by_name("pascl"), nn.CrossEntropyLoss()])
+def test_a_base_is_an_objective_of_id_images_alone(base: Any) -> None:
+    with pytest.raises(BadInput, match="base"):
+        by_name("oe", base=base)
+
+
+def test_a_base_can_have_settings_of_its_own() -> None:
+    features, head, labels, ood = (
+        torch.randn(4, 16),
+        nn.Linear(16, CLASSES),
+        torch.tensor([0, 1, 2, 2]),
+        torch.zeros(2, 16),
+    )
+    sharp = by_name("logit_adjustment", tau=2.0)
+    exposed = by_name("oe", base=sharp, weight=0.0)
+    torch.testing.assert_close(exposed(features, head, labels, ood), sharp(features, head, labels))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("logit_norm", {"temperature": 0.0}),
+        ("oecc", {"train_accuracy": 95}),
+        ("oecc", {"reduction": "max"}),
+        ("pascl", {"temperature": -1.0}),
+        ("pascl", {"tail_share": 1.5}),
+        ("rna", {"amplify": False}),
+        ("rna", {"attenuate": True, "auxiliary": False}),
+    ],
+)
+def test_settings_out_of_range_are_refused(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=name):
+        by_name(name, **settings)

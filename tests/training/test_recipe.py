@@ -1,0 +1,347 @@
+"""Recipes: what TOML says, what it may not say, and those of the papers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+import ood_scores.models.networks  # noqa: F401  registers the CIFAR networks
+from ood_scores.data.sources import _KINDS
+from ood_scores.errors import BadInput, OodScoresError, UnknownName
+from ood_scores.training import Recipe, load_recipe
+from ood_scores.training.augment import AUGMENTATIONS
+from ood_scores.training.objectives import create_objective
+from ood_scores.training.recipe import OptimizerTable, ScheduleTable, flat_tables
+from ood_scores.training.recipe_file import recipe_from
+
+RECIPES = Path(__file__).parents[2] / "benchmarks" / "recipes"
+NAMED = sorted(path for path in RECIPES.glob("*.toml"))
+
+SMALL = """
+epochs = 4
+batch_size = 32
+[model]
+name = "cifar_resnet20"
+in_chans = 1
+[data]
+train = "digits"
+[objective]
+name = "rna"
+weight = 0.25
+[auxiliary]
+data = "digits?classes=7-9"
+[optimizer]
+lr = 1
+"""
+
+
+def toml(folder: Path, text: str = SMALL, name: str = "small") -> Path:
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def refused(path: Path, *overrides: str, error: type[OodScoresError] = BadInput) -> str:
+    with pytest.raises(error) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+# ---- what is read
+
+
+def test_what_a_file_says_and_the_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(toml(tmp_path))
+    assert recipe.name == "small"
+    assert (recipe.model.name, recipe.model.arguments) == ("cifar_resnet20", {"in_chans": 1})
+    assert (recipe.data.train, recipe.data.validation, recipe.data.long_tail) == ("digits", 0.0, 1.0)
+    assert recipe.auxiliary is not None
+    assert recipe.auxiliary.data == "digits?classes=7-9"
+    (stage,) = recipe.stages
+    assert (stage.epochs, stage.batch_size, stage.drop_last, stage.trainable) == (4, 32, False, ())
+    assert (stage.objective.name, stage.objective.settings) == ("rna", {"weight": 0.25})
+    assert isinstance(stage.optimizer.lr, float)
+    assert stage.optimizer == OptimizerTable(lr=1.0, name="sgd", weight_decay=0.0, momentum=None, nesterov=False)
+    assert stage.schedule == ScheduleTable("constant")
+    assert (recipe.seed, recipe.amp, recipe.checkpoint_every, recipe.compile) == (0, "none", 0, False)
+
+
+def test_a_recipe_survives_the_way_through_a_dictionary(tmp_path: Path) -> None:
+    path = toml(tmp_path, SMALL + '[[stage]]\nepochs = 2\nobjective = {name = "oe"}\ntrainable = ["head"]\n')
+    recipe = load_recipe(path, ["seed=3", "data.long_tail=10"])
+    again = recipe_from(recipe.to_dict())
+    assert again.to_dict() == recipe.to_dict()
+    assert again.stages == recipe.stages
+    assert (again.seed, again.data, again.model, again.auxiliary) == (3, recipe.data, recipe.model, recipe.auxiliary)
+
+
+def test_stages_say_what_is_different(tmp_path: Path) -> None:
+    more = (
+        '[[stage]]\nepochs = 2\nbatch_size = 64\n[stage.objective]\nname = "oe"\n[[stage]]\n[stage.optimizer]\nlr = 2'
+    )
+    first, second, third = load_recipe(toml(tmp_path, SMALL + more)).stages
+    assert (first.epochs, second.epochs, third.epochs) == (4, 2, 4)
+    assert (first.batch_size, second.batch_size, third.batch_size) == (32, 64, 32)
+    assert second.objective.settings == {}
+    assert (third.objective, third.optimizer.lr) == (first.objective, 2.0)
+
+
+def test_epochs_are_counted_through_the_stages(tmp_path: Path) -> None:
+    recipe = load_recipe(toml(tmp_path, SMALL + "[[stage]]\nepochs = 2\n"))
+    assert recipe.epochs == 6
+    assert [recipe.stage_of(epoch) for epoch in (0, 3, 4, 5)] == [(0, 0), (0, 3), (1, 0), (1, 1)]
+    with pytest.raises(BadInput, match="6 epochs, and epoch 6"):
+        recipe.stage_of(6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        (ScheduleTable(), [1, 1, 1, 1]),
+        (ScheduleTable("steps", (1, 3), 0.5), [1, 0.5, 0.5, 0.25]),
+        (ScheduleTable("cosine"), [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ],
+)
+def test_schedules(schedule: ScheduleTable, factors: list[float]) -> None:
+    assert [schedule.factor(epoch, 4) for epoch in range(4)] == pytest.approx(factors)
+
+
+# ---- inheritance and overrides
+
+
+def test_extends_takes_what_is_not_said(tmp_path: Path) -> None:
+    toml(tmp_path)
+    path = toml(tmp_path, 'extends = "small.toml"\nepochs = 9\n[objective]\ntau = 2\n[optimizer]\nlr = 0.5', "child")
+    grandchild = toml(tmp_path, 'extends = "child.toml"\n[objective]\nname = "oe"\n', "grandchild")
+    child = load_recipe(path)
+    assert (child.stages[0].epochs, child.stages[0].batch_size, child.stages[0].optimizer.lr) == (9, 32, 0.5)
+    assert child.stages[0].objective.settings == {"weight": 0.25, "tau": 2}
+    assert load_recipe(grandchild).stages[0].objective.settings == {}
+    assert load_recipe(grandchild).stages[0].optimizer.lr == 0.5
+
+
+def test_overrides_win_and_are_read_as_toml_or_as_text(tmp_path: Path) -> None:
+    texts = ["model.name=resnet18", "optimizer.lr=0.5", "schedule.name=steps", "schedule.milestones=[2, 3]", "amp=bf16"]
+    recipe = load_recipe(toml(tmp_path), [*texts, "data.test=digits?classes=0-6", "compile = true"])
+    assert (recipe.model.name, recipe.model.arguments) == ("resnet18", {})
+    assert recipe.stages[0].optimizer.lr == 0.5
+    assert recipe.stages[0].schedule.milestones == (2, 3)
+    assert (recipe.data.test, recipe.amp, recipe.compile) == ("digits?classes=0-6", "bf16", True)
+
+
+def test_overrides_of_stages(tmp_path: Path) -> None:
+    path = toml(tmp_path, SMALL + "[[stage]]\nepochs = 2\n")
+    assert load_recipe(path, ["stage.1.epochs=7", "stage.1.optimizer.lr=3"]).stages[1].optimizer.lr == 3
+    assert load_recipe(path, ["stage.1.epochs=7"]).epochs == 11
+    assert "1 [[stage]] tables" in refused(path, "stage.2.epochs=7")
+    assert "did you mean 'epochs'" in refused(path, "stage.1.epoch=7", error=UnknownName)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line", "words"),
+    [
+        ("epochs = 4\nepochz = 5", 3, "a recipe has no 'epochz' (did you mean 'epochs'?)"),
+        ("epochs = 4\n[optimiser]\nlr = 1", 3, "did you mean 'optimizer'"),
+        ('epochs = 4\n[data]\ntrian = "digits"', 4, "[data] has no 'trian' (did you mean 'train'?)"),
+        ("epochs = 4\n[optimizer]\nlearning_rate = 1", 4, "it has: lr, name, weight_decay, momentum, nesterov"),
+        ("epochs = 4\n[[stage]]\nseed = 3", 4, "[stage] has no 'seed'"),
+        ("epochs = 4\n[[stage]]\n[stage.optimizer]\nlearn = 3", 5, "[stage.optimizer] has no 'learn'"),
+    ],
+)
+def test_unknown_keys_are_named_with_their_place(tmp_path: Path, wrong: str, line: int, words: str) -> None:
+    message = refused(toml(tmp_path, f"# a comment\n{wrong}\n"), error=UnknownName)
+    assert message.startswith(f"{tmp_path}/small.toml, line {line}: ")
+    assert words in message
+
+
+def test_a_mistake_in_the_base_is_of_the_base(tmp_path: Path) -> None:
+    toml(tmp_path, "epochs = 4\nbatch = 3", "base")
+    message = refused(toml(tmp_path, 'extends = "base.toml"', "child"), error=UnknownName)
+    assert message.startswith(f"{tmp_path}/base.toml, line 2: a recipe has no 'batch'")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ('epochs = "4"', "epochs is '4'; give a whole number"),
+        ("epochs = 4.5", "give a whole number"),
+        ("epochs = true", "give a whole number"),
+        ("epochs = 4\ncompile = 1", "compile is 1; give true or false"),
+        ("epochs = 4\n[model]\nname = 3", "model.name is 3; give a text in quotes"),
+        ("epochs = 4\n[optimizer]\nlr = [1]", "optimizer.lr is [1]; give a number"),
+        ('epochs = 4\n[schedule]\nmilestones = ["a"]', "a list, each a whole number"),
+        ('epochs = 4\n[auxiliary]\nbatch_size = "a"', "give a whole number"),
+        ('model = "resnet18"', "model is 'resnet18', not a table; write [model]"),
+        ("stage = 3", "write [[stage]]"),
+    ],
+)
+def test_wrong_types(tmp_path: Path, wrong: str, words: str) -> None:
+    message = refused(toml(tmp_path, wrong))
+    assert f"{tmp_path}/small.toml, line " in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("epochs=0", "epochs = 0 is out of range; give at least 1"),
+        ("data.validation=1.0", "data.validation = 1.0"),
+        ("data.long_tail=0.5", "data.long_tail = 0.5"),
+        ("optimizer.lr=0", "optimizer.lr = 0.0 is out of range; give a positive number"),
+        ("optimizer.momentum=1", "optimizer.momentum"),
+        ("auxiliary.batch_size=0", "auxiliary.batch_size"),
+        ("seed=-1", "seed = -1"),
+        ("schedule.milestones=[3]", "milestones go with"),
+        ("schedule.name=steps", "milestones go with"),
+    ],
+)
+def test_out_of_range(tmp_path: Path, override: str, words: str) -> None:
+    assert words in refused(toml(tmp_path), override)
+
+
+def test_choices_and_what_does_not_go_together(tmp_path: Path) -> None:
+    path = toml(tmp_path)
+    assert "there are: sgd, adam, adamw" in refused(path, "optimizer={name='lion', lr=1}", error=UnknownName)
+    assert "there are: none, bf16" in refused(path, "amp=fp16", error=UnknownName)
+    assert "momentum and nesterov are of sgd" in refused(path, "optimizer={name='adam', lr=1, momentum=0.9}")
+    assert "write --set key=value" in refused(path, "epochs")
+    assert "set to a value already" in refused(path, "optimizer=1", "optimizer.lr=1")
+
+
+def test_files_that_are_missing_or_no_recipes(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none.toml") == f"there is no recipe {tmp_path}/none.toml."
+    assert "cannot read the recipe" in refused(toml(tmp_path, "epochs = = 3"))
+    assert f"there is no recipe {tmp_path}/none.toml" in refused(toml(tmp_path, 'extends = "none.toml"'))
+    assert "extends itself" in refused(toml(tmp_path, 'extends = "small.toml"'))
+    assert "[data] has no train" in refused(toml(tmp_path, 'epochs = 1\n[model]\nname = "a"\n'))
+    assert "[model] has no name" in refused(toml(tmp_path, "epochs = 1\n"))
+    assert "no epochs" in refused(toml(tmp_path, SMALL.replace("epochs = 4", "")))
+
+
+def test_flat_tables() -> None:
+    assert flat_tables({"a": 1, "b": {"c": [1, 2]}, "stage": [{"d": 3}]}) == {"a": 1, "b.c": [1, 2], "stage.1.d": 3}
+
+
+# ---- the papers'
+
+
+@pytest.mark.parametrize("path", NAMED, ids=lambda path: path.stem)
+def test_what_a_recipe_names_exists(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert timm.is_model(recipe.model.name)
+    auxiliary = [recipe.auxiliary] if recipe.auxiliary else []
+    for spec in (recipe.data.train, recipe.data.test, *(table.data for table in auxiliary if table.data != "train")):
+        assert spec is None or spec.partition("?")[0].partition(":")[0] in _KINDS
+    for name in (recipe.data.augmentation, *(table.augmentation for table in auxiliary)):
+        assert name is None or name in AUGMENTATIONS
+    for stage in recipe.stages:
+        objective = create_objective(
+            stage.objective.name, class_counts=[5, 3], num_features=4, **stage.objective.settings
+        )
+        assert recipe.auxiliary or not objective.auxiliary
+
+
+def named(name: str) -> Recipe:
+    return load_recipe(RECIPES / f"{name}.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "epochs", "milestones", "batch", "l2"),
+    [
+        ("haas_resnet18_60_l2", "haas_resnet18", 60, (40, 50), 1024, True),
+        ("haas_resnet18_60", "haas_resnet18", 60, (40, 50), 1024, False),
+        ("haas_resnet50_100_l2", "haas_resnet50", 100, (75, 90), 768, True),
+        ("haas_resnet50_100", "haas_resnet50", 100, (75, 90), 768, False),
+        ("haas_resnet18_350_l2", "haas_resnet18", 350, (150, 250), 1024, True),
+        ("haas_resnet18_350", "haas_resnet18", 350, (150, 250), 1024, False),
+        ("haas_resnet50_350_l2", "haas_resnet50", 350, (150, 250), 768, True),
+        ("haas_resnet50_350", "haas_resnet50", 350, (150, 250), 768, False),
+    ],
+)
+def test_haas(name: str, model: str, epochs: int, milestones: tuple[int, ...], batch: int, l2: bool) -> None:
+    recipe = named(name)
+    (stage,) = recipe.stages
+    assert (recipe.model.name, recipe.model.arguments["l2_head"]) == (model, l2)
+    assert (stage.epochs, stage.schedule, stage.batch_size) == (epochs, ScheduleTable("steps", milestones, 0.1), batch)
+    assert stage.optimizer == OptimizerTable(0.1, "sgd", 5e-4, 0.9)
+    assert (recipe.data.train, recipe.data.validation) == ("torchvision:CIFAR10?split=train", 0.1)
+    assert recipe.data.augmentation == "crop_flip"
+
+
+def test_the_nc_intervention_starts_at_epoch_50() -> None:
+    first, second = named("haas_nc_intervention").stages
+    assert (first.epochs, first.batch_size, first.objective.name, first.lr(49)) == (50, 1024, "cross_entropy", 0.1)
+    assert (second.epochs, second.batch_size, second.objective.name) == (20, 2048, "nc_loss")
+    assert [second.lr(epoch) for epoch in (0, 9, 10, 19)] == pytest.approx([0.01, 0.01, 0.001, 0.001])
+    control = named("haas_nc_control").stages
+    assert control[0] == first
+    assert (control[1].objective.name, control[1].schedule) == ("cross_entropy", second.schedule)
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+@pytest.mark.parametrize(
+    ("row", "objective"),
+    [
+        ("rna", "rna"),
+        ("ce", "cross_entropy"),
+        ("la", "logit_adjustment"),
+        ("oe", "oe"),
+        ("energy_oe", "energy_oe"),
+        ("balanced_energy", "balanced_energy"),
+        ("oecc", "oecc"),
+        ("pascl", "pascl"),
+    ],
+)
+def test_cifar_lt(row: str, objective: str, data: str) -> None:
+    recipe = named(f"{row}_{data}_lt")
+    stage = recipe.stages[0]
+    assert recipe.data.train == f"torchvision:{data.upper()}?split=train"
+    assert (recipe.model.name, recipe.data.long_tail, stage.epochs) == ("rna_resnet18", 100, 200)
+    assert recipe.model.arguments == {"bn_affine": row != "rna"}
+    assert (stage.batch_size, stage.drop_last, stage.objective.name) == (128, True, objective)
+    assert stage.optimizer == OptimizerTable(1e-3, "adam", 5e-4)
+    assert stage.schedule == ScheduleTable("cosine")
+    assert (recipe.auxiliary is None) == (row in ("ce", "la"))
+
+
+def test_settings_of_the_rows() -> None:
+    def settings(name: str) -> dict[str, Any]:
+        return dict(named(name).stages[0].objective.settings)
+
+    assert settings("rna_cifar10_lt")["weight"] == 0.5
+    assert settings("energy_oe_cifar10_lt") == {"m_in": -23.0, "m_out": -5.0, "weight": 0.1}
+    assert settings("energy_oe_cifar100_lt")["m_in"] == -27.0
+    assert settings("balanced_energy_cifar100_lt")["shift"] == 100.0
+    assert settings("pascl_cifar10_lt")["temperature"] == 0.07
+    assert settings("pascl_cifar100_lt") == {"contrast_weight": 0.02, "temperature": 0.2, "ood_weight": 0.5}
+    _, second = named("pascl_cifar10_lt").stages
+    assert (second.objective.name, second.trainable) == ("logit_adjustment", ("batchnorm", "head"))
+    assert (second.epochs, second.optimizer) == (10, OptimizerTable(5e-4, "adam", 5e-4))
+
+
+def test_imagenet_lt_and_fine_tuning() -> None:
+    recipe = named("rna_imagenet_lt")
+    stage = recipe.stages[0]
+    assert (stage.epochs, stage.batch_size, stage.trainable) == (100, 256, ("!batchnorm",))
+    assert stage.optimizer == OptimizerTable(0.1, "sgd", 5e-4, 0.9, nesterov=True)
+    tuned = named("finetune_rna_ce_la_cifar10_lt")
+    assert tuned.model.checkpoint == "runs/ce_cifar10_lt/last.safetensors"
+    assert (tuned.epochs, tuned.stages[0].objective.name) == (10, "rna")
+    assert tuned.model.arguments == named("ce_cifar10_lt").model.arguments == {"bn_affine": True}
+    assert tuned.stages[0].trainable == ("!batchnorm",)
+
+
+def test_the_recipe_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (RECIPES.parents[1] / "docs" / "training.md").read_text()
+    blocks = [block.partition("```")[0] for block in text.split("```toml\n")[1:]]
+    recipe = load_recipe(toml(tmp_path, "".join(blocks)))
+    assert set(flat_tables(recipe.to_dict())) >= {"auxiliary.batch_size", "objective.weight", "model.l2_head"}
+    assert [stage.epochs for stage in recipe.stages] == [60, 10]
+    assert recipe.stages[1].trainable == ("batchnorm", "head")
