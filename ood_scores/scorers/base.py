@@ -27,6 +27,7 @@ from ood_scores.errors import (
 )
 from ood_scores.features import Block, FeatureSet, Provenance, as_feature_set
 from ood_scores.features.statistics.collect import Statistic, collect, require_finite
+from ood_scores.scorers.tags import Tags
 
 _REGISTRY: dict[str, type[Scorer]] = {}
 S = TypeVar("S", bound="type[Scorer]")
@@ -51,6 +52,7 @@ class Scorer(ABC):
     name: str
     needs: Sequence[str] = ()
     fit_needs: Sequence[str] = ()
+    tags: Tags = Tags()
     _fitted_widths: Mapping[str, int] | None = None
     _fitted_on: Provenance | None = None
 

@@ -1,0 +1,51 @@
+"""Facts about a scorer class that are not parameters: its paper, its limits, and how to test and tune it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The publication that introduced a score.
+
+    Args:
+        title: the full title.
+        authors: all authors, as "First Last, First Last".
+        venue: the conference or journal, abbreviated where that is usual; "arXiv" for a preprint.
+        year: the year of publication at the venue.
+        url: a page with the text or its abstract.
+        code: the authors' own repository; None if there is none or it is not known.
+    """
+
+    title: str
+    authors: str
+    venue: str
+    year: int
+    url: str
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Facts about a scorer class, kept in its attribute ``tags``.
+
+    Args:
+        paper: the source of the formula; None where no publication introduced it.
+        no_graph: why the scorer cannot be exported as a graph, as a clause ("it ranks all logits"); None if it can.
+        small_parameters: parameters that make the scorer small and fast, for tests.
+        exceptions: conformance properties that the scorer does not have, each with the reason.
+        float32_tolerance: relative error of the scores that may come from float32 inputs.
+        search_space: values to try for each parameter when the scorer is tuned on validation data.
+        experimental: why results may not be those of the paper, for instance because only its abstract was available.
+    """
+
+    paper: Paper | None = None
+    no_graph: str | None = None
+    small_parameters: Mapping[str, Any] = field(default_factory=dict)
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    float32_tolerance: float = 1e-4
+    search_space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    experimental: str | None = None
