@@ -1,79 +1,370 @@
-"""How to get the datasets that this package does not carry.
-
-Nothing is fetched here: `remedy` says the command or address, and a person decides.
-"""
+"""The datasets of the field by which OoD scores are compared: what they are, where they are, and what opens them."""
 
 from __future__ import annotations
 
-from os import PathLike, fspath
-from pathlib import PurePosixPath
-
-from ood_scores.data.dataset_spec import parse
-from ood_scores.data.kinds.torchvision_sets import can_download
-from ood_scores.data.known_sets import CATALOG, OPENOOD, KnownSet
+from dataclasses import dataclass
 
 
-def remedy(spec: str, root: str | PathLike[str] | None = None) -> str:
-    """How to get the data that `spec` names: a command, an address, or "" where none is known.
+@dataclass(frozen=True)
+class KnownSet:
+    """A dataset that papers use.
 
-    Args:
-        spec: as `ood_scores.data.sources.open_dataset` takes it; nothing is opened, no variable is expanded.
-        root: where its relative paths start.
+    Attributes:
+        name: a short one.
+        what: what it shows, and what to know of it.
+        images: how many; 0 where that depends on the release or the list.
+        page: the authors' page, or that of the paper's code.
+        get: the command that puts it into the folder `{data}`, or what to do by hand; "" where torchvision does it.
+        spec: opens it afterwards, as `open_dataset(spec, root=data)`.
+        folders: names of files and folders by which a path to it is known, in lower case and with `_` for `-`.
+        licence: where its authors say one.
     """
-    kind, target, options = parse(spec)
-    if kind == "hf":
-        return _from_hub(target, options)
-    if kind == "torchvision" and can_download(target):
-        return "" if options.get("download") == "true" else _with_download(spec, root)
-    if kind not in ("folder", "imglist", "npz", "torchvision"):
-        return ""
-    for known in CATALOG:
-        if f"/{target}".endswith(f"/{_path(known)}"):
-            return _instruction(known, _below(root, target.removesuffix(_path(known))))
-    return _by_folder(target, root)
+
+    name: str
+    what: str
+    images: int
+    page: str
+    get: str
+    spec: str
+    folders: tuple[str, ...] = ()
+    licence: str = ""
 
 
-def _from_hub(target: str, options: dict[str, str]) -> str:
-    arguments = [repr(target), *([repr(options["config"])] if "config" in options else [])]
-    call = f"from datasets import load_dataset; load_dataset({', '.join(arguments)})"
-    return f'pip install datasets && python -c "{call}"'
+def _openood(*names: str) -> str:
+    """OpenOOD's script, for the image lists and the sets of these names, or for those of version 1.5."""
+    which = f"--dataset_mode dataset --datasets {' '.join(names)}" if names else "--datasets ood_v1.5"
+    return (
+        "git clone https://github.com/Jingkang50/OpenOOD && pip install gdown && "
+        f"python OpenOOD/scripts/download/download.py --contents datasets {which} --save_dir {{data}}"
+    )
 
 
-def _with_download(spec: str, root: str | PathLike[str] | None) -> str:
-    kept = spec.replace("?download=false&", "?").replace("&download=false", "").removesuffix("?download=false")
-    whole = f"{kept}{'&' if '?' in kept else '?'}download=true"
-    arguments = repr(whole) if root is None else f"{whole!r}, root={fspath(root)!r}"
-    call = f"from ood_scores.data.sources import open_dataset; open_dataset({arguments})"
-    return f'add download=true to the spec, or run: python -c "{call}"'
+def _unpacked(url: str) -> str:
+    file = url.rpartition("/")[2]
+    unpack = f"unzip {{data}}/{file} -d {{data}}" if file.endswith(".zip") else f"tar -xf {{data}}/{file} -C {{data}}"
+    return f"wget -P {{data}} {url} && {unpack}"
 
 
-def _by_folder(target: str, root: str | PathLike[str] | None) -> str:
-    """For a path that no set has as its own: OpenOOD's layout, else the innermost name that is known."""
-    path = PurePosixPath(target)
-    names = [part.lower().replace("-", "_") for part in (*path.parent.parts, path.stem)]
-    for place, name in enumerate(names):
-        if name in OPENOOD.folders:
-            return _instruction(OPENOOD, _below(root, str(PurePosixPath(*path.parts[:place]))))
-    for name in reversed(names):
-        for known in CATALOG:
-            if name in known.folders:
-                opened = f"; {known.spec} then opens it" if known.get else ""
-                return _instruction(known, _below(root, "")) + opened
-    return ""
+def _large(name: str) -> str:
+    return f"imglist:benchmark_imglist/imagenet/test_{name}.txt?root=images_largescale"
 
 
-def _path(known: KnownSet) -> str:
-    return parse(known.spec).target
+_OPENOOD_PAGE = "https://github.com/Jingkang50/OpenOOD"
+_MOS = "https://github.com/deeplearning-wisc/large_scale_ood"
+_MOS_FILES = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
+_ODIN = "https://github.com/facebookresearch/odin"
+_PASCL = "https://github.com/amazon-science/long-tailed-ood-detection"
+_IMAGENET = "https://image-net.org/download.php"
+_IMAGENET_TERMS = "ImageNet's terms of access: non-commercial research and education"
 
+OPENOOD = KnownSet(
+    "openood",
+    "OpenOOD v1.5 (Zhang et al. 2023): image lists for CIFAR-10, CIFAR-100, ImageNet-200 and ImageNet-1k, and the test "
+    "images they name. The training images of ImageNet are not among them.",
+    0,
+    _OPENOOD_PAGE,
+    _openood(),
+    "imglist:benchmark_imglist/cifar10/test_cifar10.txt?root=images_classic",
+    ("benchmark_imglist", "images_classic", "images_largescale"),
+)
 
-def _below(root: str | PathLike[str] | None, folder: str) -> str:
-    """The folder as a command takes it; variables and `~` are left to the shell."""
-    start = "" if root is None or folder.startswith(("~", "$")) else fspath(root)
-    path = str(PurePosixPath(start, folder))
-    return f'"{path}"' if " " in path else path
-
-
-def _instruction(known: KnownSet, folder: str) -> str:
-    if known.spec.endswith("download=true"):
-        return f"write {known.spec}"
-    return f"{known.get.replace('{data}', folder)} (see {known.page})" if known.get else f"see {known.page}"
+CATALOG: tuple[KnownSet, ...] = (
+    KnownSet(
+        "cifar10",
+        "10 classes of objects, 32 x 32 (Krizhevsky 2009): 50,000 for training, 10,000 for test",
+        60000,
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "",
+        "torchvision:CIFAR10?split=test&download=true",
+        ("cifar10", "cifar_10"),
+    ),
+    KnownSet(
+        "cifar100",
+        "100 classes of objects, 32 x 32 (Krizhevsky 2009): 50,000 for training, 10,000 for test",
+        60000,
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "",
+        "torchvision:CIFAR100?split=test&download=true",
+        ("cifar100", "cifar_100"),
+    ),
+    KnownSet(
+        "svhn",
+        "house numbers, 32 x 32 (Netzer et al. 2011): 73,257 for training, 26,032 for test",
+        99289,
+        "http://ufldl.stanford.edu/housenumbers/",
+        "",
+        "torchvision:SVHN?split=test&download=true",
+        ("svhn",),
+    ),
+    KnownSet(
+        "mnist",
+        "handwritten digits, 28 x 28, grey (LeCun et al. 1998): 60,000 for training, 10,000 for test",
+        70000,
+        "http://yann.lecun.com/exdb/mnist/",
+        "",
+        "torchvision:MNIST?split=test&download=true",
+        ("mnist",),
+    ),
+    KnownSet(
+        "gtsrb",
+        "German traffic signs, 43 classes (Stallkamp et al. 2012); test images",
+        12630,
+        "https://benchmark.ini.rub.de",
+        "",
+        "torchvision:GTSRB?split=test&download=true",
+        ("gtsrb",),
+    ),
+    KnownSet(
+        "textures",
+        "Describable Textures (Cimpoi et al. 2014), 47 classes, all three splits, as OoD papers use them; torchvision "
+        "opens one split of 1,880",
+        5640,
+        "https://www.robots.ox.ac.uk/~vgg/data/dtd/",
+        _unpacked("https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"),
+        "folder:dtd/images",
+        ("textures", "texture", "dtd"),
+        "for research",
+    ),
+    KnownSet(
+        "places365",
+        "scenes, 256 x 256 (Zhou et al. 2017); test images, of which papers on CIFAR draw 10,000",
+        328500,
+        "http://places2.csail.mit.edu/download.html",
+        _unpacked("http://data.csail.mit.edu/places/places365/test_256.tar"),
+        "folder:test_256",
+        ("places365", "test_256"),
+    ),
+    KnownSet(
+        "inaturalist",
+        "plants, 110 classes that ImageNet-1k has not (Huang & Li 2021, MOS)",
+        10000,
+        _MOS,
+        _unpacked(f"{_MOS_FILES}/iNaturalist.tar.gz"),
+        "folder:iNaturalist",
+        ("inaturalist",),
+    ),
+    KnownSet(
+        "sun",
+        "scenes, 50 classes that ImageNet-1k has not (Huang & Li 2021, MOS)",
+        10000,
+        _MOS,
+        _unpacked(f"{_MOS_FILES}/SUN.tar.gz"),
+        "folder:SUN",
+        ("sun",),
+    ),
+    KnownSet(
+        "places",
+        "scenes, 50 classes that ImageNet-1k has not (Huang & Li 2021, MOS)",
+        10000,
+        _MOS,
+        _unpacked(f"{_MOS_FILES}/Places.tar.gz"),
+        "folder:Places",
+        ("places",),
+    ),
+    KnownSet(
+        "lsun_crop",
+        "LSUN's test scenes, a random crop of 32 x 32 (Liang et al. 2018, ODIN)",
+        10000,
+        _ODIN,
+        _unpacked("https://www.dropbox.com/s/fhtsw1m3qxlwj6h/LSUN.tar.gz"),
+        "folder:LSUN",
+        ("lsun", "lsun_c", "lsun_crop"),
+    ),
+    KnownSet(
+        "lsun_resize",
+        "LSUN's test scenes, resized to 32 x 32 (Liang et al. 2018, ODIN)",
+        10000,
+        _ODIN,
+        _unpacked("https://www.dropbox.com/s/moqh2wh8696c3yl/LSUN_resize.tar.gz"),
+        "folder:LSUN_resize",
+        ("lsun_r", "lsun_resize"),
+    ),
+    KnownSet(
+        "isun",
+        "iSUN's scenes, resized to 32 x 32 (Liang et al. 2018, ODIN)",
+        8925,
+        _ODIN,
+        _unpacked("https://www.dropbox.com/s/ssz7qxfqae0cca5/iSUN.tar.gz"),
+        "folder:iSUN",
+        ("isun",),
+    ),
+    KnownSet(
+        "tinyimagenet_resize",
+        "TinyImageNet's test images, resized to 32 x 32 (Liang et al. 2018, ODIN)",
+        10000,
+        _ODIN,
+        _unpacked("https://www.dropbox.com/s/kp3my3412u5k9rl/Imagenet_resize.tar.gz"),
+        "folder:Imagenet_resize",
+        ("imagenet_resize", "tinyimagenet_resize"),
+    ),
+    KnownSet(
+        "tinyimagenet_crop",
+        "TinyImageNet's test images, a random crop of 32 x 32 (Liang et al. 2018, ODIN)",
+        10000,
+        _ODIN,
+        _unpacked("https://www.dropbox.com/s/avgm2u562itwpkl/Imagenet.tar.gz"),
+        "folder:Imagenet",
+        ("imagenet_crop", "tinyimagenet_crop"),
+    ),
+    KnownSet(
+        "tinyimagenet",
+        "200 of ImageNet's classes, 64 x 64 (Le & Yang 2015): 100,000 for training, 10,000 for validation, which the "
+        "command makes an image list of, and 10,000 for test, without labels",
+        120000,
+        "https://www.kaggle.com/c/tiny-imagenet",
+        _unpacked("http://cs231n.stanford.edu/tiny-imagenet-200.zip")
+        + " && cd {data}/tiny-imagenet-200 && sort wnids.txt | "
+        "awk 'NR==FNR {n[$1]=NR-1; next} {print $1, n[$2]}' - val/val_annotations.txt > val_labels.txt",
+        "folder:tiny-imagenet-200/test/images",
+        ("tiny_imagenet_200", "tinyimagenet", "tiny_imagenet", "tin"),
+    ),
+    KnownSet(
+        "imagenet",
+        "ImageNet-1k, ILSVRC 2012 (Russakovsky et al. 2015): 1,281,167 for training, 50,000 for validation; opened "
+        "for the first time, the archives are unpacked",
+        1331167,
+        _IMAGENET,
+        "register, then put ILSVRC2012_img_val.tar, ILSVRC2012_img_train.tar and ILSVRC2012_devkit_t12.tar.gz into "
+        "the folder that root names",
+        "torchvision:ImageNet?split=val&root=imagenet",
+        ("imagenet", "imagenet_1k", "imagenet1k", "ilsvrc_2012", "ilsvrc2012"),
+        _IMAGENET_TERMS,
+    ),
+    KnownSet(
+        "imagenet200",
+        "200 of ImageNet's classes, those of ImageNet-R (OpenOOD v1.5); test images",
+        0,
+        _OPENOOD_PAGE,
+        _openood("imagenet_1k"),
+        "imglist:benchmark_imglist/imagenet200/test_imagenet200.txt?root=images_largescale",
+        ("imagenet200", "imagenet_200"),
+        _IMAGENET_TERMS,
+    ),
+    KnownSet(
+        "ssb_hard",
+        "980 classes of ImageNet-21k that are close to those of ImageNet-1k (Vaze et al. 2022)",
+        49000,
+        _OPENOOD_PAGE,
+        _openood("ssb_hard"),
+        _large("ssb_hard"),
+        ("ssb_hard",),
+    ),
+    KnownSet(
+        "ninco",
+        "64 classes, each image checked to show no class of ImageNet-1k (Bitterwolf et al. 2023); the authors' archive "
+        "is at https://zenodo.org/record/8013288",
+        5879,
+        "https://github.com/j-cb/NINCO",
+        _openood("ninco"),
+        _large("ninco"),
+        ("ninco",),
+        "MIT",
+    ),
+    KnownSet(
+        "openimage_o",
+        "natural images of OpenImages V3 without classes of ImageNet-1k (Wang et al. 2022, ViM)",
+        17632,
+        "https://github.com/haoqiwang/vim",
+        _openood("openimage_o"),
+        _large("openimage_o"),
+        ("openimage_o",),
+    ),
+    KnownSet(
+        "imagenet_c",
+        "corrupted validation images of ImageNet (Hendrycks & Dietterich 2019), as OpenOOD v1.5 samples them; all are "
+        "at https://zenodo.org/record/2235448",
+        0,
+        "https://github.com/hendrycks/robustness",
+        _openood("imagenet_c"),
+        _large("imagenet_c"),
+        ("imagenet_c",),
+    ),
+    KnownSet(
+        "imagenet_r",
+        "renditions of 200 classes of ImageNet: art, toys, sketches (Hendrycks et al. 2021); the authors' archive is "
+        "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
+        30000,
+        "https://github.com/hendrycks/imagenet-r",
+        _openood("imagenet_r"),
+        _large("imagenet_r"),
+        ("imagenet_r",),
+    ),
+    KnownSet(
+        "imagenet_v2",
+        "new test images of ImageNet's classes (Recht et al. 2019). The folders of the authors' archive are named 0, "
+        "1, 2, …, which folder: sorts as text: use the list",
+        10000,
+        "https://github.com/modestyachts/ImageNetV2",
+        _openood("imagenet_v2"),
+        _large("imagenet_v2"),
+        ("imagenet_v2", "imagenetv2", "imagenetv2_matched_frequency_format_val"),
+    ),
+    KnownSet(
+        "imagenet_es",
+        "ImageNet images on a screen, photographed under many lights and camera settings (Baek et al. 2024)",
+        202000,
+        "https://github.com/Edw2n/ImageNet-ES",
+        "",
+        _large("imagenet_es"),
+        ("imagenet_es",),
+    ),
+    KnownSet(
+        "scood",
+        "SC-OOD (Yang et al. 2021): OoD sets for CIFAR-10 and -100 whose lists give images of ID classes their class, "
+        "and others -1",
+        0,
+        "https://jingkang50.github.io/projects/scood",
+        "pip install gdown && gdown 1cbLXZ39xnJjxXnDM7g2KODHIjE0Qj4gu -O {data}/scood_benchmark.zip && "
+        "unzip {data}/scood_benchmark.zip -d {data}/scood",
+        "imglist:scood/data/imglist/benchmark_cifar10/test_tin.txt?root=scood/data/images",
+        ("benchmark_cifar10", "benchmark_cifar100", "scood", "scood_benchmark"),
+    ),
+    KnownSet(
+        "300k_random_images",
+        "from 80 Million Tiny Images, 32 x 32, without CIFAR's and Places' classes; auxiliary OoD images (Hendrycks et "
+        "al. 2019). Published as one array, which the command makes an archive of",
+        300000,
+        "https://github.com/hendrycks/outlier-exposure",
+        "cd {data} && wget https://people.eecs.berkeley.edu/~hendrycks/300K_random_images.npy && python -c "
+        "\"import numpy as np; np.savez('300K_random_images.npz', images=np.load('300K_random_images.npy'))\"",
+        "npz:300K_random_images.npz",
+        ("300k_random_images",),
+    ),
+    KnownSet(
+        "imagenet_lt",
+        "long-tailed list of ImageNet's training images (Liu et al. 2019), from 1,280 to 5 of a class; the images are "
+        "ImageNet's",
+        115846,
+        "https://liuziwei7.github.io/projects/LongTail.html",
+        "wget -P {data} https://github.com/facebookresearch/classifier-balancing/raw/main/data/ImageNet_LT/"
+        "ImageNet_LT_train.txt",
+        "imglist:ImageNet_LT_train.txt?root=imagenet",
+        ("imagenet_lt", "imagenet_lt_train", "imagenet_lt_val", "imagenet_lt_test"),
+        _IMAGENET_TERMS,
+    ),
+    KnownSet(
+        "imagenet_1k_ood",
+        "1,000 classes of ImageNet-22k that are not in ImageNet-1k, 50 of each: the OoD test set of ImageNet-LT (Wang "
+        "et al. 2022, PASCL)",
+        50000,
+        _PASCL,
+        "register with ImageNet, unpack https://image-net.org/data/imagenet10k_eccv2010.tar into {data}/imagenet10k, "
+        "run PASCL's extract_ood_test_imagenet_1k.py --data_root_path {data}",
+        "folder:imagenet_ood_test_1k",
+        ("imagenet_ood_test_1k", "imagenet_1k_ood"),
+        _IMAGENET_TERMS,
+    ),
+    KnownSet(
+        "imagenet_extra",
+        "500 other classes of ImageNet-22k: auxiliary OoD images of ImageNet-LT (Wang et al. 2022, PASCL)",
+        517711,
+        _PASCL,
+        "register with ImageNet, unpack https://image-net.org/data/imagenet10k_eccv2010.tar into {data}/imagenet10k, "
+        "run PASCL's extract_extra_imagenet_1k.py --data_root_path {data}",
+        "folder:imagenet_extra_1k",
+        ("imagenet_extra_1k", "imagenet_extra"),
+        _IMAGENET_TERMS,
+    ),
+    OPENOOD,
+)
+"""The sets by which OoD scores are compared. Figures are the papers'; addresses are those that their authors give."""

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ood_scores.data.catalog import remedy
 from ood_scores.data.dataset_spec import existing, expanded, located, parse
 from ood_scores.data.images import ImageArrays, ImageDataset, ImageFiles, Transform
 from ood_scores.data.kinds.digits import digits
@@ -33,6 +32,7 @@ from ood_scores.data.kinds.hub import open_hub
 from ood_scores.data.kinds.noise import open_noise
 from ood_scores.data.kinds.sheets import open_sheets
 from ood_scores.data.kinds.torchvision_sets import open_torchvision
+from ood_scores.data.remedies import remedy
 from ood_scores.data.subsets import VIEWS, seen_through
 from ood_scores.errors import BadInput, EmptyInput, MissingData, UnknownName
 
@@ -75,7 +75,7 @@ def open_dataset(
     Raises:
         UnknownName: a kind, option, column or torchvision dataset that does not exist.
         MissingData: files that are not there, or a variable that is not set; the message says how to get them, where
-            `ood_scores.data.catalog.remedy` knows.
+            `ood_scores.data.remedies.remedy` knows.
         BadInput: contents or options that cannot be read.
         BadLabels: `long_tail` of a dataset without labels.
         EmptyInput: no images.

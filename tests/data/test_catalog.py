@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ood_scores.data.catalog import remedy
+from ood_scores.data.catalog import CATALOG, KnownSet
 from ood_scores.data.dataset_spec import parse
-from ood_scores.data.known_sets import CATALOG, KnownSet
+from ood_scores.data.remedies import remedy
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import MissingData
 
