@@ -1,4 +1,4 @@
-"""Score arrays: a linear classifier on pixels, whose features are the pixels and whose head scikit-learn fitted.
+"""Score arrays without extraction: the features are pixels, and the head is a scikit-learn classifier.
 
 python examples/arrays_you_already_have.py
 """

@@ -1,4 +1,4 @@
-"""Add a detector's columns to a Hugging Face data set.
+"""Add the columns of a detector to a Hugging Face dataset.
 
 pip install datasets
 python examples/datasets_map.py
@@ -16,6 +16,6 @@ columns = {
     "from": ["digits"] * len(new_digits) + ["photographs"] * len(photographs),
 }
 dataset = Dataset.from_dict(columns, Features({"image": Image(), "from": Value("string")}))
-dataset = dataset.map(detector, batched=True, batch_size=64)  # new_fingerprint="..." names the outcome in the cache
+dataset = dataset.map(detector, batched=True, batch_size=64)  # new_fingerprint="..." names the result in its cache
 for name, group in dataset.remove_columns("image").to_pandas().groupby("from"):
     print(f"{group['is_ood'].sum()} of {len(group)} {name} rejected")

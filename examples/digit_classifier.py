@@ -1,6 +1,6 @@
-"""A small timm classifier for the other examples: a transformer as it is initialised, whose head learns digits.
+"""Define a small timm classifier for the other examples: a random transformer whose head is fitted on digits.
 
-It makes no table itself: the other examples import it.
+The other examples import this module; it prints nothing.
 """
 
 import timm
@@ -18,7 +18,7 @@ PREPROCESSING = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5
 torch.manual_seed(0)
 model = timm.create_model("test_vit", num_classes=10, img_size=16).eval()
 split = digits_split()
-photographs = photo_patches(200)  # uint8 [200, 8, 8], as the digits are
+photographs = photo_patches(200)  # uint8 [200, 8, 8], like the digits
 
 
 def loader(images, labels=None):

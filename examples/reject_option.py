@@ -1,4 +1,4 @@
-"""A reject option behind a timm classifier: what it does not know it hands to a person.
+"""Put a reject option behind a timm classifier: images that it does not know go to a person.
 
 python examples/reject_option.py
 """
@@ -17,4 +17,4 @@ def classify(images):
 
 for name, images in {"digits": new_digits, "photographs": photographs}.items():
     answers = classify(list(images))
-    print(f"{answers.count('ask a person')} of {len(answers)} {name} rejected, for instance {answers[:5]}")
+    print(f"{answers.count('ask a person')} of {len(answers)} {name} rejected; the first answers are {answers[:5]}")

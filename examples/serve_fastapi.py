@@ -1,4 +1,4 @@
-"""Serve a detector: POST an image as it is in its file, get JSON.
+"""Serve a detector over HTTP: POST the bytes of an image file and receive JSON.
 
 DETECTOR=detector/ uvicorn --factory --app-dir examples serve_fastapi:app
 curl --data-binary @cat.jpg http://localhost:8000/predict
