@@ -17,8 +17,8 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Accumulator, GroupMeans, Means, Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
-from ood_scores.scorers.confidence import GEN
 from ood_scores.scorers.gaussian import squared_distances
+from ood_scores.scorers.softmax import GEN
 
 SMALLEST = 1e-12
 """Lengths and confidences are taken to be at least this before they divide."""

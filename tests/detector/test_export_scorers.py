@@ -19,7 +19,7 @@ from ood_scores.detector.export import export_onnx, export_program, run_onnx
 from ood_scores.detector.graph import NOT_TENSOR_EXPRESSIONS, DetectorGraph, exportable, why_not
 from ood_scores.features import Block
 from ood_scores.scorers.numerics.cholesky import all_solved_squares, block_rows, inverted_diagonal, solved_squares
-from ood_scores.scorers.shapers.shaping import largest
+from ood_scores.scorers.shapers.pruning import largest
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason="pip install 'ood_scores[export]'")

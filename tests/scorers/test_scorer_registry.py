@@ -90,7 +90,7 @@ def test_a_scorer_need_not_be_registered_to_be_used() -> None:
 
 
 def test_a_name_is_given_once() -> None:
-    with pytest.raises(BadInput, match=r"a scorer named 'msp' exists already: ood_scores\.scorers\.confidence\.MSP"):
+    with pytest.raises(BadInput, match=r"a scorer named 'msp' exists already: ood_scores\.scorers\.softmax\.MSP"):
         register_scorer("msp")(First)
     assert create_scorer("msp").name == "msp"
     namesake = type("MSP", (First,), {"__module__": "elsewhere"})

@@ -24,7 +24,7 @@ from ood_scores.features.statistics.collect import FeatureMean, SampledRows, col
 from ood_scores.features.statistics.moments import ClassMoments
 from ood_scores.features.statistics.row_samples import Rows
 from ood_scores.scorers.shapers.base import ShapedSet, Shaper
-from ood_scores.scorers.shapers.shaping import largest, ratio
+from ood_scores.scorers.shapers.pruning import largest, ratio
 
 Array = NDArray[Any]
 CLASSES, WIDTH = 5, 20
