@@ -1,104 +1,88 @@
-"""Scores read off the logits with a fitted temperature, given weights, or another measure of how spread they are."""
+"""Entropies of the softmax and other measures of how spread it is."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ood_scores.errors import BadInput, ShapeMismatch
-from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Logits, Statistic
+from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer, register_scorer
 
-COOLEST, HOTTEST = 0.01, 100.0
-"""Temperatures between which the fit looks for the best one."""
 
-FIT_ELEMENTS = 2**20
-"""Logits that are widened to float64 at a time."""
-
-
-@register_scorer("temperature")
+@register_scorer("entropy")
 @dataclass
-class Temperature(Scorer):
-    """Maximum softmax probability at a fitted temperature, ``max_c softmax(f / T)_c``.
+class Entropy(Scorer):
+    """Negative entropy of the softmax, ``sum_c p_c log p_c`` (nats; 0 at most).
 
-    Fits the T that minimises the mean negative log-likelihood ``-log softmax(f / T)_y`` of the labels. It is convex in
-    1/T: Newton steps that stay within a shrinking bracket find its one minimum, in float64.
+    Source: Shannon 1948 for the entropy; Hendrycks et al. 2019, "Deep Anomaly Detection with Outlier Exposure", among
+    others, rank by it.
 
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks". Departure: the authors' code takes at most 50
-    steps of L-BFGS from T = 1.5 and may stop short of the minimum; here it is reached.
+    Fails as ``msp``, from which it differs in how it weighs the smaller probabilities.
 
-    Fails on the training set of a model that classifies it without error: the likelihood then grows as T falls to 0,
-    and rows whose other probabilities together are below 1e-16 all score 1. Where no T between ``COOLEST`` and
-    ``HOTTEST`` is best, T stays 1, with a warning. Fit on held-out rows.
-
-    Cost: one softmax of the fit set for each of about ten steps; keeps the fit set's logits ``[N, C]``.
+    Cost: one softmax for each row.
     """
 
-    temperature_: float = field(init=False, repr=False, compare=False)
     needs = ("logits",)
-    fit_needs = ("logits", "labels")
-
-    def statistics(self) -> Sequence[Statistic]:
-        return (Logits(),)
-
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
-        best = best_inverse_temperature(found[Logits()], feats.class_labels())
-        if best is None:
-            warnings.warn(
-                f"temperature: no T between {COOLEST} and {HOTTEST} fits these rows best, so T stays 1; fit on rows "
-                "that the model was not trained on.",
-                stacklevel=3,
-            )
-        self.temperature_ = 1.0 if best is None else 1 / best
 
     def score_block(self, block: Block) -> Tensor:
-        return block.confidence(self.temperature_)
+        return -block.entropy()
 
 
-@register_scorer("weighted_energy")
+@register_scorer("kl_uniform")
 @dataclass
-class WeightedEnergy(Scorer):
-    """Energy with a weight for each class, ``T log sum_c w_c exp(f_c / T)``.
+class KLUniform(Scorer):
+    """KL divergence from the uniform distribution to the softmax, ``-(1/C) sum_c log p_c - log C`` (nats).
 
-    Source: Du et al. 2022, "VOS: Learning What You Don't Know by Virtual Outlier Synthesis", where the weights are
-    learnt with the network, and T is 1. As in the authors' code a negative weight counts as 0. Departure: computed as
-    ``T logsumexp(f_c / T + log w_c)``, which does not overflow.
+    Source: Huang et al. 2021 (GradNorm), Eq. 3, used directly as a score in their Fig. 6.
 
-    Fails when the weights belong to another model: they say how large each class's logits are.
+    Fails where the smallest probabilities, which it weighs as much as the largest, say nothing.
 
-    Args:
-        weights: one number for each class; None gives every class 1, which is ``energy``.
-        temperature: the divisor T of the logits.
-
-    Cost: one logsumexp.
+    Cost: one softmax for each row.
     """
 
-    weights: Sequence[float] | None = None
-    temperature: float = 1.0
+    needs = ("logits",)
+
+    def score_block(self, block: Block) -> Tensor:
+        below = block.native_below_max().mean(dim=1, dtype=torch.float64)
+        return block.total_odds().log() - below - math.log(block.logits.shape[1])
+
+
+@register_scorer("gen")
+@dataclass
+class GEN(Scorer):
+    """Generalised entropy, ``-sum p^gamma (1 - p)^gamma`` over the M largest probabilities.
+
+    Source: Liu et al. 2023, "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection"; gamma 0.1, and
+    M 100 of ImageNet's 1,000 classes; with fewer classes than M all are used.
+
+    Fails as ``msp``; and, with many classes and all of them counted, on the noise of the smallest probabilities.
+
+    Args:
+        gamma: the exponent; smaller ones weigh small probabilities more.
+        top: M.
+
+    Cost: one softmax and a partial sort of every row.
+    """
+
+    gamma: float = 0.1
+    top: int = 100
     needs = ("logits",)
 
     def __post_init__(self) -> None:
-        self.require_positive("temperature")
-        if self.weights is not None:
-            self.require(all(math.isfinite(weight) for weight in self.weights), "weights must be finite")
-            self.require(any(weight > 0 for weight in self.weights), "at least one weight must be positive")
+        self.require_positive("gamma")
+        self.require_count("top")
 
     def score_block(self, block: Block) -> Tensor:
-        if self.weights is None:
-            return self.temperature * block.logsumexp(self.temperature)
-        logits = block.logits64()
-        if len(self.weights) != logits.shape[1]:
-            raise ShapeMismatch(
-                f"weighted_energy: {len(self.weights)} weights for logits of {logits.shape[1]} classes."
-            )
-        log_weights = logits.new_tensor([float(weight) for weight in self.weights]).clamp_min(0).log()
-        return self.temperature * (logits / self.temperature + log_weights).logsumexp(dim=1)
+        odds, predicted = block.below_max().exp(), block.prediction()[:, None]  # float64: small ones count
+        others = odds.scatter(1, predicted, 0.0).sum(dim=1, keepdim=True)
+        log_rest = torch.log1p(-odds / (1 + others)).scatter_(1, predicted, (others / (1 + others)).log())
+        terms = log_rest.add_(block.log_softmax()).mul_(self.gamma).exp_()
+        if self.top < terms.shape[1]:
+            terms = terms.gather(1, block.logits.topk(self.top, dim=1).indices)
+        return -terms.sum(dim=1)
 
 
 @register_scorer("doctor")
@@ -165,68 +149,3 @@ class Renyi(Scorer):
         if self.alpha == math.inf:
             return block.log_softmax().amax(dim=1)
         return (self.alpha * block.log_softmax()).logsumexp(dim=1) / (self.alpha - 1)
-
-
-@register_scorer("margin")
-@dataclass
-class Margin(Scorer):
-    """How far the largest is ahead of the second largest, of the logits or of the softmax.
-
-    Source: the logits' margin is Liang, Peng & Sun 2024, "Selective Classification Under Distribution Shifts"
-    (RL_conf-M); the softmax's is Scheffer, Decomain & Wrobel 2001, "Active Hidden Markov Models for Information
-    Extraction". The logits' margin is the log of the ratio of the two probabilities and does not saturate; the
-    softmax's does where the model is confident.
-
-    Fails for models whose classes come in near-duplicates: there the margin of a known input is small. A single class
-    has no margin.
-
-    Args:
-        space: ``"logits"`` or ``"softmax"``.
-
-    Cost: the two largest of C values a row.
-    """
-
-    space: Literal["logits", "softmax"] = "logits"
-    needs = ("logits",)
-
-    def __post_init__(self) -> None:
-        self.require(self.space in ("logits", "softmax"), f"space is 'logits' or 'softmax', got {self.space!r}")
-
-    def score_block(self, block: Block) -> Tensor:
-        values = block.logits64() if self.space == "logits" else block.softmax()
-        if values.shape[1] < 2:
-            raise BadInput("margin: a model with a single class has no margin.")
-        largest, second = values.topk(2, dim=1).values.T
-        return largest - second
-
-
-def best_inverse_temperature(logits: Tensor, labels: Tensor) -> float | None:
-    """The b that minimises the mean of ``-log softmax(b f)_y``; None if it does not lie within the bounds."""
-    low, high = 1 / HOTTEST, 1 / COOLEST
-    labels = labels.to(logits.device)
-    if _slope(logits, labels, low)[0] >= 0 or _slope(logits, labels, high)[0] <= 0:
-        return None
-    best = 1.0
-    for _ in range(100):
-        slope, curvature = _slope(logits, labels, best)
-        low, high = (low, best) if slope > 0 else (best, high)
-        step = best - slope / curvature if curvature > 0 else math.nan
-        step = step if low < step < high else math.sqrt(low * high)
-        best, last = step, best
-        if abs(best - last) <= 1e-13 * best:
-            break
-    return best
-
-
-def _slope(logits: Tensor, labels: Tensor, inverse: float) -> tuple[float, float]:
-    """First and second derivative by b of the mean negative log-likelihood at b."""
-    slope, curvature = 0.0, 0.0
-    rows = max(1, FIT_ELEMENTS // logits.shape[1])
-    for part, label in zip(logits.split(rows), labels.split(rows), strict=True):
-        values = part.double()
-        gaps = values - values.gather(1, label[:, None])
-        p = (inverse * values).softmax(dim=1)
-        mean = (p * gaps).sum(dim=1)
-        slope += float(mean.sum())
-        curvature += float(((p * gaps.square()).sum(dim=1) - mean.square()).clamp_min(0).sum())
-    return slope / len(logits), curvature / len(logits)

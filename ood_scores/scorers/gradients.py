@@ -1,16 +1,25 @@
-"""GradNorm: the norm of a gradient that never has to be computed."""
+"""Scores of gradients: in closed form from features and logits, or from the norms that probes keep."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from ood_scores.features import Block
+from ood_scores.errors import BadInput
+from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
+from ood_scores.features.statistics.collect import Means, Statistic, require_finite
 from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.extras import read_extra
+from ood_scores.scorers.gaussian import classes_present, squared_distances
+from ood_scores.scorers.neighbors import kth_neighbours
 
 
 @register_scorer("gradnorm")
@@ -81,3 +90,224 @@ class GradNorm(Scorer):
         others = softmax.scatter(1, block.prediction()[:, None], 0.0)
         one_minus_largest = others.sum(dim=1, keepdim=True)  # as a sum: a difference cancels to 0 where p is nearly 1
         return -row_norm(torch.cat([others, one_minus_largest], dim=1), float(self.p))
+
+
+SMALLEST = 1e-12
+"""The norm that a gradient of 0 counts as, whose logarithm there would not be."""
+
+
+STRENGTHS = tuple(10.0**power for power in range(-5, 4))
+"""What ``gradient_classifier`` chooses from: scikit-learn's C, one over the strength of the regularisation."""
+
+
+@register_scorer("gradnorm_params")
+@dataclass
+class GradNormParams(Scorer):
+    """Norm of the gradient of chosen parameters, ``||grad_w KL(u || softmax(f / T))||_p``.
+
+    Reads ``gradnorm.<group>`` ``[N]``, which the probe ``gradnorm`` keeps, with p and T:
+    ``extract(..., probes=[ParameterGradients(groups=("layer4", "all"))])``.
+
+    Source: Huang et al. 2021 (GradNorm), Table 2. For the last layer's weight the scorer ``gradnorm`` needs no probe.
+
+    Fails as ``gradnorm`` does, and in shallow blocks, whose gradients tell less (Table 2).
+
+    Args:
+        group: the probe's name of the group: ``"all"``, or a name of modules or parameters.
+
+    Cost: none.
+    """
+
+    group: str = "all"
+    needs = ("gradnorm.all",)
+
+    def __post_init__(self) -> None:
+        self.needs = (f"gradnorm.{self.group}",)
+
+    def score_block(self, block: Block) -> Tensor:
+        return read_extra(block, f"gradnorm.{self.group}", self.name).double()
+
+
+@register_scorer("gradient_classifier")
+@dataclass
+class GradientClassifier(Scorer):
+    """How much the gradients look like those of training images, and not like those of noise.
+
+    The log odds of a logistic regression, ``w (log g - mu) / sigma + b``, on the norms g of the gradients of every
+    parameter. Reads ``gradients.inputs`` ``[N, L]`` and, of the fit set, ``gradients.noise`` ``[N, L]``, which the
+    probe ``gradients`` keeps: ``extract(..., probes=[LayerGradients(noise=True)])`` for the fit set, and without noise
+    for others.
+
+    Fits mu, sigma, w and b on two fifths of the rows, chooses the strength of the regularisation, of ``STRENGTHS``, by
+    the likelihood on two fifths, and keeps the accuracy on the last fifth as ``accuracy_``. Which row is in which part
+    depends on its values and the seed, and not on the order of rows.
+
+    Source: Lee & AlRegib 2020, "Gradients as a Measure of Uncertainty in Neural Networks", whose classifier learns from
+    OoD images; uniform noise in their place, and the shares, after GradNorm (Huang et al. 2021), supplement E.
+    Departure: no code of either classifier was found to follow; this one is linear, on standardised logarithms.
+
+    Fails where noise is so unlike images that it teaches nothing about other OoD inputs; ``accuracy_`` is then 1.
+
+    Args:
+        seed: of the split.
+
+    Cost: one product with L numbers for each row; the fit keeps the ``[N, 2 L]`` norms in float64.
+    """
+
+    seed: int = 0
+    mean_: Tensor = field(init=False, repr=False, compare=False)
+    scale_: Tensor = field(init=False, repr=False, compare=False)
+    weight_: Tensor = field(init=False, repr=False, compare=False)
+    bias_: float = field(init=False, repr=False, compare=False)
+    strength_: float = field(init=False, repr=False, compare=False)
+    accuracy_: float = field(init=False, repr=False, compare=False)
+    needs = ("gradients.inputs",)
+    fit_needs = ("gradients.inputs", "gradients.noise")
+
+    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        pairs = self._shuffled(feats)
+        self.require(len(pairs) >= 3, f"at least 3 rows are needed to fit, got {len(pairs)}")
+        share = max(1, 2 * len(pairs) // 5)
+        train, validation, test = (_labelled(part) for part in pairs.split([share, share, len(pairs) - 2 * share]))
+        self.mean_, scale = train[0].mean(dim=0), train[0].std(dim=0, correction=0)
+        self.scale_ = torch.where(scale > 0, scale, 1)
+        models = [self._trained(train, strength) for strength in STRENGTHS]
+        losses = [_log_loss(self._odds(validation[0], *model), validation[1]) for model in models]
+        best = min(range(len(STRENGTHS)), key=losses.__getitem__)
+        self.strength_, (self.weight_, self.bias_) = STRENGTHS[best], models[best]
+        self.accuracy_ = float(((self._odds(test[0], self.weight_, self.bias_) > 0) == test[1]).double().mean())
+
+    def score_block(self, block: Block) -> Tensor:
+        return self._odds(_logs(read_extra(block, "gradients.inputs", self.name)), self.weight_, self.bias_)
+
+    def _odds(self, logs: Tensor, weight: Tensor, bias: float) -> Tensor:
+        standardised = (logs - self.mean_.to(logs.device)) / self.scale_.to(logs.device)
+        return standardised @ weight.to(logs.device) + bias
+
+    def _shuffled(self, feats: FeatureSet) -> Tensor:
+        """Norms of inputs and of noise, float64 ``[N, 2, L]``, in an order that depends only on them and the seed."""
+        parts = []
+        for block in feats.blocks(only=self.fit_needs):
+            require_finite(block, feats)
+            parts.append(
+                torch.stack([read_extra(block, name, self.name).double() for name in self.fit_needs], dim=1).cpu()
+            )
+        pairs = torch.cat(parts)
+        keys = [hashlib.sha256(str(self.seed).encode() + row.tobytes()).digest() for row in pairs.numpy()]
+        return pairs[sorted(range(len(pairs)), key=keys.__getitem__)]
+
+    def _trained(self, rows: tuple[Tensor, Tensor], strength: float) -> tuple[Tensor, float]:
+        from sklearn.linear_model import LogisticRegression
+
+        logs, labels = rows
+        standardised = (logs - self.mean_) / self.scale_
+        model = LogisticRegression(C=strength, max_iter=1000).fit(standardised.numpy(), labels.numpy())
+        return torch.from_numpy(model.coef_[0].copy()), float(model.intercept_[0])
+
+
+def _logs(norms: Tensor) -> Tensor:
+    return norms.double().clamp_min(SMALLEST).log()
+
+
+def _labelled(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms ``[2 N, L]`` of the norms of inputs, then of noise, and which are inputs."""
+    labels = torch.arange(2).repeat_interleave(len(pairs)) == 0
+    return _logs(torch.cat([pairs[:, 0], pairs[:, 1]])), labels
+
+
+def _log_loss(odds: Tensor, labels: Tensor) -> float:
+    return float(torch.nn.functional.binary_cross_entropy_with_logits(odds, labels.double()))
+
+
+@register_scorer("grood")
+@dataclass
+class GROOD(Scorer):
+    """Minus the size of a gradient with respect to a prototype of OoD inputs, ``-log ||g||_1``.
+
+    ``g = q (z - o) / ||z - o||``. The loss is ``-log softmax(-||z - p_c||)_yhat`` over the prototypes p_c of the
+    classes and one more, o, for all that is OoD; q is the softmax's share of o. Near a class prototype o hardly
+    matters. No backward pass is run.
+
+    Fits p_c, the mean feature of class c, and o, the mean of all p_c, unless it is given; for ``by="nearest"`` also the
+    gradients of the fit rows that are predicted as their label.
+
+    Source: ElAraby et al. 2025, "GROOD: GRadient-Aware Out-of-Distribution Detection". The paper's score is the
+    distance to the nearest gradient of the training set, ``by="nearest"``; the authors' code comes configured for the
+    norm, the default here, which needs no search. Their o is the mean feature of blurred noise images, of mixed inputs,
+    or of the class prototypes: only the last is known from the features of the fit set. Departures: the logarithm of
+    the norm, which ranks alike and does not underflow near a prototype; a row at o itself has no direction and counts
+    as if g had one entry; the search is exact and in float64, and its distances are not squared; a class without rows
+    is left out.
+
+    Fails where OoD rows are far from o, and near a class prototype or beyond it; a single class is its own o, and all
+    rows then score nearly alike.
+
+    Args:
+        by: ``"norm"``, or ``"nearest"``: minus the distance from g to the nearest of the fit set's gradients.
+        prototype: o, one number for each feature; for the paper's, the mean features of noise images, extract these
+            and give ``noise.features.mean(dim=0).tolist()``. None takes the mean of the class prototypes.
+
+    Cost: distances to C + 1 prototypes; with ``by="nearest"`` an inner product with every row of the fit set, in
+    float64, and ``4 D`` bytes for each of them.
+    """
+
+    by: Literal["norm", "nearest"] = "norm"
+    prototype: Sequence[float] | None = None
+    prototypes_: Tensor = field(init=False, repr=False, compare=False)
+    bank_: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    needs = ("features",)
+
+    def __post_init__(self) -> None:
+        self.require(self.by in ("norm", "nearest"), f"by is 'norm' or 'nearest', got {self.by!r}")
+        if self.prototype is not None:
+            self.require(all(math.isfinite(value) for value in self.prototype), "prototype must be finite")
+        self.fit_needs = ("features", "labels") if self.by == "norm" else ("features", "logits", "labels")
+
+    def statistics(self) -> Sequence[Statistic]:
+        return (Means("features", "label"),)
+
+    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        (groups,) = (found[statistic] for statistic in self.statistics())
+        means = groups.means[classes_present(groups.counts)]
+        self.prototypes_ = torch.cat([means, self._of_ood(means)[None]])
+        self.bank_ = self._gradients_of_correct(feats) if self.by == "nearest" else None
+
+    def score_block(self, block: Block) -> Tensor:
+        log_share, direction = self._gradient(block)
+        if self.bank_ is None:
+            return -log_share - direction.abs().sum(dim=1).clamp_min(1).log()
+        return -self._nearest(log_share.exp()[:, None] * direction, self.bank_)
+
+    def _gradient(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The logarithm of q ``[B]`` and the direction of z - o ``[B, D]``, float64."""
+        prototypes = self.prototypes_.to(block.features.device)
+        rows = block.space("features") - prototypes[-1]
+        scores = -squared_distances(rows, prototypes - prototypes[-1]).sqrt()
+        return scores.log_softmax(dim=1)[:, -1], normalize(rows, dim=1)
+
+    def _nearest(self, gradients: Tensor, bank: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return squared_distances(gradients, bank.to(gradients)).amin(dim=1).sqrt()
+        numbers = kth_neighbours(gradients, bank.to(gradients.device), 1)
+        return torch.linalg.vector_norm(gradients - bank.to(gradients.device)[numbers], dim=1)
+
+    def _gradients_of_correct(self, feats: FeatureSet) -> Tensor:
+        """Float32 ``[M, D]`` on the CPU."""
+        labels, found = feats.class_labels(), []
+        for block in feats.blocks(only=("features", "logits")):
+            log_share, direction = self._gradient(block)
+            correct = block.prediction().cpu() == labels[block.start : block.start + len(block)].cpu()
+            found.append((log_share.exp()[:, None] * direction).float().cpu()[correct])
+        bank = torch.cat(found)
+        if not len(bank):
+            raise BadInput("grood: no row of the fit set is predicted as its label.")
+        return bank
+
+    def _of_ood(self, means: Tensor) -> Tensor:
+        if self.prototype is None:
+            return means.mean(dim=0)
+        self.require(
+            len(self.prototype) == means.shape[1],
+            f"prototype has {len(self.prototype)} numbers for {means.shape[1]} features",
+        )
+        return means.new_tensor([float(value) for value in self.prototype])

@@ -1,19 +1,26 @@
-"""Scores read off the logits alone."""
+"""Scores of the softmax: its largest value, with a fitted temperature or of scaled features, and its margin."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.collect import Logits, Statistic
 from ood_scores.scorers.base import Scorer, register_scorer
+
+COOLEST, HOTTEST = 0.01, 100.0
+"""Temperatures between which the fit looks for the best one."""
+
+
+FIT_ELEMENTS = 2**20
+"""Logits that are widened to float64 at a time."""
 
 
 @register_scorer("msp")
@@ -49,123 +56,6 @@ class MSP(Scorer):
         return block.from_native_softmax(self.temperature, lambda softmax: softmax.amax(dim=1))
 
 
-@register_scorer("max_logit")
-@dataclass
-class MaxLogit(Scorer):
-    """The largest logit, ``max_c f_c``.
-
-    Source: Hendrycks et al. 2019, "Scaling Out-of-Distribution Detection for Real-World Settings".
-
-    Fails where OoD rows have large norms, and logits with them.
-
-    Cost: one maximum for each row.
-    """
-
-    needs = ("logits",)
-
-    def score_block(self, block: Block) -> Tensor:
-        return block.logits.amax(dim=1)
-
-
-@register_scorer("energy")
-@dataclass
-class Energy(Scorer):
-    """Negative free energy, ``T logsumexp(f / T)``.
-
-    Source: Liu et al. 2020, "Energy-based Out-of-distribution Detection", with the sign that makes in-distribution high
-    (GradNorm's supplement, Eq. 10, prints the opposite sign).
-
-    Fails as ``max_logit``, from which it differs only where several classes are likely.
-
-    Args:
-        temperature: the divisor T of the logits.
-
-    Cost: one logsumexp for each row.
-    """
-
-    temperature: float = 1.0
-    needs = ("logits",)
-
-    def __post_init__(self) -> None:
-        self.require_positive("temperature")
-
-    def score_block(self, block: Block) -> Tensor:
-        return self.temperature * block.logsumexp(self.temperature)
-
-
-@register_scorer("entropy")
-@dataclass
-class Entropy(Scorer):
-    """Negative entropy of the softmax, ``sum_c p_c log p_c`` (nats; 0 at most).
-
-    Source: Shannon 1948 for the entropy; Hendrycks et al. 2019, "Deep Anomaly Detection with Outlier Exposure", among
-    others, rank by it.
-
-    Fails as ``msp``, from which it differs in how it weighs the smaller probabilities.
-
-    Cost: one softmax for each row.
-    """
-
-    needs = ("logits",)
-
-    def score_block(self, block: Block) -> Tensor:
-        return -block.entropy()
-
-
-@register_scorer("kl_uniform")
-@dataclass
-class KLUniform(Scorer):
-    """KL divergence from the uniform distribution to the softmax, ``-(1/C) sum_c log p_c - log C`` (nats).
-
-    Source: Huang et al. 2021 (GradNorm), Eq. 3, used directly as a score in their Fig. 6.
-
-    Fails where the smallest probabilities, which it weighs as much as the largest, say nothing.
-
-    Cost: one softmax for each row.
-    """
-
-    needs = ("logits",)
-
-    def score_block(self, block: Block) -> Tensor:
-        below = block.native_below_max().mean(dim=1, dtype=torch.float64)
-        return block.total_odds().log() - below - math.log(block.logits.shape[1])
-
-
-@register_scorer("gen")
-@dataclass
-class GEN(Scorer):
-    """Generalised entropy, ``-sum p^gamma (1 - p)^gamma`` over the M largest probabilities.
-
-    Source: Liu et al. 2023, "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection"; gamma 0.1, and
-    M 100 of ImageNet's 1,000 classes; with fewer classes than M all are used.
-
-    Fails as ``msp``; and, with many classes and all of them counted, on the noise of the smallest probabilities.
-
-    Args:
-        gamma: the exponent; smaller ones weigh small probabilities more.
-        top: M.
-
-    Cost: one softmax and a partial sort of every row.
-    """
-
-    gamma: float = 0.1
-    top: int = 100
-    needs = ("logits",)
-
-    def __post_init__(self) -> None:
-        self.require_positive("gamma")
-        self.require_count("top")
-
-    def score_block(self, block: Block) -> Tensor:
-        odds, predicted = block.below_max().exp(), block.prediction()[:, None]  # float64: small ones count
-        others = odds.scatter(1, predicted, 0.0).sum(dim=1, keepdim=True)
-        log_rest = torch.log1p(-odds / (1 + others)).scatter_(1, predicted, (others / (1 + others)).log())
-        terms = log_rest.add_(block.log_softmax()).mul_(self.gamma).exp_()
-        if self.top < terms.shape[1]:
-            terms = terms.gather(1, block.logits.topk(self.top, dim=1).indices)
-        return -terms.sum(dim=1)
-
-
 @register_scorer("scaled_msp")
 @dataclass
 class ScaledMSP(Scorer):
@@ -193,57 +83,105 @@ class ScaledMSP(Scorer):
         return block.head(block.features * self.scale).double().softmax(dim=1).amax(dim=1)
 
 
-class _PriorScorer(Scorer):
-    """What both prior scores share: the class frequencies of the fit set."""
+@register_scorer("temperature")
+@dataclass
+class Temperature(Scorer):
+    """Maximum softmax probability at a fitted temperature, ``max_c softmax(f / T)_c``.
 
-    prior_: Tensor
+    Fits the T that minimises the mean negative log-likelihood ``-log softmax(f / T)_y`` of the labels. It is convex in
+    1/T: Newton steps that stay within a shrinking bracket find its one minimum, in float64.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks". Departure: the authors' code takes at most 50
+    steps of L-BFGS from T = 1.5 and may stop short of the minimum; here it is reached.
+
+    Fails on the training set of a model that classifies it without error: the likelihood then grows as T falls to 0,
+    and rows whose other probabilities together are below 1e-16 all score 1. Where no T between ``COOLEST`` and
+    ``HOTTEST`` is best, T stays 1, with a warning. Fit on held-out rows.
+
+    Cost: one softmax of the fit set for each of about ten steps; keeps the fit set's logits ``[N, C]``.
+    """
+
+    temperature_: float = field(init=False, repr=False, compare=False)
     needs = ("logits",)
     fit_needs = ("logits", "labels")
 
+    def statistics(self) -> Sequence[Statistic]:
+        return (Logits(),)
+
     def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
-        self.prior_ = torch.bincount(feats.class_labels(), minlength=feats.num_classes or 0).double() / len(feats)
-
-
-@register_scorer("prior_msp")
-@dataclass
-class PriorMSP(_PriorScorer):
-    """MSP against the class prior of the training data, ``max_c (p_c - pi_c)``: "RP+MSP".
-
-    Source: Jiang et al. 2023, "Detecting Out-of-distribution Data through In-distribution Class Prior", for long-tailed
-    training data; the uniform reference distribution is replaced by the class frequencies pi of the fit set's labels.
-    With a uniform prior it ranks as MSP does.
-
-    Fails where the fit set's labels are not distributed as the training set's.
-
-    Cost: one softmax for each row.
-    """
+        best = best_inverse_temperature(found[Logits()], feats.class_labels())
+        if best is None:
+            warnings.warn(
+                f"temperature: no T between {COOLEST} and {HOTTEST} fits these rows best, so T stays 1; fit on rows "
+                "that the model was not trained on.",
+                stacklevel=3,
+            )
+        self.temperature_ = 1.0 if best is None else 1 / best
 
     def score_block(self, block: Block) -> Tensor:
-        return (block.softmax() - self.prior_.to(block.logits.device)).amax(dim=1)
+        return block.confidence(self.temperature_)
 
 
-@register_scorer("prior_energy")
+@register_scorer("margin")
 @dataclass
-class PriorEnergy(_PriorScorer):
-    """Energy reweighted by the dissimilarity of softmax and class prior, ``T logsumexp(f / T) (1 - cos(p, pi))``.
+class Margin(Scorer):
+    """How far the largest is ahead of the second largest, of the logits or of the softmax.
 
-    Source: Jiang et al. 2023, "RW+Energy": an OoD input's softmax looks like the class prior pi (the class frequencies
-    of the fit set's labels), which a cosine near 1 shows.
+    Source: the logits' margin is Liang, Peng & Sun 2024, "Selective Classification Under Distribution Shifts"
+    (RL_conf-M); the softmax's is Scheffer, Decomain & Wrobel 2001, "Active Hidden Markov Models for Information
+    Extraction". The logits' margin is the log of the ratio of the two probabilities and does not saturate; the
+    softmax's does where the model is confident.
 
-    Fails as ``prior_msp``; and where energies are negative, whose order the factor turns around.
+    Fails for models whose classes come in near-duplicates: there the margin of a known input is small. A single class
+    has no margin.
 
     Args:
-        temperature: the divisor T of the logits.
+        space: ``"logits"`` or ``"softmax"``.
 
-    Cost: one softmax, one logsumexp and one product with the prior for each row.
+    Cost: the two largest of C values a row.
     """
 
-    temperature: float = 1.0
+    space: Literal["logits", "softmax"] = "logits"
+    needs = ("logits",)
 
     def __post_init__(self) -> None:
-        self.require_positive("temperature")
+        self.require(self.space in ("logits", "softmax"), f"space is 'logits' or 'softmax', got {self.space!r}")
 
     def score_block(self, block: Block) -> Tensor:
-        prior = self.prior_.to(block.logits.device)
-        cosine = block.softmax() @ prior / (row_norm(block.softmax(), 2.0) * prior.norm())
-        return self.temperature * block.logsumexp(self.temperature) * (1 - cosine)
+        values = block.logits64() if self.space == "logits" else block.softmax()
+        if values.shape[1] < 2:
+            raise BadInput("margin: a model with a single class has no margin.")
+        largest, second = values.topk(2, dim=1).values.T
+        return largest - second
+
+
+def best_inverse_temperature(logits: Tensor, labels: Tensor) -> float | None:
+    """The b that minimises the mean of ``-log softmax(b f)_y``; None if it does not lie within the bounds."""
+    low, high = 1 / HOTTEST, 1 / COOLEST
+    labels = labels.to(logits.device)
+    if _slope(logits, labels, low)[0] >= 0 or _slope(logits, labels, high)[0] <= 0:
+        return None
+    best = 1.0
+    for _ in range(100):
+        slope, curvature = _slope(logits, labels, best)
+        low, high = (low, best) if slope > 0 else (best, high)
+        step = best - slope / curvature if curvature > 0 else math.nan
+        step = step if low < step < high else math.sqrt(low * high)
+        best, last = step, best
+        if abs(best - last) <= 1e-13 * best:
+            break
+    return best
+
+
+def _slope(logits: Tensor, labels: Tensor, inverse: float) -> tuple[float, float]:
+    """First and second derivative by b of the mean negative log-likelihood at b."""
+    slope, curvature = 0.0, 0.0
+    rows = max(1, FIT_ELEMENTS // logits.shape[1])
+    for part, label in zip(logits.split(rows), labels.split(rows), strict=True):
+        values = part.double()
+        gaps = values - values.gather(1, label[:, None])
+        p = (inverse * values).softmax(dim=1)
+        mean = (p * gaps).sum(dim=1)
+        slope += float(mean.sum())
+        curvature += float(((p * gaps.square()).sum(dim=1) - mean.square()).clamp_min(0).sum())
+    return slope / len(logits), curvature / len(logits)

@@ -19,7 +19,7 @@ from ood_scores import FeatureSet, Head, create_scorer, score
 from ood_scores.errors import BadInput
 from ood_scores.features.statistics.collect import Logits, Means, collect
 from ood_scores.features.statistics.row_samples import Rows
-from ood_scores.scorers.class_means import TRANSLATION, largest_by_class, weibull_fit
+from ood_scores.scorers.openmax import TRANSLATION, largest_by_class, weibull_fit
 
 Array = NDArray[np.float64]
 CLASSES, WIDTH = 5, 8

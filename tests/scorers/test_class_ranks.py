@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput
 from ood_scores.features.statistics.collect import collect
-from ood_scores.scorers import class_ranks
-from ood_scores.scorers.class_ranks import HashedRows, RankLevels, first_with_enough, neighbour_shares
+from ood_scores.scorers import cf_ood, class_ranks
+from ood_scores.scorers.cf_ood import HashedRows, first_with_enough, neighbour_shares
+from ood_scores.scorers.class_ranks import RankLevels
 
 Array = NDArray[np.float64]
 CLASSES, WIDTH = 15, 6
@@ -174,7 +175,8 @@ def test_bisection_counts_what_is_reached() -> None:
 def test_in_any_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     whole = score(name, FEATS, fit=TRAIN)
     monkeypatch.setattr(class_ranks, "PIECE", 500)
-    monkeypatch.setattr(class_ranks, "NARROW_PIECE", 300)
+    monkeypatch.setattr(cf_ood, "PIECE", 500)
+    monkeypatch.setattr(cf_ood, "NARROW_PIECE", 300)
     assert torch.equal(score(name, FEATS, fit=FeatureSet(FIT, FIT_LOGITS)), whole)
 
 

@@ -14,7 +14,7 @@ import ood_scores
 from ood_scores import FeatureSet, create_scorer, evaluate, load_scorer, score
 from ood_scores.errors import BadInput, MissingInput
 from ood_scores.probes import LayerGradients, LayerNorms, MCDropout, ParameterGradients, Probe, RankFeat
-from ood_scores.scorers import input_perturbation
+from ood_scores.scorers.gradients import STRENGTHS
 
 Array = NDArray[np.float64]
 ROWS, CLASSES = 30, 5
@@ -177,7 +177,7 @@ def test_the_logistic_regression_is_at_its_optimum() -> None:
         odds = [fitted._odds(validation[:, kind].log(), weight, bias) for kind in (0, 1)]
         return float(odds[0].sigmoid().log().sum() + (-odds[1]).sigmoid().log().sum())
 
-    assert fitted.strength_ == max(input_perturbation.STRENGTHS, key=likelihood)
+    assert fitted.strength_ == max(STRENGTHS, key=likelihood)
     right = [fitted._odds(test[:, kind].log(), fitted.weight_, fitted.bias_) for kind in (0, 1)]
     assert fitted.accuracy_ == (int((right[0] > 0).sum()) + int((right[1] <= 0).sum())) / 160
 

@@ -17,7 +17,7 @@ import ood_scores
 import ood_scores.probes
 from ood_scores import FeatureSet, create_scorer
 from ood_scores.errors import BadInput, BadLabels, MissingInput, NotFinite, ShapeMismatch
-from ood_scores.scorers.multilayer import deviation
+from ood_scores.scorers.gram import deviation
 
 ROWS, CLASSES = 60, 3
 WIDTHS = {"stem": 4, "block.1": 6}

@@ -1,110 +1,22 @@
-"""Activation shapers: each reshapes what a scorer reads, then lets that scorer score it."""
+"""Shapers that set small activations or weights to zero."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet, Head
-from ood_scores.features.statistics.collect import FeatureMean, SampledRows, Statistic, quantiles
+from ood_scores.features.statistics.collect import FeatureMean, Statistic, quantiles
 from ood_scores.scorers.base import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper, Shaper
 
 LARGEST_RATIO = 50
 """The exponential of a ratio up to this, times any activation there is, is within float32."""
-
-
-@register_scorer("react")
-@dataclass
-class ReAct(FeatureShaper):
-    """Rectified activations, ``min(z, c)``, then ``base``; c is a quantile of all in-distribution activations.
-
-    Fits c, the q-quantile of the N D activations of the fit set taken together, interpolated linearly as by
-    ``numpy.quantile``; exact up to 2^26 activations, beyond that from evenly spaced rows (``SampledRows``).
-
-    Source: Sun, Guo & Li 2021, "ReAct: Out-of-distribution Detection With Rectified Activations"; q = 0.90 and energy
-    are theirs for ImageNet and CIFAR. ``base="gradnorm"`` is the "RG" of later tables.
-
-    Fails where OoD rows have small activations, which clipping leaves as they are; and, with a low q, costs accuracy.
-
-    Args:
-        q: the quantile, in [0, 1]; 1 changes no row of the fit set.
-        base: what scores the clipped rows.
-
-    Cost: one product with the head for each block.
-    """
-
-    q: float = 0.90
-    threshold_: float = field(init=False, repr=False, compare=False)
-    fit_reads = ("features",)
-
-    def __post_init__(self) -> None:
-        self.require(0 <= self.q <= 1, f"q is a share in [0, 1], got {self.q}")
-        super().__post_init__()
-
-    def statistics(self) -> Sequence[Statistic]:
-        return (SampledRows(),)
-
-    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
-        self.threshold_ = float(quantiles(found[SampledRows()].flatten(), [self.q]))
-
-    def shape_features(self, features: Tensor) -> Tensor:
-        return features.clamp(max=self.threshold_)
-
-
-@register_scorer("vra")
-@dataclass
-class VRA(FeatureShaper):
-    """Rectified on both sides, unit by unit: 0 where ``z < low``, ``high`` where ``z > high``; then ``base``.
-
-    Fits for each unit its ``low`` and ``high`` quantiles over the rows of the fit set, interpolated linearly; exact up
-    to 2^26 activations, beyond that from evenly spaced rows (``SampledRows``).
-
-    Source: Xu, Lian, Liu & Tao 2023, "VRA: Variational Rectified Activation for Out-of-distribution Detection", whose
-    code sets low activations to zero; 0.6 and 0.95 are its values for CIFAR-100 (0.9 for CIFAR-10; for ImageNet it
-    prints absolute thresholds). OpenOOD and pytorch-ood raise low activations to the low quantile instead:
-    ``below="clip"``, with 0.10 and 0.90 in OpenOOD and 0.01 and 0.99 in pytorch-ood.
-
-    Fails on features that are not those of a ReLU with ``below="zero"``: of negative ones, zero is not low.
-
-    Args:
-        low: the low quantile, in [0, 1].
-        high: the high quantile, in [low, 1].
-        below: ``"zero"`` as the authors, ``"clip"`` as OpenOOD.
-        base: what scores the rectified rows.
-
-    Cost: one product with the head for each block.
-    """
-
-    low: float = 0.60
-    high: float = 0.95
-    below: Literal["zero", "clip"] = "zero"
-    low_: Tensor = field(init=False, repr=False, compare=False)
-    high_: Tensor = field(init=False, repr=False, compare=False)
-    fit_reads = ("features",)
-
-    def __post_init__(self) -> None:
-        ordered = 0 <= self.low <= self.high <= 1
-        self.require(ordered, f"0 <= low <= high <= 1 must hold, got low={self.low}, high={self.high}")
-        self.require(self.below in ("zero", "clip"), f"below is 'zero' or 'clip', got {self.below!r}")
-        super().__post_init__()
-
-    def statistics(self) -> Sequence[Statistic]:
-        return (SampledRows(),)
-
-    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
-        self.low_, self.high_ = quantiles(found[SampledRows()], [self.low, self.high])
-
-    def shape_features(self, features: Tensor) -> Tensor:
-        low, high = self.low_.to(features), self.high_.to(features)
-        if self.below == "clip":
-            return features.clamp(low, high)
-        return torch.minimum(features, high).mul_(features >= low)
 
 
 @register_scorer("dice")
@@ -161,7 +73,7 @@ class DICE(Shaper):
 
 
 @dataclass
-class _Pruner(FeatureShaper):
+class Pruner(FeatureShaper):
     """What ASH and SCALE share: each row's largest activations."""
 
     percentile: float = 0.90
@@ -181,7 +93,7 @@ class _Pruner(FeatureShaper):
 
 @register_scorer("ash_p")
 @dataclass
-class ASHP(_Pruner):
+class ASHP(Pruner):
     """Activation shaping by pruning: each row keeps its largest activations, the others become 0; then ``base``.
 
     Of D activations ``D - round(D percentile)`` are kept, at least one; of equal ones the first.
@@ -205,7 +117,7 @@ class ASHP(_Pruner):
 
 @register_scorer("ash_b")
 @dataclass
-class ASHB(_Pruner):
+class ASHB(Pruner):
     """Activation shaping by binarising: a row's largest activations all become ``sum(z) / kept``, the others 0.
 
     Then ``base``. The sum is over all activations, so a row keeps its sum. Which are kept, and the default: as
@@ -229,7 +141,7 @@ class ASHB(_Pruner):
 
 @register_scorer("ash_s")
 @dataclass
-class ASHS(_Pruner):
+class ASHS(Pruner):
     """Activation shaping by scaling: pruned as by ``ash_p``, then times ``exp(s1 / s2)``; then ``base``.
 
     s1 is the sum of all activations of the row, s2 of those kept; the ratio of a row without positive activations is
@@ -250,71 +162,6 @@ class ASHS(_Pruner):
     def shape_features(self, features: Tensor) -> Tensor:
         values, kept = self.wide_enough(features), self.kept(features)
         return torch.where(kept, values, 0) * ratio(values, kept).exp()
-
-
-@register_scorer("scale")
-@dataclass
-class SCALE(_Pruner):
-    """Every activation times ``exp(s1 / s2)``, none pruned; then ``base``.
-
-    s1 is the sum of all activations of the row, s2 that of its largest ``D - round(D percentile)``; the ratio of a row
-    without positive activations is taken as 1. ``percentile=0`` scales every row by e. Precision as ``ash_s``.
-
-    Source: Xu, Chen, Franchi & Yao 2024, "Scaling for Training Time and Post-hoc Out-of-distribution Detection
-    Enhancement"; 0.85 is theirs and OpenOOD's, which chooses among 0.65 to 0.95 on validation data. pytorch-ood's
-    default is 0.65.
-
-    Fails on features of both signs, where s1 says little, and for a base that does not look at the scale of the logits.
-
-    Args:
-        percentile: the share of a row's activations left out of s2, in [0, 1).
-        base: what scores the scaled rows.
-
-    Cost: a partial sort of every row and one product with the head for each block.
-    """
-
-    percentile: float = 0.85
-
-    def shape_features(self, features: Tensor) -> Tensor:
-        values = self.wide_enough(features)
-        return values * ratio(values, self.kept(features)).exp()
-
-
-@register_scorer("lts")
-@dataclass
-class LTS(Shaper):
-    """Logit scaling, ``f S(z)``, then ``base``; ``S = (sum of positive activations / sum of the top ones)^2``.
-
-    The model's own logits are scaled, so no head is needed; the features are left alone. The top ones are the row's
-    ``D - round(D (1 - top))`` largest activations, at least one, negative ones counted as 0; a row without positive
-    activations has S = 1.
-
-    Source: Djurisic, Liu & Nikolic 2024, "Logit Scaling for Out-of-Distribution Detection"; top = 0.05 as in
-    pytorch-ood. That negative activations count as 0 is from the authors' code.
-
-    Fails for a base that does not look at the scale of the logits. A base that would make the logits anew (another
-    shaper) is refused: put it outside, ``create_scorer("react", base="lts")``.
-
-    Args:
-        top: the share of a row's activations that counts as top, in (0, 1].
-        base: what scores the scaled logits.
-
-    Cost: a partial sort of every row.
-    """
-
-    top: float = 0.05
-    shapes = ("logits",)
-
-    def __post_init__(self) -> None:
-        self.require(0 < self.top <= 1, f"top is a share in (0, 1], got {self.top}")
-        super().__post_init__()
-
-    def reads(self, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(["features", *names]))
-
-    def shape(self, block: Block) -> Block:
-        positive = block.features.relu()
-        return block.replaced(logits=block.logits * ratio(positive, largest(positive, self.top)).square())
 
 
 def largest(values: Tensor, share: float) -> Tensor:

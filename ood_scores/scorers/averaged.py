@@ -1,0 +1,86 @@
+"""Scores of predictions averaged over dropout passes or models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ood_scores.features import Block
+from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.extras import read_extra
+
+
+class _Averaged(Scorer):
+    """What several predictions of an input say: the mean of their softmax ``[N, C]`` and of their entropies ``[N]``."""
+
+    averaged: ClassVar[str]
+    output: Literal["entropy", "msp", "mutual_information"]
+
+    def __post_init__(self) -> None:
+        outputs = ("entropy", "msp", "mutual_information")
+        self.require(self.output in outputs, f"output is one of {', '.join(outputs)}; got {self.output!r}")
+        both = (f"{self.averaged}.mean", f"{self.averaged}.entropy")
+        self.needs = both if self.output == "mutual_information" else both[:1]
+
+    def score_block(self, block: Block) -> Tensor:
+        mean = read_extra(block, f"{self.averaged}.mean", self.name).double()
+        if self.output == "msp":
+            return mean.amax(dim=1)
+        entropy = -torch.special.xlogy(mean, mean).sum(dim=1)
+        if self.output == "entropy":
+            return -entropy
+        return read_extra(block, f"{self.averaged}.entropy", self.name).double() - entropy
+
+
+@register_scorer("mc_dropout")
+@dataclass
+class MCDropout(_Averaged):
+    """How sure the mean of several passes with dropout is: minus its entropy, ``sum_c m_c log m_c``.
+
+    m is the mean softmax. Reads ``mc_dropout.mean`` ``[N, C]`` and, for the mutual information, ``mc_dropout.entropy``
+    ``[N]``, which the probe of that name keeps: ``extract(..., probes=["mc_dropout"])``.
+
+    Source: Gal & Ghahramani 2016, "Dropout as a Bayesian Approximation"; entropy and mutual information as measures in
+    Gal's thesis of that year. Departure: OpenOOD takes the largest probability of the softmax of the mean logits;
+    ``output="msp"`` has that of the mean softmax.
+
+    Fails where dropout changes little; the entropy then is that of the model itself, the mutual information rounding.
+
+    Args:
+        output: ``"entropy"``; ``"msp"``, the largest m_c; or ``"mutual_information"``, minus that between prediction
+            and pass, ``-(H(m) - mean H)``: only what the passes disagree on.
+
+    Cost: one pass over C numbers for each row.
+    """
+
+    output: Literal["entropy", "msp", "mutual_information"] = "entropy"
+    averaged = "mc_dropout"
+    needs = ("mc_dropout.mean",)
+
+
+@register_scorer("ensemble")
+@dataclass
+class Ensemble(_Averaged):
+    """How sure the mean of several models is: minus its entropy, ``sum_c m_c log m_c``.
+
+    m is the mean softmax of the models. Reads ``ensemble.mean`` ``[N, C]`` and, for the mutual information,
+    ``ensemble.entropy`` ``[N]``, the mean of the models' entropies (nats).
+
+    Source: Lakshminarayanan et al. 2017, "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles":
+    the mean of probabilities. Departure: OpenOOD takes the softmax of the mean logits.
+
+    Fails where the models are alike, all wrong in the same way.
+
+    Args:
+        output: ``"entropy"``; ``"msp"``, the largest m_c; or ``"mutual_information"``, minus that between prediction
+            and model, ``-(H(m) - mean H)``: only what the models disagree on.
+
+    Cost: one pass over C numbers for each row.
+    """
+
+    output: Literal["entropy", "msp", "mutual_information"] = "entropy"
+    averaged = "ensemble"
+    needs = ("ensemble.mean",)

@@ -1,0 +1,97 @@
+"""Free energy of the logits, and the largest logit, which is its limit at temperature 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ood_scores.errors import ShapeMismatch
+from ood_scores.features import Block
+from ood_scores.scorers.base import Scorer, register_scorer
+
+
+@register_scorer("max_logit")
+@dataclass
+class MaxLogit(Scorer):
+    """The largest logit, ``max_c f_c``.
+
+    Source: Hendrycks et al. 2019, "Scaling Out-of-Distribution Detection for Real-World Settings".
+
+    Fails where OoD rows have large norms, and logits with them.
+
+    Cost: one maximum for each row.
+    """
+
+    needs = ("logits",)
+
+    def score_block(self, block: Block) -> Tensor:
+        return block.logits.amax(dim=1)
+
+
+@register_scorer("energy")
+@dataclass
+class Energy(Scorer):
+    """Negative free energy, ``T logsumexp(f / T)``.
+
+    Source: Liu et al. 2020, "Energy-based Out-of-distribution Detection", with the sign that makes in-distribution high
+    (GradNorm's supplement, Eq. 10, prints the opposite sign).
+
+    Fails as ``max_logit``, from which it differs only where several classes are likely.
+
+    Args:
+        temperature: the divisor T of the logits.
+
+    Cost: one logsumexp for each row.
+    """
+
+    temperature: float = 1.0
+    needs = ("logits",)
+
+    def __post_init__(self) -> None:
+        self.require_positive("temperature")
+
+    def score_block(self, block: Block) -> Tensor:
+        return self.temperature * block.logsumexp(self.temperature)
+
+
+@register_scorer("weighted_energy")
+@dataclass
+class WeightedEnergy(Scorer):
+    """Energy with a weight for each class, ``T log sum_c w_c exp(f_c / T)``.
+
+    Source: Du et al. 2022, "VOS: Learning What You Don't Know by Virtual Outlier Synthesis", where the weights are
+    learnt with the network, and T is 1. As in the authors' code a negative weight counts as 0. Departure: computed as
+    ``T logsumexp(f_c / T + log w_c)``, which does not overflow.
+
+    Fails when the weights belong to another model: they say how large each class's logits are.
+
+    Args:
+        weights: one number for each class; None gives every class 1, which is ``energy``.
+        temperature: the divisor T of the logits.
+
+    Cost: one logsumexp.
+    """
+
+    weights: Sequence[float] | None = None
+    temperature: float = 1.0
+    needs = ("logits",)
+
+    def __post_init__(self) -> None:
+        self.require_positive("temperature")
+        if self.weights is not None:
+            self.require(all(math.isfinite(weight) for weight in self.weights), "weights must be finite")
+            self.require(any(weight > 0 for weight in self.weights), "at least one weight must be positive")
+
+    def score_block(self, block: Block) -> Tensor:
+        if self.weights is None:
+            return self.temperature * block.logsumexp(self.temperature)
+        logits = block.logits64()
+        if len(self.weights) != logits.shape[1]:
+            raise ShapeMismatch(
+                f"weighted_energy: {len(self.weights)} weights for logits of {logits.shape[1]} classes."
+            )
+        log_weights = logits.new_tensor([float(weight) for weight in self.weights]).clamp_min(0).log()
+        return self.temperature * (logits / self.temperature + log_weights).logsumexp(dim=1)

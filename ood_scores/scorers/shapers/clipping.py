@@ -1,0 +1,103 @@
+"""Shapers that clip activations at quantiles of the fit set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ood_scores.features import FeatureSet
+from ood_scores.features.statistics.collect import SampledRows, Statistic, quantiles
+from ood_scores.scorers.base import register_scorer
+from ood_scores.scorers.shapers.base import FeatureShaper
+
+
+@register_scorer("react")
+@dataclass
+class ReAct(FeatureShaper):
+    """Rectified activations, ``min(z, c)``, then ``base``; c is a quantile of all in-distribution activations.
+
+    Fits c, the q-quantile of the N D activations of the fit set taken together, interpolated linearly as by
+    ``numpy.quantile``; exact up to 2^26 activations, beyond that from evenly spaced rows (``SampledRows``).
+
+    Source: Sun, Guo & Li 2021, "ReAct: Out-of-distribution Detection With Rectified Activations"; q = 0.90 and energy
+    are theirs for ImageNet and CIFAR. ``base="gradnorm"`` is the "RG" of later tables.
+
+    Fails where OoD rows have small activations, which clipping leaves as they are; and, with a low q, costs accuracy.
+
+    Args:
+        q: the quantile, in [0, 1]; 1 changes no row of the fit set.
+        base: what scores the clipped rows.
+
+    Cost: one product with the head for each block.
+    """
+
+    q: float = 0.90
+    threshold_: float = field(init=False, repr=False, compare=False)
+    fit_reads = ("features",)
+
+    def __post_init__(self) -> None:
+        self.require(0 <= self.q <= 1, f"q is a share in [0, 1], got {self.q}")
+        super().__post_init__()
+
+    def statistics(self) -> Sequence[Statistic]:
+        return (SampledRows(),)
+
+    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        self.threshold_ = float(quantiles(found[SampledRows()].flatten(), [self.q]))
+
+    def shape_features(self, features: Tensor) -> Tensor:
+        return features.clamp(max=self.threshold_)
+
+
+@register_scorer("vra")
+@dataclass
+class VRA(FeatureShaper):
+    """Rectified on both sides, unit by unit: 0 where ``z < low``, ``high`` where ``z > high``; then ``base``.
+
+    Fits for each unit its ``low`` and ``high`` quantiles over the rows of the fit set, interpolated linearly; exact up
+    to 2^26 activations, beyond that from evenly spaced rows (``SampledRows``).
+
+    Source: Xu, Lian, Liu & Tao 2023, "VRA: Variational Rectified Activation for Out-of-distribution Detection", whose
+    code sets low activations to zero; 0.6 and 0.95 are its values for CIFAR-100 (0.9 for CIFAR-10; for ImageNet it
+    prints absolute thresholds). OpenOOD and pytorch-ood raise low activations to the low quantile instead:
+    ``below="clip"``, with 0.10 and 0.90 in OpenOOD and 0.01 and 0.99 in pytorch-ood.
+
+    Fails on features that are not those of a ReLU with ``below="zero"``: of negative ones, zero is not low.
+
+    Args:
+        low: the low quantile, in [0, 1].
+        high: the high quantile, in [low, 1].
+        below: ``"zero"`` as the authors, ``"clip"`` as OpenOOD.
+        base: what scores the rectified rows.
+
+    Cost: one product with the head for each block.
+    """
+
+    low: float = 0.60
+    high: float = 0.95
+    below: Literal["zero", "clip"] = "zero"
+    low_: Tensor = field(init=False, repr=False, compare=False)
+    high_: Tensor = field(init=False, repr=False, compare=False)
+    fit_reads = ("features",)
+
+    def __post_init__(self) -> None:
+        ordered = 0 <= self.low <= self.high <= 1
+        self.require(ordered, f"0 <= low <= high <= 1 must hold, got low={self.low}, high={self.high}")
+        self.require(self.below in ("zero", "clip"), f"below is 'zero' or 'clip', got {self.below!r}")
+        super().__post_init__()
+
+    def statistics(self) -> Sequence[Statistic]:
+        return (SampledRows(),)
+
+    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        self.low_, self.high_ = quantiles(found[SampledRows()], [self.low, self.high])
+
+    def shape_features(self, features: Tensor) -> Tensor:
+        low, high = self.low_.to(features), self.high_.to(features)
+        if self.below == "clip":
+            return features.clamp(low, high)
+        return torch.minimum(features, high).mul_(features >= low)
