@@ -27,7 +27,7 @@ def setup(app):
 
 def show_registered_name(app, what, name, obj, options, lines):
     """Says on top of a scorer's entry by which name ``score`` knows it."""
-    from ood_scores.scorers.base import _REGISTRY
+    from ood_scores.scorers.registry import SCORERS
 
-    if what == "class" and obj in _REGISTRY.values():
+    if what == "class" and obj in SCORERS.values():
         lines[:0] = [f'Registered as ``"{obj.name}"``.', ""]

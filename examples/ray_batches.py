@@ -27,10 +27,15 @@ detector = ood_scores.calibrate("vim", model, fit=fit, id=held_out, preprocessin
 detector.save("digit_detector", arguments={"img_size": 16})
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-images = [*new_digits, *photographs]  # for a million images: ray.data.read_images("s3://bucket/images/", include_paths=True)
+images = [
+    *new_digits,
+    *photographs,
+]  # for a million images: ray.data.read_images("s3://bucket/images/", include_paths=True)
 rows = ray.data.from_items([{"number": number, "image": image[:, :, None]} for number, image in enumerate(images)])
 folder = str(Path("digit_detector").resolve())
 found = rows.map_batches(Detect, fn_constructor_args=[folder], batch_size=64, concurrency=1)  # num_gpus=1 for GPUs
-rejected = found.to_pandas().sort_values("number")["is_ood"].to_numpy()  # for a million images: found.write_parquet(...)
+rejected = (
+    found.to_pandas().sort_values("number")["is_ood"].to_numpy()
+)  # for a million images: found.write_parquet(...)
 print(f"{rejected[: len(new_digits)].sum()} of {len(new_digits)} digits rejected")
 print(f"{rejected[len(new_digits) :].sum()} of {len(photographs)} photographs rejected")

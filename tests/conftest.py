@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))  # before torch reads it
@@ -9,3 +11,13 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "test_real_data" not in item.nodeid)
+
+
+@pytest.fixture
+def registered_scorers(monkeypatch):
+    """The registered scorers by name, restored after the test."""
+    from ood_scores.scorers import registry
+
+    known = dict(registry.SCORERS)
+    monkeypatch.setattr(registry, "SCORERS", known)
+    return known

@@ -20,7 +20,7 @@ TABLE_SUFFIXES = (".csv", ".json")
 def parameters(scorer: str, texts: Iterable[str]) -> dict[str, Any]:
     """``key=value`` texts as parameters of a scorer, each of the type of its default."""
     from ood_scores.extraction.probes.named import parameters_from
-    from ood_scores.scorers.base import scorer_class
+    from ood_scores.scorers.registry import scorer_class
 
     return parameters_from(scorer_class(scorer), texts, "--param key=value")
 

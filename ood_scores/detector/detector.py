@@ -358,7 +358,7 @@ def _require_weights(model: nn.Module, weights: str, feats: FeatureSet, name: st
 
 def _warn_of_same_data(scorer: Scorer, same: bool, fit_rows: int, id_set: FeatureSet) -> None:
     """Warns where rows of the calibration set must have been among those that the scorer was fitted on."""
-    fitted, found = scorer._fitted_on, id_set.provenance
+    fitted, found = scorer.fitted_on, id_set.provenance
     if fitted and found and fitted.data_sha256 == found.data_sha256:
         rows = found.dataset_rows or max(fit_rows, len(id_set))
         same = same or fit_rows + len(id_set) > rows

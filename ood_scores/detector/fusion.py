@@ -13,7 +13,8 @@ from torch import Tensor
 from ood_scores.errors import NotFinite
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Statistic
-from ood_scores.scorers.base import Scorer, as_scorer, register_scorer, score_all
+from ood_scores.scorers.base import Scorer, as_scorer, score_all
+from ood_scores.scorers.registry import register_scorer
 
 
 def fisher(p: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ood_scores.errors import BadInput, MissingInput, NotFitted
 from ood_scores.extraction import heads
 from ood_scores.features import Block
-from ood_scores.scorers.base import Scorer, create_scorer, list_scorers
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.registry import create_scorer, list_scorers
 from ood_scores.scorers.shapers.base import Shaper
 
 BANK_ROWS = 50_000

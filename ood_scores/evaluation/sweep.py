@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ood_scores.errors import BadInput, EmptyInput
 from ood_scores.evaluation.evaluate import evaluate
 from ood_scores.features import FeatureSet
-from ood_scores.scorers.base import Scorer, create_scorer
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.registry import create_scorer
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -3,7 +3,8 @@
 from importlib import import_module
 from pkgutil import walk_packages
 
-from ood_scores.scorers.base import Scorer, create_scorer, list_scorers, register_scorer, score
+from ood_scores.scorers.base import Scorer, score
+from ood_scores.scorers.registry import create_scorer, list_scorers, register_scorer
 
 __all__ = ["Scorer", "create_scorer", "list_scorers", "register_scorer", "score"]
 

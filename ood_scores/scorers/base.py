@@ -1,16 +1,14 @@
-"""Scorer: the base class, and the registry of names."""
+"""Scorer: the base class, and how several are fitted and scored in one pass."""
 
 from __future__ import annotations
 
-import fnmatch
-import inspect
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from numbers import Integral
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +21,12 @@ from ood_scores.errors import (
     NotFitted,
     OtherModel,
     ShapeMismatch,
-    UnknownName,
 )
 from ood_scores.features import Block, FeatureSet, Provenance, as_feature_set
 from ood_scores.features.statistics.collect import Statistic, collect, require_finite
+from ood_scores.scorers.registry import create_scorer
+from ood_scores.scorers.storage import load_scorer, save_scorer
 from ood_scores.scorers.tags import Tags
-
-_REGISTRY: dict[str, type[Scorer]] = {}
-S = TypeVar("S", bound="type[Scorer]")
 
 HOW_TO_GET = {
     "logits": "pass logits=... to FeatureSet, for instance head(features)",
@@ -53,8 +49,8 @@ class Scorer(ABC):
     needs: Sequence[str] = ()
     fit_needs: Sequence[str] = ()
     tags: Tags = Tags()
-    _fitted_widths: Mapping[str, int] | None = None
-    _fitted_on: Provenance | None = None
+    fitted_widths: Mapping[str, int] | None = None
+    fitted_on: Provenance | None = None
 
     def __init_subclass__(cls) -> None:
         """A scorer that is not registered goes by the name of its class."""
@@ -92,16 +88,16 @@ class Scorer(ABC):
         self.check_has(feats, self.fit_needs, "be fitted on")
         if not self.fit_needs:
             return self
-        self._fitted_widths = None
+        self.fitted_widths = None
         statistics = self.statistics()
         self.fit_statistics(collect(feats, statistics) if statistics else {}, feats)
-        self._fitted_widths, self._fitted_on = _widths(feats), feats.provenance
+        self.fitted_widths, self.fitted_on = _widths(feats), feats.provenance
         return self
 
     @property
     def is_fitted(self) -> bool:
         """True from the start for a scorer that needs no fit."""
-        return not self.fit_needs or self._fitted_widths is not None
+        return not self.fit_needs or self.fitted_widths is not None
 
     def score(self, feats: FeatureSet, *, block_rows: int | None = None) -> Tensor:
         """Scores every row: float64 ``[N]`` on the CPU, higher = more in-distribution.
@@ -126,14 +122,14 @@ class Scorer(ABC):
                 ".fit(train_feats) first."
             )
         self.check_has(feats, self.needs, "score")
-        fitted, found = self._fitted_widths or {}, _widths(feats)
+        fitted, found = self.fitted_widths or {}, _widths(feats)
         for name in fitted.keys() & set(self.needs) & found.keys():
             if fitted[name] != found[name]:
                 raise ShapeMismatch(
                     f"{self.name!r} was fitted on {name} of width {fitted[name]}, here they have {found[name]}: both "
                     "sets must come from the same model."
                 )
-        require_same_weights(feats.provenance, self._fitted_on, "this set", f"the set that {self.name!r} was fitted on")
+        require_same_weights(feats.provenance, self.fitted_on, "this set", f"the set that {self.name!r} was fitted on")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the scorer, with what its fit found, as one safetensors file, replacing a scorer already there.
@@ -144,8 +140,6 @@ class Scorer(ABC):
             ForeignFile: something that is not a saved scorer is in the way.
             CacheWriteFailed: the disk refused; a scorer that was there before is still there.
         """
-        from ood_scores.scorers.storage import save_scorer
-
         save_scorer(self, path)
 
     @staticmethod
@@ -158,8 +152,6 @@ class Scorer(ABC):
             DamagedCache: it is truncated or unreadable.
             UnknownName: its scorer is not registered here.
         """
-        from ood_scores.scorers.storage import load_scorer
-
         return load_scorer(path)
 
     def fitted_state(self) -> dict[str, Any]:
@@ -273,52 +265,6 @@ def _model(provenance: Provenance) -> str:
 def _widths(feats: FeatureSet) -> dict[str, int]:
     widths = {"features": feats.num_features, "logits": feats.num_classes}
     return {name: width for name, width in widths.items() if width is not None}
-
-
-def register_scorer(name: str) -> Callable[[S], S]:
-    """Class decorator that makes a scorer known by name, as timm does for models."""
-
-    def register(cls: S) -> S:
-        known = _REGISTRY.get(name, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise BadInput(f"a scorer named {name!r} exists already: {known.__module__}.{known.__qualname__}.")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def list_scorers(pattern: str = "*") -> list[str]:
-    """Names of the registered scorers, sorted; ``pattern`` as in a shell (``"*norm*"``)."""
-    return sorted(fnmatch.filter(_REGISTRY, pattern))
-
-
-def scorer_class(name: str) -> type[Scorer]:
-    """The class registered under a name.
-
-    Raises:
-        UnknownName: there is none; the message lists the names.
-    """
-    if name not in _REGISTRY:
-        raise UnknownName(f"there is no scorer {name!r}; there are: {', '.join(list_scorers())}.")
-    return _REGISTRY[name]
-
-
-def create_scorer(name: str, **params: Any) -> Scorer:
-    """A new scorer by name.
-
-    Raises:
-        UnknownName: no such scorer, or no such parameter; the message lists those that exist.
-        BadInput: a parameter out of range.
-    """
-    cls = scorer_class(name)
-    known = inspect.signature(cls).parameters
-    unknown = [param for param in params if param not in known]
-    if unknown:
-        has = ", ".join(known) or "none"
-        raise UnknownName(f"scorer {name!r} has no parameter {unknown[0]!r}; it has: {has}.")
-    return cls(**params)
 
 
 def as_scorer(scorer: str | Scorer, **params: Any) -> Scorer:

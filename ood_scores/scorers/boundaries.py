@@ -13,9 +13,10 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Means, Statistic
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.class_means import CLOSEST, inner
 from ood_scores.scorers.gaussian import squared_distances
+from ood_scores.scorers.registry import register_scorer
 
 
 @register_scorer("fdbd")

@@ -15,9 +15,10 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Accumulator, Statistic
 from ood_scores.features.statistics.row_samples import HashedSample
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.class_ranks import PIECE
 from ood_scores.scorers.gaussian import squared_distances
+from ood_scores.scorers.registry import register_scorer
 
 NARROW_PIECE = 2**20
 """The same of distances in float32: with what they are compared to, they stay in the caches."""

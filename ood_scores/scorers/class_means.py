@@ -14,7 +14,8 @@ from torch import Tensor
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import by_pieces, entropy, row_norm
 from ood_scores.features.statistics.collect import Means, Statistic
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.registry import register_scorer
 
 CLOSEST = 1e-12
 """Lengths are taken to be at least this before they divide."""

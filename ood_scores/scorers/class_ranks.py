@@ -13,7 +13,8 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Accumulator, Statistic
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.registry import register_scorer
 
 PIECE = 2**22
 """How many distances to the bank, or counts of ranks, there are at a time, but for one row or class at least."""

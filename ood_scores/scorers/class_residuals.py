@@ -16,8 +16,9 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Accumulator, GroupMeans, Means, Statistic
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.entropy import GEN
+from ood_scores.scorers.registry import register_scorer
 
 SMALLEST = 1e-12
 """Lengths and confidences are taken to be at least this before they divide."""

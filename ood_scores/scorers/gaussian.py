@@ -14,8 +14,9 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Statistic
 from ood_scores.features.statistics.moments import ClassMoments, Moments
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.numerics.cholesky import SOLVED
+from ood_scores.scorers.registry import register_scorer
 
 AMPLIFIED = 3e5
 """Float32 features are whitened in float32 as long as that makes their deviations at most so many times longer."""

@@ -16,10 +16,11 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Means, Statistic, require_finite
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present, squared_distances
 from ood_scores.scorers.neighbors import kth_neighbours
+from ood_scores.scorers.registry import register_scorer
 
 
 @register_scorer("gradnorm")

@@ -13,8 +13,8 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Statistic, require_finite
-from ood_scores.scorers.base import register_scorer
 from ood_scores.scorers.multilayer import LayeredScorer
+from ood_scores.scorers.registry import register_scorer
 
 SMALLEST_BOUND = 1e-6
 """What a deviation from a bound is at least divided by, and what is added to the mean deviation, as in Gram's code."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ood_scores.features import Block
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.extras import read_extra
+from ood_scores.scorers.registry import register_scorer
 
 
 @register_scorer("odin")

@@ -16,7 +16,8 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Accumulator, Statistic
 from ood_scores.features.statistics.moments import GlobalMoments, Moments
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.subspace import principal_axes, rank_of
 
 LEVEL = 1e-24

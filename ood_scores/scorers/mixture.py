@@ -16,7 +16,7 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics import moments as of
 from ood_scores.features.statistics.collect import Statistic
 from ood_scores.features.statistics.moments import ClassMoments, Moments
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.gaussian import classes_present
 from ood_scores.scorers.numerics.cholesky import (
     LOW_RANK,
@@ -31,6 +31,7 @@ from ood_scores.scorers.numerics.cholesky import (
     reserved,
     solved_squares,
 )
+from ood_scores.scorers.registry import register_scorer
 
 DENSITY_BYTES = 4 * 2**20
 """Bound on the whitened copy ``[rows, D]`` that one step of the mixture's density makes: it stays in the caches."""

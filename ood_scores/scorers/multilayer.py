@@ -14,8 +14,9 @@ from ood_scores.errors import BadInput, MissingInput, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Statistic, collect, require_finite
 from ood_scores.features.statistics.moments import ClassMoments, Moments
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.gaussian import squared_distances, whitening
+from ood_scores.scorers.registry import register_scorer
 
 SMALLEST_REST = 1e-8
 """A row without which this share or less of the variation along its own direction is left cannot be left out."""

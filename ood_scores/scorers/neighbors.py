@@ -15,10 +15,11 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Statistic
 from ood_scores.features.statistics.row_samples import Energies, Rows
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.gaussian import squared_distances
 from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
 from ood_scores.scorers.numerics.faiss_index import kept_index, trained_index
+from ood_scores.scorers.registry import register_scorer
 
 CLOSE = 0.1
 """Neighbours nearer than this share of the row's norm are searched for in float64."""

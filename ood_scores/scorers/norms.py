@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ood_scores.features import Block
 from ood_scores.features.block import by_pieces, row_norm
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.extras import read_extra
+from ood_scores.scorers.registry import register_scorer
 
 
 @register_scorer("feature_norm")

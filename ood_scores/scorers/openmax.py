@@ -14,9 +14,10 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Logits, Means, Statistic
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.class_means import CLOSEST, warn_of_classes_without_rows
 from ood_scores.scorers.gaussian import squared_distances
+from ood_scores.scorers.registry import register_scorer
 
 TRANSLATION = 10_000.0
 """libmr moves a tail so that its smallest distance is this, before a Weibull distribution is fitted."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Logits, Statistic
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.registry import register_scorer
 
 COOLEST, HOTTEST = 0.01, 100.0
 """Temperatures between which the fit looks for the best one."""

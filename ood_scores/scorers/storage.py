@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -25,7 +25,10 @@ from torch import Tensor
 from ood_scores.errors import BadInput, CacheWriteFailed, DamagedCache, ForeignFile, NotFitted, UnknownName
 from ood_scores.features import Head, Provenance
 from ood_scores.features.storage.files import LockedFile, temporary_beside
-from ood_scores.scorers.base import Scorer, create_scorer, list_scorers, scorer_class
+from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers
+
+if TYPE_CHECKING:
+    from ood_scores.scorers.base import Scorer
 
 FORMAT = "ood_scores scorer"
 VERSION = 1
@@ -73,7 +76,7 @@ def load_scorer(path: str | os.PathLike[str]) -> Scorer:
 
 def _describe(scorer: Scorer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """A scorer as JSON; its tensors go to ``tensors``, under names that start with the prefix."""
-    if scorer.name not in list_scorers() or scorer_class(scorer.name) is not type(scorer):
+    if not is_registered(type(scorer)):
         raise BadInput(
             f"{type(scorer).__name__} is not registered, so no file could say how to make it again: put "
             '@register_scorer("a_name") before the class.'
@@ -86,8 +89,8 @@ def _describe(scorer: Scorer, prefix: str, tensors: dict[str, Tensor]) -> dict[s
             name: _encode(value, f"{prefix}parameters.{name}", tensors) for name, value in parameters.items()
         },
         "state": {name: _encode(value, f"{prefix}{name}", tensors) for name, value in state.items()},
-        "fitted_widths": None if scorer._fitted_widths is None else dict(scorer._fitted_widths),
-        "fitted_on": scorer._fitted_on.to_attributes() if scorer._fitted_on else None,
+        "fitted_widths": None if scorer.fitted_widths is None else dict(scorer.fitted_widths),
+        "fitted_on": scorer.fitted_on.to_attributes() if scorer.fitted_on else None,
     }
 
 
@@ -102,8 +105,8 @@ def _remake(described: Mapping[str, Any], stored: Any) -> Scorer:
     scorer = create_scorer(described["name"], **parameters)
     if described["state"]:
         scorer.restore({name: _decode(value, stored) for name, value in described["state"].items()})
-    scorer._fitted_widths = described["fitted_widths"]
-    scorer._fitted_on = Provenance.from_attributes(described["fitted_on"] or {})
+    scorer.fitted_widths = described["fitted_widths"]
+    scorer.fitted_on = Provenance.from_attributes(described["fitted_on"] or {})
     return scorer
 
 
@@ -123,7 +126,7 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         case Head():
             parts = {"weight": value.weight, "bias": value.bias}
             return {"head": [_encode(part, f"{name}.{of}", tensors) for of, part in parts.items()]}
-        case Scorer():
+        case _ if is_registered(type(value)):
             return {"scorer": _describe(value, f"{name}.", tensors)}
         case list() | tuple():
             items = [_encode(part, f"{name}.{number}", tensors) for number, part in enumerate(value)]
@@ -136,8 +139,8 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
                 ]
             }
     raise BadInput(
-        f"{name} is a {type(value).__name__}, which cannot be saved: use numbers, strings, tensors, heads, scorers, or "
-        "lists, tuples and dictionaries of them."
+        f"{name} is a {type(value).__name__}, which cannot be saved: use numbers, strings, tensors, heads, "
+        "registered scorers, or lists, tuples and dictionaries of them."
     )
 
 

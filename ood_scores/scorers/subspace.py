@@ -16,8 +16,9 @@ from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Means, SampledRows, Statistic
 from ood_scores.features.statistics.moments import GlobalMoments, Moments
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.gaussian import whitened, whitening
+from ood_scores.scorers.registry import register_scorer
 
 BLOCK_ROWS = 4096
 """Rows of the sample whose residuals are computed at a time."""

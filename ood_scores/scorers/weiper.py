@@ -14,7 +14,8 @@ from torch.nn.functional import avg_pool1d, normalize, pad
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.statistics.collect import Accumulator, Statistic
-from ood_scores.scorers.base import Scorer, register_scorer
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.registry import register_scorer
 
 EDGE = 1e-8
 """How far beyond the largest value of the fit set the last bin reaches."""

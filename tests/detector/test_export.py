@@ -172,7 +172,7 @@ def test_the_users_model_is_left_as_it_was(tmp_path):
 def test_scorers_without_a_graph_are_refused_by_name_and_reason(name):
     assert name not in exportable()
     scorer = create_scorer(name)
-    scorer._fitted_widths = {}
+    scorer.fitted_widths = {}
     with pytest.raises(BadInput, match=rf"^'{name}' cannot be exported: its? .*Those that can: activation_ratio, "):
         DetectorGraph(tiny_model(), scorer, 0.0, images())
 

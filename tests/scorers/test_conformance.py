@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ood_scores import FeatureSet, Head, Scorer, create_scorer, evaluate, list_scorers, load, load_scorer, score
 from ood_scores.errors import BadLabels, EmptyInput, MissingInput, NotFinite, NotFitted, ShapeMismatch, UnknownName
-from ood_scores.scorers.base import scorer_class
+from ood_scores.scorers.registry import scorer_class
 
 PARAMS: dict[str, dict[str, Any]] = {"corp": {"directions": 40}, "knn": {"k": 3}, "openmax": {"tail": 5}}
 """Parameters of scorers whose defaults want more data, or that have none."""

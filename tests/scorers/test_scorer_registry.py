@@ -15,13 +15,8 @@ from ood_scores.errors import BadInput, NotFinite, NotFitted, ShapeMismatch, Unk
 from ood_scores.features import Block
 from ood_scores.features.statistics.collect import Statistic
 from ood_scores.features.statistics.moments import ClassMoments
-from ood_scores.scorers import base
 
-
-@pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+pytestmark = pytest.mark.usefixtures("registered_scorers")
 
 
 def feature_set(seed: int = 0, rows: int = 24) -> FeatureSet:

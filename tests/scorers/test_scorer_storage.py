@@ -37,7 +37,7 @@ from ood_scores.errors import (
 )
 from ood_scores.features import Block
 from ood_scores.features.statistics.collect import Statistic
-from ood_scores.scorers import base, storage
+from ood_scores.scorers import storage
 
 
 def problem(rows: int, seed: int) -> FeatureSet:
@@ -55,14 +55,6 @@ TRAIN, ID, OOD = problem(120, 0), problem(50, 1), problem(50, 2)
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "scorer.safetensors"
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type[Scorer]]:
-    """The registry, put back as it was afterwards."""
-    known = dict(base._REGISTRY)
-    monkeypatch.setattr(base, "_REGISTRY", known)
-    return known
 
 
 def saved(scorer: Scorer, path: Path) -> Scorer:
@@ -138,8 +130,8 @@ def test_what_it_was_fitted_on_is_kept(path: Path) -> None:
     scorer = saved(create_scorer("mahalanobis").fit(train), path)
     assert train.provenance is not None
     assert description(path)["scorer"]["fitted_on"]["weights_sha256"] == train.provenance.weights_sha256
-    assert scorer._fitted_on == train.provenance
-    assert saved(create_scorer("mahalanobis").fit(TRAIN), path)._fitted_on is None
+    assert scorer.fitted_on == train.provenance
+    assert saved(create_scorer("mahalanobis").fit(TRAIN), path).fitted_on is None
 
 
 def test_as_a_method_and_as_a_function(path: Path) -> None:
@@ -182,7 +174,7 @@ class Holder(Scorer):
 
 
 @pytest.fixture
-def holder(registry: dict[str, type[Scorer]]) -> Iterator[Callable[..., Scorer]]:
+def holder(registered_scorers: dict[str, type[Scorer]]) -> Iterator[Callable[..., Scorer]]:
     """Makes a registered scorer that holds what is given."""
     register_scorer("holder")(Holder)
     yield lambda setting=None, **contents: Holder(setting, contents).fit(TRAIN)
@@ -327,10 +319,10 @@ def test_a_class_that_is_not_registered(path: Path) -> None:
 
 
 def test_a_scorer_that_is_not_known_here(
-    holder: Callable[..., Scorer], registry: dict[str, type[Scorer]], path: Path
+    holder: Callable[..., Scorer], registered_scorers: dict[str, type[Scorer]], path: Path
 ) -> None:
     holder(one_=1).save(path)
-    del registry["holder"]
+    del registered_scorers["holder"]
     with pytest.raises(UnknownName, match=r"a scorer 'holder', which is not registered: import the module .* energy"):
         load_scorer(path)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.statistics.collect import FeatureMean, Statistic, quantiles
-from ood_scores.scorers.base import register_scorer
+from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper, Shaper
 
 LARGEST_RATIO = 50

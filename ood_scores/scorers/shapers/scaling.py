@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ood_scores.features import Block
-from ood_scores.scorers.base import register_scorer
+from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import Shaper
 from ood_scores.scorers.shapers.pruning import Pruner, largest, ratio
 
