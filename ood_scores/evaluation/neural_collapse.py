@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +12,12 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, BadLabels, MissingInput, ShapeMismatch, UnknownName
 from ood_scores.features import Block, FeatureSet
+from ood_scores.features.statistics.collapse import (
+    equiangularity,
+    equinormality,
+    self_duality,
+    variability_of_covariance,
+)
 from ood_scores.features.statistics.collect import collect, require_finite
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments, Moments
 
@@ -93,7 +99,7 @@ def neural_collapse(
     Source: Papyan, Han & Donoho 2020, "Prevalence of neural collapse during the terminal phase of deep learning
     training", and their code; Haas, Yolland & Rabus 2022, Eq. 4 to 9.
     """
-    _known(nc3_norm, _DUALITIES)
+    _known(nc3_norm, ("frobenius", "columns"))
     _known(nc4_against, ("prediction", "label"))
     weight = _weight(feats)
     counts, class_means, scatter = _moments(feats, ClassMoments(normalize=normalize))
@@ -101,14 +107,14 @@ def neural_collapse(
     centre = class_means.mean(dim=0)
     means = class_means - centre
     _require_spread(means, class_means)
-    nc1 = _variability(means, scatter / len(feats))
+    nc1 = float(variability_of_covariance(scatter / len(feats), means))
     return Collapse(
         nc1=nc1 / len(means) if nc1_over_classes else nc1,
-        en_means=_unequal_norms(means),
-        en_classifier=_unequal_norms(weight),
-        ea_means=_unequal_angles(means),
-        ea_classifier=_unequal_angles(weight),
-        nc3=float((_DUALITIES[nc3_norm](weight) - _DUALITIES[nc3_norm](means)).square().sum()),
+        en_means=float(equinormality(means)),
+        en_classifier=float(equinormality(weight)),
+        ea_means=float(equiangularity(means)),
+        ea_classifier=float(equiangularity(weight)),
+        nc3=float(self_duality(weight, means, columns=nc3_norm == "columns")),
         nc4=_disagreement(feats, normalize, centre, means, nc4_against),
     )
 
@@ -202,39 +208,6 @@ def _require_spread(centred: Tensor, means: Tensor) -> None:
     rounding = len(means) * torch.finfo(torch.float64).eps * means.abs().max()
     if centred.abs().max() <= rounding:
         raise BadInput("all class means are the same: are these the features that the head reads, and their labels?")
-
-
-def _variability(means: Tensor, within: Tensor) -> float:
-    """``tr(S_W S_B^+)`` by the singular value decomposition of the centred means: ``M = U S V^T``."""
-    _, values, directions = torch.linalg.svd(means, full_matrices=False)
-    smallest = values[0] * max(means.shape) * torch.finfo(torch.float64).eps
-    kept = (values > smallest) & (torch.arange(len(values)) < len(means) - 1)
-    spread = ((directions @ within) * directions).sum(dim=1)
-    return float(len(means) * (spread[kept] / values[kept].square()).sum())
-
-
-def _unequal_norms(vectors: Tensor) -> float:
-    norms = torch.linalg.vector_norm(vectors, dim=1)
-    return float(norms.std() / norms.mean())
-
-
-def _unequal_angles(vectors: Tensor) -> float:
-    classes = len(vectors)
-    unit = _rows_to_one(vectors)
-    excess = (unit @ unit.T + 1 / (classes - 1)).abs()
-    return float(excess.fill_diagonal_(0).sum() / (classes * (classes - 1)))
-
-
-def _whole_to_one(vectors: Tensor) -> Tensor:
-    return vectors / torch.linalg.vector_norm(vectors)
-
-
-def _rows_to_one(vectors: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / torch.where(norms > 0, norms, 1)
-
-
-_DUALITIES: dict[str, Callable[[Tensor], Tensor]] = {"frobenius": _whole_to_one, "columns": _rows_to_one}
 
 
 def _disagreement(feats: FeatureSet, normalize: bool, centre: Tensor, means: Tensor, against: Reference) -> float:
