@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from ood_scores.atomic import LockedFile
 from ood_scores.benchmark import checks, unit_files
 from ood_scores.benchmark.extract_jobs import extract_all
 from ood_scores.benchmark.planning import Plan, limited, plan, without
@@ -31,7 +32,6 @@ from ood_scores.benchmark.unit import SCORES, evaluated
 from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput, CacheBusy, OodScoresError
 from ood_scores.extraction.extract import PACKAGES
-from ood_scores.features.storage.files import LockedFile
 
 RUNS = "runs"
 JSON = "results.json"

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ood_scores.atomic import LockedFile, disk_errors, temporary_beside
 from ood_scores.benchmark.results import Scored
-from ood_scores.features.storage.files import LockedFile, disk_errors, temporary_beside
 
 FORMAT = "ood_scores benchmark"
 ARRAYS = ("scores", "labels", "predictions", "rows", "origins")

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ood_scores.atomic import LockedFile, temporary_beside
 from ood_scores.detector.graph import DetectorGraph
 from ood_scores.errors import BadInput, CacheWriteFailed, MissingInput
-from ood_scores.features.storage.files import LockedFile, temporary_beside
 
 FORMAT_VERSION = 1
 """Of inputs, outputs and metadata of the ONNX file."""

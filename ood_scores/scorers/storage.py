@@ -22,13 +22,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ood_scores.atomic import LockedFile, temporary_beside
 from ood_scores.errors import BadInput, CacheWriteFailed, DamagedCache, ForeignFile, NotFitted, UnknownName
 from ood_scores.features import Head, Provenance
-from ood_scores.features.storage.files import LockedFile, temporary_beside
 from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers
 
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, create_scorer, list_scorers, scorer_class
 
 FORMAT = "ood_scores scorer"
 VERSION = 1

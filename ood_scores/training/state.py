@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ood_scores.atomic import temporary_beside
 from ood_scores.errors import CacheWriteFailed, CheckpointError
-from ood_scores.features.storage.files import temporary_beside
 
 LAST, STATE, LOG = "last.safetensors", "state.safetensors", "log.csv"
 FORMAT = 1

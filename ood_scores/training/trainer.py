@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from safetensors import safe_open
 
+from ood_scores.atomic import LockedFile
 from ood_scores.errors import BadInput
-from ood_scores.features.storage.files import LockedFile
 from ood_scores.training.distributed import Processes, processes
 from ood_scores.training.recipe import Recipe, flat_tables
 from ood_scores.training.recipe_file import load_recipe

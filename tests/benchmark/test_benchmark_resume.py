@@ -18,10 +18,10 @@ import pytest
 import torch
 from benchmarks_in_small import one_thread_and_no_report, part, spec, write_data  # noqa: F401  a fixture
 
+from ood_scores.atomic import LockedFile
 from ood_scores.benchmark import Results, load_results, run
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, ScorerTable
 from ood_scores.errors import BadInput, CacheBusy, WorkerDied
-from ood_scores.features.storage.files import LockedFile
 
 TIMES = ["fit_seconds", "score_microseconds"]
 SCORERS = tuple(ScorerTable(name, name) for name in ("msp", "gradnorm", "knn", "mahalanobis"))

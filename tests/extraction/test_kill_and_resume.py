@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import ood_scores
+from ood_scores import atomic
 from ood_scores.errors import CacheBusy, CacheWriteFailed, UnfinishedCache
 from ood_scores.extraction.writers import AHEAD
 from ood_scores.features.storage import cache as caches
-from ood_scores.features.storage import files
 
 ROWS, BATCH, PAUSE = 2560, 32, 0.003
 KILLS = 20
@@ -194,7 +194,7 @@ def test_killed_at_random_instants(kind: str, tmp_path: Path, uninterrupted: dic
 def extract_killed_in_write(path: Path, kind: str, number: int) -> None:
     """Dies in the middle of its ``number``-th write, half of which reaches the file."""
     writes = 0
-    whole = files.LockedFile.write
+    whole = atomic.LockedFile.write
 
     def write(self: Any, data: Any) -> int:
         nonlocal writes
@@ -205,7 +205,7 @@ def extract_killed_in_write(path: Path, kind: str, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(self, data)
 
-    files.LockedFile.write = write  # type: ignore[method-assign]
+    atomic.LockedFile.write = write  # type: ignore[method-assign]
     extract(path, kind)
 
 
@@ -348,7 +348,7 @@ def test_temporary_files_of_the_dead_are_removed_and_those_of_the_living_are_not
     dead, other = tmp_path / ".feats[1].h5.0123abcd.part", tmp_path / ".another.h5.0123abcd.part"
     dead.write_bytes(b"half a file")
     other.write_bytes(b"of another cache")
-    with files.LockedFile(tmp_path / ".feats[1].h5.89abcdef.part", "x+"):
+    with atomic.LockedFile(tmp_path / ".feats[1].h5.89abcdef.part", "x+"):
         ood_scores.FeatureSet(torch.ones(3, 2)).save(path)
         assert sorted(leftovers(tmp_path)) == [other.name, ".feats[1].h5.89abcdef.part"]
     ood_scores.FeatureSet(torch.ones(3, 2)).save(path)

@@ -23,6 +23,7 @@ from torchvision.transforms import functional as vision
 
 import ood_scores
 import ood_scores.training
+from ood_scores.atomic import LockedFile
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import (
     BadInput,
@@ -36,7 +37,6 @@ from ood_scores.errors import (
     OodScoresError,
     UnknownName,
 )
-from ood_scores.features.storage.files import LockedFile
 from ood_scores.models.opening import load_model, preprocessing
 from ood_scores.training import Trained, state, train
 from ood_scores.training import run as training_run

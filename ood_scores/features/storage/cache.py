@@ -20,6 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ood_scores.atomic import (
+    LockedFile,
+    closed_on_error,
+    copy_bytes,
+    disk_errors,
+    put_in_place,
+    remove_abandoned,
+    temporary_beside,
+)
 from ood_scores.errors import (
     BadInput,
     CacheBusy,
@@ -30,15 +39,6 @@ from ood_scores.errors import (
 )
 from ood_scores.features.head import Head
 from ood_scores.features.provenance import Provenance
-from ood_scores.features.storage.files import (
-    LockedFile,
-    closed_on_error,
-    copy_bytes,
-    disk_errors,
-    put_in_place,
-    remove_abandoned,
-    temporary_beside,
-)
 from ood_scores.features.storage.reading import FORMAT, open_to_read, zstd
 
 VERSION = 1

@@ -17,10 +17,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from ood_scores.atomic import LockedFile, disk_errors, temporary_beside
 from ood_scores.errors import DamagedCache, ForeignFile, ShapeMismatch, StaleCache
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import cache as caches
-from ood_scores.features.storage.files import LockedFile, disk_errors, temporary_beside
 from ood_scores.features.storage.reading import open_to_read
 
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ood_scores.atomic import LockedFile, temporary_beside
 from ood_scores.errors import CacheError, StaleCache
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.storage.cache import open_to_read, statistics_file
 from ood_scores.features.storage.columns import DiskColumn
-from ood_scores.features.storage.files import LockedFile, temporary_beside
 
 if TYPE_CHECKING:
     from ood_scores.features.statistics.collect import Statistic

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ood_scores.atomic import COPY_BYTES, LockedFile, temporary_beside
 from ood_scores.errors import BadInput, CacheError
 from ood_scores.features import FeatureSet
-from ood_scores.features.storage.files import COPY_BYTES, LockedFile, temporary_beside
 from ood_scores.features.storage.statistics_store import cache_of
 
 DIGEST_BYTES = hashlib.sha256().digest_size
