@@ -21,6 +21,7 @@ except ImportError:  # Windows: writers are not kept apart
     fcntl = None  # type: ignore[assignment]
 
 COPY_BYTES = 2**24
+MAKE_ROOM = "make room on the disk, or choose another path"
 
 
 class LockedFile(io.FileIO):
@@ -96,18 +97,38 @@ def closed_on_error(path: Path, mode: str) -> Iterator[LockedFile]:
 
 
 @contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """A hidden name in the same folder, for a file that will take the place of ``path``; those that killed runs left
-    behind are removed."""
-    with disk_errors(path, 0):
+def replacing(
+    path: Path, remedy: str = MAKE_ROOM, *, exclusive: bool = False, keep_open: bool = False
+) -> Iterator[LockedFile]:
+    """A new file that takes the place of ``path`` in one step when the context ends without an error.
+
+    It is written under a hidden name in the same folder, which is created if needed, and reaches the disk before it
+    is renamed. Whatever goes wrong, the old file stays as it was and the hidden one is removed; those that killed
+    processes left behind are removed by the next call.
+
+    Args:
+        path: File to create or replace.
+        remedy: What to do if the disk refuses a write, for the error message.
+        exclusive: Whether to refuse to replace a file that exists when the new one is complete.
+        keep_open: Whether to leave the file open, and locked, for more writes.
+
+    Raises:
+        CacheBusy: if ``exclusive`` and another process created ``path`` in the meantime.
+        CacheWriteFailed: if the disk refuses a write.
+    """
+    with disk_errors(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        yield temporary
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+        remove_abandoned(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            with (closed_on_error if keep_open else LockedFile)(temporary, "x+") as file:
+                yield file
+                file.check()
+                os.fsync(file.fileno())
+                _put_in_place(temporary, path, exclusive)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
 
 
 def remove_abandoned(path: Path) -> None:
@@ -117,26 +138,26 @@ def remove_abandoned(path: Path) -> None:
             part.unlink()
 
 
-def put_in_place(temporary: Path, path: Path, replace: bool) -> None:
+def _put_in_place(temporary: Path, path: Path, exclusive: bool) -> None:
     try:
-        if replace:
-            os.replace(temporary, path)
-        else:
+        if exclusive:
             os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
     except (FileExistsError, FileNotFoundError) as error:
         raise CacheBusy(
             f"another process has just started to write {path}: wait for it, or choose another path."
         ) from error
     except OSError:  # a file system without hard links
+        if not exclusive:
+            raise
         os.rename(temporary, path)
 
 
 @contextmanager
-def disk_errors(path: Path, rows: int) -> Iterator[None]:
+def disk_errors(path: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
+    """Turn errors of the operating system into CacheWriteFailed, which ends with what to do."""
     try:
         yield
     except OSError as error:
-        raise CacheWriteFailed(
-            f"could not write {path} ({error}); {rows:,} rows are safe: make room on the disk and run the same call "
-            "again to continue."
-        ) from error
+        raise CacheWriteFailed(f"could not write {path} ({error}): {remedy}.") from error

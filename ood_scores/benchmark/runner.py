@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ood_scores.atomic import LockedFile
+from ood_scores.atomic import LockedFile, replacing
 from ood_scores.benchmark import checks, unit_files
 from ood_scores.benchmark.extract_jobs import extract_all
 from ood_scores.benchmark.planning import Plan, limited, plan, without
@@ -236,10 +236,8 @@ def _write(results: Results, files: Sequence[str]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole at any moment."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _plain(value: Any) -> Any:

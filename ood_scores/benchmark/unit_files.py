@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_scores.atomic import LockedFile, disk_errors, temporary_beside
+from ood_scores.atomic import replacing
 from ood_scores.benchmark.results import Scored
 
 FORMAT = "ood_scores benchmark"
@@ -65,19 +64,18 @@ def write(path: Path, digest: str, found: Found) -> None:
     """Raises CacheWriteFailed where the disk refuses."""
     facts = {key: value for key, value in vars(found).items() if key != "sets"}
     facts |= {"sets": list(found.sets), "names": [list(each.names) for each in found.sets.values()]}
-    with disk_errors(path, 0), temporary_beside(path) as temporary, LockedFile(temporary, "x+") as file:
-        with h5py.File(file, "w") as h5:
-            h5.attrs.update({"format": FORMAT, "digest": digest})
-            text = json.dumps(facts).encode()
-            h5.create_dataset("facts", data=np.frombuffer(text, np.uint8), chunks=True, fletcher32=True)
-            for number, each in enumerate(found.sets.values()):
-                for name in ARRAYS:
-                    values = getattr(each, name).numpy()
-                    summed = {"chunks": True, "fletcher32": True} if values.size else {}
-                    h5.create_dataset(f"sets/{number}/{name}", data=values, **summed)
-        file.check()
-        os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with (
+        replacing(path, "make room on the disk and run the benchmark again to continue") as file,
+        h5py.File(file, "w") as h5,
+    ):
+        h5.attrs.update({"format": FORMAT, "digest": digest})
+        text = json.dumps(facts).encode()
+        h5.create_dataset("facts", data=np.frombuffer(text, np.uint8), chunks=True, fletcher32=True)
+        for number, each in enumerate(found.sets.values()):
+            for name in ARRAYS:
+                values = getattr(each, name).numpy()
+                summed = {"chunks": True, "fletcher32": True} if values.size else {}
+                h5.create_dataset(f"sets/{number}/{name}", data=values, **summed)
 
 
 def read(path: Path, digest: str | None = None) -> dict[str, Any] | None:

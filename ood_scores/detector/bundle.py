@@ -21,11 +21,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ood_scores.atomic import disk_errors
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.conformal import Threshold
 from ood_scores.detector.inputs import input_batches
 from ood_scores.detector.runner import Runner, model_dtype, probe_of
-from ood_scores.errors import BadInput, CacheWriteFailed, DamagedCache, ForeignFile, OodScoresError, OtherModel
+from ood_scores.errors import BadInput, DamagedCache, ForeignFile, OodScoresError, OtherModel
 from ood_scores.extraction.heads import logits_of
 from ood_scores.features import Provenance
 from ood_scores.models.opening import load_model
@@ -52,7 +53,7 @@ def save_detector(detector: Detector, path: str | os.PathLike[str], with_model: 
     _check_replaceable(folder)
     if weights_sha256(detector.model) != detector.weights:
         raise OtherModel("the model's weights have changed since it was calibrated: calibrate again.")
-    with _disk_errors(folder), _folder_for_writing(folder) as temporary:
+    with disk_errors(folder), _folder_for_writing(folder) as temporary:
         detector.scorer.save(temporary / SCORER)
         _write_calibration(detector.calibration, temporary / CALIBRATION)
         if with_model:
@@ -275,16 +276,6 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     for name in (SCORER, CALIBRATION, MODEL, DESCRIPTION):
         if (temporary / name).exists():
             os.replace(temporary / name, folder / name)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CacheWriteFailed(
-            f"could not write {folder} ({error}): make room on the disk, or choose another folder."
-        ) from error
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ood_scores.atomic import LockedFile, temporary_beside
+from ood_scores.atomic import replacing
 from ood_scores.detector.graph import DetectorGraph
-from ood_scores.errors import BadInput, CacheWriteFailed, MissingInput
+from ood_scores.errors import BadInput, MissingInput
 
 FORMAT_VERSION = 1
 """Of inputs, outputs and metadata of the ONNX file."""
@@ -75,7 +75,8 @@ def export_onnx(
     onnx.helper.set_model_props(proto, {**(metadata or {}), **about})
     content = proto.SerializeToString()
     _margin_onnx(graph, images, content)  # what is written is what was compared
-    _write(Path(path), content)
+    with replacing(Path(path)) as file:
+        file.write(content)
 
 
 def export_program(graph: DetectorGraph, images: Tensor) -> torch.export.ExportedProgram:
@@ -186,13 +187,3 @@ def _require_onnx() -> Any:
     except ImportError as error:
         raise MissingInput(f"an ONNX file needs {error.name}: pip install 'ood_scores[export]'") from error
     return onnx
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        with temporary_beside(path) as temporary, LockedFile(temporary, "x+") as file:
-            file.write(content)
-            file.check()
-            os.replace(temporary, path)
-    except OSError as error:
-        raise CacheWriteFailed(f"could not write {path} ({error}): make room, or choose another path.") from error

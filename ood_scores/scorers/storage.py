@@ -22,14 +22,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ood_scores.atomic import LockedFile, temporary_beside
-from ood_scores.errors import BadInput, CacheWriteFailed, DamagedCache, ForeignFile, NotFitted, UnknownName
+from ood_scores.atomic import replacing
+from ood_scores.errors import BadInput, DamagedCache, ForeignFile, NotFitted, UnknownName
 from ood_scores.features import Head, Provenance
 from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers
 
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
-from ood_scores.scorers.base import Scorer, create_scorer, list_scorers, scorer_class
 
 FORMAT = "ood_scores scorer"
 VERSION = 1
@@ -198,16 +197,8 @@ def _write(path: Path, content: bytes) -> None:
             f"{path} is not a scorer that ood_scores saved and is left alone: choose another path, or delete it "
             "yourself."
         )
-    try:
-        with temporary_beside(path) as temporary, LockedFile(temporary, "x+") as file:
-            file.write(content)
-            file.check()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        raise CacheWriteFailed(
-            f"could not write {path} ({error}): make room on the disk, or choose another path."
-        ) from error
+    with replacing(path) as file:
+        file.write(content)
 
 
 @contextmanager

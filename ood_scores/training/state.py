@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ood_scores.atomic import temporary_beside
-from ood_scores.errors import CacheWriteFailed, CheckpointError
+from ood_scores.atomic import replacing
+from ood_scores.errors import CheckpointError
 
 LAST, STATE, LOG = "last.safetensors", "state.safetensors", "log.csv"
 FORMAT = 1
+CONTINUE = "what was saved before is safe; make room on the disk and run the same training again to continue"
 
 
 @dataclass
@@ -62,30 +62,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"format": "pt", **{name: json.dumps(fact) for name, fact in facts.items()}}
     content = save(own, metadata)
-    try:
-        with temporary_beside(path) as temporary:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        raise CacheWriteFailed(
-            f"could not write {path} ({error}); what was saved before is safe: make room on the disk and run the same "
-            "training again to continue."
-        ) from error
+    with replacing(path, CONTINUE) as file:
+        file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:
     """A text file, complete or as it was before; raises CacheWriteFailed."""
-    try:
-        with temporary_beside(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-    except OSError as error:
-        raise CacheWriteFailed(
-            f"could not write {path} ({error}): make room on the disk and run the same training again to continue."
-        ) from error
+    with replacing(path, CONTINUE) as file:
+        file.write(text.encode())
 
 
 def save_state(

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import ood_scores
-from ood_scores import FeatureSet, Head, create_scorer, evaluate, load
+from ood_scores import FeatureSet, Head, atomic, create_scorer, evaluate, load
 from ood_scores.cli import app
 from ood_scores.errors import NotFinite
 from ood_scores.features import Block
@@ -438,8 +438,8 @@ def test_a_refused_write_is_no_error(refused: str, path: Path, monkeypatch: pyte
         raise OSError(30, "Read-only file system")
 
     place = {
-        "open": (statistics_store.LockedFile, "__init__"),
-        "write": (statistics_store.LockedFile, "check"),
+        "open": (atomic.LockedFile, "__init__"),
+        "write": (atomic.LockedFile, "check"),
         "replace": (os, "replace"),
     }
     with monkeypatch.context() as patch:

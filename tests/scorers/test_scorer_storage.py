@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ood_scores
-from ood_scores import FeatureSet, Head, Scorer, create_scorer, evaluate, load_scorer, register_scorer
+from ood_scores import FeatureSet, Head, Scorer, atomic, create_scorer, evaluate, load_scorer, register_scorer
 from ood_scores.errors import (
     BadInput,
     CacheWriteFailed,
@@ -429,7 +429,7 @@ def test_a_refused_write_leaves_the_old_file(refused: str, path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            storage.LockedFile if refused == "write" else os, "check" if refused == "write" else "replace", refuse
+            atomic.LockedFile if refused == "write" else os, "check" if refused == "write" else "replace", refuse
         )
         with pytest.raises(CacheWriteFailed, match=r"No space left on device.*choose another path"):
             create_scorer("msp").save(path)

@@ -136,7 +136,7 @@ def test_a_kill_between_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 raise KeyboardInterrupt
             honest(source, target)
 
-        monkeypatch.setattr(state.os, "replace", killing)
+        monkeypatch.setattr(os, "replace", killing)
         out = tmp_path / f"killed{number}"
         try:
             train(recipe, out, device="cpu", progress=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -558,7 +559,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = state.os.replace
+    honest = os.replace
     calls = iter(range(100))
 
     def full(source: Path, target: Path) -> None:
@@ -566,7 +567,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise OSError(28, "No space left on device")
         honest(source, target)
 
-    monkeypatch.setattr(state.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(CacheWriteFailed, match=r"No space left.*make room"):
         run(tmp_path)
     monkeypatch.undo()

@@ -20,15 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_scores.atomic import (
-    LockedFile,
-    closed_on_error,
-    copy_bytes,
-    disk_errors,
-    put_in_place,
-    remove_abandoned,
-    temporary_beside,
-)
+from ood_scores.atomic import LockedFile, closed_on_error, copy_bytes, disk_errors, remove_abandoned, replacing
 from ood_scores.errors import (
     BadInput,
     CacheBusy,
@@ -120,6 +112,11 @@ def check_replaceable(path: Path) -> None:
     )
 
 
+def how_to_resume(rows: int) -> str:
+    """What to do after a refused write of a cache that holds ``rows`` rows."""
+    return f"{rows:,} rows are safe: make room on the disk and run the same call again to continue"
+
+
 class CacheWriter:
     """Appends rows to a cache file. Use as a context manager; leaving it without ``finish`` keeps a resumable file.
 
@@ -149,10 +146,10 @@ class CacheWriter:
         Raises:
             CacheBusy: there is a file already and ``replace`` is False: another process has just made it.
         """
-        with disk_errors(path, 0), temporary_beside(path) as temporary, closed_on_error(temporary, "x+") as file:
+        with replacing(path, how_to_resume(0), exclusive=not replace, keep_open=True) as file:
             _lay_out(file, path, columns, rows, head, identifying(provenance))
-            put_in_place(temporary, path, replace)
-            return cls(file, path)
+            writer = cls(file, path)
+        return writer
 
     @classmethod
     def resume(cls, path: Path, expected: CacheState) -> CacheWriter:
@@ -162,7 +159,7 @@ class CacheWriter:
             CacheBusy: another process is writing it, or has since it was in the ``expected`` state.
         """
         remove_abandoned(path)
-        with disk_errors(path, expected.rows), closed_on_error(path, "r+") as file:
+        with disk_errors(path, how_to_resume(expected.rows)), closed_on_error(path, "r+") as file:
             with h5py.File(file, "r") as h5:
                 found = state(h5)
             if found != expected or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -177,7 +174,7 @@ class CacheWriter:
             if not self._growing:
                 raise BadInput(f"{self.path} has room for {self._capacity:,} rows, not for {stop:,}.")
             self._move_to_capacity(max(stop, 2 * self._capacity))
-        with disk_errors(self.path, self.rows):
+        with disk_errors(self.path, how_to_resume(self.rows)):
             for name, array in arrays.items():
                 self._file.write_at(self._places[name].of_row(self.rows), array)
             self._file.write_at(self._counter, np.array([stop]))
@@ -189,7 +186,7 @@ class CacheWriter:
             if not self._growing:
                 raise BadInput(f"{self.path} wants {self._capacity:,} rows and has got {self.rows:,}.")
             self._move_to_capacity(self.rows)
-        with disk_errors(self.path, self.rows):
+        with disk_errors(self.path, how_to_resume(self.rows)):
             os.fsync(self._file.fileno())
             self._file.write_at(self._counter, np.array([self.rows, 1]))
 
@@ -226,11 +223,7 @@ class CacheWriter:
     def _move_to_capacity(self, capacity: int) -> None:
         """Continue in a copy with room for ``capacity`` rows that takes the file's place in one step."""
         old = self._file
-        with (
-            disk_errors(self.path, self.rows),
-            temporary_beside(self.path) as temporary,
-            closed_on_error(temporary, "x+") as file,
-        ):
+        with replacing(self.path, how_to_resume(self.rows), keep_open=True) as file:
             with h5py.File(old, "r") as h5:
                 shapes = {name: (place.width, place.dtype) for name, place in self._places.items()}
                 _lay_out(file, self.path, shapes, capacity, read_head(h5), dict(h5.attrs) | {"growing": True})
@@ -238,7 +231,6 @@ class CacheWriter:
             for name, place in self._places.items():
                 copy_bytes(old, place.offset, file, new._places[name].offset, self.rows * place.row_bytes)
             file.write_at(new._counter, np.array([self.rows]))
-            os.replace(temporary, self.path)
         self._use(file)
         old.close()
 
@@ -254,7 +246,7 @@ def write(
 ) -> None:
     """A whole cache file, which takes the place of ``path`` once it is complete."""
     check_replaceable(path)
-    with disk_errors(path, 0), temporary_beside(path) as temporary, LockedFile(temporary, "x+") as file:
+    with replacing(path, how_to_resume(0)) as file:
         _lay_out(file, path, columns, rows, head, identifying(provenance), compress)
         if compress:
             _write_compressed(file, runs)
@@ -263,7 +255,6 @@ def write(
             for run in runs:
                 writer.append(run)
             writer.finish()
-        os.replace(temporary, path)
 
 
 @dataclass(frozen=True)
@@ -352,7 +343,6 @@ def _write_compressed(file: LockedFile, runs: Iterable[Mapping[str, Tensor]]) ->
             file.check()
             done = stop
         h5["progress"][:] = done, 1
-    file.check()
 
 
 def _bears_our_name(path: Path) -> bool:

@@ -7,7 +7,6 @@ and move with it. Every shard is a cache of its own.
 from __future__ import annotations
 
 import glob
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ood_scores.atomic import LockedFile, disk_errors, temporary_beside
+from ood_scores.atomic import replacing
 from ood_scores.errors import DamagedCache, ForeignFile, ShapeMismatch, StaleCache
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import cache as caches
@@ -63,19 +62,18 @@ def join(cache: Path, shards: Mapping[Path, Provenance]) -> None:
         counts = [caches.state(part).rows for part in parts]
         made_by = replace(caches.state(parts[0]).provenance, shard=None)  # type: ignore[type-var]
         attributes = {"compressed": False, "growing": False} | caches.identifying(made_by)
-        with disk_errors(cache, 0), temporary_beside(cache) as temporary, LockedFile(temporary, "x+") as file:
-            with h5py.File(file, "w", alignment_threshold=1, alignment_interval=8) as h5:
-                caches.write_header(h5, cache, caches.read_head(parts[0]), attributes)
-                h5["shards/file"] = [shard.name for shard in shards]
-                h5["shards/identity"] = [part.attrs["identity"] for part in parts]
-                h5["progress"][:] = sum(counts), 1
-                if "extras" in parts[0]:
-                    h5.create_group("extras", track_order=True)
-                for name, (width, dtype) in columns.items():
-                    h5.create_virtual_dataset(name, _one_after_the_other(name, width, dtype, list(shards), counts))
-            file.check()
-            os.fsync(file.fileno())
-            os.replace(temporary, cache)
+        with (
+            replacing(cache, caches.how_to_resume(0)) as file,
+            h5py.File(file, "w", alignment_threshold=1, alignment_interval=8) as h5,
+        ):
+            caches.write_header(h5, cache, caches.read_head(parts[0]), attributes)
+            h5["shards/file"] = [shard.name for shard in shards]
+            h5["shards/identity"] = [part.attrs["identity"] for part in parts]
+            h5["progress"][:] = sum(counts), 1
+            if "extras" in parts[0]:
+                h5.create_group("extras", track_order=True)
+            for name, (width, dtype) in columns.items():
+                h5.create_virtual_dataset(name, _one_after_the_other(name, width, dtype, list(shards), counts))
 
 
 def _shards_beside(cache: Path) -> dict[Path, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_scores.atomic import LockedFile, temporary_beside
+from ood_scores.atomic import replacing
 from ood_scores.errors import CacheError, StaleCache
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.storage.cache import open_to_read, statistics_file
@@ -111,17 +110,13 @@ def _write(cache: Path, identity: str, entries: Mapping[str, Arrays]) -> None:
     place = statistics_file(cache)
     if not _replaceable(place):
         return
-    with temporary_beside(place) as temporary, LockedFile(temporary, "x+") as file:
-        with h5py.File(file, "w") as h5:
-            h5.attrs.update(_attributes(identity))
-            for name, arrays in entries.items():
-                group = h5.create_group(name)
-                group.attrs["sha256"] = _sha256(arrays)
-                for part, values in arrays.items():
-                    group[part] = values
-        file.check()
-        os.fsync(file.fileno())
-        os.replace(temporary, place)
+    with replacing(place) as file, h5py.File(file, "w") as h5:
+        h5.attrs.update(_attributes(identity))
+        for name, arrays in entries.items():
+            group = h5.create_group(name)
+            group.attrs["sha256"] = _sha256(arrays)
+            for part, values in arrays.items():
+                group[part] = values
 
 
 def _replaceable(place: Path) -> bool:

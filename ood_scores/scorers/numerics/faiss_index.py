@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ood_scores.atomic import COPY_BYTES, LockedFile, temporary_beside
+from ood_scores.atomic import COPY_BYTES, replacing
 from ood_scores.errors import BadInput, CacheError
 from ood_scores.features import FeatureSet
 from ood_scores.features.storage.statistics_store import cache_of
@@ -79,12 +79,10 @@ def kept_index(description: str, bank: Tensor, feats: FeatureSet, bank_of: str) 
 def _keep(index: Any, place: Path, made_of: list[str]) -> None:
     import faiss
 
-    with temporary_beside(place) as temporary, LockedFile(temporary, "x+") as file:
-        faiss.write_index(index, str(temporary))
-        size = os.stat(temporary).st_size
+    with replacing(place) as file:
+        faiss.write_index(index, str(file.name))
+        size = os.stat(file.name).st_size
         file.write_at(size, np.frombuffer(_of_file(file, size, made_of), np.uint8))
-        os.fsync(file.fileno())
-        os.replace(temporary, place)
 
 
 def _is_whole(place: Path, made_of: list[str]) -> bool:
