@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -236,13 +235,12 @@ def _look_at_all(
 
 
 def _look_at(source: str, data: Path, download: bool) -> SetFacts:
-    from ood_scores.data.sources import open_dataset
+    from ood_scores.data.sources import offline, open_dataset
 
-    if not download and parse(source).kind == "hf":
-        return SetFacts(None, True)  # its library fetches what it opens
-    if not download:
-        source = re.sub(r"([?&])download=true", r"\1download=false", source)
-    images = open_dataset(source, root=data)
+    text = source if download else offline(source)
+    if text is None:
+        return SetFacts(None, True)
+    images = open_dataset(text, root=data)
     return SetFacts(len(images), images.load(0)[1] is not None)
 
 

@@ -1,7 +1,4 @@
-"""How to get the datasets that this package does not carry.
-
-Nothing is fetched here: `remedy` says the command or address, and a person decides.
-"""
+"""How to get datasets in files that are missing, from what the catalog knows: a command or an address."""
 
 from __future__ import annotations
 
@@ -10,41 +7,20 @@ from pathlib import PurePosixPath
 
 from ood_scores.data.catalog import CATALOG, OPENOOD, KnownSet
 from ood_scores.data.dataset_spec import parse
-from ood_scores.data.kinds.torchvision_sets import can_download
 
 
-def remedy(spec: str, root: str | PathLike[str] | None = None) -> str:
-    """How to get the data that `spec` names: a command, an address, or "" where none is known.
+def remedy_for_path(text: str, root: str | PathLike[str] | None = None) -> str:
+    """How to get a dataset in files: by the path of a known dataset, else by a folder name on the path.
 
     Args:
-        spec: as `ood_scores.data.sources.open_dataset` takes it; nothing is opened, no variable is expanded.
+        text: as `ood_scores.data.sources.open_dataset` takes it; nothing is opened, no variable is expanded.
         root: where its relative paths start.
     """
-    kind, target, options = parse(spec)
-    if kind == "hf":
-        return _from_hub(target, options)
-    if kind == "torchvision" and can_download(target):
-        return "" if options.get("download") == "true" else _with_download(spec, root)
-    if kind not in ("folder", "imglist", "npz", "torchvision"):
-        return ""
+    target = parse(text).target
     for known in CATALOG:
         if f"/{target}".endswith(f"/{_path(known)}"):
             return _instruction(known, _below(root, target.removesuffix(_path(known))))
     return _by_folder(target, root)
-
-
-def _from_hub(target: str, options: dict[str, str]) -> str:
-    arguments = [repr(target), *([repr(options["config"])] if "config" in options else [])]
-    call = f"from datasets import load_dataset; load_dataset({', '.join(arguments)})"
-    return f'pip install datasets && python -c "{call}"'
-
-
-def _with_download(spec: str, root: str | PathLike[str] | None) -> str:
-    kept = spec.replace("?download=false&", "?").replace("&download=false", "").removesuffix("?download=false")
-    whole = f"{kept}{'&' if '?' in kept else '?'}download=true"
-    arguments = repr(whole) if root is None else f"{whole!r}, root={fspath(root)!r}"
-    call = f"from ood_scores.data.sources import open_dataset; open_dataset({arguments})"
-    return f'add download=true to the spec, or run: python -c "{call}"'
 
 
 def _by_folder(target: str, root: str | PathLike[str] | None) -> str:

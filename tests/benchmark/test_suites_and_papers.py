@@ -15,7 +15,7 @@ from ood_scores.benchmark import Spec, load_spec
 from ood_scores.benchmark.scorers import create, scorer_tables
 from ood_scores.benchmark.spec import Part, Published
 from ood_scores.data.dataset_spec import parse
-from ood_scores.data.sources import _KINDS
+from ood_scores.data.kinds.base import DATASET_KINDS
 from ood_scores.toml_tables import tomllib
 from ood_scores.training import Recipe, load_recipe
 
@@ -58,7 +58,7 @@ def test_what_a_spec_names_exists(name: str) -> None:
     for part in spec(name).parts:
         assert {part.id, *part.ood, *part.covariate, *filter(None, [part.fit])} <= part.sets.keys()
         for text in part.sets.values():
-            assert parse(text).kind in _KINDS
+            assert parse(text).kind in DATASET_KINDS
         for table in scorer_tables(part):
             assert create(table).name == table.name
 

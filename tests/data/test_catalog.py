@@ -10,8 +10,7 @@ import pytest
 
 from ood_scores.data.catalog import CATALOG, KnownSet
 from ood_scores.data.dataset_spec import parse
-from ood_scores.data.remedies import remedy
-from ood_scores.data.sources import open_dataset
+from ood_scores.data.sources import open_dataset, remedy
 from ood_scores.errors import MissingData
 
 PAGE = Path(__file__).parents[2] / "docs" / "datasets.md"

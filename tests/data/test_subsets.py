@@ -1,45 +1,28 @@
-"""The options that every dataset takes, variables and relative paths in specs, noise."""
+"""The options that every kind of dataset has: some rows, a long tail, scrambled pixels."""
 
 from __future__ import annotations
 
 import pickle
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from dataset_images import numbered, pixels, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from ood_scores.data.images import ImageArrays, ImageDataset
+from ood_scores.data.images import ImageArrays
 from ood_scores.data.kinds.digits import digits
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.data.sources import open_dataset
 from ood_scores.data.subsets import ChosenImages, ScrambledImages, seen_through
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingData, UnknownName
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, UnknownName
 
-
-def pixels(dataset: ImageDataset, index: int) -> np.ndarray:
-    return np.asarray(dataset.load(index)[0])
-
-
-def numbered(n: int, labels: Any = None) -> ImageArrays:
-    """The pixels of an image say its row, up to 65,535."""
-    rows = np.arange(n)
-    images = np.stack([rows // 256, rows % 256, 0 * rows], axis=1).astype(np.uint8)[:, None, None]
-    return ImageArrays(np.ascontiguousarray(np.broadcast_to(images, (n, 2, 2, 3))), labels, name="numbered")
-
-
-def rows_of(dataset: ImageDataset) -> list[int]:
-    corners = [pixels(dataset, index)[0, 0].astype(int) for index in range(len(dataset))]
-    return [256 * high + low for high, low, _ in corners]
-
-
-# --- some rows ------------------------------------------------------------------------------------------------------
+# --- some rows --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", ["0:5", "5:", ":-3", "::4", "2:9:3", "-4:", "::-1", ":"])
@@ -90,7 +73,7 @@ def test_options_that_cannot_be_applied() -> None:
         open_dataset("noise:uniform?root=x")
 
 
-# --- items, labels and transforms of what is seen through options ---------------------------------------------------
+# --- items, labels and transforms of what is seen through options -----------------------------------------------------
 
 
 class Unreadable(ImageArrays):
@@ -147,7 +130,7 @@ def test_the_same_in_spawned_workers_in_any_order() -> None:
             assert all(np.array_equal(here, there) for here, there in zip(item, each[index], strict=True))
 
 
-# --- scrambled images -----------------------------------------------------------------------------------------------
+# --- scrambled images -------------------------------------------------------------------------------------------------
 
 
 def test_scrambled_images_keep_their_pixels() -> None:
@@ -180,100 +163,3 @@ def test_scrambling_depends_on_the_seed_and_the_row_in_the_whole_set() -> None:
         np.testing.assert_array_equal(pixels(some, index), pixels(whole, 100 + index * step))
     assert not np.array_equal(pixels(open_dataset("digits?scramble=6"), 0), pixels(whole, 0))
     np.testing.assert_array_equal(pixels(pickle.loads(pickle.dumps(some)), 1), pixels(some, 1))
-
-
-# --- noise ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "uniform"])
-def test_noise(kind: str) -> None:
-    dataset = open_dataset(f"noise:{kind}?n=40&size=12&seed=3")
-    assert (len(dataset), dataset.name) == (40, f"{kind}_noise")
-    assert isinstance(dataset[0], Image.Image)  # no label
-    np.testing.assert_array_equal(pixels(open_dataset(f"noise:{kind}?n=9&size=12&seed=3"), 8), pixels(dataset, 8))
-    assert not np.array_equal(pixels(open_dataset(f"noise:{kind}?n=40&size=12&seed=4"), 8), pixels(dataset, 8))
-    assert not np.array_equal(pixels(dataset, 7), pixels(dataset, 8))
-    with pytest.raises(IndexError):
-        dataset.load(40)
-    assert pixels(open_dataset(f"noise:{kind}"), 9999).shape == (32, 32, 3)
-
-
-def test_noise_has_the_distribution_it_says_in_every_channel() -> None:
-    gaussian, uniform = (
-        np.stack([pixels(open_dataset(f"noise:{kind}"), row) for row in range(60)]).reshape(-1, 3).astype(float)
-        for kind in ("gaussian", "uniform")
-    )
-    assert np.abs(gaussian.mean(axis=0) - 127.5).max() < 1.5
-    assert np.abs((np.abs(gaussian - 127.5) < 63.75).mean(axis=0) - 0.6827).max() < 0.01
-    assert np.abs(uniform.mean(axis=0) - 127.5).max() < 1.5
-    assert np.abs(uniform.std(axis=0) - np.sqrt((256**2 - 1) / 12)).max() < 1.5
-    for sample in (gaussian, uniform):
-        assert np.abs(np.corrcoef(sample.T) - np.eye(3)).max() < 0.02
-
-
-def test_noise_errors() -> None:
-    with pytest.raises(UnknownName, match="no noise 'pink'; there are: gaussian, uniform"):
-        open_dataset("noise:pink")
-    for option in ["n=0", "size=-1", "seed=a"]:
-        with pytest.raises(BadInput, match=f"cannot read {option}; write a whole number from"):
-            open_dataset(f"noise:uniform?{option}")
-
-
-# --- variables and relative paths -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def three(tmp_path: Path) -> Path:
-    (tmp_path / "pictures").mkdir()
-    for number in range(3):
-        Image.new("RGB", (2, 2), (number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
-    (tmp_path / "list.txt").write_text("0.png 4\n2.png 5\n")
-    return tmp_path
-
-
-def test_variables_of_the_environment(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_DATA", str(three))
-    monkeypatch.setenv("ROWS", "1:")
-    for spec in ["folder:$MY_DATA/pictures?rows=$ROWS", "folder:${MY_DATA}/pictures?rows=${ROWS}"]:
-        assert rows_of(open_dataset(spec)) == [256, 512]
-    assert labels_of(open_dataset("imglist:$MY_DATA/list.txt?root=${MY_DATA}/pictures")).tolist() == [4, 5]
-
-
-def test_a_dollar_sign_is_written_twice(three: Path) -> None:
-    (three / "pictures").rename(three / "$x")
-    assert len(open_dataset(f"folder:{three}/$$x")) == 3
-    with pytest.raises(BadInput, match=r"write \$NAME or \$\{NAME\}, and \$\$ for a dollar sign"):
-        open_dataset(f"folder:{three}/$")
-
-
-@pytest.mark.parametrize("value", [None, ""])
-def test_a_variable_that_is_not_set_is_named(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_SUCH_DATA", raising=False)
-    if value is not None:
-        monkeypatch.setenv("NO_SUCH_DATA", value)
-    for spec in ["folder:$NO_SUCH_DATA/x", "digits?rows=${NO_SUCH_DATA}:"]:
-        with pytest.raises(MissingData, match=r"the environment variable NO_SUCH_DATA of .* is not set"):
-            open_dataset(spec)
-
-
-def test_relative_paths_start_from_root(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.savez(three / "a.npz", images=np.zeros((5, 2, 2), dtype=np.uint8))
-    assert len(open_dataset("folder:pictures", root=three)) == 3
-    assert len(open_dataset("npz:a.npz", root=str(three))) == 5
-    assert len(open_dataset("imglist:list.txt?root=pictures", root=three)) == 2
-    assert len(open_dataset(f"folder:{three}/pictures", root="/nowhere")) == 3
-    monkeypatch.setenv("HOME", str(three))
-    assert len(open_dataset("folder:~/pictures", root="/nowhere")) == 3
-    with pytest.raises(MissingData, match=f"cannot open CIFAR10 in {three}/pictures: "):
-        open_dataset("torchvision:CIFAR10?root=pictures", root=three)
-    monkeypatch.chdir(three)
-    assert len(open_dataset("folder:pictures")) == 3
-
-
-def test_labels_of_torchvision_sets_that_keep_pairs(tmp_path: Path) -> None:
-    for label in (0, 14):
-        path = tmp_path / "gtsrb" / "GTSRB" / "Training" / f"{label:05d}" / "1.ppm"
-        path.parent.mkdir(parents=True)
-        Image.new("RGB", (3, 3)).save(path)
-    dataset = open_dataset(f"torchvision:GTSRB?split=train&root={tmp_path}&rows=1:")
-    assert labels_of(dataset).tolist() == [1] == [dataset[0][1]]  # torchvision numbers the folders

@@ -10,7 +10,7 @@ import pytest
 import timm
 
 import ood_scores.models.networks  # noqa: F401  registers the CIFAR networks
-from ood_scores.data.sources import _KINDS
+from ood_scores.data.kinds.base import DATASET_KINDS
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.training import Recipe, load_recipe
 from ood_scores.training.augment import AUGMENTATIONS
@@ -238,7 +238,7 @@ def test_what_a_recipe_names_exists(path: Path) -> None:
     assert timm.is_model(recipe.model.name)
     auxiliary = [recipe.auxiliary] if recipe.auxiliary else []
     for spec in (recipe.data.train, recipe.data.test, *(table.data for table in auxiliary if table.data != "train")):
-        assert spec is None or spec.partition("?")[0].partition(":")[0] in _KINDS
+        assert spec is None or spec.partition("?")[0].partition(":")[0] in DATASET_KINDS
     for name in (recipe.data.augmentation, *(table.augmentation for table in auxiliary)):
         assert name is None or name in AUGMENTATIONS
     for stage in recipe.stages:

@@ -6,12 +6,15 @@ Digits and photographs come with scikit-learn. All images are uint8 arrays, grey
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ood_scores.data.images import ImageArrays
+from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.data.kinds.noise import gaussian_pixels, uniform_pixels
 from ood_scores.errors import BadInput
 
@@ -48,6 +51,30 @@ def digits(classes: Sequence[int] = range(10)) -> tuple[NDArray[np.uint8], NDArr
     labels = position[bunch.target]
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     return images[labels >= 0], labels[labels >= 0]
+
+
+@register_dataset_kind("digits")
+def open_digits(target: str, base: Path, *, classes: str | None = None) -> ImageArrays:
+    """Open ``digits?classes=0-6``, the handwritten digits; ``classes=0,1,8`` is a list.
+
+    A label is the position of the class in the list.
+    """
+    if target:
+        raise BadInput(f"digits takes no path, but got {target!r}; write digits or digits?classes=0-6")
+    if classes is None:
+        return ImageArrays(*digits(), None, "digits")
+    return ImageArrays(*digits(_class_list(classes)), None, f"digits[{classes}]")
+
+
+def _class_list(classes: str) -> list[int]:
+    numbers: list[int] = []
+    try:
+        for part in classes.split(","):
+            first, dash, last = part.partition("-")
+            numbers += range(int(first), int(last if dash else first) + 1)
+    except ValueError as error:
+        raise BadInput(f"cannot read classes={classes}; write, for example, classes=0-6 or classes=0,1,8") from error
+    return numbers
 
 
 def digits_split(classes: Sequence[int] = range(10), seed: int = 0) -> Split:

@@ -8,7 +8,9 @@ from typing import Any
 
 from PIL import Image
 
+from ood_scores.data.dataset_spec import parse
 from ood_scores.data.images import ImageDataset, checked_labels
+from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.errors import BadInput, EmptyInput, MissingData, UnknownName
 
 LABEL_COLUMNS = ("label", "labels")
@@ -42,6 +44,14 @@ class HubImages(ImageDataset):
         return image.convert("RGB"), None if self.labels is None else int(self.labels[index])
 
 
+def _remedy(text: str, root: object) -> str:
+    _, target, options = parse(text)
+    arguments = [repr(target), *([repr(options["config"])] if "config" in options else [])]
+    call = f"from datasets import load_dataset; load_dataset({', '.join(arguments)})"
+    return f'pip install datasets && python -c "{call}"'
+
+
+@register_dataset_kind("hf", _remedy, offline=lambda text: None)
 def open_hub(
     target: str,
     base: Path,
@@ -51,12 +61,15 @@ def open_hub(
     image: str | None = None,
     label: str | None = None,
 ) -> HubImages:
-    """The dataset `target` of the hub; see `ood_scores.data.sources.open_dataset`.
+    """Open ``hf:OWNER/NAME?split=test&config=NAME&image=COLUMN&label=COLUMN``, a dataset of the Hugging Face hub.
+
+    The library ``datasets`` downloads it or finds it in its cache. ``image`` and ``label`` are only needed where the
+    dataset has several columns of images or classes.
 
     Raises:
-        MissingData: the library is not installed, or neither the hub nor its local cache has the dataset.
-        UnknownName: a column that is not there.
-        BadInput: no split or configuration of this name, or columns that have to be named.
+        MissingData: if the library is not installed, or neither the hub nor its local cache has the dataset.
+        UnknownName: if a column does not exist.
+        BadInput: if there is no such split or configuration, or a column must be named.
     """
     if not target:
         raise BadInput("hf needs a dataset; write hf:OWNER/NAME")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ood_scores.data.dataset_spec import whole_number
 from ood_scores.data.images import ImageDataset
+from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.errors import UnknownName
 
 Pixels = Callable[[Generator, tuple[int, ...]], NDArray[np.uint8]]
@@ -55,8 +56,14 @@ class NoiseImages(ImageDataset):
         return Image.fromarray(DRAWN[self.kind](rng, (self.size, self.size, 3))), None
 
 
+@register_dataset_kind("noise")
 def open_noise(target: str, base: Path, *, n: str = "10000", size: str = "32", seed: str = "0") -> NoiseImages:
-    """`NoiseImages` of the kind `target`. Raises UnknownName for another, BadInput for options that are no numbers."""
+    """Open ``noise:gaussian?n=10000&size=32&seed=0`` or ``noise:uniform``, images of noise without labels.
+
+    Raises:
+        UnknownName: if there is no such noise.
+        BadInput: if an option is not a whole number.
+    """
     if target not in DRAWN:
         raise UnknownName(f"no noise {target!r}; there are: {', '.join(DRAWN)}")
     return NoiseImages(target, whole_number("n", n, 1), whole_number("size", size, 1), whole_number("seed", seed))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ood_scores.data.dataset_spec import located
 from ood_scores.data.images import ImageArrays, read_rgb
+from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.errors import BadInput, MissingData
 
 
@@ -30,6 +31,7 @@ class Index:
     labels: list[int] | None
 
 
+@register_dataset_kind("sheets")
 def open_sheets(target: str, base: Path) -> ImageArrays:
     """The images of `target`, a path without `.json`, all in memory.
 

@@ -4,19 +4,47 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from ood_scores.data.dataset_spec import located
+from ood_scores.data.dataset_spec import located, parse
 from ood_scores.data.images import TorchvisionImages
+from ood_scores.data.kinds.base import register_dataset_kind
+from ood_scores.data.remedies import remedy_for_path
 from ood_scores.errors import BadInput, MissingData, UnknownName
 
 
+def _remedy(text: str, root: str | PathLike[str] | None) -> str:
+    _, target, options = parse(text)
+    found = _classes().get(target)
+    if found is None or "download" not in inspect.signature(found).parameters:
+        return remedy_for_path(text, root)
+    if options.get("download") == "true":
+        return ""
+    kept = text.replace("?download=false&", "?").replace("&download=false", "").removesuffix("?download=false")
+    whole = f"{kept}{'&' if '?' in kept else '?'}download=true"
+    arguments = repr(whole) if root is None else f"{whole!r}, root={fspath(root)!r}"
+    call = f"from ood_scores.data.sources import open_dataset; open_dataset({arguments})"
+    return f'add download=true to the spec, or run: python -c "{call}"'
+
+
+def _without_download(text: str) -> str:
+    return re.sub(r"([?&])download=true", r"\1download=false", text)
+
+
+@register_dataset_kind("torchvision", _remedy, _without_download)
 def open_torchvision(
     target: str, base: Path, *, split: str | None = None, root: str | None = None, download: str = "false"
 ) -> TorchvisionImages:
-    """The dataset `target`; see `ood_scores.data.sources.open_dataset`."""
+    """Open ``torchvision:NAME?split=test&root=DIR&download=true``, one of torchvision's classification datasets.
+
+    ``split`` becomes the dataset's argument ``train`` or ``split``, whichever it has, and defaults to test. ``root``
+    defaults to ``ood_scores/data`` in the user's cache (``$XDG_CACHE_HOME``, else ``~/.cache``). Nothing is downloaded
+    without ``download=true``.
+    """
     classes = _classes()
     if target not in classes:
         raise UnknownName(f"no torchvision dataset {target!r}; there are: {', '.join(classes)}")
@@ -30,12 +58,6 @@ def open_torchvision(
     except (RuntimeError, OSError) as error:
         raise MissingData(f"cannot open {target} in {folder}: {error}") from error
     return TorchvisionImages(dataset, None, f"{target}[{split}]" if split else target)
-
-
-def can_download(target: str) -> bool:
-    """Whether torchvision has the dataset `target` and downloads it itself."""
-    found = _classes().get(target)
-    return found is not None and "download" in inspect.signature(found).parameters
 
 
 def _classes() -> dict[str, Callable[..., Any]]:

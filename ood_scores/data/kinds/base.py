@@ -1,0 +1,53 @@
+"""The kinds of datasets that a text can name: how each is opened, and how data that is missing is obtained."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from typing import TypeAlias, TypeVar
+
+from ood_scores.data.images import ImageDataset
+
+Root: TypeAlias = str | PathLike[str] | None
+OpenT = TypeVar("OpenT", bound=Callable[..., ImageDataset])
+
+
+@dataclass(frozen=True)
+class DatasetKind:
+    """A kind of dataset: the word before the colon in ``kind:target?option=value``.
+
+    Attributes:
+        open: opens a dataset, called as ``open(target, base, **options)`` with the folder where relative paths start;
+            its keyword-only parameters are the options of the kind, whose values are text.
+        remedy: returns how to get the data that a text names, called as ``remedy(text, root)``; "" where nothing is
+            known.
+        offline: returns the text that opens the same dataset without network access, or None if there is none.
+    """
+
+    open: Callable[..., ImageDataset]
+    remedy: Callable[[str, Root], str]
+    offline: Callable[[str], str | None]
+
+    @property
+    def options(self) -> list[str]:
+        """The names of the options of this kind alone."""
+        return inspect.getfullargspec(self.open).kwonlyargs
+
+
+DATASET_KINDS: dict[str, DatasetKind] = {}
+
+
+def register_dataset_kind(
+    name: str,
+    remedy: Callable[[str, Root], str] = lambda text, root: "",
+    offline: Callable[[str], str | None] = lambda text: text,
+) -> Callable[[OpenT], OpenT]:
+    """Register the decorated function as the one that opens datasets of a kind; see ``DatasetKind``."""
+
+    def register(open: OpenT) -> OpenT:
+        DATASET_KINDS[name] = DatasetKind(open, remedy, offline)
+        return open
+
+    return register

@@ -1,0 +1,56 @@
+"""Lists of image files, as OpenOOD and SC-OOD publish them."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from pathlib import Path
+
+from ood_scores.data.dataset_spec import existing, located
+from ood_scores.data.images import ImageFiles
+from ood_scores.data.kinds.base import register_dataset_kind
+from ood_scores.data.remedies import remedy_for_path
+from ood_scores.errors import BadInput, EmptyInput, MissingData
+
+
+@register_dataset_kind("imglist", remedy_for_path)
+def open_imglist(target: str, base: Path, *, root: str | None = None) -> ImageFiles:
+    """Open ``imglist:PATH?root=DIR``, a text file with a line ``relative/path label`` for each image.
+
+    The label is the last word, -1 for no class. Paths are relative to ``root``, by default the folder of the list. In
+    the lists of SC-OOD (Yang et al. 2021) the label is a dictionary; its ``sc_label`` is used, which is the ID class
+    that the image shows, or -1.
+    """
+    path = existing("imglist", target, base)
+    folder = path.parent if root is None else located(root, base)
+    paths, labels = [], []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            file, label = _file_and_label(line.strip())
+        except (ValueError, SyntaxError, TypeError, AttributeError) as error:
+            raise BadInput(f"line {number} of {path} is {line!r}; write: relative/path integer-label") from error
+        paths.append(str(folder / file))
+        labels.append(label)
+    if not paths:
+        raise EmptyInput(f"{path} lists no images")
+    if not Path(paths[0]).exists():
+        raise MissingData(f"the first image of {path} is not at {paths[0]}; name the images' folder with ?root=DIR")
+    return ImageFiles(paths, labels, None, path.stem)
+
+
+def _file_and_label(line: str) -> tuple[str, int]:
+    file, brace, rest = line.partition(" {")
+    if brace:
+        said = ast.literal_eval("{" + rest)
+        return file.strip(), operator.index(said.get("sc_label", said.get("label")))
+    file, label = line.rsplit(maxsplit=1)
+    return file, int(label)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path} as a text file: {error}") from error

@@ -1,0 +1,31 @@
+"""NumPy archives of images."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ood_scores.data.dataset_spec import existing
+from ood_scores.data.images import ImageArrays
+from ood_scores.data.kinds.base import register_dataset_kind
+from ood_scores.data.remedies import remedy_for_path
+from ood_scores.errors import BadInput
+
+
+@register_dataset_kind("npz", remedy_for_path)
+def open_npz(target: str, base: Path) -> ImageArrays:
+    """Open ``npz:PATH``, a NumPy archive of ``images`` and optionally ``labels``, as ``ImageArrays`` takes them."""
+    path = existing("npz", target, base)
+    if not zipfile.is_zipfile(path):
+        raise BadInput(f"{path} is not a NumPy archive; save the images and labels with np.savez")
+    with np.load(path, allow_pickle=False) as archive:
+        if "images" not in archive:
+            raise BadInput(f"{path} has no array 'images'; it has: {', '.join(archive) or 'none'}")
+        try:
+            images, labels = archive["images"], archive.get("labels")
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadInput(f"cannot read the arrays of {path}: {error}") from error
+    return ImageArrays(images, labels, None, path.stem)

@@ -1,0 +1,83 @@
+"""The text that names a dataset: kinds, options, variables, relative paths."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dataset_images import rows_of
+from PIL import Image
+
+from ood_scores.data.long_tail import labels_of
+from ood_scores.data.sources import open_dataset
+from ood_scores.errors import BadInput, MissingData, UnknownName
+
+
+def test_specs_that_cannot_be_read() -> None:
+    with pytest.raises(UnknownName, match=r"'zip' in 'zip:a'; there are: .*folder, .*torchvision"):
+        open_dataset("zip:a")
+    with pytest.raises(UnknownName, match="digits has no option 'class'; it has: classes"):
+        open_dataset("digits?class=1")
+    with pytest.raises(UnknownName, match="folder has no option 'split'; it has: scramble, rows, long_tail, take"):
+        open_dataset("folder:x?split=test")
+    with pytest.raises(UnknownName, match="'target'; it has: split, root, download"):
+        open_dataset("torchvision:CIFAR10?target=1")
+    for spec in ["digits?classes", "digits?classes=", "digits?=3", "digits?classes=1&"]:
+        with pytest.raises(BadInput, match=r"write \?name=value&name=value"):
+            open_dataset(spec)
+
+
+def test_importing_the_package_loads_none_of_this() -> None:
+    code = "import ood_scores, sys; assert not {'torchvision', 'sklearn', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+    (tmp_path / "list.txt").write_text("0.png 4\n2.png 5\n")
+    return tmp_path
+
+
+def test_variables_of_the_environment(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_DATA", str(three))
+    monkeypatch.setenv("ROWS", "1:")
+    for spec in ["folder:$MY_DATA/pictures?rows=$ROWS", "folder:${MY_DATA}/pictures?rows=${ROWS}"]:
+        assert rows_of(open_dataset(spec)) == [256, 512]
+    assert labels_of(open_dataset("imglist:$MY_DATA/list.txt?root=${MY_DATA}/pictures")).tolist() == [4, 5]
+
+
+def test_a_dollar_sign_is_written_twice(three: Path) -> None:
+    (three / "pictures").rename(three / "$x")
+    assert len(open_dataset(f"folder:{three}/$$x")) == 3
+    with pytest.raises(BadInput, match=r"write \$NAME or \$\{NAME\}, and \$\$ for a dollar sign"):
+        open_dataset(f"folder:{three}/$")
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_variable_that_is_not_set_is_named(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_DATA", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NO_SUCH_DATA", value)
+    for spec in ["folder:$NO_SUCH_DATA/x", "digits?rows=${NO_SUCH_DATA}:"]:
+        with pytest.raises(MissingData, match=r"the environment variable NO_SUCH_DATA of .* is not set"):
+            open_dataset(spec)
+
+
+def test_relative_paths_start_from_root(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(three / "a.npz", images=np.zeros((5, 2, 2), dtype=np.uint8))
+    assert len(open_dataset("folder:pictures", root=three)) == 3
+    assert len(open_dataset("npz:a.npz", root=str(three))) == 5
+    assert len(open_dataset("imglist:list.txt?root=pictures", root=three)) == 2
+    assert len(open_dataset(f"folder:{three}/pictures", root="/nowhere")) == 3
+    monkeypatch.setenv("HOME", str(three))
+    assert len(open_dataset("folder:~/pictures", root="/nowhere")) == 3
+    with pytest.raises(MissingData, match=f"cannot open CIFAR10 in {three}/pictures: "):
+        open_dataset("torchvision:CIFAR10?root=pictures", root=three)
+    monkeypatch.chdir(three)
+    assert len(open_dataset("folder:pictures")) == 3
