@@ -19,8 +19,8 @@ from torch import Tensor
 import ood_scores
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.scorers import problem
-from ood_scores.evaluation.evaluate import fit_all
 from ood_scores.features.storage import cache
+from ood_scores.scorers.base import fit_all
 
 FITS = ("mahalanobis", "relative_mahalanobis", "vim", "react", "she", "kl_matching")
 

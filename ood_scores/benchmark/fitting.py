@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ood_scores.errors import OodScoresError
-from ood_scores.evaluation.evaluate import fit_all
 from ood_scores.features import FeatureSet
 from ood_scores.scorers import Scorer
-from ood_scores.scorers.base import score_all
+from ood_scores.scorers.base import fit_all, score_all
 
 Has = Callable[[str], bool]
 
@@ -68,7 +67,7 @@ def fit_each(ready: Mapping[str, Ready], fit: FeatureSet | None) -> None:
         return
     spent: list[float] = []
     try:
-        fit_all([each.scorer for each in fitted], fit, spent)
+        fit_all([each.scorer for each in fitted], fit, spent=spent)
     except OodScoresError:
         spent = [_fit_alone(each, fit) for each in fitted]
     for each, seconds in zip(fitted, spent, strict=True):
@@ -78,7 +77,7 @@ def fit_each(ready: Mapping[str, Ready], fit: FeatureSet | None) -> None:
 def _fit_alone(each: Ready, fit: FeatureSet) -> float:
     spent: list[float] = []
     try:
-        fit_all([each.scorer], fit, spent)
+        fit_all([each.scorer], fit, spent=spent)
     except OodScoresError as error:
         each.failure = str(error)
     return sum(spent)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,8 +11,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.evaluation import metrics
 from ood_scores.features import Block, FeatureSet, as_feature_set
-from ood_scores.features.statistics.collect import Statistic, collect
-from ood_scores.scorers.base import Scorer, as_scorer, require_same_weights, score_all
+from ood_scores.scorers.base import Scorer, as_scorer, fit_all, require_same_weights, score_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,31 +82,6 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
         "id": id.provenance.dataset if id.provenance else None,
     }
     return table
-
-
-def fit_all(scorers: Iterable[Scorer], feats: FeatureSet, spent: list[float] | None = None) -> None:
-    """Fits every scorer that is fitted at all, from statistics collected in one pass over the set.
-
-    Args:
-        scorers: those to be fitted.
-        feats: the fit set.
-        spent: gets the seconds of each scorer, 0 for one that is not fitted. A statistic that several ask for counts
-            for the first of them; one that is kept beside the cache from an earlier fit, for none.
-    """
-    scorers = list(scorers)
-    fitted = [scorer for scorer in scorers if scorer.fit_needs]
-    for scorer in fitted:
-        scorer.check_has(feats, scorer.fit_needs, "be fitted on")
-    by_statistic: dict[Statistic, float] = {}
-    collect(feats, [statistic for scorer in fitted for statistic in scorer.statistics()], by_statistic)
-    seconds = []
-    for scorer in scorers:
-        start = perf_counter()
-        asked = sum(by_statistic.pop(statistic, 0.0) for statistic in scorer.statistics())
-        scorer.fit(feats)
-        seconds.append(asked + perf_counter() - start if scorer.fit_needs else 0.0)
-    if spent is not None:
-        spent += seconds
 
 
 class _Correct(Scorer):

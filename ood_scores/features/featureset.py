@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -54,6 +55,9 @@ class FeatureSet:
 
     device: torch.device | None = None
     """Where blocks are computed with, for all that fits or scores; None: where the columns are."""
+
+    block_rows: int | None = None
+    """The default number of rows of a block; None chooses it from the size of a row."""
 
     def __init__(
         self,
@@ -156,8 +160,16 @@ class FeatureSet:
         chosen = FeatureSet(
             columns["features"], columns.get("logits"), columns.get("labels"), self.head, extras, self.provenance
         )
-        chosen.device = self.device
+        chosen.device, chosen.block_rows = self.device, self.block_rows
         return chosen
+
+    def in_blocks(self, rows: int | None) -> FeatureSet:
+        """Return a view of the set whose blocks have ``rows`` rows by default; None returns the set itself."""
+        if rows is None:
+            return self
+        view = copy.copy(self)
+        view.block_rows = rows
+        return view
 
     def blocks(
         self,
@@ -176,6 +188,7 @@ class FeatureSet:
         """
         if len(self) == 0:
             raise EmptyInput("this feature set has no rows.")
+        rows = self.block_rows if rows is None else rows
         if rows is not None and rows < 1:
             raise BadInput(f"a block holds at least one row, got rows={rows}.")
         columns = self._columns if only is None else self._columns_of(only)

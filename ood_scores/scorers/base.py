@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Integral
 from time import perf_counter
 from typing import Any
@@ -76,22 +76,20 @@ class Scorer(ABC):
         """What each of the scorers with this one's key, itself among them, gives by itself; some of it done once."""
         return [scorer.score_block(block) for scorer in scorers]
 
-    def fit(self, feats: FeatureSet) -> Scorer:
-        """Fits on in-distribution features, in blocks, and returns the scorer itself.
+    def fit(self, feats: FeatureSet, *, block_rows: int | None = None) -> Scorer:
+        """Fit on in-distribution features, in blocks, and return the scorer itself.
+
+        Args:
+            feats: the fit set, usually of the training data.
+            block_rows: rows of a block; by default as ``FeatureSet.blocks`` chooses it.
 
         Raises:
-            EmptyInput: the set has no rows.
-            MissingInput: the set lacks what the fit reads.
-            NotFinite: the set holds NaN or infinite values.
-            BadLabels: the fit reads labels, and they are not class indices of the model.
+            EmptyInput: if the set has no rows.
+            MissingInput: if the set lacks what the fit reads.
+            NotFinite: if the set holds NaN or infinite values.
+            BadLabels: if the fit reads labels, and they are not class indices of the model.
         """
-        self.check_has(feats, self.fit_needs, "be fitted on")
-        if not self.fit_needs:
-            return self
-        self.fitted_widths = None
-        statistics = self.statistics()
-        self.fit_statistics(collect(feats, statistics) if statistics else {}, feats)
-        self.fitted_widths, self.fitted_on = _widths(feats), feats.provenance
+        fit_all([self], feats, block_rows=block_rows)
         return self
 
     @property
@@ -188,6 +186,47 @@ class Scorer(ABC):
         """Raises BadInput, naming the scorer, unless the condition holds: for checks of parameters."""
         if not condition:
             raise BadInput(f"{self.name}: {message}.")
+
+
+def fit_all(
+    scorers: Iterable[Scorer],
+    feats: FeatureSet,
+    *,
+    block_rows: int | None = None,
+    spent: list[float] | None = None,
+) -> None:
+    """Fit every scorer that needs a fit, from statistics collected in one pass over the set.
+
+    Args:
+        scorers: the scorers; those that need no fit are left as they are.
+        feats: the fit set.
+        block_rows: rows of a block; by default as ``FeatureSet.blocks`` chooses it.
+        spent: receives the seconds of each scorer, 0 for one that needs no fit. A statistic that several scorers share
+            is charged to the first of them, a statistic stored with the cache by an earlier fit to none.
+
+    Raises:
+        EmptyInput, MissingInput, NotFinite, BadLabels: as ``Scorer.fit``.
+    """
+    scorers, feats = list(scorers), feats.in_blocks(block_rows)
+    fitted = [scorer for scorer in scorers if scorer.fit_needs]
+    for scorer in fitted:
+        scorer.check_has(feats, scorer.fit_needs, "be fitted on")
+    for scorer in fitted:
+        scorer.fitted_widths = None
+    by_statistic: dict[Statistic, float] = {}
+    found = collect(feats, [statistic for scorer in fitted for statistic in scorer.statistics()], by_statistic)
+    seconds = []
+    for scorer in scorers:
+        if not scorer.fit_needs:
+            seconds.append(0.0)
+            continue
+        start = perf_counter()
+        own = {statistic: found[statistic] for statistic in scorer.statistics()}
+        scorer.fit_statistics(own, feats)
+        scorer.fitted_widths, scorer.fitted_on = _widths(feats), feats.provenance
+        seconds.append(perf_counter() - start + sum(by_statistic.pop(statistic, 0.0) for statistic in own))
+    if spent is not None:
+        spent += seconds
 
 
 def score_all(

@@ -146,5 +146,5 @@ def warn_of_classes_without_rows(name: str, counts: Tensor) -> None:
     if lacking:
         warnings.warn(
             f"{name}: {lacking} of {len(counts)} classes have no row to fit that is predicted as its label.",
-            stacklevel=4,
+            stacklevel=5,
         )

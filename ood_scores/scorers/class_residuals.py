@@ -126,7 +126,7 @@ class CADRef(_RelativeToClass):
             warnings.warn(
                 f"cadref: the confidence {self.confidence!r} of the fit set is {self.mean_confidence_:.3g} on average, "
                 "and cannot divide: choose 'msp' or 'gen'.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def score_block(self, block: Block) -> Tensor:
@@ -240,7 +240,7 @@ def _means_of_predicted(name: str, groups: GroupMeans) -> Tensor:
     warnings.warn(
         f"{name}: {int(empty.sum())} of {len(empty)} classes are never predicted in the fit set; the mean of all rows "
         "stands for theirs.",
-        stacklevel=4,
+        stacklevel=5,
     )
     shares = groups.counts.double() / groups.counts.sum()
     return torch.where(empty[:, None], shares @ groups.means, groups.means)

@@ -200,6 +200,6 @@ def classes_present(counts: Tensor) -> Tensor:
     present = counts > 0
     if not present.all():
         warnings.warn(
-            f"{int((~present).sum())} of {len(counts)} classes have no row to fit and are left out.", stacklevel=4
+            f"{int((~present).sum())} of {len(counts)} classes have no row to fit and are left out.", stacklevel=5
         )
     return present

@@ -77,7 +77,7 @@ class Gram(LayeredScorer):
             warnings.warn(
                 f"gram: {int((counts == 0).sum())} of {len(counts)} classes are predicted for no row of the fit set "
                 "and get the range of all rows.",
-                stacklevel=3,
+                stacklevel=4,
             )
             for smallest, largest in zip(self.low_, self.high_, strict=True):
                 smallest[counts == 0], largest[counts == 0] = smallest.amin(dim=0), largest.amax(dim=0)

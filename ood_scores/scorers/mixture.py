@@ -100,7 +100,7 @@ class GMM(Scorer):
         if (counts == 1).any():
             warnings.warn(
                 f"gmm: {int((counts == 1).sum())} classes have a single row to fit and get the tied covariance.",
-                stacklevel=3,
+                stacklevel=4,
             )
         self.means_ = moments.means[present]
         fit = self._fit_dense if moments.class_scatter is not None else self._fit_packed

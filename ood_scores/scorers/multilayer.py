@@ -253,6 +253,6 @@ def _classes_with_rows(counts: Tensor, name: str) -> Tensor:
     if not present.all():
         warnings.warn(
             f"{name}: {int((~present).sum())} of {len(counts)} classes have no row to fit and are left out.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return present

@@ -115,7 +115,7 @@ class Temperature(Scorer):
             warnings.warn(
                 f"temperature: no T between {COOLEST} and {HOTTEST} fits these rows best, so T stays 1; fit on rows "
                 "that the model was not trained on.",
-                stacklevel=3,
+                stacklevel=4,
             )
         self.temperature_ = 1.0 if best is None else 1 / best
 

@@ -132,7 +132,7 @@ class ViM(_ResidualScorer):
             warnings.warn(
                 f"vim: the largest logits of the fit set are {logit:.3g} on average, so that alpha is not positive and "
                 "a residual raises the score.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def score_block(self, block: Block) -> Tensor:

@@ -491,3 +491,16 @@ def test_blocks_of_a_set_on_disk_arrive_on_the_gpu_in_their_order(tmp_path: Path
     blocks = list(load(tmp_path / "a.h5", device="cuda").blocks(777))
     assert {block.features.device.type for block in blocks} == {"cuda"}
     assert torch.equal(torch.cat([block.features.cpu() for block in blocks]), values)
+
+
+def test_a_view_in_blocks_of_some_rows_reads_the_same_set() -> None:
+    feats = FeatureSet(torch.arange(20.0).reshape(10, 2), labels=torch.arange(10))
+    view = feats.in_blocks(4)
+    assert [len(block) for block in view.blocks()] == [4, 4, 2]
+    assert [len(block) for block in view.blocks(7)] == [7, 3]
+    assert [len(block) for block in view[1:].blocks()] == [4, 4, 1]
+    assert [len(block) for block in feats.blocks()] == [10]
+    assert view.statistics is feats.statistics
+    assert feats.in_blocks(None) is feats
+    with pytest.raises(BadInput, match="at least one row"):
+        next(iter(feats.in_blocks(0).blocks()))

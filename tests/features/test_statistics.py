@@ -177,12 +177,11 @@ def test_without_logits_the_labels_say_how_many_classes_there_are() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 9, 100])
-def test_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows(rows: int) -> None:
     features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     features[5] = 0
     feats = FeatureSet(features)
-    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: rows)
-    found = collect(feats, [Rows(), Rows(normalize=True)])
+    found = collect(feats.in_blocks(rows), [Rows(), Rows(normalize=True)])
     assert torch.equal(found[Rows()], features)
     expected = torch.nn.functional.normalize(features.double(), dim=1).float()
     assert torch.equal(found[Rows(normalize=True)], expected)
@@ -243,13 +242,12 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("column", ["features", "logits"])
-def test_what_is_not_finite_is_refused_and_not_kept(value: float, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite_is_refused_and_not_kept(value: float, column: str) -> None:
     columns: dict[str, Any] = {"features": torch.ones(20, 3), "logits": torch.ones(20, 2)}
     columns[column][13, 1] = value
     feats = FeatureSet(**columns)
-    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: 6)
     with pytest.raises(NotFinite, match=f"{column} hold NaN or infinite values, first in row 13"):
-        collect(feats, [Rows() if column == "features" else Logits()])
+        collect(feats.in_blocks(6), [Rows() if column == "features" else Logits()])
     assert not feats.statistics
 
 

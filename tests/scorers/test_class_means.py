@@ -323,10 +323,9 @@ def test_largest_by_class() -> None:
     np.testing.assert_array_equal(found, [[9, 4, 3], [nan] * 3, [5, 2, 1], [nan] * 3])
 
 
-def test_statistics_in_any_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_in_any_blocks() -> None:
     wanted = [Means(s, g) for s in ("features", "logits", "softmax") for g in ("all", "predicted", "correct")]
-    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: 17)
-    found = collect(TRAIN[:], [*wanted, Logits(), Rows(True, 0.5, 1)])
+    found = collect(TRAIN[:].in_blocks(17), [*wanted, Logits(), Rows(True, 0.5, 1)])
     spaces = {"features": FIT, "logits": FIT_LOGITS, "softmax": softmax(FIT_LOGITS, axis=1)}
     for statistic in wanted:
         right = predicted_of_fit == labels_of_fit

@@ -153,9 +153,7 @@ def test_block_size_and_row_order_do_not_matter(name: str, rows: int, order: lis
 @given(rows=st.integers(1, 130), order=st.permutations(range(120)))
 @settings(max_examples=8, deadline=None)
 def test_blocks_and_order_of_the_fit_set_do_not_matter(name: str, rows: int, order: list[int]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureSet, "_default_rows", lambda *_: rows)
-        found = make(name).fit(TRAIN[order]).score(ID)
+    found = make(name).fit(TRAIN[order], block_rows=rows).score(ID)
     assert_close(found, fitted(name).score(ID), rtol=1e-7)
 
 

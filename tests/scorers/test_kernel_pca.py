@@ -75,14 +75,13 @@ def test_the_map_is_seeded() -> None:
 
 
 @pytest.mark.parametrize("directions", [30, 299, 300, 301])
-def test_fourier_axes_of_few_and_many_rows_in_any_blocks(monkeypatch: pytest.MonkeyPatch, directions: int) -> None:
+def test_fourier_axes_of_few_and_many_rows_in_any_blocks(directions: int) -> None:
     """Of fewer rows than directions, the axes that have no variance are left out."""
     asked = FourierAxes(2.0, directions, 0)
     features = fourier_features(torch.tensor(unit(FIT)), *fourier_map(WIDTH, 2.0, directions, 0)).numpy()
     covariance = np.cov(features.T, bias=True)
     for block_rows in (1000, 17):
-        monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_, rows=block_rows: rows)
-        found = collect(FeatureSet(FIT), [asked])[asked]
+        found = collect(FeatureSet(FIT).in_blocks(block_rows), [asked])[asked]
         np.testing.assert_allclose(found.mean, features.mean(axis=0), rtol=1e-12, atol=1e-14)
         vectors = found.vectors.numpy()
         np.testing.assert_allclose(vectors * found.values.numpy() @ vectors.T, covariance, atol=1e-12)

@@ -73,10 +73,9 @@ def test_a_share_of_the_rows_whatever_their_order(share: float, normalize: bool)
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 1000])
-def test_a_share_is_the_same_in_any_blocks(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_is_the_same_in_any_blocks(at_once: int) -> None:
     expected: Any = create_scorer("knn", k=1, share=0.1).fit(FeatureSet(BANK))
-    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: at_once)
-    found: Any = create_scorer("knn", k=1, share=0.1).fit(FeatureSet(BANK))
+    found: Any = create_scorer("knn", k=1, share=0.1).fit(FeatureSet(BANK), block_rows=at_once)
     assert torch.equal(found.bank_, expected.bank_)
 
 

@@ -213,9 +213,9 @@ def test_sorted_rows_are_read_twice_and_others_once_for_each_group(order: str, r
 def test_blocks_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fit, feats = train(*COUNTS), rows_to_score(classes=6)
     expected = packed(fit).score(feats)
-    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: rows)
     monkeypatch.setattr("ood_scores.scorers.mixture.DENSITY_BYTES", 8 * WIDTH * rows)
-    np.testing.assert_allclose(packed(train(*COUNTS)).score(feats), expected, rtol=1e-5)
+    found = packed(train(*COUNTS).in_blocks(rows)).score(feats, block_rows=rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_of_few_rows_in_each_class_the_order_changes_rounding_only() -> None:

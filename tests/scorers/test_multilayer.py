@@ -338,9 +338,8 @@ def gram_by_loops(feats: FeatureSet, fit: FeatureSet, confidence: bool = True) -
 
 @pytest.mark.parametrize("confidence", [True, False])
 @pytest.mark.parametrize("block", [1, 7, 1000])
-def test_gram_by_loops(confidence: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: block)
-    found = create_scorer("gram", confidence=confidence).fit(TRAIN).score(FAR)
+def test_gram_by_loops(confidence: bool, block: int) -> None:
+    found = create_scorer("gram", confidence=confidence).fit(TRAIN, block_rows=block).score(FAR, block_rows=block)
     np.testing.assert_allclose(found, gram_by_loops(FAR, TRAIN, confidence), rtol=1e-9)
 
 

@@ -463,10 +463,9 @@ def test_vra_sets_low_activations_to_zero_or_to_the_quantile() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 7, 150, 1000])
-def test_all_rows_are_sampled_where_they_fit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int) -> None:
-    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: rows)
+def test_all_rows_are_sampled_where_they_fit(dtype: torch.dtype, rows: int) -> None:
     features = FIT.features.to(dtype)
-    found = collect(FeatureSet(features), [SampledRows()])[SampledRows()]
+    found = collect(FeatureSet(features).in_blocks(rows), [SampledRows()])[SampledRows()]
     assert torch.equal(found, features.float() if dtype == torch.float16 else features)
     assert found.data_ptr() != features.data_ptr()
 
@@ -491,12 +490,11 @@ def test_quantiles_of_more_values_than_torch_takes() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-def test_the_feature_mean(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: rows)
-    found = collect(FeatureSet(FIT.features), [FeatureMean()])[FeatureMean()]
+def test_the_feature_mean(rows: int) -> None:
+    found = collect(FeatureSet(FIT.features).in_blocks(rows), [FeatureMean()])[FeatureMean()]
     torch.testing.assert_close(found, FIT.features.mean(dim=0), rtol=1e-13, atol=1e-13)
     constant = FeatureSet(torch.full((50, 3), 1e8 + 0.1, dtype=torch.float64))
-    assert (collect(constant, [FeatureMean()])[FeatureMean()] == 1e8 + 0.1).all()
+    assert (collect(constant.in_blocks(rows), [FeatureMean()])[FeatureMean()] == 1e8 + 0.1).all()
 
 
 def test_one_pass_serves_all_statistics(monkeypatch: pytest.MonkeyPatch) -> None:

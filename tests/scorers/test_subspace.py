@@ -134,10 +134,9 @@ class TestViMAndResidual:
         moved = feats.features + torch.randn_like(feats.features) @ (torch.eye(WIDTH).double() - space @ space.T)
         torch.testing.assert_close(scorer.score(FeatureSet(moved)), scorer.score(feats))
 
-    def test_alpha_is_exact_in_any_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_alpha_is_exact_in_any_blocks(self) -> None:
         expected = ViM().fit(train()).alpha_  # type: ignore[attr-defined]
-        monkeypatch.setattr(FeatureSet, "_default_rows", lambda *_: 7)
-        assert ViM().fit(train()).alpha_ == pytest.approx(expected, rel=1e-12)  # type: ignore[attr-defined]
+        assert ViM().fit(train(), block_rows=7).alpha_ == pytest.approx(expected, rel=1e-12)  # type: ignore[attr-defined]
 
     def test_alpha_of_a_large_set_is_that_of_evenly_spaced_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ood_scores.scorers.subspace.SampledRows", lambda: SampledRows(50 * WIDTH))
@@ -321,9 +320,7 @@ def test_a_variance_is_a_share(variance: float) -> None:
 @settings(max_examples=15, deadline=None)
 def test_global_moments_are_those_of_all_rows(rows: int, offset: float, normalize: bool) -> None:
     feats = train(rows=57, offset=offset)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureSet, "_default_rows", lambda *_: rows)
-        (found,) = collect(feats, [GlobalMoments("features", normalize)]).values()
+    (found,) = collect(feats.in_blocks(rows), [GlobalMoments("features", normalize)]).values()
     values = parts(feats)[0]
     values = values / np.linalg.norm(values, axis=1, keepdims=True) if normalize else values
     assert found.counts.tolist() == [57]

@@ -110,7 +110,7 @@ class ShapedSet(FeatureSet):
         only: Iterable[str] | None = None,
     ) -> Iterator[Block]:
         read = None if only is None else self._shaper.reads(tuple(only))
-        for block in self._feats.blocks(rows, device, only=read):
+        for block in self._feats.blocks(rows or self.block_rows, device, only=read):
             require_finite(block, self._feats)  # a shaper may hide what is not
             yield self._shaper.shape(block)
 
