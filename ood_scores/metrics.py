@@ -1,6 +1,8 @@
 """The metrics by their short name: ``from ood_scores.metrics import auroc``; see ``ood_scores.evaluation.metrics``."""
 
 from ood_scores.evaluation.metrics import (
+    METRICS,
+    Metric,
     Metrics,
     RocCounts,
     aupr_in,
@@ -15,6 +17,8 @@ from ood_scores.evaluation.metrics import (
 )
 
 __all__ = [
+    "METRICS",
+    "Metric",
     "Metrics",
     "RocCounts",
     "aupr_in",

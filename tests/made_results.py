@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def table_rows(unit: Scored) -> list[dict[str, Any]]:
     made = []
     for i, (scorer, scores) in enumerate(unit.scores.items()):
         for ood, group in GROUPS.items():
-            found = asdict(metrics.compare(scores["id"], scores[ood]))
+            found = dict(metrics.compare(scores["id"], scores[ood]))
             interval = auroc_interval(scores["id"], scores[ood])
             near = {f"{name}_{end}": found[name] + step for name in ("fpr95_id", "fpr95_ood") for end, step in ENDS}
             made.append(

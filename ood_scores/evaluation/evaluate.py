@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,8 +14,6 @@ from ood_scores.scorers.base import Scorer, as_scorer, fit_all, require_same_wei
 
 if TYPE_CHECKING:
     import pandas as pd
-
-COLUMNS = ("scorer", "ood", "auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "n_id", "n_ood")
 
 Sets = FeatureSet | Sequence[FeatureSet]
 Scorers = Sequence["str | Scorer"] | Mapping[str, "str | Scorer"]
@@ -34,8 +31,8 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
             fitted already are left as they are if it is None.
 
     Returns:
-        A tidy frame, one row for each scorer and OoD set: ``scorer, ood, auroc, aupr_in, aupr_out, fpr95_id, fpr95_ood,
-        n_id, n_ood`` (shares, not percentages; ``fpr95_id`` has ID as the positive class, ``fpr95_ood`` has OoD).
+        A tidy frame with one row for each scorer and OoD set. Columns: ``scorer``, ``ood``, every metric of
+        ``ood_scores.metrics.METRICS`` (as shares, not percentages), ``n_id``, ``n_ood``.
         ``.attrs["id_accuracy"]`` is the model's accuracy on ``id``, None where it has no labels or logits;
         ``.attrs["id"]`` the name of the ID data where its provenance says it.
 
@@ -72,11 +69,11 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
     id_scores = score_all([*chosen.values(), *correct], id)
     ood_scores = {name: score_all(list(chosen.values()), feats) for name, feats in others.items()}
     rows = [
-        {"scorer": label, "ood": name} | asdict(metrics.compare(id_scores[i], ood_scores[name][i]))
+        {"scorer": label, "ood": name, **metrics.compare(id_scores[i], ood_scores[name][i])}
         for i, label in enumerate(chosen)
         for name in others
     ]
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows)
     table.attrs |= {
         "id_accuracy": float(id_scores[-1].mean()) if correct else None,
         "id": id.provenance.dataset if id.provenance else None,

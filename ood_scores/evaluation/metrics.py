@@ -1,8 +1,9 @@
 """How well scores separate in-distribution (ID) rows from out-of-distribution (OoD) rows.
 
-Higher score = more in-distribution. Everything is read off one `RocCounts`, which one sort of the scores gives. Counts
-are int64 and ratios float64, so ties and thresholds are exact. The false positive rate at 95% has two meanings in the
-literature, hence two functions: `fpr95_id` (ID is the positive class) and `fpr95_ood` (OoD is).
+Higher score = more in-distribution. Every metric is a row of `METRICS`: a formula on `RocCounts`, which one sort of the
+scores gives, and what the rest of the package has to know to compute, store and show it. Counts are int64 and ratios
+float64, so ties and thresholds are exact. The false positive rate at 95% has two meanings in the literature, hence two
+metrics: `fpr95_id` (ID is the positive class) and `fpr95_ood` (OoD is).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from math import ceil, isnan
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -21,6 +24,8 @@ from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch, Un
 Scores: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[float]"
 Rule: TypeAlias = Literal["first", "nearest"]
 Interpolation: TypeAlias = Literal["step", "trapezoid"]
+NONE = "–"
+"""The text of an unknown number."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,84 @@ class RocCounts:
         return RocCounts(-self.thresholds[::-1], _rejected(self.negatives), _rejected(self.positives))
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """All metrics of one pair of score vectors; the functions of the same names define them."""
+class Metrics(dict[str, float]):
+    """Every metric of ``METRICS`` for one pair of score vectors, and the numbers of rows ``n_id`` and ``n_ood``.
 
-    auroc: float
-    aupr_in: float
-    aupr_out: float
-    fpr95_id: float
-    fpr95_ood: float
+    Values are keys and attributes: ``found["auroc"]`` is ``found.auroc``.
+    """
+
     n_id: int
     n_ood: int
+
+    def __getattr__(self, name: str) -> float:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there is no metric {name!r}; there are: {', '.join(self)}") from None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: how it is computed from counts, and how tables and files show it.
+
+    Attributes:
+        name: key in frames, files and specs.
+        label: short name in headings.
+        formula: function of the counts, called with the options as keyword arguments.
+        meaning: what the number is, for legends.
+        positive: positive class of the counts that the formula receives; None if both choices give the same value.
+        higher_is_better: direction.
+        percent: whether values are shares, shown in percent.
+        headline: whether it is shown in summary tables, compared between runs, has an interval in benchmark results and
+            may choose parameters; the others are in frames, files and the HTML report.
+        interval: method of the interval: DeLong (the AUROC only) or the bootstrap.
+        options: options of ``compare`` that the formula takes.
+        resampled: draws ``[R]`` values of the formula on resampled rows from (counts, R, generator), where there is a
+            faster way than to draw the rows.
+    """
+
+    name: str
+    label: str
+    formula: Callable[..., float]
+    meaning: str
+    positive: Literal["ID", "OoD"] | None = None
+    higher_is_better: bool = True
+    percent: bool = True
+    headline: bool = False
+    interval: Literal["DeLong", "bootstrap"] = "bootstrap"
+    options: tuple[str, ...] = ()
+    resampled: Callable[[RocCounts, int, np.random.Generator], NDArray[np.float64]] | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.label}, {self.positive} positive" if self.positive else self.label
+
+    @property
+    def arrow(self) -> str:
+        return "↑" if self.higher_is_better else "↓"
+
+    @property
+    def direction(self) -> str:
+        return "higher is better" if self.higher_is_better else "lower is better"
+
+    @property
+    def scale(self) -> int:
+        """Factor from a value to the number that is shown."""
+        return 100 if self.percent else 1
+
+    def text(self, shown: float, *, signed: bool = False, digits: int = 1) -> str:
+        """A number that is already scaled, as tables write it."""
+        if isnan(shown):
+            return NONE
+        return f"{shown:{'+' if signed else ''}{f'.{digits}f' if self.percent else '.3g'}}"
+
+    def __call__(self, id_scores: Scores, ood_scores: Scores) -> float:
+        """Value for two score vectors with the formula's default options; raises what `roc_counts` raises."""
+        return self.formula(self.counts(roc_counts(id_scores, ood_scores)))
+
+    def counts(self, as_id: RocCounts) -> RocCounts:
+        """The counts that the formula receives, from those with ID as the positive class."""
+        return as_id.mirrored() if self.positive == "OoD" else as_id
 
 
 def roc_counts(id_scores: Scores, ood_scores: Scores) -> RocCounts:
@@ -93,18 +165,17 @@ def roc_counts(id_scores: Scores, ood_scores: Scores) -> RocCounts:
 def compare(
     id_scores: Scores, ood_scores: Scores, *, rule: Rule = "first", interpolation: Interpolation = "step"
 ) -> Metrics:
-    """All metrics from one sort. Arguments as for the functions named like its fields; raises what they raise."""
+    """All metrics from one sort. Arguments as for the functions named like the metrics; raises what they raise."""
     as_id = roc_counts(id_scores, ood_scores)
     as_ood = as_id.mirrored()
-    return Metrics(
-        auroc=auroc_of(as_id),
-        aupr_in=aupr_of(as_id, interpolation),
-        aupr_out=aupr_of(as_ood, interpolation),
-        fpr95_id=fpr_of(as_id, 0.95, rule),
-        fpr95_ood=fpr_of(as_ood, 0.95, rule),
-        n_id=as_id.n_positive,
-        n_ood=as_id.n_negative,
-    )
+    options = {"rule": rule, "interpolation": interpolation}
+    values = {
+        name: metric.formula(
+            as_ood if metric.positive == "OoD" else as_id, **{option: options[option] for option in metric.options}
+        )
+        for name, metric in METRICS.items()
+    }
+    return Metrics(values, n_id=as_id.n_positive, n_ood=as_id.n_negative)
 
 
 def auroc(id_scores: Scores, ood_scores: Scores) -> float:
@@ -224,7 +295,7 @@ _INTERPOLATIONS: dict[str, Callable[[NDArray[np.int64], NDArray[np.float64]], fl
 }
 
 
-def aupr_of(counts: RocCounts, interpolation: str) -> float:
+def aupr_of(counts: RocCounts, interpolation: str = "step") -> float:
     """``aupr_in`` of scores that are counted already."""
     if interpolation not in _INTERPOLATIONS:
         raise UnknownName(f"no interpolation {interpolation!r}; there are: {', '.join(_INTERPOLATIONS)}")
@@ -234,7 +305,7 @@ def aupr_of(counts: RocCounts, interpolation: str) -> float:
 
 
 def _first(positives: NDArray[np.int64], wanted: Fraction) -> int:
-    return int(np.searchsorted(positives, -(-wanted.numerator // wanted.denominator)))
+    return int(np.searchsorted(positives, ceil(wanted)))
 
 
 def _nearest(positives: NDArray[np.int64], wanted: Fraction) -> int:
@@ -249,7 +320,7 @@ def _nearest(positives: NDArray[np.int64], wanted: Fraction) -> int:
 _RULES: dict[str, Callable[[NDArray[np.int64], Fraction], int]] = {"first": _first, "nearest": _nearest}
 
 
-def fpr_of(counts: RocCounts, tpr: float, rule: str) -> float:
+def fpr_of(counts: RocCounts, tpr: float, rule: str = "first") -> float:
     """``fpr_at_tpr_id`` of scores that are counted already."""
     if not 0 < tpr <= 1:
         raise BadInput(f"a true positive rate of {tpr} cannot be asked for; give a number above 0 and at most 1")
@@ -257,3 +328,85 @@ def fpr_of(counts: RocCounts, tpr: float, rule: str) -> float:
         raise UnknownName(f"no rule {rule!r}; there are: {', '.join(_RULES)}")
     index = _RULES[rule](counts.positives, Fraction(str(tpr)) * counts.n_positive)
     return int(counts.negatives[index]) / counts.n_negative
+
+
+def resampled_fpr(counts: RocCounts, replicates: int, rng: np.random.Generator, tpr: float) -> NDArray[np.float64]:
+    """``fpr_of`` with the rule "first" on ``replicates`` resamples of the rows, without drawing rows.
+
+    The k-th highest of n resampled rows is the row whose place, as a share of n, is a Beta(k, n - k + 1) variable (the
+    k-th of n uniform ones), and how many rows of the other class it accepts is binomial.
+    """
+    n, m = counts.n_positive, counts.n_negative
+    kept = ceil(Fraction(str(tpr)) * n)
+    row = np.minimum((n * rng.beta(kept, n - kept + 1, replicates)).astype(np.int64), n - 1)
+    accepted = counts.negatives[np.searchsorted(counts.positives, row, side="right")]
+    return rng.binomial(m, accepted / m) / m
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "auroc",
+            "AUROC",
+            auroc_of,
+            "chance that an ID image has a higher score than an out-of-distribution (OoD) image",
+            headline=True,
+            interval="DeLong",
+        ),
+        Metric(
+            "aupr_in",
+            "AUPR",
+            aupr_of,
+            "area under the precision-recall curve with ID images as positives",
+            positive="ID",
+            options=("interpolation",),
+        ),
+        Metric(
+            "aupr_out",
+            "AUPR",
+            aupr_of,
+            "area under the precision-recall curve with OoD images as positives",
+            positive="OoD",
+            options=("interpolation",),
+        ),
+        Metric(
+            "fpr95_id",
+            "FPR95",
+            partial(fpr_of, tpr=0.95),
+            "share of OoD images accepted when 95% of ID images are",
+            positive="ID",
+            higher_is_better=False,
+            headline=True,
+            options=("rule",),
+            resampled=partial(resampled_fpr, tpr=0.95),
+        ),
+        Metric(
+            "fpr95_ood",
+            "FPR95",
+            partial(fpr_of, tpr=0.95),
+            "share of ID images rejected when 95% of OoD images are",
+            positive="OoD",
+            higher_is_better=False,
+            headline=True,
+            options=("rule",),
+            resampled=partial(resampled_fpr, tpr=0.95),
+        ),
+    )
+}
+"""Every metric by name, in the order of frames and files. A new metric is a row here."""
+
+
+def headline_metrics() -> list[Metric]:
+    return [metric for metric in METRICS.values() if metric.headline]
+
+
+def metric_of(name: str) -> Metric:
+    """The metric with a name.
+
+    Raises:
+        UnknownName: there is no such metric.
+    """
+    if name not in METRICS:
+        raise UnknownName(f"there is no metric {name!r}: choose from {', '.join(METRICS)}.")
+    return METRICS[name]

@@ -12,7 +12,7 @@ Sources: DeLong, DeLong & Clarke-Pearson 1988, Comparing the areas under two or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,8 +21,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit, ndtr, ndtri
 
-from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch, UnknownName
-from ood_scores.evaluation.metrics import RocCounts, Scores, aupr_of, auroc_of, checked_scores, fpr_of, roc_counts
+from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
+from ood_scores.evaluation.metrics import RocCounts, Scores, checked_scores, metric_of, roc_counts
 
 ScoreTable: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[Scores]"
 
@@ -226,6 +226,13 @@ def tied_with_best(aurocs: ArrayLike, covariance: ArrayLike, level: float = 0.05
     return ~worse
 
 
+def interval(metric: str, id_scores: Scores, ood_scores: Scores) -> Interval:
+    """95% interval of a metric by the method that ``METRICS`` names: DeLong's or the bootstrap."""
+    if metric_of(metric).interval == "DeLong":
+        return auroc_interval(id_scores, ood_scores)
+    return bootstrap(id_scores, ood_scores, metric)
+
+
 def bootstrap(
     id_scores: Scores,
     ood_scores: Scores,
@@ -240,37 +247,31 @@ def bootstrap(
     Args:
         id_scores: [N] scores, as in `roc_counts`.
         ood_scores: [M] scores, as in `roc_counts`.
-        metric: "auroc", "aupr_in", "aupr_out", "fpr95_id" or "fpr95_ood": the functions of the metrics module with
-            their default settings.
+        metric: name of a row of ``METRICS``, with the default options of its formula.
         replicates: number of resamples, R, at least 2.
         seed: of the resamples; the same seed gives the same replicates.
         level: share of the replicates, in (0, 1), that the interval holds.
 
     The standard error is the standard deviation of the replicates. The rows are sorted once; a resample is then a count
-    for each row, in O(N + M). For FPR95 no rows are drawn: the k-th highest of n resampled rows is the row whose place,
-    as a share of n, is a Beta(k, n - k + 1) variable (the k-th of n uniform ones), and how many rows of the other side
-    it accepts is binomial. That has the same distribution, ties included, in O(R log n).
+    for each row, in O(N + M). For FPR95 no rows are drawn (see ``resampled_fpr``): the values have the same
+    distribution, ties included, in O(R log n).
 
     Raises:
         UnknownName: another metric.
         BadInput: fewer than 2 replicates, or a level outside (0, 1). Besides, what `roc_counts` raises.
     """
     _check_level(level)
-    if metric not in _METRICS:
-        raise UnknownName(f"no metric {metric!r} to bootstrap; there are: {', '.join(_METRICS)}")
+    measured = metric_of(metric)
     if replicates < 2:
         raise BadInput(f"{replicates} replicates have no spread; give at least 2, better 1000")
-    measure, ood_is_positive = _METRICS[metric]
-    counts = roc_counts(id_scores, ood_scores)
-    if ood_is_positive:
-        counts = counts.mirrored()
+    counts = measured.counts(roc_counts(id_scores, ood_scores))
     rng = np.random.default_rng(seed)
-    if measure is _fpr95:
-        values = _resampled_fpr95(counts, replicates, rng)
+    if measured.resampled:
+        values = measured.resampled(counts, replicates, rng)
     else:
-        values = np.fromiter(map(measure, _resamples(counts, replicates, rng)), np.float64, replicates)
+        values = np.fromiter(map(measured.formula, _resamples(counts, replicates, rng)), np.float64, replicates)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return BootstrapInterval(measure(counts), float(low), float(high), float(values.std(ddof=1)), values)
+    return BootstrapInterval(measured.formula(counts), float(low), float(high), float(values.std(ddof=1)), values)
 
 
 @dataclass(frozen=True)
@@ -352,29 +353,3 @@ def _resamples(counts: RocCounts, replicates: int, rng: np.random.Generator) -> 
         positives, negatives = drawn(positive_rows), drawn(negative_rows)
         kept = np.flatnonzero(positives + negatives)
         yield RocCounts(counts.thresholds[kept], np.cumsum(positives[kept]), np.cumsum(negatives[kept]))
-
-
-def _resampled_fpr95(counts: RocCounts, replicates: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    n, m = counts.n_positive, counts.n_negative
-    kept = -(-19 * n // 20)
-    row = np.minimum((n * rng.beta(kept, n - kept + 1, replicates)).astype(np.int64), n - 1)
-    accepted = counts.negatives[np.searchsorted(counts.positives, row, side="right")]
-    return rng.binomial(m, accepted / m) / m
-
-
-def _average_precision(counts: RocCounts) -> float:
-    return aupr_of(counts, "step")
-
-
-def _fpr95(counts: RocCounts) -> float:
-    return fpr_of(counts, 0.95, "first")
-
-
-_METRICS: dict[str, tuple[Callable[[RocCounts], float], bool]] = {
-    "auroc": (auroc_of, False),
-    "aupr_in": (_average_precision, False),
-    "aupr_out": (_average_precision, True),
-    "fpr95_id": (_fpr95, False),
-    "fpr95_ood": (_fpr95, True),
-}
-"""What each reads off the counts, and whether OoD is the positive class."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -98,7 +97,7 @@ def brute_force(id_scores: np.ndarray, ood_scores: np.ndarray, rule: str = "firs
 
 
 def ratios(id_scores: Any, ood_scores: Any, **options: Any) -> dict[str, float]:
-    found = dataclasses.asdict(compare(id_scores, ood_scores, **options))
+    found = dict(compare(id_scores, ood_scores, **options))
     assert (found.pop("n_id"), found.pop("n_ood")) == (len(id_scores), len(ood_scores))
     return found
 
