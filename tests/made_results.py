@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ood_scores.benchmark.results import COLUMNS, NotRun, Results, Scored
+from ood_scores.benchmark.results import NotRun, Results, table_columns
+from ood_scores.benchmark.unit_files import Scored
 from ood_scores.evaluation import metrics
 from ood_scores.evaluation.uncertainty import auroc_interval
 
@@ -53,7 +54,7 @@ def make_results(folder: Path, n_id: int = 300, n_ood: int = 200, parts: tuple[s
         for model, (_, _, checkpoints) in MODELS.items()
         for checkpoint in range(checkpoints)
     ]
-    table = pd.DataFrame([row for unit in units for row in table_rows(unit)], columns=list(COLUMNS))
+    table = pd.DataFrame([row for unit in units for row in table_rows(unit)], columns=list(table_columns()))
     return Results(
         name="made",
         title="Every score on made-up images",

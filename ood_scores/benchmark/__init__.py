@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ood_scores.benchmark.planning import plan
-    from ood_scores.benchmark.results import Results
-    from ood_scores.benchmark.runner import load_results, run
+    from ood_scores.benchmark.results import Results, load_results
+    from ood_scores.benchmark.runner import run
     from ood_scores.benchmark.spec import Spec
     from ood_scores.benchmark.spec_file import load_spec
 
@@ -22,7 +22,7 @@ __all__ = ["Results", "Spec", "load_results", "load_spec", "plan", "run"]
 _PLACES = {
     "Results": "results",
     "Spec": "spec",
-    "load_results": "runner",
+    "load_results": "results",
     "load_spec": "spec_file",
     "plan": "planning",
     "run": "runner",

@@ -10,12 +10,12 @@ from typing import Any
 from ood_scores.benchmark.scorers import create, scorer_tables
 from ood_scores.benchmark.spec import Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
+from ood_scores.evaluation.metrics import METRICS, headline_metrics
 from ood_scores.evaluation.neural_collapse import Collapse
 from ood_scores.scorers import list_scorers
 from ood_scores.toml_tables import KeyPath, meant
 
 GROUPS = ("near", "far", "mean")
-METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood")
 COLLAPSE = tuple(known.name for known in fields(Collapse))
 LONG_TAIL = ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")
 STATISTICS = ("_sd", "_min", "_max")
@@ -185,7 +185,7 @@ def _searches(part: Part) -> Found:
             message = f"{name!r} is reported as {same!r}: choose parameters on images that no result is shown of."
             yield from _wrong(same is not None, ("search", key), message)
     yield from _wrong(not search.ood, ("search", "ood"), "the search has no OoD set.")
-    yield from _unknown(("search", "metric"), "metric", search.metric, ("auroc", "fpr95_id", "fpr95_ood"))
+    yield from _unknown(("search", "metric"), "metric", search.metric, [metric.name for metric in headline_metrics()])
     tables = {table.label: table for table in scorer_tables(part)}
     for label, grid in search.grid.items():
         path = ("search", "grid", label)

@@ -12,7 +12,7 @@ import numpy as np
 from ood_scores.benchmark.fitting import Ready, fit_each, score_each
 from ood_scores.benchmark.scorers import create
 from ood_scores.benchmark.spec import ScorerTable, Search
-from ood_scores.evaluation import metrics
+from ood_scores.evaluation.metrics import METRICS
 from ood_scores.features import FeatureSet
 
 
@@ -33,16 +33,17 @@ def choose(
     fit_each(together, fit)
     inside = score_each(together, sets[search.id])
     outside = [score_each(together, sets[name]) for name in search.ood]
-    sign = 1 if search.metric == "auroc" else -1
+    metric = METRICS[search.metric]
     values = {}
     for number, (key, each) in zip(together, tried.items(), strict=True):
-        figures = [getattr(metrics, search.metric)(inside[number], of[number]) for of in outside if not each.failure]
+        figures = [metric(inside[number], of[number]) for of in outside if not each.failure]
         values[key] = float(np.mean(figures)) if figures else float("nan")
+    best = max if metric.higher_is_better else min
     chosen = {}
     for label in dict.fromkeys(label for label, _ in tried):
         known = [key for key in tried if key[0] == label and not np.isnan(values[key])]
         if known:
-            chosen[label] = max(known, key=lambda key: sign * values[key])[1]
+            chosen[label] = best(known, key=values.__getitem__)[1]
     rows = [
         {
             "scorer": label,

@@ -1,47 +1,49 @@
-"""What a benchmark found."""
+"""Results of a benchmark: their schema, and the files that keep them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
+import pandas as pd
 
-COLUMNS = (
-    "part",
-    "model",
-    "checkpoint",
-    "scorer",
-    "ood",
-    "group",
-    "auroc",
-    "auroc_low",
-    "auroc_high",
-    "aupr_in",
-    "aupr_out",
-    "fpr95_id",
-    "fpr95_id_low",
-    "fpr95_id_high",
-    "fpr95_ood",
-    "fpr95_ood_low",
-    "fpr95_ood_high",
-    "n_id",
-    "n_ood",
-    "id_accuracy",
-    "fit_seconds",
-    "score_microseconds",
-    "parameters",
-    "weights_sha256",
-    "id_sha256",
-    "ood_sha256",
-    "fit_sha256",
-    "versions",
-)
-"""Of the table: one row for each part, model, checkpoint, scorer and OoD set."""
+from ood_scores.atomic import replacing
+from ood_scores.benchmark import unit_files
+from ood_scores.benchmark.unit_files import Scored
+from ood_scores.errors import BadInput
+from ood_scores.evaluation.metrics import METRICS, Metric
+
+JSON = "results.json"
+CSV = "results.csv"
+KEY = ("part", "model", "checkpoint", "scorer", "ood")
+"""Columns that identify a row of the table."""
+COSTS = ("fit_seconds", "score_microseconds")
+HASHES = ("weights_sha256", "id_sha256", "ood_sha256", "fit_sha256")
+FRAMES = {
+    "comparison": (
+        "part", "model", "scorer", "ood", "metric", "published", "ours", "difference", "sd", "n", "source",
+    ),
+    "measures": ("part", "model", "checkpoint", "measure", "value"),
+    "searched": ("part", "model", "checkpoint", "scorer", "parameters", "metric", "value", "chosen"),
+}  # fmt: skip
+"""The frames of ``Results`` beside the table, and their columns."""
+TEXTS = ("part", "model", "scorer", "ood", "group", "parameters", *HASHES, "versions", "metric", "source", "measure")
+WHOLE = ("checkpoint", "n_id", "n_ood", "n")
+
+
+def interval_columns(metric: Metric) -> tuple[str, ...]:
+    """The columns of the table that hold the ends of a metric's interval."""
+    return (f"{metric.name}_low", f"{metric.name}_high") if metric.headline else ()
+
+
+def table_columns() -> tuple[str, ...]:
+    """Columns of the table: one row for each part, model, checkpoint, scorer and OoD set."""
+    figures = [name for metric in METRICS.values() for name in (metric.name, *interval_columns(metric))]
+    return (*KEY, "group", *figures, "n_id", "n_ood", "id_accuracy", *COSTS, "parameters", *HASHES, "versions")
 
 
 @dataclass(frozen=True)
@@ -62,32 +64,6 @@ class NotRun:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The scores of one checkpoint on the sets of a part.
-
-    Attributes:
-        part: title of the part.
-        model: label of the model.
-        checkpoint: its number among those of the model, from 0.
-        scores: float64 ``[N]`` by scorer and set; ``scores["msp"]["id"]`` of the ID rows, the others by the OoD
-            set's name. Read from the run's folder when they are asked for.
-        labels, predictions: int64 ``[N]`` by set, ``"id"`` among them; -1 for rows without a label.
-        rows: int64 ``[N]`` by set: which row of the data set each one is. With ``relabel`` or ``covariate`` the ID rows
-            come from several sets: ``origins`` then names the set of each.
-        origins: names of the sets, ``[N]`` by set.
-    """
-
-    part: str
-    model: str
-    checkpoint: int
-    scores: Mapping[str, Mapping[str, Tensor]]
-    labels: Mapping[str, Tensor]
-    predictions: Mapping[str, Tensor]
-    rows: Mapping[str, Tensor]
-    origins: Mapping[str, list[str]]
-
-
-@dataclass(frozen=True)
 class Results:
     """What a benchmark found, in memory.
 
@@ -95,7 +71,7 @@ class Results:
         name, title: of the spec.
         folder: where the run keeps its caches, scores and reports.
         spec: the spec as it was run, as plain tables (JSON).
-        table: tidy, shares and not percentages, with ``COLUMNS``; ``group`` is ``near`` or ``far``.
+        table: tidy, shares and not percentages, with ``table_columns()``; ``group`` is ``near`` or ``far``.
         comparison: one row for each published number: ``part, model, scorer, ood, metric, published, ours, difference,
             sd, n, source`` in percent; ``ours`` is NaN where it was not run.
         measures: tidy: ``part, model, checkpoint, measure, value`` for ``accuracy`` and what ``measures`` asked for.
@@ -117,3 +93,75 @@ class Results:
     scored: tuple[Scored, ...]
     searched: pd.DataFrame
     environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_results(folder: str | os.PathLike[str]) -> Results:
+    """What a finished run found, from its folder alone; scores are read when they are asked for.
+
+    Raises:
+        BadInput: there is no finished run in the folder, or a part of it was deleted.
+    """
+    folder = Path(folder)
+    try:
+        kept = json.loads((folder / JSON).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"there is no finished benchmark in {folder}: {JSON} is not there.") from error
+    except ValueError as error:
+        raise BadInput(
+            f"{folder / JSON} is damaged ({error}): run the benchmark again, nothing is computed anew."
+        ) from error
+    scored = []
+    for name in kept["scores"]:
+        path = folder / unit_files.FOLDER / name
+        facts = unit_files.read(path)
+        if facts is None:
+            raise BadInput(f"{path} is missing or damaged: run the benchmark again.")
+        if facts["sets"]:
+            scored.append(unit_files.scored(path, facts))
+    return Results(
+        name=kept["name"],
+        title=kept["title"],
+        folder=folder,
+        spec=kept["spec"],
+        **{name: frame(name, kept[name]) for name in ("table", *FRAMES)},
+        not_run=tuple(NotRun(**entry) for entry in kept["not_run"]),
+        scored=tuple(scored),
+        environment=kept["environment"],
+    )
+
+
+def frame(name: str, rows: Any) -> pd.DataFrame:
+    """A frame of ``Results`` from its rows; columns that rows of an earlier version lack are NaN."""
+    columns = table_columns() if name == "table" else FRAMES[name]
+    made = pd.DataFrame(rows, columns=list(columns))
+    kinds = {name: "int64" if name in WHOLE else "float64" for name in columns if name not in (*TEXTS, "chosen")}
+    return made.astype(kinds | ({"chosen": bool} if "chosen" in columns else {}))
+
+
+def save(results: Results, files: Sequence[str]) -> None:
+    """Writes ``results.csv`` and ``results.json``; ``files`` are the names of the files of scores."""
+    kept = {
+        "name": results.name,
+        "title": results.title,
+        "spec": results.spec,
+        **{name: getattr(results, name).to_dict("records") for name in ("table", *FRAMES)},
+        "not_run": [asdict(entry) for entry in results.not_run],
+        "scores": list(files),
+        "environment": results.environment,
+    }
+    _replace(results.folder / CSV, results.table.to_csv(index=False))
+    _replace(results.folder / JSON, json.dumps(plain(kept), indent=1, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it, NaN as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and value != value else value

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from ood_scores.benchmark.results import Results, Scored
+from ood_scores.benchmark.results import KEY, Results
+from ood_scores.benchmark.unit_files import Scored
+from ood_scores.evaluation.metrics import Metric, headline_metrics
 from ood_scores.evaluation.uncertainty import compare_auroc
 
 if TYPE_CHECKING:
     import pandas as pd
 
-KEY = ["part", "model", "checkpoint", "scorer", "ood"]
-METRICS = ("auroc", "fpr95_id", "fpr95_ood")
 DATA = ("id_sha256", "ood_sha256")
 WIDTH = 2 * float(ndtri(0.975))
 """Of a 95% interval, in standard errors."""
@@ -28,23 +28,24 @@ def compare_runs(a: Results, b: Results) -> pd.DataFrame:
 
     Returns:
         One row for each part, model, checkpoint, scorer and OoD set of either run, in the order of ``a``, what only
-        ``b`` has last: these five; ``found``: ``both``, ``a`` or ``b``; and, as shares, for each of ``auroc``,
-        ``fpr95_id`` and ``fpr95_ood`` the columns ``…_a``, ``…_b`` and ``…_difference`` (b less a; NaN where only one
-        run has the row). Of the AUROC difference: ``p_value``, ``p_holm`` (with Holm's correction for all rows of the
-        frame), and ``paired``: whether both runs scored the same rows (same SHA-256 of both sets and same rows), so
-        that DeLong's paired test applies. Otherwise it is a z-test of two independent AUROCs, whose standard errors
-        are the widths of their 95% intervals divided by 3.92. FPR95 has no test.
+        ``b`` has last: these five; ``found``: ``both``, ``a`` or ``b``; and, as shares, for each headline metric
+        (``auroc``, …) the columns ``…_a``, ``…_b`` and ``…_difference`` (b less a; NaN where only one run has the
+        row). Of the AUROC difference: ``p_value``, ``p_holm`` (with Holm's correction for all rows of the frame), and
+        ``paired``: whether both runs scored the same rows (same SHA-256 of both sets and same rows), so that DeLong's
+        paired test applies. Otherwise it is a z-test of two independent AUROCs, whose standard errors are the widths
+        of their 95% intervals divided by 3.92. The other metrics have no test.
 
     The two-sided p-values are NaN where only one run has the row.
     """
-    left, right = a.table.set_index(KEY), b.table.set_index(KEY)
+    left, right = a.table.set_index(list(KEY)), b.table.set_index(list(KEY))
     keys = left.index.append(right.index[~right.index.isin(left.index)])
     frame = keys.to_frame(index=False)
     frame["found"] = np.select([~keys.isin(right.index), ~keys.isin(left.index)], ["a", "b"], "both")
     left, right = left.reindex(keys), right.reindex(keys)
-    for metric in METRICS:
-        before, after = left[metric].to_numpy(float), right[metric].to_numpy(float)
-        frame[f"{metric}_a"], frame[f"{metric}_b"], frame[f"{metric}_difference"] = before, after, after - before
+    for metric in headline_metrics():
+        before, after = (run[metric.name].to_numpy(float) for run in (left, right))
+        for column, values in zip(comparison_columns(metric), (before, after, after - before), strict=True):
+            frame[column] = values
     same_rows = _same_rows(a, b)
     tests = [
         _test(key, before, after, same_rows)
@@ -54,6 +55,11 @@ def compare_runs(a: Results, b: Results) -> pd.DataFrame:
     frame["p_holm"] = holm(frame["p_value"].to_numpy())
     frame["paired"] = [paired for _, paired in tests]
     return frame
+
+
+def comparison_columns(metric: Metric) -> tuple[str, str, str]:
+    """The columns for a metric: its values in both runs, and their difference."""
+    return f"{metric.name}_a", f"{metric.name}_b", f"{metric.name}_difference"
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

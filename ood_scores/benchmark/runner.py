@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import time
@@ -14,38 +13,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ood_scores.atomic import LockedFile, replacing
+from ood_scores.atomic import LockedFile
 from ood_scores.benchmark import checks, unit_files
 from ood_scores.benchmark.extract_jobs import extract_all
 from ood_scores.benchmark.planning import Plan, limited, plan, without
 from ood_scores.benchmark.progress import watching
 from ood_scores.benchmark.published import compared
-from ood_scores.benchmark.results import COLUMNS, NotRun, Results
+from ood_scores.benchmark.results import NotRun, Results, frame, plain, save
 from ood_scores.benchmark.spec import Spec
 from ood_scores.benchmark.spec_file import load_spec
-from ood_scores.benchmark.unit import SCORES, evaluated
+from ood_scores.benchmark.unit import evaluated
 from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput, CacheBusy, OodScoresError
 from ood_scores.extraction.extract import PACKAGES
 
 RUNS = "runs"
-JSON = "results.json"
-CSV = "results.csv"
 LOCK = ".lock"
-FRAMES = {
-    "table": COLUMNS,
-    "comparison": (
-        "part", "model", "scorer", "ood", "metric", "published", "ours", "difference", "sd", "n", "source",
-    ),
-    "measures": ("part", "model", "checkpoint", "measure", "value"),
-    "searched": ("part", "model", "checkpoint", "scorer", "parameters", "metric", "value", "chosen"),
-}  # fmt: skip
-"""The frames of ``Results`` and their columns."""
 
 
 def run(
@@ -91,51 +78,17 @@ def run(
         with watching([job.cache for job in planned.pending], _rows_to_do(planned), progress):
             failures = extract_all(planned.pending, device, jobs, say)
         units, more = without(planned.units, failures)
-        files = []
+        found = []
         for unit in units:
             began = time.perf_counter()
-            files.append(evaluated(unit, folder).name)
+            found.append(evaluated(unit, folder))
             seconds = time.perf_counter() - began
             say(f"[green]✓[/] scores of {escape(f'{unit.title} · {unit.part.title}')} in {seconds:.1f} s")
         not_run = [*planned.not_run, *more]
-        results = _results(chosen, folder, files, not_run, _environment(device, time.perf_counter() - start))
-        _write(results, files)
+        results = _results(chosen, folder, found, not_run, _environment(device, time.perf_counter() - start))
+        save(results, [path.name for path, _ in found])
         _report(results, chosen, base, say)
     return results
-
-
-def load_results(folder: str | os.PathLike[str]) -> Results:
-    """What a finished run found, from its folder alone; scores are read when they are asked for.
-
-    Raises:
-        BadInput: there is no finished run in the folder, or a part of it was deleted.
-    """
-    folder = Path(folder)
-    try:
-        kept = json.loads((folder / JSON).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInput(f"there is no finished benchmark in {folder}: {JSON} is not there.") from error
-    except ValueError as error:
-        raise BadInput(
-            f"{folder / JSON} is damaged ({error}): run the benchmark again, nothing is computed anew."
-        ) from error
-    scored = []
-    for name in kept["scores"]:
-        facts = unit_files.read(folder / SCORES / name)
-        if facts is None:
-            raise BadInput(f"{folder / SCORES / name} is missing or damaged: run the benchmark again.")
-        if facts["sets"]:
-            scored.append(unit_files.scored(folder / SCORES / name, facts))
-    return Results(
-        name=kept["name"],
-        title=kept["title"],
-        folder=folder,
-        spec=kept["spec"],
-        **{name: _frame(kept[name], columns) for name, columns in FRAMES.items()},
-        not_run=tuple(NotRun(**entry) for entry in kept["not_run"]),
-        scored=tuple(scored),
-        environment=kept["environment"],
-    )
 
 
 def as_spec(spec: str | os.PathLike[str] | Spec, overrides: Iterable[str]) -> Spec:
@@ -180,73 +133,29 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _results(
-    spec: Spec, folder: Path, files: Sequence[str], not_run: Sequence[NotRun], environment: Mapping[str, Any]
+    spec: Spec,
+    folder: Path,
+    found: Sequence[tuple[Path, Mapping[str, Any]]],
+    not_run: Sequence[NotRun],
+    environment: Mapping[str, Any],
 ) -> Results:
-    rows: dict[str, list[Any]] = {name: [] for name in FRAMES}
-    scored, noted = [], list(not_run)
-    for name in files:
-        path = folder / SCORES / name
-        facts = unit_files.read(path)
-        if facts is None:
-            raise BadInput(f"{path} was removed while the benchmark ran: run it again.")
-        if facts["sets"]:
-            scored.append(unit_files.scored(path, facts))
-        noted += [NotRun(facts["part"], **entry) for entry in facts["not_run"]]
-        for frame in ("table", "measures", "searched"):
-            rows[frame] += facts[frame]
-    frames = {name: _frame(rows[name], columns) for name, columns in FRAMES.items()}
-    frames["comparison"] = _frame(compared(spec, frames["table"], frames["measures"]), FRAMES["comparison"])
+    facts = [of_unit for _, of_unit in found]
+    frames = {
+        name: frame(name, [row for of_unit in facts for row in of_unit[name]])
+        for name in ("table", "measures", "searched")
+    }
+    noted = [NotRun(of_unit["part"], **entry) for of_unit in facts for entry in of_unit["not_run"]]
     return Results(
         name=spec.name,
         title=spec.title,
         folder=folder,
-        spec=_plain(asdict(spec)),
-        not_run=tuple(dict.fromkeys(noted)),
-        scored=tuple(scored),
+        spec=plain(asdict(spec)),
+        comparison=frame("comparison", compared(spec, frames["table"], frames["measures"])),
+        not_run=tuple(dict.fromkeys([*not_run, *noted])),
+        scored=tuple(unit_files.scored(path, of_unit) for path, of_unit in found if of_unit["sets"]),
         environment=environment,
         **frames,
     )
-
-
-TEXTS = (
-    "part", "model", "scorer", "ood", "group", "parameters", "weights_sha256", "id_sha256", "ood_sha256",
-    "fit_sha256", "versions", "metric", "source", "measure",
-)  # fmt: skip
-WHOLE = ("checkpoint", "n_id", "n_ood", "n")
-
-
-def _frame(rows: Any, columns: Sequence[str]) -> pd.DataFrame:
-    frame = pd.DataFrame(rows, columns=list(columns))
-    kinds = {name: "int64" if name in WHOLE else "float64" for name in columns if name not in (*TEXTS, "chosen")}
-    return frame.astype(kinds | ({"chosen": bool} if "chosen" in columns else {}))
-
-
-def _write(results: Results, files: Sequence[str]) -> None:
-    kept = {
-        "name": results.name,
-        "title": results.title,
-        "spec": results.spec,
-        **{name: getattr(results, name).to_dict("records") for name in FRAMES},
-        "not_run": [asdict(entry) for entry in results.not_run],
-        "scores": list(files),
-        "environment": results.environment,
-    }
-    _replace(results.folder / CSV, results.table.to_csv(index=False))
-    _replace(results.folder / JSON, json.dumps(_plain(kept), indent=1, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it, NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def _environment(device: str, seconds: float) -> dict[str, Any]:

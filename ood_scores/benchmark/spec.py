@@ -98,13 +98,13 @@ class Search:
 
     Attributes:
         id, ood: names of ``sets``; they must not be among those reported.
-        metric: the one whose mean over ``ood`` is best.
+        metric: the headline metric whose mean over ``ood`` is best.
         grid: by label of a scorer, the values to try of its parameters: ``[search.grid.knn] k = [1, 10, 50]``.
     """
 
     id: str
     ood: tuple[str, ...]
-    metric: Literal["auroc", "fpr95_id", "fpr95_ood"] = "auroc"
+    metric: str = "auroc"
     grid: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
 
 
@@ -116,8 +116,8 @@ class Published:
         model: label of a model.
         scorer: label of a scorer, or None for a figure of the model itself, such as its accuracy.
         ood: an OoD set, or a group of them: ``near``, ``far``, ``mean``; None for a figure of the model itself.
-        metric: ``auroc``, ``fpr95_id``, ``fpr95_ood``, ``aupr_in``, ``aupr_out``, ``accuracy``, …: the mean over the
-            checkpoints; with ``_sd``, ``_min`` or ``_max`` behind it, that of them.
+        metric: a metric of ``METRICS``, ``accuracy``, …: the mean over the checkpoints; with ``_sd``, ``_min`` or
+            ``_max`` behind it, that of them.
         value: as printed, in percent.
         source: paper and table.
     """

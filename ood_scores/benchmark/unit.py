@@ -19,25 +19,24 @@ from ood_scores.benchmark.fitting import Ready, fit_each, score_each, unmet
 from ood_scores.benchmark.measures import accuracies, measured
 from ood_scores.benchmark.parameter_search import choose
 from ood_scores.benchmark.planning import Job, Unit
+from ood_scores.benchmark.results import interval_columns
 from ood_scores.benchmark.scorers import create, described, scorer_tables
 from ood_scores.benchmark.unit_files import Found, SetScores
 from ood_scores.errors import EmptyInput, OodScoresError
 from ood_scores.evaluation import metrics
-from ood_scores.evaluation.uncertainty import auroc_interval, bootstrap
+from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.scorers import Scorer
 
-SCORES = "scores"
 ID = "id"
 
 
-def evaluated(unit: Unit, out: Path) -> Path:
-    """The file of what the unit finds, written if it is not there, damaged, or of other features or scorers."""
+def evaluated(unit: Unit, out: Path) -> tuple[Path, dict[str, Any]]:
+    """File and facts of what the unit finds; computed if it is missing, damaged, or of other features or scorers."""
     digest = _digest(unit)
-    path = out / SCORES / f"{digest[:16]}.h5"
-    if unit_files.read(path, digest) is None:
-        unit_files.write(path, digest, find(unit))
-    return path
+    path = out / unit_files.FOLDER / f"{digest[:16]}.h5"
+    facts = unit_files.read(path, digest)
+    return path, unit_files.write(path, digest, find(unit)) if facts is None else facts
 
 
 def find(unit: Unit) -> Found:
@@ -187,14 +186,10 @@ def _sides(part: Any, sets: Mapping[str, SetScores], ood: str) -> tuple[SetScore
 
 
 def _compared(inside: np.ndarray, outside: np.ndarray) -> dict[str, Any]:
-    figures = asdict(metrics.compare(inside, outside))
-    auroc = auroc_interval(inside, outside)
-    ranges = {"auroc": (auroc.low, auroc.high)}
-    for metric in ("fpr95_id", "fpr95_ood"):
-        interval = bootstrap(inside, outside, metric)
-        ranges[metric] = interval.low, interval.high
-    for metric, (low, high) in ranges.items():
-        figures |= {f"{metric}_low": low, f"{metric}_high": high}
+    figures = dict(metrics.compare(inside, outside))
+    for metric in metrics.headline_metrics():
+        found = interval(metric.name, inside, outside)
+        figures |= zip(interval_columns(metric), (found.low, found.high), strict=True)
     return figures
 
 

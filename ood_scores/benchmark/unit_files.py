@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ood_scores.atomic import replacing
-from ood_scores.benchmark.results import Scored
 
+FOLDER = "scores"
+"""Of the files, in the folder of a run."""
 FORMAT = "ood_scores benchmark"
 ARRAYS = ("scores", "labels", "predictions", "rows", "origins")
 UNUSABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError)
@@ -36,6 +37,32 @@ class SetScores:
     rows: Tensor
     origins: Tensor
     names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of one checkpoint on the sets of a part.
+
+    Attributes:
+        part: title of the part.
+        model: label of the model.
+        checkpoint: its number among those of the model, from 0.
+        scores: float64 ``[N]`` by scorer and set; ``scores["msp"]["id"]`` of the ID rows, the others by the OoD
+            set's name. Read from the run's folder when they are asked for.
+        labels, predictions: int64 ``[N]`` by set, ``"id"`` among them; -1 for rows without a label.
+        rows: int64 ``[N]`` by set: which row of the data set each one is. With ``relabel`` or ``covariate`` the ID rows
+            come from several sets: ``origins`` then names the set of each.
+        origins: names of the sets, ``[N]`` by set.
+    """
+
+    part: str
+    model: str
+    checkpoint: int
+    scores: Mapping[str, Mapping[str, Tensor]]
+    labels: Mapping[str, Tensor]
+    predictions: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
+    origins: Mapping[str, list[str]]
 
 
 @dataclass
@@ -60,8 +87,8 @@ class Found:
     not_run: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write(path: Path, digest: str, found: Found) -> None:
-    """Raises CacheWriteFailed where the disk refuses."""
+def write(path: Path, digest: str, found: Found) -> dict[str, Any]:
+    """Writes what a unit found and returns its facts, as ``read`` does; raises CacheWriteFailed if the disk refuses."""
     facts = {key: value for key, value in vars(found).items() if key != "sets"}
     facts |= {"sets": list(found.sets), "names": [list(each.names) for each in found.sets.values()]}
     with (
@@ -76,6 +103,7 @@ def write(path: Path, digest: str, found: Found) -> None:
                 values = getattr(each, name).numpy()
                 summed = {"chunks": True, "fletcher32": True} if values.size else {}
                 h5.create_dataset(f"sets/{number}/{name}", data=values, **summed)
+    return facts
 
 
 def read(path: Path, digest: str | None = None) -> dict[str, Any] | None:

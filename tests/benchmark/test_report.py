@@ -18,7 +18,8 @@ from PIL import Image
 from ood_scores.benchmark.report import figures, html, latex, markdown, write_report
 from ood_scores.benchmark.report.figures import histogram_path, roc_path
 from ood_scores.benchmark.report.tables import METRICS, ScoreTable, errors_and_ties, part_tables
-from ood_scores.benchmark.results import COLUMNS, Results, Scored
+from ood_scores.benchmark.results import Results, table_columns
+from ood_scores.benchmark.unit_files import Scored
 from ood_scores.data.images import ImageArrays, ImageDataset
 from ood_scores.evaluation.metrics import auroc
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance
@@ -235,7 +236,7 @@ def constructed(checkpoints: int) -> Results:
         unit = made_unit(checkpoint)
         as_tensors = {label: {of: torch.tensor(v) for of, v in sets.items()} for label, sets in scores.items()}
         units.append(dataclasses.replace(unit, scores=as_tensors))
-    table = pd.DataFrame([row for unit in units for row in table_rows(unit)], columns=list(COLUMNS))
+    table = pd.DataFrame([row for unit in units for row in table_rows(unit)], columns=list(table_columns()))
     return dataclasses.replace(bare(), table=table, scored=tuple(units))
 
 
@@ -251,7 +252,7 @@ def bare(folder: Path = Path("unused")) -> Results:
         title="Bare",
         folder=folder,
         spec={},
-        table=empty(columns=list(COLUMNS)),
+        table=empty(columns=list(table_columns())),
         comparison=empty(columns=["part", "model", "scorer", "ood", "metric", "published", "ours", "sd", "source"]),
         measures=empty(columns=["part", "model", "checkpoint", "measure", "value"]),
         not_run=(),

@@ -12,8 +12,9 @@ from scipy.stats import norm
 from typer.testing import CliRunner
 
 import ood_scores.benchmark
-from ood_scores.benchmark.results import COLUMNS, Results, Scored
-from ood_scores.benchmark.run_diff import KEY, compare_runs, holm
+from ood_scores.benchmark.results import KEY, Results, table_columns
+from ood_scores.benchmark.run_diff import compare_runs, holm
+from ood_scores.benchmark.unit_files import Scored
 from ood_scores.cli import app
 from ood_scores.evaluation.uncertainty import compare_auroc
 
@@ -42,7 +43,7 @@ def changed(unit: Scored) -> Scored:
 
 def rescored(results: Results, change: object) -> Results:
     units = tuple(change(unit) for unit in results.scored)  # type: ignore[operator]
-    table = pd.DataFrame([row for unit in units for row in table_rows(unit)], columns=list(COLUMNS))
+    table = pd.DataFrame([row for unit in units for row in table_rows(unit)], columns=list(table_columns()))
     return dataclasses.replace(results, table=table, scored=units, folder=Path("after"))
 
 
@@ -52,9 +53,9 @@ def rows_of(frame: pd.DataFrame, scorer: str) -> pd.DataFrame:
 
 def test_rows_are_those_of_both_runs_in_order(before: Results, after: Results) -> None:
     frame = compare_runs(before, after)
-    keys = [tuple(key) for key in frame[KEY].to_numpy()]
-    assert keys[: len(before.table)] == [tuple(key) for key in before.table[KEY].to_numpy()]
-    assert set(keys[len(before.table) :]) == {tuple(k) for k in after.table[KEY].to_numpy() if k[3] == "new_one"}
+    keys = [tuple(key) for key in frame[list(KEY)].to_numpy()]
+    assert keys[: len(before.table)] == [tuple(key) for key in before.table[list(KEY)].to_numpy()]
+    assert set(keys[len(before.table) :]) == {tuple(k) for k in after.table[list(KEY)].to_numpy() if k[3] == "new_one"}
     assert set(frame["scorer"][frame["found"] == "a"]) == {"knn"}
     assert set(frame["scorer"][frame["found"] == "b"]) == {"new_one"}
     assert frame.loc[frame["found"] != "both", ["auroc_difference", "p_value", "p_holm"]].isna().all(axis=None)
@@ -64,7 +65,7 @@ def test_differences_are_b_less_a(before: Results, after: Results) -> None:
     frame = compare_runs(before, after)
     both = frame[frame["found"] == "both"]
     for run, name in ((before, "a"), (after, "b")):
-        wanted = run.table.set_index(KEY).loc[pd.MultiIndex.from_frame(both[KEY])]
+        wanted = run.table.set_index(list(KEY)).loc[pd.MultiIndex.from_frame(both[list(KEY)])]
         for metric in ("auroc", "fpr95_id", "fpr95_ood"):
             assert both[f"{metric}_{name}"].tolist() == wanted[metric].tolist()
             assert both[f"{metric}_difference"].tolist() == (both[f"{metric}_b"] - both[f"{metric}_a"]).tolist()
@@ -98,7 +99,7 @@ def test_other_rows_have_the_unpaired_test(before: Results, after: Results, reas
     row = rows_of(frame, "energy").iloc[0]
     errors = []
     for run in (before, other):
-        found = run.table[(run.table[KEY] == row[KEY]).all(axis=1)].iloc[0]
+        found = run.table[(run.table[list(KEY)] == row[list(KEY)]).all(axis=1)].iloc[0]
         errors.append((found["auroc_high"] - found["auroc_low"]) / (2 * norm.ppf(0.975)))
     z = (row["auroc_b"] - row["auroc_a"]) / np.hypot(*errors)
     assert row["p_value"] == pytest.approx(2 * norm.sf(abs(z)))

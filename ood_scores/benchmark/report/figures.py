@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ood_scores.benchmark.results import Scored
+from ood_scores.benchmark.unit_files import Scored
 from ood_scores.evaluation.metrics import auroc, roc_counts
 from ood_scores.plotting.curves import BINS, OOD_COLOURS, bin_edges, heights
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ood_scores.benchmark.results import NotRun, Results, Scored
+from ood_scores.benchmark.results import NotRun, Results
+from ood_scores.benchmark.unit_files import Scored
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance, tied_with_best
 from ood_scores.plotting.collapse import TITLES as COLLAPSE
 
