@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ood_scores.errors import NotFinite
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Statistic
-from ood_scores.scorers.base import Scorer, as_scorer, score_all
+from ood_scores.scorers.base import Scorer, as_scorer, fitted, score_all
 from ood_scores.scorers.registry import register_scorer
 
 
@@ -69,7 +69,7 @@ class Fusion(Scorer):
 
     scorers: Sequence[str | Scorer] = ("energy", "gradnorm")
     method: Literal["fisher", "stouffer", "min"] = "fisher"
-    reference_: Tensor = field(init=False, repr=False, compare=False)
+    reference_: Tensor = fitted()
 
     def __post_init__(self) -> None:
         self.require(not isinstance(self.scorers, str), f"scorers is a list of scorers, got {self.scorers!r}")

@@ -6,6 +6,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, field
 from numbers import Integral
 from time import perf_counter
 from typing import Any
@@ -35,6 +36,11 @@ HOW_TO_GET = {
     "layers": "extract(..., layers='stages'), or a list of layers, keeps it",
     "ensemble": "score a list of feature sets of the same data",
 }
+
+
+def fitted(default: Any = MISSING) -> Any:
+    """A dataclass field for an attribute that the fit sets: neither a parameter nor shown nor compared."""
+    return field(default=default, init=False, repr=False, compare=False)
 
 
 class Scorer(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Means, Statistic
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_means import CLOSEST, inner
 from ood_scores.scorers.gaussian import squared_distances
 from ood_scores.scorers.registry import register_scorer
@@ -38,8 +38,8 @@ class FDBD(Scorer):
     Cost: one row of C distances gathered, and one pass over the logits, for each row.
     """
 
-    mean_: Tensor = field(init=False, repr=False, compare=False)
-    inverse_distances_: Tensor = field(init=False, repr=False, compare=False)
+    mean_: Tensor = fitted()
+    inverse_distances_: Tensor = fitted()
     needs = ("features", "logits")
     fit_needs = ("features", "head")
 
@@ -90,9 +90,9 @@ class ORA(Scorer):
     """
 
     aggregate: Literal["max", "mean"] = "max"
-    mean_: Tensor = field(init=False, repr=False, compare=False)
-    weight_: Tensor = field(init=False, repr=False, compare=False)
-    squares_: Tensor = field(init=False, repr=False, compare=False)
+    mean_: Tensor = fitted()
+    weight_: Tensor = fitted()
+    squares_: Tensor = fitted()
     needs = ("features", "logits")
     fit_needs = ("features", "head")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Accumulator, Statistic
 from ood_scores.features.statistics.row_samples import HashedSample
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_ranks import PIECE
 from ood_scores.scorers.gaussian import squared_distances
 from ood_scores.scorers.registry import register_scorer
@@ -63,9 +63,9 @@ class CFOOD(Scorer):
     share: float = 0.1
     rho: float = 0.01
     seed: int = 0
-    bank_: Tensor = field(init=False, repr=False, compare=False)
-    reaches_: Tensor = field(init=False, repr=False, compare=False)
-    shares_: Tensor = field(init=False, repr=False, compare=False)
+    bank_: Tensor = fitted()
+    reaches_: Tensor = fitted()
+    shares_: Tensor = fitted()
     needs = ("features",)
     fit_needs = ("features",)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import by_pieces, entropy, row_norm
 from ood_scores.features.statistics.collect import Means, Statistic
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 
 CLOSEST = 1e-12
@@ -39,7 +39,7 @@ class KLMatching(Scorer):
     Cost: one product with a ``[C, C]`` matrix for each block.
     """
 
-    log_means_: Tensor = field(init=False, repr=False, compare=False)
+    log_means_: Tensor = fitted()
     needs = ("logits",)
     fit_needs = ("logits",)
 
@@ -76,7 +76,7 @@ class SHE(Scorer):
     Cost: one mean gathered, and one product, for each row.
     """
 
-    means_: Tensor = field(init=False, repr=False, compare=False)
+    means_: Tensor = fitted()
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "labels")
 
@@ -113,8 +113,8 @@ class NCI(Scorer):
     """
 
     alpha: float = 0.0
-    mean_: Tensor = field(init=False, repr=False, compare=False)
-    weight_: Tensor = field(init=False, repr=False, compare=False)
+    mean_: Tensor = fitted()
+    weight_: Tensor = fitted()
     needs = ("features", "logits")
     fit_needs = ("features", "head")
 

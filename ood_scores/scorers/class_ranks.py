@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Accumulator, Statistic
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 
 PIECE = 2**22
@@ -53,7 +53,7 @@ class ExCeL(Scorer):
     upper: float = 5.0
     reward: float = 10.0
     ranks: int | None = None
-    levels_: Tensor = field(init=False, repr=False, compare=False)
+    levels_: Tensor = fitted()
     needs = ("logits",)
     fit_needs = ("logits",)
 

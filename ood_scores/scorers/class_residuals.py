@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Accumulator, GroupMeans, Means, Statistic
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.entropy import GEN
 from ood_scores.scorers.registry import register_scorer
 
@@ -32,7 +32,7 @@ ROUNDING = 1e-6
 class _RelativeToClass(Scorer):
     """What ``caref`` and ``cadref`` share: the means by predicted class, and a feature relative to that of its own."""
 
-    means_: Tensor = field(init=False, repr=False, compare=False)
+    means_: Tensor = fitted()
 
     def statistics(self) -> Sequence[Statistic]:
         return (Means("features", "predicted"),)
@@ -105,8 +105,8 @@ class CADRef(_RelativeToClass):
     """
 
     confidence: str = "energy"
-    signs_: Tensor = field(init=False, repr=False, compare=False)
-    mean_confidence_: float = field(default=math.nan, init=False, repr=False, compare=False)
+    signs_: Tensor = fitted()
+    mean_confidence_: float = fitted(math.nan)
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "head")
 
@@ -163,10 +163,10 @@ class CORE(Scorer):
     Cost: two vectors gathered for each row; a second pass to fit.
     """
 
-    weight_: Tensor = field(init=False, repr=False, compare=False)
-    directions_: Tensor = field(init=False, repr=False, compare=False)
-    means_: list[float] = field(init=False, repr=False, compare=False)
-    deviations_: list[float] = field(init=False, repr=False, compare=False)
+    weight_: Tensor = fitted()
+    directions_: Tensor = fitted()
+    means_: list[float] = fitted()
+    deviations_: list[float] = fitted()
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "head")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Statistic
 from ood_scores.features.statistics.moments import ClassMoments, Moments
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.cholesky import SOLVED
 from ood_scores.scorers.registry import register_scorer
 
@@ -44,10 +44,10 @@ class Mahalanobis(Scorer):
     """
 
     normalize: bool = False
-    whitening_: Tensor = field(init=False, repr=False, compare=False)
-    means_: Tensor = field(init=False, repr=False, compare=False)
-    centre_: Tensor = field(init=False, repr=False, compare=False)
-    double_: bool = field(default=False, init=False, repr=False, compare=False)
+    whitening_: Tensor = fitted()
+    means_: Tensor = fitted()
+    centre_: Tensor = fitted()
+    double_: bool = fitted(False)
     needs = ("features",)
     fit_needs = ("features", "labels")
 
@@ -118,11 +118,11 @@ class RelativeMahalanobis(Scorer):
     """
 
     normalize: bool = False
-    mean_: Tensor = field(init=False, repr=False, compare=False)
-    directions_: Tensor = field(init=False, repr=False, compare=False)
-    means_: Tensor = field(init=False, repr=False, compare=False)
-    shares_: Tensor = field(init=False, repr=False, compare=False)
-    double_: bool = field(default=False, init=False, repr=False, compare=False)
+    mean_: Tensor = fitted()
+    directions_: Tensor = fitted()
+    means_: Tensor = fitted()
+    shares_: Tensor = fitted()
+    double_: bool = fitted(False)
     needs = ("features",)
     fit_needs = ("features", "labels")
 

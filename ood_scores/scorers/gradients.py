@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Means, Statistic, require_finite
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present, squared_distances
 from ood_scores.scorers.neighbors import kth_neighbours
@@ -156,12 +156,12 @@ class GradientClassifier(Scorer):
     """
 
     seed: int = 0
-    mean_: Tensor = field(init=False, repr=False, compare=False)
-    scale_: Tensor = field(init=False, repr=False, compare=False)
-    weight_: Tensor = field(init=False, repr=False, compare=False)
-    bias_: float = field(init=False, repr=False, compare=False)
-    strength_: float = field(init=False, repr=False, compare=False)
-    accuracy_: float = field(init=False, repr=False, compare=False)
+    mean_: Tensor = fitted()
+    scale_: Tensor = fitted()
+    weight_: Tensor = fitted()
+    bias_: float = fitted()
+    strength_: float = fitted()
+    accuracy_: float = fitted()
     needs = ("gradients.inputs",)
     fit_needs = ("gradients.inputs", "gradients.noise")
 
@@ -254,8 +254,8 @@ class GROOD(Scorer):
 
     by: Literal["norm", "nearest"] = "norm"
     prototype: Sequence[float] | None = None
-    prototypes_: Tensor = field(init=False, repr=False, compare=False)
-    bank_: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    prototypes_: Tensor = fitted()
+    bank_: Tensor | None = fitted(None)
     needs = ("features",)
 
     def __post_init__(self) -> None:

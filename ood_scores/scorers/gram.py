@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Statistic, require_finite
+from ood_scores.scorers.base import fitted
 from ood_scores.scorers.multilayer import LayeredScorer
 from ood_scores.scorers.registry import register_scorer
 
@@ -54,11 +55,11 @@ class Gram(LayeredScorer):
 
     layers: Sequence[str] | None = None
     confidence: bool = True
-    layers_: list[str] = field(init=False, repr=False, compare=False)
-    shapes_: list[list[int]] = field(init=False, repr=False, compare=False)
-    low_: list[Tensor] = field(init=False, repr=False, compare=False)
-    high_: list[Tensor] = field(init=False, repr=False, compare=False)
-    usual_: Tensor = field(init=False, repr=False, compare=False)
+    layers_: list[str] = fitted()
+    shapes_: list[list[int]] = fitted()
+    low_: list[Tensor] = fitted()
+    high_: list[Tensor] = fitted()
+    usual_: Tensor = fitted()
     extra = "gram"
     dimensions = 2
     needs = ("gram", "logits")

@@ -16,7 +16,7 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Accumulator, Statistic
 from ood_scores.features.statistics.moments import GlobalMoments, Moments
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.subspace import principal_axes, rank_of
 
@@ -33,9 +33,9 @@ class _KernelPCA(Scorer):
     """
 
     variance: float
-    mean_: Tensor = field(init=False, repr=False, compare=False)
-    axes_: Tensor = field(init=False, repr=False, compare=False)
-    outside_: bool = field(init=False, repr=False, compare=False)
+    mean_: Tensor = fitted()
+    axes_: Tensor = fitted()
+    outside_: bool = fitted()
     needs = ("features",)
     fit_needs = ("features",)
 
@@ -143,8 +143,8 @@ class CoRP(_KernelPCA):
     gamma: float = 2.0
     directions: int = 2048
     seed: int = 0
-    weight_: Tensor = field(init=False, repr=False, compare=False)
-    phase_: Tensor = field(init=False, repr=False, compare=False)
+    weight_: Tensor = fitted()
+    phase_: Tensor = fitted()
 
     def __post_init__(self) -> None:
         super().__post_init__()

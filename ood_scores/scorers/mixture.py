@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics import moments as of
 from ood_scores.features.statistics.collect import Statistic
 from ood_scores.features.statistics.moments import ClassMoments, Moments
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import classes_present
 from ood_scores.scorers.numerics.cholesky import (
     LOW_RANK,
@@ -76,12 +76,12 @@ class GMM(Scorer):
     normalize: bool = False
     prior: Literal["none", "empirical"] = "none"
     output: Literal["density", "entropy"] = "density"
-    means_: Tensor = field(init=False, repr=False, compare=False)
-    cholesky_: Tensor = field(init=False, repr=False, compare=False)
-    log_weights_: Tensor = field(init=False, repr=False, compare=False)
-    jitter_: Tensor = field(init=False, repr=False, compare=False)
-    packed_: Tensor | None = field(default=None, init=False, repr=False, compare=False)
-    ranks_: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    means_: Tensor = fitted()
+    cholesky_: Tensor = fitted()
+    log_weights_: Tensor = fitted()
+    jitter_: Tensor = fitted()
+    packed_: Tensor | None = fitted(None)
+    ranks_: Tensor | None = fitted(None)
 
     def __post_init__(self) -> None:
         self.require(self.space in ("features", "logits"), f"space is 'features' or 'logits', got {self.space!r}")

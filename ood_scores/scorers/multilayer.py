@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from ood_scores.errors import BadInput, MissingInput, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Statistic, collect, require_finite
 from ood_scores.features.statistics.moments import ClassMoments, Moments
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import squared_distances, whitening
 from ood_scores.scorers.registry import register_scorer
 
@@ -38,10 +38,10 @@ class LayeredScorer(Scorer):
     def check_ready(self, feats: FeatureSet) -> None:
         super().check_ready(feats)
         found = self._shapes(feats, self.names(), "score")
-        for name, fitted, here in zip(self.names(), self.shapes_, found, strict=True):
-            if fitted != here:
+        for name, known, here in zip(self.names(), self.shapes_, found, strict=True):
+            if known != here:
                 raise ShapeMismatch(
-                    f"{self.name!r} was fitted on {name} of shape {fitted}, here they have {here}: both sets must come "
+                    f"{self.name!r} was fitted on {name} of shape {known}, here they have {here}: both sets must come "
                     "from the same model and probe."
                 )
 
@@ -114,13 +114,13 @@ class MahalanobisLayers(LayeredScorer):
 
     layers: Sequence[str] | None = None
     combine: Literal["regression", "sum"] = "regression"
-    layers_: list[str] = field(init=False, repr=False, compare=False)
-    shapes_: list[list[int]] = field(init=False, repr=False, compare=False)
-    centres_: list[Tensor] = field(init=False, repr=False, compare=False)
-    whitenings_: list[Tensor] = field(init=False, repr=False, compare=False)
-    means_: list[Tensor] = field(init=False, repr=False, compare=False)
-    weights_: Tensor = field(init=False, repr=False, compare=False)
-    bias_: float = field(init=False, repr=False, compare=False)
+    layers_: list[str] = fitted()
+    shapes_: list[list[int]] = fitted()
+    centres_: list[Tensor] = fitted()
+    whitenings_: list[Tensor] = fitted()
+    means_: list[Tensor] = fitted()
+    weights_: Tensor = fitted()
+    bias_: float = fitted()
     extra = "layers"
     dimensions = 1
     needs = ("layers",)

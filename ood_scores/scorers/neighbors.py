@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Statistic
 from ood_scores.features.statistics.row_samples import Energies, Rows
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import squared_distances
 from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
 from ood_scores.scorers.numerics.faiss_index import kept_index, trained_index
@@ -42,7 +42,7 @@ class _BankScorer(Scorer):
     bank are the same matrix. Alone, each leaves the search to faiss, which finds a single list sooner.
     """
 
-    bank_: Tensor = field(init=False, repr=False, compare=False)
+    bank_: Tensor = fitted()
 
     @abstractmethod
     def search(self, rows: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class NNGuide(_BankScorer):
     k: int = 10
     share: float = 1.0
     seed: int = 0
-    energies_: Tensor = field(init=False, repr=False, compare=False)
+    energies_: Tensor = fitted()
     needs = ("features", "logits")
     fit_needs = ("features", "logits")
 

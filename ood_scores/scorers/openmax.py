@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Logits, Means, Statistic
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_means import CLOSEST, warn_of_classes_without_rows
 from ood_scores.scorers.gaussian import squared_distances
 from ood_scores.scorers.registry import register_scorer
@@ -63,11 +63,11 @@ class OpenMax(Scorer):
     alpha: int = 10
     euclidean: float = 1.0
     cosine: float = 0.0
-    means_: Tensor = field(init=False, repr=False, compare=False)
-    present_: Tensor = field(init=False, repr=False, compare=False)
-    nearest_: Tensor = field(init=False, repr=False, compare=False)
-    shape_: Tensor = field(init=False, repr=False, compare=False)
-    log_scale_: Tensor = field(init=False, repr=False, compare=False)
+    means_: Tensor = fitted()
+    present_: Tensor = fitted()
+    nearest_: Tensor = fitted()
+    shape_: Tensor = fitted()
+    log_scale_: Tensor = fitted()
     needs = ("logits",)
     fit_needs = ("logits", "labels")
 

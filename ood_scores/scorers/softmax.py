@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Logits, Statistic
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 
 COOLEST, HOTTEST = 0.01, 100.0
@@ -102,7 +102,7 @@ class Temperature(Scorer):
     Cost: one softmax of the fit set for each of about ten steps; keeps the fit set's logits ``[N, C]``.
     """
 
-    temperature_: float = field(init=False, repr=False, compare=False)
+    temperature_: float = fitted()
     needs = ("logits",)
     fit_needs = ("logits", "labels")
 

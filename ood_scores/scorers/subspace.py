@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Means, SampledRows, Statistic
 from ood_scores.features.statistics.moments import GlobalMoments, Moments
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import whitened, whitening
 from ood_scores.scorers.registry import register_scorer
 
@@ -31,8 +31,8 @@ class _ResidualScorer(Scorer):
     """What ``residual`` and ``vim`` share: the residual space, and a feature's norm in it."""
 
     dimension: int | None = None
-    origin_: Tensor = field(init=False, repr=False, compare=False)
-    residual_space_: Tensor = field(init=False, repr=False, compare=False)
+    origin_: Tensor = fitted()
+    residual_space_: Tensor = fitted()
 
     def __post_init__(self) -> None:
         if self.dimension is not None:
@@ -116,7 +116,7 @@ class ViM(_ResidualScorer):
     Cost: as ``residual``, and the energy.
     """
 
-    alpha_: float = field(default=math.nan, init=False, repr=False, compare=False)
+    alpha_: float = fitted(math.nan)
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "head")
 
@@ -172,9 +172,9 @@ class NECO(Scorer):
     max_logit: bool = True
     standardize: bool = True
     raw_norm: bool = False
-    mean_: Tensor = field(init=False, repr=False, compare=False)
-    scale_: Tensor = field(init=False, repr=False, compare=False)
-    principal_space_: Tensor = field(init=False, repr=False, compare=False)
+    mean_: Tensor = fitted()
+    scale_: Tensor = fitted()
+    principal_space_: Tensor = fitted()
     fit_needs = ("features",)
 
     def __post_init__(self) -> None:
@@ -237,7 +237,7 @@ class PNML(Scorer):
     Cost: one product with a ``[D, D]`` and one with the ``[D, C]`` head for each block.
     """
 
-    root_: Tensor = field(init=False, repr=False, compare=False)
+    root_: Tensor = fitted()
     needs = ("features", "head")
     fit_needs = ("features",)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool1d, normalize, pad
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.statistics.collect import Accumulator, Statistic
-from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 
 EDGE = 1e-8
@@ -79,12 +79,12 @@ class WeiPer(Scorer):
     smoothing: int = 40
     perturbed_smoothing: int = 15
     seed: int = 0
-    weight_: Tensor = field(init=False, repr=False, compare=False)
-    bias_: Tensor = field(init=False, repr=False, compare=False)
-    range_: list[float] = field(init=False, repr=False, compare=False)
-    perturbed_range_: list[float] = field(init=False, repr=False, compare=False)
-    density_: Tensor = field(init=False, repr=False, compare=False)
-    perturbed_density_: Tensor = field(init=False, repr=False, compare=False)
+    weight_: Tensor = fitted()
+    bias_: Tensor = fitted()
+    range_: list[float] = fitted()
+    perturbed_range_: list[float] = fitted()
+    density_: Tensor = fitted()
+    perturbed_density_: Tensor = fitted()
     needs = ("features",)
     fit_needs = ("features", "head")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ood_scores.features import FeatureSet
 from ood_scores.features.statistics.collect import SampledRows, Statistic, quantiles
+from ood_scores.scorers.base import fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper
 
@@ -36,7 +37,7 @@ class ReAct(FeatureShaper):
     """
 
     q: float = 0.90
-    threshold_: float = field(init=False, repr=False, compare=False)
+    threshold_: float = fitted()
     fit_reads = ("features",)
 
     def __post_init__(self) -> None:
@@ -80,8 +81,8 @@ class VRA(FeatureShaper):
     low: float = 0.60
     high: float = 0.95
     below: Literal["zero", "clip"] = "zero"
-    low_: Tensor = field(init=False, repr=False, compare=False)
-    high_: Tensor = field(init=False, repr=False, compare=False)
+    low_: Tensor = fitted()
+    high_: Tensor = fitted()
     fit_reads = ("features",)
 
     def __post_init__(self) -> None:

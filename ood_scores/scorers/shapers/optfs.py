@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.statistics.collect import SampledRows, Statistic, quantiles
+from ood_scores.scorers.base import fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper
 
@@ -48,9 +49,9 @@ class OptFS(FeatureShaper):
     """
 
     bins: int = 100
-    low_: float = field(default=math.nan, init=False, repr=False, compare=False)
-    high_: float = field(default=math.nan, init=False, repr=False, compare=False)
-    factors_: Tensor = field(init=False, repr=False, compare=False)
+    low_: float = fitted(math.nan)
+    high_: float = fitted(math.nan)
+    factors_: Tensor = fitted()
     fit_reads = ("features", "head")
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.statistics.collect import FeatureMean, Statistic, quantiles
+from ood_scores.scorers.base import fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper, Shaper
 
@@ -43,7 +44,7 @@ class DICE(Shaper):
     """
 
     sparsity: float = 0.90
-    head_: Head = field(init=False, repr=False, compare=False)
+    head_: Head = fitted()
     shapes = ("logits", "head")
     fit_reads = ("features", "head")
 
