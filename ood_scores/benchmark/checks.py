@@ -91,16 +91,15 @@ def _twice(path: KeyPath, names: Iterable[str], what: str) -> Found:
 
 
 def _models(part: Part) -> Found:
-    import timm
-
-    import ood_scores.models.networks  # noqa: F401  makes timm know the CIFAR networks
+    from ood_scores.models.opening import require_known
 
     yield from _twice(("model",), [*(model.title for model in part.models), *part.ensembles], "the model")
     for number, model in enumerate(part.models):
         path = ("model", number)
-        if not timm.is_model(model.name):
-            known = f"timm has no model {model.name!r}{meant(model.name, timm.list_models())}."
-            yield (*path, "name"), known, UnknownName
+        try:
+            require_known(model.name)
+        except UnknownName as error:
+            yield (*path, "name"), str(error), UnknownName
         both = model.recipe is not None and model.checkpoint is not None
         yield from _wrong(both, (*path, "recipe"), "a model has a checkpoint, or a recipe that makes it; not both.")
         alone = bool(model.seeds) and model.recipe is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import pickle
@@ -21,6 +20,8 @@ from torchvision.transforms import Compose, Grayscale
 
 import ood_scores.models.networks  # noqa: F401  makes timm know the CIFAR networks
 from ood_scores.errors import BadInput, CheckpointError, UnknownName
+from ood_scores.models.running import architecture
+from ood_scores.toml_tables import meant
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training scripts put the weights; averaged weights first, as timm takes them."""
@@ -46,7 +47,7 @@ def load_model(
             the pretrained weights do not exist or cannot be fetched.
         BadInput: ``num_classes`` without a checkpoint; or an argument that the model does not take.
     """
-    config = _known_config(name)
+    config = _weights_config(name)
     if checkpoint is not None:
         return _from_checkpoint(name, config, Path(checkpoint), num_classes, arguments).eval()
     if num_classes is not None:
@@ -101,11 +102,70 @@ def preprocessing(
     return Compose([Grayscale(), transform]) if channels == 1 else transform
 
 
-def _known_config(name: str) -> PretrainedCfg | None:
-    """What timm knows of a model's weights; None for one that is registered without any."""
+def require_known(name: str) -> None:
+    """Raise UnknownName, with the closest name, if timm has no model of this name."""
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise UnknownName(f"timm has no model {name!r}; close are: {', '.join(close) or 'none'}.")
+        raise UnknownName(f"timm has no model {name!r}{meant(name, timm.list_models())}: see timm.list_models().")
+
+
+def make(name: str, **arguments: Any) -> nn.Module:
+    """Create a timm model.
+
+    Raises:
+        UnknownName: if timm has no model of this name.
+        BadInput: if the model does not accept an argument.
+    """
+    require_known(name)
+    try:
+        return timm.create_model(name, **arguments)
+    except (TypeError, ValueError) as error:
+        raise BadInput(
+            f"{name!r} cannot be created with {arguments} ({_first_sentence(error)}): change its arguments."
+        ) from error
+
+
+def fill(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    checkpoint: str | os.PathLike[str],
+    new_head: nn.Module | None = None,
+) -> None:
+    """Load weights into a model, which must need all of them and no others.
+
+    Args:
+        model: Network to fill.
+        state: Weights by name, as ``read_checkpoint`` returns them.
+        checkpoint: Where the weights come from, for the error message.
+        new_head: Submodule that keeps its own weights if the others have none for it or of another shape.
+
+    Raises:
+        CheckpointError: if the weights are those of another architecture.
+    """
+    own = model.state_dict()
+    paths = [f"{path}." for path, part in model.named_modules() if part is new_head]
+    head = {key for key in own if key.startswith(tuple(paths))}
+    if any(key not in state or state[key].shape != own[key].shape for key in head):
+        state = {key: value for key, value in state.items() if key not in head}
+    wrong = [
+        f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    if not wrong:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        wrong = [f"{key} is missing" for key in missing if key not in head]
+        wrong += [f"{key} is not of this model" for key in unexpected]
+    if wrong:
+        more = f"; and {len(wrong) - 4:,} more" if len(wrong) > 4 else ""
+        raise CheckpointError(
+            f"{checkpoint} does not fit {architecture(model)!r} ({'; '.join(sorted(wrong)[:4])}{more}): pass "
+            "the name and the arguments of the model that it was trained with."
+        )
+
+
+def _weights_config(name: str) -> PretrainedCfg | None:
+    """What timm knows of a model's weights; None for a model that is registered without any."""
+    require_known(name)
     try:
         return timm.get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -114,19 +174,12 @@ def _known_config(name: str) -> PretrainedCfg | None:
 
 def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
-        return _create(name, pretrained=True, **arguments)
+        return make(name, pretrained=True, **arguments)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"timm gives no pretrained weights for {name!r} ({_first_sentence(error)}). Try again where the "
             "network is reachable, or pass a checkpoint file."
         ) from error
-
-
-def _create(name: str, **arguments: Any) -> nn.Module:
-    try:
-        return timm.create_model(name, **arguments)
-    except TypeError as error:
-        raise BadInput(f"{name!r} cannot be made with {', '.join(arguments)}: {_first_sentence(error)}.") from error
 
 
 def _from_checkpoint(
@@ -138,8 +191,8 @@ def _from_checkpoint(
         sizes["num_classes"] = num_classes
     if _size(state, getattr(config, "first_conv", None), axis=1) == 1:
         sizes["in_chans"] = 1
-    model = _create(name, **sizes)
-    _fill(model, state, name, path)
+    model = make(name, **sizes)
+    fill(model, state, path)
     return model
 
 
@@ -160,21 +213,6 @@ def _size(state: Mapping[str, Tensor], module: str | Sequence[str] | None, axis:
     first = module if isinstance(module, str) else next(iter(module or ()), None)
     weight = state.get(f"{first}.weight")
     return None if weight is None or weight.ndim <= axis else weight.shape[axis]
-
-
-def _fill(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> None:
-    own = model.state_dict()
-    wrong = [
-        f"{key} is {list(state[key].shape)}, wants {list(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if own[key].shape != state[key].shape
-    ]
-    if not wrong:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        wrong = [f"{key} is missing" for key in missing] + [f"{key} is not of this model" for key in unexpected]
-    if wrong:
-        more = f"; and {len(wrong) - 4:,} more" if len(wrong) > 4 else ""
-        raise CheckpointError(f"{path} does not fit {name!r}: {'; '.join(sorted(wrong)[:4])}{more}.")
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -18,13 +16,12 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import transforms
 
-import ood_scores.models.networks  # noqa: F401  makes timm know the CIFAR networks
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.data.sources import open_dataset
-from ood_scores.errors import BadInput, BadLabels, CheckpointError, MissingInput, UnknownName
+from ood_scores.errors import BadInput, BadLabels, MissingInput
 from ood_scores.models.networks.classifier import linear_classifier
-from ood_scores.models.opening import preprocessing, read_checkpoint
+from ood_scores.models.opening import fill, make, preprocessing, read_checkpoint
 from ood_scores.training.augment import Augmentation, augmentation, random_resized_crop, seed_of
 from ood_scores.training.distributed import Processes
 from ood_scores.training.objectives import RNA, Objective, create_objective, objective_class
@@ -192,38 +189,13 @@ def make_model(table: ModelTable, arguments: dict[str, Any], seed: int) -> nn.Mo
         HeadNotFound: it has no linear classifier.
         CheckpointError: the checkpoint is missing or of another architecture.
     """
-    if not timm.is_model(table.name):
-        close = ", ".join(difflib.get_close_matches(table.name, timm.list_models(), n=5))
-        raise UnknownName(f"timm has no model {table.name!r}; close are: {close or 'none'}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "model"))
-        try:
-            model = timm.create_model(table.name, **arguments)
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"cannot make the [model] {table.name} with {arguments}: {error}.") from error
-    linear_classifier(model)
-    if table.checkpoint is not None:
-        _fill(model, table.checkpoint)
-    return model
-
-
-def _fill(model: nn.Module, checkpoint: str) -> None:
-    """Weights from a checkpoint; a classifier of another size stays as it is."""
-    state = read_checkpoint(checkpoint)
-    own = model.state_dict()
+        model = make(table.name, **arguments)
     head = linear_classifier(model)
-    prefix = next(name for name, module in model.named_modules() if module is head)
-    ours = {name for name in own if name.startswith(f"{prefix}.")}
-    if any(name not in state or state[name].shape != own[name].shape for name in ours):
-        state = {name: value for name, value in state.items() if name not in ours}
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    wrong = sorted((own.keys() - fitting.keys() - ours) | (state.keys() - fitting.keys()))
-    if wrong:
-        raise CheckpointError(
-            f"{checkpoint} does not fit the model: {len(wrong)} tensors are missing, unknown or of another shape, such "
-            f"as {wrong[0]}. Give [model] the name and arguments that it was trained with."
-        )
-    model.load_state_dict(fitting, strict=False)
+    if table.checkpoint is not None:
+        fill(model, read_checkpoint(table.checkpoint), table.checkpoint, new_head=head)
+    return model
 
 
 def make_objective(stage: Stage, model: nn.Module, class_counts: list[int], seed: int) -> Objective:
