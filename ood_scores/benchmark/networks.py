@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ood_scores.benchmark.digest import digest
 from ood_scores.benchmark.spec import ModelTable, Preprocessing
 from ood_scores.data.dataset_spec import expanded, located
 from ood_scores.errors import MissingData
@@ -29,13 +29,20 @@ class Network:
 
     Attributes:
         table: the model that it belongs to.
-        checkpoint: its weights; None for timm's own.
-        key: what tells it from every other network, as a file name. It depends on the bytes of the checkpoint.
+        checkpoint: the file of its weights; None for timm's own.
+        weights_sha256: of that file; "" for timm's own.
     """
 
     table: ModelTable
     checkpoint: Path | None
-    key: str
+    weights_sha256: str
+
+    NOT_IN_DIGEST: ClassVar = frozenset({"checkpoint"})
+
+    @property
+    def key(self) -> str:
+        """A file name that tells the network from every other."""
+        return f"{file_name(self.table.title)}-{digest(self)[:8]}"
 
     def open(self, preprocessing: Preprocessing) -> tuple[nn.Module, Callable[[Any], Any]]:
         """The model in eval mode, and the transform from a PIL image to its input."""
@@ -63,15 +70,15 @@ def find(model: ModelTable, number: int, data: Path) -> Network:
     """
     text = checkpoints_of(model)[number]
     if text is None:
-        return Network(model, None, _key(model, b""))
+        return Network(model, None, "")
     path = located(expanded(text), data)
     if not path.is_file():
         raise MissingData(f"there is no checkpoint {path}", _how_to_train(model, number, data))
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(2**24):
-            digest.update(piece)
-    return Network(model, path, _key(model, digest.digest()))
+            sha256.update(piece)
+    return Network(model, path, sha256.hexdigest())
 
 
 def _how_to_train(model: ModelTable, number: int, data: Path) -> str:
@@ -80,12 +87,6 @@ def _how_to_train(model: ModelTable, number: int, data: Path) -> str:
     folder = data / Path(checkpoints_of(model)[number] or "").parent
     seed = f" --set seed={model.seeds[number]}" if model.seeds else ""
     return f"ood-scores train {RECIPES}/{model.recipe}.toml{seed} --out {folder}"
-
-
-def _key(model: ModelTable, weights: bytes) -> str:
-    facts = [model.name, model.num_classes, model.head, dict(model.arguments)]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode() + weights).hexdigest()
-    return f"{file_name(model.title)}-{digest[:8]}"
 
 
 def file_name(text: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from ood_scores.benchmark import networks
+from ood_scores.benchmark.digest import digest
 from ood_scores.benchmark.networks import Network, file_name
 from ood_scores.benchmark.results import NotRun
 from ood_scores.benchmark.spec import Extraction, Part, Preprocessing, Spec
@@ -27,7 +28,8 @@ class Job:
         set: its name.
         source: what ``open_dataset`` opens.
         extraction: its ``probes`` are those of this set's role.
-        cache: the file.
+        data: where relative paths start.
+        out: folder of the run.
     """
 
     network: Network
@@ -36,7 +38,14 @@ class Job:
     preprocessing: Preprocessing
     extraction: Extraction
     data: Path
-    cache: Path
+    out: Path
+
+    NOT_IN_DIGEST: ClassVar = frozenset({"data", "out"})
+
+    @cached_property
+    def cache(self) -> Path:
+        """The file of features, named after everything that decides what comes out."""
+        return self.out / CACHES / self.network.key / f"{file_name(self.set)}-{digest(self)[:8]}.h5"
 
     def features(self) -> FeatureSet | None:
         """The finished cache, or None if there is none."""
@@ -179,24 +188,12 @@ def _units(spec: Spec, out: Path, data: Path) -> tuple[list[Unit], list[NotRun]]
 
 def _unit(part: Part, model: str, checkpoint: int, members: list[Network], out: Path, data: Path) -> Unit:
     def jobs(name: str, probes: tuple[str, ...]) -> tuple[Job, ...]:
-        options = replace(part.extraction, probes=probes, fit_probes=())
-        return tuple(job(network, part, name, options, out, data) for network in members)
+        source = limited(part.sets[name], part.extraction.rows)
+        options = replace(part.extraction, probes=probes, fit_probes=(), rows=None)
+        return tuple(Job(network, name, source, part.preprocessing, options, data, out) for network in members)
 
     fit = jobs(part.fit, part.extraction.fit_probes) if part.fit else ()
     return Unit(part, model, checkpoint, {name: jobs(name, part.extraction.probes) for name in part.scored}, fit)
-
-
-def job(network: Network, part: Part, name: str, extraction: Extraction, out: Path, data: Path) -> Job:
-    """The extraction of a set; its cache is named after all that decides what comes out."""
-    source = limited(part.sets[name], extraction.rows)
-    facts = [source, asdict(part.preprocessing), *map(repr, _that_matters(extraction))]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    cache = out / CACHES / network.key / f"{file_name(name)}-{digest[:8]}.h5"
-    return Job(network, name, source, part.preprocessing, extraction, data, cache)
-
-
-def _that_matters(extraction: Extraction) -> Iterator[object]:
-    return (getattr(extraction, key) for key in ("amp", "dtype", "layers", "probes"))
 
 
 def limited(source: str, rows: int | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 ALL: Literal["all"] = "all"
 
@@ -34,6 +34,9 @@ class ModelTable:
     num_classes: int | None = None
     head: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    NOT_IN_DIGEST: ClassVar = frozenset({"label", "checkpoint", "recipe", "seeds"})
+    """What only presents, and where the weights are, whose own digest counts instead."""
 
     @property
     def title(self) -> str:
@@ -81,6 +84,9 @@ class Extraction:
     probes: tuple[str, ...] = ()
     fit_probes: tuple[str, ...] = ()
     rows: int | None = None
+
+    NOT_IN_DIGEST: ClassVar = frozenset({"batch_size", "workers"})
+    """What changes speed and memory alone."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,11 @@ class Part:
     extraction: Extraction = Extraction()
     search: Search | None = None
     published: tuple[Published, ...] = ()
+
+    NOT_IN_DIGEST: ClassVar = frozenset(
+        {"notes", "published", "models", "ensembles", "sets", "preprocessing", "extraction", "scorers"}
+    )
+    """What only presents, and what a unit has resolved: its jobs, and the tables of its scorers."""
 
     @property
     def ood(self) -> tuple[str, ...]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.benchmark import unit_files
+from ood_scores.benchmark.digest import digest
 from ood_scores.benchmark.fitting import Ready, fit_each, score_each, unmet
 from ood_scores.benchmark.measures import accuracies, measured
 from ood_scores.benchmark.parameter_search import choose
@@ -33,10 +32,10 @@ ID = "id"
 
 def evaluated(unit: Unit, out: Path) -> tuple[Path, dict[str, Any]]:
     """File and facts of what the unit finds; computed if it is missing, damaged, or of other features or scorers."""
-    digest = _digest(unit)
-    path = out / unit_files.FOLDER / f"{digest[:16]}.h5"
-    facts = unit_files.read(path, digest)
-    return path, unit_files.write(path, digest, find(unit)) if facts is None else facts
+    key = key_of(unit)
+    path = out / unit_files.FOLDER / f"{key[:16]}.h5"
+    facts = unit_files.read(path, key)
+    return path, unit_files.write(path, key, find(unit)) if facts is None else facts
 
 
 def find(unit: Unit) -> Found:
@@ -219,17 +218,7 @@ def _not_run(what: str, reason: str, remedy: str = "") -> dict[str, str]:
     return {"what": what, "reason": reason, "remedy": remedy}
 
 
-def _digest(unit: Unit) -> str:
-    """Of everything that decides what the unit finds."""
-    part = unit.part
-    asked = {key: getattr(part, key) for key in ("id", "near", "far", "covariate", "fit", "relabel", "measures")}
-    facts = {
-        **_names(unit),
-        **asked,
-        "scorers": [asdict(table) for table in scorer_tables(part)],
-        "search": part.search and asdict(part.search),
-        "features": {name: [each.to_attributes() for each in _made_by(jobs)] for name, jobs in unit.sets.items()},
-        "fitted on": [each.to_attributes() for each in _made_by(unit.fit)],
-        "ood_scores": version("ood_scores"),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
+def key_of(unit: Unit) -> str:
+    """A digest of everything that decides what the unit finds."""
+    features = [_made_by([job]) for job in unit.jobs]
+    return digest(unit, scorer_tables(unit.part), features, list(metrics.METRICS), version("ood_scores"))

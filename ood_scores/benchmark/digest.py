@@ -1,0 +1,26 @@
+"""Digests that name files after everything that decides what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+
+def digest(*facts: Any) -> str:
+    """SHA-256 of dataclasses and plain data, as hexadecimal text.
+
+    Every field of a dataclass counts, except those that its class lists in ``NOT_IN_DIGEST``: fields that only present,
+    and fields that enter in another form.
+    """
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        left_out = getattr(value, "NOT_IN_DIGEST", ())
+        counted = {each.name: getattr(value, each.name) for each in fields(value) if each.name not in left_out}
+        return [type(value).__name__, counted]
+    return dict(value) if isinstance(value, Mapping) else repr(value)
