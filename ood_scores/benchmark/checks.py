@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
-from ood_scores.benchmark.scorers import create, scorer_tables
 from ood_scores.benchmark.spec import Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
@@ -126,14 +126,14 @@ def _sets(part: Part) -> Found:
 
 
 def _scorers(part: Part) -> Found:
-    tables = scorer_tables(part)
+    tables = part.scorer_tables
     yield from _twice(("scorers",), [table.label for table in tables], "the scorer")
     for table in tables:
         path = ("scorers", table.label)
         if table.name not in list_scorers():
             yield from _unknown(path, "scorer", table.name, list_scorers())
         else:
-            yield from _raised(path, lambda table=table: create(table))  # type: ignore[misc]
+            yield from _raised(path, table.create)
 
 
 def _raised(path: KeyPath, make: Callable[[], Any]) -> Found:
@@ -156,7 +156,7 @@ def _extraction(part: Part) -> Found:
             if name not in PROBES:
                 yield from _unknown(("extraction", key), "probe", name, sorted(PROBES))
             else:
-                yield from _raised(("extraction", key), lambda text=text: probe_from(text))  # type: ignore[misc]
+                yield from _raised(("extraction", key), partial(probe_from, text))
     yield from _unknown(("extraction", "dtype"), "dtype", options.dtype, STORED)
     if options.amp is not None:
         yield from _unknown(("extraction", "amp"), "amp", options.amp, AMP_DTYPES)
@@ -185,7 +185,7 @@ def _searches(part: Part) -> Found:
             yield from _wrong(same is not None, ("search", key), message)
     yield from _wrong(not search.ood, ("search", "ood"), "the search has no OoD set.")
     yield from _unknown(("search", "metric"), "metric", search.metric, [metric.name for metric in headline_metrics()])
-    tables = {table.label: table for table in scorer_tables(part)}
+    tables = {table.label: table for table in part.scorer_tables}
     for label, grid in search.grid.items():
         path = ("search", "grid", label)
         yield from _unknown(path, "scorer", label, tables)
@@ -194,7 +194,7 @@ def _searches(part: Part) -> Found:
             for value in values:
                 yield from _raised(
                     (*path, parameter),
-                    lambda label=label, changes={parameter: value}: create(tables[label], changes),  # type: ignore[misc]
+                    partial(tables[label].create, {parameter: value}),
                 )
 
 
@@ -204,7 +204,7 @@ def _published(part: Part, number: Published) -> Found:
         ("published", "model"), "model", number.model, [*(m.title for m in part.models), *part.ensembles]
     )
     if number.scorer is not None:
-        yield from _unknown(path, "scorer", number.scorer, [table.label for table in scorer_tables(part)])
+        yield from _unknown(path, "scorer", number.scorer, [table.label for table in part.scorer_tables])
         yield from _unknown(("published", "metrics"), "metric", figure_of(number.metric)[0], METRICS)
         yield from _unknown(("published", "ood"), "OoD set", str(number.ood), [*part.ood, *GROUPS])
     else:

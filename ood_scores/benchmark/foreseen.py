@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from ood_scores.benchmark.fitting import Has, unmet
 from ood_scores.benchmark.planning import Job, SetFacts, Unit
-from ood_scores.benchmark.scorers import create, scorer_tables
 
 
 def foreseen(unit: Unit, facts: Mapping[str, SetFacts]) -> tuple[list[str], dict[str, list[str]]]:
@@ -15,8 +14,8 @@ def foreseen(unit: Unit, facts: Mapping[str, SetFacts]) -> tuple[list[str], dict
     sets = [_has(jobs, facts) for jobs in unit.sets.values()]
     run: list[str] = []
     left_out: dict[str, list[str]] = {}
-    for table in scorer_tables(unit.part):
-        reason, remedy = unmet(create(table), fit, sets)
+    for table in unit.part.scorer_tables:
+        reason, remedy = unmet(table.create(), fit, sets)
         if not reason:
             run.append(table.label)
         else:

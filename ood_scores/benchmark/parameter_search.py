@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from ood_scores.benchmark.fitting import Ready, fit_each, score_each
-from ood_scores.benchmark.scorers import create
 from ood_scores.benchmark.spec import ScorerTable, Search
 from ood_scores.evaluation.metrics import METRICS
 from ood_scores.features import FeatureSet
@@ -24,7 +23,7 @@ def choose(
     Of settings that are as good, the first is chosen. One that fails has the value NaN.
     """
     tried = {
-        (label, setting): Ready(create(tables[label], dict(setting)))
+        (label, setting): Ready(tables[label].create(dict(setting)))
         for label, grid in search.grid.items()
         if label in tables
         for setting in _settings(grid)

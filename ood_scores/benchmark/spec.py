@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ood_scores.scorers import Scorer, create_scorer, list_scorers
+
 ALL: Literal["all"] = "all"
 
 
@@ -97,6 +99,24 @@ class ScorerTable:
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
+    def create(self, changes: Mapping[str, Any] | None = None) -> Scorer:
+        """A new scorer, with some parameters changed; where one is a table with a name, it is a scorer itself.
+
+        Raises:
+            UnknownName, BadInput: as ``ood_scores.create_scorer``.
+        """
+        return _created(self.name, {**self.parameters, **(changes or {})})
+
+
+def _created(name: str, parameters: Mapping[str, Any]) -> Scorer:
+    return create_scorer(name, **{key: _parameter(value) for key, value in parameters.items()})
+
+
+def _parameter(value: Any) -> Any:
+    if isinstance(value, Mapping) and "name" in value:
+        return _created(value["name"], {key: inner for key, inner in value.items() if key != "name"})
+    return tuple(value) if isinstance(value, list) else value
+
 
 @dataclass(frozen=True)
 class Search:
@@ -182,6 +202,13 @@ class Part:
     @property
     def ood(self) -> tuple[str, ...]:
         return (*self.near, *self.far)
+
+    @property
+    def scorer_tables(self) -> tuple[ScorerTable, ...]:
+        """The scorers that the part names, or every one that is registered."""
+        if isinstance(self.scorers, tuple):
+            return self.scorers
+        return tuple(ScorerTable(name, name) for name in list_scorers())
 
     @property
     def scored(self) -> tuple[str, ...]:

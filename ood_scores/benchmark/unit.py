@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from ood_scores.benchmark.measures import accuracies, measured
 from ood_scores.benchmark.parameter_search import choose
 from ood_scores.benchmark.planning import Job, Unit
 from ood_scores.benchmark.results import interval_columns
-from ood_scores.benchmark.scorers import create, described, scorer_tables
 from ood_scores.benchmark.unit_files import Found, SetScores
 from ood_scores.errors import EmptyInput, OodScoresError
 from ood_scores.evaluation import metrics
@@ -84,8 +84,8 @@ def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, 
     part = unit.part
     tables = {}
     fit_has = fit.has if fit is not None else None
-    for table in scorer_tables(part):
-        reason, remedy = unmet(create(table), fit_has, [feats.has for feats in sets.values()])
+    for table in part.scorer_tables:
+        reason, remedy = unmet(table.create(), fit_has, [feats.has for feats in sets.values()])
         if reason:
             found.not_run.append(_not_run(table.label, reason, remedy))
         else:
@@ -94,7 +94,7 @@ def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, 
     if part.search:
         chosen, tried = choose(part.search, tables, sets, fit)
         found.searched += _tidy(unit, tried)
-    ready = {label: Ready(create(table, chosen.get(label))) for label, table in tables.items()}
+    ready = {label: Ready(table.create(chosen.get(label))) for label, table in tables.items()}
     fit_each(ready, fit)
     for label in [label for label, each in ready.items() if each.failure]:
         found.not_run.append(_not_run(label, ready.pop(label).failure))
@@ -166,7 +166,7 @@ def _table(
                     "id_accuracy": accuracy,
                     "fit_seconds": each.fit_seconds,
                     "score_microseconds": 1e6 * each.score_seconds / each.rows,
-                    "parameters": described(each.scorer),
+                    "parameters": json.dumps(described(each.scorer)),
                     "weights_sha256": _joint([each.weights_sha256 for each in made_by[ID]]),
                     "id_sha256": _joint([each.data_sha256 for each in made_by[ID]]),
                     "ood_sha256": _joint([each.data_sha256 for each in made_by[name]]),
@@ -190,6 +190,16 @@ def _compared(inside: np.ndarray, outside: np.ndarray) -> dict[str, Any]:
         found = interval(metric.name, inside, outside)
         figures |= zip(interval_columns(metric), (found.low, found.high), strict=True)
     return figures
+
+
+def described(value: Any) -> Any:
+    """The name and all parameters of a scorer, as JSON has them."""
+    if isinstance(value, Scorer):
+        names = [each.name for each in fields(value) if each.init] if is_dataclass(value) else []
+        return {"name": value.name} | {name: described(getattr(value, name)) for name in names}
+    if isinstance(value, (list, tuple)):
+        return [described(each) for each in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
 
 
 def _provenances(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None) -> dict[str, list[Provenance]]:
@@ -221,4 +231,4 @@ def _not_run(what: str, reason: str, remedy: str = "") -> dict[str, str]:
 def key_of(unit: Unit) -> str:
     """A digest of everything that decides what the unit finds."""
     features = [_made_by([job]) for job in unit.jobs]
-    return digest(unit, scorer_tables(unit.part), features, list(metrics.METRICS), version("ood_scores"))
+    return digest(unit, unit.part.scorer_tables, features, list(metrics.METRICS), version("ood_scores"))

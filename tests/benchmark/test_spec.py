@@ -9,8 +9,8 @@ import pytest
 
 from ood_scores.benchmark import load_spec
 from ood_scores.benchmark.checks import check
-from ood_scores.benchmark.scorers import create, described
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Published, ScorerTable, Search, Spec
+from ood_scores.benchmark.unit import described
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 
 SMALL = """
@@ -114,8 +114,8 @@ temperature = [1, 2]
         ScorerTable("GradNorm T=2", "gradnorm", {"temperature": 2.0}),
         ScorerTable("ReAct → GradNorm", "react", {"base": nested}),
     )
-    assert create(only.scorers[2])._inner.temperature == 3.0  # type: ignore[attr-defined]
-    assert '"base": {"name": "gradnorm", "' in described(create(only.scorers[2]))
+    assert only.scorers[2].create()._inner.temperature == 3.0  # type: ignore[attr-defined]
+    assert described(only.scorers[2].create())["base"]["name"] == "gradnorm"
     assert only.ensembles == {"both": ("cifar_resnet20", "trained")}
     assert only.preprocessing == Preprocessing(input_size=(8, 8), crop_pct=1.0)
     assert only.extraction == Extraction(layers=("stage1",), probes=("odin:epsilon=0.01",), rows=50)

@@ -12,7 +12,6 @@ import pytest
 
 import ood_scores
 from ood_scores.benchmark import Spec, load_spec
-from ood_scores.benchmark.scorers import create, scorer_tables
 from ood_scores.benchmark.spec import Part, Published
 from ood_scores.data.dataset_spec import parse
 from ood_scores.data.kinds.base import DATASET_KINDS
@@ -59,8 +58,8 @@ def test_what_a_spec_names_exists(name: str) -> None:
         assert {part.id, *part.ood, *part.covariate, *filter(None, [part.fit])} <= part.sets.keys()
         for text in part.sets.values():
             assert parse(text).kind in DATASET_KINDS
-        for table in scorer_tables(part):
-            assert create(table).name == table.name
+        for table in part.scorer_tables:
+            assert table.create().name == table.name
 
 
 @every_file
@@ -211,7 +210,7 @@ def test_the_real_benchmark() -> None:
     assert [tuple(members) for members in first.ensembles.values()] == [("ResNet-20", "DenseNet-100")]
     assert of(first, scorer="energy", ood="textures", metric="fpr95_id") == [54.83, 56.12]  # reference, DICE's paper
     assert of(first, scorer="msp", ood="cifar100_test", metric="auroc") == [88.438]
-    names = {table.name for table in scorer_tables(probed)}
+    names = {table.name for table in probed.scorer_tables}
     again = {"odin", "rankfeat", "gram", "gradnorm_params", "gradient_classifier", "mahalanobis_layers"}
     assert again <= names <= set(ood_scores.list_scorers())
 
