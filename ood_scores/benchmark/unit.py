@@ -195,7 +195,7 @@ def _compared(inside: np.ndarray, outside: np.ndarray) -> dict[str, Any]:
 def described(value: Any) -> Any:
     """The name and all parameters of a scorer, as JSON has them."""
     if isinstance(value, Scorer):
-        names = [each.name for each in fields(value) if each.init] if is_dataclass(value) else []
+        names: list[str] = [each.name for each in fields(value) if each.init] if is_dataclass(value) else []
         return {"name": value.name} | {name: described(getattr(value, name)) for name in names}
     if isinstance(value, (list, tuple)):
         return [described(each) for each in value]
