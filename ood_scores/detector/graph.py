@@ -16,21 +16,6 @@ from ood_scores.extraction import heads
 from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.registry import create_scorer, list_scorers
-from ood_scores.scorers.shapers.base import Shaper
-
-BANK_ROWS = 50_000
-"""The largest bank of fit rows that goes into a graph (``knn``, ``nnguide``)."""
-
-IN_A_GRAPH = ("features", "logits", "head")
-
-NOT_TENSOR_EXPRESSIONS = {
-    "cf_ood": "it looks distances up in sorted lists, for which ONNX has no operation",
-    "excel": "it ranks all logits, and rounding alone changes the order of nearly equal ones",
-    "fusion": "it looks scores up in sorted lists, for which ONNX has no operation",
-    "optfs": "its factors jump at the edges of bins, and rounding alone moves activations over them",
-    "weiper": "it counts histograms in pieces that depend on the size of the batch",
-}
-"""Scorers that read features and logits alone and yet have no graph, and why."""
 
 
 class DetectorGraph(nn.Module):
@@ -73,7 +58,7 @@ class DetectorGraph(nn.Module):
         super().__init__()
         if not scorer.is_fitted:
             raise NotFitted(f"{scorer.name!r} is fitted on in-distribution features before it is exported.")
-        reason = why_not(scorer)
+        reason = scorer.why_no_graph()
         if reason:
             raise BadInput(f"{scorer.name!r} cannot be exported: {reason}. Those that can: {', '.join(exportable())}.")
         self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
@@ -99,27 +84,9 @@ class DetectorGraph(nn.Module):
         return f"{type(self.model).__name__} with {self.scorer.name!r}"
 
 
-def why_not(scorer: Scorer) -> str | None:
-    """Why a scorer has no graph; None for one that has, or that is not of this package and may have."""
-    if scorer.name in NOT_TENSOR_EXPRESSIONS:
-        return NOT_TENSOR_EXPRESSIONS[scorer.name]
-    extras = [name for name in scorer.needs if name not in IN_A_GRAPH]
-    if extras:
-        return f"it reads {', '.join(extras)}, which the forward pass of the model alone does not give"
-    if isinstance(scorer, Shaper):
-        return why_not(scorer._inner)
-    index = getattr(scorer, "index", "Flat")
-    if index != "Flat":
-        return f"its index {index!r} finds other neighbours than the nearest, which a graph would find"
-    if getattr(scorer, "packed_", None) is not None:
-        return "its covariances are too large for a graph: fit it on logits or fewer features"
-    bank = getattr(scorer, "bank_", None)
-    if isinstance(bank, Tensor) and len(bank) > BANK_ROWS:
-        return f"its bank has {len(bank):,} rows, and a graph holds up to {BANK_ROWS:,}: fit it on fewer"
-    return None
-
-
 def exportable() -> list[str]:
     """Names of the scorers of this package that have a graph, with their default parameters."""
     scorers = [create_scorer(name) for name in list_scorers()]
-    return [one.name for one in scorers if type(one).__module__.startswith("ood_scores.") and why_not(one) is None]
+    return [
+        one.name for one in scorers if type(one).__module__.startswith("ood_scores.") and one.why_no_graph() is None
+    ]

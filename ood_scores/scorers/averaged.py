@@ -12,6 +12,7 @@ from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 
 class _Averaged(Scorer):
@@ -57,6 +58,17 @@ class MCDropout(_Averaged):
     Cost: one pass over C numbers for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep Learning",
+            "Yarin Gal, Zoubin Ghahramani",
+            "ICML",
+            2016,
+            "https://arxiv.org/abs/1506.02142",
+            "https://github.com/yaringal/DropoutUncertaintyExps",
+        ),
+        search_space={"output": ("entropy", "msp", "mutual_information")},
+    )
     output: Literal["entropy", "msp", "mutual_information"] = "entropy"
     averaged = "mc_dropout"
     needs = ("mc_dropout.mean",)
@@ -82,6 +94,16 @@ class Ensemble(_Averaged):
     Cost: one pass over C numbers for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles",
+            "Balaji Lakshminarayanan, Alexander Pritzel, Charles Blundell",
+            "NeurIPS",
+            2017,
+            "https://arxiv.org/abs/1612.01474",
+        ),
+        search_space={"output": ("entropy", "msp", "mutual_information")},
+    )
     output: Literal["entropy", "msp", "mutual_information"] = "entropy"
     averaged = "ensemble"
     needs = ("ensemble.mean",)

@@ -37,6 +37,9 @@ HOW_TO_GET = {
     "ensemble": "score a list of feature sets of the same data",
 }
 
+IN_A_GRAPH = ("features", "logits", "head")
+"""What a scorer finds in an exported graph."""
+
 
 def fitted(default: Any = MISSING) -> Any:
     """A dataclass field for an attribute that the fit sets: neither a parameter nor shown nor compared."""
@@ -134,6 +137,13 @@ class Scorer(ABC):
                     "sets must come from the same model."
                 )
         require_same_weights(feats.provenance, self.fitted_on, "this set", f"the set that {self.name!r} was fitted on")
+
+    def why_no_graph(self) -> str | None:
+        """The reason why this scorer cannot be exported as a graph, as a clause; None if it can be."""
+        extras = [name for name in self.needs if name not in IN_A_GRAPH]
+        if self.tags.no_graph or not extras:
+            return self.tags.no_graph
+        return f"it reads {', '.join(extras)}, which the forward pass of the model alone does not give"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the scorer, with what its fit found, as one safetensors file, replacing a scorer already there.

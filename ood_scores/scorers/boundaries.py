@@ -17,6 +17,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_means import CLOSEST, inner
 from ood_scores.scorers.gaussian import squared_distances
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 
 @register_scorer("fdbd")
@@ -38,6 +39,17 @@ class FDBD(Scorer):
     Cost: one row of C distances gathered, and one pass over the logits, for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Fast Decision Boundary based Out-of-Distribution Detector",
+            "Litian Liu, Yao Qin",
+            "ICML",
+            2024,
+            "https://arxiv.org/abs/2312.11536",
+            "https://github.com/litianliu/fDBD-OOD",
+        ),
+        exceptions={"single_class": "a single class has no decision boundary"},
+    )
     mean_: Tensor = fitted()
     inverse_distances_: Tensor = fitted()
     needs = ("features", "logits")
@@ -89,6 +101,17 @@ class ORA(Scorer):
     Cost: one product with the head's weight for each block.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Out-of-Distribution Detection with Relative Angles",
+            "Berker Demirel, Marco Fumero, Francesco Locatello",
+            "NeurIPS",
+            2025,
+            "https://arxiv.org/abs/2410.04525",
+            "https://github.com/berkerdemirel/ORA-OOD-Detection-with-Relative-Angles",
+        ),
+        exceptions={"single_class": "a single class has no decision boundary"},
+    )
     aggregate: Literal["max", "mean"] = "max"
     mean_: Tensor = fitted()
     weight_: Tensor = fitted()

@@ -19,6 +19,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_ranks import PIECE
 from ood_scores.scorers.gaussian import squared_distances
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 NARROW_PIECE = 2**20
 """The same of distances in float32: with what they are compared to, they stay in the caches."""
@@ -60,6 +61,16 @@ class CFOOD(Scorer):
     ``12 n (D + 230)`` bytes.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "CF-OOD: Concentration-Free Density Estimation for Reliable Out-of-Distribution Detection",
+            "Fabrizio Angiulli, Fabio Fassetti, Maria Pia Zupi",
+            "SISAP",
+            2025,
+            "https://link.springer.com/chapter/10.1007/978-3-032-06069-3_5",
+        ),
+        no_graph="it looks distances up in sorted lists, for which ONNX has no operation",
+    )
     share: float = 0.1
     rho: float = 0.01
     seed: int = 0

@@ -15,7 +15,9 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import by_pieces, entropy, row_norm
 from ood_scores.features.statistics.collect import Means, Statistic
 from ood_scores.scorers.base import Scorer, fitted
+from ood_scores.scorers.papers import HENDRYCKS_2022
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 CLOSEST = 1e-12
 """Lengths are taken to be at least this before they divide."""
@@ -39,6 +41,7 @@ class KLMatching(Scorer):
     Cost: one product with a ``[C, C]`` matrix for each block.
     """
 
+    tags = Tags(paper=HENDRYCKS_2022)
     log_means_: Tensor = fitted()
     needs = ("logits",)
     fit_needs = ("logits",)
@@ -76,6 +79,19 @@ class SHE(Scorer):
     Cost: one mean gathered, and one product, for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            (
+                "Out-of-Distribution Detection based on In-Distribution Data Patterns Memorization with Modern "
+                "Hopfield Energy"
+            ),
+            "Jinsong Zhang, Qiang Fu, Xu Chen, Lun Du, Zelin Li, Gang Wang, Xiaoguang Liu, Shi Han, Dongmei Zhang",
+            "ICLR",
+            2023,
+            "https://openreview.net/forum?id=KkazG4lgKL",
+            "https://github.com/zjs975584714/SHE_ood_detection",
+        )
+    )
     means_: Tensor = fitted()
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "labels")
@@ -112,6 +128,17 @@ class NCI(Scorer):
     Cost: one weight gathered, and one product, for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Detecting Out-of-Distribution through the Lens of Neural Collapse",
+            "Litian Liu, Yao Qin",
+            "CVPR",
+            2025,
+            "https://arxiv.org/abs/2311.01479",
+            "https://github.com/litianliu/NCI-OOD",
+        ),
+        search_space={"alpha": (0.0, 0.0001, 0.001, 0.01)},
+    )
     alpha: float = 0.0
     mean_: Tensor = fitted()
     weight_: Tensor = fitted()

@@ -14,6 +14,16 @@ from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.collect import Statistic
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
+
+JIANG_2023 = Paper(
+    "Detecting Out-of-distribution Data through In-distribution Class Prior",
+    "Xue Jiang, Feng Liu, Zhen Fang, Hong Chen, Tongliang Liu, Feng Zheng, Bo Han",
+    "ICML",
+    2023,
+    "https://proceedings.mlr.press/v202/jiang23f.html",
+    "https://github.com/tmlr-group/class_prior",
+)
 
 
 class _PriorScorer(Scorer):
@@ -41,6 +51,8 @@ class PriorMSP(_PriorScorer):
     Cost: one softmax for each row.
     """
 
+    tags = Tags(paper=JIANG_2023)
+
     def score_block(self, block: Block) -> Tensor:
         return (block.softmax() - self.prior_.to(block.logits.device)).amax(dim=1)
 
@@ -61,6 +73,7 @@ class PriorEnergy(_PriorScorer):
     Cost: one softmax, one logsumexp and one product with the prior for each row.
     """
 
+    tags = Tags(paper=JIANG_2023)
     temperature: float = 1.0
 
     def __post_init__(self) -> None:

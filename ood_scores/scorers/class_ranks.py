@@ -15,6 +15,7 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Accumulator, Statistic
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 PIECE = 2**22
 """How many distances to the bank, or counts of ranks, there are at a time, but for one row or class at least."""
@@ -49,6 +50,16 @@ class ExCeL(Scorer):
     that while it is fitted.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "ExCeL: Combined Extreme and Collective Logit Information for Enhancing Out-of-Distribution Detection",
+            "Naveen Karunanayake, Suranga Seneviratne, Sanjay Chawla",
+            "arXiv",
+            2023,
+            "https://arxiv.org/abs/2311.14754",
+        ),
+        no_graph="it ranks all logits, and rounding alone changes the order of nearly equal ones",
+    )
     alpha: float = 0.8
     upper: float = 5.0
     reward: float = 10.0

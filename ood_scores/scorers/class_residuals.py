@@ -19,6 +19,16 @@ from ood_scores.features.statistics.collect import Accumulator, GroupMeans, Mean
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.entropy import GEN
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
+
+LING_2025 = Paper(
+    "CADRef: Robust Out-of-Distribution Detection via Class-Aware Decoupled Relative Feature Leveraging",
+    "Zhiwei Ling, Yachen Chang, Hailiang Zhao, Xinkui Zhao, Kingsum Chow, Shuiguang Deng",
+    "CVPR",
+    2025,
+    "https://arxiv.org/abs/2503.00325",
+    "https://github.com/LingAndZero/CADRef",
+)
 
 SMALLEST = 1e-12
 """Lengths and confidences are taken to be at least this before they divide."""
@@ -64,6 +74,7 @@ class CARef(_RelativeToClass):
     Cost: one mean gathered for each row.
     """
 
+    tags = Tags(paper=LING_2025)
     needs = ("features", "logits")
     fit_needs = ("features", "logits")
 
@@ -104,6 +115,7 @@ class CADRef(_RelativeToClass):
     Cost: one mean and one row of signs gathered for each row.
     """
 
+    tags = Tags(paper=LING_2025, search_space={"confidence": ("energy", "max_logit", "msp", "gen")})
     confidence: str = "energy"
     signs_: Tensor = fitted()
     mean_confidence_: float = fitted(math.nan)
@@ -163,6 +175,16 @@ class CORE(Scorer):
     Cost: two vectors gathered for each row; a second pass to fit.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "CORE: Robust Out-of-Distribution Detection via Confidence and Orthogonal Residual Scoring",
+            "Jin Mo Yang, Hyung-Sin Kim, Saewoong Bahk",
+            "arXiv",
+            2026,
+            "https://arxiv.org/abs/2603.18290",
+        ),
+        experimental="written after the abstract and summaries of the paper, whose formulas were not available",
+    )
     weight_: Tensor = fitted()
     directions_: Tensor = fitted()
     means_: list[float] = fitted()

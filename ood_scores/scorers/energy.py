@@ -11,7 +11,9 @@ from torch import Tensor
 from ood_scores.errors import ShapeMismatch
 from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.papers import HENDRYCKS_2022
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 
 @register_scorer("max_logit")
@@ -26,6 +28,7 @@ class MaxLogit(Scorer):
     Cost: one maximum for each row.
     """
 
+    tags = Tags(paper=HENDRYCKS_2022)
     needs = ("logits",)
 
     def score_block(self, block: Block) -> Tensor:
@@ -48,6 +51,16 @@ class Energy(Scorer):
     Cost: one logsumexp for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Energy-based Out-of-distribution Detection",
+            "Weitang Liu, Xiaoyun Wang, John D. Owens, Yixuan Li",
+            "NeurIPS",
+            2020,
+            "https://arxiv.org/abs/2010.03759",
+            "https://github.com/wetliu/energy_ood",
+        )
+    )
     temperature: float = 1.0
     needs = ("logits",)
 
@@ -76,6 +89,16 @@ class WeightedEnergy(Scorer):
     Cost: one logsumexp.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "VOS: Learning What You Don't Know by Virtual Outlier Synthesis",
+            "Xuefeng Du, Zhaoning Wang, Mu Cai, Yixuan Li",
+            "ICLR",
+            2022,
+            "https://arxiv.org/abs/2202.01197",
+            "https://github.com/deeplearning-wisc/vos",
+        )
+    )
     weights: Sequence[float] | None = None
     temperature: float = 1.0
     needs = ("logits",)

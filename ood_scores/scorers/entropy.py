@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.papers import HUANG_2021
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 
 @register_scorer("entropy")
@@ -26,6 +28,16 @@ class Entropy(Scorer):
     Cost: one softmax for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Deep Anomaly Detection with Outlier Exposure",
+            "Dan Hendrycks, Mantas Mazeika, Thomas Dietterich",
+            "ICLR",
+            2019,
+            "https://arxiv.org/abs/1812.04606",
+            "https://github.com/hendrycks/outlier-exposure",
+        )
+    )
     needs = ("logits",)
 
     def score_block(self, block: Block) -> Tensor:
@@ -44,6 +56,7 @@ class KLUniform(Scorer):
     Cost: one softmax for each row.
     """
 
+    tags = Tags(paper=HUANG_2021)
     needs = ("logits",)
 
     def score_block(self, block: Block) -> Tensor:
@@ -68,6 +81,17 @@ class GEN(Scorer):
     Cost: one softmax and a partial sort of every row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection",
+            "Xixi Liu, Yaroslava Lochman, Christopher Zach",
+            "CVPR",
+            2023,
+            "https://openaccess.thecvf.com/content/CVPR2023/html/Liu_GEN_Pushing_the_Limits_of_Softmax-Based_Out-of-Distribution_Detection_CVPR_2023_paper.html",
+            "https://github.com/XixiLiu95/GEN",
+        ),
+        search_space={"gamma": (0.01, 0.1, 0.5, 1.0), "top": (10, 50, 100, 200)},
+    )
     gamma: float = 0.1
     top: int = 100
     needs = ("logits",)
@@ -105,6 +129,16 @@ class Doctor(Scorer):
     Cost: one softmax.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "DOCTOR: A Simple Method for Detecting Misclassification Errors",
+            "Federica Granese, Marco Romanelli, Daniele Gorla, Catuscia Palamidessi, Pablo Piantanida",
+            "NeurIPS",
+            2021,
+            "https://arxiv.org/abs/2106.02395",
+            "https://github.com/doctor-public-submission/DOCTOR",
+        )
+    )
     temperature: float = 1.0
     needs = ("logits",)
 
@@ -138,6 +172,15 @@ class Renyi(Scorer):
     Cost: one log softmax and one logsumexp.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "On Measures of Entropy and Information",
+            "Alfréd Rényi",
+            "Berkeley Symposium on Mathematical Statistics and Probability",
+            1961,
+            "https://projecteuclid.org/euclid.bsmsp/1200512181",
+        )
+    )
     alpha: float = 0.5
     needs = ("logits",)
 

@@ -16,7 +16,9 @@ from ood_scores.features.statistics.collect import Statistic
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.cholesky import SOLVED
+from ood_scores.scorers.papers import LEE_2018
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 AMPLIFIED = 3e5
 """Float32 features are whitened in float32 as long as that makes their deviations at most so many times longer."""
@@ -43,6 +45,7 @@ class Mahalanobis(Scorer):
     Cost: one product with a ``[D, D]`` and one with a ``[D, C]`` matrix for each block.
     """
 
+    tags = Tags(paper=LEE_2018)
     normalize: bool = False
     whitening_: Tensor = fitted()
     means_: Tensor = fitted()
@@ -86,6 +89,16 @@ class MahalanobisPP(Mahalanobis):
     Cost: as ``mahalanobis``.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Mahalanobis++: Improving OOD Detection via Feature Normalization",
+            "Maximilian Mueller, Matthias Hein",
+            "ICML",
+            2025,
+            "https://arxiv.org/abs/2505.18032",
+            "https://github.com/mueller-mp/maha-norm",
+        )
+    )
     normalize: bool = True
 
 
@@ -117,6 +130,16 @@ class RelativeMahalanobis(Scorer):
     Cost: one product with a ``[D, C]`` and one with a ``[C, C]`` matrix for each block.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
+            "Jie Ren, Stanislav Fort, Jeremiah Liu, Abhijit Guha Roy, Shreyas Padhy, Balaji Lakshminarayanan",
+            "arXiv",
+            2021,
+            "https://arxiv.org/abs/2106.09022",
+        ),
+        search_space={"normalize": (False, True)},
+    )
     normalize: bool = False
     mean_: Tensor = fitted()
     directions_: Tensor = fitted()

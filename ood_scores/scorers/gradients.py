@@ -19,8 +19,10 @@ from ood_scores.features.statistics.collect import Means, Statistic, require_fin
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present, squared_distances
-from ood_scores.scorers.neighbors import kth_neighbours
+from ood_scores.scorers.neighbors import kth_neighbours, why_no_graph_of
+from ood_scores.scorers.papers import HUANG_2021
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 
 @register_scorer("gradnorm")
@@ -52,6 +54,7 @@ class GradNorm(Scorer):
     Cost: one pass over features and logits, and one softmax for each row.
     """
 
+    tags = Tags(paper=HUANG_2021)
     p: float = 1.0
     temperature: float = 1.0
     target: Literal["uniform", "predicted"] = "uniform"
@@ -119,6 +122,7 @@ class GradNormParams(Scorer):
     Cost: none.
     """
 
+    tags = Tags(paper=HUANG_2021)
     group: str = "all"
     needs = ("gradnorm.all",)
 
@@ -155,6 +159,16 @@ class GradientClassifier(Scorer):
     Cost: one product with L numbers for each row; the fit keeps the ``[N, 2 L]`` norms in float64.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Gradients as a Measure of Uncertainty in Neural Networks",
+            "Jinsol Lee, Ghassan AlRegib",
+            "ICIP",
+            2020,
+            "https://arxiv.org/abs/2008.08030",
+        ),
+        experimental="no code of the authors was found to compare with",
+    )
     seed: int = 0
     mean_: Tensor = fitted()
     scale_: Tensor = fitted()
@@ -252,6 +266,17 @@ class GROOD(Scorer):
     float64, and ``4 D`` bytes for each of them.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "GROOD: GRadient-Aware Out-of-Distribution Detection",
+            "Mostafa ElAraby, Sabyasachi Sahoo, Yann Pequignot, Paul Novello, Liam Paull",
+            "TMLR",
+            2025,
+            "https://openreview.net/forum?id=2V7itvvMVJ",
+            "https://github.com/mostafaelaraby/Gradient-Aware-OOD-Detection",
+        ),
+        search_space={"by": ("norm", "nearest")},
+    )
     by: Literal["norm", "nearest"] = "norm"
     prototype: Sequence[float] | None = None
     prototypes_: Tensor = fitted()
@@ -272,6 +297,9 @@ class GROOD(Scorer):
         means = groups.means[classes_present(groups.counts)]
         self.prototypes_ = torch.cat([means, self._of_ood(means)[None]])
         self.bank_ = self._gradients_of_correct(feats) if self.by == "nearest" else None
+
+    def why_no_graph(self) -> str | None:
+        return super().why_no_graph() or why_no_graph_of(self.bank_)
 
     def score_block(self, block: Block) -> Tensor:
         log_share, direction = self._gradient(block)

@@ -16,6 +16,7 @@ from ood_scores.features.statistics.collect import Statistic, require_finite
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.multilayer import LayeredScorer
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 SMALLEST_BOUND = 1e-6
 """What a deviation from a bound is at least divided by, and what is added to the mean deviation, as in Gram's code."""
@@ -53,6 +54,16 @@ class Gram(LayeredScorer):
     during the fit.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Detecting Out-of-Distribution Examples with Gram Matrices",
+            "Chandramouli Shama Sastry, Sageev Oore",
+            "ICML",
+            2020,
+            "https://arxiv.org/abs/1912.12510",
+            "https://github.com/VectorInstitute/gram-ood-detection",
+        )
+    )
     layers: Sequence[str] | None = None
     confidence: bool = True
     layers_: list[str] = fitted()

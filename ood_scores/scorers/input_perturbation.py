@@ -10,6 +10,7 @@ from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 
 @register_scorer("odin")
@@ -30,6 +31,17 @@ class ODIN(Scorer):
     Cost: one softmax for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks",
+            "Shiyu Liang, Yixuan Li, R. Srikant",
+            "ICLR",
+            2018,
+            "https://arxiv.org/abs/1706.02690",
+            "https://github.com/facebookresearch/odin",
+        ),
+        search_space={"temperature": (1.0, 10.0, 100.0, 1000.0)},
+    )
     temperature: float = 1000.0
     needs = ("odin",)
 
@@ -59,6 +71,16 @@ class RankFeat(Scorer):
     Cost: one logsumexp for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "RankFeat: Rank-1 Feature Removal for Out-of-distribution Detection",
+            "Yue Song, Nicu Sebe, Wei Wang",
+            "NeurIPS",
+            2022,
+            "https://arxiv.org/abs/2209.08590",
+            "https://github.com/KingJamesSong/RankFeat",
+        )
+    )
     temperature: float = 1.0
     needs = ("rankfeat",)
 

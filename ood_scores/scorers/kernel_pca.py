@@ -19,6 +19,16 @@ from ood_scores.features.statistics.moments import GlobalMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.subspace import principal_axes, rank_of
+from ood_scores.scorers.tags import Paper, Tags
+
+FANG_2024 = Paper(
+    "Kernel PCA for Out-of-Distribution Detection",
+    "Kun Fang, Qinghua Tao, Kexin Lv, Mingzhen He, Xiaolin Huang, Jie Yang",
+    "NeurIPS",
+    2024,
+    "https://arxiv.org/abs/2402.02949",
+    "https://github.com/fanghenshaometeor/ood-kernel-pca",
+)
 
 LEVEL = 1e-24
 """Variances up to this of vectors of length about one are rounding error."""
@@ -100,6 +110,7 @@ class CoP(_KernelPCA):
     eigendecomposition to fit.
     """
 
+    tags = Tags(paper=FANG_2024, search_space={"variance": (0.7, 0.85, 0.99)})
     variance: float = 0.85
 
     def statistics(self) -> Sequence[Statistic]:
@@ -139,6 +150,11 @@ class CoRP(_KernelPCA):
     ``[N, N]`` for fewer rows.
     """
 
+    tags = Tags(
+        paper=FANG_2024,
+        small_parameters={"directions": 40},
+        search_space={"variance": (0.5, 0.7, 0.8), "gamma": (1.0, 2.0, 3.0)},
+    )
     variance: float = 0.8
     gamma: float = 2.0
     directions: int = 2048

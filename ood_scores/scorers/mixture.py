@@ -32,6 +32,7 @@ from ood_scores.scorers.numerics.cholesky import (
     solved_squares,
 )
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 DENSITY_BYTES = 4 * 2**20
 """Bound on the whitened copy ``[rows, D]`` that one step of the mixture's density makes: it stays in the caches."""
@@ -72,6 +73,17 @@ class GMM(Scorer):
     1 GiB, 2 GiB and a dozen ``[D, D]`` at most, and half as many float64, or fewer, on disk.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Deep Deterministic Uncertainty: A New Simple Baseline",
+            "Jishnu Mukhoti, Andreas Kirsch, Joost van Amersfoort, Philip H.S. Torr, Yarin Gal",
+            "CVPR",
+            2023,
+            "https://arxiv.org/abs/2102.11582",
+            "https://github.com/omegafragger/DDU",
+        ),
+        search_space={"normalize": (False, True)},
+    )
     space: Literal["features", "logits"] = "features"
     normalize: bool = False
     prior: Literal["none", "empirical"] = "none"
@@ -165,6 +177,11 @@ class GMM(Scorer):
                         found[number][filled[number] : filled[number] + len(rows)] = rows
                         filled[number] += len(rows)
             yield from found.items()
+
+    def why_no_graph(self) -> str | None:
+        if self.packed_ is not None:
+            return "its covariances are too large for a graph: fit it on logits or fewer features"
+        return super().why_no_graph()
 
     def fitted_state(self) -> dict[str, Any]:
         """Raises BadInput for factors that lie in a file of their own."""

@@ -16,7 +16,9 @@ from ood_scores.features.statistics.collect import Statistic, collect, require_f
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import squared_distances, whitening
+from ood_scores.scorers.papers import LEE_2018
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Tags
 
 SMALLEST_REST = 1e-8
 """A row without which this share or less of the variation along its own direction is left cannot be left out."""
@@ -112,6 +114,7 @@ class MahalanobisLayers(LayeredScorer):
     Cost: for each layer as ``mahalanobis``; the fit reads the layers twice and ``fgsm`` once.
     """
 
+    tags = Tags(paper=LEE_2018, search_space={"combine": ("regression", "sum")})
     layers: Sequence[str] | None = None
     combine: Literal["regression", "sum"] = "regression"
     layers_: list[str] = fitted()

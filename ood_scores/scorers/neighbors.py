@@ -20,6 +20,7 @@ from ood_scores.scorers.gaussian import squared_distances
 from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
 from ood_scores.scorers.numerics.faiss_index import kept_index, trained_index
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 CLOSE = 0.1
 """Neighbours nearer than this share of the row's norm are searched for in float64."""
@@ -32,6 +33,9 @@ AROUND = 4
 
 SPARE = 10
 """How many neighbours more than asked for ``nnguide`` looks at in float64."""
+
+GRAPH_ROWS = 50_000
+"""The largest bank of fit rows that goes into an exported graph."""
 
 
 @dataclass
@@ -55,6 +59,9 @@ class _BankScorer(Scorer):
     @abstractmethod
     def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
         """The scores, from the candidates' numbers."""
+
+    def why_no_graph(self) -> str | None:
+        return super().why_no_graph() or why_no_graph_of(getattr(self, "bank_", None))
 
     def scored_with(self) -> Hashable:
         return "bank", self.bank_.data_ptr(), tuple(self.bank_.shape)
@@ -117,6 +124,18 @@ class KNN(_BankScorer):
     pass; ``4 D`` bytes for each bank row, twice where faiss searches.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Out-of-Distribution Detection with Deep Nearest Neighbors",
+            "Yiyou Sun, Yifei Ming, Xiaojin Zhu, Yixuan Li",
+            "ICML",
+            2022,
+            "https://arxiv.org/abs/2204.06507",
+            "https://github.com/deeplearning-wisc/knn-ood",
+        ),
+        small_parameters={"k": 3},
+        search_space={"k": (50, 100, 200, 500, 1000)},
+    )
     k: int = 50
     normalize: bool = True
     index: str = "Flat"
@@ -154,6 +173,11 @@ class KNN(_BankScorer):
 
         super().restore({name: value for name, value in state.items() if name != "index"})
         self._index = faiss.deserialize_index(state["index"]) if "index" in state else None
+
+    def why_no_graph(self) -> str | None:
+        if self.index != "Flat":
+            return f"its index {self.index!r} finds other neighbours than the nearest, which a graph would find"
+        return super().why_no_graph()
 
     def scored_with(self) -> Hashable:
         return super().scored_with() if self.normalize and self.index == "Flat" else None
@@ -193,6 +217,13 @@ class KNN(_BankScorer):
         return torch.stack(columns, dim=1)
 
 
+def why_no_graph_of(bank: Tensor | None) -> str | None:
+    """The reason why a bank of fit rows cannot go into an exported graph; None if it can, or there is no bank."""
+    if bank is None or len(bank) <= GRAPH_ROWS:
+        return None
+    return f"its bank has {len(bank):,} rows, and a graph holds up to {GRAPH_ROWS:,}: fit it on fewer"
+
+
 def kth_neighbours(rows: Tensor, bank: Tensor, k: int) -> Tensor:
     """The number of each row's k-th nearest bank row, ``[B]``: exact, in float64, a piece of the bank at a time."""
     nearest, numbers = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
@@ -230,6 +261,17 @@ class NNGuide(_BankScorer):
     pass; ``4 D`` bytes for each bank row, twice where faiss searches.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Nearest Neighbor Guidance for Out-of-Distribution Detection",
+            "Jaewoo Park, Yoon Gyo Jung, Andrew Beng Jin Teoh",
+            "ICCV",
+            2023,
+            "https://arxiv.org/abs/2309.14888",
+            "https://github.com/roomo7time/nnguide",
+        ),
+        search_space={"k": (5, 10, 50, 100)},
+    )
     k: int = 10
     share: float = 1.0
     seed: int = 0

@@ -10,7 +10,9 @@ from ood_scores.features import Block
 from ood_scores.features.block import by_pieces, row_norm
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.extras import read_extra
+from ood_scores.scorers.papers import HAAS_2024, SHIN_2024
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 
 @register_scorer("feature_norm")
@@ -32,6 +34,7 @@ class FeatureNorm(Scorer):
     Cost: one pass over the features.
     """
 
+    tags = Tags(paper=HAAS_2024)
     p: float = 2.0
     space: str = "features"
     needs = ("features",)
@@ -63,6 +66,7 @@ class LogitNorm(Scorer):
     Cost: one pass over the logits.
     """
 
+    tags = Tags(paper=HAAS_2024)
     p: float = 2.0
     needs = ("logits",)
 
@@ -85,6 +89,7 @@ class ActivationRatio(Scorer):
     Cost: one pass over the features.
     """
 
+    tags = Tags(paper=SHIN_2024)
     needs = ("features",)
 
     def score_block(self, block: Block) -> Tensor:
@@ -112,6 +117,16 @@ class BlockNorm(Scorer):
     Cost: none.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Block Selection Method for Using Feature Norm in Out-of-Distribution Detection",
+            "Yeonguk Yu, Sungho Shin, Seongju Lee, Changhyun Jun, Kyoobin Lee",
+            "CVPR",
+            2023,
+            "https://arxiv.org/abs/2212.02295",
+            "https://github.com/gist-ailab/block-selection-for-OOD-detection",
+        )
+    )
     layer: str | None = None
     needs = ("norms",)
 

@@ -18,6 +18,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_means import CLOSEST, warn_of_classes_without_rows
 from ood_scores.scorers.gaussian import squared_distances
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 TRANSLATION = 10_000.0
 """libmr moves a tail so that its smallest distance is this, before a Weibull distribution is fitted."""
@@ -59,6 +60,17 @@ class OpenMax(Scorer):
     Cost: one product with a ``[C, C]`` matrix for each block; the fit keeps the fit set's logits ``[N, C]``.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Towards Open Set Deep Networks",
+            "Abhijit Bendale, Terrance E. Boult",
+            "CVPR",
+            2016,
+            "https://arxiv.org/abs/1511.06233",
+            "https://github.com/abhijitbendale/OSDN",
+        ),
+        small_parameters={"tail": 5},
+    )
     tail: int = 20
     alpha: int = 10
     euclidean: float = 1.0

@@ -14,7 +14,9 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collect import Logits, Statistic
 from ood_scores.scorers.base import Scorer, fitted
+from ood_scores.scorers.papers import HAAS_2024
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 COOLEST, HOTTEST = 0.01, 100.0
 """Temperatures between which the fit looks for the best one."""
@@ -44,6 +46,16 @@ class MSP(Scorer):
     Cost: one softmax for each row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
+            "Dan Hendrycks, Kevin Gimpel",
+            "ICLR",
+            2017,
+            "https://arxiv.org/abs/1610.02136",
+            "https://github.com/hendrycks/error-detection",
+        )
+    )
     temperature: float = 1.0
     double: bool = False
     needs = ("logits",)
@@ -74,6 +86,7 @@ class ScaledMSP(Scorer):
     Cost: one product with the head for each block.
     """
 
+    tags = Tags(paper=HAAS_2024)
     scale: float = 0.1
     needs = ("features", "head")
 
@@ -102,6 +115,16 @@ class Temperature(Scorer):
     Cost: one softmax of the fit set for each of about ten steps; keeps the fit set's logits ``[N, C]``.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "On Calibration of Modern Neural Networks",
+            "Chuan Guo, Geoff Pleiss, Yu Sun, Kilian Q. Weinberger",
+            "ICML",
+            2017,
+            "https://arxiv.org/abs/1706.04599",
+            "https://github.com/gpleiss/temperature_scaling",
+        )
+    )
     temperature_: float = fitted()
     needs = ("logits",)
     fit_needs = ("logits", "labels")
@@ -142,6 +165,16 @@ class Margin(Scorer):
     Cost: the two largest of C values a row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Selective Classification Under Distribution Shifts",
+            "Hengyue Liang, Le Peng, Ju Sun",
+            "TMLR",
+            2024,
+            "https://arxiv.org/abs/2405.05160",
+        ),
+        exceptions={"single_class": "a single class has no second largest logit"},
+    )
     space: Literal["logits", "softmax"] = "logits"
     needs = ("logits",)
 

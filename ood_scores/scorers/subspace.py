@@ -19,6 +19,16 @@ from ood_scores.features.statistics.moments import GlobalMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import whitened, whitening
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
+
+WANG_2022 = Paper(
+    "ViM: Out-Of-Distribution with Virtual-logit Matching",
+    "Haoqi Wang, Zhizhong Li, Litong Feng, Wayne Zhang",
+    "CVPR",
+    2022,
+    "https://arxiv.org/abs/2203.10807",
+    "https://github.com/haoqiwang/vim",
+)
 
 BLOCK_ROWS = 4096
 """Rows of the sample whose residuals are computed at a time."""
@@ -87,6 +97,7 @@ class Residual(_ResidualScorer):
     Cost: one product with a ``[D, D - dimension]`` matrix for each block; one eigendecomposition to fit.
     """
 
+    tags = Tags(paper=WANG_2022, exceptions={"higher_on_id": "a small row has a small residual"})
     needs = ("features",)
     fit_needs = ("features", "head")
 
@@ -116,6 +127,7 @@ class ViM(_ResidualScorer):
     Cost: as ``residual``, and the energy.
     """
 
+    tags = Tags(paper=WANG_2022)
     alpha_: float = fitted(math.nan)
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "head")
@@ -167,6 +179,16 @@ class NECO(Scorer):
     Cost: one product with a ``[D, dimension]`` matrix for each block; one eigendecomposition to fit.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "NECO: NEural Collapse Based Out-of-distribution detection",
+            "Mouïn Ben Ammar, Nacim Belkhir, Sebastian Popescu, Antoine Manzanera, Gianni Franchi",
+            "ICLR",
+            2024,
+            "https://arxiv.org/abs/2310.06823",
+            "https://gitlab.com/drti/neco",
+        )
+    )
     dimension: int | None = None
     variance: float = 0.9
     max_logit: bool = True
@@ -237,6 +259,16 @@ class PNML(Scorer):
     Cost: one product with a ``[D, D]`` and one with the ``[D, C]`` head for each block.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Single Layer Predictive Normalized Maximum Likelihood for Out-of-Distribution Detection",
+            "Koby Bibas, Meir Feder, Tal Hassner",
+            "NeurIPS",
+            2021,
+            "https://arxiv.org/abs/2110.09246",
+            "https://github.com/kobybibas/pnml_ood_detection",
+        )
+    )
     root_: Tensor = fitted()
     needs = ("features", "head")
     fit_needs = ("features",)

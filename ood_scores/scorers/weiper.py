@@ -16,6 +16,7 @@ from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.statistics.collect import Accumulator, Statistic
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
 
 EDGE = 1e-8
 """How far beyond the largest value of the fit set the last bin reaches."""
@@ -71,6 +72,18 @@ class WeiPer(Scorer):
     Cost: as ``repeats`` heads, at scoring and in each of the two passes of the fit; ``4 repeats C D`` bytes kept.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "WeiPer: OOD Detection using Weight Perturbations of Class Projections",
+            "Maximilian Granz, Manuel Heurich, Tim Landgraf",
+            "NeurIPS",
+            2024,
+            "https://arxiv.org/abs/2405.17164",
+            "https://github.com/mgranz/weiper",
+        ),
+        no_graph="it counts histograms in pieces that depend on the size of the batch",
+        float32_tolerance=1e-3,
+    )
     distance: float = 2.4
     repeats: int = 100
     bins: int = 100

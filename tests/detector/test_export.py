@@ -13,11 +13,13 @@ from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
 import ood_scores
-from ood_scores import Scorer, create_scorer
+from ood_scores import Scorer, create_scorer, list_scorers
 from ood_scores.detector import Fusion
 from ood_scores.detector.export import export_onnx, export_program, noise, run_onnx
-from ood_scores.detector.graph import BANK_ROWS, NOT_TENSOR_EXPRESSIONS, DetectorGraph, exportable, why_not
+from ood_scores.detector.graph import DetectorGraph, exportable
 from ood_scores.errors import BadInput, CacheWriteFailed, MissingInput, NotFitted
+from ood_scores.scorers.neighbors import GRAPH_ROWS
+from ood_scores.scorers.registry import scorer_class
 
 onnx = pytest.importorskip("onnx", reason="pip install 'ood_scores[export]'")
 pytest.importorskip("onnxruntime", reason="pip install 'ood_scores[export]'")
@@ -168,7 +170,7 @@ def test_the_users_model_is_left_as_it_was(tmp_path):
         assert torch.equal(values, before[name])
 
 
-@pytest.mark.parametrize("name", [*EXTRAS, *NOT_TENSOR_EXPRESSIONS])
+@pytest.mark.parametrize("name", [*EXTRAS, *(name for name in list_scorers() if scorer_class(name).tags.no_graph)])
 def test_scorers_without_a_graph_are_refused_by_name_and_reason(name):
     assert name not in exportable()
     scorer = create_scorer(name)
@@ -178,21 +180,21 @@ def test_scorers_without_a_graph_are_refused_by_name_and_reason(name):
 
 
 def test_what_depends_on_parameters_and_fit():
-    assert why_not(create_scorer("knn")) is None
-    assert "HNSW32" in why_not(create_scorer("knn", index="HNSW32"))
-    assert why_not(create_scorer("feature_norm")) is None
-    assert "layers.a" in why_not(create_scorer("feature_norm", space="layers.a"))
-    assert why_not(create_scorer("react", base="gmm")) is None
-    assert "sorted lists" in why_not(create_scorer("react", base="cf_ood"))
-    assert "edges of bins" in why_not(create_scorer("optfs", base="msp"))
-    assert "sorted lists" in why_not(Fusion(["energy", "msp"]))
+    assert create_scorer("knn").why_no_graph() is None
+    assert "HNSW32" in create_scorer("knn", index="HNSW32").why_no_graph()
+    assert create_scorer("feature_norm").why_no_graph() is None
+    assert "layers.a" in create_scorer("feature_norm", space="layers.a").why_no_graph()
+    assert create_scorer("react", base="gmm").why_no_graph() is None
+    assert "sorted lists" in create_scorer("react", base="cf_ood").why_no_graph()
+    assert "edges of bins" in create_scorer("optfs", base="msp").why_no_graph()
+    assert "sorted lists" in Fusion(["energy", "msp"]).why_no_graph()
     packed = create_scorer("gmm")
     packed.packed_ = torch.zeros(1)
-    assert "too large" in why_not(packed)
-    for rows, refused in ((BANK_ROWS, False), (BANK_ROWS + 1, True)):
+    assert "too large" in packed.why_no_graph()
+    for rows, refused in ((GRAPH_ROWS, False), (GRAPH_ROWS + 1, True)):
         scorer = create_scorer("nnguide")
         scorer.bank_ = torch.zeros(rows, 1)
-        assert ("50,001 rows" in (why_not(scorer) or "")) == refused
+        assert ("50,001 rows" in (scorer.why_no_graph() or "")) == refused
 
 
 def test_errors_say_what_to_do(tmp_path):

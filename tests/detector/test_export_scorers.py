@@ -16,18 +16,16 @@ import ood_scores
 from ood_scores import Scorer, create_scorer
 from ood_scores.data.kinds.digits import digits_split
 from ood_scores.detector.export import export_onnx, export_program, run_onnx
-from ood_scores.detector.graph import NOT_TENSOR_EXPRESSIONS, DetectorGraph, exportable, why_not
+from ood_scores.detector.graph import DetectorGraph, exportable
 from ood_scores.features import Block
 from ood_scores.scorers.numerics.cholesky import all_solved_squares, block_rows, inverted_diagonal, solved_squares
+from ood_scores.scorers.registry import scorer_class
 from ood_scores.scorers.shapers.pruning import largest
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason="pip install 'ood_scores[export]'")
 
 DATA = os.environ.get("OOD_SCORES_DATA")
-
-PARAMS = {"corp": {"directions": 40}, "knn": {"k": 10}, "openmax": {"tail": 5}}
-"""Parameters of scorers whose defaults want more data."""
 
 VARIANTS = [
     create_scorer("msp", temperature=2.0, double=True),
@@ -81,9 +79,9 @@ def problem():
 
 def test_every_scorer_in_onnxruntime_and_traced(tmp_path):
     model, fit, batch = problem()
-    scorers = [create_scorer(name, **PARAMS.get(name, {})) for name in exportable()] + VARIANTS
+    scorers = [create_scorer(name, **scorer_class(name).tags.small_parameters) for name in exportable()] + VARIANTS
     for scorer in scorers:
-        assert why_not(scorer) is None
+        assert scorer.why_no_graph() is None
         scorer.fit(fit)
     graph = DetectorGraph(model, Together(scorers), 0.0, batch)
     with torch.no_grad():
@@ -102,7 +100,7 @@ def test_every_scorer_in_onnxruntime_and_traced(tmp_path):
 
 def test_those_promised_are_among_those_that_have_a_graph():
     assert set(exportable()) >= ISSUE
-    assert not set(exportable()) & NOT_TENSOR_EXPRESSIONS.keys()
+    assert not [name for name in exportable() if scorer_class(name).tags.no_graph]
 
 
 def test_the_docs_name_exactly_those_that_have_a_graph():
@@ -110,8 +108,8 @@ def test_the_docs_name_exactly_those_that_have_a_graph():
     _, _, rest = page.partition("<!-- exportable -->")
     named, _, _ = rest.partition("<!-- /exportable -->")
     assert [name.strip("` \n") for name in named.replace(".", "").split(",")] == exportable()
-    for name, reason in NOT_TENSOR_EXPRESSIONS.items():
-        assert f"| `{name}` | {reason} |" in page
+    for name, tags in ((name, scorer_class(name).tags) for name in ood_scores.list_scorers()):
+        assert not tags.no_graph or f"| `{name}` | {tags.no_graph} |" in page
 
 
 class Largest(nn.Module):

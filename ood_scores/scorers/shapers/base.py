@@ -75,6 +75,9 @@ class Shaper(Scorer):
         super().restore({name: value for name, value in state.items() if name != "base"})
         self._inner = state["base"]
 
+    def why_no_graph(self) -> str | None:
+        return super().why_no_graph() or self._inner.why_no_graph()
+
     def score_block(self, block: Block) -> Tensor:
         return self._inner.score_block(self.shape(block))
 

@@ -14,6 +14,7 @@ from ood_scores.features.statistics.collect import SampledRows, Statistic, quant
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper
+from ood_scores.scorers.tags import Paper, Tags
 
 
 @register_scorer("react")
@@ -36,6 +37,17 @@ class ReAct(FeatureShaper):
     Cost: one product with the head for each block.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "ReAct: Out-of-distribution Detection With Rectified Activations",
+            "Yiyou Sun, Chuan Guo, Yixuan Li",
+            "NeurIPS",
+            2021,
+            "https://arxiv.org/abs/2111.12797",
+            "https://github.com/deeplearning-wisc/react",
+        ),
+        search_space={"q": (0.85, 0.9, 0.95, 0.99)},
+    )
     q: float = 0.90
     threshold_: float = fitted()
     fit_reads = ("features",)
@@ -78,6 +90,17 @@ class VRA(FeatureShaper):
     Cost: one product with the head for each block.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "VRA: Variational Rectified Activation for Out-of-distribution Detection",
+            "Mingyu Xu, Zheng Lian, Bin Liu, Jianhua Tao",
+            "NeurIPS",
+            2023,
+            "https://arxiv.org/abs/2302.11716",
+            "https://github.com/zeroQiaoba/VRA",
+        ),
+        search_space={"low": (0.5, 0.6, 0.7), "high": (0.9, 0.95, 0.99)},
+    )
     low: float = 0.60
     high: float = 0.95
     below: Literal["zero", "clip"] = "zero"

@@ -16,6 +16,7 @@ from ood_scores.features.statistics.collect import SampledRows, Statistic, quant
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper
+from ood_scores.scorers.tags import Paper, Tags
 
 TAIL = 1e-3
 """The share of activations below the first bin, and of those above the last."""
@@ -48,6 +49,17 @@ class OptFS(FeatureShaper):
     Cost: one product with the head for each block; a second pass to fit.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Towards Optimal Feature-Shaping Methods for Out-of-Distribution Detection",
+            "Qinyu Zhao, Ming Xu, Kartik Gupta, Akshay Asthana, Liang Zheng, Stephen Gould",
+            "ICLR",
+            2024,
+            "https://arxiv.org/abs/2402.00865",
+            "https://github.com/Qinyu-Allen-Zhao/OptFSOOD",
+        ),
+        no_graph="its factors jump at the edges of bins, and rounding alone moves activations over them",
+    )
     bins: int = 100
     low_: float = fitted(math.nan)
     high_: float = fitted(math.nan)

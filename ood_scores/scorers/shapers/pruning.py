@@ -15,6 +15,16 @@ from ood_scores.features.statistics.collect import FeatureMean, Statistic, quant
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper, Shaper
+from ood_scores.scorers.tags import Paper, Tags
+
+DJURISIC_2023 = Paper(
+    "Extremely Simple Activation Shaping for Out-of-Distribution Detection",
+    "Andrija Djurisic, Nebojsa Bozanic, Arjun Ashok, Rosanne Liu",
+    "ICLR",
+    2023,
+    "https://arxiv.org/abs/2209.09858",
+    "https://github.com/andrijazz/ash",
+)
 
 LARGEST_RATIO = 50
 """The exponential of a ratio up to this, times any activation there is, is within float32."""
@@ -43,6 +53,17 @@ class DICE(Shaper):
     Cost: one product with the sparse head, stored densely, for each block; no ``[B, C, D]`` tensor.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "DICE: Leveraging Sparsification for Out-of-Distribution Detection",
+            "Yiyou Sun, Yixuan Li",
+            "ECCV",
+            2022,
+            "https://arxiv.org/abs/2111.09805",
+            "https://github.com/deeplearning-wisc/dice",
+        ),
+        search_space={"sparsity": (0.1, 0.3, 0.5, 0.7, 0.9)},
+    )
     sparsity: float = 0.90
     head_: Head = fitted()
     shapes = ("logits", "head")
@@ -112,6 +133,8 @@ class ASHP(Pruner):
     Cost: a partial sort of every row and one product with the head for each block.
     """
 
+    tags = Tags(paper=DJURISIC_2023, search_space={"percentile": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)})
+
     def shape_features(self, features: Tensor) -> Tensor:
         return torch.where(self.kept(features), features, 0)
 
@@ -134,6 +157,8 @@ class ASHB(Pruner):
 
     Cost: as ``ash_p``.
     """
+
+    tags = Tags(paper=DJURISIC_2023, search_space={"percentile": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)})
 
     def shape_features(self, features: Tensor) -> Tensor:
         kept = self.kept(features)
@@ -159,6 +184,8 @@ class ASHS(Pruner):
 
     Cost: as ``ash_p``.
     """
+
+    tags = Tags(paper=DJURISIC_2023, search_space={"percentile": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)})
 
     def shape_features(self, features: Tensor) -> Tensor:
         values, kept = self.wide_enough(features), self.kept(features)

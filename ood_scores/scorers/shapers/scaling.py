@@ -11,6 +11,7 @@ from ood_scores.features import Block
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import Shaper
 from ood_scores.scorers.shapers.pruning import Pruner, largest, ratio
+from ood_scores.scorers.tags import Paper, Tags
 
 
 @register_scorer("scale")
@@ -34,6 +35,17 @@ class SCALE(Pruner):
     Cost: a partial sort of every row and one product with the head for each block.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Scaling for Training Time and Post-hoc Out-of-distribution Detection Enhancement",
+            "Kai Xu, Rongyu Chen, Gianni Franchi, Angela Yao",
+            "ICLR",
+            2024,
+            "https://arxiv.org/abs/2310.00227",
+            "https://github.com/kai422/SCALE",
+        ),
+        search_space={"percentile": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)},
+    )
     percentile: float = 0.85
 
     def shape_features(self, features: Tensor) -> Tensor:
@@ -63,6 +75,16 @@ class LTS(Shaper):
     Cost: a partial sort of every row.
     """
 
+    tags = Tags(
+        paper=Paper(
+            "Logit Scaling for Out-of-Distribution Detection",
+            "Andrija Djurisic, Rosanne Liu, Mladen Nikolic",
+            "arXiv",
+            2024,
+            "https://arxiv.org/abs/2409.01175",
+            "https://github.com/andrijazz/lts",
+        )
+    )
     top: float = 0.05
     shapes = ("logits",)
 
