@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import sys
 import types
@@ -13,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ood_scores.errors import BadInput, UnknownName
+from ood_scores.errors import BadInput
+from ood_scores.registry import unknown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -171,8 +171,7 @@ def check(raw: Mapping[str, Any], table: Table, source: Source, path: KeyPath = 
         hint = table.keys.get(key, table.rest)
         if hint is None:
             owner = f"[{_title(path)}]" if path else source.what
-            has = f"it has: {', '.join(table.keys)}"
-            raise UnknownName(f"{source.place((*path, key))}: {owner} has no {key!r}{meant(key, table.keys)}; {has}.")
+            raise unknown(f"{source.place((*path, key))}: {owner} has no", key, table.keys, "it has")
         _check_value(value, hint, source, (*path, key))
 
 
@@ -217,12 +216,6 @@ def converted(value: Any, hint: Any) -> Any:
         return tuple(value)
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return float(value) if float in options and not isinstance(value, bool) else value
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _title(path: Sequence[str | int]) -> str:

@@ -16,8 +16,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def registered_scorers(monkeypatch):
     """The registered scorers by name, restored after the test."""
+    from ood_scores.registry import Registry
     from ood_scores.scorers import registry
 
-    known = dict(registry.SCORERS)
+    known = Registry("scorer", registry.SCORERS)
     monkeypatch.setattr(registry, "SCORERS", known)
     return known

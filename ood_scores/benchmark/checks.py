@@ -12,8 +12,9 @@ from ood_scores.benchmark.spec import Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
 from ood_scores.evaluation.neural_collapse import Collapse
+from ood_scores.registry import unknown
 from ood_scores.scorers import list_scorers
-from ood_scores.toml_tables import KeyPath, meant
+from ood_scores.toml_tables import KeyPath
 
 GROUPS = ("near", "far", "mean")
 COLLAPSE = tuple(known.name for known in fields(Collapse))
@@ -76,8 +77,7 @@ def _unknown(path: KeyPath, what: str, name: str, known: Iterable[str]) -> Found
     """That a name is not among the known ones, if it is not."""
     known = list(known)
     if name not in known:
-        there_are = f"there are: {', '.join(known) or 'none'}"
-        yield path, f"there is no {what} {name!r}{meant(name, known)}; {there_are}.", UnknownName
+        yield path, str(unknown(f"there is no {what}", name, known)), UnknownName
 
 
 def _wrong(condition: bool, path: KeyPath, message: str) -> Found:
@@ -145,18 +145,13 @@ def _raised(path: KeyPath, make: Callable[[], Any]) -> Found:
 
 def _extraction(part: Part) -> Found:
     from ood_scores.extraction.extract import STORED
-    from ood_scores.extraction.probes import PROBES
-    from ood_scores.extraction.probes.named import probe_from
+    from ood_scores.extraction.probes import probe_from
     from ood_scores.models.running import AMP_DTYPES
 
     options = part.extraction
     for key in ("probes", "fit_probes"):
         for text in getattr(options, key):
-            name = text.partition(":")[0]
-            if name not in PROBES:
-                yield from _unknown(("extraction", key), "probe", name, sorted(PROBES))
-            else:
-                yield from _raised(("extraction", key), partial(probe_from, text))
+            yield from _raised(("extraction", key), partial(probe_from, text))
     yield from _unknown(("extraction", "dtype"), "dtype", options.dtype, STORED)
     if options.amp is not None:
         yield from _unknown(("extraction", "amp"), "amp", options.amp, AMP_DTYPES)

@@ -136,7 +136,7 @@ def run_job(job: Job, device: str, workers: int) -> Done:
 
 def _extract(job: Job, device: str, workers: int) -> FeatureSet:
     from ood_scores.data.sources import open_dataset
-    from ood_scores.extraction.probes.named import probe_from
+    from ood_scores.extraction.probes import probe_from
 
     model, transform = _open(job)
     options = job.extraction

@@ -90,7 +90,7 @@ def extract(
 
     import ood_scores
     from ood_scores.data.sources import open_dataset
-    from ood_scores.extraction.probes.named import probe_from
+    from ood_scores.extraction.probes import probe_from
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.runtime import Ranks
 

@@ -19,10 +19,10 @@ TABLE_SUFFIXES = (".csv", ".json")
 
 def parameters(scorer: str, texts: Iterable[str]) -> dict[str, Any]:
     """``key=value`` texts as parameters of a scorer, each of the type of its default."""
-    from ood_scores.extraction.probes.named import parameters_from
+    from ood_scores.parameters import from_texts
     from ood_scores.scorers.registry import scorer_class
 
-    return parameters_from(scorer_class(scorer), texts, "--param key=value")
+    return from_texts(scorer_class(scorer), texts, "--param key=value")
 
 
 def layers(text: str | None) -> Layers | None:

@@ -10,7 +10,8 @@ from ood_scores.data.dataset_spec import expanded, parse
 from ood_scores.data.images import ImageDataset, Transform
 from ood_scores.data.kinds.base import DATASET_KINDS
 from ood_scores.data.subsets import VIEWS, seen_through
-from ood_scores.errors import MissingData, UnknownName
+from ood_scores.errors import MissingData
+from ood_scores.registry import unknown
 
 
 def open_dataset(
@@ -43,13 +44,11 @@ def open_dataset(
         EmptyInput: no images.
     """
     name, target, options = parse(spec)
-    if name not in DATASET_KINDS:
-        raise UnknownName(f"no kind of dataset {name!r} in {spec!r}; there are: {', '.join(sorted(DATASET_KINDS))}")
     kind = DATASET_KINDS[name]
     known = [*kind.options, *VIEWS]
     for option in options:
         if option not in known:
-            raise UnknownName(f"{name} has no option {option!r}; it has: {', '.join(known)}")
+            raise unknown(f"{name} has no option", option, known, "it has")
     base = Path("" if root is None else root).expanduser()
     try:
         values = {option: expanded(value) for option, value in options.items()}

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch, UnknownName
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch
 from ood_scores.evaluation.metrics import Scores, roc_counts
 from ood_scores.features import FeatureSet
 from ood_scores.features.statistics.collect import require_finite
+from ood_scores.registry import Registry
 from ood_scores.scorers.norms import ActivationRatio
 
 if TYPE_CHECKING:
@@ -132,8 +133,6 @@ def class_groups(class_counts: Values, rule: GroupRule | None = None) -> NDArray
     """
     counts = _checked_counts(class_counts)
     chosen = rule or ("cifar" if len(counts) <= 100 else "imagenet")
-    if chosen not in _BOUNDS:
-        raise UnknownName(f"no rule {rule!r}; there are: {', '.join(_BOUNDS)}")
     above, below = _BOUNDS[chosen](counts)
     return np.where(counts > above, 0, np.where(counts < below, 2, 1))
 
@@ -240,10 +239,9 @@ def _positions(counts: NDArray[np.int64]) -> tuple[int, int]:
     return int(descending[34 * len(counts) // 100]), int(descending[67 * len(counts) // 100])
 
 
-_BOUNDS: dict[str, Callable[[NDArray[np.int64]], tuple[int, int]]] = {
-    "cifar": _positions,
-    "imagenet": lambda counts: (100, 20),
-}
+_BOUNDS: Registry[Callable[[NDArray[np.int64]], tuple[int, int]]] = Registry(
+    "rule", {"cifar": _positions, "imagenet": lambda counts: (100, 20)}
+)
 
 
 def _checked_counts(class_counts: Values) -> NDArray[np.int64]:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch, UnknownName
+from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
+from ood_scores.registry import Registry
 
 Scores: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[float]"
 Rule: TypeAlias = Literal["first", "nearest"]
@@ -289,16 +290,13 @@ def _trapezoid(recalled: NDArray[np.int64], precision: NDArray[np.float64]) -> f
     return float(recalled @ (precision + np.append(1.0, precision[:-1]))) / 2
 
 
-_INTERPOLATIONS: dict[str, Callable[[NDArray[np.int64], NDArray[np.float64]], float]] = {
-    "step": _step,
-    "trapezoid": _trapezoid,
-}
+_INTERPOLATIONS: Registry[Callable[[NDArray[np.int64], NDArray[np.float64]], float]] = Registry(
+    "interpolation", {"step": _step, "trapezoid": _trapezoid}
+)
 
 
 def aupr_of(counts: RocCounts, interpolation: str = "step") -> float:
     """``aupr_in`` of scores that are counted already."""
-    if interpolation not in _INTERPOLATIONS:
-        raise UnknownName(f"no interpolation {interpolation!r}; there are: {', '.join(_INTERPOLATIONS)}")
     precision = counts.positives / (counts.positives + counts.negatives)
     recalled = np.diff(counts.positives, prepend=0)
     return _INTERPOLATIONS[interpolation](recalled, precision) / counts.n_positive
@@ -317,15 +315,15 @@ def _nearest(positives: NDArray[np.int64], wanted: Fraction) -> int:
     return int(np.searchsorted(positives, kept, side="right")) - 1
 
 
-_RULES: dict[str, Callable[[NDArray[np.int64], Fraction], int]] = {"first": _first, "nearest": _nearest}
+_RULES: Registry[Callable[[NDArray[np.int64], Fraction], int]] = Registry(
+    "rule", {"first": _first, "nearest": _nearest}
+)
 
 
 def fpr_of(counts: RocCounts, tpr: float, rule: str = "first") -> float:
     """``fpr_at_tpr_id`` of scores that are counted already."""
     if not 0 < tpr <= 1:
         raise BadInput(f"a true positive rate of {tpr} cannot be asked for; give a number above 0 and at most 1")
-    if rule not in _RULES:
-        raise UnknownName(f"no rule {rule!r}; there are: {', '.join(_RULES)}")
     index = _RULES[rule](counts.positives, Fraction(str(tpr)) * counts.n_positive)
     return int(counts.negatives[index]) / counts.n_negative
 
@@ -343,57 +341,60 @@ def resampled_fpr(counts: RocCounts, replicates: int, rng: np.random.Generator, 
     return rng.binomial(m, accepted / m) / m
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            "auroc",
-            "AUROC",
-            auroc_of,
-            "chance that an ID image has a higher score than an out-of-distribution (OoD) image",
-            headline=True,
-            interval="DeLong",
-        ),
-        Metric(
-            "aupr_in",
-            "AUPR",
-            aupr_of,
-            "area under the precision-recall curve with ID images as positives",
-            positive="ID",
-            options=("interpolation",),
-        ),
-        Metric(
-            "aupr_out",
-            "AUPR",
-            aupr_of,
-            "area under the precision-recall curve with OoD images as positives",
-            positive="OoD",
-            options=("interpolation",),
-        ),
-        Metric(
-            "fpr95_id",
-            "FPR95",
-            partial(fpr_of, tpr=0.95),
-            "share of OoD images accepted when 95% of ID images are",
-            positive="ID",
-            higher_is_better=False,
-            headline=True,
-            options=("rule",),
-            resampled=partial(resampled_fpr, tpr=0.95),
-        ),
-        Metric(
-            "fpr95_ood",
-            "FPR95",
-            partial(fpr_of, tpr=0.95),
-            "share of ID images rejected when 95% of OoD images are",
-            positive="OoD",
-            higher_is_better=False,
-            headline=True,
-            options=("rule",),
-            resampled=partial(resampled_fpr, tpr=0.95),
-        ),
-    )
-}
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    {
+        metric.name: metric
+        for metric in (
+            Metric(
+                "auroc",
+                "AUROC",
+                auroc_of,
+                "chance that an ID image has a higher score than an out-of-distribution (OoD) image",
+                headline=True,
+                interval="DeLong",
+            ),
+            Metric(
+                "aupr_in",
+                "AUPR",
+                aupr_of,
+                "area under the precision-recall curve with ID images as positives",
+                positive="ID",
+                options=("interpolation",),
+            ),
+            Metric(
+                "aupr_out",
+                "AUPR",
+                aupr_of,
+                "area under the precision-recall curve with OoD images as positives",
+                positive="OoD",
+                options=("interpolation",),
+            ),
+            Metric(
+                "fpr95_id",
+                "FPR95",
+                partial(fpr_of, tpr=0.95),
+                "share of OoD images accepted when 95% of ID images are",
+                positive="ID",
+                higher_is_better=False,
+                headline=True,
+                options=("rule",),
+                resampled=partial(resampled_fpr, tpr=0.95),
+            ),
+            Metric(
+                "fpr95_ood",
+                "FPR95",
+                partial(fpr_of, tpr=0.95),
+                "share of ID images rejected when 95% of OoD images are",
+                positive="OoD",
+                higher_is_better=False,
+                headline=True,
+                options=("rule",),
+                resampled=partial(resampled_fpr, tpr=0.95),
+            ),
+        )
+    },
+)
 """Every metric by name, in the order of frames and files. A new metric is a row here."""
 
 
@@ -407,6 +408,4 @@ def metric_of(name: str) -> Metric:
     Raises:
         UnknownName: there is no such metric.
     """
-    if name not in METRICS:
-        raise UnknownName(f"there is no metric {name!r}: choose from {', '.join(METRICS)}.")
     return METRICS[name]

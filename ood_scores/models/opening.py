@@ -21,7 +21,7 @@ from torchvision.transforms import Compose, Grayscale
 import ood_scores.models.networks  # noqa: F401  makes timm know the CIFAR networks
 from ood_scores.errors import BadInput, CheckpointError, UnknownName
 from ood_scores.models.running import architecture
-from ood_scores.toml_tables import meant
+from ood_scores.registry import did_you_mean
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training scripts put the weights; averaged weights first, as timm takes them."""
@@ -105,7 +105,9 @@ def preprocessing(
 def require_known(name: str) -> None:
     """Raise UnknownName, with the closest name, if timm has no model of this name."""
     if not timm.is_model(name):
-        raise UnknownName(f"timm has no model {name!r}{meant(name, timm.list_models())}: see timm.list_models().")
+        raise UnknownName(
+            f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}: see timm.list_models()."
+        )
 
 
 def make(name: str, **arguments: Any) -> nn.Module:

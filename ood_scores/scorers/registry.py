@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ood_scores.errors import BadInput, UnknownName
+from ood_scores.parameters import require_known
+from ood_scores.registry import Registry
 
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
 
-SCORERS: dict[str, type[Scorer]] = {}
+SCORERS: Registry[type[Scorer]] = Registry("scorer")
 """The registered classes by name."""
 
 S = TypeVar("S", bound="type[Scorer]")
@@ -20,21 +19,12 @@ S = TypeVar("S", bound="type[Scorer]")
 
 def register_scorer(name: str) -> Callable[[S], S]:
     """Class decorator that makes a scorer known by name, as timm does for models."""
-
-    def register(cls: S) -> S:
-        known = SCORERS.get(name, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise BadInput(f"a scorer named {name!r} exists already: {known.__module__}.{known.__qualname__}.")
-        cls.name = name
-        SCORERS[name] = cls
-        return cls
-
-    return register
+    return SCORERS.register(name)
 
 
 def list_scorers(pattern: str = "*") -> list[str]:
     """Names of the registered scorers, sorted; ``pattern`` as in a shell (``"*norm*"``)."""
-    return sorted(fnmatch.filter(SCORERS, pattern))
+    return SCORERS.matching(pattern)
 
 
 def scorer_class(name: str) -> type[Scorer]:
@@ -43,8 +33,6 @@ def scorer_class(name: str) -> type[Scorer]:
     Raises:
         UnknownName: there is none; the message lists the names.
     """
-    if name not in SCORERS:
-        raise UnknownName(f"there is no scorer {name!r}; there are: {', '.join(list_scorers())}.")
     return SCORERS[name]
 
 
@@ -61,9 +49,5 @@ def create_scorer(name: str, **params: Any) -> Scorer:
         BadInput: a parameter out of range.
     """
     cls = scorer_class(name)
-    known = inspect.signature(cls).parameters
-    unknown = [param for param in params if param not in known]
-    if unknown:
-        has = ", ".join(known) or "none"
-        raise UnknownName(f"scorer {name!r} has no parameter {unknown[0]!r}; it has: {has}.")
+    require_known(cls, params, f"scorer {name!r}")
     return cls(**params)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from ood_scores.errors import BadInput, UnknownName
+from ood_scores.errors import BadInput
+from ood_scores.registry import Registry
 
 Operation = Callable[[Tensor, Generator], Tensor]
 
@@ -58,8 +59,6 @@ def augmentation(name: str, channels: int) -> Augmentation:
         UnknownName: there is none.
         BadInput: it wants colour images, and the network takes grey ones.
     """
-    if name not in AUGMENTATIONS:
-        raise UnknownName(f"there is no augmentation {name!r}; there are: {', '.join(AUGMENTATIONS)}.")
     found = AUGMENTATIONS[name]
     if found.colour_only and channels != 3:
         grey = [known for known, other in AUGMENTATIONS.items() if not other.colour_only]
@@ -175,14 +174,17 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (other + factor * (images - other)).clamp(0, 1)
 
 
-AUGMENTATIONS: Mapping[str, Augmentation] = {
-    "none": Augmentation(),
-    "flip": Augmentation((flip,)),
-    "crop_flip": Augmentation((crop, flip)),
-    "rna": Augmentation((crop, flip), (jitter, some_grey), colour_only=True),
-    "small_crops": Augmentation((flip,), (small_crops,)),
-    "imagenet": Augmentation((flip,), opening_crop=True),
-}
+AUGMENTATIONS: Registry[Augmentation] = Registry(
+    "augmentation",
+    {
+        "none": Augmentation(),
+        "flip": Augmentation((flip,)),
+        "crop_flip": Augmentation((crop, flip)),
+        "rna": Augmentation((crop, flip), (jitter, some_grey), colour_only=True),
+        "small_crops": Augmentation((flip,), (small_crops,)),
+        "imagenet": Augmentation((flip,), opening_crop=True),
+    },
+)
 """By name.
 
 - `none`: the images as evaluation sees them.

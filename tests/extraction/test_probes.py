@@ -380,7 +380,10 @@ def test_a_cache_from_before_there_were_probes(tmp_path: Path) -> None:
 
 
 def test_an_unknown_probe() -> None:
-    with pytest.raises(UnknownName, match=r"there is no probe 'godin'; there are: .*fgsm, .*gram, .*layers, .*odin"):
+    with pytest.raises(
+        UnknownName,
+        match=r"there is no probe 'godin' \(did you mean 'odin'\?\).*fgsm, .*gram, .*layers, .*odin",
+    ):
         extract(probes=["godin"])
 
 

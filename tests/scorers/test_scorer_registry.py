@@ -85,7 +85,7 @@ def test_a_scorer_need_not_be_registered_to_be_used() -> None:
 
 
 def test_a_name_is_given_once() -> None:
-    with pytest.raises(BadInput, match=r"a scorer named 'msp' exists already: ood_scores\.scorers\.softmax\.MSP"):
+    with pytest.raises(BadInput, match=r"the scorer 'msp' exists already: ood_scores\.scorers\.softmax\.MSP"):
         register_scorer("msp")(First)
     assert create_scorer("msp").name == "msp"
     namesake = type("MSP", (First,), {"__module__": "elsewhere"})
@@ -109,7 +109,10 @@ def test_names_and_patterns() -> None:
 
 def test_unknown_names_list_those_there_are() -> None:
     for call in (lambda: create_scorer("gradnrom"), lambda: score("gradnrom", feature_set())):
-        with pytest.raises(UnknownName, match=r"there is no scorer 'gradnrom'; there are: .*energy, .*gradnorm"):
+        with pytest.raises(
+            UnknownName,
+            match=r"there is no scorer 'gradnrom' \(did you mean 'gradnorm'\?\); there are: .*energy, .*gradnorm",
+        ):
             call()
     with pytest.raises(UnknownName, match="scorer 'gradnorm' has no parameter 'T'; it has: p, temperature, target"):
         score("gradnorm", feature_set(), T=2)

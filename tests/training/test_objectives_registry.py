@@ -128,7 +128,7 @@ def test_unknown_names_list_those_that_exist() -> None:
         by_name("oe", **{"lambda": 0.5})
     with pytest.raises(UnknownName, match="it has: none"):
         by_name("cross_entropy", tau=1)
-    with pytest.raises(UnknownName, match="mlp, linear, none"):
+    with pytest.raises(UnknownName, match="linear, mlp, none"):
         by_name("rna", projector="conv")
     with pytest.raises(UnknownName, match="there is no objective 'la'"):
         by_name("oe", base="la")

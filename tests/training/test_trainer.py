@@ -446,7 +446,7 @@ def imbalanced(folder: Path, counts: list[int], first: int = 0) -> str:
         ({"data": {"train": "torchvision:CIFAR10?split=train&root=nowhere"}}, BadInput, "add download=true"),
         ({"data": {"train": "cifar"}}, UnknownName, "no kind of dataset 'cifar'"),
         ({"data": {"test": "digits"}}, BadLabels, "labels up to 9"),
-        ({"data": {"augmentation": "rnd"}}, UnknownName, "there are: none, flip"),
+        ({"data": {"augmentation": "rnd"}}, UnknownName, "there are: crop_flip, flip"),
         ({"data": {"augmentation": "rna"}, "model": {"in_chans": 1}}, BadInput, "for colour images"),
         ({"batch_size": 5000, "drop_last": True}, BadInput, "make no batch of 5000"),
         ({"trainable": ["nothing"]}, BadInput, "no parameter fits 'nothing'"),

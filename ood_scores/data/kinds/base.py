@@ -9,6 +9,7 @@ from os import PathLike
 from typing import TypeAlias, TypeVar
 
 from ood_scores.data.images import ImageDataset
+from ood_scores.registry import Registry
 
 Root: TypeAlias = str | PathLike[str] | None
 OpenT = TypeVar("OpenT", bound=Callable[..., ImageDataset])
@@ -36,7 +37,7 @@ class DatasetKind:
         return inspect.getfullargspec(self.open).kwonlyargs
 
 
-DATASET_KINDS: dict[str, DatasetKind] = {}
+DATASET_KINDS: Registry[DatasetKind] = Registry("kind of dataset")
 
 
 def register_dataset_kind(

@@ -13,7 +13,7 @@ from PIL import Image
 from ood_scores.data.dataset_spec import whole_number
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.kinds.base import register_dataset_kind
-from ood_scores.errors import UnknownName
+from ood_scores.registry import Registry
 
 Pixels = Callable[[Generator, tuple[int, ...]], NDArray[np.uint8]]
 
@@ -32,7 +32,7 @@ def gaussian_pixels(rng: Generator, shape: tuple[int, ...]) -> NDArray[np.uint8]
     return np.rint(rng.normal(127.5, 63.75, shape).clip(0, 255)).astype(np.uint8)
 
 
-DRAWN: dict[str, Pixels] = {"gaussian": gaussian_pixels, "uniform": uniform_pixels}
+DRAWN: Registry[Pixels] = Registry("noise", {"gaussian": gaussian_pixels, "uniform": uniform_pixels})
 
 
 class NoiseImages(ImageDataset):
@@ -43,7 +43,7 @@ class NoiseImages(ImageDataset):
 
     def __init__(self, kind: str, n: int, size: int, seed: int) -> None:
         super().__init__(f"{kind}_noise", None)
-        self.kind = kind
+        self.draw = DRAWN[kind]
         self.n = n
         self.size = size
         self.seed = seed
@@ -53,7 +53,7 @@ class NoiseImages(ImageDataset):
 
     def load(self, index: int) -> tuple[Image.Image, None]:
         rng = np.random.default_rng([self.seed, range(self.n)[index]])
-        return Image.fromarray(DRAWN[self.kind](rng, (self.size, self.size, 3))), None
+        return Image.fromarray(self.draw(rng, (self.size, self.size, 3))), None
 
 
 @register_dataset_kind("noise")
@@ -64,6 +64,4 @@ def open_noise(target: str, base: Path, *, n: str = "10000", size: str = "32", s
         UnknownName: if there is no such noise.
         BadInput: if an option is not a whole number.
     """
-    if target not in DRAWN:
-        raise UnknownName(f"no noise {target!r}; there are: {', '.join(DRAWN)}")
     return NoiseImages(target, whole_number("n", n, 1), whole_number("size", size, 1), whole_number("seed", seed))

@@ -1,6 +1,6 @@
 """Probes: what ``extract`` computes of every input beside features and logits, and keeps as named extras."""
 
-from ood_scores.extraction.probes.base import PROBES, LayerProbe, Pass, Probe, as_probes, register_probe
+from ood_scores.extraction.probes.base import PROBES, LayerProbe, Pass, Probe, as_probes, probe_from, register_probe
 from ood_scores.extraction.probes.gradients import LayerGradients, ParameterGradients
 from ood_scores.extraction.probes.input_perturbation import FGSM, ODIN
 from ood_scores.extraction.probes.layers import GramSums, LayerNorms, PooledLayers
@@ -21,5 +21,6 @@ __all__ = [
     "Probe",
     "RankFeat",
     "as_probes",
+    "probe_from",
     "register_probe",
 ]

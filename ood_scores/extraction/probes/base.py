@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -11,11 +12,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ood_scores.errors import BadInput, UnknownName
+from ood_scores.errors import BadInput
 from ood_scores.extraction.heads import logits_of
 from ood_scores.extraction.layers import Layers, resolve_layers, watching
+from ood_scores.parameters import from_texts, require_known
+from ood_scores.registry import Registry
 
-PROBES: dict[str, type[Probe]] = {}
+PROBES: Registry[type[Probe]] = Registry("probe")
 """The probes by the name they have by default."""
 
 P = TypeVar("P", bound="type[Probe]")
@@ -104,6 +107,21 @@ def register_probe(cls: P) -> P:
     return cls
 
 
+def probe_from(text: str) -> Probe:
+    """Create a probe from its ``name``, or from ``name:key=value,key=value`` with parameters.
+
+    Raises:
+        UnknownName: if there is no such probe, or it has no such parameter.
+        BadInput: if a parameter has a value of the wrong type.
+    """
+    name, _, rest = text.partition(":")
+    cls = PROBES[name]
+    texts = re.split(r",(?![^(]*\))", rest) if rest else []
+    params = from_texts(cls, texts, f"{name}:key=value,key=value")
+    require_known(cls, params, f"probe {name!r}")
+    return cls(**params)
+
+
 def as_probes(layers: Layers | None, probes: Iterable[str | Probe]) -> list[Probe]:
     """The probes asked for, from names and objects.
 
@@ -115,9 +133,7 @@ def as_probes(layers: Layers | None, probes: Iterable[str | Probe]) -> list[Prob
     if isinstance(probes, (str, Probe)):
         raise BadInput("probes is a list of names or Probe objects: probes=['odin'].")
     for probe in probes:
-        if isinstance(probe, str) and probe not in PROBES:
-            raise UnknownName(f"there is no probe {probe!r}; there are: {', '.join(sorted(PROBES))}.")
-        found.append(PROBES[probe]() if isinstance(probe, str) else probe)
+        found.append(probe_from(probe) if isinstance(probe, str) else probe)
     names = [probe.name for probe in found]
     twice = [probe for probe in found if names.count(probe.name) > 1]
     if twice:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,9 +9,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ood_scores.errors import BadInput, EmptyInput, MissingInput, ShapeMismatch, UnknownName
+from ood_scores.errors import BadInput, EmptyInput, MissingInput, ShapeMismatch
+from ood_scores.parameters import require_known
+from ood_scores.registry import Registry
 
-_REGISTRY: dict[str, type[Objective]] = {}
+OBJECTIVES: Registry[type[Objective]] = Registry("objective")
 Registered = TypeVar("Registered", bound="type[Objective]")
 
 FROM_TRAINER = ("class_counts", "num_features")
@@ -107,21 +108,12 @@ class Objective(nn.Module, ABC):
 
 def register_objective(name: str) -> Callable[[Registered], Registered]:
     """Class decorator that makes an objective known by name."""
-
-    def register(cls: Registered) -> Registered:
-        known = _REGISTRY.get(name, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise BadInput(f"an objective named {name!r} exists already: {known.__module__}.{known.__qualname__}.")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
+    return OBJECTIVES.register(name)
 
 
 def list_objectives(pattern: str = "*") -> list[str]:
     """Names of the registered objectives, sorted; ``pattern`` as in a shell (``"*energy*"``)."""
-    return sorted(fnmatch.filter(_REGISTRY, pattern))
+    return OBJECTIVES.matching(pattern)
 
 
 def objective_class(name: str) -> type[Objective]:
@@ -130,9 +122,7 @@ def objective_class(name: str) -> type[Objective]:
     Raises:
         UnknownName: there is none; the message lists the names.
     """
-    if name not in _REGISTRY:
-        raise UnknownName(f"there is no objective {name!r}; there are: {', '.join(list_objectives())}.")
-    return _REGISTRY[name]
+    return OBJECTIVES[name]
 
 
 def create_objective(
@@ -158,10 +148,7 @@ def create_objective(
     """
     cls = objective_class(name)
     parameters = inspect.signature(cls).parameters
-    known = [parameter for parameter in parameters if parameter not in FROM_TRAINER]
-    for setting in settings:
-        if setting not in known:
-            raise UnknownName(f"objective {name!r} has no setting {setting!r}; it has: {', '.join(known) or 'none'}.")
+    require_known(cls, settings, f"objective {name!r}", "setting", exclude=FROM_TRAINER)
     given = {"class_counts": class_counts, "num_features": num_features}
     settings |= {key: value for key, value in given.items() if key in parameters and value is not None}
     required = [key for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import nn
 
-from ood_scores.errors import UnknownName
+from ood_scores.registry import Registry
 
 
 def _mlp(num_features: int, width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(num_features, num_features), nn.ReLU(), nn.Linear(num_features, width))
 
 
-PROJECTORS: Mapping[str, Callable[[int, int], nn.Module]] = {
-    "mlp": _mlp,
-    "linear": nn.Linear,
-    "none": lambda num_features, width: nn.Identity(),
-}
+PROJECTORS: Registry[Callable[[int, int], nn.Module]] = Registry(
+    "projector", {"mlp": _mlp, "linear": nn.Linear, "none": lambda num_features, width: nn.Identity()}
+)
 
 
 def create_projector(kind: str, num_features: int, width: int) -> nn.Module:
@@ -26,6 +24,4 @@ def create_projector(kind: str, num_features: int, width: int) -> nn.Module:
     Raises:
         UnknownName: there is no such projector.
     """
-    if kind not in PROJECTORS:
-        raise UnknownName(f"there is no projector {kind!r}; there are: {', '.join(PROJECTORS)}.")
     return PROJECTORS[kind](num_features, width)

@@ -1,0 +1,68 @@
+"""Objects by name, and errors for names that do not exist."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from ood_scores.errors import BadInput, UnknownName
+
+T = TypeVar("T")
+Class = TypeVar("Class", bound=type)
+
+
+class Registry(dict[str, T]):
+    """Objects of one kind by name; looking up a name that is not registered raises UnknownName.
+
+    Args:
+        noun: The kind of the objects, such as ``scorer``, for error messages.
+        entries: The first objects.
+    """
+
+    def __init__(self, noun: str, entries: Mapping[str, T] | None = None) -> None:
+        super().__init__(entries or {})
+        self.noun = noun
+
+    def __missing__(self, name: str) -> T:
+        raise unknown(f"there is no {self.noun}", name, sorted(self))
+
+    def register(self, name: str) -> Callable[[Class], Class]:
+        """Return a class decorator that adds a class under a name and sets its attribute ``name``.
+
+        A class replaces one of the same module and qualified name, so that a module can be reloaded.
+
+        Raises:
+            BadInput: if the name belongs to another class.
+        """
+
+        def add(cls: Class) -> Class:
+            known = _qualified(self.get(name, cls))
+            if known != _qualified(cls):
+                raise BadInput(f"the {self.noun} {name!r} exists already: {known}.")
+            cls.name = name  # type: ignore[attr-defined]
+            self[name] = cls  # type: ignore[assignment]
+            return cls
+
+        return add
+
+    def matching(self, pattern: str = "*") -> list[str]:
+        """The sorted names that match a shell pattern, such as ``"*norm*"``."""
+        return sorted(fnmatch.filter(self, pattern))
+
+
+def unknown(what: str, name: str, known: Iterable[str], list_as: str = "there are") -> UnknownName:
+    """The error for a name that does not exist: it suggests the closest of the ``known`` names and lists them all."""
+    names = list(known)
+    return UnknownName(f"{what} {name!r}{did_you_mean(name, names)}; {list_as}: {', '.join(names) or 'none'}.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)``, or an empty text if no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _qualified(entry: object) -> str:
+    return f"{entry.__module__}.{getattr(entry, '__qualname__', entry)}"
