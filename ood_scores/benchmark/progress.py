@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from ood_scores.errors import CacheError
 from ood_scores.features.storage.cache import CacheState, open_to_read, state
+from ood_scores.progress import ProgressBar
 
 SECONDS = 1.0
 """Between two looks."""
@@ -20,11 +18,9 @@ SECONDS = 1.0
 @contextmanager
 def watching(caches: Sequence[Path], rows: int, visible: bool) -> Iterator[None]:
     """Shows how many of so many rows are in the caches by now, as their own counters say, on a terminal."""
-    columns = (TextColumn("extracting"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not visible, transient=True) as bar:
-        task = bar.add_task("", total=rows)
+    with ProgressBar("extracting", rows, "rows", visible=visible) as bar:
         over = threading.Event()
-        look = threading.Thread(target=_follow, args=(caches, over, lambda n: bar.update(task, completed=n)))
+        look = threading.Thread(target=_follow, args=(caches, over, bar.update))
         look.start()
         try:
             yield

@@ -13,6 +13,7 @@ from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, write_table
 from ood_scores.cli.printing import console
 from ood_scores.errors import BadInput, MissingData
+from ood_scores.progress import ProgressBar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,15 +140,10 @@ def _typed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_progress(batches: Iterable[Any], total: int) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
+    with ProgressBar("predicting", total, "images") as bar:
         for batch in batches:
             yield batch
-            bar.advance(task, len(batch))
+            bar.advance(len(batch))
 
 
 def _show(table: pd.DataFrame) -> None:

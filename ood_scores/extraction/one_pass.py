@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from ood_scores.extraction.sinks import MemorySink
 from ood_scores.extraction.writers import BackgroundWriter
 from ood_scores.features import FeatureSet, Head, Provenance, load
 from ood_scores.features.storage import cache as caches
+from ood_scores.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def run(task: Task, target: Target) -> FeatureSet:
         like = first_batch.columns
         with _open_sink(target, found.head, " + ".join(found.names), like) as sink:
             with (
-                _progress_bar(target, sink.rows, task.progress) as advance,
+                _progress_bar(target, sink.rows, task.progress) as bar,
                 found.capture(forward.compiled) as received,
-                BackgroundWriter(sink, first, advance) as writer,
+                BackgroundWriter(sink, first, bar.update) as writer,
             ):
                 for start, batch in remaining:
                     again = start > 0 or forward.compiled
@@ -130,14 +131,7 @@ def _open_sink(
         yield writer
 
 
-@contextmanager
-def _progress_bar(target: Target, done: int, visible: bool) -> Iterator[Callable[[int], None]]:
-    """A function to be told how many rows are done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    name = f"{target.provenance.dataset}{f' ({target.provenance.shard})' if target.provenance.shard else ''} → features"
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
-        task = bar.add_task(name, total=target.promised, completed=done)
-        yield lambda rows: bar.update(task, completed=rows)
+def _progress_bar(target: Target, done: int, visible: bool) -> ProgressBar:
+    shard = f" ({target.provenance.shard})" if target.provenance.shard else ""
+    label = f"{target.provenance.dataset}{shard} → features"
+    return ProgressBar(label, target.promised, "rows", done=done, visible=visible, keep=True)

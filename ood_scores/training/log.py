@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ood_scores.errors import BadInput
+from ood_scores.progress import ProgressBar
 from ood_scores.training.state import LOG, write_text
 
 
@@ -39,30 +39,25 @@ class Log:
         self.silent = silent
         self.show = show and not silent
         self.console = Console(stderr=True, highlight=False)
-        columns = ("[bold]{task.fields[epoch]}", "{task.description}")
-        self.bar = Progress(
-            TextColumn(columns[0]), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            TextColumn(columns[1]), console=self.console, disable=not (self.show and self.console.is_terminal),
-            transient=True,
-        )  # fmt: skip
-        self.task = self.bar.add_task("", total=steps, completed=done, epoch=f"epoch {epoch + 1}")
+        visible = self.show and self.console.is_terminal
+        self.bar = ProgressBar(_title(epoch), steps, "steps", done=done, visible=visible)
         self.writer = _writer(folder / "tensorboard", epoch) if tensorboard and not silent else None
 
     def __enter__(self) -> Log:
-        self.bar.start()
+        self.bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.bar.__exit__()
         if self.writer:
             self.writer.close()
 
     def step(self) -> None:
-        self.bar.advance(self.task)
+        self.bar.advance()
 
     def show_numbers(self, epoch: int, numbers: Mapping[str, Any]) -> None:
         """Beside the bar: where it is, and the means so far."""
-        self.bar.update(self.task, description=_line(numbers), epoch=f"epoch {epoch + 1}")
+        self.bar.describe(_title(epoch), _line(numbers))
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
         """After each epoch: all records so far, of which the last is new."""
@@ -97,6 +92,10 @@ def _writer(folder: Path, epoch: int) -> Any:
             f"{LOG} is written in any case."
         ) from error
     return module.SummaryWriter(str(folder), purge_step=epoch + 1)
+
+
+def _title(epoch: int) -> str:
+    return f"epoch {epoch + 1}"
 
 
 def _line(numbers: Mapping[str, Any]) -> str:
