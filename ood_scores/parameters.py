@@ -64,7 +64,9 @@ def _as_type_of(default: Any, key: str, value: str) -> Any:
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[value.lower()]
-        return type(default)(value) if isinstance(default, (int, float, str)) else _literal(value)
+        if isinstance(default, str) and not value.startswith("("):
+            return value
+        return type(default)(value) if isinstance(default, (int, float)) else _literal(value)
     except (KeyError, ValueError) as error:
         raise BadInput(f"{key} is a value such as {str(default).lower()}, got {value!r}.") from error
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ood_scores.benchmark.fitting import Has, unmet
 from ood_scores.benchmark.planning import Job, SetFacts, Unit
+from ood_scores.scorers.requirements import Has, unmet
 
 
 def foreseen(unit: Unit, facts: Mapping[str, SetFacts]) -> tuple[list[str], dict[str, list[str]]]:
@@ -15,11 +15,12 @@ def foreseen(unit: Unit, facts: Mapping[str, SetFacts]) -> tuple[list[str], dict
     run: list[str] = []
     left_out: dict[str, list[str]] = {}
     for table in unit.part.scorer_tables:
-        reason, remedy = unmet(table.create(), fit, sets)
-        if not reason:
+        missing = unmet(table.create(), fit, sets)
+        if missing is None:
             run.append(table.label)
         else:
-            left_out.setdefault(f"{reason}: {remedy}" if remedy else reason, []).append(table.label)
+            reason = f"{missing.reason}: {missing.how_to_get('benchmark')}"
+            left_out.setdefault(reason, []).append(table.label)
     return run, left_out
 
 

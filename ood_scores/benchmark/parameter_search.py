@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ood_scores.benchmark.fitting import Ready, fit_each, score_each
+from ood_scores.benchmark.fitting import Ready, fit_ready, score_each
 from ood_scores.benchmark.spec import ScorerTable, Search
 from ood_scores.evaluation.metrics import METRICS
 from ood_scores.features import FeatureSet
@@ -29,7 +29,7 @@ def choose(
         for setting in _settings(grid)
     }
     together = {str(number): each for number, each in enumerate(tried.values())}
-    fit_each(together, fit)
+    fit_ready(together, fit)
     inside = score_each(together, sets[search.id])
     outside = [score_each(together, sets[name]) for name in search.ood]
     metric = METRICS[search.metric]

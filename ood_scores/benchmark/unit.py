@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.digest import digest
-from ood_scores.benchmark.fitting import Ready, fit_each, score_each, unmet
+from ood_scores.benchmark.fitting import Ready, fit_ready, score_each
 from ood_scores.benchmark.measures import accuracies, measured
 from ood_scores.benchmark.parameter_search import choose
 from ood_scores.benchmark.planning import Job, Unit
@@ -26,6 +26,7 @@ from ood_scores.evaluation import metrics
 from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.scorers import Scorer
+from ood_scores.scorers.requirements import unmet
 
 ID = "id"
 
@@ -85,9 +86,9 @@ def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, 
     tables = {}
     fit_has = fit.has if fit is not None else None
     for table in part.scorer_tables:
-        reason, remedy = unmet(table.create(), fit_has, [feats.has for feats in sets.values()])
-        if reason:
-            found.not_run.append(_not_run(table.label, reason, remedy))
+        missing = unmet(table.create(), fit_has, [feats.has for feats in sets.values()])
+        if missing:
+            found.not_run.append(_not_run(table.label, missing.reason, missing.how_to_get("benchmark")))
         else:
             tables[table.label] = table
     chosen: dict[str, Mapping[str, Any]] = {}
@@ -95,7 +96,7 @@ def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, 
         chosen, tried = choose(part.search, tables, sets, fit)
         found.searched += _tidy(unit, tried)
     ready = {label: Ready(table.create(chosen.get(label))) for label, table in tables.items()}
-    fit_each(ready, fit)
+    fit_ready(ready, fit)
     for label in [label for label, each in ready.items() if each.failure]:
         found.not_run.append(_not_run(label, ready.pop(label).failure))
     return ready

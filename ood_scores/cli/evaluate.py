@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, named_caches, write_table
 from ood_scores.cli.printing import busy, console
 from ood_scores.cli.tables import percent_tables
-from ood_scores.errors import MissingInput, OodScoresError
+from ood_scores.errors import OodScoresError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,34 +66,26 @@ def evaluate(
 
 
 def usable_scorers(sets: Sequence[FeatureSet], fit: FeatureSet | None) -> tuple[list[Scorer], dict[str, str]]:
-    """Every registered scorer that can score these sets, fitted; and why each of the others cannot."""
-    from ood_scores.features.statistics.collect import collect
+    """Return every registered scorer that can score these sets, fitted; and why each of the others cannot."""
     from ood_scores.scorers import create_scorer, list_scorers
+    from ood_scores.scorers.base import fit_each
+    from ood_scores.scorers.requirements import unmet
 
-    scorers = [create_scorer(name) for name in list_scorers()]
-    if fit is not None:
-        fittable = [scorer for scorer in scorers if all(fit.has(need) for need in scorer.fit_needs)]
-        with suppress(OodScoresError):  # one pass for all; where that fails, each says below what is wrong
-            collect(fit, [statistic for scorer in fittable for statistic in scorer.statistics()])
-    usable, left_out = [], {}
-    for scorer in scorers:
+    scorers = {name: create_scorer(name) for name in list_scorers()}
+    has = [feats.has for feats in sets]
+    missing = {name: unmet(scorer, fit.has if fit else None, has) for name, scorer in scorers.items()}
+    left_out = {name: f"{need.reason}: {need.how_to_get('command line')}" for name, need in missing.items() if need}
+    usable = [scorer for name, scorer in scorers.items() if name not in left_out]
+    if fit:
+        errors = zip(usable, fit_each(usable, fit), strict=True)
+        left_out |= {scorer.name: str(error) for scorer, error in errors if error}
+    for scorer in usable:
         try:
-            if scorer.fit_needs and fit is not None:
-                scorer.fit(fit)
             for feats in sets:
                 scorer.check_ready(feats)
-            usable.append(scorer)
         except OodScoresError as error:
-            left_out[scorer.name] = _reason(scorer, error, fit)
-    return usable, left_out
-
-
-def _reason(scorer: Scorer, error: OodScoresError, fit: FeatureSet | None) -> str:
-    if scorer.fit_needs and fit is None:
-        return "fitted: pass --fit CACHE"
-    if isinstance(error, MissingInput) and not {"features", "logits", "labels", "head"}.issuperset(scorer.needs):
-        return "they read extras: extract with --layers or --probe"
-    return str(error)
+            left_out.setdefault(scorer.name, str(error))
+    return [scorer for scorer in usable if scorer.name not in left_out], left_out
 
 
 def _show(table: pd.DataFrame, id: Path, rows: int, left_out: dict[str, str]) -> None:

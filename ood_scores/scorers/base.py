@@ -20,22 +20,16 @@ from ood_scores.errors import (
     MissingInput,
     NotFinite,
     NotFitted,
+    OodScoresError,
     OtherModel,
     ShapeMismatch,
 )
 from ood_scores.features import Block, FeatureSet, Provenance, as_feature_set
 from ood_scores.features.statistics.collect import Statistic, collect, require_finite
 from ood_scores.scorers.registry import create_scorer
+from ood_scores.scorers.requirements import FIT_SET, requirements
 from ood_scores.scorers.storage import load_scorer, save_scorer
 from ood_scores.scorers.tags import Tags
-
-HOW_TO_GET = {
-    "logits": "pass logits=... to FeatureSet, for instance head(features)",
-    "head": "pass head=Head(weight, bias) to FeatureSet, or extract(model, loader), which finds it",
-    "labels": "extract from a loader that yields (images, labels), or pass labels=... to FeatureSet",
-    "layers": "extract(..., layers='stages'), or a list of layers, keeps it",
-    "ensemble": "score a list of feature sets of the same data",
-}
 
 IN_A_GRAPH = ("features", "logits", "head")
 """What a scorer finds in an exported graph."""
@@ -124,11 +118,8 @@ class Scorer(ABC):
     def check_ready(self, feats: FeatureSet) -> None:
         """Raises what ``score(feats)`` raises before it reads a row."""
         if not self.is_fitted:
-            raise NotFitted(
-                f"{self.name!r} is fitted on in-distribution features: pass fit=train_feats, or call "
-                ".fit(train_feats) first."
-            )
-        self.check_has(feats, self.needs, "score")
+            raise NotFitted(f"{self.name!r} is fitted on in-distribution features: {FIT_SET.how_to_get('python')}.")
+        self.check_has(feats)
         fitted, found = self.fitted_widths or {}, _widths(feats)
         for name in fitted.keys() & set(self.needs) & found.keys():
             if fitted[name] != found[name]:
@@ -177,15 +168,22 @@ class Scorer(ABC):
         for name, value in state.items():
             setattr(self, name, value)
 
-    def check_has(self, feats: FeatureSet, names: Sequence[str], purpose: str) -> None:
-        """Raises EmptyInput for a set without rows, MissingInput for the first of ``names`` that it has not got."""
+    def check_has(self, feats: FeatureSet, fitting: bool = False) -> None:
+        """Check that a set has rows, and what the fit or the scoring reads.
+
+        Raises:
+            EmptyInput: if the set has no rows.
+            MissingInput: if the set lacks what is read.
+        """
         if len(feats) == 0:
             raise EmptyInput("this feature set has no rows.")
-        for name in names:
-            if not feats.has(name):
-                stem = name.partition(".")[0]
-                how = HOW_TO_GET.get(stem, f"extract(..., probes=[{stem!r}]) keeps it, or pass it in extras")
-                raise MissingInput(f"{self.name!r} needs {name} to {purpose} this feature set; {how}.")
+        for requirement in requirements(self, fitting):
+            if not requirement.met_by(feats.has):
+                purpose = "be fitted on" if fitting else "score"
+                raise MissingInput(
+                    f"{self.name!r} needs {requirement.name} to {purpose} this feature set: "
+                    f"{requirement.how_to_get('python')}."
+                )
 
     def require_positive(self, parameter: str) -> None:
         """Raises BadInput unless the parameter is a positive, finite number."""
@@ -226,7 +224,7 @@ def fit_all(
     scorers, feats = list(scorers), feats.in_blocks(block_rows)
     fitted = [scorer for scorer in scorers if scorer.fit_needs]
     for scorer in fitted:
-        scorer.check_has(feats, scorer.fit_needs, "be fitted on")
+        scorer.check_has(feats, fitting=True)
     for scorer in fitted:
         scorer.fitted_widths = None
     by_statistic: dict[Statistic, float] = {}
@@ -243,6 +241,27 @@ def fit_all(
         seconds.append(perf_counter() - start + sum(by_statistic.pop(statistic, 0.0) for statistic in own))
     if spent is not None:
         spent += seconds
+
+
+def fit_each(
+    scorers: Sequence[Scorer], feats: FeatureSet, *, spent: list[float] | None = None
+) -> list[OodScoresError | None]:
+    """Fit all scorers as ``fit_all`` does, or one by one if that fails, and return the error of each."""
+    try:
+        fit_all(scorers, feats, spent=spent)
+        return [None] * len(scorers)
+    except OodScoresError:
+        return [_fit_error(scorer, feats, spent) for scorer in scorers]
+
+
+def _fit_error(scorer: Scorer, feats: FeatureSet, spent: list[float] | None) -> OodScoresError | None:
+    try:
+        fit_all([scorer], feats, spent=spent)
+    except OodScoresError as error:
+        if spent is not None:
+            spent.append(0.0)
+        return error
+    return None
 
 
 def score_all(

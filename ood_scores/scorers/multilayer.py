@@ -18,6 +18,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import squared_distances, whitening
 from ood_scores.scorers.papers import LEE_2018
 from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.requirements import Requirement
 from ood_scores.scorers.tags import Tags
 
 SMALLEST_REST = 1e-8
@@ -75,10 +76,11 @@ class LayeredScorer(Scorer):
         stored = list(feats.extras)
         missing = [name for name in names if name not in stored]
         if missing or not names:
+            name = missing[0] if missing else self.extra
             raise MissingInput(
-                f"{self.name!r} needs {missing[0] if missing else self.extra} to {purpose} this feature set, which has "
-                f"{', '.join(stored) or 'no extras'}; extract it: it is read from extras, which extract(..., "
-                "layers=[...]) and probes=[...] make; the layers must be the same for all sets."
+                f"{self.name!r} needs {name} to {purpose} this feature set, which has "
+                f"{', '.join(stored) or 'no extras'}: {Requirement(name).how_to_get('python')}, with the same layers "
+                "for all sets."
             )
         nothing = feats[:0].extras
         return [list(nothing[name].shape[1:]) for name in names]

@@ -129,9 +129,9 @@ def test_measures_and_what_was_published(everything: Results) -> None:
 def test_scorers_that_cannot_run_say_why(everything: Results) -> None:
     reasons = {entry.what: (entry.reason, entry.remedy) for entry in everything.not_run}
     assert set(reasons) | set(everything.table["scorer"]) == set(ood_scores.list_scorers())
-    assert reasons["odin"] == ("it reads odin, which is not extracted", '[extraction] probes = ["odin"]')
+    assert reasons["odin"] == ("scoring needs 'odin', which was not extracted", '[extraction] probes = ["odin"]')
     assert reasons["gram"][1] == '[extraction] fit_probes = ["gram"]'
-    assert reasons["mahalanobis_layers"][0].startswith("to be fitted it reads layers")
+    assert reasons["mahalanobis_layers"][0].startswith("fitting needs 'layers'")
 
 
 def assert_same(one: Results, other: Results, *, times: bool = True) -> None:

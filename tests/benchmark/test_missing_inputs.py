@@ -112,7 +112,10 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(data: Path, tmp_path: 
     assert sorted(data.rglob("*")) == before
     assert "extract  Net · test: 20 rows caches/Net-" in result.output
     assert "On the command line · Net: 2 scorers\n         msp, knn" in result.output
-    assert 'without odin (it reads odin, which is not extracted: [extraction] probes = ["odin"])' in result.output
+    assert (
+        "without odin (scoring needs 'odin', which was not extracted: [extraction] probes = [\"odin\"])"
+        in result.output
+    )
     assert "not run gone (" in result.output
 
 

@@ -413,7 +413,7 @@ def test_evaluate_takes_all_scorers_that_can_run_and_names_the_others(caches: di
     left_out = " ".join(output.split("left out", 1)[1].split())
     assert all(name in left_out for name in fitted)
     assert "pass --fit CACHE" in left_out
-    assert "rankfeat (they read extras: extract with --layers or --probe)" in left_out
+    assert "rankfeat (scoring needs 'rankfeat', which was not extracted: extract it with --probe rankfeat)" in left_out
     feats: Any = ood_scores.load(caches["id"])
     assert content["id_accuracy"] == float((feats.logits.argmax(1) == feats.labels).double().mean())
 

@@ -318,16 +318,16 @@ def stands_for(name: str, extra: str) -> bool:
 def missing(names: Any) -> Iterator[tuple[FeatureSet, str]]:
     """ID without each of the parts, and the message that is due."""
     how = {
-        "logits": "logits.*; pass logits=.* to FeatureSet, for instance head",
-        "head": "head.*; pass head=Head",
-        "labels": "labels.*; extract from a loader that yields",
+        "logits": "logits.*: pass logits=.* to FeatureSet, for instance head",
+        "head": "head.*: pass head=Head",
+        "labels": "labels.*: extract from a loader that yields",
     }
     for name in names:
         if name in how:
             yield change(TRAIN, **{name: None}), how[name]
         elif name != "features":
             kept = {extra: values for extra, values in TRAIN.extras.items() if not stands_for(name, extra)}
-            yield change(TRAIN, extras=kept), f"{name}.*; (extract\\(|score a list)"
+            yield change(TRAIN, extras=kept), f"{name}.*: (extract it with extract\\(|score a list)"
 
 
 @every_scorer

@@ -364,7 +364,7 @@ def test_what_is_needed_follows_from_the_base() -> None:
 @pytest.mark.parametrize("name", FEATURE_SHAPERS)
 def test_a_missing_head(name: str) -> None:
     scorer = create_scorer(name).fit(FIT)
-    with pytest.raises(MissingInput, match=f"'{name}' needs head to score this feature set; pass head=Head"):
+    with pytest.raises(MissingInput, match=f"'{name}' needs head to score this feature set: pass head=Head"):
         scorer.score(FeatureSet(FEATS.features, FEATS.logits))
 
 

@@ -58,6 +58,11 @@ class Probe(ABC):
         if not self.name or "/" in self.name:
             raise BadInput(f"a probe has a name without '/', got {self.name!r}.")
 
+    @classmethod
+    def parameters_for(cls, parts: Sequence[str]) -> Mapping[str, Any]:
+        """Return the parameters with which the extras ``name.part`` are computed; {} for the defaults."""
+        return {}
+
     def for_model(self, model: nn.Module, inputs: Tensor) -> Probe:
         """The probe with what it leaves open decided for this model. Called once, with the first inputs."""
         return self
@@ -83,6 +88,10 @@ class LayerProbe(Probe):
             object.__setattr__(self, "layers", tuple(self.layers))
         elif self.layers != "stages":
             raise BadInput(f"layers is a list of module names or 'stages', got {self.layers!r}.")
+
+    @classmethod
+    def parameters_for(cls, parts: Sequence[str]) -> Mapping[str, Any]:
+        return {"layers": tuple(parts)} if parts else {}
 
     @abstractmethod
     def reduce(self, maps: Tensor) -> Tensor:

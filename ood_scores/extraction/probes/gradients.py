@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,10 @@ class ParameterGradients(Probe):
         if not self.groups or not self.p > 0 or not 0 < self.temperature < float("inf"):
             raise BadInput(f"gradnorm: some group, p in (0, inf] and a positive temperature are needed, got {self!r}.")
 
+    @classmethod
+    def parameters_for(cls, parts: Sequence[str]) -> Mapping[str, Any]:
+        return {"groups": tuple(parts)} if parts else {}
+
     def for_model(self, model: nn.Module, inputs: Tensor) -> Probe:
         groups = self.groups
         if groups == "stages":
@@ -130,6 +135,10 @@ class LayerGradients(Probe):
     biases: bool = True
     seed: int = 0
     gradients = True
+
+    @classmethod
+    def parameters_for(cls, parts: Sequence[str]) -> Mapping[str, Any]:
+        return {"noise": True} if "noise" in parts else {}
 
     def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = [name for name, values in _parameters(done.model).items() if self.biases or values.ndim > 1]

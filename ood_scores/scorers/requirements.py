@@ -1,0 +1,180 @@
+"""What scorers need of a feature set, whether a set has it, and how to get it where it is missing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ood_scores.errors import BadInput
+from ood_scores.extraction.probes import PROBES, Probe
+
+if TYPE_CHECKING:
+    from ood_scores.scorers.base import Scorer
+
+Has = Callable[[str], bool]
+"""Whether a feature set has what a name stands for, as ``FeatureSet.has``."""
+
+Where = Literal["python", "command line", "benchmark"]
+"""Where the user is told what to do: in a call, a command, or a key of a benchmark file."""
+
+COLUMNS = ("features", "logits", "labels", "head")
+"""The parts of a feature set that need no probe."""
+
+HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
+    "features": (
+        "pass features=... to FeatureSet",
+        "extract them with ood-scores extract",
+        "use a model that has features",
+    ),
+    "logits": (
+        "pass logits=... to FeatureSet, for instance head(features)",
+        "extract from a model with a classifier",
+        "use a model with a classifier",
+    ),
+    "head": (
+        "pass head=Head(weight, bias) to FeatureSet, or extract(model, loader), which finds it",
+        "extract from a model whose last layer is linear",
+        "use a model whose last layer is linear",
+    ),
+    "labels": (
+        "extract from a loader that yields (images, labels), or pass labels=... to FeatureSet",
+        "extract from a dataset with labels",
+        "use a dataset with labels",
+    ),
+    "ensemble": (
+        "score a list of feature sets of the same data",
+        "score a list of feature sets in Python, or list the models under [ensembles] in a benchmark",
+        '[ensembles] "label" = ["model", "model"]',
+    ),
+    "fit set": (
+        "pass fit=train_feats, or call .fit(train_feats) first",
+        "pass --fit CACHE",
+        'fit = "…", a name of [sets]',
+    ),
+}
+"""How to get what no probe computes: in each of the places of ``Where``."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something that a scorer reads.
+
+    Args:
+        name: one of ``COLUMNS``, or an extra such as ``odin``, ``layers`` or ``gradnorm.fc``.
+        fitting: whether the fit reads it, not the scoring.
+        together: all that is read with it, so that the remedy names one probe for all.
+    """
+
+    name: str
+    fitting: bool = False
+    together: Sequence[str] = ()
+
+    def met_by(self, has: Has) -> bool:
+        """Return whether a set has what is needed."""
+        return has(self.name)
+
+    @property
+    def reason(self) -> str:
+        """Why a scorer cannot run without it."""
+        if self == FIT_SET:
+            return "it needs a fit set"
+        owner = "the dataset does not have" if self.name == "labels" else "the model does not have"
+        return (
+            f"{'fitting' if self.fitting else 'scoring'} needs {self.name!r}, which "
+            f"{owner if self.name in COLUMNS else 'was not extracted'}"
+        )
+
+    def how_to_get(self, where: Where) -> str:
+        """Return what to do about it, without punctuation at the end."""
+        stem = self.name.partition(".")[0]
+        if stem in HOW_TO_GET:
+            return HOW_TO_GET[stem][get_args(Where).index(where)]
+        if stem not in PROBES:
+            return "pass it to FeatureSet in extras={...}: no registered probe computes it"
+        default = PROBES[stem]()
+        asked = PROBES[stem].parameters_for(_parts([self.name, *self.together])[stem])
+        parameters = {key: value for key, value in asked.items() if value != getattr(default, key)}
+        if stem == "layers":
+            return _layers(parameters.get("layers", "stages"), where)
+        if where == "python":
+            return f"extract it with extract(..., probes=[{_as_call(stem, parameters)}])"
+        text = _as_text(stem, parameters)
+        if where == "command line":
+            return f"extract it with --probe {shlex.quote(text)}"
+        key, quote = "fit_probes" if self.fitting else "probes", "'" if '"' in text else '"'
+        return f"[extraction] {key} = [{quote}{text}{quote}]"
+
+
+FIT_SET = Requirement("fit set", fitting=True)
+"""A set to fit on, whatever it has."""
+
+
+def requirements(scorer: Scorer, fitting: bool) -> list[Requirement]:
+    """Return what the fit of a scorer reads, or what the scoring reads."""
+    names = tuple(scorer.fit_needs if fitting else scorer.needs)
+    return [Requirement(name, fitting, names) for name in names]
+
+
+def unmet(scorer: Scorer, fit: Has | None, sets: Sequence[Has]) -> Requirement | None:
+    """Return the first requirement of a scorer that is not met, or None if it can run.
+
+    Args:
+        scorer: the scorer, not fitted.
+        fit: what the fit set has; None if there is no fit set.
+        sets: what each of the sets to be scored has.
+    """
+    if scorer.fit_needs and fit is None:
+        return FIT_SET
+    needed = [(each, [fit] if fit else []) for each in requirements(scorer, fitting=True)]
+    needed += [(each, list(sets)) for each in requirements(scorer, fitting=False)]
+    return next((each for each, having in needed if not all(map(each.met_by, having))), None)
+
+
+def probes_for(needs: Iterable[str]) -> list[Probe]:
+    """Return the probes that compute the extras among the names that a scorer needs.
+
+    Raises:
+        BadInput: if no registered probe computes one of them.
+    """
+    parts = _parts(name for name in needs if name not in COLUMNS)
+    for stem in parts:
+        if stem not in PROBES:
+            raise BadInput(f"the scorer reads {stem!r}, which no probe of one model gives: it is for no detector.")
+    return [PROBES[stem](**PROBES[stem].parameters_for(below)) for stem, below in parts.items()]
+
+
+def _parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """The parts ``b`` of names ``a.b``, by ``a``."""
+    parts: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        stem, _, part = name.partition(".")
+        parts.setdefault(stem, []).extend([part] if part else [])
+    return parts
+
+
+def _layers(layers: str | Sequence[str], where: Where) -> str:
+    """How to keep pooled layers, for which ``extract`` has an option of its own."""
+    if where == "command line":
+        return f"extract it with --layers {layers if isinstance(layers, str) else ','.join(layers)}"
+    if where == "benchmark":
+        return f"[extraction] layers = {json.dumps(layers)}"
+    return f"extract it with extract(..., layers={layers!r})"
+
+
+def _as_call(stem: str, parameters: Mapping[str, Any]) -> str:
+    """A probe in Python: its name, or a call of its class."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
+    return f"{PROBES[stem].__name__}({arguments})" if arguments else repr(stem)
+
+
+def _as_text(stem: str, parameters: Mapping[str, Any]) -> str:
+    """A probe in a command or a benchmark file: ``name:key=value``."""
+    arguments = ",".join(f"{key}={_value(value)}" for key, value in parameters.items())
+    return f"{stem}:{arguments}" if arguments else stem
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
