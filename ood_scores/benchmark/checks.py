@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ood_scores.benchmark.measures import MEASURES, figures_of_models
 from ood_scores.benchmark.spec import Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
-from ood_scores.evaluation.neural_collapse import Collapse
 from ood_scores.registry import unknown
 from ood_scores.scorers import list_scorers
 from ood_scores.toml_tables import KeyPath
 
 GROUPS = ("near", "far", "mean")
-COLLAPSE = tuple(known.name for known in fields(Collapse))
-LONG_TAIL = ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")
 STATISTICS = ("_sd", "_min", "_max")
 """After the name of a published figure: that over the model's checkpoints, in place of their mean."""
-MEASURES = {"neural_collapse": COLLAPSE, "long_tail": LONG_TAIL}
-"""Figures of a model by the name that asks for them; its ``accuracy`` is always there."""
 
 
 @dataclass(frozen=True)
@@ -203,5 +199,5 @@ def _published(part: Part, number: Published) -> Found:
         yield from _unknown(("published", "metrics"), "metric", figure_of(number.metric)[0], METRICS)
         yield from _unknown(("published", "ood"), "OoD set", str(number.ood), [*part.ood, *GROUPS])
     else:
-        known = ("accuracy", *COLLAPSE, *LONG_TAIL)
-        yield from _unknown(("published", "metrics"), "figure of a model", figure_of(number.metric)[0], known)
+        figure = figure_of(number.metric)[0]
+        yield from _unknown(("published", "metrics"), "figure of a model", figure, figures_of_models())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from ood_scores.benchmark.spec import Part
 from ood_scores.benchmark.unit_files import SetScores
 from ood_scores.errors import OodScoresError
 from ood_scores.evaluation.long_tail import long_tail_report
-from ood_scores.evaluation.neural_collapse import neural_collapse
+from ood_scores.evaluation.metrics import METRICS, Metric
+from ood_scores.evaluation.neural_collapse import TITLES, neural_collapse
 from ood_scores.features import FeatureSet
 
 Figures = Sequence[Mapping[str, Any]]
@@ -33,7 +34,7 @@ def measured(part: Part, id: FeatureSet, fit: FeatureSet | None) -> Iterator[tup
     """Name, figures and, where there are none, the reason, for each of the part's measures."""
     for name in part.measures:
         try:
-            yield name, _rows(_MEASURES[name](id, fit)), ""
+            yield name, _rows(MEASURES[name].measure(id, fit)), ""
         except OodScoresError as error:
             yield name, [], str(error)
 
@@ -57,4 +58,51 @@ def _rows(figures: Mapping[str, float]) -> Figures:
     return [{"measure": name, "value": value} for name, value in figures.items()]
 
 
-_MEASURES = {"neural_collapse": _collapse, "long_tail": _long_tail}
+@dataclass(frozen=True)
+class Measure:
+    """Figures of a model that a spec can ask for.
+
+    Attributes:
+        measure: computes the figures by name from the ID set and the fit set.
+        titles: titles of the figures by name.
+        percent: whether the figures are shares; published ones are then in percent.
+    """
+
+    measure: Callable[[FeatureSet, Any], Mapping[str, float]]
+    titles: Mapping[str, str]
+    percent: bool = True
+
+
+MEASURES = {
+    "neural_collapse": Measure(_collapse, TITLES, percent=False),
+    "long_tail": Measure(
+        _long_tail,
+        {name: name for name in ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")},
+    ),
+}
+"""By the name in a spec; a model's ``accuracy`` is always measured."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How a metric of a scorer or a figure of a model is shown."""
+
+    title: str
+    percent: bool = True
+
+    @property
+    def scale(self) -> int:
+        return 100 if self.percent else 1
+
+
+def figures_of_models() -> dict[str, Figure]:
+    """The figures of a model by name."""
+    found = {"accuracy": Figure("ID accuracy")}
+    for measure in MEASURES.values():
+        found |= {name: Figure(title, measure.percent) for name, title in measure.titles.items()}
+    return found
+
+
+def shown_as(name: str) -> Metric | Figure:
+    """Title and unit of a metric or of a figure of a model."""
+    return METRICS.get(name) or figures_of_models().get(name) or Figure(name)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from ood_scores.benchmark.checks import COLLAPSE, figure_of
+from ood_scores.benchmark.checks import figure_of
+from ood_scores.benchmark.measures import shown_as
 from ood_scores.benchmark.spec import Part, Published, Spec
 
 
@@ -30,7 +31,7 @@ def _row(part: Part, number: Published, table: pd.DataFrame, measures: pd.DataFr
         values = measures[(measures["model"] == number.model) & (measures["measure"] == metric)]["value"]
     else:
         values = _by_checkpoint(part, number, metric, table)
-    values = values * (1 if metric in COLLAPSE else 100)
+    values = values * shown_as(metric).scale
     ours = {"": values.mean, "_sd": values.std, "_min": values.min, "_max": values.max}[statistic]()
     return {
         "part": part.title,

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from ood_scores.cli import options
 from ood_scores.cli.printing import console
-from ood_scores.cli.tables import percent_tables
+from ood_scores.cli.tables import legend, metric_columns, metric_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
     from ood_scores.benchmark.planning import Plan, Unit
     from ood_scores.benchmark.results import NotRun
 
-HEADINGS = {"auroc": ("AUROC", "↑"), "fpr95_id": ("FPR95", "↓ID")}
-LEGEND = (
-    "Percent, best in bold. FPR95 ID: share of OoD that passes when 95% of ID does. near, far, mean: unweighted means "
-    "over the OoD sets. The report has intervals, FPR95 with OoD as the positive class, and costs."
-)
+LEGEND = "near, far, mean: unweighted means over the OoD sets. The report has intervals, the other metrics, and costs."
 SHOWN = 8
 """Names in a line about what was not run."""
 
@@ -93,14 +89,20 @@ def benchmark(
 
 
 def _show(screen: Console, results: Results) -> None:
+    """The first two headline metrics; means over checkpoints where there are several."""
+    from ood_scores.evaluation.metrics import headline_metrics
+
+    metrics = headline_metrics()[:2]
     screen.print(f"[bold]{escape(results.title)}[/]")
     for (part, model), table in results.table.groupby(["part", "model"], sort=False):
         title = f"{part}: {model}" if part != results.title else str(model)
         screen.print(f"\n[bold]{escape(title)}[/]{_accuracy(table)}")
-        for shown in percent_tables(wide(table), screen.width):
+        of_checkpoints = table.groupby(["scorer", "ood"], sort=False)[[metric.name for metric in metrics]].mean()
+        columns = metric_columns(of_checkpoints.reset_index(), _groups(table), metrics)
+        for shown in metric_tables(columns, screen.width):
             screen.print(shown)
     if len(results.table):
-        screen.print(LEGEND, style="dim")
+        screen.print(f"{legend(metrics)} {LEGEND}", style="dim")
     _show_not_run(screen, results.not_run)
     if (results.folder / "report.html").exists():
         screen.print(f"[green]✓[/] report [bold]{escape(str(results.folder / 'report.html'))}[/]", soft_wrap=True)
@@ -115,26 +117,13 @@ def _accuracy(table: pd.DataFrame) -> str:
     return f"  accuracy {by_checkpoint.mean():.2%}{spread}"
 
 
-def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """A scorer per row, best mean AUROC first; columns ``(OoD set, metric, direction)``, averages first.
-
-    Means over checkpoints where there are several.
-    """
-    import pandas as pd
-
-    mean = table.groupby(["scorer", "ood", "group"], sort=False)[list(HEADINGS)].mean().reset_index()
-    sets = {name: [name] for name in dict.fromkeys(mean["ood"])}
-    groups = {group: list(dict.fromkeys(mean[mean["group"] == group]["ood"])) for group in ("near", "far")}
+def _groups(table: pd.DataFrame) -> dict[str, list[str]]:
+    """OoD sets by the title of their column: averages first, then each set."""
+    sets = {name: [name] for name in dict.fromkeys(table["ood"])}
+    groups = {group: list(dict.fromkeys(table[table["group"] == group]["ood"])) for group in ("near", "far")}
     averages = {"mean": list(sets)} | groups
     shown = {name: over for name, over in averages.items() if len(over) > 1 and (name == "mean" or over != list(sets))}
-    metrics = mean.pivot(index="scorer", columns="ood", values=list(HEADINGS))
-    columns = {
-        (name, *heading): metrics[metric][over].mean(axis=1, skipna=False)
-        for name, over in (shown | sets).items()
-        for metric, heading in HEADINGS.items()
-    }
-    best_first = mean.groupby("scorer")["auroc"].mean().sort_values(ascending=False, kind="stable").index
-    return pd.DataFrame(columns).loc[best_first]
+    return shown | sets
 
 
 def _show_not_run(screen: Console, not_run: Iterable[NotRun]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ood_scores.benchmark.results import Results
+    from ood_scores.evaluation.metrics import Metric
 
 LEVEL = 0.05
 SHOWN = 20
@@ -53,11 +54,15 @@ def compare(
 
 
 def _show(frame: pd.DataFrame, a: Results, b: Results) -> None:
+    from ood_scores.benchmark.run_diff import comparison_columns
+    from ood_scores.evaluation.metrics import headline_metrics
+
     screen = console()
     for name, run in (("A", a), ("B", b)):
         screen.print(f"{name} [bold]{escape(str(run.folder))}[/] {escape(run.title)}, {run.environment['created']}")
     both = frame[frame["found"] == "both"]
-    changed = both[(both["auroc_difference"] != 0) | (both["fpr95_id_difference"] != 0)]
+    differences = [comparison_columns(metric)[-1] for metric in headline_metrics()]
+    changed = both[(both[differences].fillna(0) != 0).any(axis=1)]
     real = int((both["p_holm"] < LEVEL).sum())
     screen.print(f"{len(both):,} rows in both: {len(changed):,} differ, {real:,} of them by more than chance")
     if len(changed):
@@ -76,27 +81,39 @@ def _largest(changed: pd.DataFrame) -> pd.DataFrame:
 
 
 def _table(rows: pd.DataFrame, several: bool) -> Table:
-    """The number of the checkpoint has a column where a model has several."""
+    """The largest changes; the number of the checkpoint has a column where a model has several."""
+    from ood_scores.evaluation.metrics import headline_metrics
+
+    auroc, *others = headline_metrics()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
     names = ["model", *(["checkpoint"] if several else []), "scorer", "ood"]
     if rows["part"].nunique() > 1:
         names.insert(0, "part")
     for name in names:
         table.add_column("no." if name == "checkpoint" else name, overflow="fold", min_width=3)
-    for head in ("AUROC A", "B", "change", "p", "FPR95 ID", "FPR95 OoD"):
+    labels = [f"{metric.label} {metric.positive or ''}".strip() for metric in others]
+    for head in (f"{auroc.label} A", "B", "change", "p", *labels):
         table.add_column(head, justify="right", no_wrap=True)
     for _, row in rows.iterrows():
         style = "bold" if row["p_holm"] < LEVEL else ""
-        figures = [
-            f"{100 * row['auroc_a']:.1f}",
-            f"{100 * row['auroc_b']:.1f}",
-            f"{100 * row['auroc_difference']:+.2f}",
-            ("" if row["paired"] else "~") + f"{row['p_holm']:.2g}",
-            f"{100 * row['fpr95_id_difference']:+.1f}",
-            f"{100 * row['fpr95_ood_difference']:+.1f}",
-        ]
+        before, after, change = _numbers(auroc, row, digits=2)
+        p_value = ("" if row["paired"] else "~") + f"{row['p_holm']:.2g}"
+        figures = [before, after, change, p_value, *(_numbers(metric, row)[-1] for metric in others)]
         table.add_row(*(Text(str(row[name])) for name in names), *(Text(figure, style=style) for figure in figures))
     return table
+
+
+def _numbers(metric: Metric, row: pd.Series, digits: int | None = None) -> tuple[str, str, str]:
+    """A metric of both runs and its change, which has the given number of digits."""
+    from ood_scores.benchmark.run_diff import comparison_columns
+    from ood_scores.evaluation.metrics import number
+
+    before, after, change = (metric.scale * row[column] for column in comparison_columns(metric))
+    return (
+        number(before, metric.percent),
+        number(after, metric.percent),
+        number(change, metric.percent, digits, signed=True),
+    )
 
 
 def _only(frame: pd.DataFrame, found: str) -> list[str]:

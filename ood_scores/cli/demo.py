@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ood_scores.cli.printing import console
-from ood_scores.cli.tables import percent_tables
+from ood_scores.cli.tables import best_first, legend, metric_tables
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from ood_scores.evaluation.metrics import Metric
+
 INTRODUCTION = """\
 [bold]Handwritten digits[/]: a small network learns 0 to 6, twice; then it is shown what it has never seen.
 [dim]unseen: digits 7 to 9 · photo: patches of two photographs · noise: uniform noise[/]"""
-LEGEND = (
-    "Percent, best of each column in bold. AUROC: higher is better. FPR95: share of OoD that passes when 95% of ID "
-    "does; lower is better. CE: trained with cross-entropy. L2: the same network trained on L2-normalised features."
-)
+LEGEND = "CE: trained with cross-entropy. L2: the same network trained on L2-normalized features."
 
 
 def demo(
@@ -38,6 +37,7 @@ def demo(
       ood-scores demo --out elsewhere --seed 1
     """
     from ood_scores.demo import run
+    from ood_scores.evaluation.metrics import headline_metrics
 
     screen = console()
     screen.print(INTRODUCTION)
@@ -45,28 +45,28 @@ def demo(
     measures = found.results.measures
     for training, accuracy in measures[measures["measure"] == "accuracy"].set_index("model")["value"].items():
         screen.print(f"{training}: [bold]{accuracy:.1%}[/] of new digits 0 to 6 are classified correctly")
-    for part in percent_tables(wide(found.results.table), screen.width):
+    metrics = headline_metrics()[:2]
+    for part in metric_tables(_columns(found.results.table, metrics), screen.width):
         screen.print(part)
-    screen.print(LEGEND, style="dim")
+    screen.print(f"{legend(metrics)} {LEGEND}", style="dim")
     _say_where(screen, out, found.caches["l2_norm"])
 
 
 SHORT = {"cross_entropy": "CE", "l2_norm": "L2"}
 
 
-def wide(table: pd.DataFrame) -> pd.DataFrame:
+def _columns(table: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
     """A scorer per row, best mean AUROC first; columns ``(OoD set, training, metric)``."""
     import pandas as pd
 
-    metrics = table.pivot(index="scorer", columns=["ood", "model"], values=["auroc", "fpr95_id"])
+    values = table.pivot(index="scorer", columns=["ood", "model"], values=[metric.name for metric in metrics])
     columns = {
-        (name, SHORT[training], heading): metrics[metric][name][training]
+        (name, SHORT[training], metric.name): values[metric.name][name][training]
         for name in dict.fromkeys(table["ood"])
         for training in dict.fromkeys(table["model"])
-        for metric, heading in (("auroc", "AUROC"), ("fpr95_id", "FPR95"))
+        for metric in metrics
     }
-    best_first = table.groupby("scorer")["auroc"].mean().sort_values(ascending=False, kind="stable").index
-    return pd.DataFrame(columns).loc[best_first]
+    return pd.DataFrame(columns).loc[best_first(table)]
 
 
 def _say_where(screen: Console, out: Path, caches: Mapping[str, Path]) -> None:

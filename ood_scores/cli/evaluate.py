@@ -10,7 +10,7 @@ import typer
 from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, named_caches, write_table
 from ood_scores.cli.printing import busy, console
-from ood_scores.cli.tables import percent_tables
+from ood_scores.cli.tables import legend, metric_columns, metric_tables
 from ood_scores.errors import OodScoresError
 
 if TYPE_CHECKING:
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 
     from ood_scores.features import FeatureSet
     from ood_scores.scorers import Scorer
-
-HEADINGS = {"auroc": ("AUROC", "↑"), "fpr95_id": ("FPR95", "↓ID"), "fpr95_ood": ("FPR95", "↓OoD")}
-LEGEND = (
-    "Percent, best in bold. FPR95 ID: share of OoD that passes when 95% of ID does; "
-    "FPR95 OoD: share of ID rejected when 95% of OoD is."
-)
 
 
 def evaluate(
@@ -89,26 +83,17 @@ def usable_scorers(sets: Sequence[FeatureSet], fit: FeatureSet | None) -> tuple[
 
 
 def _show(table: pd.DataFrame, id: Path, rows: int, left_out: dict[str, str]) -> None:
+    from ood_scores.evaluation.metrics import headline_metrics
+
     screen = console()
     accuracy = table.attrs["id_accuracy"]
     knows = "" if accuracy is None else f", accuracy [bold]{accuracy:.2%}[/]"
     screen.print(f"ID [bold]{table.attrs['id'] or id.stem}[/]: {rows:,} rows{knows}")
-    for part in percent_tables(wide(table), screen.width):
+    sets = list(dict.fromkeys(table["ood"]))
+    groups = {name: [name] for name in sets} | ({"average": sets} if len(sets) > 1 else {})
+    for part in metric_tables(metric_columns(table, groups, headline_metrics()), screen.width):
         screen.print(part)
-    screen.print(LEGEND, style="dim")
+    screen.print(legend(headline_metrics()), style="dim")
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name in left_out if left_out[name] == reason)
         screen.print(f"[yellow]left out[/] {names} [dim]({reason})[/]")
-
-
-def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """A scorer per row, best mean AUROC first; columns ``(OoD set, metric, direction)``, averages last."""
-    import pandas as pd
-
-    sets = list(dict.fromkeys(table["ood"]))
-    metrics = table.pivot(index="scorer", columns="ood", values=list(HEADINGS))
-    columns = {(name, *heading): metrics[metric][name] for name in sets for metric, heading in HEADINGS.items()}
-    if len(sets) > 1:
-        columns |= {("average", *heading): metrics[metric].T.mean() for metric, heading in HEADINGS.items()}
-    best_first = table.groupby("scorer")["auroc"].mean().sort_values(ascending=False, kind="stable").index
-    return pd.DataFrame(columns).loc[best_first]

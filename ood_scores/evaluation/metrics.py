@@ -26,7 +26,7 @@ Scores: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[float]"
 Rule: TypeAlias = Literal["first", "nearest"]
 Interpolation: TypeAlias = Literal["step", "trapezoid"]
 NONE = "–"
-"""The text of an unknown number."""
+"""What tables show in place of NaN."""
 
 
 @dataclass(frozen=True)
@@ -109,26 +109,21 @@ class Metric:
 
     @property
     def title(self) -> str:
-        return f"{self.label}, {self.positive} positive" if self.positive else self.label
+        return f"{self.label} ({self.positive} positive)" if self.positive else self.label
 
     @property
-    def arrow(self) -> str:
-        return "↑" if self.higher_is_better else "↓"
+    def heading(self) -> tuple[str, str]:
+        """The title in two short lines: label, and direction with the positive class."""
+        return self.label, ("↑" if self.higher_is_better else "↓") + (self.positive or "")
 
     @property
-    def direction(self) -> str:
-        return "higher is better" if self.higher_is_better else "lower is better"
+    def legend(self) -> str:
+        return f"{self.meaning}; {'higher' if self.higher_is_better else 'lower'} is better"
 
     @property
     def scale(self) -> int:
         """Factor from a value to the number that is shown."""
         return 100 if self.percent else 1
-
-    def text(self, shown: float, *, signed: bool = False, digits: int = 1) -> str:
-        """A number that is already scaled, as tables write it."""
-        if isnan(shown):
-            return NONE
-        return f"{shown:{'+' if signed else ''}{f'.{digits}f' if self.percent else '.3g'}}"
 
     def __call__(self, id_scores: Scores, ood_scores: Scores) -> float:
         """Value for two score vectors with the formula's default options; raises what `roc_counts` raises."""
@@ -396,6 +391,14 @@ METRICS: Registry[Metric] = Registry(
     },
 )
 """Every metric by name, in the order of frames and files. A new metric is a row here."""
+
+
+def number(value: float, percent: bool = True, digits: int | None = None, *, signed: bool = False) -> str:
+    """A scaled number as tables write it: percentages with one decimal, others with three significant digits."""
+    if isnan(value):
+        return NONE
+    digits = (1 if percent else 3) if digits is None else digits
+    return f"{value:{'+' if signed else ''}.{digits}{'f' if percent else 'g'}}"
 
 
 def headline_metrics() -> list[Metric]:

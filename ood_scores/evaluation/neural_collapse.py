@@ -51,6 +51,18 @@ class Collapse:
     nc4: float
 
 
+TITLES = {
+    "nc1": "NC1: variability within classes",
+    "en_means": "NC2: unequal norms, means",
+    "en_classifier": "NC2: unequal norms, classifier",
+    "ea_means": "NC2: unequal angles, means",
+    "ea_classifier": "NC2: unequal angles, classifier",
+    "nc3": "NC3: classifier from means",
+    "nc4": "NC4: nearest mean disagrees",
+}
+"""Titles of the measures."""
+
+
 def neural_collapse(
     feats: FeatureSet,
     *,

@@ -15,21 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ood_scores.errors import EmptyInput
-from ood_scores.evaluation.neural_collapse import Collapse
+from ood_scores.evaluation.neural_collapse import TITLES, Collapse
 from ood_scores.plotting.curves import OOD_COLOURS
 
 if TYPE_CHECKING:
     import pandas as pd
-
-TITLES = {
-    "nc1": "NC1: variability within classes",
-    "en_means": "NC2: unequal norms, means",
-    "en_classifier": "NC2: unequal norms, classifier",
-    "ea_means": "NC2: unequal angles, means",
-    "ea_classifier": "NC2: unequal angles, classifier",
-    "nc3": "NC3: classifier from means",
-    "nc4": "NC4: nearest mean disagrees",
-}
 
 
 def collapse_curves(runs: Mapping[str, Mapping[int, Collapse]]) -> Figure:

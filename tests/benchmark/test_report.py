@@ -17,11 +17,11 @@ from PIL import Image
 
 from ood_scores.benchmark.report import figures, html, latex, markdown, write_report
 from ood_scores.benchmark.report.figures import histogram_path, roc_path
-from ood_scores.benchmark.report.tables import METRICS, ScoreTable, errors_and_ties, part_tables
+from ood_scores.benchmark.report.tables import ScoreTable, errors_and_ties, part_tables, shown_metrics
 from ood_scores.benchmark.results import Results, table_columns
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.data.images import ImageArrays, ImageDataset
-from ood_scores.evaluation.metrics import auroc
+from ood_scores.evaluation.metrics import METRICS, auroc
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance
 
 SEVERAL, SINGLE = "ResNet-20", "DenseNet-100 (k=12)"
@@ -101,11 +101,11 @@ def test_cells_are_means_over_sets_and_checkpoints(results: Results, parts: dict
     assert [table.model for table in parts[PART]] == list(MODELS)
     for table in parts[PART]:
         assert [column.name for column in table.columns] == list(SETS)
-        for metric in METRICS:
+        for metric in METRICS.values():
             for i, column in enumerate(SETS):
-                by_scorer = expected(results, table.model, column, metric.key)
+                by_scorer = expected(results, table.model, column, metric.name)
                 for row in table.rows:
-                    cell, values = row.cells[metric.key][i], by_scorer.loc[row.scorer]
+                    cell, values = row.cells[metric.name][i], by_scorer.loc[row.scorer]
                     assert cell.value == pytest.approx(values.mean(), abs=1e-10)
                     if table.model == SEVERAL:
                         assert cell.sd == pytest.approx(values.std(), abs=1e-10)
@@ -172,7 +172,7 @@ def test_latex_rows_are_the_numbers_of_the_table(results: Results, parts: dict[s
 def test_page_has_the_numbers_of_the_table(results: Results, page: str) -> None:
     tables = [rows for classes, rows in Page(page).tables if classes == "scores"]
     assert len(tables) == 1 + len(MODELS)
-    wanted = [(metric.key, column) for metric in METRICS for column in SETS]
+    wanted = [(metric.name, column) for metric in shown_metrics() for column in SETS]
     for model, (_, *rows) in zip(MODELS, tables[1:], strict=True):
         assert len(rows) == len(SCORERS)
         for i, (metric, column) in enumerate(wanted, start=1):
@@ -267,7 +267,7 @@ def test_ties_are_what_cannot_be_told_from_the_best(checkpoints: int) -> None:
     assert [row.scorer for row in table.rows if row.scorer != "like"] == ["good", "same", "worse"]
     for row in table.rows:
         assert [cell.tied for cell in row.cells["auroc"]] == [row.scorer != "worse"] * len(SETS)
-        assert not any(cell.tied for metric in METRICS[1:] for cell in row.cells[metric.key])
+        assert not any(cell.tied for metric in list(METRICS.values())[1:] for cell in row.cells[metric.name])
     assert set(table.tied) == {"good", "same", "like"} - {table.rows[0].scorer}
 
 

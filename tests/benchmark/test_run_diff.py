@@ -123,7 +123,7 @@ def test_command(before: Results, after: Results, tmp_path: Path, monkeypatch: p
     frame = compare_runs(before, after)
     pd.testing.assert_frame_equal(pd.read_csv(out), frame, check_dtype=False)
     both = frame[frame["found"] == "both"]
-    differ = ((both["auroc_difference"] != 0) | (both["fpr95_id_difference"] != 0)).sum()
+    differ = (both[[f"{metric}_difference" for metric in ("auroc", "fpr95_id", "fpr95_ood")]] != 0).any(axis=1).sum()
     real = (both["p_holm"] < 0.05).sum()
     assert f"{len(both)} rows in both: {differ} differ, {real} of them by more than chance" in called.output
     largest = both.iloc[int(both["auroc_difference"].abs().argmax())]

@@ -23,8 +23,6 @@ from ood_scores.benchmark.report.figures import (
     scorer_figure,
 )
 from ood_scores.benchmark.report.tables import (
-    METRICS,
-    NONE,
     Cell,
     Column,
     ComparisonTable,
@@ -33,14 +31,14 @@ from ood_scores.benchmark.report.tables import (
     comparison_tables,
     mark_best,
     measure_table,
-    measured,
     not_run,
     notes,
-    percent,
+    shown_metrics,
     versions,
 )
 from ood_scores.benchmark.results import NotRun, Results
-from ood_scores.plotting.collapse import TITLES as COLLAPSE
+from ood_scores.evaluation.metrics import METRICS, NONE, headline_metrics, number
+from ood_scores.evaluation.neural_collapse import TITLES as COLLAPSE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,11 +103,12 @@ def page(results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Im
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "brief": _brief, "interval": _interval}
+    environment.filters |= {"number": number, "brief": _brief}
     return environment.get_template("report.html.j2").render(
         results=results,
         parts=_parts(results, parts, cache(images)),
-        metrics=METRICS,
+        metrics=shown_metrics(),
+        headline=headline_metrics(),
         shown=SHOWN,
         roc_size=ROC_SIZE,
         histogram_size=HISTOGRAM_SIZE,
@@ -150,7 +149,7 @@ def _part(
         collapse={COLLAPSE[name]: list(_bars(models, cells)) for name, cells in drawn.items()},
         measures=(
             models,
-            {COLLAPSE.get(name, name): [*map(measured, measures[name])] for name in measures if name not in drawn},
+            {COLLAPSE.get(name, name): [*map(str, measures[name])] for name in measures if name not in drawn},
         ),
         not_run=not_run(results, part),
     )
@@ -182,17 +181,18 @@ def side_by_side(tables: Sequence[ScoreTable]) -> ScoreTable:
     rows = {(table.model, row.scorer): row for table in tables for row in table.rows}
     scorers = dict.fromkeys(row.scorer for table in tables for row in table.rows)
     cells: dict[str, dict[str, tuple[Cell, ...]]] = {scorer: {} for scorer in scorers}
-    for metric in METRICS:
+    for metric in METRICS.values():
         of_models = {
             scorer: [
-                row.cells[metric.key][0] if row else Cell(nan)
+                row.cells[metric.name][0] if row else Cell(nan, percent=metric.percent)
                 for row in (rows.get((table.model, scorer)) for table in tables)
             ]
             for scorer in scorers
         }
-        means = mark_best(metric, [Cell(float(np.mean([cell.value for cell in of]))) for of in of_models.values()])
+        averages = [float(np.mean([cell.value for cell in of])) for of in of_models.values()]
+        means = mark_best(metric, [Cell(average, percent=metric.percent) for average in averages])
         for mean, (scorer, of) in zip(means, of_models.items(), strict=True):
-            cells[scorer][metric.key] = (mean, *of)
+            cells[scorer][metric.name] = (mean, *of)
     made = [Row(scorer, cells[scorer], "", nan, nan) for scorer in scorers]
     made.sort(key=lambda row: float(np.nan_to_num(row.cells["auroc"][0].value, nan=-1)), reverse=True)
     columns = [Column(table.model, f"ID accuracy {table.accuracy}", table.columns[0].sets) for table in tables]
@@ -203,7 +203,7 @@ def side_by_side(tables: Sequence[ScoreTable]) -> ScoreTable:
 def _bars(models: Sequence[str], cells: Sequence[Cell]) -> Iterator[Bar]:
     longest = max((cell.value for cell in cells if not isnan(cell.value)), default=0.0) or 1.0
     for model, cell in zip(models, cells, strict=True):
-        yield Bar(model, measured(cell), 0 if isnan(cell.value) else cell.value / longest)
+        yield Bar(model, str(cell), 0 if isnan(cell.value) else cell.value / longest)
 
 
 def _brief(value: float) -> str:
@@ -211,14 +211,6 @@ def _brief(value: float) -> str:
     if isnan(value):
         return NONE
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def _interval(cell: Cell) -> str:
-    """What hovering over a cell tells."""
-    if isnan(cell.low):
-        return ""
-    between = f"{percent(cell.low)} to {percent(cell.high)}"
-    return f"95% interval {between}" if isnan(cell.sd) else f"smallest to largest of the checkpoints: {between}"
 
 
 def _facts(results: Results) -> list[tuple[int, str]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from ood_scores.benchmark.report.tables import Cell, Row, ScoreTable
+from ood_scores.benchmark.report.tables import Cell, ScoreTable, compact_metrics, titles
 
 HEAD = r"""% \usepackage[T1]{fontenc}
 % \usepackage{booktabs,graphicx}
 % Bold: best of the column. Dagger: AUROC not significantly below the best (DeLong's paired tests, Holm, 5%)."""
 
 CAPTION = (
-    r"AUROC\,/\,FPR95 with ID positive, in percent, on {n_id} ID images; last column: FPR95 with OoD positive. "
+    r"{in_cells}, in percent, on {n_id} ID images; on the right: {on_the_right}. "
     r"ID accuracy {accuracy}\,\%.{seeds} Bold: best. $\dagger$: AUROC not significantly below the best (DeLong's "
     r"paired tests with Holm's correction, 5\,\%)."
 )
@@ -56,26 +56,35 @@ def tables(parts: Mapping[str, Sequence[ScoreTable]]) -> str:
 
 def _lines(table: ScoreTable) -> Iterator[str]:
     seeds = rf" Mean $\pm$ standard deviation of {table.checkpoints} checkpoints." if table.checkpoints > 1 else ""
-    caption = CAPTION.format(n_id=f"{table.n_id:,}", accuracy=_number(table.accuracy), seeds=seeds)
+    in_cells, on_the_right = compact_metrics()
+    caption = CAPTION.format(
+        in_cells=titles(in_cells, r"\,/\,"),
+        on_the_right=titles(on_the_right, ", "),
+        n_id=f"{table.n_id:,}",
+        accuracy=_number(table.accuracy),
+        seeds=seeds,
+    )
     yield r"\begin{table}"
     yield r"\centering"
     yield rf"\caption{{{escape(table.part)}: {escape(table.model)}. {caption}}}"
     yield r"\resizebox{\linewidth}{!}{%"
-    yield rf"\begin{{tabular}}{{l{'c' * (len(table.columns) + 1)}}}"
+    yield rf"\begin{{tabular}}{{l{'c' * (len(table.columns) + len(on_the_right))}}}"
     yield r"\toprule"
-    yield from _groups(table)
+    yield from _groups(table, len(on_the_right))
     names = [escape(column.name) for column in table.columns]
-    yield f"Scorer & {' & '.join(names)} & {names[0]}, OoD pos. \\\\"
+    heads = ["Scorer", *names, *(f"{names[0]}, {escape(metric.title)}" for metric in on_the_right)]
+    yield f"{' & '.join(heads)} \\\\"
     yield r"\midrule"
     for row in table.rows:
-        cells = [*(_cell(row, i) for i in range(len(names))), _bold(row.cells["fpr95_ood"][0])]
-        yield f"{escape(row.scorer)} & {' & '.join(cells)} \\\\"
+        of_columns = [r"\,/\,".join(_marked(row.cells[m.name][i]) for m in in_cells) for i in range(len(names))]
+        cells = [escape(row.scorer), *of_columns, *(_marked(row.cells[metric.name][0]) for metric in on_the_right)]
+        yield f"{' & '.join(cells)} \\\\"
     yield r"\bottomrule"
     yield r"\end{tabular}}"
     yield r"\end{table}"
 
 
-def _groups(table: ScoreTable) -> Iterator[str]:
+def _groups(table: ScoreTable, on_the_right: int) -> Iterator[str]:
     """A line above the names that says which sets are near and far."""
     heads, rules, first = [], [], 2
     for group, run in groupby(column.group for column in table.columns):
@@ -83,18 +92,13 @@ def _groups(table: ScoreTable) -> Iterator[str]:
         heads.append(rf"\multicolumn{{{count}}}{{c}}{{{group}}}")
         rules.append(rf"\cmidrule(lr){{{first}-{first + count - 1}}}")
         first += count
-    yield f" & {' & '.join(heads)} & \\\\"
+    yield f" & {' & '.join(heads)} {'& ' * on_the_right}\\\\"
     yield " ".join(rules)
 
 
-def _cell(row: Row, i: int) -> str:
-    auroc = row.cells["auroc"][i]
-    dagger = r"$^\dagger$" if auroc.tied and not auroc.best else ""
-    return rf"{_bold(auroc)}{dagger}\,/\,{_bold(row.cells['fpr95_id'][i])}"
-
-
-def _bold(cell: Cell) -> str:
-    return rf"\textbf{{{_number(cell)}}}" if cell.best else _number(cell)
+def _marked(cell: Cell) -> str:
+    dagger = r"$^\dagger$" if cell.tied and not cell.best else ""
+    return (rf"\textbf{{{_number(cell)}}}" if cell.best else _number(cell)) + dagger
 
 
 def _number(cell: Cell) -> str:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from ood_scores.benchmark.measures import shown_as
 from ood_scores.benchmark.report.tables import (
-    NONE,
-    TITLES,
+    Cell,
     Compared,
     ComparisonTable,
-    Row,
     ScoreTable,
+    compact_metrics,
     comparison_tables,
     measure_table,
-    measured,
     not_run,
     notes,
+    titles,
     versions,
 )
 from ood_scores.benchmark.results import NotRun, Results
+from ood_scores.evaluation.metrics import NONE, headline_metrics
 
-LEGEND = """Percent. Each cell is AUROC / FPR95 with ID positive: the share of OoD rows that pass where 95% of ID rows
-do. The last column is the overall FPR95 with OoD positive: the share of ID rows rejected where 95% of OoD rows are.
-Overall, near and far are unweighted means over sets. The best of a column is bold; † marks an AUROC that is not
-significantly below the best (DeLong's paired tests with Holm's correction, 5%). ± is the standard deviation over
-checkpoints. All metrics, intervals and hashes of all rows: results.csv.
+LEGEND = """Percent. Each cell is {in_cells}; on the right: {on_the_right} of the first column. Overall, near
+and far are unweighted means over sets. The best of a column is bold; † marks an AUROC that is not significantly below
+the best (DeLong's paired tests with Holm's correction, 5%). ± is the standard deviation over checkpoints. All metrics,
+intervals and hashes of all rows: results.csv.
 """
 
 
@@ -35,7 +35,10 @@ def report(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> str:
 
 def _lines(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> Iterator[str]:
     yield f"# {escape(results.title)}\n"
-    yield LEGEND
+    in_cells, on_the_right = compact_metrics()
+    yield LEGEND.format(in_cells=titles(in_cells, " / "), on_the_right=titles(on_the_right, ", "))
+    yield from (f"- {metric.title}: {metric.legend}." for metric in headline_metrics())
+    yield ""
     for part, tables in parts.items():
         if list(parts) != [results.title]:
             yield f"## {escape(part)}\n"
@@ -54,23 +57,20 @@ def _scores(table: ScoreTable) -> Iterator[str]:
     seeds = f" Mean ± standard deviation of {table.checkpoints} checkpoints." if table.checkpoints > 1 else ""
     yield f"### {escape(table.model)}\n"
     yield f"{table.known}.{seeds}\n"
+    in_cells, on_the_right = compact_metrics()
     names = [escape(column.name) for column in table.columns]
-    yield f"| scorer | {' | '.join(names)} | {names[0]}, FPR95 OoD positive |"
-    yield "|---" * (len(names) + 2) + "|"
+    heads = ["scorer", *names, *(f"{names[0]}, {metric.title}" for metric in on_the_right)]
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
     for row in table.rows:
-        cells = [_cell(row, i) for i in range(len(names))]
-        yield f"| {_code(row.scorer)} | {' | '.join(cells)} | {_bold(row, 'fpr95_ood', 0)} |"
+        of_columns = ["\u00a0/\u00a0".join(_marked(row.cells[m.name][i]) for m in in_cells) for i in range(len(names))]
+        cells = [_code(row.scorer), *of_columns, *(_marked(row.cells[metric.name][0]) for metric in on_the_right)]
+        yield f"| {' | '.join(cells)} |"
     yield ""
 
 
-def _cell(row: Row, i: int) -> str:
-    mark = "†" if row.cells["auroc"][i].tied and not row.cells["auroc"][i].best else ""
-    return f"{_bold(row, 'auroc', i)}{mark}\u00a0/\u00a0{_bold(row, 'fpr95_id', i)}"
-
-
-def _bold(row: Row, metric: str, i: int) -> str:
-    cell = row.cells[metric][i]
-    return f"**{cell}**" if cell.best else str(cell)
+def _marked(cell: Cell) -> str:
+    return (f"**{cell}**" if cell.best else str(cell)) + ("†" if cell.tied and not cell.best else "")
 
 
 def _comparison(table: ComparisonTable) -> Iterator[str]:
@@ -101,7 +101,7 @@ def _measures(results: Results, part: str) -> Iterator[str]:
     yield f"| measure | {' | '.join(map(escape, models))} |"
     yield "|---" * (len(models) + 1) + "|"
     for measure, cells in rows.items():
-        yield f"| {escape(TITLES.get(measure, measure))} | {' | '.join(map(measured, cells))} |"
+        yield f"| {escape(shown_as(measure).title)} | {' | '.join(map(str, cells))} |"
     yield ""
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan, nan
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ood_scores.benchmark.results import NotRun, Results
+from ood_scores.benchmark.measures import shown_as
+from ood_scores.benchmark.results import NotRun, Results, interval_columns
 from ood_scores.benchmark.unit_files import Scored
+from ood_scores.evaluation.metrics import METRICS, Metric, headline_metrics, number
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance, tied_with_best
-from ood_scores.plotting.collapse import TITLES as COLLAPSE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,29 +25,9 @@ ByScorer = Mapping[str, Mapping[str, NDArray[np.float64]]]
 
 OVERALL = "overall"
 MEAN = "mean"
-NONE = "–"
 Z_95 = 1.959964
 CHECKPOINT = re.compile(r" \(\d+\)$")
 """What follows the label of a model that has several checkpoints, where one of them was not run."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the results, as a reader knows it."""
-
-    key: str
-    title: str
-    small_is_best: bool = False
-
-
-METRICS = (
-    Metric("auroc", "AUROC"),
-    Metric("fpr95_id", "FPR95, ID positive", small_is_best=True),
-    Metric("fpr95_ood", "FPR95, OoD positive", small_is_best=True),
-    Metric("aupr_in", "AUPR, ID positive"),
-    Metric("aupr_out", "AUPR, OoD positive"),
-)
-TITLES = {metric.key: metric.title for metric in METRICS} | {"accuracy": "ID accuracy"} | COLLAPSE
 
 
 @dataclass(frozen=True)
@@ -59,7 +41,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number in percent.
+    """A number as it is shown, of one checkpoint or of several.
 
     Attributes:
         value: of the checkpoint, or the mean of several; NaN where there is none.
@@ -67,6 +49,7 @@ class Cell:
         low, high: the 95% interval of one checkpoint, the smallest and largest of several; NaN if unknown.
         best: shown with the same digits as the best of its column.
         tied: AUROC not significantly below the best of its column: DeLong's paired tests, Holm's correction, 5%.
+        percent: whether the number is a percentage.
     """
 
     value: float
@@ -75,9 +58,27 @@ class Cell:
     high: float = nan
     best: bool = False
     tied: bool = False
+    percent: bool = True
+
+    @property
+    def text(self) -> str:
+        return number(self.value, self.percent)
+
+    @property
+    def spread(self) -> str:
+        """The standard deviation; empty for one checkpoint."""
+        return "" if isnan(self.sd) else f" ± {number(self.sd, self.percent, None if self.percent else 2)}"
+
+    @property
+    def range(self) -> str:
+        """The interval, or the range over checkpoints, in words; empty if unknown."""
+        if isnan(self.low):
+            return ""
+        between = f"{number(self.low, self.percent)} to {number(self.high, self.percent)}"
+        return f"95% interval {between}" if isnan(self.sd) else f"smallest to largest of the checkpoints: {between}"
 
     def __str__(self) -> str:
-        return percent(self.value) + ("" if isnan(self.sd) else f" ± {percent(self.sd)}")
+        return self.text + self.spread
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,19 @@ class ComparisonTable:
     rows: tuple[ComparisonRow, ...]
 
 
-def percent(value: float) -> str:
-    return NONE if isnan(value) else f"{value:.1f}"
+def shown_metrics() -> list[Metric]:
+    """All metrics, the headline metrics first."""
+    return sorted(METRICS.values(), key=lambda metric: not metric.headline)
+
+
+def compact_metrics() -> tuple[list[Metric], list[Metric]]:
+    """The headline metrics in each cell of a compact table, and those that have a column only for the first mean."""
+    headline = headline_metrics()
+    return headline[:2], headline[2:]
+
+
+def titles(metrics: Iterable[Metric], separator: str) -> str:
+    return separator.join(metric.title for metric in metrics)
 
 
 def part_tables(results: Results) -> dict[str, list[ScoreTable]]:
@@ -203,16 +215,9 @@ def measure_table(results: Results, part: str) -> tuple[list[str], dict[str, lis
     models = [str(model) for model in dict.fromkeys(frame["model"])]
     rows = {}
     for measure, of in frame.groupby("measure", sort=False):
-        values = {model: spread(rows["value"].astype(float)) for model, rows in of.groupby("model")}
+        values = {model: spread(rows["value"].astype(float), percent=False) for model, rows in of.groupby("model")}
         rows[str(measure)] = [values.get(model, Cell(nan)) for model in models]
     return models, rows
-
-
-def measured(cell: Cell) -> str:
-    """A measure, which is no percentage, with three digits that count."""
-    if isnan(cell.value):
-        return NONE
-    return f"{cell.value:.3g}" + ("" if isnan(cell.sd) else f" ± {cell.sd:.2g}")
 
 
 def versions(results: Results) -> str:
@@ -232,8 +237,8 @@ def _score_table(results: Results, part: str, model: str) -> ScoreTable:
     by_sets = {sets: errors_and_ties(scores, order, sets) for sets in dict.fromkeys(column.sets for column in columns)}
     tests = [by_sets[column.sets] for column in columns]
     cells = {
-        metric.key: [_cells(frame, metric, column, order, test) for column, test in zip(columns, tests, strict=True)]
-        for metric in METRICS
+        name: [_cells(frame, metric, column, order, test) for column, test in zip(columns, tests, strict=True)]
+        for name, metric in METRICS.items()
     }
     by_scorer = frame.groupby("scorer", sort=False)
     cost = by_scorer[["fit_seconds", "score_microseconds"]].mean().loc[order]
@@ -268,14 +273,14 @@ def _columns(frame: pd.DataFrame) -> tuple[Column, ...]:
 
 
 def _best_first(frame: pd.DataFrame, column: Column) -> list[str]:
-    mean = _by_checkpoint(frame, "auroc", column).mean(axis=1, skipna=False)
+    mean = _by_checkpoint(frame, METRICS["auroc"], column).mean(axis=1, skipna=False)
     return [str(name) for name in mean.sort_values(ascending=False, kind="stable", na_position="last").index]
 
 
-def _by_checkpoint(frame: pd.DataFrame, metric: str, column: Column) -> pd.DataFrame:
-    """Percent, a scorer a row and a checkpoint a column; NaN where a set of the column is missing."""
-    of = frame[frame["ood"].isin(column.sets)].groupby(["scorer", "checkpoint"], sort=False)[metric]
-    return 100 * of.mean().where(of.size() == len(column.sets)).unstack()
+def _by_checkpoint(frame: pd.DataFrame, metric: Metric, column: Column) -> pd.DataFrame:
+    """Scaled, a scorer a row and a checkpoint a column; NaN where a set of the column is missing."""
+    of = frame[frame["ood"].isin(column.sets)].groupby(["scorer", "checkpoint"], sort=False)[metric.name]
+    return metric.scale * of.mean().where(of.size() == len(column.sets)).unstack()
 
 
 def _in_memory(unit: Scored) -> ByScorer:
@@ -307,9 +312,9 @@ def _cells(
     frame: pd.DataFrame, metric: Metric, column: Column, order: list[str], tests: Mapping[str, tuple[float, bool]]
 ) -> list[Cell]:
     """Of one metric and column, in the order of the rows."""
-    values = _by_checkpoint(frame, metric.key, column).reindex(order).to_numpy(float)
-    cells = mark_best(metric, list(map(spread, values)))
-    if metric.key == "auroc":
+    values = _by_checkpoint(frame, metric, column).reindex(order).to_numpy(float)
+    cells = mark_best(metric, [spread(of_scorer, metric.percent) for of_scorer in values])
+    if metric.interval == "DeLong":
         found = [tests.get(scorer, (nan, False)) for scorer in order]
         cells = [
             replace(cell, tied=tied, low=max(cell.value - Z_95 * error, 0), high=min(cell.value + Z_95 * error, 100))
@@ -317,26 +322,30 @@ def _cells(
             else replace(cell, tied=tied)
             for cell, (error, tied) in zip(cells, found, strict=True)
         ]
-    ends = [f"{metric.key}_low", f"{metric.key}_high"]
-    if len(column.sets) == 1 and frame["checkpoint"].nunique() == 1 and ends[0] in frame:
+    ends = list(interval_columns(metric))
+    if ends and len(column.sets) == 1 and frame["checkpoint"].nunique() == 1:
         of_set = frame[frame["ood"] == column.name].set_index("scorer")[ends].reindex(order).to_numpy(float)
-        cells = [replace(cell, low=100 * low, high=100 * high) for cell, (low, high) in zip(cells, of_set, strict=True)]
+        intervals = (metric.scale * of_set).tolist()
+        cells = [replace(cell, low=low, high=high) for cell, (low, high) in zip(cells, intervals, strict=True)]
     return cells
 
 
 def mark_best(metric: Metric, cells: Sequence[Cell]) -> list[Cell]:
     """The best of a column, and what is shown with the same digits."""
-    values = [cell.value for cell in cells if not isnan(cell.value)]
-    best = percent((min if metric.small_is_best else max)(values, default=nan))
-    return [replace(cell, best=not isnan(cell.value) and percent(cell.value) == best) for cell in cells]
+    known = [cell for cell in cells if not isnan(cell.value)]
+    if not known:
+        return list(cells)
+    best = (max if metric.higher_is_better else min)(known, key=lambda cell: cell.value)
+    return [replace(cell, best=not isnan(cell.value) and cell.text == best.text) for cell in cells]
 
 
-def spread(values: ArrayLike) -> Cell:
+def spread(values: ArrayLike, percent: bool = True) -> Cell:
     """The mean over checkpoints; where there are several, with their standard deviation and range."""
     array = np.asarray(values, np.float64)
     if len(array) < 2:
-        return Cell(float(array[0]))
-    return Cell(float(array.mean()), float(array.std(ddof=1)), float(array.min()), float(array.max()))
+        return Cell(float(array[0]), percent=percent)
+    ends = float(array.min()), float(array.max())
+    return Cell(float(array.mean()), float(array.std(ddof=1)), *ends, percent=percent)
 
 
 def _comparison(part: str, source: str, frame: pd.DataFrame, missing: Sequence[NotRun]) -> ComparisonTable:
@@ -353,7 +362,7 @@ def _comparison(part: str, source: str, frame: pd.DataFrame, missing: Sequence[N
             ComparisonRow(
                 model,
                 scorer,
-                TITLES.get(metric, metric),
+                shown_as(metric).title,
                 tuple(cells.get(name) for name in columns),
                 "; ".join(reasons),
             )
@@ -362,12 +371,13 @@ def _comparison(part: str, source: str, frame: pd.DataFrame, missing: Sequence[N
 
 
 def _compared(row: pd.Series) -> Compared:
-    figures = ".3g" if row["metric"] in COLLAPSE else ".2f"
-    published, ours = f"{row['published']:{figures}}", float(row["ours"])
+    percent = shown_as(row["metric"]).percent
+    text = partial(number, percent=percent, digits=2 if percent else None)
+    published, ours = text(row["published"]), float(row["ours"])
     if isnan(ours):
         return Compared(published, "not run", "", "")
-    sd = "" if isnan(row["sd"]) else f"{row['sd']:{figures}}"
-    return Compared(published, f"{ours:{figures}}", sd, f"{ours - row['published']:+{figures}}")
+    sd = "" if isnan(row["sd"]) else text(row["sd"])
+    return Compared(published, text(ours), sd, text(ours - row["published"], signed=True))
 
 
 def _text(value: object) -> str:
