@@ -26,8 +26,12 @@ def setup(app):
 
 
 def show_registered_name(app, what, name, obj, options, lines):
-    """Says on top of a scorer's entry by which name ``score`` knows it."""
+    """Show on top of a scorer's entry the name under which it is registered, and its paper."""
     from ood_scores.scorers.registry import SCORERS
 
     if what == "class" and obj in SCORERS.values():
-        lines[:0] = [f'Registered as ``"{obj.name}"``.', ""]
+        paper = obj.tags.paper
+        cited = f" Paper: `{paper.title} <{paper.url}>`__ ({paper.venue} {paper.year})." if paper else ""
+        code = f" `Code of the authors <{paper.code}>`__." if paper and paper.code else ""
+        note = f" Experimental: {obj.tags.experimental}." if obj.tags.experimental else ""
+        lines[:0] = [f'Registered as ``"{obj.name}"``.{cited}{code}{note}', ""]

@@ -17,42 +17,69 @@ if TYPE_CHECKING:
 
 
 def list_scorers(
-    pattern: Annotated[str, typer.Argument(help="Names to show, with * and ? as in a shell.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Names to show; * and ? are wildcards.")] = "*",
+    papers: Annotated[
+        bool, typer.Option("--papers", help="Show the paper and the authors' code of each scorer.")
+    ] = False,
+    bibtex: Annotated[bool, typer.Option("--bibtex", help="Print the papers as BibTeX.")] = False,
 ) -> None:
-    """Lists the scorers: what they compute, what they need, their parameters and defaults.
+    """List the scorers by family: what they compute, what they need, and their parameters.
 
     \b
     [bold]Examples[/]
       ood-scores list
       ood-scores list "*norm*"
+      ood-scores list --papers
+      ood-scores list energy --bibtex > references.bib
     """
-    import ood_scores
+    from ood_scores.scorers import list_scorers as names
+    from ood_scores.scorers.families import families
 
-    names = ood_scores.list_scorers(pattern)
-    if not names:
-        raise UnknownName(f"no scorer matches {pattern!r}; there are: {', '.join(ood_scores.list_scorers())}.")
-    table = Table(show_lines=True, header_style="dim")
-    table.add_column("scorer", no_wrap=True, style="cyan")
-    table.add_column("what it computes", ratio=3)
-    table.add_column("needs", ratio=1)
-    table.add_column("parameters", ratio=1)
-    for name in names:
-        scorer = ood_scores.create_scorer(name)
-        table.add_row(name, Text(_first_line(scorer)), _needs(scorer), Text(_parameters(scorer)))
-    console().print(table)
+    found = families(pattern)
+    if not found:
+        raise UnknownName(f"no scorer matches {pattern!r}; there are: {', '.join(names())}.")
+    if bibtex:
+        known = {cls.tags.paper.key: cls.tags.paper for group in found.values() for cls in group if cls.tags.paper}
+        typer.echo("\n\n".join(known[key].bibtex() for key in sorted(known)))
+        return
+    screen = console()
+    for title, group in found.items():
+        screen.print(Text(title, style="bold"))
+        screen.print(_papers(group) if papers else _scorers(group), "")
 
 
-def _first_line(scorer: Scorer) -> str:
-    """The docstring's first paragraph without the marks of code, on one line."""
-    text = inspect.getdoc(type(scorer)) or ""
-    return " ".join(text.split("\n\n")[0].replace("``", "").split())
+def _scorers(group: list[type[Scorer]]) -> Table:
+    from ood_scores.scorers.families import summary_of
+
+    table = _grid()
+    table.add_column(ratio=3, style="dim")
+    table.add_column(ratio=2, style="dim")
+    for cls in group:
+        scorer = cls()
+        table.add_row(scorer.name, Text(summary_of(cls)), _needs(scorer), Text(_parameters(cls)))
+    return table
+
+
+def _papers(group: list[type[Scorer]]) -> Table:
+    table = _grid()
+    for cls in group:
+        paper = cls.tags.paper
+        lines = [f"{paper.authors}. {paper.title}. {paper.venue} {paper.year}.", paper.url] if paper else ["–"]
+        table.add_row(cls.name, Text("\n".join([*lines, paper.code] if paper and paper.code else lines)))
+    return table
+
+
+def _grid() -> Table:
+    """A table without lines: names, and a wide column beside them."""
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(no_wrap=True, style="cyan", width=20)
+    table.add_column(ratio=5, overflow="fold")
+    return table
 
 
 def _needs(scorer: Scorer) -> str:
-    fitted = f"\n[dim]fit: {', '.join(scorer.fit_needs)}[/]" if scorer.fit_needs else ""
-    return ", ".join(scorer.needs) + fitted
+    return ", ".join(scorer.needs) + (f"\nfit: {', '.join(scorer.fit_needs)}" if scorer.fit_needs else "")
 
 
-def _parameters(scorer: Scorer) -> str:
-    known = inspect.signature(type(scorer)).parameters.values()
-    return "\n".join(f"{parameter.name}={parameter.default}" for parameter in known)
+def _parameters(cls: type[Scorer]) -> str:
+    return "\n".join(f"{name}={parameter.default}" for name, parameter in inspect.signature(cls).parameters.items())

@@ -1,4 +1,7 @@
-"""Scorers: read a feature set, give each row a score; higher = more in-distribution."""
+"""Scorers map each row of a feature set to a score; higher = more in-distribution.
+
+The docstring of a module that defines scorers starts with "Title: description", which lists and reference pages show.
+"""
 
 from importlib import import_module
 from pkgutil import walk_packages

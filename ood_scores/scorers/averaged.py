@@ -1,4 +1,4 @@
-"""Scores of predictions averaged over dropout passes or models."""
+"""Averaged predictions: scores of the mean softmax over dropout passes or models."""
 
 from __future__ import annotations
 

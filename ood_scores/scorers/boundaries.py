@@ -1,4 +1,4 @@
-"""Distances and angles to the decision boundaries of the head."""
+"""Decision boundaries: distances and angles to the boundaries between the predicted class and the others."""
 
 from __future__ import annotations
 

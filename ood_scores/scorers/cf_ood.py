@@ -1,4 +1,4 @@
-"""Concentration-free density: how many neighbors it takes until enough fit rows have a row among theirs."""
+"""Concentration-free density: the share of neighbors until enough fit rows have a row among theirs."""
 
 from __future__ import annotations
 

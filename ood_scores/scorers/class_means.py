@@ -1,4 +1,4 @@
-"""Scores against the mean softmax, features or direction of the fit set, of all rows or by class."""
+"""Class means: scores against the mean softmax, features, or direction of the fit set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Softmax and energy relative to the class frequencies of the training data."""
+"""Class prior: softmax and energy relative to the class frequencies of the training set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of the order of the classes in the logits."""
+"""Class ranks: the order of the classes in the logits."""
 
 from __future__ import annotations
 

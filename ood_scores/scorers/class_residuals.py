@@ -1,4 +1,4 @@
-"""Residuals of a feature from the mean feature of its predicted class."""
+"""Class residuals: how far a feature lies from the mean feature of its predicted class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Free energy of the logits, and the largest logit, which is its limit at temperature 0."""
+"""Energy: the free energy of the logits, and the largest logit, which is its limit at temperature 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entropies of the softmax and other measures of how spread it is."""
+"""Entropy: entropies of the softmax and other measures of how spread out it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances to Gaussians that share one covariance."""
+"""Gaussians: distances to class means under one shared covariance."""
 
 from __future__ import annotations
 

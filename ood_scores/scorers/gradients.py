@@ -1,4 +1,4 @@
-"""Scores of gradients: in closed form from features and logits, or from the norms that probes keep."""
+"""Gradients: norms of gradients, in closed form or kept by probes, and what can be learned from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gram matrices of several layers, and how far they lie outside the range of the fit set."""
+"""Gram matrices: how far Gram sums of several layers lie outside their range on the fit set."""
 
 from __future__ import annotations
 

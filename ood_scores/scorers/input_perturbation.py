@@ -1,4 +1,4 @@
-"""Scores of a second forward pass, with perturbed inputs or feature maps."""
+"""Input perturbation: a second forward pass with perturbed inputs or feature maps."""
 
 from __future__ import annotations
 

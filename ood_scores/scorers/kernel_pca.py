@@ -1,4 +1,4 @@
-"""Kernel principal component analysis: what the principal directions of a mapped feature leave over."""
+"""Kernel PCA: reconstruction errors of mapped features."""
 
 from __future__ import annotations
 

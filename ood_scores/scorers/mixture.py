@@ -1,4 +1,4 @@
-"""A Gaussian of its own for each class."""
+"""Gaussian mixture: one Gaussian with a full covariance for each class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mahalanobis distances in several layers, and the base class of scorers that read several layers."""
+"""Several layers: Mahalanobis distances in several layers, combined into one score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances to in-distribution neighbours."""
+"""Nearest neighbors: distances and similarities to the features of the fit set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms of the features, of the logits and of feature maps, and the share of active features."""
+"""Norms: the size of features, logits, and feature maps, and the share of active features."""
 
 from __future__ import annotations
 

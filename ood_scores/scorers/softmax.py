@@ -1,4 +1,4 @@
-"""Scores of the softmax: its largest value, with a fitted temperature or of scaled features, and its margin."""
+"""Softmax: its largest value, at a fitted temperature or with scaled features, and its margin."""
 
 from __future__ import annotations
 

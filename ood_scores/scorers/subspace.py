@@ -1,4 +1,4 @@
-"""Scores that split feature space into the directions the fit data use and those they do not."""
+"""Subspaces: the directions that the fit set uses, and those that it does not."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,27 @@ class Paper:
     year: int
     url: str
     code: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The BibTeX key: family name of the first author, year, and first word of the title that says something."""
+        family = self.authors.split(",")[0].split()[-1]
+        word = next(word for word in re.findall(r"\w+", self.title) if word.lower() not in {"a", "an", "on", "the"})
+        ascii_only = unicodedata.normalize("NFKD", f"{family}{self.year}{word}").encode("ascii", "ignore")
+        return ascii_only.decode().lower()
+
+    def bibtex(self) -> str:
+        """The BibTeX entry."""
+        kind, where = ("article", "journal") if self.venue in ("arXiv", "TMLR") else ("inproceedings", "booktitle")
+        fields = {
+            "title": f"{{{self.title}}}",
+            "author": self.authors.replace(", ", " and "),
+            where: self.venue,
+            "year": str(self.year),
+            "url": self.url,
+        }
+        lines = [f"  {name} = {{{value}}}," for name, value in fields.items()]
+        return "\n".join([f"@{kind}{{{self.key},", *lines, "}"])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scores of a head whose weights are perturbed at random."""
+"""Perturbed weights: scores of a head whose weights are perturbed at random."""
 
 from __future__ import annotations
 

@@ -515,13 +515,23 @@ def test_inspect_of_other_files(tmp_path: Path) -> None:
 def test_list_shows_every_scorer_with_its_parameters() -> None:
     output = ok("list", columns=120)
     for name in ood_scores.list_scorers():
-        assert re.search(rf"│ {name} +│", output)
+        assert re.search(rf"^{name} +\S", output, flags=re.MULTILINE)
     for text in ("temperature=1.0", "k=50", "fit: features, labels", "Maximum softmax probability"):
         assert text in output
     matching = ok("list", "*norm*")
     assert "gradnorm" in matching
     assert "energy" not in matching
     assert "there are: activation_ratio" in refused("list", "nothing*")
+
+
+def test_list_groups_scorers_by_family_and_cites_their_papers() -> None:
+    assert "Gaussians\nmahalanobis " in ok("list", "mahalanobis", columns=120)
+    papers = ok("list", "knn", "--papers", columns=200)
+    assert "Yiyou Sun, Yifei Ming, Xiaojin Zhu, Yixuan Li. Out-of-Distribution Detection with Deep Nearest" in papers
+    assert "https://github.com/deeplearning-wisc/knn-ood" in papers
+    entries = ok("list", "ash_*", "--bibtex")
+    assert entries.startswith("@inproceedings{djurisic2023extremely,\n  title = {{Extremely Simple Activation Shaping")
+    assert entries.count("@") == 1
 
 
 HELP = """

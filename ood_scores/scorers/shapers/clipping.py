@@ -1,4 +1,4 @@
-"""Shapers that clip activations at quantiles of the fit set."""
+"""Clipping shapers: activations are clipped at quantiles of the fit set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shaper whose shape is optimal in its class: piecewise constant factors."""
+"""Optimal shapers: activations are scaled by a piecewise constant function fitted in closed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapers that set small activations or weights to zero."""
+"""Pruning shapers: small activations or weights are set to zero."""
 
 from __future__ import annotations
 

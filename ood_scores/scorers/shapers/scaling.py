@@ -1,4 +1,4 @@
-"""Shapers that scale features or logits and set nothing to zero."""
+"""Scaling shapers: features or logits are scaled, and nothing is set to zero."""
 
 from __future__ import annotations
 

@@ -1,0 +1,103 @@
+"""Write the parts of the documentation that the scorer classes determine: run ``python docs/generate.py``.
+
+A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. Edit the classes, not the part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ood_scores.detector.graph import exportable
+from ood_scores.scorers import Scorer, list_scorers
+from ood_scores.scorers.base import IN_A_GRAPH
+from ood_scores.scorers.families import families, family_of
+from ood_scores.scorers.registry import scorer_class
+
+ROOT = Path(__file__).parents[1]
+
+
+def scorer_table() -> str:
+    """The scorers of each family: those that need no fit, those that are fitted, and those that read extras."""
+    rows = ["| Family | No fit | Fitted on ID data | From probes or several models |", "|---|---|---|---|"]
+    for title, group in packaged().items():
+        columns: list[list[str]] = [[], [], []]
+        for cls in group:
+            scorer = cls()
+            columns[2 if reads_extras(scorer) else 1 if scorer.fit_needs else 0].append(f"`{cls.name}`")
+        rows.append(f"| {title} | {' | '.join(' '.join(names) for names in columns)} |")
+    return "\n".join(rows)
+
+
+def reference() -> str:
+    """A section with the docstrings of each family."""
+    sections = []
+    for title, group in packaged().items():
+        description = family_of(group[0])[1]
+        text = f"## {title}\n\n{description[:1].upper()}{description[1:]}.\n"
+        if any(reads_extras(cls()) for cls in group):
+            text += "\nExtras come from [probes](probes.md), from layers, or from several models.\n"
+        classes = "\n".join(f".. autoclass:: {cls.__module__}.{cls.__qualname__}" for cls in group)
+        sections.append(f"{text}\n```{{eval-rst}}\n{classes}\n```")
+    return "\n\n".join(sections)
+
+
+def exportable_names() -> str:
+    """The scorers that can be exported."""
+    return wrapped(f"{', '.join(f'`{name}`' for name in exportable())}.")
+
+
+def not_exportable() -> str:
+    """Why the others cannot be exported, unless they read what the forward pass does not produce."""
+    rows = ["| Scorer | Reason |", "|---|---|"]
+    classes = [scorer_class(name) for name in list_scorers()]
+    known = [cls for cls in classes if cls.tags.no_graph and cls.__module__.startswith("ood_scores.")]
+    return "\n".join([*rows, *(f"| `{cls.name}` | {cls.tags.no_graph} |" for cls in known)])
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"scorers": scorer_table},
+    "docs/scorers.md": {"scorers": reference},
+    "docs/deploy.md": {"exportable": exportable_names, "not-exportable": not_exportable},
+}
+
+
+def packaged() -> dict[str, list[type[Scorer]]]:
+    """The families of the package itself, without scorers that are registered elsewhere."""
+    found = {
+        title: [cls for cls in group if cls.__module__.startswith("ood_scores.scorers.")]
+        for title, group in families().items()
+    }
+    return {title: group for title, group in found.items() if group}
+
+
+def reads_extras(scorer: Scorer) -> bool:
+    """Whether a scorer reads more than features, logits, and head."""
+    return not set(scorer.needs) <= set(IN_A_GRAPH)
+
+
+def wrapped(text: str, width: int = 120) -> str:
+    """The text on lines of at most ``width`` characters."""
+    lines = [""]
+    for word in text.split():
+        lines = [*lines, word] if len(lines[-1]) + len(word) >= width else [*lines[:-1], f"{lines[-1]} {word}".strip()]
+    return "\n".join(lines)
+
+
+def generated(page: str) -> str:
+    """The text of a page with its generated parts as they should be."""
+    text = (ROOT / page).read_text()
+    for name, write in PARTS[page].items():
+        before, opening, rest = text.partition(f"<!-- {name} -->\n")
+        _, closing, after = rest.partition(f"<!-- /{name} -->")
+        if not closing:
+            raise ValueError(
+                f"{page} has no part {name!r}: put <!-- {name} --> and <!-- /{name} --> on lines of their own"
+            )
+        text = f"{before}{opening}{write()}\n{closing}{after}"
+    return text
+
+
+if __name__ == "__main__":
+    for page in PARTS:
+        (ROOT / page).write_text(generated(page))
