@@ -17,8 +17,9 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ood_scores.data.images import read_rgb
-from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
+from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.extraction.loaders import IMAGE_KEYS
+from ood_scores.features.finite import require_finite
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
@@ -55,7 +56,7 @@ def input_batches(images: Any, transform: Transform | None) -> Iterator[Tensor]:
     rows = 0
     for batch in _batches(images, transform):
         if len(batch):
-            _require_finite(batch, rows)
+            require_finite({"pixels": batch}, rows, "image")
             rows += len(batch)
             yield batch
     if not rows:
@@ -188,13 +189,6 @@ def _stacked(images: list[Tensor]) -> Tensor:
     if len(shapes) > 1:
         raise ShapeMismatch(f"the images of a batch have different shapes, {list(shapes[0])} and {list(shapes[1])}.")
     return torch.stack(images)
-
-
-def _require_finite(batch: Tensor, start: int) -> None:
-    if batch.numel() and not batch.sum().isfinite():  # the sum costs little; what follows only where it tells
-        bad = (~batch.isfinite()).flatten(1).any(dim=1).nonzero()
-        if len(bad):
-            raise NotFinite(f"image {start + int(bad[0])} holds NaN or infinite values: look at that input.")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -15,12 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ood_scores.errors import BadInput, NotFinite, OodScoresError
+from ood_scores.errors import BadInput, OodScoresError
 from ood_scores.extraction import heads
 from ood_scores.extraction.heads import FoundHead
 from ood_scores.extraction.probes import PROBES, LayerProbe, Pass, Probe
 from ood_scores.extraction.probes.base import watch_all
 from ood_scores.features import FeatureSet, Head, Provenance
+from ood_scores.features.finite import require_finite
 from ood_scores.models.running import autocasting, evaluating, model_device
 
 _LOCKS: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()
@@ -84,7 +85,7 @@ class Runner:
         ):
             columns = self._columns(inputs.to(device, model_dtype(self.model)), start)
         rows = {name: values.detach().to("cpu", getattr(torch, self.dtype)) for name, values in columns.items()}
-        _require_finite(rows, start)
+        require_finite(rows, start, "image")
         head = self._found.head if self._found else None
         return FeatureSet(rows.pop("features"), rows.pop("logits"), head=head, extras=rows)
 
@@ -99,7 +100,7 @@ class Runner:
             self._decided = [probe.for_model(self.model, inputs) for probe in self.probes]
             with heads.record_calls(self.model, module) as calls, watch_all(self._decided, self.model) as seen:
                 logits = heads.logits_of(self.model(inputs))
-            _require_finite({"logits": logits}, start)
+            require_finite({"logits": logits}, start, "image")
             self._found = _cloned(heads.find_head(calls, logits, self.head))
             features = self._found.features_in(calls)
         else:
@@ -130,14 +131,6 @@ def _cloned(found: FoundHead) -> FoundHead:
         return found
     with torch.inference_mode(False):
         return replace(found, head=Head(found.head.weight.clone(), found.head.bias.clone()))
-
-
-def _require_finite(rows: Mapping[str, Tensor], start: int) -> None:
-    for name, values in rows.items():
-        bad = ~values.isfinite()
-        if bad.any():
-            row = start + int(bad.reshape(len(bad), -1).any(dim=1).nonzero()[0])
-            raise NotFinite(f"{name} of image {row} hold NaN or infinite values: look at that input and the precision.")
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch
 from ood_scores.evaluation.metrics import Scores, roc_counts
 from ood_scores.features import FeatureSet
-from ood_scores.features.statistics.collect import require_finite
 from ood_scores.registry import Registry
 from ood_scores.scorers.norms import ActivationRatio
 
@@ -274,7 +273,7 @@ def _row_figures(
     """Whether each row is classified correctly, its maximum softmax and its activation ratio, each float64 ``[N]``."""
     figures, activation = np.empty((3, len(feats))), ActivationRatio()
     for block in feats.blocks(device="cpu", only=["features", "logits"]):
-        require_finite(block, feats)
+        block.require_finite()
         here = slice(block.start, block.start + len(block))
         figures[0, here] = block.prediction().numpy() == labels[here]
         figures[1, here] = block.softmax().amax(dim=1).numpy()

@@ -18,7 +18,7 @@ from ood_scores.features.statistics.collapse import (
     self_duality,
     variability_of_covariance,
 )
-from ood_scores.features.statistics.collect import collect, require_finite
+from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments, Moments
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _predicted(block: Block, feats: FeatureSet) -> Tensor:
 
 def finite_blocks(feats: FeatureSet, *only: str) -> Iterator[Block]:
     for block in feats.blocks(device="cpu", only=only):
-        require_finite(block, feats)
+        block.require_finite()
         yield block
 
 

@@ -14,7 +14,7 @@ from ood_scores.errors import BadInput, BadLabels, ShapeMismatch
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.probes.base import Pass, Probe, watch_all
 from ood_scores.extraction.transfers import Arriving, Transfers
-from ood_scores.extraction.writers import require_finite
+from ood_scores.features.finite import require_finite
 from ood_scores.models.running import autocasting, evaluating
 
 
@@ -53,10 +53,10 @@ class Forward:
         self.probes = [probe.for_model(self.model, inputs) for probe in self.probes]
         with heads.record_calls(self.model, module) as calls, watch_all(self.probes, self.model) as seen:
             logits = heads.logits_of(self.model(inputs))
-        require_finite({"logits": logits.float().cpu()}, 0)
+        require_finite({"logits": logits})
         found = heads.find_head(calls, logits, requested)
         rows = self._columns(found.features_in(calls), Pass(self.model, inputs, logits, labels, 0), seen)
-        require_finite(rows.wait(), 0)
+        require_finite(rows.wait())
         return found, rows
 
     def rows_of(self, batch: Any, received: list[Tensor | None], start: int, like: Mapping[str, Tensor]) -> Arriving:

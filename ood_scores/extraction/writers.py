@@ -7,11 +7,10 @@ from queue import Queue
 from threading import Thread
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
-from ood_scores.errors import NotFinite
 from ood_scores.extraction.transfers import Arriving
+from ood_scores.features.finite import require_finite
 
 AHEAD = 2
 """Most batches that wait to be written; the model waits when there are as many."""
@@ -73,15 +72,3 @@ class BackgroundWriter:
         done = self._first + self._sink.rows - start
         self._sink.append({name: values[done:] for name, values in columns.items()})
         self._advance(self._sink.rows)
-
-
-def require_finite(columns: Mapping[str, Tensor], start: int) -> None:
-    """Raises NotFinite, naming the row, if columns on the CPU of rows from ``start`` hold NaN or infinite values."""
-    for name, values in columns.items():
-        finite = np.isfinite(values.numpy())  # by this thread alone: torch's would take the model's cores
-        if not finite.all():
-            row = start + int((~finite).reshape(len(finite), -1).any(axis=1).argmax())
-            raise NotFinite(
-                f"{name} of row {row} hold NaN or infinite values: look at that input and at the precision (fp16 "
-                "overflows above 65,504; amp='bf16' or dtype='float32' do not)."
-            )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
+from ood_scores.features.finite import require_finite
 from ood_scores.features.head import Head
 
 if TYPE_CHECKING:
@@ -104,11 +105,20 @@ class Block:
             self._rows,
         )
 
-    def is_finite(self) -> bool:
-        """Whether no column holds NaN or infinite values. False also where finite values sum up to infinity.
+    def require_finite(self) -> None:
+        """Check that features, logits and extras hold neither NaN nor infinite values.
 
-        Such a value makes a sum NaN or infinite, and a sum is the cheapest pass there is; it also makes every norm of
-        its features so, and where one has been derived the features are not read again.
+        Raises:
+            NotFinite: if one does; the message names the column and its first such row.
+        """
+        if not self._sums_are_finite():
+            require_finite(self.floating_columns(), self.start)
+
+    def _sums_are_finite(self) -> bool:
+        """Whether the sums of all columns are finite, as they cannot be if a value is not.
+
+        A sum is the cheapest pass there is. Norms of the features are not finite either if a feature is not, so where
+        one has been derived the features are not read again.
         """
         norms = [value for (name, *_), value in self._derived.items() if name == "feature_norm"]
         known = any(bool(norm.isfinite().all()) for norm in norms)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, NotFinite, ShapeMismatch
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch
 from ood_scores.features.block import Block
 from ood_scores.features.head import Head
 from ood_scores.features.prefetch import moved
@@ -231,15 +231,9 @@ class FeatureSet:
         return moved(self._parts(self._columns, self._default_rows(self._columns)), CPU)
 
     def check_finite(self) -> None:
-        """Raises NotFinite, naming the first row, if features, logits or extras hold NaN or infinite values."""
+        """Raises naming the first row, if features, logits or extras hold NaN or infinite values."""
         for block in self.blocks():
-            for name, values in block.floating_columns().items():
-                bad = (~values.reshape(len(block), -1).isfinite()).any(dim=1).nonzero()
-                if len(bad):
-                    raise NotFinite(
-                        f"{name} hold NaN or infinite values, first in row {block.start + int(bad[0])}: look at that "
-                        "input and at the model's precision (fp16 overflows where bf16 or float32 does not)."
-                    )
+            block.require_finite()
 
     def __repr__(self) -> str:
         parts = [f"{len(self):,} rows", f"{self.num_features} features"]

@@ -25,7 +25,7 @@ from ood_scores.errors import (
     ShapeMismatch,
 )
 from ood_scores.features import Block, FeatureSet, Provenance, as_feature_set
-from ood_scores.features.statistics.collect import Statistic, collect, require_finite
+from ood_scores.features.statistics.collect import Statistic, collect
 from ood_scores.scorers.registry import create_scorer
 from ood_scores.scorers.requirements import FIT_SET, requirements
 from ood_scores.scorers.storage import load_scorer, save_scorer
@@ -294,7 +294,7 @@ def score_all(
                 for number in group:
                     seconds[number] += (perf_counter() - start) / len(group)
         finally:
-            require_finite(block, feats)  # last: what scorers derived makes it cheaper
+            block.require_finite()  # last: what scorers derived makes it cheaper
     if spent is not None:
         spent += seconds
     for row, scorer in zip(scores, scorers, strict=True):

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Means, Statistic, require_finite
+from ood_scores.features.statistics.collect import Means, Statistic
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present, squared_distances
@@ -203,7 +203,7 @@ class GradientClassifier(Scorer):
         """Norms of inputs and of noise, float64 ``[N, 2, L]``, in an order that depends only on them and the seed."""
         parts = []
         for block in feats.blocks(only=self.fit_needs):
-            require_finite(block, feats)
+            block.require_finite()
             parts.append(
                 torch.stack([read_extra(block, name, self.name).double() for name in self.fit_needs], dim=1).cpu()
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Statistic, require_finite
+from ood_scores.features.statistics.collect import Statistic
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.multilayer import LayeredScorer
 from ood_scores.scorers.registry import register_scorer
@@ -112,7 +112,7 @@ class Gram(LayeredScorer):
 
     def _blocks(self, feats: FeatureSet) -> Iterator[Block]:
         for block in feats.blocks(only=self.needs):
-            require_finite(block, feats)
+            block.require_finite()
             yield block
 
     def _two_extremes(self, feats: FeatureSet) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, MissingInput, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Statistic, collect, require_finite
+from ood_scores.features.statistics.collect import Statistic, collect
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import squared_distances, whitening
@@ -179,7 +179,7 @@ class MahalanobisLayers(LayeredScorer):
 
     def _block_left_out(self, block: Block, feats: FeatureSet, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The same for the rows of a block that can be left out."""
-        require_finite(block, feats)
+        block.require_finite()
         labels = block.labels.to(counts.device)
         own, size = (counts > 0).cumsum(dim=0)[labels] - 1, counts[labels]
         ours, theirs = [], []

@@ -436,7 +436,7 @@ def test_model_that_mixes_its_inputs() -> None:
 def test_input_that_is_not_finite(row: int, value: float) -> None:
     inputs = INPUTS.clone()
     inputs[row, 0, 2, 2] = value
-    with pytest.raises(NotFinite, match=rf"of row {row} hold NaN or infinite values: look at that input"):
+    with pytest.raises(NotFinite, match=f"hold NaN or infinite values, first in row {row}: look at that input"):
         extract(data=loader(inputs=inputs))
 
 
@@ -445,7 +445,7 @@ def test_overflow_of_float16_storage(row: int) -> None:
     inputs = INPUTS.clone()
     inputs[row] *= 1e6
     assert extract(data=loader(inputs=inputs)).features.isfinite().all()
-    with pytest.raises(NotFinite, match=rf"features of row {row} .*fp16 overflows above 65,504.*dtype='float32'"):
+    with pytest.raises(NotFinite, match=rf"features hold .*row {row}:.*fp16 overflows above 65,504.*dtype='float32'"):
         extract(data=loader(inputs=inputs), dtype="float16")
 
 
@@ -453,7 +453,7 @@ def test_weights_that_are_not_finite() -> None:
     model = Classifier()
     with torch.no_grad():
         model.fc.weight[2, 3] = torch.nan
-    with pytest.raises(NotFinite, match="logits of row 0"):
+    with pytest.raises(NotFinite, match=r"logits hold .*first in row 0:"):
         extract(model)
 
 

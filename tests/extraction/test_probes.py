@@ -463,7 +463,7 @@ def test_extras_that_are_not_finite_name_the_row(row: int, value: float) -> None
         columns[torch.arange(start, start + rows) == row] = value
         return {"shaped": columns}
 
-    with pytest.raises(NotFinite, match=rf"shaped of row {row} hold NaN or infinite values"):
+    with pytest.raises(NotFinite, match=f"shaped hold NaN or infinite values, first in row {row}"):
         extract(probes=[Shaped(make=make)])
 
 

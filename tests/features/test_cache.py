@@ -397,7 +397,7 @@ def test_resume_false_starts_again(path: Path) -> None:
 def test_nan_keeps_the_batches_before_it_and_names_the_row(path: Path) -> None:
     data = Data()
     data.inputs[27, 2] = torch.nan
-    with pytest.raises(NotFinite, match="features of row 27 hold NaN or infinite values"):
+    with pytest.raises(NotFinite, match="features hold NaN or infinite values, first in row 27"):
         extract(path, data=data)
     with pytest.raises(UnfinishedCache, match="holds 24 rows"):
         ood_scores.load(path)
@@ -407,7 +407,7 @@ def test_nan_keeps_the_batches_before_it_and_names_the_row(path: Path) -> None:
 def test_nan_in_the_first_batch_leaves_no_file(path: Path) -> None:
     data = Data()
     data.inputs[3] = torch.inf
-    with pytest.raises(NotFinite, match="of row 3 hold NaN or infinite values"):
+    with pytest.raises(NotFinite, match="hold NaN or infinite values, first in row 3"):
         extract(path, data=data)
     assert not path.exists()
 

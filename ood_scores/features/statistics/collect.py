@@ -94,7 +94,7 @@ def _accumulate(
     seconds = dict.fromkeys(statistics, 0.0)
     if statistics:
         for block in feats.blocks(only={name for statistic in statistics for name in statistic.reads}):
-            require_finite(block, feats)
+            block.require_finite()
             for statistic, accumulator in accumulators.items():
                 start = perf_counter()
                 accumulator.update(block)
@@ -105,12 +105,6 @@ def _accumulate(
 def _source(statistic: Statistic, feats: FeatureSet) -> Statistic:
     """What a statistic of the set follows from, or the statistic itself."""
     return (statistic.source(feats) if isinstance(statistic, Derivable) else None) or statistic
-
-
-def require_finite(block: Block, feats: FeatureSet) -> None:
-    """Raises NotFinite, naming the row, if what was read of a block of the set holds NaN or infinite values."""
-    if not block.is_finite():
-        feats.check_finite()
 
 
 @dataclass(frozen=True)

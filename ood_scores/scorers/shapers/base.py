@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet, Head
-from ood_scores.features.statistics.collect import Statistic, require_finite
+from ood_scores.features.statistics.collect import Statistic
 from ood_scores.scorers.base import Scorer, as_scorer
 
 
@@ -114,7 +114,7 @@ class ShapedSet(FeatureSet):
     ) -> Iterator[Block]:
         read = None if only is None else self._shaper.reads(tuple(only))
         for block in self._feats.blocks(rows or self.block_rows, device, only=read):
-            require_finite(block, self._feats)  # a shaper may hide what is not
+            block.require_finite()  # a shaper may hide what is not
             yield self._shaper.shape(block)
 
 

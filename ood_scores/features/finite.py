@@ -1,0 +1,39 @@
+"""The check that columns hold finite numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ood_scores.errors import NotFinite
+
+
+def require_finite(columns: Mapping[str, Tensor], start: int = 0, noun: str = "row") -> None:
+    """Check that columns hold neither NaN nor infinite values.
+
+    Args:
+        columns: Tensors ``[B, ...]`` by name.
+        start: The number of their first row.
+        noun: The word for a row, for the error message.
+
+    Raises:
+        NotFinite: if one does; the message names the column and its first such row.
+    """
+    for name, values in columns.items():
+        finite = _isfinite(values)
+        if not finite.all():
+            row = start + int((~finite).reshape(len(finite), -1).any(1).argmax())
+            raise NotFinite(
+                f"{name} hold NaN or infinite values, first in {noun} {row}: look at that input and at the model's "
+                "precision (fp16 overflows above 65,504; amp='bf16' and dtype='float32' do not)."
+            )
+
+
+def _isfinite(values: Tensor) -> np.ndarray:
+    """Like ``Tensor.isfinite``, but on a CPU without torch's threads, which would take cores from the model."""
+    if values.device.type == "cpu" and values.dtype != torch.bfloat16:  # NumPy has no bfloat16
+        return np.isfinite(values.detach().numpy())
+    return values.isfinite().cpu().numpy()
