@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,20 @@ from typing import Any
 import numpy as np
 import rich
 import torch
-from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from torchvision import transforms
 
 from ood_scores.benchmark import Results, plan
 from ood_scores.benchmark import run as run_benchmark
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Spec
 from ood_scores.data.images import ImageArrays
 from ood_scores.data.kinds.digits import digits, digits_split, photo_patches, uniform_noise
-from ood_scores.models.networks import with_l2_head
 from ood_scores.models.networks.classifier import PooledClassifier, cifar_cfg, init_he
 from ood_scores.plotting.curves import Panel, score_histograms
-from ood_scores.training.fit import fit
+from ood_scores.training import Recipe, train
+from ood_scores.training.recipe_file import recipe_from
+from ood_scores.training.state import LAST
 
 __all__ = ["DigitNet"]
 
@@ -37,7 +36,9 @@ OOD = (*NEAR, *FAR)
 DRAWN = ("msp", "energy", "gradnorm", "feature_norm", "mahalanobis", "knn")
 """The picture shows one scorer of each family."""
 
-TO_INPUT = transforms.Compose([transforms.Grayscale(), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+TRAININGS = ("cross_entropy", "l2_norm")
+"""Training objectives. Both minimize the cross-entropy; in the second, the classifier sees only the direction of the
+features."""
 
 _HALF = (0.5, 0.5, 0.5)
 default_cfgs = generate_default_cfgs({"digit_net": cifar_cfg(mean=_HALF, std=_HALF) | {"input_size": (3, 8, 8)}})
@@ -68,13 +69,6 @@ def digit_net(pretrained: bool = False, **kwargs: Any) -> DigitNet:
     return build_model_with_cfg(DigitNet, "digit_net", pretrained, **kwargs)
 
 
-TRAININGS: Mapping[str, Callable[[], nn.Module]] = {
-    "cross_entropy": DigitNet,
-    "l2_norm": lambda: with_l2_head(DigitNet()),
-}
-"""Both minimise the cross-entropy; in the second, the classifier sees only the direction of the features."""
-
-
 @dataclass(frozen=True)
 class Demo:
     """What the demo found.
@@ -97,11 +91,12 @@ def run(out: Path, seed: int = 0, epochs: int = 30, progress: bool = True) -> De
     for name, images in data.items():
         labelled: dict[str, Any] = {} if images.labels is None else {"labels": images.labels}
         np.savez(inputs / f"{name}.npz", images=images.images, **labelled)
-    for training in TRAININGS:
-        if progress:
-            rich.print(f"training a network: {training}")
-        network = train(training, data["train"], seed, epochs, progress)
-        save_file(network.state_dict(), inputs / f"{training}.safetensors")
+    with one_thread():
+        for training in TRAININGS:
+            if progress:
+                rich.print(f"training a network: {training}")
+            how = recipe(training, inputs / "train.npz", seed, epochs)
+            train(how, inputs / training, device="cpu", progress=progress)
     spec = benchmark()
     results = run_benchmark(spec, out=out, data=inputs, jobs=1, progress=False)
     score_histograms(panels(results), columns=4).savefig(out / "scores.png", dpi=150)
@@ -114,7 +109,7 @@ def benchmark() -> Spec:
     """What is compared, as a benchmark file would say it."""
     part = Part(
         title="Handwritten digits",
-        models=tuple(ModelTable("digit_net", training, f"{training}.safetensors") for training in TRAININGS),
+        models=tuple(ModelTable("digit_net", training, f"{training}/{LAST}") for training in TRAININGS),
         sets={name: f"npz:{name}.npz" for name in ("train", "test", *OOD)},
         fit="train",
         id="test",
@@ -134,26 +129,36 @@ def image_sets(seed: int) -> dict[str, ImageArrays]:
         "noise": uniform_noise(FAR_IMAGES, seed=seed),
     }
     return {
-        "train": ImageArrays(split.train_images, split.train_labels, TO_INPUT, "digits 0 to 6, training"),
-        "test": ImageArrays(split.test_images, split.test_labels, TO_INPUT, "digits 0 to 6, test"),
-        **{name: ImageArrays(images, None, TO_INPUT, name) for name, images in unlabelled.items()},
+        "train": ImageArrays(split.train_images, split.train_labels, name="digits 0 to 6, training"),
+        "test": ImageArrays(split.test_images, split.test_labels, name="digits 0 to 6, test"),
+        **{name: ImageArrays(images, name=name) for name, images in unlabelled.items()},
     }
 
 
-def train(training: str, data: ImageArrays, seed: int, epochs: int, progress: bool) -> nn.Module:
-    """A network trained as one of ``TRAININGS``, on one thread: it is too small to gain from more."""
-    images, labels = next(iter(DataLoader(data, batch_size=len(data))))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = TRAININGS[training]()
-    milestones = (epochs // 2, 3 * epochs // 4)
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: the networks are too small to gain from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        fit(network, (images, labels), epochs=epochs, lr=0.1, milestones=milestones, seed=seed, progress=progress)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return network
+
+
+def recipe(training: str, images: Path, seed: int, epochs: int) -> Recipe:
+    """The recipe of one of ``TRAININGS`` on a file of images."""
+    return recipe_from(
+        {
+            "epochs": epochs,
+            "seed": seed,
+            "model": {"name": "digit_net"},
+            "data": {"train": f"npz:{images}"},
+            "objective": {"name": training},
+            "optimizer": {"lr": 0.1, "weight_decay": 5e-4},
+            "schedule": {"name": "steps", "milestones": [max(1, epochs // 2), max(1, 3 * epochs // 4)]},
+        }
+    )
 
 
 def panels(results: Results) -> dict[str, Panel]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,6 +55,7 @@ def train(
       name = "steps"
       milestones = [40, 50]
     """
+    from ood_scores.runtime import Ranks
     from ood_scores.training import load_recipe
     from ood_scores.training import train as run
 
@@ -66,7 +66,7 @@ def train(
     except KeyboardInterrupt:
         console().print(f"[yellow]stopped[/]: the same command continues from what is saved in [bold]{folder}[/]")
         raise typer.Exit(130) from None
-    if os.environ.get("RANK", "0") == "0":
+    if Ranks.here().first:
         _say_where(read, trained)
 
 

@@ -13,28 +13,20 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ood_scores.runtime import Ranks, find_device
+from ood_scores.runtime import CPU, Ranks, find_device
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Processes:
-    """The processes that train one model, and the one that this is.
+class Processes(Ranks):
+    """The processes that train one model, and the one that this is; the first one writes files.
 
     Attributes:
         device: of this process.
-        rank: its number from 0; the first one writes files.
-        count: of all.
     """
 
-    device: torch.device
-    rank: int = 0
-    count: int = 1
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
+    device: torch.device = CPU
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, on each of them."""
@@ -86,13 +78,13 @@ def processes(device: str) -> Iterator[Processes]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if ranks.count == 1:
-        yield Processes(own)
+        yield Processes(device=own)
         return
     started_here = not dist.is_initialized()
     if started_here:
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
-        yield Processes(own, ranks.rank, ranks.count)
+        yield Processes(ranks.rank, ranks.count, ranks.local, own)
     finally:
         if started_here:
             dist.destroy_process_group()

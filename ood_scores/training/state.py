@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ood_scores.atomic import replacing
-from ood_scores.errors import CheckpointError
+from ood_scores.atomic import LockedFile, replacing
+from ood_scores.errors import BadInput, CheckpointError
+from ood_scores.training.recipe import Recipe, flat_tables
 
 LAST, STATE, LOG = "last.safetensors", "state.safetensors", "log.csv"
 FORMAT = 1
+FREE_KEYS = {"workers", "checkpoint_every", "state_every", "tensorboard"}
+"""Keys of a recipe that do not change what comes out: a run may continue with others."""
 CONTINUE = "what was saved before is safe; make room on the disk and run the same training again to continue"
 
 
@@ -131,3 +135,47 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
         index, _, key = name.partition(".")
         entries.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder, for this training alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with LockedFile(folder / ".lock", "a"):
+        yield
+
+
+def find_state(folder: Path, recipe: Recipe) -> State | None:
+    """The state in the folder, if there is one; it must be of the same recipe."""
+    if not (folder / STATE).exists():
+        if (folder / LAST).exists() and not _of_first_epoch(folder):
+            raise BadInput(
+                f"{folder} has a {LAST} but no {STATE} to continue from: pass overwrite, or name another folder."
+            )
+        return None
+    state = load_state(folder / STATE)
+    require_same(folder, "recipe", flat_tables(state.recipe), flat_tables(recipe.to_dict()))
+    return state
+
+
+def _of_first_epoch(folder: Path) -> bool:
+    """Whether a kill came between the weights of the first epoch and its state."""
+    with safe_open(folder / LAST, "pt") as file:
+        return (file.metadata() or {}).get("epoch") == "1"
+
+
+def require_same(folder: Path, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise BadInput if the training in the folder has another recipe or other data."""
+    keys = [key for key in {**old, **new} if key not in FREE_KEYS and old.get(key) != new.get(key)]
+    if keys:
+        listed = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys[:8])
+        raise BadInput(
+            f"{folder} holds a training with another {what}: {listed}. Name another folder, or pass overwrite to drop "
+            "what is there."
+        )
+
+
+def clear(folder: Path) -> None:
+    """Removes what a training wrote; the state first, so that nothing continues from half of it."""
+    for path in (folder / STATE, folder / LOG, *sorted(folder.glob("epoch_*.safetensors")), folder / LAST):
+        path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ood_scores.models.networks.classifier import linear_classifier
+from ood_scores.training.recipe import OptimizerTable
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -122,3 +123,13 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], am
         counts += (guesses == labels).sum(dim=1)
     model.train()
     return counts
+
+
+def make_optimizer(table: OptimizerTable, parameters: list[Any]) -> torch.optim.Optimizer:
+    """A new optimiser of these parameters."""
+    decay = table.weight_decay
+    if table.name == "sgd":
+        momentum = 0.9 if table.momentum is None else table.momentum
+        return torch.optim.SGD(parameters, table.lr, momentum, weight_decay=decay, nesterov=table.nesterov)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[table.name](parameters, table.lr, weight_decay=decay)

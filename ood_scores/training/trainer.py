@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from safetensors import safe_open
+from torch import Generator, Tensor
 
-from ood_scores.atomic import LockedFile
-from ood_scores.errors import BadInput
+from ood_scores.errors import BadInput, NotFinite
+from ood_scores.models.networks.classifier import linear_classifier
+from ood_scores.training.augment import Augmentation, seed_of
 from ood_scores.training.distributed import Processes, processes
-from ood_scores.training.recipe import Recipe, flat_tables
+from ood_scores.training.log import Log, write_log
+from ood_scores.training.recipe import Recipe, Stage
 from ood_scores.training.recipe_file import load_recipe
-from ood_scores.training.run import Run
-from ood_scores.training.setup import prepare
-from ood_scores.training.state import LAST, LOG, STATE, State, load_state
+from ood_scores.training.setup import Prepared, make_objective, prepare, trainable_parameters
+from ood_scores.training.state import (
+    LAST,
+    STATE,
+    Progress,
+    State,
+    clear,
+    find_state,
+    locked,
+    require_same,
+    restore_optimizer,
+    save_state,
+    write_tensors,
+)
+from ood_scores.training.step import (
+    TrainingStep,
+    count_correct,
+    leaves_some_unread,
+    make_optimizer,
+    record,
+    train_step,
+)
+from ood_scores.training.streams import Images, cycled, in_order, order, share
 
-FREE_KEYS = {"workers", "checkpoint_every", "state_every", "tensorboard"}
-"""Keys of a recipe that do not change what comes out: a run may continue with others."""
+CHECK_EVERY = 50
+"""Steps between looks at the loss, each of which waits for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -73,62 +96,234 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = Path("runs") / recipe.name if out is None else Path(out)
-    with processes(device) as who, _locked(folder, who):
-        state = who.broadcast(_found(folder, recipe) if who.first and not overwrite else None)
+    with processes(device) as who, locked(folder) if who.first else nullcontext():
+        state = who.broadcast(find_state(folder, recipe) if who.first and not overwrite else None)
         with Console(stderr=True, quiet=not (progress and who.first)).status("reading the images …"):
             prepared = prepare(recipe, who)
         if state is not None:
-            _check_same(folder, "data", state.data, prepared.facts())
+            require_same(folder, "data", state.data, prepared.facts())
         if overwrite and who.first:
-            _clear(folder)
+            clear(folder)
         run = Run(recipe, folder, who, prepared, state)
         run.train(progress)
         return Trained(folder / LAST, run.progress.history, run.accuracy())
 
 
-@contextmanager
-def _locked(folder: Path, who: Processes) -> Iterator[None]:
-    """The folder, for this training alone."""
-    if not who.first:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with LockedFile(folder / ".lock", "a"):
-        yield
+class Run:
+    """A training that is under way: the current stage's optimiser and objective, and how far it is."""
 
+    def __init__(self, recipe: Recipe, folder: Path, who: Processes, prepared: Prepared, state: State | None) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.who = who
+        self.prepared = prepared
+        self.model = prepared.model
+        self.head = linear_classifier(prepared.model)
+        self.progress = state.progress if state else Progress()
+        self.sums = torch.zeros(4, dtype=torch.float32 if who.device.type == "mps" else torch.float64)
+        if state:
+            self.model.load_state_dict(state.part("model"))
+            self.sums += torch.tensor(self.progress.sums, dtype=self.sums.dtype) if who.first else 0
+        self.sums = self.sums.to(who.device)
+        self.state = state
 
-def _found(folder: Path, recipe: Recipe) -> State | None:
-    """The state in the folder, which must be of the same recipe."""
-    if not (folder / STATE).exists():
-        if (folder / LAST).exists() and not _of_first_epoch(folder):
+    def train(self, show: bool) -> None:
+        """All epochs that are left."""
+        steps = [len(self._rows(epoch)) for epoch in self._first_epochs() for _ in range(self._stage(epoch).epochs)]
+        done = sum(steps[: self.progress.epoch]) + self.progress.step
+        self.log = Log(
+            self.folder, sum(steps), done, self.progress.epoch,
+            show=show, tensorboard=self.recipe.tensorboard, silent=not self.who.first,
+        )  # fmt: skip
+        devices = [self.who.device] if self.who.device.type == "cuda" else []
+        with self.log, torch.random.fork_rng(devices=devices):
+            if self.progress.history and self.who.first:  # a kill may have come between the state and the log
+                write_log(self.folder, self.progress.history)
+            for epoch in range(self.progress.epoch, self.recipe.epochs):
+                if epoch in self._first_epochs() or self.state is not None:
+                    self._start_stage()
+                self._epoch(epoch)
+        self.who.wait()
+
+    def accuracy(self) -> dict[str, float]:
+        """Of the finished network."""
+        last = self.progress.history[-1]
+        found = {"training": last["accuracy"]}
+        if "validation_accuracy" in last:
+            found["validation"] = last["validation_accuracy"]
+        if self.prepared.test is not None:
+            found["test"] = self._evaluate(self.prepared.test)["accuracy"]
+        return found
+
+    def _first_epochs(self) -> list[int]:
+        """The epoch with which each stage begins."""
+        stages = self.recipe.stages
+        return [sum(stage.epochs for stage in stages[:number]) for number in range(len(stages))]
+
+    def _stage(self, epoch: int) -> Stage:
+        return self.recipe.stages[self.recipe.stage_of(epoch)[0]]
+
+    def _start_stage(self) -> None:
+        """A fresh objective and optimiser, or those of the state if it comes from the middle of the stage."""
+        number, inner = self.recipe.stage_of(self.progress.epoch)
+        stage = self.recipe.stages[number]
+        counts, seed = self.prepared.class_counts, seed_of(self.recipe.seed, "objective", number)
+        self.objective = make_objective(stage, self.model, counts, seed).to(self.who.device).train()
+        wanted = set(trainable_parameters(self.model, stage.trainable))
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+            parameter.grad = None
+        step = TrainingStep(self.model, self.objective, amp=self.recipe.amp == "bf16")
+        self.optimizer = make_optimizer(stage.optimizer, [p for p in step.parameters() if p.requires_grad])
+        if self.state is not None and (inner or self.progress.step):
+            self.objective.load_state_dict(self.state.part("objective"))
+            restore_optimizer(self.optimizer, self.state)
+        self.state = None
+        wrapped = self.who.wrap(step, some_unread=self.who.count > 1 and leaves_some_unread(self.objective, self.head))
+        self.step: Any = torch.compile(wrapped) if self.recipe.compile else wrapped
+
+    def _rows(self, epoch: int) -> list[Tensor]:
+        """The rows of each step, of all processes together; every process gets one at least."""
+        stage = self._stage(epoch)
+        rows = order(self.recipe.seed, epoch, len(self.prepared.train), stage.batch_size, stage.drop_last)
+        if rows and len(rows[-1]) < self.who.count:
+            rows.pop()
+        if not rows:
             raise BadInput(
-                f"{folder} has a {LAST} but no {STATE} to continue from: pass overwrite, or name another folder."
+                f"{len(self.prepared.train)} training images make no batch of {stage.batch_size}; lower batch_size, "
+                "or set drop_last = false."
             )
-        return None
-    state = load_state(folder / STATE)
-    _check_same(folder, "recipe", flat_tables(state.recipe), flat_tables(recipe.to_dict()), FREE_KEYS)
-    return state
+        return rows
 
+    def _epoch(self, epoch: int) -> None:
+        stage = self._stage(epoch)
+        lr = stage.lr(self.recipe.stage_of(epoch)[1])
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        rows = self._rows(epoch)
+        first = self.progress.step
+        losses: list[Tensor] = []
+        batches = zip(rows[first:], self._batches(epoch, rows), strict=True)
+        for step, (whole, (images, labels, ood)) in enumerate(batches, start=first):
+            torch.manual_seed(self._seed("dropout", epoch, step))
+            weight = len(labels) * self.who.count / (len(whole) * self.objective.views)
+            sums = train_step(self.step, self.head, self.optimizer, images, labels, ood, weight)
+            self.sums += torch.cat([sums, sums.new_full((1,), len(labels))])
+            losses.append(sums[0])
+            self.log.step()
+            last = step + 1 == len(rows)
+            save = (step + 1) % self.recipe.state_every == 0 and not last
+            if save or last or len(losses) == CHECK_EVERY:
+                self._check_finite(losses, epoch, step)
+                self.log.show_numbers(epoch, record(self.sums[:3], float(self.sums[3]), lr))
+                losses = []
+            if save:
+                self._save_state(step + 1)
+        self._end_epoch(epoch, lr)
 
-def _of_first_epoch(folder: Path) -> bool:
-    """Whether a kill came between the weights of the first epoch and its state."""
-    with safe_open(folder / LAST, "pt") as file:
-        return (file.metadata() or {}).get("epoch") == "1"
+    def _batches(self, epoch: int, rows: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The steps of an epoch that are left: images, labels and OoD images of this process, ready for the model."""
+        prepared, first = self.prepared, self.progress.step
+        number, inner = self.recipe.stage_of(epoch)
+        views = self.objective.views
+        augment = self._augmenter("train", epoch, prepared.augment)
+        own = share(rows[first:], self.who.rank, self.who.count)
+        images = prepared.train.batches(own, [self._seed("open", epoch, step) for step in range(first, len(rows))])
+        ood: Iterator[Any] = iter([None] * len(own))
+        if self.objective.auxiliary:
+            assert prepared.auxiliary is not None
+            assert self.recipe.auxiliary is not None
+            size = self.recipe.auxiliary.batch_size or self.recipe.stages[number].batch_size
+            start = inner * len(rows) + first
+            other = cycled(self.recipe.seed, number, start, len(own), len(prepared.auxiliary), size)
+            seeds = [self._seed("open auxiliary", epoch, step) for step in range(first, len(rows))]
+            ood = prepared.auxiliary.batches(share(other, self.who.rank, self.who.count), seeds)
+        augment_ood = self._augmenter("auxiliary", epoch, prepared.augment_auxiliary)
+        for step, ((batch, labels), outside) in enumerate(zip(images, ood, strict=True), start=first):
+            seen = [augment(batch, step, view) for view in range(views)]
+            outliers = None if outside is None else augment_ood(outside[0], step, 0)
+            yield torch.cat(seen) if views > 1 else seen[0], labels.repeat(views), outliers
 
+    def _augmenter(self, purpose: str, epoch: int, by: Augmentation) -> Any:
+        generator = Generator(self.who.device)
 
-def _check_same(
-    folder: Path, what: str, old: dict[str, Any], new: dict[str, Any], leave_out: set[str] | None = None
-) -> None:
-    keys = [key for key in {**old, **new} if key not in (leave_out or ()) and old.get(key) != new.get(key)]
-    if keys:
-        listed = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys[:8])
-        raise BadInput(
-            f"{folder} holds a training with another {what}: {listed}. Name another folder, or pass overwrite to drop "
-            "what is there."
+        def augmented(images: Tensor, step: int, view: int) -> Tensor:
+            generator.manual_seed(self._seed(purpose, epoch, step, view))
+            return self.prepared.to_input.augmented(images, by, generator, self.recipe.channels_last)
+
+        return augmented
+
+    def _seed(self, purpose: str, *numbers: int) -> int:
+        return seed_of(self.recipe.seed, purpose, *numbers, self.who.rank)
+
+    def _check_finite(self, losses: list[Tensor], epoch: int, step: int) -> None:
+        finite = torch.stack(losses).isfinite()
+        if not finite.all():
+            first = int(finite.int().argmin())
+            step -= len(losses) - 1 - first
+            self._fail(f"in epoch {epoch + 1}, step {step + 1}, the loss became {float(losses[first])}")
+
+    def _check_weights(self, epoch: int) -> None:
+        finite = torch.stack([value.isfinite().all() for value in self.model.state_dict().values()])
+        if not finite.all():
+            self._fail(f"in epoch {epoch + 1} the weights became infinite or NaN")
+
+    def _fail(self, what: str) -> None:
+        done = self.progress.epoch
+        kept = f"{self.folder / LAST} keeps those of epoch {done}" if done else "no epoch was finished before"
+        raise NotFinite(f"{what}: lower the learning rate, or check the images and the objective's settings; {kept}.")
+
+    def _end_epoch(self, epoch: int, lr: float) -> None:
+        self._check_weights(epoch)
+        sums = self.who.sum(self.sums)
+        number = self.recipe.stage_of(epoch)[0]
+        entry: dict[str, Any] = {"epoch": epoch + 1, "stage": number + 1, **record(sums[:3], float(sums[3]), lr)}
+        self.who.share_buffers(self.model)
+        if self.prepared.validation is not None:
+            found = self._evaluate(self.prepared.validation)
+            entry |= {f"validation_{name}": value for name, value in found.items()}
+        self.progress.history.append(entry)
+        self.progress.epoch += 1
+        self.progress.sums = [0.0] * 4
+        self.sums.zero_()
+        self._save_weights(entry)
+        self.log.epoch(self.progress.history)
+        self._save_state(0)
+
+    def _evaluate(self, images: Images) -> dict[str, float]:
+        """Accuracy in eval mode, of the head's own logits and of those of z/‖z‖."""
+        rows = share(in_order(len(images), self.recipe.stages[-1].batch_size), self.who.rank, self.who.count)
+        rows = [batch for batch in rows if len(batch)]
+        plain, generator = Augmentation(), Generator(self.who.device)
+        ready = (
+            (self.prepared.to_input.augmented(batch, plain, generator, self.recipe.channels_last), labels)
+            for batch, labels in images.batches(rows, [0] * len(rows))
         )
+        correct = self.who.sum(count_correct(self.model, ready, amp=self.recipe.amp == "bf16"))
+        accuracy, normalized = (correct.double() / len(images)).tolist()
+        return {"accuracy": accuracy, "accuracy_normalized": normalized}
 
+    def _save_weights(self, entry: dict[str, Any]) -> None:
+        if not self.who.first:
+            return
+        facts = {
+            "architecture": self.recipe.model.name,
+            "arguments": self.prepared.arguments,
+            "epoch": entry["epoch"],
+            "metrics": entry,
+            "recipe": self.recipe.to_dict(),
+        }
+        every = self.recipe.checkpoint_every
+        names = [f"epoch_{entry['epoch']:03d}.safetensors"] if every and entry["epoch"] % every == 0 else []
+        for name in (*names, LAST):
+            write_tensors(self.folder / name, self.model.state_dict(), facts)
 
-def _clear(folder: Path) -> None:
-    """Removes what a training wrote; the state first, so that nothing continues from half of it."""
-    for path in (folder / STATE, folder / LOG, *sorted(folder.glob("epoch_*.safetensors")), folder / LAST):
-        path.unlink(missing_ok=True)
+    def _save_state(self, step: int) -> None:
+        """After `step` steps of an epoch; the weights are looked at first in the middle of one."""
+        self.progress.step = step
+        if step:
+            self._check_weights(self.progress.epoch)
+            self.progress.sums = self.who.sum(self.sums).tolist()
+        if self.who.first:
+            facts = self.recipe.to_dict(), self.prepared.facts()
+            save_state(self.folder / STATE, self.progress, *facts, self.model, self.objective, self.optimizer)

@@ -14,8 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from ood_scores.cli import app
-from ood_scores.training import load_recipe
-from ood_scores.training import run as training_run
+from ood_scores.training import load_recipe, trainer
 
 
 def call(*words: object) -> Result:
@@ -79,18 +78,18 @@ def test_missing_data_and_unfit_models(recipe: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, calls = training_run.train_step, iter(range(1000))
+    honest, calls = trainer.train_step, iter(range(1000))
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         if next(calls) == 25:  # in the second epoch
             raise KeyboardInterrupt
         return honest(*arguments)
 
-    monkeypatch.setattr(training_run, "train_step", interrupted)
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     result = call("train", recipe, "--device", "cpu")
     assert result.exit_code == 130
     assert "stopped: the same command continues from what is saved in runs/small" in result.output
-    monkeypatch.setattr(training_run, "train_step", honest)
+    monkeypatch.setattr(trainer, "train_step", honest)
     output = ok("train", recipe, "--device", "cpu")
     assert "epoch 1 " not in output
     assert "epoch 2 " in output

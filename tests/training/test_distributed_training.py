@@ -139,16 +139,16 @@ def test_a_killed_pair_continues_to_the_same_weights(tmp_path: Path) -> None:
 def test_sync_batchnorm_keeps_names_and_weights() -> None:
     model = timm.create_model("tiny_net", num_classes=7)
     before = model.state_dict()
-    pair = Processes(torch.device("cpu"), rank=1, count=2)
+    pair = Processes(rank=1, count=2)
     synchronised = pair.with_sync_batchnorm(model)
     assert [type(module) for module in synchronised.modules()].count(torch.nn.SyncBatchNorm) == 2
     assert all(torch.equal(value, before[name]) for name, value in synchronised.state_dict().items())
     assert synchronised.state_dict().keys() == before.keys()
-    assert Processes(torch.device("cpu")).with_sync_batchnorm(model) is model
+    assert Processes().with_sync_batchnorm(model) is model
 
 
 def test_what_two_processes_cannot_do(tmp_path: Path) -> None:
-    pair = Processes(torch.device("cpu"), rank=1, count=2)
+    pair = Processes(rank=1, count=2)
     with pytest.raises(BadInput, match="a batch of 63 cannot be shared by 2 processes"):
         prepare(recipe_from(tiny.tables(batch_size=63)), pair)
     with pytest.raises(BadInput, match="sync_batchnorm needs GPUs"):

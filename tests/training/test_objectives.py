@@ -1,4 +1,4 @@
-"""The classification objectives against their formulas, and the small trainer that minimises them."""
+"""The classification objectives against their formulas."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import ood_scores.models.networks
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, HeadNotFound, NotFinite, ShapeMismatch
-from ood_scores.training.fit import fit
+from ood_scores.errors import BadInput, ShapeMismatch
 from ood_scores.training.objectives import (
     CrossEntropy,
     L2Norm,
@@ -179,100 +175,3 @@ def _with(head: nn.Linear, weight: Tensor) -> nn.Linear:
     other.weight = weight
     other.bias = nn.Parameter(head.bias.detach())
     return other
-
-
-# ---- the trainer
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[Tensor, Tensor]:
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1
-    return images[:512], torch.from_numpy(labels).long()[:512]
-
-
-def small_model(**kwargs: Any) -> Any:
-    torch.manual_seed(0)
-    return timm.create_model("cifar_resnet20", in_chans=1, **kwargs)
-
-
-SETTINGS: dict[str, Any] = {"epochs": 1, "lr": 0.1, "batch_size": 128, "progress": False}
-
-
-@pytest.mark.parametrize(("objective", "fall"), [(CrossEntropy(), 0.5), (L2Norm(), 0.8)])
-def test_the_objective_falls(objective: Objective, fall: float, digits: tuple[Tensor, Tensor]) -> None:
-    model = small_model()
-    history = fit(model, digits, objective=objective, **{**SETTINGS, "epochs": 8})
-    assert history[0]["loss"] > 1.5
-    assert history[-1]["loss"] < fall * history[0]["loss"]
-    assert history[-1]["accuracy"] > 0.8
-    assert not model.training
-
-
-def test_the_record_of_an_epoch(digits: tuple[Tensor, Tensor]) -> None:
-    images, labels = digits[0][:100], digits[1][:100]
-    model = small_model().train()
-    with torch.no_grad():
-        features = model.forward_head(model.forward_features(images), pre_logits=True)
-        logits = model.get_classifier()(features)
-    (record,) = fit(small_model(), (images, labels), **SETTINGS)
-    assert record["loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-5)
-    assert record["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
-    assert record["feature_norm"] == pytest.approx(features.norm(dim=1).mean().item(), rel=1e-5)
-    assert record["lr"] == 0.1
-
-
-def test_means_are_over_samples_not_batches(digits: tuple[Tensor, Tensor]) -> None:
-    images, labels = digits[0][:100], digits[1][:100]
-    loader = [(images[:90], labels[:90]), (images[90:], labels[90:])]
-    still: dict[str, Any] = {**SETTINGS, "lr": 0.0, "weight_decay": 0.0}
-    whole = fit(small_model(), loader, **still)[0]
-    parts = [fit(small_model(), [batch], **still)[0] for batch in loader]
-    assert whole["loss"] == pytest.approx(0.9 * parts[0]["loss"] + 0.1 * parts[1]["loss"], rel=1e-5)
-
-
-def test_milestones(digits: tuple[Tensor, Tensor]) -> None:
-    data = (digits[0][:16], digits[1][:16])
-    history = fit(small_model(), data, **{**SETTINGS, "epochs": 4, "milestones": (1, 3)})
-    assert [record["lr"] for record in history] == pytest.approx([0.1, 0.01, 0.01, 0.001])
-
-
-def test_equal_seeds_give_equal_weights(digits: tuple[Tensor, Tensor]) -> None:
-    def weights(seed: int) -> Tensor:
-        model = small_model()
-        fit(model, digits, seed=seed, **SETTINGS)
-        return model.conv1.weight.detach()
-
-    assert torch.equal(weights(1), weights(1))
-    assert not torch.equal(weights(1), weights(2))
-
-
-def test_the_global_random_state_is_left_alone(digits: tuple[Tensor, Tensor]) -> None:
-    model = small_model()
-    state = torch.get_rng_state()
-    fit(model, (digits[0][:16], digits[1][:16]), **SETTINGS)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_shuffling_loader_is_seeded_too(digits: tuple[Tensor, Tensor]) -> None:
-    loader = DataLoader(TensorDataset(*digits), batch_size=128, shuffle=True)
-    histories = [fit(small_model(), loader, seed=5, **SETTINGS) for _ in range(2)]
-    assert histories[0] == histories[1]
-
-
-def test_errors_say_what_is_wrong(digits: tuple[Tensor, Tensor]) -> None:
-    images, labels = digits[0][:8], digits[1][:8]
-    with pytest.raises(EmptyInput):
-        fit(small_model(), (images[:0], labels[:0]), **SETTINGS)
-    with pytest.raises(EmptyInput):
-        fit(small_model(), [], **SETTINGS)
-    with pytest.raises(ShapeMismatch, match="8 images but 7 labels"):
-        fit(small_model(), (images, labels[:7]), **SETTINGS)
-    with pytest.raises(BadLabels, match="classes 0 to 4"):
-        fit(small_model(num_classes=5), (images, labels), **SETTINGS)
-    with pytest.raises(BadLabels, match="float32"):
-        fit(small_model(), (images, labels.float()), **SETTINGS)
-    with pytest.raises(NotFinite):
-        fit(small_model(), (images * float("nan"), labels), **SETTINGS)
-    with pytest.raises(HeadNotFound):
-        fit(small_model(num_classes=0), (images, labels), **SETTINGS)

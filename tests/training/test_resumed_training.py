@@ -49,17 +49,17 @@ RECIPES: dict[str, dict[str, Any]] = {
 def work(out: str, changes: dict[str, Any], pause: float, began: Any) -> None:
     import tiny
 
-    from ood_scores.training import run
+    from ood_scores.training import trainer
     from ood_scores.training.recipe_file import recipe_from
 
     torch.set_num_threads(1)
-    honest = run.train_step
+    honest = trainer.train_step
 
     def slow(*arguments: Any) -> torch.Tensor:
         time.sleep(pause)
         return honest(*arguments)
 
-    run.train_step = slow  # type: ignore[assignment]
+    trainer.train_step = slow  # type: ignore[assignment]
     began.set()
     train(recipe_from(tiny.tables(**changes)), out, device="cpu", progress=False)
 

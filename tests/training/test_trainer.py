@@ -32,6 +32,7 @@ from ood_scores.errors import (
     CacheBusy,
     CacheWriteFailed,
     CheckpointError,
+    EmptyInput,
     HeadNotFound,
     MissingInput,
     NotFinite,
@@ -39,8 +40,7 @@ from ood_scores.errors import (
     UnknownName,
 )
 from ood_scores.models.opening import load_model, preprocessing
-from ood_scores.training import Trained, state, train
-from ood_scores.training import run as training_run
+from ood_scores.training import Trained, state, train, trainer
 from ood_scores.training.augment import AUGMENTATIONS, augmentation, jitter, random_resized_crop, seed_of, turn_hue
 from ood_scores.training.recipe_file import recipe_from
 from ood_scores.training.setup import input_of, trainable_parameters
@@ -170,6 +170,19 @@ def test_the_weights_are_those_of_a_loop_by_hand(tmp_path: Path, drop_last: bool
     assert [entry["loss"] for entry in result.history] == pytest.approx(losses, rel=1e-5)
     assert [entry["lr"] for entry in result.history] == pytest.approx([0.05, 0.005])
     torch.testing.assert_close(weights(result.checkpoint), dict(model.state_dict()), rtol=1e-4, atol=1e-6)
+
+
+def test_record_of_an_epoch_is_that_of_its_samples_before_the_update(tmp_path: Path) -> None:
+    images, labels = digit_images()
+    record = run(tmp_path, epochs=1, batch_size=len(images)).history[0]
+    model = fresh_model(0).train()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(images), pre_logits=True)
+        logits = model.get_classifier()(features)
+    assert record["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert record["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert record["feature_norm"] == pytest.approx(features.norm(dim=1).mean().item(), rel=1e-5)
+    assert record["lr"] == 0.05
 
 
 def test_equal_seeds_give_equal_weights(tmp_path: Path) -> None:
@@ -445,6 +458,7 @@ def imbalanced(folder: Path, counts: list[int], first: int = 0) -> str:
         ({"data": {"train": "npz:nowhere.npz"}}, BadInput, "there is no nowhere.npz"),
         ({"data": {"train": "torchvision:CIFAR10?split=train&root=nowhere"}}, BadInput, "add download=true"),
         ({"data": {"train": "cifar"}}, UnknownName, "no kind of dataset 'cifar'"),
+        ({"data": {"train": "digits?rows=0:0"}}, EmptyInput, "no images"),
         ({"data": {"test": "digits"}}, BadLabels, "labels up to 9"),
         ({"data": {"augmentation": "rnd"}}, UnknownName, "there are: crop_flip, flip"),
         ({"data": {"augmentation": "rna"}, "model": {"in_chans": 1}}, BadInput, "for colour images"),
@@ -545,14 +559,14 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, mon
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = training_run.train_step
+    honest = trainer.train_step
 
     def exploding(step: Any, head: nn.Linear, *arguments: Any) -> Tensor:
         sums = honest(step, head, *arguments)
         head.bias.data.fill_(float("inf"))
         return sums
 
-    monkeypatch.setattr(training_run, "train_step", exploding)
+    monkeypatch.setattr(trainer, "train_step", exploding)
     with pytest.raises(NotFinite, match=r"epoch 1 the weights became infinite or NaN.*no epoch was finished"):
         run(tmp_path, batch_size=2000)
     assert not (tmp_path / "last.safetensors").exists()

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from benchmarks.speed.measure import Figure, Line, paired, scaled
 from ood_scores.training.distributed import Processes
 from ood_scores.training.recipe_file import load_recipe
-from ood_scores.training.run import Run
 from ood_scores.training.setup import prepare
+from ood_scores.training.trainer import Run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -61,7 +61,7 @@ def _one(epoch: Epoch, folder: Path, device: torch.device, images: int) -> Itera
     if epoch.auxiliary:
         settings.append(f"auxiliary.data={data}")
     recipe = load_recipe(RECIPES / f"{epoch.recipe}.toml", settings)
-    who = Processes(device)
+    who = Processes(device=device)
     prepared = prepare(recipe, who)
     batch = recipe.stages[0].batch_size
     inputs = torch.randn(batch * (2 if epoch.auxiliary else 1), 3, 32, 32, device=device)
