@@ -16,13 +16,14 @@ import h5py
 import pandas as pd
 import pytest
 import torch
-from benchmarks_in_small import one_thread_and_no_report, part, spec, write_data  # noqa: F401  a fixture
+from small_benchmark import part, spec
 
 from ood_scores.atomic import LockedFile
 from ood_scores.benchmark import Results, load_results, run
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, ScorerTable
 from ood_scores.errors import BadInput, CacheBusy, WorkerDied
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
 TIMES = ["fit_seconds", "score_microseconds"]
 SCORERS = tuple(ScorerTable(name, name) for name in ("msp", "gradnorm", "knn", "mahalanobis"))
 PROBED = (ScorerTable("odin", "odin"),)
@@ -30,13 +31,6 @@ KILLS = 6
 
 children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(["ood_scores.benchmark.runner", "ood_scores.models.opening"])
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder, checkpoints=2)
-    return folder
 
 
 def two_parts() -> tuple[Part, Part]:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from benchmarks_in_small import CLASSES, ROWS, one_thread_and_no_report, part, spec, write_data  # noqa: F401  a fixture
 from numpy.testing import assert_allclose
+from small_benchmark import CLASSES, ROWS, part, spec
 
 import ood_scores
 from ood_scores.benchmark import Results, load_results, run
@@ -28,14 +28,10 @@ METRICS = ["auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "n_id", "n_o
 TIMES = ["fit_seconds", "score_microseconds"]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the network has not learnt some classes
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder, checkpoints=3)
-    return folder
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "no_report"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # the network has not learned some classes
+]
 
 
 def results(data: Path, out: Path, *parts: Part) -> Results:

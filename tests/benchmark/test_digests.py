@@ -8,20 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks_in_small import part, spec, write_data
+from small_benchmark import part, spec
 
 from ood_scores.benchmark import plan
 from ood_scores.benchmark.digest import digest
+from ood_scores.benchmark.networks import Network
 from ood_scores.benchmark.planning import Job, Unit
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Published, ScorerTable, Search
 from ood_scores.benchmark.unit import key_of
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder, checkpoints=2)
-    return folder
 
 
 def unit_of(data: Path, **changes: Any) -> Unit:
@@ -129,6 +123,6 @@ def test_the_label_of_a_model_does_not_change_its_digest() -> None:
     assert digest(ModelTable("cifar_resnet20")) != digest(ModelTable("cifar_resnet20", arguments={"width": 2}))
 
 
-def test_every_field_of_a_part_is_presented_or_counts() -> None:
-    names = {known.name for known in fields(Part)}
-    assert names > Part.NOT_IN_DIGEST
+@pytest.mark.parametrize("cls", [ModelTable, Extraction, Part, Job, Network])
+def test_fields_that_are_left_out_of_digests_exist(cls: Any) -> None:
+    assert {known.name for known in fields(cls)} > cls.NOT_IN_DIGEST

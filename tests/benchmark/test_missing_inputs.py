@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from benchmarks_in_small import part, spec, write_data
+from small_benchmark import part, spec
 from typer.testing import CliRunner
 
 from ood_scores.benchmark import load_results, run
 from ood_scores.benchmark.spec import ModelTable, Part, ScorerTable
 from ood_scores.cli import app
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCORERS = (ScorerTable("msp", "msp"), ScorerTable("knn", "knn"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
 
 
 def missing() -> Part:

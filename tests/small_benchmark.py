@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import timm
 import torch
 from safetensors.torch import save_file
@@ -54,13 +52,3 @@ def part(**changes: Any) -> Part:
 
 def spec(*parts: Part) -> Spec:
     return Spec("small", "Small", parts or (part(),))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_no_report() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ood_scores.benchmark.report.write_report", lambda results, images: [])
-        yield
-    torch.set_num_threads(threads)
