@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from benchmarks_in_small import one_thread_and_no_report, part, spec, write_data  # noqa: F401  a fixture
+from small_benchmark import part, spec
 from typer.testing import CliRunner
 
 from ood_scores import FeatureSet, evaluate
@@ -24,7 +24,10 @@ from ood_scores.cli import app
 from ood_scores.evaluation.metrics import METRICS, Metric, RocCounts, compare, fpr_at_tpr_id, fpr_of
 from ood_scores.evaluation.uncertainty import bootstrap, interval
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the network has not learned some classes
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "no_report"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # the network has not learned some classes
+]
 
 
 def gap(counts: RocCounts) -> float:
@@ -56,9 +59,7 @@ def new_metrics() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("run")
-    write_data(folder)
+def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     small = part(
         scorers=(ScorerTable("msp", "msp"), ScorerTable("knn", "knn")),
         search=Search("val_id", ("val_ood",), "fpr80_id", {"knn": {"k": (1, 9)}}),
@@ -67,7 +68,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
             for metric, value in (("fpr80_id", 50.0), ("gap", 0.5))
         ),
     )
-    return run(spec(small), out=folder / "out", data=folder, jobs=1, progress=False)
+    return run(spec(small), out=tmp_path_factory.mktemp("run"), data=data, jobs=1, progress=False)
 
 
 def test_compare_and_evaluate_have_the_new_metric() -> None:
