@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ood_scores import benchmark, metrics, probes, training
-    from ood_scores.detector import Detector, calibrate
+    from ood_scores.detector import Detector
+    from ood_scores.detector.calibrate import calibrate
     from ood_scores.evaluation import evaluate, sweep
     from ood_scores.extraction import extract
     from ood_scores.features import FeatureSet, Head, ensemble, load

@@ -140,17 +140,16 @@ def _raised(path: KeyPath, make: Callable[[], Any]) -> Found:
 
 
 def _extraction(part: Part) -> Found:
-    from ood_scores.extraction.extract import STORED
+    from ood_scores.extraction.options import AMP, DTYPES
     from ood_scores.extraction.probes import probe_from
-    from ood_scores.models.running import AMP_DTYPES
 
     options = part.extraction
     for key in ("probes", "fit_probes"):
         for text in getattr(options, key):
             yield from _raised(("extraction", key), partial(probe_from, text))
-    yield from _unknown(("extraction", "dtype"), "dtype", options.dtype, STORED)
+    yield from _unknown(("extraction", "dtype"), "dtype", options.dtype, DTYPES)
     if options.amp is not None:
-        yield from _unknown(("extraction", "amp"), "amp", options.amp, AMP_DTYPES)
+        yield from _unknown(("extraction", "amp"), "amp", options.amp, AMP)
     for key, least in (("batch_size", 1), ("workers", 0), ("rows", 1)):
         value = getattr(options, key)
         small = value is not None and value < least

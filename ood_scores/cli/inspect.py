@@ -61,7 +61,7 @@ def _arrays(h5: h5py.File, columns: list[str], head: list[str], rows: int) -> Ta
 
 
 def _readable(provenance: Provenance) -> dict[str, str]:
-    probes = {"probes": ", ".join(provenance.probes)} if provenance.probes else {}
+    probes = {"probes": ", ".join(provenance.probe_texts)} if provenance.probes else {}
     return {
         "model": f"{provenance.architecture}, weights {provenance.weights_sha256[:16]}…",
         "head": provenance.head_modules or "none",

@@ -12,8 +12,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -25,16 +26,17 @@ from ood_scores.atomic import disk_errors
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.conformal import Threshold
 from ood_scores.detector.inputs import input_batches
-from ood_scores.detector.runner import Runner, model_dtype, probe_of
+from ood_scores.detector.parts import DetectorParts
 from ood_scores.errors import BadInput, DamagedCache, ForeignFile, OodScoresError, OtherModel
-from ood_scores.extraction.heads import logits_of
+from ood_scores.extraction.forward import Forward
+from ood_scores.extraction.options import ExtractionOptions
+from ood_scores.extraction.probes.base import probe_of, record_of
 from ood_scores.features import Provenance
+from ood_scores.features.migration import migrated
+from ood_scores.features.provenance import ProbeRecord
 from ood_scores.models.opening import load_model
-from ood_scores.models.running import architecture, evaluating, model_device, weights_sha256
+from ood_scores.models.running import architecture, model_device, uncompiled, weights_sha256
 from ood_scores.scorers.storage import load_scorer
-
-if TYPE_CHECKING:
-    from ood_scores.detector.detector import Detector
 
 FORMAT = "ood_scores detector"
 VERSION = 1
@@ -47,7 +49,7 @@ DESCRIPTION, SCORER, CALIBRATION, MODEL = (
 )
 
 
-def save_detector(detector: Detector, path: str | os.PathLike[str], with_model: bool) -> None:
+def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model: bool) -> None:
     """Writes a detector into a folder, which takes the place of ``path`` once it is complete; see ``Detector.save``."""
     folder = Path(path)
     _check_replaceable(folder)
@@ -64,10 +66,8 @@ def save_detector(detector: Detector, path: str | os.PathLike[str], with_model: 
         _put_in_place(temporary, folder)
 
 
-def load_detector(path: str | os.PathLike[str], model: nn.Module | None = None) -> Detector:
-    """Opens what ``save_detector`` wrote; see ``Detector.load``."""
-    from ood_scores.detector.detector import Detector
-
+def load_parts(path: str | os.PathLike[str], model: nn.Module | None = None) -> DetectorParts:
+    """Opens what ``save_parts`` wrote; see ``Detector.load``."""
     folder = Path(path)
     with _damage_named(folder):
         described = _read_description(folder)
@@ -78,11 +78,10 @@ def load_detector(path: str | os.PathLike[str], model: nn.Module | None = None) 
             model = _model_in(folder, described["model"])
         else:
             _require_weights(model, described["model"], folder)
-        return Detector(
-            model=model,
+        return DetectorParts(
+            forward=Forward(uncompiled(model), _read_options(described["run"])),
             scorer=load_scorer(folder / SCORER),
             calibration=_read_calibration(folder / CALIBRATION, described["keep"], described["delta"]),
-            runner=_runner(model, described["run"]),
             weights=described["model"]["weights_sha256"],
             preprocessing=described["preprocessing"],
             classes=None if described["classes"] is None else tuple(described["classes"]),
@@ -91,9 +90,9 @@ def load_detector(path: str | os.PathLike[str], model: nn.Module | None = None) 
         )
 
 
-def _describe(detector: Detector) -> dict[str, Any]:
+def _describe(detector: DetectorParts) -> dict[str, Any]:
     """What is no tensor, as JSON; some of it only for the reader."""
-    calibration, runner = detector.calibration, detector.runner
+    calibration = detector.calibration
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -111,12 +110,7 @@ def _describe(detector: Detector) -> dict[str, Any]:
             "arguments": dict(detector.arguments),
             "channels_last": _is_channels_last(detector.model),
         },
-        "run": {
-            "head": runner.head,
-            "probes": [repr(probe) for probe in runner.probes],
-            "amp": runner.amp,
-            "dtype": runner.dtype,
-        },
+        "run": _describe_options(detector.forward.options),
         "preprocessing": detector.preprocessing,
         "data": detector.data.to_attributes() if detector.data else None,
         "versions": {"python": platform.python_version()}
@@ -125,9 +119,16 @@ def _describe(detector: Detector) -> dict[str, Any]:
     }
 
 
-def _runner(model: nn.Module, described: Mapping[str, Any]) -> Runner:
-    probes = tuple(probe_of(text) for text in described["probes"])
-    return Runner(model, described["head"], probes, described["amp"], described["dtype"])
+def _describe_options(options: ExtractionOptions) -> dict[str, Any]:
+    """The fields of the options as JSON."""
+    probes = [asdict(record_of(probe)) for probe in options.all_probes]
+    return {each.name: getattr(options, each.name) for each in fields(options)} | {"layers": None, "probes": probes}
+
+
+def _read_options(described: Mapping[str, Any]) -> ExtractionOptions:
+    """The options that ``_describe_options`` described, or an earlier version did."""
+    known = migrated(described)
+    return ExtractionOptions(**known | {"probes": [probe_of(ProbeRecord(**record)) for record in known["probes"]]})
 
 
 def _write_calibration(calibration: Calibration, file: Path) -> None:
@@ -149,7 +150,7 @@ def _read_calibration(file: Path, keep: float, delta: float | None) -> Calibrati
     return Calibration(stored["scores"], thresholds, stored.get("predicted"))
 
 
-def _write_model(detector: Detector, file: Path) -> None:
+def _write_model(detector: DetectorParts, file: Path) -> None:
     """The weights, in the format of checkpoints of ``ood_scores.training``, if ``load_model`` gives the model back."""
     model, name = detector.model, architecture(detector.model)
     if not (hasattr(model, "pretrained_cfg") and timm.is_model(name)):
@@ -167,7 +168,7 @@ def _write_model(detector: Detector, file: Path) -> None:
         )
 
 
-def _difference(detector: Detector, file: Path) -> str:
+def _difference(detector: DetectorParts, file: Path) -> str:
     """What the saved model does not have of the detector's; "" where it is the same."""
     model = detector.model
     try:
@@ -181,13 +182,14 @@ def _difference(detector: Detector, file: Path) -> str:
     return ""
 
 
-def _logits(detector: Detector, model: nn.Module) -> Tensor:
-    """What the model, or one like it, says of two images of noise."""
+def _logits(detector: DetectorParts, model: nn.Module) -> Tensor:
+    """The logits of two images of noise by the model, or by one like it."""
     noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     (inputs,) = input_batches(noise, detector.transform)
-    device = model_device(model)
-    with evaluating(model, device):
-        return logits_of(model(inputs.to(device, model_dtype(model))))
+    options = replace(detector.forward.options, compile=False, dtype="float64", probes=())
+    logits = Forward(model, options).feature_set(inputs).logits
+    assert logits is not None
+    return logits
 
 
 def _load_network(file: Path, name: str, channels_last: bool) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ood_scores.errors import BadInput, MissingInput, NotFitted
 from ood_scores.extraction import heads
+from ood_scores.extraction.hooks import Capture
 from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.registry import create_scorer, list_scorers
@@ -52,7 +53,7 @@ class DetectorGraph(nn.Module):
         threshold: float | Tensor,
         images: Tensor,
         *,
-        head: str | bool | None = None,
+        head: str | nn.Module | bool | None = None,
         stored: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -72,9 +73,10 @@ class DetectorGraph(nn.Module):
         self.register_buffer("margin", torch.zeros((), dtype=torch.float64))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with self.found.capture() as received:
+        capture = Capture(self.found.modules)
+        with capture.running():
             logits = heads.logits_of(self.model(images))
-        features = heads.features_of(received).to(self.stored)
+            features = heads.features_of(capture.received).to(self.stored)
         block = Block(features, logits.to(self.stored), head=self.found.head)
         score = self.scorer.score_block(block).double()
         threshold = self.threshold[block.prediction()] if self.threshold.ndim else self.threshold

@@ -1,17 +1,30 @@
-"""Extraction by several processes of `torchrun`: each writes its shard, and the first one joins them."""
+"""Extraction by several processes of ``torchrun``: each writes its shard, and the first one joins them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
-from ood_scores.errors import BadInput
+from torch import distributed as dist
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from ood_scores.errors import BadInput, ShuffledLoader, WorkerDied
+from ood_scores.extraction import loaders
 from ood_scores.extraction.one_pass import Target, Task, run, state_of
-from ood_scores.extraction.ranks import meeting, shares
 from ood_scores.features import Provenance
 from ood_scores.features.storage import shards
 from ood_scores.runtime import Ranks
+
+Value = TypeVar("Value")
+
+LONGEST_WAIT = timedelta(days=1)
+"""For the slowest process, once this one has written its rows."""
 
 
 def extract_shards(task: Task, path: Path, provenance: Provenance, ranks: Ranks, resume: bool, overwrite: bool) -> None:
@@ -53,3 +66,65 @@ def _require_alike(provenances: Sequence[Provenance], ranks: Ranks) -> None:
                 f"process {rank} would extract something else than process {ranks.rank}: {'; '.join(what)}. All "
                 "processes must load the same checkpoint and the same data."
             )
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What processes tell each other. Raises WorkerDied where one of them is gone."""
+
+    group: Any
+
+    def gather(self, value: Value) -> list[Value]:
+        """The value of every process, by rank."""
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        _unless_one_died(lambda: dist.all_gather_object(values, value, group=self.group))
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        _unless_one_died(lambda: dist.monitored_barrier(self.group, LONGEST_WAIT))
+
+
+@contextmanager
+def meeting() -> Iterator[Meeting]:
+    """Brings the processes of `torchrun` together, by gloo, whatever device they compute on."""
+    started_here = not dist.is_initialized()
+    if started_here:
+        _unless_one_died(lambda: dist.init_process_group("gloo"))
+    group = dist.group.WORLD if started_here else dist.new_group(backend="gloo")
+    try:
+        yield Meeting(group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _unless_one_died(call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        raise WorkerDied(
+            "another process of torchrun has ended, or did not come: look at its error, then run the same command "
+            f"again, which continues. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def shares(loader: Any, count: int) -> list[range]:
+    """The rows of each of ``count`` processes: contiguous, whole batches, as many for one as for another.
+
+    Raises:
+        ShuffledLoader: the order is random: each process would have its own.
+        BadInput: the loader's rows cannot be counted and skipped, or are a share already.
+    """
+    if loaders.is_shuffled(loader):
+        raise ShuffledLoader("the loader gives its rows in random order, each process another: use shuffle=False.")
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        raise BadInput("the loader gives each process its share already: leave the DistributedSampler out.")
+    if not isinstance(loader, DataLoader) or not loaders.can_jump(loader):
+        raise BadInput(
+            f"several processes share the rows of a DataLoader with a batch_size over a dataset of known length; got "
+            f"{type(loader).__name__} over {type(getattr(loader, 'dataset', loader)).__name__}: run it in one process."
+        )
+    rows, size = loaders.row_count(loader) or 0, loader.batch_sampler.batch_size  # type: ignore[union-attr]
+    batches = -(-rows // size)
+    bounds = [min(batches * rank // count * size, rows) for rank in range(count + 1)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,39 +13,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from ood_scores.errors import BadInput, UnfinishedCache
+from ood_scores.errors import UnfinishedCache
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
 from ood_scores.extraction.forward import Forward
-from ood_scores.extraction.layers import Layers
 from ood_scores.extraction.one_pass import Target, Task, run, state_of
-from ood_scores.extraction.probes import Probe, as_probes
+from ood_scores.extraction.options import ExtractionOptions, takes_options
+from ood_scores.extraction.probes.base import record_of
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import shards
-from ood_scores.models.running import AMP_DTYPES, architecture, choose_device, uncompiled, weights_sha256
+from ood_scores.models.running import architecture, choose_device, uncompiled, weights_sha256
 from ood_scores.runtime import Ranks
 
-STORED = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 PACKAGES = ("ood_scores", "torch", "timm", "h5py", "numpy")
 
 
+@takes_options
 def extract(
     model: nn.Module,
     loader: Iterable[Any],
     cache: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device = "auto",
-    amp: str | None = None,
-    channels_last: bool = False,
-    compile: bool = False,
-    dtype: str = "float32",
-    head: str | nn.Module | bool | None = None,
-    layers: Layers | None = None,
-    probes: Iterable[str | Probe] = (),
     progress: bool = True,
     resume: bool = True,
     overwrite: bool = False,
     name: str | None = None,
+    **options: Any,
 ) -> FeatureSet:
     """Runs a classifier once over a loader and keeps penultimate features, logits, labels and the head.
 
@@ -65,21 +59,12 @@ def extract(
             it is opened and the model is not run; if its extraction was interrupted, it is continued.
         device: where to run; ``"auto"`` takes a GPU if the model is on the CPU and there is one, else the model's own;
             under ``torchrun`` that of the process.
-        amp: ``"bf16"`` or ``"fp16"`` for automatic mixed precision.
-        channels_last: weights and inputs ``[B, C, H, W]`` in channels-last order of memory, which tensor cores prefer.
-        compile: the model as ``torch.compile`` makes it, which takes a minute or so to begin with and a C++ compiler;
-            not with ``layers`` or ``probes``.
-        dtype: how features and logits are stored: ``"float16"``, ``"float32"`` or ``"float64"``.
-        head: None finds the last affine map; a module or its name says which it is; False keeps the logits and the
-            input of the last layer with weights, without a head.
-        layers: names of modules whose outputs are pooled and kept as extras ``layers.<module>``, read off the same
-            pass; ``"stages"`` for those that end the stages of the model.
-        probes: what else to compute of every input and keep as extras, by name or as objects of
-            ``ood_scores.probes``: ``probes=["odin", ParameterGradients(...)]``. Most run the model again.
         progress: show a progress bar (on standard error).
         resume: continue an interrupted extraction; False starts it again.
         overwrite: replace an existing cache, whatever made it.
         name: the dataset's name, part of the cache's identity; by default the dataset's own ``name`` or its class.
+        **options: how the model is run and what is computed, as listed in ``ExtractionOptions``: ``amp``,
+            ``channels_last``, ``compile``, ``dtype``, ``head``, ``layers`` and ``probes``.
 
     Returns:
         The feature set, lazily on the cache if there is one, else in memory.
@@ -95,22 +80,13 @@ def extract(
         WorkerDied: another process of ``torchrun`` is gone.
         ForeignFile, DamagedCache, CacheBusy, CacheWriteFailed: see ``ood_scores.errors``.
     """
-    if dtype not in STORED:
-        raise BadInput(f"dtype is {', '.join(map(repr, STORED))}; got {dtype!r}.")
-    if amp is not None and amp not in AMP_DTYPES:
-        raise BadInput(f"amp is None, {' or '.join(map(repr, AMP_DTYPES))}; got {amp!r}.")
+    chosen = ExtractionOptions(**options)
     model = uncompiled(model)
-    wanted = as_probes(layers, probes)
-    if compile and wanted:
-        raise BadInput("compile=True is for a pass without layers and probes, which reach into the model.")
-    requested, module = heads.resolve_module(model, head)
     ranks = Ranks.here()
-    target = choose_device(model, device, ranks.local)
+    forward = Forward(model, chosen, choose_device(model, device, ranks.local))
     batches = loaders.Batches.look_into(loader)
-    precision = _precision(model, amp, channels_last, compile, dtype)
-    provenance = _describe(model, batches, requested, target, precision, name, wanted)
-    forward = Forward(model, target, STORED[dtype], wanted, amp, channels_last, compile)
-    task = Task(forward, batches, requested, module, progress and ranks.first)
+    provenance = _describe(forward, batches, name)
+    task = Task(forward, batches, progress and ranks.first)
     if cache is None:
         return run(task, Target(provenance))
     path = Path(cache)
@@ -132,21 +108,15 @@ def extract(
     return feats
 
 
-def _describe(
-    model: nn.Module,
-    batches: loaders.Batches,
-    requested: str | bool | None,
-    device: torch.device,
-    precision: str,
-    name: str | None,
-    probes: Sequence[Probe],
-) -> Provenance:
+def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> Provenance:
+    model, options, device = forward.model, forward.options, forward.device
     loader = batches.loader
     inputs, labels = loaders.unpack(batches.first[0])
+    own = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     return Provenance(
         architecture=architecture(model),
         weights_sha256=weights_sha256(model),
-        head=requested if isinstance(requested, str) else ("none" if requested is False else "found"),
+        head=heads.resolve_module(model, options.head)[0],
         head_modules="",
         dataset=name or loaders.dataset_name(loader),
         dataset_rows=loaders.row_count(loader),
@@ -155,17 +125,13 @@ def _describe(
         shuffled=loaders.is_shuffled(loader),
         batch_size=getattr(loader, "batch_size", None) or len(inputs),
         preprocessing=loaders.preprocessing(loader),
-        precision=precision,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        model_dtype=str(own).removeprefix("torch."),
+        amp=options.amp,
+        channels_last=options.channels_last,
+        compiled=options.compile,
+        dtype=options.dtype,
+        device=torch.cuda.get_device_name(device) if device and device.type == "cuda" else str(device),
         versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        probes=tuple(repr(probe) for probe in probes),
+        probes=tuple(record_of(probe) for probe in options.all_probes),
     )
-
-
-def _precision(model: nn.Module, amp: str | None, channels_last: bool, compiled: bool, dtype: str) -> str:
-    """All that decides how numbers are rounded."""
-    own = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    changes = [text for text, wanted in (("channels last", channels_last), ("compiled", compiled)) if wanted]
-    parts = [f"model {str(own).removeprefix('torch.')}", f"autocast {amp or 'off'}", *changes, f"stored {dtype}"]
-    return ", ".join(parts)

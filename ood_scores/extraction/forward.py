@@ -3,104 +3,181 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ood_scores.errors import BadInput, BadLabels, ShapeMismatch
+from ood_scores.errors import BadInput, BadLabels, OodScoresError, ShapeMismatch
 from ood_scores.extraction import heads, loaders
+from ood_scores.extraction.hooks import Capture
+from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes.base import Pass, Probe, watch_all
 from ood_scores.extraction.transfers import Arriving, Transfers
+from ood_scores.extraction.writers import feature_set
+from ood_scores.features import FeatureSet, Head
 from ood_scores.features.finite import require_finite
-from ood_scores.models.running import autocasting, evaluating
+from ood_scores.models.running import autocasting, evaluating, model_device, model_dtype
+
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+"""One lock for each model that runs: its modes and hooks belong to one caller at a time."""
 
 
 @dataclass
 class Forward:
     """The model as a function from a batch to rows of columns on the CPU: features, logits, labels, extras.
 
-    With ``compiled`` all rows come from the model as ``torch.compile`` makes it; the head is found without.
+    The head is found, and checked, on the first batch. Calls are made within ``ready``.
+
+    Attributes:
+        model: the classifier; its modes, device and gradient settings are the same after ``ready`` as before.
+        options: how it is run, and what is computed.
+        device: where it runs; None for the device that the model is on.
+        found: the head and the modules whose inputs are the features; None before the first batch.
     """
 
     model: nn.Module
-    device: torch.device
-    dtype: torch.dtype
-    probes: Sequence[Probe] = ()
-    amp: str | None = None
-    channels_last: bool = False
-    compiled: bool = False
+    options: ExtractionOptions = field(default_factory=ExtractionOptions)
+    device: torch.device | None = None
+    found: heads.FoundHead | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._run = torch.compile(self.model) if self.options.compile else self.model
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """With the model as the passes need it; afterwards it is as it was."""
-        self._transfers = Transfers(self.device)
-        self._run = torch.compile(self.model) if self.compiled else self.model
-        differentiates = any(probe.gradients for probe in self.probes)
+        """Prepares the model for calls, and restores it afterwards. Other threads that run it wait meanwhile."""
+        device = self.device or model_device(self.model)
+        differentiates = any(probe.gradients for probe in self.options.all_probes)
         with (
-            evaluating(self.model, self.device, differentiates, self.channels_last),
-            autocasting(self.device, self.amp),
+            _LOCKS.setdefault(self.model, RLock()),
+            evaluating(self.model, device, differentiates, self.options.channels_last),
+            autocasting(device, self.options.amp),
+            ExitStack() as self._hooks,
         ):
+            self._transfers = Transfers(device)
+            if self.found:
+                self._hooks.enter_context(self._capture.running())
             yield
 
-    def find_head(
-        self, batch: Any, requested: str | bool | None, module: nn.Module | None
-    ) -> tuple[heads.FoundHead, Arriving]:
-        """The head, found and checked on the first batch, and that batch's rows."""
-        inputs, labels = self._unpack(batch)
-        self.probes = [probe.for_model(self.model, inputs) for probe in self.probes]
-        with heads.record_calls(self.model, module) as calls, watch_all(self.probes, self.model) as seen:
-            logits = heads.logits_of(self.model(inputs))
-        require_finite({"logits": logits})
-        found = heads.find_head(calls, logits, requested)
-        rows = self._columns(found.features_in(calls), Pass(self.model, inputs, logits, labels, 0), seen)
-        require_finite(rows.wait())
-        return found, rows
+    def __call__(self, batch: Any, start: int = 0) -> Arriving:
+        """The rows of a batch, the first of which is row ``start``.
 
-    def rows_of(self, batch: Any, received: list[Tensor | None], start: int, like: Mapping[str, Tensor]) -> Arriving:
-        """The rows of one batch, with ``received`` being filled by the head's hooks."""
+        Raises:
+            BadInput: if the model cannot take the batch.
+            BadLabels, ShapeMismatch: if the batch has other columns than the first one.
+            HeadNotFound, HeadMismatch, NotFinite: if no affine map gives the logits of the first batch.
+        """
         inputs, labels = self._unpack(batch)
-        if (labels is None) == ("labels" in like):
-            raise BadLabels(f"some batches have labels and some have none, first at row {start}.")
-        received[:] = [None] * len(received)  # what an earlier batch left is not this batch's
-        with watch_all(self.probes, self.model) as seen:
-            output = self._run(inputs)
-            if self.compiled and any(values is None for values in received):
-                torch.compiler.reset()  # it had been compiled before the hooks were there
-                output = self._run(inputs)
-        logits = heads.logits_of(output)
-        rows = self._columns(heads.features_of(received), Pass(self.model, inputs, logits, labels, start), seen)
-        if rows.columns.keys() != like.keys():
-            names = ", ".join(sorted(rows.columns.keys() ^ like.keys()))
-            raise ShapeMismatch(f"the batch at row {start} has other extras than the first: {names}.")
-        for name, values in rows.columns.items():
-            if values.shape[1:] != like[name].shape[1:]:
-                raise ShapeMismatch(
-                    f"{name} are {tuple(values.shape)} at row {start}, {tuple(like[name].shape)} before."
-                )
-        return rows
+        with _naming(inputs, start):
+            if self.found is None:
+                rows = self._first_rows(inputs, labels, start)
+                if not self.options.compile:
+                    return rows
+            return self._rows(inputs, labels, start)
+
+    def feature_set(self, batch: Any, start: int = 0) -> FeatureSet:
+        """The rows of one batch as a feature set; prepares the model itself.
+
+        Raises NotFinite, besides the errors of a call, if a column holds NaN or infinite values.
+        """
+        with self.ready():
+            columns = self(batch, start).wait()
+        require_finite(columns, start)
+        return feature_set(columns, self.found.head if self.found else None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the parts that a copy in another process creates again."""
+        return {"model": self.model, "options": self.options, "device": self.device}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Inputs on the device, in the model's floating-point type and memory format, and labels."""
         inputs, labels = loaders.unpack(batch)
         inputs = self._transfers.to_device(inputs)
-        if self.channels_last:
+        if inputs.is_floating_point():
+            inputs = inputs.to(model_dtype(self.model, inputs.dtype))
+        if self.options.channels_last:
             if inputs.ndim != 4:
                 raise BadInput(f"channels_last is for inputs [batch, channels, height, width], got {inputs.ndim}-D.")
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, labels
 
+    def _first_rows(self, inputs: Tensor, labels: Tensor | None, start: int) -> Arriving:
+        """Finds and checks the head on the first batch, without ``torch.compile``."""
+        requested, module = heads.resolve_module(self.model, self.options.head)
+        self._probes: list[Probe] = [probe.for_model(self.model, inputs) for probe in self.options.all_probes]
+        with heads.record_calls(self.model, module) as calls, watch_all(self._probes, self.model) as seen:
+            logits = heads.logits_of(self.model(inputs))
+        require_finite({"logits": logits}, start)
+        found = heads.find_head(calls, logits, requested)
+        rows = self._columns(found.features_in(calls), Pass(self.model, inputs, logits, labels, start), seen)
+        require_finite(rows.wait(), start)
+        self._shapes = {name: values.shape[1:] for name, values in rows.columns.items()}
+        self._capture = Capture(found.modules, self.options.compile)
+        self._hooks.enter_context(self._capture.running())
+        self.found = _cloned(found)
+        return rows
+
+    def _rows(self, inputs: Tensor, labels: Tensor | None, start: int) -> Arriving:
+        if (labels is None) == ("labels" in self._shapes):
+            raise BadLabels(f"some batches have labels and some have none, first at row {start}.")
+        self._capture.forget()
+        with watch_all(self._probes, self.model) as seen:
+            output = self._run(inputs)
+            if self.options.compile and any(values is None for values in self._capture.received):
+                torch.compiler.reset()  # it had been compiled before the hooks were there
+                output = self._run(inputs)
+        features = heads.features_of(self._capture.received)
+        rows = self._columns(features, Pass(self.model, inputs, heads.logits_of(output), labels, start), seen)
+        if rows.columns.keys() != self._shapes.keys():
+            names = ", ".join(sorted(rows.columns.keys() ^ self._shapes.keys()))
+            raise ShapeMismatch(f"the batch at row {start} has other extras than the first: {names}.")
+        for name, values in rows.columns.items():
+            if values.shape[1:] != self._shapes[name]:
+                expected = (len(values), *self._shapes[name])
+                raise ShapeMismatch(f"{name} are {tuple(values.shape)} at row {start}, {expected} before.")
+        return rows
+
     def _columns(self, features: Tensor, done: Pass, seen: Sequence[Mapping[str, Tensor]]) -> Arriving:
         found = {"features": features, "logits": done.logits}
-        for probe, own in zip(self.probes, seen, strict=True):
+        for probe, own in zip(self._probes, seen, strict=True):
             found |= {f"extras/{name}": values for name, values in probe.columns(done, own).items()}
         for name, values in found.items():
             if len(values) != len(done.inputs):
                 raise ShapeMismatch(
                     f"{len(done.inputs)} inputs gave {len(values)} rows of {name}: the model mixes its inputs."
                 )
-        columns = {name: (values.detach(), self.dtype) for name, values in found.items()}
+        dtype = getattr(torch, self.options.dtype)
+        columns = {name: (values.detach(), dtype) for name, values in found.items()}
         return self._transfers.to_host(
             columns if done.labels is None else columns | {"labels": (done.labels, torch.int64)}
         )
+
+
+def _cloned(found: heads.FoundHead) -> heads.FoundHead:
+    """The same with a head of its own: tensors made in inference mode are of no use under autograd."""
+    if found.head is None:
+        return found
+    with torch.inference_mode(False):
+        return replace(found, head=Head(found.head.weight.clone(), found.head.bias.clone()))
+
+
+@contextmanager
+def _naming(inputs: Tensor, start: int) -> Iterator[None]:
+    """Turns an error of the model into one that names the batch."""
+    try:
+        yield
+    except (OodScoresError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BadInput(
+            f"the model cannot take a batch of shape {list(inputs.shape)} (first row {start}): {reason}"
+        ) from error

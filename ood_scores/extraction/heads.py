@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_scores.errors import BadInput, HeadMismatch, HeadNotFound
+from ood_scores.extraction.hooks import hooked
 from ood_scores.features import Head
 
 HOW_TO_NAME = (
@@ -62,16 +63,12 @@ class _Call:
 def record_calls(model: nn.Module, only: nn.Module | None = None) -> Iterator[list[_Call]]:
     """Lists, in order of execution, the calls of leaf modules (of those in ``only``) that received single rows."""
     calls: list[_Call] = []
-    handles = []
     among = set((only or model).modules())
-    for name, module in model.named_modules():
-        if module in among and _is_leaf_with_weights(module):
-            handles.append(module.register_forward_hook(_recorder(name, calls)))
-    try:
+    leaves = [
+        (name, module) for name, module in model.named_modules() if module in among and _is_leaf_with_weights(module)
+    ]
+    with hooked((module, _recorder(name, calls)) for name, module in leaves):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_leaf_with_weights(module: nn.Module) -> bool:
@@ -107,32 +104,6 @@ class FoundHead:
         """The features ``[B, D]`` among recorded calls."""
         last = {id(call.module): call.received for call in calls}
         return features_of([last[id(module)] for module in self.modules])
-
-    @contextmanager
-    def capture(self, compiled: bool = False) -> Iterator[list[Tensor | None]]:
-        """A list with one place for each module, filled with its input during a forward pass.
-
-        A ``compiled`` model is cut in two there: the list is filled as it is by any other.
-        """
-        received: list[Tensor | None] = [None] * len(self.modules)
-        keepers = [_keeper(received, place) for place in range(len(self.modules))]
-        if compiled:
-            keepers = [torch.compiler.disable(keeper) for keeper in keepers]
-        handles = [
-            module.register_forward_pre_hook(keeper) for module, keeper in zip(self.modules, keepers, strict=True)
-        ]
-        try:
-            yield received
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _keeper(received: list[Tensor | None], place: int) -> Any:
-    def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        received[place] = inputs[0]
-
-    return keep
 
 
 def features_of(received: Sequence[Tensor | None]) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ood_scores.errors import BadInput
+from ood_scores.extraction.hooks import hooked
 
 Layers = Literal["stages"] | Sequence[str]
 """Names of modules, or ``"stages"`` for those that ``stages`` finds."""
@@ -73,10 +74,7 @@ def watching(
 ) -> Iterator[dict[str, Tensor]]:
     """A dictionary that every pass of the model fills: for each layer, what ``reduce`` makes of its ``[B, C, P]``."""
     seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for name in layers:
-            handle = model.get_submodule(name).register_forward_hook(_keeper(name, seen, reduce))
-            stack.callback(handle.remove)
+    with hooked((model.get_submodule(name), _keeper(name, seen, reduce)) for name in layers):
         yield seen
 
 
@@ -130,12 +128,8 @@ def _outputs_of_modules(model: nn.Module, inputs: Tensor) -> list[_Output]:
 
         return record
 
-    handles = [module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name]
-    try:
+    with hooked((module, recorder(name)) for name, module in model.named_modules() if name):
         model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     times = Counter(output.name for output in outputs)
     return [output for output in outputs if times[output.name] == 1]
 

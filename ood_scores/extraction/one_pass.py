@@ -8,26 +8,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ood_scores.errors import BadInput, ShuffledLoader, StaleCache
 from ood_scores.extraction.forward import Forward
+from ood_scores.extraction.heads import FoundHead
 from ood_scores.extraction.loaders import Batches
-from ood_scores.extraction.sinks import MemorySink
-from ood_scores.extraction.writers import BackgroundWriter
-from ood_scores.features import FeatureSet, Head, Provenance, load
+from ood_scores.extraction.writers import BackgroundWriter, MemorySink
+from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import cache as caches
 from ood_scores.progress import ProgressBar
 
 
 @dataclass(frozen=True)
 class Task:
-    """What runs over which batches: the model with the head that is asked for, None where it is to be found."""
+    """What runs over which batches."""
 
     forward: Forward
     batches: Batches
-    requested: str | bool | None
-    module: nn.Module | None
     progress: bool
 
 
@@ -62,17 +60,15 @@ def run(task: Task, target: Target) -> FeatureSet:
     stop = None if target.rows is None else target.rows.stop
     remaining = task.batches.after(first + done, stop)  # before the cache is locked: forked workers share locks
     with forward.ready():
-        found, first_batch = forward.find_head(task.batches.first[0], task.requested, task.module)
-        like = first_batch.columns
-        with _open_sink(target, found.head, " + ".join(found.names), like) as sink:
+        first_rows = forward(task.batches.first[0])
+        assert forward.found is not None
+        with _open_sink(target, forward.found, first_rows.columns) as sink:
             with (
                 _progress_bar(target, sink.rows, task.progress) as bar,
-                found.capture(forward.compiled) as received,
                 BackgroundWriter(sink, first, bar.update) as writer,
             ):
                 for start, batch in remaining:
-                    again = start > 0 or forward.compiled
-                    rows = forward.rows_of(batch, received, start, like) if again else first_batch
+                    rows = forward(batch, start) if start else first_rows
                     _require_length(target.promised, start + len(rows.columns["features"]) - first, ended=False)
                     writer.put(start, rows)
             _require_length(target.promised, sink.rows, ended=True)
@@ -110,11 +106,11 @@ def _require_length(promised: int | None, rows: int, ended: bool) -> None:
 
 @contextmanager
 def _open_sink(
-    target: Target, head: Head | None, head_modules: str, columns: Mapping[str, Tensor]
+    target: Target, found: FoundHead, columns: Mapping[str, Tensor]
 ) -> Iterator[MemorySink | caches.CacheWriter]:
-    provenance = replace(target.provenance, head_modules=head_modules)
+    provenance = replace(target.provenance, head_modules=" + ".join(found.names))
     if target.path is None:
-        yield MemorySink(target.promised, head, provenance)
+        yield MemorySink(target.promised, found.head, provenance)
         return
     if provenance.shuffled:
         warnings.warn(
@@ -126,7 +122,7 @@ def _open_sink(
         writer = caches.CacheWriter.resume(target.path, target.state)
     else:
         shapes = {name: (values.shape[1:], values.numpy().dtype) for name, values in columns.items()}
-        writer = caches.CacheWriter.create(target.path, shapes, target.promised, head, provenance, target.replace)
+        writer = caches.CacheWriter.create(target.path, shapes, target.promised, found.head, provenance, target.replace)
     with writer:
         yield writer
 

@@ -47,7 +47,14 @@ class Transfers:
         return moved
 
     def to_host(self, columns: Mapping[str, tuple[Tensor, torch.dtype]]) -> Arriving:
-        """Copies of columns in the given types, of what the device's current stream has been given to compute."""
+        """Copies of columns in the given types, of what the device's current stream has been given to compute.
+
+        The copies are ordinary tensors, even in inference mode.
+        """
+        with torch.inference_mode(False):
+            return self._copied(columns)
+
+    def _copied(self, columns: Mapping[str, tuple[Tensor, torch.dtype]]) -> Arriving:
         if self._outward is None:
             return Arriving({name: values.to("cpu", dtype, copy=True) for name, (values, dtype) in columns.items()})
         self._outward.wait_stream(torch.cuda.current_stream(self._device))

@@ -1,30 +1,47 @@
-"""Provenance: what made a feature set, enough to refuse it for anything else and to make it again."""
+"""Provenance: what created a feature set, enough to refuse it for anything else and to create it again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from ood_scores.errors import StaleCache
+from ood_scores.features.migration import migrated
 
 WHAT_TO_DO = "pass overwrite=True to extract again, or another cache path to keep both"
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """The class of a probe and its parameters, as JSON values (see ``to_json``)."""
+
+    kind: str
+    parameters: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        arguments = (f"{name}={_literal(value)}" for name, value in self.parameters.items())
+        return f"{self.kind}({', '.join(arguments)})"
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Where a feature set comes from.
 
-    The *fingerprint* (weights, architecture, requested head, data, precision) decides whether a cache may be used; the
-    rest is for the reader. ``data_sha256`` covers the first inputs exactly as the model saw them, and their labels, so
-    that a changed resize, crop or normalisation is noticed; ``preprocessing`` describes the transform where it can be
-    read. ``shard`` says which rows of the dataset a file holds that is one of several processes' own.
+    The *fingerprint* (weights, architecture, requested head, data, precision, probes) decides whether a cache may be
+    used; the rest is for the reader. ``data_sha256`` covers the first inputs exactly as the model saw them, and their
+    labels, so that a changed resize, crop or normalization is noticed; ``preprocessing`` describes the transform where
+    it can be read. ``head``, ``amp``, ``channels_last``, ``compiled`` and ``dtype`` are the options of ``extract``.
+    ``shard`` names the rows of the dataset in a file that is one of several.
     """
 
     architecture: str
     weights_sha256: str
-    head: str
+    head: str | bool | None
     head_modules: str
     dataset: str
     data_sha256: str
@@ -33,31 +50,53 @@ class Provenance:
     shuffled: bool
     batch_size: int | None
     preprocessing: str
-    precision: str
+    model_dtype: str
+    amp: str | None
+    channels_last: bool
+    compiled: bool
+    dtype: str
     device: str
     versions: Mapping[str, str]
     created: str
-    probes: Sequence[str] = ()
+    probes: tuple[ProbeRecord, ...] = ()
     shard: str | None = None
 
     FINGERPRINT = (
         ("architecture", "architecture"),
         ("weights_sha256", "weights"),
-        ("head", "requested head"),
+        ("requested_head", "requested head"),
         ("dataset", "dataset name"),
         ("dataset_rows", "number of rows"),
         ("labelled", "labels present"),
         ("shuffled", "random order"),
         ("data_sha256", "first inputs and labels (data or preprocessing)"),
         ("precision", "precision"),
-        ("probes", "layers and probes"),
+        ("probe_texts", "layers and probes"),
         ("shard", "rows of this shard"),
     )
 
+    @property
+    def requested_head(self) -> str:
+        """The requested head in words: ``found``, ``none`` or the name of a module."""
+        return self.head if isinstance(self.head, str) else ("found" if self.head is None else "none")
+
+    @property
+    def precision(self) -> str:
+        """Everything that decides how numbers are rounded, in words."""
+        layout = ["channels last"] if self.channels_last else []
+        compiled = ["compiled"] if self.compiled else []
+        parts = [f"model {self.model_dtype}", f"autocast {self.amp or 'off'}", *layout, *compiled]
+        return ", ".join([*parts, f"stored {self.dtype}"])
+
+    @property
+    def probe_texts(self) -> tuple[str, ...]:
+        """Each probe as it is written in Python."""
+        return tuple(map(str, self.probes))
+
     def differences(self, other: Provenance) -> Iterable[str]:
         """One line for each part of the fingerprint in which the other differs."""
-        for field, title in self.FINGERPRINT:
-            mine, theirs = getattr(self, field), getattr(other, field)
+        for name, title in self.FINGERPRINT:
+            mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 yield f"{title}: cache {_short(mine)}, now {_short(theirs)}"
 
@@ -70,7 +109,8 @@ class Provenance:
 
     def to_attributes(self) -> dict[str, Any]:
         """Plain HDF5 attributes: strings, integers and booleans; nothing for None."""
-        values = asdict(self) | {"versions": json.dumps(dict(self.versions)), "probes": json.dumps(list(self.probes))}
+        values = asdict(self)
+        values |= {name: json.dumps(values[name]) for name in ("versions", "probes")}
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
@@ -78,9 +118,59 @@ class Provenance:
         """None where a file holds features without provenance."""
         if "weights_sha256" not in attributes:
             return None
-        values = {field.name: _plain(attributes.get(field.name)) for field in fields(cls)}
-        decoded = {"versions": json.loads(values["versions"]), "probes": tuple(json.loads(values["probes"] or "[]"))}
-        return cls(**values | decoded)
+        known = migrated(attributes)
+        values = {field.name: _plain(known.get(field.name)) for field in fields(cls)}
+        probes = tuple(ProbeRecord(**record) for record in json.loads(values["probes"] or "[]"))
+        return cls(**values | {"versions": json.loads(values["versions"]), "probes": probes})
+
+
+def to_json(value: Any) -> Any:
+    """A parameter as plain JSON: sequences as lists, other values that JSON lacks as ``{kind: content}``.
+
+    A value that cannot be restored is kept as its text, ``{"repr": ...}``, for comparison only.
+    """
+    match value:
+        case None | bool():
+            return value
+        case str():
+            return str(value)
+        case np.generic():
+            return to_json(value.item())
+        case int():
+            return int(value)
+        case float():
+            return float(value) if math.isfinite(value) else {"float": repr(float(value))}
+        case list() | tuple() | range():
+            return [to_json(part) for part in value]
+        case Mapping():
+            return {"mapping": [[to_json(key), to_json(part)] for key, part in value.items()]}
+    return {"repr": repr(value)}
+
+
+def from_json(value: Any) -> Any:
+    """The parameter that ``to_json`` encoded, with tuples for sequences. Raises ValueError for a mere text."""
+    match value:
+        case {"float": text}:
+            return float(text)
+        case {"mapping": pairs}:
+            return {from_json(key): from_json(part) for key, part in pairs}
+        case {"repr": text}:
+            raise ValueError(f"{text} is known by its text only")
+        case list():
+            return tuple(map(from_json, value))
+    return value
+
+
+def _literal(value: Any) -> str:
+    """The Python text of an encoded parameter."""
+    match value:
+        case {"float": text} | {"repr": text}:
+            return text
+        case {"mapping": pairs}:
+            return f"{{{', '.join(f'{_literal(key)}: {_literal(part)}' for key, part in pairs)}}}"
+        case list():
+            return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)
 
 
 def _plain(value: Any) -> Any:

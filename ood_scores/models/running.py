@@ -31,6 +31,11 @@ def model_device(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
+def model_dtype(model: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
+    """The type of the first floating-point parameter; ``default`` for a model without any."""
+    return next((values.dtype for values in model.parameters() if values.is_floating_point()), default)
+
+
 @contextmanager
 def evaluating(
     model: nn.Module, device: torch.device, differentiable: bool = False, channels_last: bool = False

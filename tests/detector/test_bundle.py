@@ -90,7 +90,7 @@ def test_a_loaded_detector_predicts_the_same_bits(
         assert same(with_model.predict(images), expected)
     assert repr(alone) == repr(detector)
     assert alone.calibration.thresholds == detector.calibration.thresholds
-    assert (alone.classes, alone.runner.probes) == (detector.classes, detector.runner.probes)
+    assert (alone.classes, alone.forward.options.probes) == (detector.classes, detector.forward.options.probes)
     assert alone.data == detector.data
     alone.save(tmp_path / "again")
     assert same(Detector.load(tmp_path / "again").predict(PIXELS), detector.predict(PIXELS))

@@ -22,14 +22,15 @@ from ood_scores import calibrate
 from ood_scores.data.images import ImageArrays
 from ood_scores.detector import Fusion
 from ood_scores.detector.conformal import class_thresholds, p_values, threshold
-from ood_scores.detector.runner import probe_of
 from ood_scores.errors import (
     BadInput,
     MissingInput,
     NotFitted,
     OtherModel,
 )
+from ood_scores.extraction.probes.base import probe_of, record_of
 from ood_scores.features import FeatureSet
+from ood_scores.features.provenance import ProbeRecord
 from ood_scores.models.opening import preprocessing
 from ood_scores.probes import ODIN, PROBES, ParameterGradients
 from ood_scores.scorers import create_scorer
@@ -144,7 +145,7 @@ def test_names_of_classes(model: nn.Module, sets: dict[str, FeatureSet]) -> None
 def test_kept_precision_is_that_of_the_calibration_set(model: nn.Module) -> None:
     halves = extracted(model, 199, 2, amp="bf16", dtype="float16")
     detector = calibrate("energy", model, id=halves)
-    assert (detector.runner.amp, detector.runner.dtype) == ("bf16", "float16")
+    assert (detector.forward.options.amp, detector.forward.options.dtype) == ("bf16", "float16")
     new = extracted(model, 64, 3, amp="bf16", dtype="float16")
     assert same(detector.predict(Rows(64, 3).inputs), detector.decide(new))
 
@@ -152,7 +153,7 @@ def test_kept_precision_is_that_of_the_calibration_set(model: nn.Module) -> None
 def test_probes_are_those_of_the_calibration_set(model: nn.Module) -> None:
     probe = ODIN(epsilon=0.2, temperature=7.0, std=(0.1, 0.2, 0.3))
     detector = calibrate("odin", model, id=extracted(model, 150, 2, probes=[probe]))
-    assert detector.runner.probes == (probe,)
+    assert detector.forward.options.probes == (probe,)
     by_hand = FeatureSet(torch.rand(30, 3), torch.rand(30, 4), extras={"odin": torch.rand(30, 4)})
     with pytest.raises(BadInput, match="holds odin, but not how it was computed"):
         calibrate("odin", model, id=by_hand)
@@ -160,14 +161,20 @@ def test_probes_are_those_of_the_calibration_set(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", sorted(PROBES))
 def test_every_probe_is_made_again_from_its_description(name: str) -> None:
-    assert probe_of(repr(PROBES[name]())) == PROBES[name]()
+    assert probe_of(record_of(PROBES[name]())) == PROBES[name]()
 
 
-def test_probes_are_read_and_never_run() -> None:
-    assert probe_of("ParameterGradients(p=inf)") == ParameterGradients(p=float("inf"))
-    for text in ("__import__('os').getcwd()", "ODIN(epsilon=__import__('os'))", "Missing(name='x')", "ODIN("):
+def test_a_description_of_a_probe_runs_no_code() -> None:
+    record = ProbeRecord("ParameterGradients", {"p": {"float": "inf"}})
+    assert probe_of(record) == ParameterGradients(p=float("inf"))
+    for kind, parameters in (
+        ("__import__", {}),
+        ("ODIN", {"epsilon": {"repr": "__import__('os')"}}),
+        ("Missing", {"name": "x"}),
+        ("ODIN", {"wrong": 1}),
+    ):
         with pytest.raises(BadInput, match="cannot be made again"):
-            probe_of(text)
+            probe_of(ProbeRecord(kind, parameters))
 
 
 def test_says_what_a_scorer_costs(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
@@ -227,7 +234,7 @@ def test_copies_are_independent(model: nn.Module, sets: dict[str, FeatureSet]) -
     detector = calibrate("mahalanobis", model, fit=sets["fit"], id=sets["id"])
     expected = detector.predict(Rows(16, 3).inputs)
     copy = pickle.loads(pickle.dumps(detector))
-    assert copy.runner.model is copy.model is not model
+    assert copy.forward.model is copy.model is not model
     assert same(copy.predict(Rows(16, 3).inputs), expected)
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 import ood_scores
 import ood_scores.models.networks  # makes its networks known to timm
 from ood_scores.errors import BadInput, CacheError, DamagedCache, ShuffledLoader, StaleCache, UnfinishedCache
-from ood_scores.extraction.ranks import shares
+from ood_scores.extraction.distributed import shares
 from ood_scores.features.statistics import collect
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments
 from ood_scores.features.storage.shards import shard_path

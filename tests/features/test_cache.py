@@ -146,7 +146,7 @@ def test_provenance_says_what_made_the_file(path: Path) -> None:
     assert made_by is not None
     assert made_by.architecture == "Classifier"
     assert made_by.weights_sha256 == weights_sha256(model)
-    assert (made_by.head, made_by.head_modules) == ("found", "2")
+    assert (made_by.head, made_by.requested_head, made_by.head_modules) == (None, "found", "2")
     assert (made_by.dataset, made_by.dataset_rows, made_by.labelled, made_by.shuffled) == ("data", 40, True, False)
     assert (made_by.batch_size, made_by.device) == (8, "cpu")
     assert made_by.precision == "model float32, autocast off, stored float32"

@@ -84,7 +84,8 @@ def test_without_logits_or_heads() -> None:
 
 PROVENANCE = Provenance(
     architecture="a", weights_sha256="0" * 64, head="found", head_modules="fc", dataset="val", data_sha256="1" * 64,
-    dataset_rows=ROWS, labelled=True, shuffled=False, batch_size=8, preprocessing="", precision="", device="cpu",
+    dataset_rows=ROWS, labelled=True, shuffled=False, batch_size=8, preprocessing="", device="cpu",
+    model_dtype="float32", amp=None, channels_last=False, compiled=False, dtype="float32",
     versions={}, created="",
 )  # fmt: skip
 

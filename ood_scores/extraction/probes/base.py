@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ood_scores.errors import BadInput
 from ood_scores.extraction.heads import logits_of
 from ood_scores.extraction.layers import Layers, resolve_layers, watching
+from ood_scores.features.provenance import ProbeRecord, from_json, to_json
 from ood_scores.parameters import from_texts, require_known
 from ood_scores.registry import Registry
 
@@ -149,6 +150,27 @@ def as_probes(layers: Layers | None, probes: Iterable[str | Probe]) -> list[Prob
         kind = type(twice[0]).__name__
         raise BadInput(f"two probes are named {twice[0].name!r}: give one another name, {kind}(name=...).")
     return found
+
+
+def record_of(probe: Probe) -> ProbeRecord:
+    """The description of a probe in a provenance."""
+    parameters = {each.name: to_json(getattr(probe, each.name)) for each in fields(probe) if each.repr}
+    return ProbeRecord(type(probe).__qualname__, parameters)
+
+
+def probe_of(record: ProbeRecord) -> Probe:
+    """The probe of a description.
+
+    Raises BadInput if its class is not registered, or a parameter cannot be restored.
+    """
+    classes = {cls.__qualname__: cls for cls in PROBES.values()}
+    try:
+        return classes[record.kind](**{name: from_json(value) for name, value in record.parameters.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"the probe {record} cannot be made again: import the module that registers it first. There are: "
+            f"{', '.join(sorted(classes))}."
+        ) from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ood_scores.errors import BadInput
+from ood_scores.extraction.hooks import hooked
 from ood_scores.extraction.layers import as_maps, stages
 from ood_scores.extraction.probes.base import LayerProbe, Pass, Probe, register_probe
 
@@ -83,11 +84,8 @@ class RankFeat(LayerProbe):
             ran = True
             return _with_maps(output, self.reduce, layer)
 
-        handle = done.model.get_submodule(layer).register_forward_hook(replaced)
-        try:
+        with hooked([(done.model.get_submodule(layer), replaced)]):
             logits = done.run(done.inputs)
-        finally:
-            handle.remove()
         if not ran:
             raise BadInput(f"the layer {layer!r} did not run in the forward pass: choose another.")
         return logits.float()

@@ -1,0 +1,76 @@
+"""The parts of a detector: all that is saved of it, and what follows from that alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ood_scores.detector.calibration import Calibration
+from ood_scores.detector.inputs import Transform
+from ood_scores.extraction.forward import Forward
+from ood_scores.extraction.probes import LayerProbe, Probe
+from ood_scores.features import Provenance
+from ood_scores.models.opening import preprocessing as transform_of
+from ood_scores.models.running import model_device
+from ood_scores.scorers.base import Scorer
+
+
+@dataclass(eq=False)
+class DetectorParts:
+    """The parts of a detector.
+
+    Attributes:
+        forward: the classifier, and how it is run. Its weights must stay those that the detector was calibrated with.
+        scorer: the scorer, fitted.
+        calibration: the scores of held-out ID data, and the threshold that follows from them.
+        weights: SHA-256 of the model's weights.
+        preprocessing: how an image becomes an input of the model, as timm's data configuration; None if unknown.
+        classes: the names of the classes, or None.
+        data: where the calibration data came from, or None.
+        arguments: arguments of ``timm.create_model`` beyond ``num_classes``, as far as ``save`` was told.
+        transform: the preprocessing, from a PIL image to ``[C, H, W]``, or None.
+    """
+
+    forward: Forward
+    scorer: Scorer
+    calibration: Calibration
+    weights: str
+    preprocessing: Mapping[str, Any] | None = None
+    classes: tuple[str, ...] | None = None
+    data: Provenance | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    transform: Transform | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.preprocessing is not None:
+            self.transform = transform_of(self.model, **self.preprocessing)
+
+    @property
+    def model(self) -> nn.Module:
+        """The classifier."""
+        return self.forward.model
+
+    @property
+    def passes(self) -> str:
+        """How often a batch goes through the model: ``one forward pass``, and what the scorer's probes add to it."""
+        return _cost(self.forward.options.all_probes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and runs. Scores are computed on the CPU."""
+        return model_device(self.model)
+
+
+def _cost(probes: Iterable[Probe]) -> str:
+    """How often a batch goes through the model."""
+    again = [probe for probe in probes if type(probe).columns is not LayerProbe.columns]
+    backward = [probe.name for probe in again if probe.gradients]
+    forward = [probe.name for probe in again if not probe.gradients]
+    parts = ["one forward pass"]
+    parts += [f"backward passes for {', '.join(backward)}"] if backward else []
+    parts += [f"further forward passes for {', '.join(forward)}"] if forward else []
+    return ", and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]

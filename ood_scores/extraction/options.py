@@ -1,0 +1,116 @@
+"""The options of an extraction: what decides which numbers come out, apart from the model and the data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ood_scores.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ood_scores.extraction.layers import Layers
+    from ood_scores.extraction.probes import Probe
+    from ood_scores.features import Provenance
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+AMP = ("bf16", "fp16")
+DTYPES = ("float16", "float32", "float64")
+
+
+def _shown(help: str, *, choices: Sequence[str] = (), metavar: str | None = None) -> dict[str, Any]:
+    """The metadata of a field: its help text, the values that it may have besides its default, and a placeholder."""
+    return {"help": help, "choices": choices, "metavar": metavar}
+
+
+@dataclass(frozen=True)
+class ExtractionOptions:
+    """The options of an extraction.
+
+    They decide how numbers are rounded and which columns there are. All are part of the identity of a cache, and a
+    detector applies those of its calibration set.
+
+    Args:
+        amp: ``"bf16"`` or ``"fp16"`` for automatic mixed precision.
+        channels_last: run with weights and inputs ``[B, C, H, W]`` in the channels-last memory format, which tensor
+            cores prefer.
+        compile: run the model through ``torch.compile``, which takes about a minute to start and needs a C++ compiler.
+            Not available with ``layers`` or ``probes``.
+        dtype: type in which features, logits and extras are stored: ``"float16"``, ``"float32"`` or ``"float64"``.
+        head: None to find the last affine map; a module or its name to choose it; False to keep the logits and the
+            input of the last layer with weights, without a head.
+        layers: names of modules whose outputs are pooled and kept as extras ``layers.<module>``, read off the same
+            pass; ``"stages"`` for the modules that end the stages of the model.
+        probes: what else to compute for every input and keep as extras, as objects of ``ood_scores.probes``, names, or
+            names with parameters: ``[ODIN(epsilon=0.004), "gram", "odin:epsilon=0.004"]``. Most run the model again.
+
+    Raises:
+        BadInput: if a value is not one of those above, or two probes have the same name.
+        UnknownName: if there is no probe of that name, or it has no such parameter.
+    """
+
+    amp: str | None = field(default=None, metadata=_shown("Automatic mixed precision.", choices=AMP))
+    channels_last: bool = field(
+        default=False, metadata=_shown("Use the channels-last memory format, which tensor cores prefer.")
+    )
+    compile: bool = field(default=False, metadata=_shown("Run through torch.compile; not with layers or probes."))
+    dtype: str = field(default="float32", metadata=_shown("Type to store.", choices=DTYPES, metavar="TYPE"))
+    head: str | nn.Module | bool | None = field(
+        default=None, metadata=_shown("Name of the last linear layer, if it cannot be found.")
+    )
+    layers: Layers | None = field(
+        default=None,
+        metadata=_shown("Layers to pool and keep: 'stages', or names separated by commas.", metavar="NAMES"),
+    )
+    probes: Iterable[str | Probe] = field(
+        default=(), metadata=_shown("Probe to compute, as NAME or NAME:key=value,…; may be repeated.", metavar="NAME")
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.probes, Iterable) and not isinstance(self.probes, str):
+            object.__setattr__(self, "probes", tuple(self.probes))
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata["choices"]
+            if choices and value not in (each.default, *choices):
+                allowed = [*(["None"] if each.default is None else []), *map(repr, choices)]
+                raise BadInput(f"{each.name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}.")
+        if self.all_probes and self.compile:
+            raise BadInput("compile=True is for a pass without layers and probes, which reach into the model.")
+
+    @cached_property
+    def all_probes(self) -> tuple[Probe, ...]:
+        """The probe of ``layers``, if there are any, and those of ``probes``."""
+        from ood_scores.extraction.probes import as_probes
+
+        return tuple(as_probes(self.layers, self.probes))
+
+    @classmethod
+    def of(cls, provenance: Provenance, probes: Sequence[str] = ()) -> ExtractionOptions:
+        """The options that a feature set was extracted with; of its probes, those with the given names."""
+        from ood_scores.extraction.probes.base import probe_of
+
+        return cls(
+            amp=provenance.amp,
+            channels_last=provenance.channels_last,
+            compile=provenance.compiled,
+            dtype=provenance.dtype,
+            head=provenance.head,
+            probes=[probe_of(record) for record in provenance.probes if record.parameters["name"] in probes],
+        )
+
+
+def takes_options(function: F) -> F:
+    """Shows the fields of ``ExtractionOptions`` in the signature of a function, in place of its ``**options``."""
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in fields(ExtractionOptions)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return function
