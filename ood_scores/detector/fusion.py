@@ -79,7 +79,7 @@ class Fusion(Scorer):
     def __post_init__(self) -> None:
         self.require(not isinstance(self.scorers, str), f"scorers is a list of scorers, got {self.scorers!r}")
         self.require(len(self.scorers) > 0, "at least one scorer is needed")
-        self.require(self.method in METHODS, f"method is one of {', '.join(METHODS)}, got {self.method!r}")
+        self.require_choices()
         self._given = [copy.deepcopy(as_scorer(scorer)) for scorer in self.scorers]
         self._trained: Mapping[int, Scorer] = {}
         self.needs = _union(self._given, "needs")

@@ -22,8 +22,7 @@ class _Averaged(Scorer):
     output: Literal["entropy", "msp", "mutual_information"]
 
     def __post_init__(self) -> None:
-        outputs = ("entropy", "msp", "mutual_information")
-        self.require(self.output in outputs, f"output is one of {', '.join(outputs)}; got {self.output!r}")
+        self.require_choices()
         both = (f"{self.averaged}.mean", f"{self.averaged}.entropy")
         self.needs = both if self.output == "mutual_information" else both[:1]
 

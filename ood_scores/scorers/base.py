@@ -26,6 +26,7 @@ from ood_scores.errors import (
 )
 from ood_scores.features import Block, FeatureSet, Provenance, as_feature_set
 from ood_scores.features.statistics.collect import Statistic, collect
+from ood_scores.parameters import check_choices
 from ood_scores.scorers.registry import create_scorer
 from ood_scores.scorers.requirements import FIT_SET, requirements
 from ood_scores.scorers.storage import load_scorer, save_scorer
@@ -195,6 +196,10 @@ class Scorer(ABC):
         value = getattr(self, parameter)
         whole = isinstance(value, Integral) and int(value) >= 1
         self.require(whole, f"{parameter} must be a whole number of at least 1, got {value}")
+
+    def require_choices(self) -> None:
+        """Raises BadInput unless every parameter annotated as ``Literal`` has one of the values listed there."""
+        check_choices(self, self.name)
 
     def require(self, condition: bool, message: str) -> None:
         """Raises BadInput, naming the scorer, unless the condition holds: for checks of parameters."""

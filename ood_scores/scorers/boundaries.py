@@ -120,7 +120,7 @@ class ORA(Scorer):
     fit_needs = ("features", "head")
 
     def __post_init__(self) -> None:
-        self.require(self.aggregate in ("max", "mean"), f"aggregate is 'max' or 'mean', got {self.aggregate!r}")
+        self.require_choices()
 
     def statistics(self) -> Sequence[Statistic]:
         return (Means("features"),)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -116,15 +116,14 @@ class CADRef(_RelativeToClass):
     """
 
     tags = Tags(paper=LING_2025, search_space={"confidence": ("energy", "max_logit", "msp", "gen")})
-    confidence: str = "energy"
+    confidence: Literal["energy", "max_logit", "msp", "gen"] = "energy"
     signs_: Tensor = fitted()
     mean_confidence_: float = fitted(math.nan)
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "head")
 
     def __post_init__(self) -> None:
-        known = self.confidence in CONFIDENCES
-        self.require(known, f"confidence is one of {', '.join(CONFIDENCES)}, got {self.confidence!r}")
+        self.require_choices()
 
     def statistics(self) -> Sequence[Statistic]:
         return (*super().statistics(), MeanConfidence(self.confidence))

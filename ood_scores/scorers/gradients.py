@@ -64,10 +64,7 @@ class GradNorm(Scorer):
     def __post_init__(self) -> None:
         self.require(self.p > 0, f"p must be in (0, inf], got {self.p}")
         self.require_positive("temperature")
-        self.require(
-            self.target in ("uniform", "predicted"), f"target is 'uniform' or 'predicted', got {self.target!r}"
-        )
-        self.require(self.part in ("UV", "U", "V"), f"part is 'UV', 'U' or 'V', got {self.part!r}")
+        self.require_choices()
         self.needs = {"UV": ("features", "logits"), "U": ("features",), "V": ("logits",)}[self.part]
 
     def score_block(self, block: Block) -> Tensor:
@@ -284,7 +281,7 @@ class GROOD(Scorer):
     needs = ("features",)
 
     def __post_init__(self) -> None:
-        self.require(self.by in ("norm", "nearest"), f"by is 'norm' or 'nearest', got {self.by!r}")
+        self.require_choices()
         if self.prototype is not None:
             self.require(all(math.isfinite(value) for value in self.prototype), "prototype must be finite")
         self.fit_needs = ("features", "labels") if self.by == "norm" else ("features", "logits", "labels")

@@ -96,9 +96,7 @@ class GMM(Scorer):
     ranks_: Tensor | None = fitted(None)
 
     def __post_init__(self) -> None:
-        self.require(self.space in ("features", "logits"), f"space is 'features' or 'logits', got {self.space!r}")
-        self.require(self.prior in ("none", "empirical"), f"prior is 'none' or 'empirical', got {self.prior!r}")
-        self.require(self.output in ("density", "entropy"), f"output is 'density' or 'entropy', got {self.output!r}")
+        self.require_choices()
         self.needs = (self.space,)
         self.fit_needs = (self.space, "labels")
 

@@ -131,8 +131,7 @@ class MahalanobisLayers(LayeredScorer):
     needs = ("layers",)
 
     def __post_init__(self) -> None:
-        known = self.combine in ("regression", "sum")
-        self.require(known, f"combine is 'regression' or 'sum', got {self.combine!r}")
+        self.require_choices()
         self._check_layers()
         self.fit_needs = ("layers", "labels") if self.combine == "sum" else ("layers", "fgsm", "labels")
 

@@ -179,7 +179,7 @@ class Margin(Scorer):
     needs = ("logits",)
 
     def __post_init__(self) -> None:
-        self.require(self.space in ("logits", "softmax"), f"space is 'logits' or 'softmax', got {self.space!r}")
+        self.require_choices()
 
     def score_block(self, block: Block) -> Tensor:
         values = block.logits64() if self.space == "logits" else block.softmax()

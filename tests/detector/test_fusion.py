@@ -178,7 +178,7 @@ def test_a_member_s_nan_is_an_error() -> None:
     [
         ({"scorers": "energy"}, "scorers is a list of scorers, got 'energy'"),
         ({"scorers": []}, "at least one scorer is needed"),
-        ({"method": "mean"}, "method is one of fisher, stouffer, min, got 'mean'"),
+        ({"method": "mean"}, "method must be 'fisher' or 'stouffer' or 'min', got 'mean'"),
     ],
 )
 def test_bad_parameters(parameters: Any, message: str) -> None:

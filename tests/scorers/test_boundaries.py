@@ -88,7 +88,7 @@ def test_ora_beyond_a_right_angle_and_at_the_mean() -> None:
 def test_ora_of_a_single_class_and_of_another_aggregate() -> None:
     with pytest.raises(BadInput, match="no decision boundary"):
         ours("ora", fit=FeatureSet(FIT, head=Head(WEIGHT[:1], BIAS[:1])))
-    with pytest.raises(BadInput, match="aggregate is 'max' or 'mean', got 'min'"):
+    with pytest.raises(BadInput, match="aggregate must be 'max' or 'mean', got 'min'"):
         create_scorer("ora", aggregate="min")
 
 
@@ -201,7 +201,7 @@ def test_cadref_where_confidences_are_not_positive() -> None:
     found = ours("cadref", same)
     assert found[0] > found[1] >= found[2]
     assert np.isfinite(found).all()
-    with pytest.raises(BadInput, match="confidence is one of energy, max_logit, msp, gen, got 'margin'"):
+    with pytest.raises(BadInput, match="confidence must be 'energy' or 'max_logit' or 'msp' or 'gen', got 'margin'"):
         create_scorer("cadref", confidence="margin")
 
 

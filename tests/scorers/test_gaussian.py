@@ -261,9 +261,9 @@ class TestGMM:
     @pytest.mark.parametrize(
         ("params", "message"),
         [
-            ({"space": "pixels"}, "space is 'features' or 'logits'"),
-            ({"prior": "uniform"}, "prior is 'none' or 'empirical'"),
-            ({"output": "both"}, "output is 'density' or 'entropy'"),
+            ({"space": "pixels"}, "space must be 'features' or 'logits'"),
+            ({"prior": "uniform"}, "prior must be 'none' or 'empirical'"),
+            ({"output": "both"}, "output must be 'density' or 'entropy'"),
         ],
     )
     def test_bad_parameters(self, params: dict[str, Any], message: str) -> None:

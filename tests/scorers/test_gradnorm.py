@@ -107,8 +107,8 @@ def test_each_part_needs_only_what_it_reads() -> None:
         ({"temperature": 0}, "temperature must be positive"),
         ({"temperature": -1}, "temperature must be positive"),
         ({"temperature": float("inf")}, "temperature must be positive"),
-        ({"target": "labels"}, "target is 'uniform' or 'predicted'"),
-        ({"part": "W"}, "part is 'UV', 'U' or 'V'"),
+        ({"target": "labels"}, "target must be 'uniform' or 'predicted'"),
+        ({"part": "W"}, "part must be 'UV' or 'U' or 'V'"),
     ],
 )
 def test_bad_parameters(params: dict[str, Any], message: str) -> None:

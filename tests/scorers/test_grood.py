@@ -82,7 +82,7 @@ def test_a_row_at_the_prototype_has_no_direction() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"by": "length"}, "by is 'norm' or 'nearest'"),
+        ({"by": "length"}, "by must be 'norm' or 'nearest'"),
         ({"prototype": [math.nan] * WIDTH}, "prototype must be finite"),
         ({"prototype": [1.0] * 3}, "prototype has 3 numbers for 6 features"),
     ],

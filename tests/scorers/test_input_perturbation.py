@@ -122,7 +122,7 @@ def test_bad_parameters_are_named() -> None:
         with pytest.raises(BadInput, match=f"{name}: temperature must be positive"):
             create_scorer(name, temperature=0.0)
     for name in ("mc_dropout", "ensemble"):
-        with pytest.raises(BadInput, match="output is one of entropy, msp, mutual_information; got 'mean'"):
+        with pytest.raises(BadInput, match="output must be 'entropy' or 'msp' or 'mutual_information', got 'mean'"):
             create_scorer(name, output="mean")
 
 

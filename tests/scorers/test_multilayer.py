@@ -290,7 +290,7 @@ class TestLayers:
 
 
 def test_combine_is_one_of_two() -> None:
-    with pytest.raises(BadInput, match="combine is 'regression' or 'sum', got 'mean'"):
+    with pytest.raises(BadInput, match="combine must be 'regression' or 'sum', got 'mean'"):
         create_scorer("mahalanobis_layers", combine="mean")
 
 

@@ -390,7 +390,7 @@ def test_logits_need_not_be_there() -> None:
         ("react", {"q": 1.1}, r"q is a share in \[0, 1\], got 1.1"),
         ("react", {"q": float("nan")}, "q is a share"),
         ("vra", {"low": 0.9, "high": 0.5}, "0 <= low <= high <= 1"),
-        ("vra", {"below": "drop"}, "below is 'zero' or 'clip', got 'drop'"),
+        ("vra", {"below": "drop"}, "below must be 'zero' or 'clip', got 'drop'"),
         ("dice", {"sparsity": 1.0}, "sparsity is a share"),
         ("ash_s", {"percentile": 1.0}, "percentile is a share"),
         ("scale", {"percentile": 85}, "percentile is a share"),

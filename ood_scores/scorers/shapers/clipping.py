@@ -111,7 +111,7 @@ class VRA(FeatureShaper):
     def __post_init__(self) -> None:
         ordered = 0 <= self.low <= self.high <= 1
         self.require(ordered, f"0 <= low <= high <= 1 must hold, got low={self.low}, high={self.high}")
-        self.require(self.below in ("zero", "clip"), f"below is 'zero' or 'clip', got {self.below!r}")
+        self.require_choices()
         super().__post_init__()
 
     def statistics(self) -> Sequence[Statistic]:
