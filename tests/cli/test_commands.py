@@ -437,7 +437,7 @@ def test_scorers_are_left_out_for_their_own_reason() -> None:
     bare = FeatureSet(id_feats.features)
     usable, left_out = usable_scorers([id_feats, bare], few)
     assert "feature_norm" in {scorer.name for scorer in usable}
-    assert "needs logits" in left_out["energy"]
+    assert "needs 'logits'" in left_out["energy"]
     assert "lower k" in left_out["knn"]
     assert all(scorer.is_fitted for scorer in usable)
 
