@@ -255,7 +255,7 @@ def _exp(logarithm: float) -> float:
 
 def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None:
     """The rate so far, and that of the last rows: a twentieth of all."""
-    from ood_scores.plotting.curves import ID_COLOUR, OOD_COLOURS
+    from ood_scores.plotting.style import ID_COLOR, OOD_COLORS
 
     seen, rejected, _ = curve
     window = max(1.0, (seen[-1] - seen[0]) / 20)
@@ -263,8 +263,8 @@ def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None
     with np.errstate(invalid="ignore"):
         lately = (rejected - ends) / np.minimum(seen - seen[0], window)
         so_far = rejected / seen
-    axes.plot(seen, lately, color=ID_COLOUR, linewidth=1.0, label=f"last {window:,.0f} rows")
-    axes.plot(seen, so_far, color=OOD_COLOURS[0], linewidth=1.6, label="so far")
+    axes.plot(seen, lately, color=ID_COLOR, linewidth=1.0, label=f"last {window:,.0f} rows")
+    axes.plot(seen, so_far, color=OOD_COLORS[0], linewidth=1.6, label="so far")
     axes.axhline(expected, color="black", linewidth=0.8, linestyle="--", label=f"expected, {expected:.3g}")
     axes.set_ylabel("rejection rate", fontsize=9)
     axes.set_ylim(bottom=0)
@@ -273,15 +273,15 @@ def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None
 
 def _draw_wealth(axes: Axes, curve: NDArray[np.float64], alpha: float) -> None:
     """The wealth in powers of ten: it may be too large or too small for a float."""
-    from ood_scores.plotting.curves import OOD_COLOURS
+    from ood_scores.plotting.style import OOD_COLORS
 
     seen, _, wealth = curve
-    axes.plot(seen, wealth / math.log(10), color=OOD_COLOURS[0], linewidth=1.6, label="e-value")
-    axes.axhline(-math.log10(alpha), color=OOD_COLOURS[1], linewidth=1.0, linestyle="--", label=f"1 / {alpha:g}")
+    axes.plot(seen, wealth / math.log(10), color=OOD_COLORS[0], linewidth=1.6, label="e-value")
+    axes.axhline(-math.log10(alpha), color=OOD_COLORS[1], linewidth=1.0, linestyle="--", label=f"1 / {alpha:g}")
     reached = np.flatnonzero(wealth >= -math.log(alpha))
     if len(reached):
         row = seen[reached[0]]
-        axes.axvline(row, color=OOD_COLOURS[1], linewidth=1.0)
+        axes.axvline(row, color=OOD_COLORS[1], linewidth=1.0)
         axes.annotate(
             f"reached by row {row:,.0f}",
             (row, 1),
@@ -290,7 +290,7 @@ def _draw_wealth(axes: Axes, curve: NDArray[np.float64], alpha: float) -> None:
             textcoords="offset points",
             va="top",
             fontsize=8,
-            color=OOD_COLOURS[1],
+            color=OOD_COLORS[1],
         )
     axes.set_ylabel("log10 e-value", fontsize=9)
     axes.set_xlabel("rows of the stream", fontsize=9)

@@ -8,17 +8,13 @@ from math import ceil
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from ood_scores.evaluation.metrics import Scores, auroc
-
-ID_COLOUR = "#c4c4c4"
-OOD_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart; each set also has a row and a name of its own."""
+from ood_scores.evaluation.metrics import METRICS, Scores, number
+from ood_scores.plotting.style import ID_COLOR, LABEL, SMALL, TICK, color, new_figure
 
 BINS = 40
 REACH = 3.0
@@ -34,7 +30,7 @@ class Panel:
 
 
 def score_histograms(panels: Mapping[str, Panel], columns: int = 3) -> Figure:
-    """Score distributions: a panel per scorer, in it a row per OoD set against the in-distribution set, with its AUROC.
+    """Score distributions: a panel per scorer, and in it a row per OoD set against the ID set, with its AUROC.
 
     Each histogram is scaled to its own peak, so that a set whose scores are all alike does not flatten the others.
 
@@ -47,35 +43,36 @@ def score_histograms(panels: Mapping[str, Panel], columns: int = 3) -> Figure:
     """
     rows = ceil(len(panels) / columns)
     height = 0.55 + 0.5 * max(len(panel.ood_scores) for panel in panels.values())
-    figure = Figure(figsize=(2.9 * columns, height * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.9 * columns, height * rows + 0.6)
     grid = figure.add_gridspec(rows, columns)
     for i, (title, panel) in enumerate(panels.items()):
         _draw_panel(figure, grid[divmod(i, columns)], title, panel)
-    figure.supxlabel("score (higher = more in-distribution; scores off the axis are in its outermost bin)", fontsize=9)
-    figure.supylabel("density, relative to its peak", fontsize=9)
+    figure.supxlabel(
+        "score (higher = more in-distribution; scores off the axis are in its outermost bin)", fontsize=LABEL
+    )
+    figure.supylabel("density, relative to its peak", fontsize=LABEL)
     handles = [
-        Patch(color=ID_COLOUR, label="in-distribution"),
+        Patch(color=ID_COLOR, label="in-distribution"),
         Patch(fill=False, label="out-of-distribution, with AUROC in percent"),
     ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=SMALL, frameon=False)
     return figure
 
 
 def _draw_panel(figure: Figure, place: SubplotSpec, title: str, panel: Panel) -> None:
+    auroc = METRICS["auroc"]
     grid = place.subgridspec(len(panel.ood_scores), 1, hspace=0)
     edges = bin_edges(np.asarray(panel.id_scores), [np.asarray(scores) for scores in panel.ood_scores.values()])
     for i, (name, scores) in enumerate(panel.ood_scores.items()):
         axes = figure.add_subplot(grid[i])
-        colour = OOD_COLOURS[i % len(OOD_COLOURS)]
-        axes.stairs(heights(panel.id_scores, edges), edges, fill=True, color=ID_COLOUR)
-        axes.stairs(heights(scores, edges), edges, fill=True, color=colour, alpha=0.2)
-        axes.stairs(heights(scores, edges), edges, color=colour, linewidth=1.1)
+        axes.stairs(heights(panel.id_scores, edges), edges, fill=True, color=ID_COLOR)
+        axes.stairs(heights(scores, edges), edges, fill=True, color=color(i), alpha=0.2)
+        axes.stairs(heights(scores, edges), edges, color=color(i), linewidth=1.1)
         _tidy(axes, edges)
-        label = f"{name}\n{100 * auroc(panel.id_scores, scores):.1f}"
-        axes.annotate(label, (1.02, 0.5), xycoords="axes fraction", va="center", fontsize=7.5, color=colour)
+        label = f"{name}\n{number(auroc.scale * auroc(panel.id_scores, scores), auroc.percent)}"
+        axes.annotate(label, (1.02, 0.5), xycoords="axes fraction", va="center", fontsize=TICK, color=color(i))
         if i == 0:
-            axes.set_title(title, fontsize=9, loc="left", fontweight="bold")
+            axes.set_title(title, fontsize=LABEL, loc="left", fontweight="bold")
         if i < len(panel.ood_scores) - 1:
             axes.tick_params(labelbottom=False, length=0)
 

@@ -1,4 +1,4 @@
-"""Neural collapse and feature norms: zero where collapse is complete, and equal to the definitions written as loops."""
+"""Neural collapse and singular values: zero where collapse is complete, equal to the definitions written as loops."""
 
 from __future__ import annotations
 
@@ -10,50 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_features import collapsed, random_set
 from numpy.typing import NDArray
 
 from ood_scores import FeatureSet, Head
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch, UnknownName
-from ood_scores.evaluation.feature_norms import norm_bins, norm_groups
-from ood_scores.evaluation.neural_collapse import Collapse, neural_collapse, singular_values
+from ood_scores.evaluation.neural_collapse import neural_collapse, singular_values
 from ood_scores.features import featureset
-from ood_scores.plotting.collapse import (
-    collapse_curves,
-    norm_bin_curves,
-    norm_group_curves,
-    singular_value_curves,
-)
 
 Array = NDArray[Any]
 SHAPES = [(4, 9), (4, 3), (7, 3), (10, 2), (2, 1), (2, 5), (5, 64)]
 """Classes and features: more of either, and D = C - 1."""
-
-
-def simplex(classes: int, features: int, seed: int = 0) -> Array:
-    """A simplex equiangular tight frame ``[C, D]``, D >= C - 1, turned at random."""
-    rng = np.random.default_rng(seed)
-    frame = np.eye(classes) - 1 / classes
-    basis = np.linalg.svd(frame)[0][:, : classes - 1]
-    turned = np.linalg.qr(rng.normal(size=(features, features)))[0][:, : classes - 1]
-    return basis @ turned.T
-
-
-def collapsed(classes: int, features: int, rows: int = 6) -> FeatureSet:
-    """Every row at its class mean, the means a simplex away from the origin, the weights the simplex, larger."""
-    frame = simplex(classes, features)
-    labels = np.repeat(np.arange(classes), rows)
-    offset = np.random.default_rng(1).normal(size=features)
-    values = (3 * frame + offset)[labels]
-    head = Head(7 * frame, -7 * frame @ offset)
-    return FeatureSet(values, values @ (7 * frame).T - 7 * frame @ offset, labels, head)
-
-
-def random_set(classes: int, features: int, rows: int = 90, seed: int = 0, dtype: Any = np.float64) -> FeatureSet:
-    rng = np.random.default_rng(seed)
-    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, rows - classes)])
-    values = (rng.normal(size=(classes, features))[labels] + 0.7 * rng.normal(size=(rows, features)) + 2).astype(dtype)
-    weight, bias = rng.normal(size=(classes, features)), rng.normal(size=classes)
-    return FeatureSet(values, values.astype(np.float64) @ weight.T + bias, labels, Head(weight, bias))
 
 
 def by_loops(feats: FeatureSet, columns: bool = False, against_label: bool = False) -> dict[str, float]:
@@ -238,56 +205,6 @@ def test_what_cannot_be_measured() -> None:
         neural_collapse(feats, nc4_against="truth")  # type: ignore[arg-type]
 
 
-# --- change of features by norm group -------------------------------------------------------------------------------
-
-
-def test_norm_groups_by_hand() -> None:
-    # Last norms 5, 10 (an edge belongs to the group above), 25, 50; the second group of three has two rows.
-    last = torch.tensor([[3.0, 4.0], [10.0, 0.0], [0.0, 25.0], [30.0, 40.0]])
-    middle = last - torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [0.0, 0.0]])
-    table = norm_groups([FeatureSet(torch.zeros(4, 2)), FeatureSet(middle), FeatureSet(last)], edges=(10, 30))
-    assert table[["epoch", "group"]].to_numpy().tolist() == [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]]
-    assert table["low"].tolist() == [0, 10, 30] * 2
-    assert table["high"].tolist() == [10, 30, float("inf")] * 2
-    assert table["rows"].tolist() == [1, 2, 1] * 2
-    first = [2**2 + 4**2, (10**2 + 2**2 + 3**2 + 21**2) / 2, 50**2]
-    assert table["change"].tolist() == [*first, 1, (4 + 25) / 2, 0]
-    assert table["total"].tolist() == [*first, first[0] + 1, first[1] + 29 / 2, first[2]]
-
-
-@pytest.mark.parametrize("rows", [1, 7, 1000])
-def test_norm_groups_equal_a_loop(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    walk = rng.normal(size=(4, 60, 5)).cumsum(axis=0)
-    monkeypatch.setattr(featureset, "BLOCK_BYTES", 8 * 5 * rows)
-    table = norm_groups([FeatureSet(epoch) for epoch in walk], edges=(2, 4, 5))
-    norms = np.sqrt((walk[-1] ** 2).sum(axis=1))
-    assert len(table) == 3 * 4
-    for epoch, low, high, count, change in table[["epoch", "low", "high", "rows", "change"]].to_numpy():
-        old, new = walk[int(epoch) - 1], walk[int(epoch)]
-        members = [n for n in range(60) if low <= norms[n] < high]
-        assert count == len(members)
-        assert change == pytest.approx(sum(np.sum((new[n] - old[n]) ** 2) for n in members) / count, rel=1e-12)
-
-
-def test_an_empty_norm_group_has_no_change() -> None:
-    table = norm_groups([FeatureSet(torch.ones(2, 2)), FeatureSet(torch.zeros(2, 2))])
-    assert table["rows"].tolist() == [2, 0, 0, 0]
-    assert table["change"].tolist() == pytest.approx([2, *[float("nan")] * 3], nan_ok=True)
-
-
-def test_norm_groups_that_cannot_be() -> None:
-    one, wide, long = FeatureSet(torch.ones(4, 2)), FeatureSet(torch.ones(4, 3)), FeatureSet(torch.ones(5, 2))
-    with pytest.raises(BadInput, match="two epochs at least, got 1"):
-        norm_groups([one])
-    for other in (wide, long):
-        with pytest.raises(ShapeMismatch, match="same rows"):
-            norm_groups([one, other])
-    for edges in ([3, 2], [0, 1], [2, 2], [float("inf")]):
-        with pytest.raises(BadInput, match="increasing order"):
-            norm_groups([one, one], edges)
-
-
 # --- singular values ------------------------------------------------------------------------------------------------
 
 
@@ -330,123 +247,3 @@ def test_singular_values_of_sets_that_do_not_go_together() -> None:
         singular_values(feats, {"train": feats})
     with pytest.raises(ShapeMismatch, match="'svhn' has 3 features, 'train' has 2"):
         singular_values(feats, {"svhn": FeatureSet(torch.ones(4, 3))})
-
-
-# --- norm against accuracy and softmax ------------------------------------------------------------------------------
-
-
-def test_norm_bins_by_hand() -> None:
-    # Norms 5, 1, 2, 3, 4, 6 in bins {1, 2}, {3, 4}, {5, 6}; logits +-log 3 give a confidence of 3/4 or, twice it, 9/10.
-    norms = torch.tensor([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
-    side = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 2.0]) * np.log(3)
-    logits = torch.stack([side, torch.zeros(6)], dim=1)
-    feats = FeatureSet(norms[:, None], logits, [0, 1, 1, 0, 1, 0])
-    table = norm_bins(feats, bins=3)
-    assert list(table) == ["low", "high", "norm", "rows", "accuracy", "confidence"]
-    assert table[["low", "high", "norm"]].to_numpy().tolist() == [[1, 2, 1.5], [3, 4, 3.5], [5, 6, 5.5]]
-    assert table["rows"].tolist() == [2, 2, 2]
-    assert table["accuracy"].tolist() == [0, 0.5, 1]
-    assert table["confidence"].tolist() == pytest.approx([0.75, 0.75, 0.9])
-    assert norm_bins(feats, bins=3, labelled=False)["accuracy"].isna().all()
-
-
-def test_bins_of_haas_hold_eighty_rows_each() -> None:
-    feats = FeatureSet(torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(10_000, 2))
-    assert norm_bins(feats, labelled=False)["rows"].tolist() == [80] * 125
-
-
-def test_equal_norms_share_a_bin() -> None:
-    feats = FeatureSet(torch.tensor([1.0, 1, 1, 2, 2, 3])[:, None], torch.zeros(6, 2))
-    assert norm_bins(feats, bins=4, labelled=False)["rows"].tolist() == [3, 3]
-    assert norm_bins(feats, bins=50, labelled=False)["rows"].tolist() == [3, 2, 1]
-    assert norm_bins(feats, bins=1, labelled=False)["rows"].tolist() == [6]
-
-
-@pytest.mark.parametrize("rows", [1, 13, 1000])
-def test_scaled_features_and_any_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    feats = random_set(4, 6)
-    assert feats.head is not None
-    assert feats.logits is not None
-    assert feats.labels is not None
-    monkeypatch.setattr(featureset, "BLOCK_BYTES", 8 * 10 * rows)
-    expected = norm_bins(FeatureSet(feats.features, feats.head(feats.features * 0.1), feats.labels), bins=5)
-    order = np.random.default_rng(0).permutation(len(feats))
-    table = norm_bins(feats[order], bins=5, scale=0.1)
-    np.testing.assert_allclose(table["confidence"], expected["confidence"], rtol=1e-12)
-    unscaled = norm_bins(feats, bins=5)
-    np.testing.assert_allclose(table["accuracy"], unscaled["accuracy"])
-    correct = feats.logits.argmax(dim=1).eq(feats.labels).double().mean()
-    assert np.average(table["accuracy"], weights=table["rows"]) == pytest.approx(float(correct))
-
-
-def test_norm_bins_that_cannot_be() -> None:
-    feats = FeatureSet(torch.ones(4, 2), torch.zeros(4, 3), [0, 1, 2, 3])
-    with pytest.raises(BadLabels, match="labels run from 0 to 3"):
-        norm_bins(feats)
-    with pytest.raises(BadInput, match="at least one bin"):
-        norm_bins(feats, bins=0)
-    with pytest.raises(BadInput, match="above 0"):
-        norm_bins(feats, scale=0)
-    with pytest.raises(MissingInput, match="use scale=1"):
-        norm_bins(feats, scale=0.5, labelled=False)
-    with pytest.raises(MissingInput, match="need logits"):
-        norm_bins(FeatureSet(torch.ones(4, 2)))
-
-
-# --- pictures -------------------------------------------------------------------------------------------------------
-
-
-def lines(axes: Any) -> list[list[float]]:
-    return [list(map(float, line.get_ydata())) for line in axes.get_lines()]
-
-
-def test_collapse_curves_show_every_measure_of_every_run() -> None:
-    first, second = Collapse(*np.arange(1.0, 8)), Collapse(*np.arange(8.0, 15))
-    figure = collapse_curves({"L2": {20: second, 10: first}, "no L2": {10: second}})
-    *panels, legend = figure.axes
-    for i, axes in enumerate(panels):
-        assert lines(axes) == [[i + 1, i + 8], [i + 8]]  # by epoch
-        assert axes.get_ylim()[0] == 0
-    assert [axes.get_title(loc="left")[:3] for axes in panels] == ["NC1", *["NC2"] * 4, "NC3", "NC4"]
-    box = legend.get_legend()
-    assert box is not None
-    assert [text.get_text() for text in box.get_texts()] == ["L2", "no L2"]
-
-
-def test_norm_bin_curves_have_a_column_for_each_model() -> None:
-    feats = random_set(4, 6)
-    known, unknown = norm_bins(feats, bins=5), norm_bins(feats, bins=5, labelled=False)
-    figure = norm_bin_curves({"L2": {"id": known, "ood": unknown}, "no L2": {"id": known}})
-    assert [len(axes.collections) for axes in figure.axes] == [2, 1, 2, 1]
-    points = figure.axes[0].collections[0].get_offsets()
-    np.testing.assert_array_equal(points, known[["norm", "accuracy"]])
-    points = figure.axes[2].collections[1].get_offsets()
-    np.testing.assert_array_equal(points, unknown[["norm", "confidence"]])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["id", "ood"]
-
-
-def test_singular_value_curves_end_where_rounding_begins() -> None:
-    table = singular_values(collapsed(5, 16), {"other": random_set(5, 16)})
-    (axes,) = singular_value_curves(table).axes
-    assert [len(line) for line in lines(axes)] == [5, 16]
-    (axes,) = singular_value_curves(table, first=3).axes
-    assert [len(line) for line in lines(axes)] == [3, 3]
-    assert axes.get_yscale() == "log"
-
-
-def test_norm_group_curves_leave_empty_groups_out() -> None:
-    epochs = [FeatureSet(torch.full((3, 1), value) * torch.tensor([[1.0], [1], [9]])) for value in (1.0, 2, 4)]
-    figure = norm_group_curves(norm_groups(epochs, edges=(5, 10)))
-    assert [lines(axes) for axes in figure.axes] == [[[1, 4], [81, 324]], [[1, 5], [81, 405]]]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["from 10 (1)", "0 to 5 (2)"]
-
-
-def test_nothing_to_draw() -> None:
-    with pytest.raises(EmptyInput, match="to draw: pass"):
-        collapse_curves({"L2": {}})
-    with pytest.raises(EmptyInput, match="to draw: pass"):
-        norm_bin_curves({})
-    with pytest.raises(EmptyInput, match="to draw: pass"):
-        singular_value_curves(singular_values(FeatureSet(torch.ones(1, 1)))[:0])
-    with pytest.raises(EmptyInput, match="to draw: pass"):
-        norm_group_curves(norm_groups([FeatureSet(torch.ones(1, 1))] * 2)[:0])

@@ -1,4 +1,4 @@
-"""What the HTML page draws: paths of SVG pictures, which the page scales and colours, and the hardest samples."""
+"""What the HTML page draws: paths of SVG pictures, which the page scales and colors, and the hardest samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from PIL import Image
 
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.evaluation.metrics import auroc, roc_counts
-from ood_scores.plotting.curves import BINS, OOD_COLOURS, bin_edges, heights
+from ood_scores.plotting.curves import BINS, bin_edges, heights
+from ood_scores.plotting.style import OOD_COLORS
 
 if TYPE_CHECKING:
     from ood_scores.data.images import ImageDataset
@@ -28,10 +29,10 @@ HARDEST = 8
 
 @dataclass(frozen=True)
 class SetFigure:
-    """One OoD set against the ID set: ``colour`` is its number in the palette, ``auroc`` in percent."""
+    """One OoD set against the ID set: ``color`` is its number in the palette, ``auroc`` in percent."""
 
     name: str
-    colour: int
+    color: int
     auroc: float
     ood_path: str
     roc_path: str
@@ -83,7 +84,7 @@ def scorer_figure(unit: Scored, scorer: str, sets: Iterable[str]) -> ScorerFigur
         sets=tuple(
             SetFigure(
                 name=name,
-                colour=i % len(OOD_COLOURS),
+                color=i % len(OOD_COLORS),
                 auroc=100 * auroc(id_scores, scores),
                 ood_path=histogram_path(heights(scores, edges)),
                 roc_path=roc_path(id_scores, scores),
