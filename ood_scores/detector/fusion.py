@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_scores.errors import NotFinite
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import Scorer, as_scorer, fitted, score_all
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Tags
@@ -88,7 +88,7 @@ class Fusion(Scorer):
             *(name for name in _union(self._unfitted(), "fit_needs") if name not in self.needs),
         )
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         reference = feats
         if self._unfitted():
             self.require(len(feats) >= 2, "one row to fit members on leaves no reference row: at least 2 are needed")

@@ -25,7 +25,8 @@ from ood_scores.errors import (
     ShapeMismatch,
 )
 from ood_scores.features import Block, FeatureSet, Provenance, as_feature_set
-from ood_scores.features.statistics.collect import Statistic, collect
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.collect import collect
 from ood_scores.parameters import check_choices
 from ood_scores.scorers.registry import create_scorer
 from ood_scores.scorers.requirements import FIT_SET, requirements
@@ -64,7 +65,7 @@ class Scorer(ABC):
         """The statistics of the fit set that the fit asks for; collected in one pass for all scorers."""
         return ()
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         """Fits from the collected statistics."""
         raise TypeError(f"{self.name!r} needs no fit.")
 
@@ -240,7 +241,7 @@ def fit_all(
             seconds.append(0.0)
             continue
         start = perf_counter()
-        own = {statistic: found[statistic] for statistic in scorer.statistics()}
+        own = Found({statistic: found[statistic] for statistic in scorer.statistics()})
         scorer.fit_statistics(own, feats)
         scorer.fitted_widths, scorer.fitted_on = _widths(feats), feats.provenance
         seconds.append(perf_counter() - start + sum(by_statistic.pop(statistic, 0.0) for statistic in own))

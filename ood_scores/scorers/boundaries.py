@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Means, Statistic
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_means import CLOSEST, inner
 from ood_scores.scorers.gaussian import squared_distances
@@ -58,7 +59,7 @@ class FDBD(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Means("features"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
         if feats.head.num_classes < 2:
             raise BadInput("fdbd: a model with a single class has no decision boundary.")
@@ -125,7 +126,7 @@ class ORA(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Means("features"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
         if feats.head.num_classes < 2:
             raise BadInput("ora: a model with a single class has no decision boundary.")

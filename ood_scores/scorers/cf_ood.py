@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Accumulator, Statistic
+from ood_scores.features.statistics.base import Accumulator, Found, Statistic
 from ood_scores.features.statistics.row_samples import HashedSample
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_ranks import PIECE
@@ -88,7 +88,7 @@ class CFOOD(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (HashedRows(self.share, self.seed),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (self.bank_,) = (found[statistic] for statistic in self.statistics())
         count = len(self.bank_)
         if count < 2:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import by_pieces, entropy, row_norm
-from ood_scores.features.statistics.collect import Means, Statistic
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.papers import HENDRYCKS_2022
 from ood_scores.scorers.registry import register_scorer
@@ -49,7 +49,7 @@ class KLMatching(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Means("softmax", "predicted"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (typical,) = (found[statistic] for statistic in self.statistics())
         means = typical.means[typical.counts > 0]
         self.log_means_ = means.clamp_min(torch.finfo(means.dtype).tiny).log()
@@ -99,7 +99,7 @@ class SHE(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Means("features", "correct"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (correct,) = (found[statistic] for statistic in self.statistics())
         warn_of_classes_without_rows("she", correct.counts)
         self.means_ = correct.means
@@ -151,7 +151,7 @@ class NCI(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Means("features"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
         self.mean_ = found[Means("features")].means[0]
         self.weight_ = feats.head.weight.double()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -33,7 +31,7 @@ class _PriorScorer(Scorer):
     needs = ("logits",)
     fit_needs = ("logits", "labels")
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.prior_ = torch.bincount(feats.class_labels(), minlength=feats.num_classes or 0).double() / len(feats)
 
 

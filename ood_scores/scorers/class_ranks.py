@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Accumulator, Statistic
+from ood_scores.features.statistics.base import Accumulator, Found, Statistic
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -78,7 +78,7 @@ class ExCeL(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (RankLevels(self.upper, self.ranks),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (self.levels_,) = (found[statistic] for statistic in self.statistics())
 
     def score_block(self, block: Block) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Accumulator, GroupMeans, Means, Statistic
+from ood_scores.features.statistics.base import Accumulator, Found, Statistic
+from ood_scores.features.statistics.means import GroupMeans, Means
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.entropy import GEN
 from ood_scores.scorers.registry import register_scorer
@@ -47,7 +48,7 @@ class _RelativeToClass(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Means("features", "predicted"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.means_ = _means_of_predicted(self.name, found[Means("features", "predicted")])
 
     def relative(self, block: Block) -> Tensor:
@@ -128,7 +129,7 @@ class CADRef(_RelativeToClass):
     def statistics(self) -> Sequence[Statistic]:
         return (*super().statistics(), MeanConfidence(self.confidence))
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
         super().fit_statistics(found, feats)
         self.signs_ = feats.head.weight.sign().to(self.means_.device, torch.int8)
@@ -194,7 +195,7 @@ class CORE(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Means("features", "predicted"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
         means = _means_of_predicted(self.name, found[Means("features", "predicted")])
         self.weight_ = normalize(feats.head.weight.double().to(means.device), dim=1)

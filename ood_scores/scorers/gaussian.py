@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.cholesky import SOLVED
@@ -57,7 +56,7 @@ class Mahalanobis(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (ClassMoments("features", self.normalize),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
         means = moments.means[classes_present(moments.counts)]
         self.centre_ = means.mean(dim=0)
@@ -152,7 +151,7 @@ class RelativeMahalanobis(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (ClassMoments("features", self.normalize),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
         present = classes_present(moments.counts)
         means, weights = moments.means[present], moments.counts[present] / moments.counts.sum().double()

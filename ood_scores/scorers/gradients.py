@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Means, Statistic
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present, squared_distances
@@ -176,7 +177,7 @@ class GradientClassifier(Scorer):
     needs = ("gradients.inputs",)
     fit_needs = ("gradients.inputs", "gradients.noise")
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         pairs = self._shuffled(feats)
         self.require(len(pairs) >= 3, f"at least 3 rows are needed to fit, got {len(pairs)}")
         share = max(1, 2 * len(pairs) // 5)
@@ -289,7 +290,7 @@ class GROOD(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Means("features", "label"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (groups,) = (found[statistic] for statistic in self.statistics())
         means = groups.means[classes_present(groups.counts)]
         self.prototypes_ = torch.cat([means, self._of_ood(means)[None]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.multilayer import LayeredScorer
 from ood_scores.scorers.registry import register_scorer
@@ -79,7 +79,7 @@ class Gram(LayeredScorer):
     def __post_init__(self) -> None:
         self._check_layers()
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self._find_layers(feats)
         counts, low, high = self._two_extremes(feats)
         self.usual_ = self._usual_deviations(feats, counts, low, high) + SMALLEST_MEAN

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Accumulator, Statistic
+from ood_scores.features.statistics.base import Accumulator, Found, Statistic
 from ood_scores.features.statistics.moments import GlobalMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
@@ -116,7 +116,7 @@ class CoP(_KernelPCA):
     def statistics(self) -> Sequence[Statistic]:
         return (GlobalMoments("features", normalize=True),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         moments: Moments = found[self.statistics()[0]]
         self.fit_axes(Axes(moments.means[0], *principal_axes(moments.scatter / moments.counts.sum())))
 
@@ -170,7 +170,7 @@ class CoRP(_KernelPCA):
     def statistics(self) -> Sequence[Statistic]:
         return (FourierAxes(self.gamma, self.directions, self.seed),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.fit_axes(found[self.statistics()[0]])
         self.weight_, self.phase_ = fourier_map(feats.num_features, self.gamma, self.directions, self.seed)
 

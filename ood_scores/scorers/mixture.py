@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics import moments as of
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import classes_present
@@ -103,7 +103,7 @@ class GMM(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (ClassMoments(self.space, self.normalize, per_class=True),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
         present = classes_present(moments.counts)
         counts = moments.counts[present]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, MissingInput, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Statistic, collect
+from ood_scores.features.statistics.base import Found
+from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import squared_distances, whitening
@@ -135,7 +136,7 @@ class MahalanobisLayers(LayeredScorer):
         self._check_layers()
         self.fit_needs = ("layers", "labels") if self.combine == "sum" else ("layers", "fgsm", "labels")
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self._find_layers(feats)
         found = collect(feats, [ClassMoments(name) for name in self.names()])
         moments: list[Moments] = list(found.values())

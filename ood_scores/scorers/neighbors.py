@@ -13,7 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.row_samples import Energies, Rows
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import squared_distances
@@ -151,7 +151,7 @@ class KNN(_BankScorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Rows(self.normalize, self.share, self.seed if self.share < 1 else 0),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (self.bank_,) = (found[statistic] for statistic in self.statistics())
         if len(self.bank_) < self.k:
             raise BadInput(f"knn: k={self.k} neighbours need as many rows to fit, got {len(self.bank_)}: lower k.")
@@ -287,7 +287,7 @@ class NNGuide(_BankScorer):
         draw = (self.share, self.seed if self.share < 1 else 0)
         return Rows(True, *draw), Energies(*draw)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.bank_, self.energies_ = (found[statistic] for statistic in self.statistics())
         if len(self.bank_) < self.k:
             raise BadInput(f"nnguide: k={self.k} neighbours need as many bank rows, got {len(self.bank_)}: lower k.")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,9 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Logits, Means, Statistic
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.means import Means
+from ood_scores.features.statistics.row_samples import Logits
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_means import CLOSEST, warn_of_classes_without_rows
 from ood_scores.scorers.gaussian import squared_distances
@@ -93,7 +94,7 @@ class OpenMax(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Means("logits", "correct"), Logits())
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         means, all_logits = (found[statistic] for statistic in self.statistics())
         self.means_, self.present_ = means.means, means.counts > 0
         if not self.present_.any():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.collect import Logits, Statistic
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.row_samples import Logits
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.papers import HAAS_2024
 from ood_scores.scorers.registry import register_scorer
@@ -132,7 +133,7 @@ class Temperature(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (Logits(),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         best = best_inverse_temperature(found[Logits()], feats.class_labels())
         if best is None:
             warnings.warn(

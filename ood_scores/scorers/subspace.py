@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,10 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.collect import Means, SampledRows, Statistic
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.moments import GlobalMoments, Moments
+from ood_scores.features.statistics.row_samples import SampledRows
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import whitened, whitening
 from ood_scores.scorers.registry import register_scorer
@@ -51,7 +52,7 @@ class _ResidualScorer(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (GlobalMoments("features"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         moments = found[GlobalMoments("features")]
         assert feats.head is not None
         origin = origin_of(feats.head).to(moments.means)
@@ -135,7 +136,7 @@ class ViM(_ResidualScorer):
     def statistics(self) -> Sequence[Statistic]:
         return (*super().statistics(), SampledRows(), MAX_LOGIT)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         super().fit_statistics(found, feats)
         logit = float(found[MAX_LOGIT].means)
         rows = found[SampledRows()].split(BLOCK_ROWS)
@@ -208,7 +209,7 @@ class NECO(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (GlobalMoments("features"),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
         self.mean_ = moments.means[0]
         self.scale_ = deviations(moments) if self.standardize else torch.ones_like(self.mean_)
@@ -276,7 +277,7 @@ class PNML(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (GlobalMoments("features", normalize=True),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
         count = moments.counts.sum()
         zero = torch.zeros_like(moments.means[0])

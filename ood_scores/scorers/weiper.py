@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool1d, normalize, pad
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, Head
-from ood_scores.features.statistics.collect import Accumulator, Statistic
+from ood_scores.features.statistics.base import Accumulator, Found, Statistic
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -111,7 +111,7 @@ class WeiPer(Scorer):
     def statistics(self) -> Sequence[Statistic]:
         return (PerturbedRange(self.repeats, self.distance, self.seed),)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
         (ranges,) = (found[statistic] for statistic in self.statistics())
         self.weight_, self.bias_ = ranges.weight, feats.head.bias.double()

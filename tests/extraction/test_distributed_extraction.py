@@ -31,8 +31,11 @@ import ood_scores
 import ood_scores.models.networks  # makes its networks known to timm
 from ood_scores.errors import BadInput, CacheError, DamagedCache, ShuffledLoader, StaleCache, UnfinishedCache
 from ood_scores.extraction.distributed import shares
-from ood_scores.features.statistics import collect
+from ood_scores.features.statistics.base import Statistic
+from ood_scores.features.statistics.collect import collect
+from ood_scores.features.statistics.means import FeatureMean
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments
+from ood_scores.features.statistics.row_samples import SampledRows
 from ood_scores.features.storage.shards import shard_path
 from ood_scores.runtime import Ranks
 
@@ -185,19 +188,19 @@ def test_three_processes(count: int, rows: int, tmp_path: Path) -> None:
 
 
 def test_statistics_of_the_joined_file_are_those_of_one(single: Path, copied: Path) -> None:
-    wanted: list[collect.Statistic] = [
+    wanted: list[Statistic] = [
         ClassMoments(),
         ClassMoments(per_class=True),
         GlobalMoments(),
-        collect.FeatureMean(),
-        collect.SampledRows(100),
+        FeatureMean(),
+        SampledRows(100),
     ]
-    one, joined = (collect.collect(ood_scores.load(path), wanted) for path in (single, copied))
+    one, joined = (collect(ood_scores.load(path), wanted) for path in (single, copied))
     for statistic in wanted:
         assert _bits(joined[statistic]) == _bits(one[statistic])
     again = ood_scores.load(copied)
-    spent: dict[collect.Statistic, float] = {}
-    collect.collect(again, wanted[:1], spent)
+    spent: dict[Statistic, float] = {}
+    collect(again, wanted[:1], spent)
     assert spent == {wanted[0]: 0.0}  # kept beside it
     assert _bits(again.statistics[wanted[0]]) == _bits(one[wanted[0]])
 

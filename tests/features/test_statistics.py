@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ood_scores import FeatureSet
 from ood_scores.errors import BadLabels, EmptyInput, NotFinite
 from ood_scores.features import Block
-from ood_scores.features.statistics.collect import Logits, collect
+from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments, Moments
-from ood_scores.features.statistics.row_samples import Rows
+from ood_scores.features.statistics.row_samples import Logits, Rows
 
 Array = NDArray[Any]
 PER_CLASS = ClassMoments(per_class=True)

@@ -26,16 +26,11 @@ from ood_scores import FeatureSet, Head, atomic, create_scorer, evaluate, load
 from ood_scores.cli import app
 from ood_scores.errors import NotFinite
 from ood_scores.features import Block
-from ood_scores.features.statistics.collect import (
-    Accumulator,
-    FeatureMean,
-    Logits,
-    Means,
-    SampledRows,
-    Statistic,
-    collect,
-)
+from ood_scores.features.statistics.base import Accumulator, Statistic
+from ood_scores.features.statistics.collect import collect
+from ood_scores.features.statistics.means import FeatureMean, Means
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments
+from ood_scores.features.statistics.row_samples import Logits, SampledRows
 from ood_scores.features.storage import cache, statistics_store
 
 SUMMARIES: list[Statistic] = [

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ood_scores import FeatureSet, Head, create_scorer, score
 from ood_scores.errors import BadInput
-from ood_scores.features.statistics.collect import Logits, Means, collect
-from ood_scores.features.statistics.row_samples import Rows
+from ood_scores.features.statistics.collect import collect
+from ood_scores.features.statistics.means import Means
+from ood_scores.features.statistics.row_samples import Logits, Rows
 from ood_scores.scorers.openmax import TRANSLATION, largest_by_class, weibull_fit
 
 Array = NDArray[np.float64]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from ood_scores import FeatureSet, Scorer, create_scorer, evaluate, list_scorers, register_scorer, score
 from ood_scores.errors import BadInput, NotFinite, NotFitted, ShapeMismatch, UnknownName
 from ood_scores.features import Block
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.moments import ClassMoments
 
 pytestmark = pytest.mark.usefixtures("registered_scorers")
@@ -40,7 +39,7 @@ def register_mean_distance() -> type[Scorer]:
         def statistics(self) -> Sequence[Statistic]:
             return (ClassMoments(),)
 
-        def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+        def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
             self.mean_ = found[ClassMoments()].means.mean(dim=0)
 
         def score_block(self, block: Block) -> Tensor:

@@ -36,7 +36,7 @@ from ood_scores.errors import (
     UnknownName,
 )
 from ood_scores.features import Block
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.scorers import storage
 
 
@@ -160,7 +160,7 @@ class Holder(Scorer):
     needs = ("features",)
     fit_needs = ("features",)
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         for name, value in self.contents.items():
             setattr(self, name, value)
         self.contents = {}

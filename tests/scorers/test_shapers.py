@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ood_scores import FeatureSet, Head, Scorer, create_scorer, evaluate, score
 from ood_scores.errors import BadInput, MissingInput, NotFinite, NotFitted
 from ood_scores.features import Block
-from ood_scores.features.statistics.collect import FeatureMean, SampledRows, collect, quantiles
+from ood_scores.features.statistics.collect import collect
+from ood_scores.features.statistics.means import FeatureMean
 from ood_scores.features.statistics.moments import ClassMoments
-from ood_scores.features.statistics.row_samples import Rows
+from ood_scores.features.statistics.row_samples import Rows, SampledRows, quantiles
 from ood_scores.scorers.shapers.base import ShapedSet, Shaper
 from ood_scores.scorers.shapers.pruning import largest, ratio
 

@@ -19,8 +19,10 @@ from torch import nn
 
 from ood_scores import FeatureSet, Head, create_scorer, score
 from ood_scores.errors import BadInput
-from ood_scores.features.statistics.collect import Means, SampledRows, collect
+from ood_scores.features.statistics.collect import collect
+from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments
+from ood_scores.features.statistics.row_samples import SampledRows
 from ood_scores.scorers.subspace import NECO, ViM, default_dimension, origin_of
 
 Array = NDArray[np.float64]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput, BadLabels
 from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
-from ood_scores.features.statistics.collect import Accumulator, Statistic
+from ood_scores.features.statistics.base import Accumulator, Statistic
 
 GRAM_ROWS = 128
 """Rows of a symmetric product that are computed at a time."""
@@ -43,12 +44,13 @@ class ClassMoments:
     space: str = "features"
     normalize: bool = False
     per_class: bool = False
+    stored_as: ClassVar[type] = Moments
 
     @property
     def reads(self) -> Sequence[str]:
         return (self.space,)
 
-    def start(self, feats: FeatureSet) -> Accumulator:
+    def start(self, feats: FeatureSet) -> Accumulator[Moments]:
         labels = feats.class_labels()
         return _ClassMomentsAccumulator(self, labels, feats.num_classes or int(labels.max()) + 1)
 
@@ -63,8 +65,9 @@ class GlobalMoments:
 
     space: str = "features"
     normalize: bool = False
+    stored_as: ClassVar[type] = Moments
 
-    def source(self, feats: FeatureSet) -> Statistic | None:
+    def source(self, feats: FeatureSet) -> Statistic[Moments] | None:
         with suppress(BadLabels):
             feats.class_labels()
             return ClassMoments(self.space, self.normalize)
@@ -82,7 +85,7 @@ class GlobalMoments:
     def reads(self) -> Sequence[str]:
         return (self.space,)
 
-    def start(self, feats: FeatureSet) -> Accumulator:
+    def start(self, feats: FeatureSet) -> Accumulator[Moments]:
         together = torch.zeros(len(feats), dtype=torch.int64)
         return _ClassMomentsAccumulator(ClassMoments(self.space, self.normalize), together, 1)
 

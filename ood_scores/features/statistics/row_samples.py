@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ood_scores.errors import BadInput
 from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
-from ood_scores.features.statistics.collect import Accumulator
+from ood_scores.features.statistics.base import Accumulator
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class Rows:
     seed: int = 0
     reads: ClassVar[Sequence[str]] = ("features",)
 
-    def start(self, feats: FeatureSet) -> Accumulator:
+    def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
         if self.share < 1:
             return HashedSample(self._values, feats, self.share, self.seed)
-        return _AllRows(self._values, torch.empty(len(feats), feats.num_features))
+        return _AllRows(self._values, len(feats))
 
     def _values(self, block: Block) -> Tensor:
-        return (block.space("features", True) if self.normalize else block.features).float().cpu()
+        return (block.space("features", True) if self.normalize else block.features).float()
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,82 @@ class Energies:
     def reads(self) -> Sequence[str]:
         return ("features", "logits") if self.share < 1 else ("logits",)
 
-    def start(self, feats: FeatureSet) -> Accumulator:
+    def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
         if self.share < 1:
             return HashedSample(Block.logsumexp, feats, self.share, self.seed)
-        return _AllRows(Block.logsumexp, torch.empty(len(feats), dtype=torch.float64))
+        return _AllRows(Block.logsumexp, len(feats))
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Asks for the logits themselves, ``[N, C]`` on the CPU in the dtype blocks have them in (float32 or float64)."""
+
+    reads: ClassVar[Sequence[str]] = ("logits",)
+
+    def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
+        return _AllRows(lambda block: block.logits, len(feats))
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Asks for features to take quantiles of, ``[M, D]``, in their own precision (half precision as float32).
+
+    All rows as long as they hold at most ``values`` values in all, so that quantiles of them are exact; otherwise as
+    many as that allows, evenly spaced, which is a fair sample unless the order of the rows repeats in the same rhythm.
+    Kept with the set, as other statistics are: by default 256 MiB at most in float32, once for all that ask.
+    """
+
+    values: int = 2**26
+    reads: ClassVar[Sequence[str]] = ("features",)
+
+    def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
+        count = min(len(feats), max(1, self.values // max(feats.num_features, 1)))
+        return _SampledRowsAccumulator(torch.arange(count) * len(feats) // count)
+
+
+def quantiles(values: Tensor, shares: Sequence[float]) -> Tensor:
+    """Quantiles along the first dimension, ``[len(shares), ...]`` on the CPU: those of ``numpy.quantile``.
+
+    They are interpolated linearly. PyTorch's own takes no more than 2^24 values.
+    """
+    return torch.from_numpy(np.quantile(values.cpu().numpy(), list(shares), axis=0))
 
 
 @dataclass
 class _AllRows:
+    """Accumulates a value of each row, on the CPU."""
+
     values: Callable[[Block], Tensor]
-    rows: Tensor
+    length: int
+    rows: Tensor | None = None
 
     def update(self, block: Block) -> None:
-        self.rows[block.start : block.start + len(block)] = self.values(block)
+        values = self.values(block)
+        if self.rows is None:
+            self.rows = torch.empty(self.length, *values.shape[1:], dtype=values.dtype)
+        self.rows[block.start : block.start + len(block)] = values
 
     def result(self) -> Tensor:
+        if self.rows is None:
+            raise BadInput("no block was read.")
+        return self.rows
+
+
+@dataclass
+class _SampledRowsAccumulator:
+    numbers: Tensor
+    rows: Tensor | None = None
+
+    def update(self, block: Block) -> None:
+        if self.rows is None:
+            self.rows = torch.empty(len(self.numbers), block.features.shape[1], dtype=block.features.dtype)
+        first, last = torch.searchsorted(self.numbers, torch.tensor([block.start, block.start + len(block)])).tolist()
+        chosen = self.numbers[first:last] - block.start
+        self.rows[first:last] = block.features[chosen.to(block.features.device)].to(self.rows)
+
+    def result(self) -> Tensor:
+        if self.rows is None:
+            raise BadInput("no block was read.")
         return self.rows
 
 

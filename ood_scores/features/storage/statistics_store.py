@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,11 +24,9 @@ from torch import Tensor
 from ood_scores.atomic import replacing
 from ood_scores.errors import CacheError, StaleCache
 from ood_scores.features.featureset import FeatureSet
+from ood_scores.features.statistics.base import Statistic, Stored
 from ood_scores.features.storage.cache import open_to_read, statistics_file
 from ood_scores.features.storage.columns import DiskColumn
-
-if TYPE_CHECKING:
-    from ood_scores.features.statistics.collect import Statistic
 
 FORMAT = "ood_scores statistics"
 VERSION = 1
@@ -43,24 +41,24 @@ Arrays = Mapping[str, np.ndarray]
 
 def recall(feats: FeatureSet, wanted: Iterable[Statistic]) -> None:
     """Adds to the set's statistics those of the wanted that are kept beside its cache."""
-    cache, kinds = cache_of(feats), _kept_as()
-    asked = [statistic for statistic in wanted if type(statistic) in kinds and statistic not in feats.statistics]
+    cache = cache_of(feats)
+    asked = [each for each in wanted if isinstance(each, Stored) and each not in feats.statistics]
     if not cache or not asked:
         return
     with suppress(*UNUSABLE), _opened(*cache) as h5:
         for statistic in asked:
             arrays = _read(h5, repr(statistic))
             if arrays:
-                feats.statistics[statistic] = _result(kinds[type(statistic)], arrays)
+                feats.statistics[statistic] = _result(statistic.stored_as, arrays)
 
 
 def remember(feats: FeatureSet, found: Mapping[Statistic, Any]) -> None:
     """Adds what was found to the set's statistics, and keeps what is worth it beside the set's cache."""
     feats.statistics.update(found)
-    cache, kinds = cache_of(feats), _kept_as()
+    cache = cache_of(feats)
     if not cache:
         return
-    summaries = {repr(statistic): _arrays(result) for statistic, result in found.items() if type(statistic) in kinds}
+    summaries = {repr(each): _arrays(result) for each, result in found.items() if isinstance(each, Stored)}
     most = LARGEST_SHARE * sum(_bytes(column) for column in feats._columns.values())
     small = {name: arrays for name, arrays in summaries.items() if sum(map(_bytes, arrays.values())) <= most}
     if small:
@@ -73,14 +71,6 @@ def names(cache: Path, identity: str) -> list[str]:
     with suppress(*UNUSABLE), _opened(cache, identity) as h5:
         return list(h5)
     return []
-
-
-def _kept_as() -> Mapping[type, type]:
-    """The statistics that sum up the rows, and the type of their results; what copies rows is never kept."""
-    from ood_scores.features.statistics.collect import FeatureMean, GroupMeans, Means
-    from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments, Moments
-
-    return {ClassMoments: Moments, GlobalMoments: Moments, Means: GroupMeans, FeatureMean: Tensor}
 
 
 def cache_of(feats: FeatureSet) -> tuple[Path, str] | None:

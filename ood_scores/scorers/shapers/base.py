@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet, Head
-from ood_scores.features.statistics.collect import Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import Scorer, as_scorer
 
 
@@ -61,10 +61,10 @@ class Shaper(Scorer):
         """The head of the shaped blocks."""
         return head
 
-    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_shape(self, found: Found, feats: FeatureSet) -> None:
         """Fits the shaper itself, from the collected statistics."""
 
-    def fit_statistics(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.fit_shape(found, feats)
         self._inner.fit(ShapedSet(feats, self))
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ood_scores.features import FeatureSet
-from ood_scores.features.statistics.collect import SampledRows, Statistic, quantiles
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.row_samples import SampledRows, quantiles
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper
@@ -59,7 +60,7 @@ class ReAct(FeatureShaper):
     def statistics(self) -> Sequence[Statistic]:
         return (SampledRows(),)
 
-    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_shape(self, found: Found, feats: FeatureSet) -> None:
         self.threshold_ = float(quantiles(found[SampledRows()].flatten(), [self.q]))
 
     def shape_features(self, features: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class VRA(FeatureShaper):
     def statistics(self) -> Sequence[Statistic]:
         return (SampledRows(),)
 
-    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_shape(self, found: Found, feats: FeatureSet) -> None:
         self.low_, self.high_ = quantiles(found[SampledRows()], [self.low, self.high])
 
     def shape_features(self, features: Tensor) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, Head
-from ood_scores.features.statistics.collect import SampledRows, Statistic, quantiles
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.row_samples import SampledRows, quantiles
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper
@@ -73,7 +73,7 @@ class OptFS(FeatureShaper):
     def statistics(self) -> Sequence[Statistic]:
         return (SampledRows(),)
 
-    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_shape(self, found: Found, feats: FeatureSet) -> None:
         low, high = quantiles(found[SampledRows()].flatten(), [TAIL, 1 - TAIL]).tolist()
         if not high > low:
             raise BadInput("optfs: the features do not vary, so that there is no range to divide into bins.")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet, Head
-from ood_scores.features.statistics.collect import FeatureMean, Statistic, quantiles
+from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.means import FeatureMean
+from ood_scores.features.statistics.row_samples import quantiles
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.shapers.base import FeatureShaper, Shaper
@@ -79,7 +80,7 @@ class DICE(Shaper):
     def statistics(self) -> Sequence[Statistic]:
         return (FeatureMean(),)
 
-    def fit_shape(self, found: Mapping[Statistic, Any], feats: FeatureSet) -> None:
+    def fit_shape(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
         weight = feats.head.weight
         contributions = weight.double() * found[FeatureMean()].to(weight.device)

@@ -1,0 +1,127 @@
+"""Means of the features, of all rows or by class, and of other spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ood_scores.errors import BadInput
+from ood_scores.features.block import Block
+from ood_scores.features.featureset import FeatureSet
+from ood_scores.features.statistics.base import Accumulator
+
+FROM_LOGITS: Mapping[str, Callable[[Block], Tensor]] = {
+    "softmax": Block.softmax,
+    "max_logit": lambda block: block.max_logit()[:, None],
+}
+"""What else than columns there are means of, ``[B, K]``."""
+
+
+@dataclass(frozen=True)
+class FeatureMean:
+    """Asks for the mean of the features over all rows, float64 ``[D]``."""
+
+    reads: ClassVar[Sequence[str]] = ("features",)
+    stored_as: ClassVar[type] = Tensor
+
+    def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
+        return _FeatureMeanAccumulator()
+
+
+@dataclass(frozen=True)
+class GroupMeans:
+    """How many rows each group has, int64 ``[G]``, and their means, float64 ``[G, K]`` (zeros for an empty group)."""
+
+    counts: Tensor
+    means: Tensor
+
+
+@dataclass(frozen=True)
+class Means:
+    """Asks for the ``GroupMeans`` of ``"features"``, ``"logits"``, ``"softmax"``, ``"max_logit"`` or an extra.
+
+    ``group``: ``"all"`` rows together, G = 1; by class, G = C, of the ``"label"`` or as ``"predicted"``; or
+    ``"correct"``: by class, of the rows whose predicted class is their label.
+    """
+
+    space: str = "features"
+    group: Literal["all", "label", "predicted", "correct"] = "all"
+    stored_as: ClassVar[type] = GroupMeans
+
+    @property
+    def reads(self) -> Sequence[str]:
+        space = "logits" if self.space in FROM_LOGITS else self.space
+        return (space, "logits") if self.group in ("predicted", "correct") else (space,)
+
+    def start(self, feats: FeatureSet) -> Accumulator[GroupMeans]:
+        labels = feats.class_labels() if self.group in ("label", "correct") else None
+        highest = 0 if labels is None else int(labels.max())
+        return _MeansAccumulator(self, labels, 1 if self.group == "all" else feats.num_classes or highest + 1)
+
+
+@dataclass
+class _FeatureMeanAccumulator:
+    """The sum of deviations from the first row, so that a large offset costs no digits; in float64 across blocks."""
+
+    first: Tensor | None = None
+    total: Tensor | float = 0.0
+    rows: int = 0
+
+    def update(self, block: Block) -> None:
+        features = block.features
+        self.first = features[0].clone() if self.first is None else self.first
+        self.total = self.total + (features - self.first).sum(dim=0).double()
+        self.rows += len(block)
+
+    def result(self) -> Tensor:
+        if self.first is None:
+            raise BadInput("no block was read.")
+        return self.first.double() + self.total / self.rows
+
+
+@dataclass
+class _MeansAccumulator:
+    statistic: Means
+    labels: Tensor | None
+    groups: int
+    counts: Tensor | None = None
+    sums: Tensor | None = None
+
+    def update(self, block: Block) -> None:
+        values = _values(block, self.statistic.space)
+        if self.counts is None or self.sums is None:
+            self.counts = torch.zeros(self.groups, dtype=torch.int64, device=values.device)
+            self.sums = values.new_zeros(self.groups, values.shape[1], dtype=torch.float64)
+        if self.statistic.group == "all":
+            self.counts += len(block)
+            self.sums += values.sum(dim=0, dtype=torch.float64)
+            return
+        group, values = self._grouped(block, values)
+        self.counts += torch.bincount(group, minlength=self.groups)
+        self.sums.index_add_(0, group, values.double())
+
+    def _grouped(self, block: Block, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The group of each row that counts, and its values."""
+        if self.labels is None:
+            return block.prediction(), values
+        labels = self.labels[block.start : block.start + len(block)].to(values.device)
+        if self.statistic.group == "label":
+            return labels, values
+        correct = block.prediction() == labels
+        return labels[correct], values[correct]
+
+    def result(self) -> GroupMeans:
+        if self.counts is None or self.sums is None:
+            raise BadInput("no block was read.")
+        return GroupMeans(self.counts, self.sums / self.counts.clamp_min(1)[:, None])
+
+
+def _values(block: Block, space: str) -> Tensor:
+    """A space as the block has it, or what is derived from its logits."""
+    if space in FROM_LOGITS:
+        return FROM_LOGITS[space](block)
+    return getattr(block, space) if space in ("features", "logits") else block.extras[space]
