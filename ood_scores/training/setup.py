@@ -13,18 +13,17 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from timm.data.transforms import str_to_pil_interp
 from torch import Generator, Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import transforms
 
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, BadLabels, MissingInput
-from ood_scores.models.networks.classifier import linear_classifier
+from ood_scores.models.networks.classifier import batchnorms, linear_classifier
 from ood_scores.models.opening import fill, make, preprocessing, read_checkpoint
 from ood_scores.training.augment import Augmentation, augmentation, random_resized_crop, seed_of
 from ood_scores.training.distributed import Processes
-from ood_scores.training.objectives import RNA, Objective, create_objective, objective_class
+from ood_scores.training.objectives import Objective, create_objective, objective_class
 from ood_scores.training.recipe import ModelTable, Recipe, Stage
 from ood_scores.training.step import leaves_some_unread
 from ood_scores.training.streams import Images, OpenedImages, make_images, validation_split
@@ -209,11 +208,10 @@ def make_objective(stage: Stage, model: nn.Module, class_counts: list[int], seed
             num_features=head.in_features,
             **stage.objective.settings,
         )
-    has_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if isinstance(objective, RNA) and objective.auxiliary and not has_norm:
+    if objective.through_batchnorm and not batchnorms(model):
         raise BadInput(
-            f"objective 'rna' works through BatchNorm, and {type(model).__name__} has none: OoD images would have no "
-            "effect. Choose a model with BatchNorm, or set objective.auxiliary = false."
+            f"objective {objective.name!r} works through BatchNorm, and {type(model).__name__} has none: OoD images "
+            "would have no effect. Choose a model with BatchNorm, or set objective.auxiliary = false."
         )
     return objective
 
@@ -248,7 +246,7 @@ def trainable_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]
 
 def _matching(model: nn.Module, names: list[str], pattern: str) -> list[str]:
     if pattern == "batchnorm":  # may have no parameters: its statistics follow the data anyway
-        norms = {id(p) for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters()}
+        norms = {id(p) for norm in batchnorms(model) for p in norm.parameters()}
         return [name for name, parameter in model.named_parameters() if id(parameter) in norms]
     if pattern == "head":
         head = {id(parameter) for parameter in linear_classifier(model).parameters()}

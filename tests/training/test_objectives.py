@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import ood_scores.models.networks
 from ood_scores.errors import BadInput, ShapeMismatch
-from ood_scores.training.objectives import (
+from ood_scores.training.objectives import Objective
+from ood_scores.training.objectives.classification import (
     CrossEntropy,
     L2Norm,
     LogitAdjustment,
     LogitNorm,
-    Objective,
     cross_entropy,
     l2_norm,
     logit_adjustment,

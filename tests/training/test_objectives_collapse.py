@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ood_scores.errors import BadLabels
-from ood_scores.training.objectives import NCLoss, collapse_terms, nc_loss
+from ood_scores.training.objectives.collapse import NCLoss, collapse_terms, nc_loss
 
 Array = NDArray[np.float64]
 

@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ood_scores.errors import BadInput, ShapeMismatch
-from ood_scores.training.objectives import (
+from ood_scores.training.objectives import Objective, create_objective
+from ood_scores.training.objectives.classification import CrossEntropy, LogitAdjustment
+from ood_scores.training.objectives.exposure import (
     OECC,
-    CrossEntropy,
-    LogitAdjustment,
-    Objective,
     balanced_energy_hinge,
     confidence_control,
-    create_objective,
     energy_hinge,
     outlier_exposure,
     total_variation,

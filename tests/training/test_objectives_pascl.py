@@ -13,15 +13,14 @@ from torch.nn import functional as F
 
 import ood_scores.models.networks  # noqa: F401  (registers the networks)
 from ood_scores.errors import HeadNotFound, ShapeMismatch
-from ood_scores.training.objectives import (
+from ood_scores.training.objectives.classification import CrossEntropy, LogitAdjustment
+from ood_scores.training.objectives.contrastive import (
     PASCL,
-    CrossEntropy,
-    LogitAdjustment,
-    outlier_exposure,
     partial_asymmetric_contrast,
     second_stage_parameters,
     tail_classes,
 )
+from ood_scores.training.objectives.exposure import outlier_exposure
 
 COUNTS = [70, 20, 9, 4, 1]
 

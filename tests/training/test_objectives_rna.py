@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ood_scores.models.networks.classifier import PooledClassifier
-from ood_scores.training.objectives import RNA, LogitAdjustment, mean_log_norm, rna_loss, without_ood_gradient
+from ood_scores.training.objectives.amplification import RNA, mean_log_norm, rna_loss, without_ood_gradient
+from ood_scores.training.objectives.classification import LogitAdjustment
 
 COUNTS = [70, 20, 9, 1]
 

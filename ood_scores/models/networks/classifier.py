@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ood_scores.errors import HeadNotFound
 
@@ -59,6 +60,11 @@ def linear_classifier(model: nn.Module) -> nn.Linear:
             "Use a timm-style model with one linear classifier."
         )
     return head
+
+
+def batchnorms(model: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers of a model."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def cifar_cfg(mean: tuple[float, ...], std: tuple[float, ...], classifier: str = "fc") -> dict[str, Any]:

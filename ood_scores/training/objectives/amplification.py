@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ood_scores.models.networks.classifier import batchnorms
 from ood_scores.training.objectives.base import Objective, register_objective
 from ood_scores.training.objectives.classification import LogitAdjustment
 from ood_scores.training.objectives.projectors import create_projector
@@ -73,7 +73,7 @@ class RNA(Objective):
         self.weight = weight
         self.amplify = amplify
         self.attenuate = attenuate
-        self.auxiliary = auxiliary
+        self.auxiliary = self.through_batchnorm = auxiliary
 
     def loss(self, features: Tensor, head: nn.Linear, labels: Tensor, ood_features: Tensor) -> Tensor:
         loss = self.base(features, head, labels)
@@ -96,8 +96,7 @@ def without_ood_gradient(model: nn.Module, id_rows: int) -> Iterator[None]:
         (rows,) = args
         return (torch.cat([rows[:id_rows], rows[id_rows:].detach()]),)
 
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    hooks = [norm.register_forward_pre_hook(detach_ood) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(detach_ood) for norm in batchnorms(model)]
     try:
         yield
     finally:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -32,11 +32,16 @@ class Objective(nn.Module, ABC):
             in one forward pass, so that both enter the statistics of BatchNorm, and then splits the features.
         views: 2 if each ID image comes in two augmented views; features are then ``cat(first views, second views)``
             and the labels are repeated likewise.
+        through_batchnorm: OoD images act on the loss through the statistics of BatchNorm alone, so that a network
+            without BatchNorm cannot be trained with it.
+        test_settings: settings without a default, for tests.
     """
 
     name: str
     auxiliary: bool = False
     views: int = 1
+    through_batchnorm: bool = False
+    test_settings: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self) -> None:
         super().__init__()

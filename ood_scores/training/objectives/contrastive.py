@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ood_scores.models.networks.classifier import linear_classifier
+from ood_scores.models.networks.classifier import batchnorms, linear_classifier
 from ood_scores.training.objectives.base import Objective, register_objective
 from ood_scores.training.objectives.classification import cross_entropy
 from ood_scores.training.objectives.exposure import outlier_exposure
@@ -118,5 +117,4 @@ def second_stage_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         HeadNotFound: the model has no single linear classifier.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return [parameter for module in (*norms, linear_classifier(model)) for parameter in module.parameters()]
+    return [parameter for module in (*batchnorms(model), linear_classifier(model)) for parameter in module.parameters()]

@@ -223,6 +223,8 @@ class OECC(Exposure):
         class_counts: for bases with a class prior.
     """
 
+    test_settings = {"train_accuracy": 0.95}  # noqa: RUF012
+
     def __init__(
         self,
         train_accuracy: float,
