@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ood_scores.benchmark.fitting import Ready, fit_ready, score_each
+from ood_scores.benchmark.scorer_runs import ScorerRun, fit_runs, score_runs
 from ood_scores.benchmark.spec import ScorerTable, Search
 from ood_scores.evaluation.metrics import METRICS
 from ood_scores.features import FeatureSet
@@ -23,15 +23,15 @@ def choose(
     Of settings that are as good, the first is chosen. One that fails has the value NaN.
     """
     tried = {
-        (label, setting): Ready(tables[label].create(dict(setting)))
+        (label, setting): ScorerRun(tables[label].create(dict(setting)))
         for label, grid in search.grid.items()
         if label in tables
         for setting in _settings(grid)
     }
     together = {str(number): each for number, each in enumerate(tried.values())}
-    fit_ready(together, fit)
-    inside = score_each(together, sets[search.id])
-    outside = [score_each(together, sets[name]) for name in search.ood]
+    fit_runs(together, fit)
+    inside = score_runs(together, sets[search.id])
+    outside = [score_runs(together, sets[name]) for name in search.ood]
     metric = METRICS[search.metric]
     values = {}
     for number, (key, each) in zip(together, tried.items(), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,11 @@ from ood_scores.benchmark import networks
 from ood_scores.benchmark.digest import digest
 from ood_scores.benchmark.networks import Network, file_name
 from ood_scores.benchmark.results import NotRun
-from ood_scores.benchmark.spec import Extraction, Part, Preprocessing, Spec
+from ood_scores.benchmark.spec import Extraction, Part, Preprocessing, ScorerTable, Spec
 from ood_scores.data.dataset_spec import parse
 from ood_scores.errors import CacheError, MissingData, OodScoresError, UnknownName
 from ood_scores.features import FeatureSet, load
+from ood_scores.scorers.requirements import Has, Requirement, unmet
 
 CACHES = "caches"
 
@@ -244,3 +245,35 @@ def _look_at(source: str, data: Path, download: bool) -> SetFacts:
 def _cost(job: Job, facts: SetFacts) -> float:
     """Roughly: a probe runs the model again, some several times."""
     return (facts.rows or 0) * (1 + 3 * len(job.extraction.probes))
+
+
+def runnable(part: Part, fit: Has | None, sets: Sequence[Has]) -> tuple[dict[str, ScorerTable], dict[str, Requirement]]:
+    """The scorers of a part that can run, by label, and the first thing that each of the others lacks."""
+    tables = {table.label: table for table in part.scorer_tables}
+    unmets = {label: unmet(table.create(), fit, sets) for label, table in tables.items()}
+    lacking = {label: missing for label, missing in unmets.items() if missing}
+    return {label: table for label, table in tables.items() if label not in lacking}, lacking
+
+
+def runnable_after_extraction(
+    unit: Unit, facts: Mapping[str, SetFacts]
+) -> tuple[dict[str, ScorerTable], dict[str, Requirement]]:
+    """``runnable``, as far as it is known before the extraction."""
+    fit = _has(unit.fit, facts) if unit.fit else None
+    return runnable(unit.part, fit, [_has(jobs, facts) for jobs in unit.sets.values()])
+
+
+def _has(jobs: tuple[Job, ...], facts: Mapping[str, SetFacts]) -> Has:
+    """Whether a scorer will find what it needs in a set, or in the sets of an ensemble's members."""
+    if len(jobs) > 1:
+        labelled = _has(jobs[:1], facts)("labels")
+        there = {"features", "logits", "head", "ensemble"} | ({"labels"} if labelled else set())
+        return lambda name: name.partition(".")[0] in there
+    (job,) = jobs
+    feats = job.features()
+    if feats is not None:
+        return feats.has
+    there = {"features", "logits", "head", *(text.partition(":")[0] for text in job.extraction.probes)}
+    there |= {"labels"} if facts[job.source].labelled else set()
+    there |= {"layers"} if job.extraction.layers is not None else set()
+    return lambda name: name.partition(".")[0] in there

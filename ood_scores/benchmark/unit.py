@@ -15,18 +15,18 @@ from torch import Tensor
 
 from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.digest import digest
-from ood_scores.benchmark.fitting import Ready, fit_ready, score_each
 from ood_scores.benchmark.measures import accuracies, measured
 from ood_scores.benchmark.parameter_search import choose
-from ood_scores.benchmark.planning import Job, Unit
+from ood_scores.benchmark.planning import Job, Unit, runnable
 from ood_scores.benchmark.results import interval_columns
+from ood_scores.benchmark.scorer_runs import ScorerRun, fit_runs, score_runs
+from ood_scores.benchmark.spec import Part
 from ood_scores.benchmark.unit_files import Found, SetScores
 from ood_scores.errors import EmptyInput, OodScoresError
 from ood_scores.evaluation import metrics
 from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.scorers import Scorer
-from ood_scores.scorers.requirements import unmet
 
 ID = "id"
 
@@ -54,52 +54,56 @@ def _find(unit: Unit, found: Found) -> None:
     part = unit.part
     sets = {name: _features(jobs) for name, jobs in unit.sets.items()}
     fit = _features(unit.fit) if unit.fit else None
-    ready = _fitted(unit, sets, fit, found)
+    runs = _fitted(unit, sets, fit, found)
     predicts = [_Prediction()] if sets[part.id].has("logits") else []
     reported = {name: feats for name, feats in sets.items() if name in (part.id, *part.covariate, *part.ood)}
-    whole = {name: score_each(ready, feats, predicts) for name, feats in reported.items()}
-    for label in [label for label, each in ready.items() if each.failure]:
-        found.not_run.append(_not_run(label, ready.pop(label).failure))
-    found.scorers = list(ready)
-    by_set = {name: _set_scores(whole[name], reported[name], name, ready) for name in reported}
-    inside = [by_set[name] for name in (part.id, *part.covariate) if name in by_set]
+    whole = {name: score_runs(runs, feats, predicts) for name, feats in reported.items()}
+    _drop_failed(runs, found)
+    found.scorers = list(runs)
+    by_set = {name: _set_scores(whole[name], feats, name, found.scorers) for name, feats in reported.items()}
     found.measures += _tidy(unit, accuracies(part, by_set, reported))
-    outside = {}
-    for name in part.ood:
-        if name in by_set:
-            shows_id = (by_set[name].labels >= 0) & part.relabel
-            inside += [_rows(by_set[name], shows_id)] if shows_id.any() else []
-            outside[name] = _rows(by_set[name], ~shows_id)
-            if shows_id.all():
-                found.not_run.append(_not_run(name, "all of its rows are labelled as ID classes"))
-                del outside[name]
-    found.sets = {ID: _joined(inside), **outside}
-    found.table = _table(unit, found, ready, _provenances(unit, sets, fit))
+    found.sets = _id_and_ood(part, by_set, found)
+    found.table = _table(unit, found, runs, _provenances(unit, sets, fit))
     for name, figures, reason in measured(part, sets[part.id], fit):
         found.measures += _tidy(unit, figures)
         found.not_run += [_not_run(f"{name} of {unit.title}", reason)] if reason else []
 
 
-def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, found: Found) -> dict[str, Ready]:
+def _id_and_ood(part: Part, by_set: Mapping[str, SetScores], found: Found) -> dict[str, SetScores]:
+    """The rows that count as ID, under ``"id"``, and the other rows of each OoD set."""
+    inside = [by_set[name] for name in (part.id, *part.covariate) if name in by_set]
+    outside = {}
+    for name in part.ood:
+        if name in by_set:
+            shows_id = (by_set[name].labels >= 0) & part.relabel
+            inside += [_rows(by_set[name], shows_id)] if shows_id.any() else []
+            if shows_id.all():
+                found.not_run.append(_not_run(name, "all of its rows are labelled as ID classes"))
+            else:
+                outside[name] = _rows(by_set[name], ~shows_id)
+    return {ID: _joined(inside), **outside}
+
+
+def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, found: Found) -> dict[str, ScorerRun]:
     """The scorers that can run, fitted, with the parameters that the search has chosen."""
     part = unit.part
-    tables = {}
     fit_has = fit.has if fit is not None else None
-    for table in part.scorer_tables:
-        missing = unmet(table.create(), fit_has, [feats.has for feats in sets.values()])
-        if missing:
-            found.not_run.append(_not_run(table.label, missing.reason, missing.how_to_get("benchmark")))
-        else:
-            tables[table.label] = table
+    tables, lacking = runnable(part, fit_has, [feats.has for feats in sets.values()])
+    for label, missing in lacking.items():
+        found.not_run.append(_not_run(label, missing.reason, missing.how_to_get("benchmark")))
     chosen: dict[str, Mapping[str, Any]] = {}
     if part.search:
         chosen, tried = choose(part.search, tables, sets, fit)
         found.searched += _tidy(unit, tried)
-    ready = {label: Ready(table.create(chosen.get(label))) for label, table in tables.items()}
-    fit_ready(ready, fit)
-    for label in [label for label, each in ready.items() if each.failure]:
-        found.not_run.append(_not_run(label, ready.pop(label).failure))
-    return ready
+    runs = {label: ScorerRun(table.create(chosen.get(label))) for label, table in tables.items()}
+    fit_runs(runs, fit)
+    _drop_failed(runs, found)
+    return runs
+
+
+def _drop_failed(runs: dict[str, ScorerRun], found: Found) -> None:
+    for label in [label for label, run in runs.items() if run.failure]:
+        found.not_run.append(_not_run(label, runs.pop(label).failure))
 
 
 class _Prediction(Scorer):
@@ -120,12 +124,12 @@ def _features(jobs: Sequence[Job]) -> FeatureSet:
     return there[0] if len(there) == 1 else ensemble(there)
 
 
-def _set_scores(scores: Mapping[str, Tensor], feats: FeatureSet, name: str, ready: Mapping[str, Ready]) -> SetScores:
+def _set_scores(scores: Mapping[str, Tensor], feats: FeatureSet, name: str, scorers: Sequence[str]) -> SetScores:
     unknown = torch.full((len(feats),), -1)
     labels = feats.labels
     predictions = scores.get(_Prediction.name)
     return SetScores(
-        scores=torch.stack([scores[label] for label in ready]) if ready else torch.empty(0, len(feats)).double(),
+        scores=torch.stack([scores[label] for label in scorers]) if scorers else torch.empty(0, len(feats)).double(),
         labels=unknown if labels is None else labels,
         predictions=unknown if predictions is None else predictions.long(),
         rows=torch.arange(len(feats)),
@@ -147,12 +151,12 @@ def _joined(parts: Sequence[SetScores]) -> SetScores:
 
 
 def _table(
-    unit: Unit, found: Found, ready: Mapping[str, Ready], made_by: Mapping[str, list[Provenance]]
+    unit: Unit, found: Found, runs: Mapping[str, ScorerRun], made_by: Mapping[str, list[Provenance]]
 ) -> list[dict[str, Any]]:
     part = unit.part
     accuracy = next((row["value"] for row in found.measures if row["measure"] == "accuracy"), None)
     rows = []
-    for number, (label, each) in enumerate(ready.items()):
+    for number, (label, each) in enumerate(runs.items()):
         for name in found.sets:
             if name == ID:
                 continue
@@ -178,7 +182,7 @@ def _table(
     return rows
 
 
-def _sides(part: Any, sets: Mapping[str, SetScores], ood: str) -> tuple[SetScores, SetScores]:
+def _sides(part: Part, sets: Mapping[str, SetScores], ood: str) -> tuple[SetScores, SetScores]:
     """ID and OoD rows for one OoD set: of the rows that SC-OOD counts as ID, those of this set."""
     inside = sets[ID]
     ours = {part.id, *part.covariate, ood}

@@ -168,10 +168,13 @@ def _caches(planned: Plan, folder: Path) -> Iterator[str]:
 
 def _scorers(unit: Unit, planned: Plan) -> Iterator[str]:
     """What would be scored, as far as can be told before the extraction."""
-    from ood_scores.benchmark.foreseen import foreseen
+    from ood_scores.benchmark.planning import runnable_after_extraction
 
-    run, left_out = foreseen(unit, planned.facts)
+    run, lacking = runnable_after_extraction(unit, planned.facts)
     yield f"[cyan]score[/]    {escape(f'{unit.part.title} · {unit.title}')}: {len(run)} scorers"
     yield f"         [dim]{escape(', '.join(run))}[/]"
+    left_out: dict[str, list[str]] = {}
+    for label, missing in lacking.items():
+        left_out.setdefault(f"{missing.reason}: {missing.how_to_get('benchmark')}", []).append(label)
     for reason, names in left_out.items():
         yield f"         [yellow]without[/] {escape(', '.join(names))} [dim]({escape(reason)})[/]"

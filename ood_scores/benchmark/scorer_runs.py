@@ -1,0 +1,62 @@
+"""Fit and score many scorers in one pass each, and keep what every one of them cost and why it failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ood_scores.errors import OodScoresError
+from ood_scores.features import FeatureSet
+from ood_scores.scorers import Scorer
+from ood_scores.scorers.base import fit_each, score_all
+
+
+@dataclass
+class ScorerRun:
+    """A scorer, what it has cost so far over how many rows, and why it failed; "" if it has not."""
+
+    scorer: Scorer
+    fit_seconds: float = 0.0
+    score_seconds: float = 0.0
+    rows: int = 0
+    failure: str = ""
+
+
+def fit_runs(runs: Mapping[str, ScorerRun], fit: FeatureSet | None) -> None:
+    """Fit all scorers."""
+    if fit is None:
+        return
+    spent: list[float] = []
+    errors = fit_each([run.scorer for run in runs.values()], fit, spent=spent)
+    for run, seconds, error in zip(runs.values(), spent, errors, strict=True):
+        run.fit_seconds, run.failure = seconds, str(error or "")
+
+
+def score_runs(runs: Mapping[str, ScorerRun], feats: FeatureSet, others: Sequence[Scorer] = ()) -> dict[str, Tensor]:
+    """Score a set with all scorers that have not failed, in one pass; if that fails, with one scorer at a time.
+
+    Returns:
+        The scores by label, and those of ``others`` by the name of the scorer.
+    """
+    live = {label: run for label, run in runs.items() if not run.failure}
+    try:
+        return _scores(live, feats, others)
+    except OodScoresError:
+        found = _scores({}, feats, others)
+    for label, run in live.items():
+        try:
+            found |= _scores({label: run}, feats)
+        except OodScoresError as error:
+            run.failure = str(error)
+    return found
+
+
+def _scores(runs: Mapping[str, ScorerRun], feats: FeatureSet, others: Sequence[Scorer] = ()) -> dict[str, Tensor]:
+    spent: list[float] = []
+    scores = score_all([*(run.scorer for run in runs.values()), *others], feats, spent=spent)
+    for run, seconds in zip(runs.values(), spent, strict=False):
+        run.score_seconds += seconds
+        run.rows += len(feats)
+    return dict(zip([*runs, *(scorer.name for scorer in others)], scores, strict=True))
