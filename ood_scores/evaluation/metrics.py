@@ -403,12 +403,3 @@ def number(value: float, percent: bool = True, digits: int | None = None, *, sig
 
 def headline_metrics() -> list[Metric]:
     return [metric for metric in METRICS.values() if metric.headline]
-
-
-def metric_of(name: str) -> Metric:
-    """The metric with a name.
-
-    Raises:
-        UnknownName: there is no such metric.
-    """
-    return METRICS[name]

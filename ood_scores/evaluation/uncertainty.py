@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit, ndtr, ndtri
 
 from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
-from ood_scores.evaluation.metrics import RocCounts, Scores, checked_scores, metric_of, roc_counts
+from ood_scores.evaluation.metrics import METRICS, RocCounts, Scores, checked_scores, roc_counts
 
 ScoreTable: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[Scores]"
 
@@ -228,7 +228,7 @@ def tied_with_best(aurocs: ArrayLike, covariance: ArrayLike, level: float = 0.05
 
 def interval(metric: str, id_scores: Scores, ood_scores: Scores) -> Interval:
     """95% interval of a metric by the method that ``METRICS`` names: DeLong's or the bootstrap."""
-    if metric_of(metric).interval == "DeLong":
+    if METRICS[metric].interval == "DeLong":
         return auroc_interval(id_scores, ood_scores)
     return bootstrap(id_scores, ood_scores, metric)
 
@@ -261,7 +261,7 @@ def bootstrap(
         BadInput: fewer than 2 replicates, or a level outside (0, 1). Besides, what `roc_counts` raises.
     """
     _check_level(level)
-    measured = metric_of(metric)
+    measured = METRICS[metric]
     if replicates < 2:
         raise BadInput(f"{replicates} replicates have no spread; give at least 2, better 1000")
     counts = measured.counts(roc_counts(id_scores, ood_scores))

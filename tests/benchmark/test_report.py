@@ -452,11 +452,11 @@ def test_histogram_path_has_a_bar_for_each_bin() -> None:
 
 
 def test_figures_of_all_scorers_while_they_are_few(
-    results: Results, parts: dict[str, list[ScoreTable]], page: str, monkeypatch: pytest.MonkeyPatch
+    results: Results, parts: dict[str, list[ScoreTable]], page: str
 ) -> None:
     def cards(text: str) -> int:
         return sum(attrs.get("class") == "card" for _, attrs in Page(text).elements)
 
     assert cards(page) == len(MODELS) * len(SCORERS)
-    monkeypatch.setattr(html, "MOST_FIGURES", len(MODELS) * len(SCORERS) - 1)
-    assert cards(html.page(results, parts, lambda part, name: None)) == len(MODELS) * html.SHOWN
+    few = html.page(results, parts, lambda part, name: None, most_figures=len(MODELS) * len(SCORERS) - 1)
+    assert cards(few) == len(MODELS) * html.SHOWN

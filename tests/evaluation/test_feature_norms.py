@@ -10,7 +10,6 @@ from made_features import random_set
 from ood_scores import FeatureSet
 from ood_scores.errors import BadInput, BadLabels, MissingInput, ShapeMismatch
 from ood_scores.evaluation.feature_norms import norm_bins, norm_groups
-from ood_scores.features import featureset
 
 # --- change of features by norm group -------------------------------------------------------------------------------
 
@@ -30,11 +29,10 @@ def test_norm_groups_by_hand() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-def test_norm_groups_equal_a_loop(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norm_groups_equal_a_loop(rows: int) -> None:
     rng = np.random.default_rng(0)
     walk = rng.normal(size=(4, 60, 5)).cumsum(axis=0)
-    monkeypatch.setattr(featureset, "BLOCK_BYTES", 8 * 5 * rows)
-    table = norm_groups([FeatureSet(epoch) for epoch in walk], edges=(2, 4, 5))
+    table = norm_groups([FeatureSet(epoch).in_blocks(rows) for epoch in walk], edges=(2, 4, 5))
     norms = np.sqrt((walk[-1] ** 2).sum(axis=1))
     assert len(table) == 3 * 4
     for epoch, low, high, count, change in table[["epoch", "low", "high", "rows", "change"]].to_numpy():
@@ -93,15 +91,14 @@ def test_equal_norms_share_a_bin() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 13, 1000])
-def test_scaled_features_and_any_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaled_features_and_any_blocks(rows: int) -> None:
     feats = random_set(4, 6)
     assert feats.head is not None
     assert feats.logits is not None
     assert feats.labels is not None
-    monkeypatch.setattr(featureset, "BLOCK_BYTES", 8 * 10 * rows)
     expected = norm_bins(FeatureSet(feats.features, feats.head(feats.features * 0.1), feats.labels), bins=5)
     order = np.random.default_rng(0).permutation(len(feats))
-    table = norm_bins(feats[order], bins=5, scale=0.1)
+    table = norm_bins(feats[order].in_blocks(rows), bins=5, scale=0.1)
     np.testing.assert_allclose(table["confidence"], expected["confidence"], rtol=1e-12)
     unscaled = norm_bins(feats, bins=5)
     np.testing.assert_allclose(table["accuracy"], unscaled["accuracy"])

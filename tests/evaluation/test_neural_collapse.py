@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from ood_scores import FeatureSet, Head
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch, UnknownName
 from ood_scores.evaluation.neural_collapse import neural_collapse, singular_values
-from ood_scores.features import featureset
 
 Array = NDArray[Any]
 SHAPES = [(4, 9), (4, 3), (7, 3), (10, 2), (2, 1), (2, 5), (5, 64)]
@@ -166,10 +165,8 @@ def test_any_blocks_and_any_order_give_the_same(rows: int, seed: int, shape: tup
     feats = random_set(*shape)
     expected = asdict(neural_collapse(feats))
     order = np.random.default_rng(seed).permutation(len(feats))
-    shuffled = feats[order]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(featureset, "BLOCK_BYTES", 8 * rows * sum(shape))
-        assert asdict(neural_collapse(shuffled)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    found = asdict(neural_collapse(feats[order].in_blocks(rows)))
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_sets_on_disk_are_measured_alike(tmp_path: Any) -> None:

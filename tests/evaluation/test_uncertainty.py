@@ -430,7 +430,7 @@ def test_bad_covariance():
 
 
 def test_bad_bootstrap():
-    with pytest.raises(UnknownName, match="aupr_out, fpr95_id"):
+    with pytest.raises(UnknownName, match="did you mean 'fpr95_id'"):
         bootstrap(*GOOD, "fpr95")
     with pytest.raises(BadInput, match="1 replicates"):
         bootstrap(*GOOD, replicates=1)

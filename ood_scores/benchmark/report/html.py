@@ -49,7 +49,6 @@ SEARCHED = ["scorer", "parameters", "metric", "value", "chosen", "model", "check
 SHOWN = 6
 """Scorers of each model, from the best, whose figures are open."""
 MOST_FIGURES = 400
-"""Scorers of all models and parts together, beyond which the figures of the others are left out."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,14 @@ class PartView:
 Images = Callable[[str, str], "ImageDataset | None"]
 
 
-def page(results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Images) -> str:
-    """The whole page. ``images`` as for ``write_report``."""
+def page(
+    results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Images, most_figures: int = MOST_FIGURES
+) -> str:
+    """The whole page. ``images`` as for ``write_report``.
+
+    With more scorers of all models and parts together than ``most_figures``, only the first ``SHOWN`` of each model are
+    drawn.
+    """
     environment = Environment(
         loader=PackageLoader("ood_scores.benchmark.report"),
         autoescape=True,
@@ -106,7 +111,7 @@ def page(results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Im
     environment.filters |= {"number": number, "brief": _brief}
     return environment.get_template("report.html.j2").render(
         results=results,
-        parts=_parts(results, parts, cache(images)),
+        parts=_parts(results, parts, cache(images), most_figures),
         metrics=shown_metrics(),
         headline=headline_metrics(),
         shown=SHOWN,
@@ -123,9 +128,11 @@ def page(results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Im
     )
 
 
-def _parts(results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Images) -> list[PartView]:
-    every = sum(len(table.rows) for tables in parts.values() for table in tables) <= MOST_FIGURES
-    figures = None if every else SHOWN
+def _parts(
+    results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Images, most_figures: int
+) -> list[PartView]:
+    scorers = sum(len(table.rows) for tables in parts.values() for table in tables)
+    figures = None if scorers <= most_figures else SHOWN
     return [_part(results, f"part{i}", part, parts[part], figures, images) for i, part in enumerate(parts)]
 
 
