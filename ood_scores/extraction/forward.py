@@ -17,11 +17,11 @@ from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.hooks import Capture
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes.base import Pass, Probe, watch_all
-from ood_scores.extraction.transfers import Arriving, Transfers
 from ood_scores.extraction.writers import feature_set
 from ood_scores.features import FeatureSet, Head
 from ood_scores.features.finite import require_finite
 from ood_scores.models.running import autocasting, evaluating, model_device, model_dtype
+from ood_scores.runtime import Arriving, Transfers
 
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 """One lock for each model that runs: its modes and hooks belong to one caller at a time."""
@@ -100,7 +100,7 @@ class Forward:
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Inputs on the device, in the model's floating-point type and memory format, and labels."""
         inputs, labels = loaders.unpack(batch)
-        inputs = self._transfers.to_device(inputs)
+        inputs = self._transfers.to_device({"inputs": inputs}).on_device()["inputs"]
         if inputs.is_floating_point():
             inputs = inputs.to(model_dtype(self.model, inputs.dtype))
         if self.options.channels_last:

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ood_scores.extraction.transfers import Arriving
 from ood_scores.features import FeatureSet, Head, Provenance
 from ood_scores.features.finite import require_finite
+from ood_scores.runtime import Arriving
 
 AHEAD = 2
 """Most batches that wait to be written; the model waits when there are as many."""

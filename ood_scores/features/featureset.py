@@ -16,10 +16,9 @@ from torch import Tensor
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch
 from ood_scores.features.block import Block
 from ood_scores.features.head import Head
-from ood_scores.features.prefetch import moved
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import columns as col
-from ood_scores.runtime import CPU, find_device
+from ood_scores.runtime import CPU, blocks_on, find_device
 
 BLOCK_BYTES = 16 * 2**20
 """Largest default size of a block, counted in float64."""
@@ -197,7 +196,7 @@ class FeatureSet:
         head = self.head.to(to) if self.head and to else self.head
         parts = self._parts(columns, rows)
         starts = range(0, len(self), rows)
-        for start, part in zip(starts, moved(parts, to) if to else parts, strict=True):
+        for start, part in zip(starts, blocks_on(to, parts) if to else parts, strict=True):
             extras = {name.removeprefix("extras/"): part[name] for name in part if name.startswith("extras/")}
             basic = {name: part.get(name) for name in ("features", "logits", "labels")}
             yield Block(**basic, head=head, extras=extras, start=start, rows=min(rows, len(self) - start))
@@ -228,7 +227,7 @@ class FeatureSet:
 
     def _runs(self) -> Iterator[dict[str, Tensor]]:
         """All columns as they are stored, on the CPU, some rows at a time."""
-        return moved(self._parts(self._columns, self._default_rows(self._columns)), CPU)
+        return blocks_on(CPU, self._parts(self._columns, self._default_rows(self._columns)))
 
     def check_finite(self) -> None:
         """Raises naming the first row, if features, logits or extras hold NaN or infinite values."""

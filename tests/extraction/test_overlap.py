@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 import ood_scores
 from ood_scores.cli import app
 from ood_scores.errors import BadInput, NotFinite, StaleCache
-from ood_scores.extraction.transfers import Arriving, Transfers
 from ood_scores.extraction.writers import AHEAD, BackgroundWriter
 from ood_scores.features.finite import require_finite
 from ood_scores.features.storage import cache as caches
 from ood_scores.models.networks import cifar_resnet20
+from ood_scores.runtime import Arriving, Transfers
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS, BATCH = 72, 8
