@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ood_scores.benchmark.measures import MEASURES, figures_of_models
+from ood_scores.benchmark.measures import FIGURES, MEASURES
 from ood_scores.benchmark.spec import Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
@@ -199,4 +199,4 @@ def _published(part: Part, number: Published) -> Found:
         yield from _unknown(("published", "ood"), "OoD set", str(number.ood), [*part.ood, *GROUPS])
     else:
         figure = figure_of(number.metric)[0]
-        yield from _unknown(("published", "metrics"), "figure of a model", figure, figures_of_models())
+        yield from _unknown(("published", "metrics"), "figure of a model", figure, FIGURES)

@@ -15,6 +15,7 @@ from ood_scores.evaluation.long_tail import long_tail_report
 from ood_scores.evaluation.metrics import METRICS, Metric
 from ood_scores.evaluation.neural_collapse import TITLES, neural_collapse
 from ood_scores.features import FeatureSet
+from ood_scores.registry import Registry
 
 Figures = Sequence[Mapping[str, Any]]
 
@@ -34,7 +35,7 @@ def measured(part: Part, id: FeatureSet, fit: FeatureSet | None) -> Iterator[tup
     """Name, figures and, where there are none, the reason, for each of the part's measures."""
     for name in part.measures:
         try:
-            yield name, _rows(MEASURES[name].measure(id, fit)), ""
+            yield name, _rows(MEASURES[name](id, fit)), ""
         except OodScoresError as error:
             yield name, [], str(error)
 
@@ -58,34 +59,15 @@ def _rows(figures: Mapping[str, float]) -> Figures:
     return [{"measure": name, "value": value} for name, value in figures.items()]
 
 
-@dataclass(frozen=True)
-class Measure:
-    """Figures of a model that a spec can ask for.
-
-    Attributes:
-        measure: computes the figures by name from the ID set and the fit set.
-        titles: titles of the figures by name.
-        percent: whether the figures are shares; published ones are then in percent.
-    """
-
-    measure: Callable[[FeatureSet, Any], Mapping[str, float]]
-    titles: Mapping[str, str]
-    percent: bool = True
-
-
-MEASURES = {
-    "neural_collapse": Measure(_collapse, TITLES, percent=False),
-    "long_tail": Measure(
-        _long_tail,
-        {name: name for name in ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")},
-    ),
-}
-"""By the name in a spec; a model's ``accuracy`` is always measured."""
+MEASURES: Registry[Callable[[FeatureSet, Any], dict[str, float]]] = Registry(
+    "measure", {"neural_collapse": _collapse, "long_tail": _long_tail}
+)
+"""What a spec can measure of a model, from the ID set and the fit set; the accuracy is always measured."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """How a metric of a scorer or a figure of a model is shown."""
+    """How a figure of a model is shown."""
 
     title: str
     percent: bool = True
@@ -95,14 +77,14 @@ class Figure:
         return 100 if self.percent else 1
 
 
-def figures_of_models() -> dict[str, Figure]:
-    """The figures of a model by name."""
-    found = {"accuracy": Figure("ID accuracy")}
-    for measure in MEASURES.values():
-        found |= {name: Figure(title, measure.percent) for name, title in measure.titles.items()}
-    return found
+FIGURES = {
+    "accuracy": Figure("ID accuracy"),
+    **{name: Figure(title, percent=False) for name, title in TITLES.items()},
+    **{name: Figure(name) for name in ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")},
+}
+"""The figures of models that can be published, by name."""
 
 
 def shown_as(name: str) -> Metric | Figure:
     """Title and unit of a metric or of a figure of a model."""
-    return METRICS.get(name) or figures_of_models().get(name) or Figure(name)
+    return METRICS.get(name) or FIGURES.get(name) or Figure(name)
