@@ -1,4 +1,4 @@
-"""Scorers of entropy.py, each held to a plain float64 reference and to pytorch-ood where it has it."""
+"""Scores of the logits, each held to a plain float64 reference and to pytorch-ood where it has it."""
 
 from __future__ import annotations
 
