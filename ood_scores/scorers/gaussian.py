@@ -58,7 +58,7 @@ class Mahalanobis(Scorer):
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
-        means = moments.means[classes_present(moments.counts)]
+        means = moments.means[classes_present(moments.counts, self.name)]
         self.centre_ = means.mean(dim=0)
         self.whitening_ = whitening(moments.scatter / moments.counts.sum())
         self.means_ = (means - self.centre_) @ self.whitening_
@@ -153,7 +153,7 @@ class RelativeMahalanobis(Scorer):
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
-        present = classes_present(moments.counts)
+        present = classes_present(moments.counts, self.name)
         means, weights = moments.means[present], moments.counts[present] / moments.counts.sum().double()
         root = whitening(moments.scatter / moments.counts.sum())
         self.mean_ = weights @ means
@@ -218,10 +218,12 @@ def squared_distances(rows: Tensor, centres: Tensor) -> Tensor:
     return (products + centres.square().sum(dim=1)).clamp_min(0)
 
 
-def classes_present(counts: Tensor) -> Tensor:
+def classes_present(counts: Tensor, name: str) -> Tensor:
+    """Which classes have rows to fit, bool ``[C]``; warns if some have none."""
     present = counts > 0
     if not present.all():
         warnings.warn(
-            f"{int((~present).sum())} of {len(counts)} classes have no row to fit and are left out.", stacklevel=5
+            f"{name}: {int((~present).sum())} of {len(counts)} classes have no row to fit and are left out.",
+            stacklevel=5,
         )
     return present

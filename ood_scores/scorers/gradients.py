@@ -292,7 +292,7 @@ class GROOD(Scorer):
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (groups,) = (found[statistic] for statistic in self.statistics())
-        means = groups.means[classes_present(groups.counts)]
+        means = groups.means[classes_present(groups.counts, self.name)]
         self.prototypes_ = torch.cat([means, self._of_ood(means)[None]])
         self.bank_ = self._gradients_of_correct(feats) if self.by == "nearest" else None
 

@@ -105,7 +105,7 @@ class GMM(Scorer):
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (moments,) = (found[statistic] for statistic in self.statistics())
-        present = classes_present(moments.counts)
+        present = classes_present(moments.counts, self.name)
         counts = moments.counts[present]
         if (counts == 1).any():
             warnings.warn(

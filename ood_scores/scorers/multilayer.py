@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,7 +15,7 @@ from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
-from ood_scores.scorers.gaussian import squared_distances, whitening
+from ood_scores.scorers.gaussian import classes_present, squared_distances, whitening
 from ood_scores.scorers.papers import LEE_2018
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.requirements import Requirement
@@ -140,7 +139,7 @@ class MahalanobisLayers(LayeredScorer):
         self._find_layers(feats)
         found = collect(feats, [ClassMoments(name) for name in self.names()])
         moments: list[Moments] = list(found.values())
-        present = _classes_with_rows(moments[0].counts, self.name)
+        present = classes_present(moments[0].counts, self.name)
         self.centres_, self.whitenings_, self.means_ = [], [], []
         for layer in moments:
             means = layer.means[present]
@@ -251,13 +250,3 @@ def regression(rows: Tensor, others: Tensor) -> tuple[Tensor, float]:
     model.fit(((columns - mean) / std).cpu().numpy(), is_row.numpy())
     weights = torch.from_numpy(model.coef_[0]).to(columns) / std
     return weights, float(model.intercept_[0]) - float(weights @ mean)
-
-
-def _classes_with_rows(counts: Tensor, name: str) -> Tensor:
-    present = counts > 0
-    if not present.all():
-        warnings.warn(
-            f"{name}: {int((~present).sum())} of {len(counts)} classes have no row to fit and are left out.",
-            stacklevel=5,
-        )
-    return present

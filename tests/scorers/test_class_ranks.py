@@ -1,39 +1,17 @@
-"""excel and cf_ood, held to plain references that follow the authors' code one row and one rank at a time."""
+"""excel against a plain reference that follows the authors' code one row and one rank at a time."""
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from many_classes import CLASSES, FEATS, FIT, FIT_LOGITS, LOGITS, ROWS, TRAIN, Array
 
 from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput
 from ood_scores.features.statistics.collect import collect
-from ood_scores.scorers import cf_ood, class_ranks
-from ood_scores.scorers.cf_ood import HashedRows, first_with_enough, neighbour_shares
+from ood_scores.scorers import class_ranks
 from ood_scores.scorers.class_ranks import RankLevels
-
-Array = NDArray[np.float64]
-CLASSES, WIDTH = 15, 6
-MEANS = 1.5 * np.random.default_rng(99).normal(size=(CLASSES, WIDTH))
-
-
-def unit(values: torch.Tensor) -> torch.Tensor:
-    return values / values.norm(dim=1, keepdim=True)
-
-
-def rows(count: int, seed: int) -> Array:
-    rng = np.random.default_rng(seed)
-    return MEANS[np.arange(count) % CLASSES] + 0.5 * rng.normal(size=(count, WIDTH))
-
-
-FIT, ROWS = rows(400, seed=0), np.concatenate([rows(40, seed=1), np.random.default_rng(2).normal(size=(20, WIDTH))])
-FIT_LOGITS, LOGITS = FIT @ MEANS.T, ROWS @ MEANS.T
-TRAIN, FEATS = FeatureSet(FIT, FIT_LOGITS), FeatureSet(ROWS, LOGITS)
 
 
 def excel(fit: Array, logits: Array, alpha: float, upper: float, reward: float, top: int) -> list[float]:
@@ -107,119 +85,7 @@ def test_bad_parameters_of_excel_are_named() -> None:
             create_scorer("excel", **params)
 
 
-def cfof(bank: Array, features: Array, rho: float) -> list[float]:
-    """The score as the authors' postprocessor computes it."""
-    count, grid = len(bank), [*np.linspace(0.001, 0.1, 100), *np.linspace(0.105, 0.5, 81), *np.linspace(0.51, 0.99, 49)]
-    shares: list[float] = []
-    positions: list[int] = []
-    for share in grid:
-        if not positions or int(share * count - 1) > positions[-1]:
-            shares.append(share)
-            positions.append(int(share * count - 1))
-    neighbours = [np.sort([np.sum((b - other) ** 2) for other in bank]) for b in bank]
-    found = []
-    for z in features / np.linalg.norm(features, axis=1, keepdims=True):
-        distances = [np.sum((z - b) ** 2) for b in bank]
-        kappa = 1.0
-        for share, position in zip(shares, positions, strict=True):
-            near = [d <= ordered[position + 1] + 1e-12 for d, ordered in zip(distances, neighbours, strict=True)]
-            if np.mean(near) >= rho - 1e-12:
-                kappa = share
-                break
-        found.append(-kappa)
-    return found
-
-
-@pytest.mark.parametrize(("share", "rho"), [(0.1, 0.01), (0.25, 0.05), (1.0, 0.005), (0.25, 1.0), (0.25, 0.6)])
-def test_cf_ood(share: float, rho: float) -> None:
-    scorer: Any = create_scorer("cf_ood", share=share, rho=rho).fit(TRAIN)
-    assert scorer.bank_.shape == (int(share * len(FIT)), WIDTH)
-    np.testing.assert_allclose(scorer.score(FEATS), cfof(scorer.bank_.numpy(), ROWS, rho), rtol=1e-12)
-
-
-def test_cf_ood_of_rows_of_the_bank() -> None:
-    """Their distances are equal to those that were sorted, whatever the block they are computed in."""
-    scorer: Any = create_scorer("cf_ood", share=1.0, rho=0.02).fit(TRAIN)
-    expected = cfof(scorer.bank_.numpy(), FIT, 0.02)
-    for block_rows in (400, 7):
-        np.testing.assert_allclose(scorer.score(TRAIN, block_rows=block_rows), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("spread", [1.0, 1e-3])
-@pytest.mark.parametrize("width", [3, 100])
-def test_cf_ood_decides_in_float32_only_where_float64_agrees(spread: float, width: int) -> None:
-    """Of rows of the bank, whose distances are equal to some of those that they are compared with, too."""
-    rng = np.random.default_rng(7)
-    means = 1 + rng.normal(size=(4, width))
-    fit = means[np.arange(800) % 4] + spread * rng.normal(size=(800, width))
-    scorer: Any = create_scorer("cf_ood", share=0.5, rho=0.02).fit(FeatureSet(fit))
-    new = unit(torch.from_numpy(means[np.arange(600) % 4] + spread * rng.normal(size=(600, width))))
-    rows = torch.cat([new, scorer.bank_, torch.zeros(1, width, dtype=torch.float64)])
-    found, sure = scorer._found_in_float32(rows)
-    expected = scorer._found_in_float64(rows)
-    assert torch.equal(found[sure], expected[sure])
-    assert spread < 1 or sure[:600].double().mean() > 0.95
-    assert torch.equal(scorer.score(FeatureSet(rows)), -torch.cat([scorer.shares_, torch.ones(1)])[expected])
-
-
-def test_bisection_counts_what_is_reached() -> None:
-    values, limits = (
-        torch.tensor([[1.0, 5.0, 3.0], [0.0, 0.0, 0.0], [9.0, 9.0, 9.0]]),
-        torch.tensor([8.0, 4.0, 3.0, 1.0]),
-    )
-    reached = [first_with_enough(values, limits[:, None].expand(4, 3), enough).tolist() for enough in (1, 2, 3)]
-    assert reached == [[1, 4, 0], [2, 4, 0], [3, 4, 0]]
-
-
-@pytest.mark.parametrize("name", ["cf_ood", "excel"])
-def test_in_any_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    whole = score(name, FEATS, fit=TRAIN)
+def test_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = score("excel", FEATS, fit=TRAIN)
     monkeypatch.setattr(class_ranks, "PIECE", 500)
-    monkeypatch.setattr(cf_ood, "PIECE", 500)
-    monkeypatch.setattr(cf_ood, "NARROW_PIECE", 300)
-    assert torch.equal(score(name, FEATS, fit=FeatureSet(FIT, FIT_LOGITS)), whole)
-
-
-def test_far_rows_score_lower() -> None:
-    inside, outside = score("cf_ood", FEATS, fit=TRAIN, share=1.0).split([40, 20])
-    assert inside.mean() > outside.mean() / 2
-
-
-@pytest.mark.parametrize("count", [2, 3, 10, 99, 1000, 5000])
-def test_neighbour_shares(count: int) -> None:
-    shares, positions = neighbour_shares(count)
-    assert positions[0] == max(1, int(0.001 * count))
-    assert (positions.diff() > 0).all()
-    assert positions[-1] < count
-    assert (shares.diff() > 0).all()
-    assert len(shares) <= 230
-
-
-def test_hashed_rows_are_a_fair_seeded_sample_of_the_rows() -> None:
-    unit = FIT / np.linalg.norm(FIT, axis=1, keepdims=True)
-    order = np.random.default_rng(3).permutation(len(FIT))
-    found = [
-        collect(FeatureSet(rows), [HashedRows(0.25, seed)]) for rows, seed in ((FIT, 0), (FIT[order], 0), (FIT, 1))
-    ]
-    samples = [next(iter(sample.values())) for sample in found]
-    assert torch.equal(samples[0], samples[1])
-    assert not torch.equal(samples[0], samples[2])
-    chosen = []
-    for seed in range(40):
-        bank = collect(FeatureSet(FIT), [HashedRows(0.25, seed)])[HashedRows(0.25, seed)].numpy()
-        numbers = [int(np.flatnonzero((np.abs(unit - row) < 1e-12).all(axis=1))[0]) for row in bank]
-        assert len(set(numbers)) == 100
-        chosen.extend(numbers)
-    times = np.bincount(chosen, minlength=len(FIT))
-    assert times.mean() == 10
-    assert 5 < times.var() < 10  # 7.5 for a binomial distribution
-    assert abs(np.corrcoef(times, np.arange(len(FIT)))[0, 1]) < 0.2
-
-
-def test_cf_ood_needs_two_rows_and_sound_parameters() -> None:
-    with pytest.raises(BadInput, match="two at least"):
-        create_scorer("cf_ood").fit(FeatureSet(FIT[:1]))
-    assert math.isfinite(score("cf_ood", FEATS, fit=FeatureSet(FIT[:2])).sum())
-    for params in ({"share": 0.0}, {"share": 1.5}, {"rho": 0.0}, {"rho": 1.1}):
-        with pytest.raises(BadInput, match=next(iter(params))):
-            create_scorer("cf_ood", **params)
+    assert torch.equal(score("excel", FEATS, fit=FeatureSet(FIT, FIT_LOGITS)), whole)

@@ -1,53 +1,20 @@
-"""Scores of several layers against the formulas written out as loops, and scikit-learn."""
+"""mahalanobis_layers against the formulas written out as loops, and what all scorers of several layers do."""
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from layered import CLASSES, FAR, ROWS, TEST, TRAIN, WIDTHS, problem, without
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
 
 import ood_scores
 import ood_scores.probes
 from ood_scores import FeatureSet, create_scorer
 from ood_scores.errors import BadInput, BadLabels, MissingInput, NotFinite, ShapeMismatch
-from ood_scores.scorers.gram import deviation
-
-ROWS, CLASSES = 60, 3
-WIDTHS = {"stem": 4, "block.1": 6}
-
-
-def problem(rows: int = ROWS, seed: int = 0, shift: float = 0.0, classes: int = CLASSES, **extras: Any) -> FeatureSet:
-    """Layers with classes apart; the perturbed ones are off in one layer more than in the other."""
-    random = torch.Generator().manual_seed(seed)
-    labels = torch.arange(rows) % classes
-    layers, perturbed = {}, {}
-    for number, (name, width) in enumerate(WIDTHS.items()):
-        mix = torch.randn(width, width, generator=torch.Generator().manual_seed(100 + number))
-        means = 2 * torch.randn(classes, width, generator=torch.Generator().manual_seed(200 + number))
-        values = means[labels] + torch.randn(rows, width, generator=random) @ mix + shift
-        layers[f"layers.{name}"] = values
-        perturbed[f"fgsm.{name}"] = values + (1 + number) * torch.randn(rows, width, generator=random)
-    logits = 3 * torch.eye(classes)[labels] + torch.randn(rows, classes, generator=random)
-    grams = {
-        f"gram.{name}": torch.randn(rows, 2, width, generator=random) + logits[:, :1, None] + shift
-        for name, width in WIDTHS.items()
-    }
-    return FeatureSet(logits[:, :2], logits.double(), labels, extras={**layers, **perturbed, **grams, **extras})
-
-
-TRAIN, TEST, FAR = problem(), problem(20, seed=1), problem(20, seed=2, shift=4.0)
-
-
-def without(feats: FeatureSet, *prefixes: str, **extras: Tensor) -> FeatureSet:
-    kept = {name: values for name, values in feats.extras.items() if not name.startswith(prefixes)}
-    return FeatureSet(feats.features, feats.logits, feats.labels, extras={**kept, **extras})
 
 
 def layer_score(row: np.ndarray, values: np.ndarray, labels: np.ndarray) -> float:
@@ -85,9 +52,6 @@ def scores_left_out(fit: FeatureSet, names: list[str]) -> tuple[np.ndarray, np.n
                 [layer_score(row, np.delete(values, i, 0), np.delete(labels, i)) for i, row in enumerate(rows)]
             )
     return np.array(found["layers"]).T, np.array(found["fgsm"]).T
-
-
-# --- mahalanobis_layers -----------------------------------------------------------------------------------------------
 
 
 def test_the_sum_is_that_of_the_layers() -> None:
@@ -226,9 +190,6 @@ def test_labels_outside_the_classes() -> None:
         create_scorer("mahalanobis_layers").fit(fit)
 
 
-# --- both -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("name", "extra"), [("mahalanobis_layers", "layers"), ("gram", "gram")])
 class TestLayers:
     def test_a_layer_missing_at_scoring(self, name: str, extra: str) -> None:
@@ -292,109 +253,6 @@ class TestLayers:
 def test_combine_is_one_of_two() -> None:
     with pytest.raises(BadInput, match="combine must be 'regression' or 'sum', got 'mean'"):
         create_scorer("mahalanobis_layers", combine="mean")
-
-
-# --- gram -------------------------------------------------------------------------------------------------------------
-
-
-def gram_deviation(row: np.ndarray, others: np.ndarray) -> float:
-    """Sum over orders and channels of how far the row is outside what the others have."""
-    total = 0.0
-    for order in range(row.shape[0]):
-        for channel in range(row.shape[1]):
-            value, usual = row[order, channel], others[:, order, channel]
-            if value < usual.min():
-                total += (usual.min() - value) / max(abs(usual.min()), 1e-6)
-            elif value > usual.max():
-                total += (value - usual.max()) / max(abs(usual.max()), 1e-6)
-    return total
-
-
-def gram_by_loops(feats: FeatureSet, fit: FeatureSet, confidence: bool = True) -> np.ndarray:
-    assert fit.logits is not None
-    assert feats.logits is not None
-    fit_predicted, predicted = fit.logits.argmax(1).numpy(), feats.logits.argmax(1).numpy()
-
-    def divisor(of: FeatureSet) -> np.ndarray:
-        assert of.logits is not None
-        logits = of.logits.double().numpy()
-        likely = np.exp(logits.max(axis=1)) / np.exp(logits).sum(axis=1)
-        return likely if confidence else np.ones(len(of))
-
-    score = np.zeros(len(feats))
-    for name in WIDTHS:
-        values, rows = (of.extras[f"gram.{name}"].double().numpy() for of in (fit, feats))
-        usual = []
-        for i, row in enumerate(values):
-            others = (fit_predicted == fit_predicted[i]) & (np.arange(len(fit)) != i)
-            if others.any():
-                usual.append(gram_deviation(row, values[others]) / divisor(fit)[i])
-        for i, row in enumerate(rows):
-            same = fit_predicted == predicted[i]
-            found = gram_deviation(row, values[same] if same.any() else values) / divisor(feats)[i]
-            score[i] -= found / (np.mean(usual) + 1e-7)
-    return score
-
-
-@pytest.mark.parametrize("confidence", [True, False])
-@pytest.mark.parametrize("block", [1, 7, 1000])
-def test_gram_by_loops(confidence: bool, block: int) -> None:
-    found = create_scorer("gram", confidence=confidence).fit(TRAIN, block_rows=block).score(FAR, block_rows=block)
-    np.testing.assert_allclose(found, gram_by_loops(FAR, TRAIN, confidence), rtol=1e-9)
-
-
-def test_equal_extremes_are_in_the_range_without_one_of_them() -> None:
-    """Values that occur twice: leaving one row out leaves the other."""
-    coarse = {name: (2 * TRAIN.extras[name]).round() for name in TRAIN.extras if name.startswith("gram")}
-    fit = without(TRAIN, "gram", **coarse)
-    np.testing.assert_allclose(create_scorer("gram").fit(fit).score(FAR), gram_by_loops(FAR, fit), rtol=1e-9)
-
-
-def test_fit_rows_do_not_deviate() -> None:
-    assert (create_scorer("gram").fit(TRAIN).score(TRAIN) == 0).all()
-
-
-def test_classes_that_are_never_or_once_predicted() -> None:
-    assert TRAIN.logits is not None
-    predicted = TRAIN.logits.argmax(1)
-    first = int((predicted == 1).nonzero()[0])
-    fit = TRAIN[(predicted == 0) | (torch.arange(ROWS) == first)]
-    scorer = create_scorer("gram")
-    with pytest.warns(UserWarning, match="gram: 1 of 3 classes are predicted for no row of the fit set and get the"):
-        scorer.fit(fit)
-    np.testing.assert_allclose(scorer.score(FAR), gram_by_loops(FAR, fit), rtol=1e-9)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        create_scorer("gram").fit(TRAIN)
-
-
-def test_no_two_rows_of_a_class() -> None:
-    assert TRAIN.logits is not None
-    firsts = [int((TRAIN.logits.argmax(1) == c).nonzero()[0]) for c in range(CLASSES)]
-    with pytest.raises(BadInput, match="no two rows of the fit set are predicted as the same class"):
-        create_scorer("gram").fit(TRAIN[firsts])
-
-
-def test_bounds_at_zero() -> None:
-    zero = torch.zeros(1, 1, 1)
-    assert float(deviation(torch.full((1, 1, 1), 2e-6), zero, zero)) == pytest.approx(2.0)
-    assert float(deviation(torch.full((1, 1, 1), -3e-6), zero, zero)) == pytest.approx(3.0)
-    assert float(deviation(torch.tensor([[[1.0]]]), zero - 2e-6, zero - 1e-6)) == pytest.approx(1e6, rel=1e-5)
-    assert math.isfinite(float(deviation(torch.tensor([[[1e300]]]).float().clamp_max(3e38), zero, zero)))
-
-
-def test_a_gram_that_is_not_finite_is_named() -> None:
-    values = TRAIN.extras["gram.stem"].clone()
-    values[17, 1, 2] = torch.inf
-    broken = without(TRAIN, "gram.stem", **{"gram.stem": values})
-    message = re.escape("gram.stem hold NaN or infinite values, first in row 17")
-    with pytest.raises(NotFinite, match=message):
-        create_scorer("gram").fit(broken)
-    with pytest.raises(NotFinite, match=message):
-        create_scorer("gram").fit(TRAIN).score(broken)
-
-
-# --- from extraction to a table ---------------------------------------------------------------------------------------
 
 
 def test_from_extraction_to_a_table(tmp_path: Any) -> None:
