@@ -1,0 +1,93 @@
+"""The package's networks, some of them small, with images for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ood_scores
+import ood_scores.models.networks
+
+SMALL: dict[str, dict[str, Any]] = {
+    "haas_vgg16": {"stages": ((8, 8), (12,), (16,), (16,), (24,))},
+    "haas_cct7_3x1": {"dim": 32, "depth": 2, "attn_drop_rate": 0.0, "drop_path_rate": 0.0},
+    "haas_convnext_tiny": {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "drop_path_rate": 0.0},
+}
+"""Arguments that make large networks small enough to train in a second."""
+
+
+def create(name: str, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs)
+
+
+def small(name: str, **kwargs: Any) -> Any:
+    return create(name, **SMALL[name], **kwargs)
+
+
+def images(count: int = 4, size: int = 32, channels: int = 3) -> Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def labels(count: int, classes: int = 5) -> Tensor:
+    return torch.arange(count) % classes
+
+
+def settle(model: Any, size: int = 32, channels: int = 3) -> None:
+    """Move BatchNorm statistics and the weights of the classifier and of layer scale away from where they start."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))), alpha=0.1
+                )
+        model.train()(images(size=size, channels=channels))
+    model.eval()
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """The loss on one batch before every step."""
+    model.train()
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(images(10)), labels(10))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def head_call(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the classifier receives and gives."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = model.get_classifier().register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return seen[0]
+
+
+def assert_extracted(model: Any, classifier: nn.Linear, size: int = 32) -> ood_scores.FeatureSet:
+    """Features are the classifier's inputs, the head is the classifier, and it gives the model's logits."""
+    data = DataLoader(TensorDataset(images(5, size), labels(5)), batch_size=3)
+    feats = ood_scores.extract(model, data, progress=False)
+    assert feats.head is not None
+    assert feats.logits is not None
+    assert feats.head.weight.equal(classifier.weight)
+    assert feats.head.bias.equal(classifier.bias)
+    model.eval()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(images(5, size)), pre_logits=True)
+        torch.testing.assert_close(feats.features, features, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(feats.logits, model(images(5, size)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(feats.head(feats.features), feats.logits, rtol=1e-4, atol=1e-5)
+    return feats
