@@ -22,3 +22,11 @@ def registered_scorers(monkeypatch):
     known = Registry("scorer", registry.SCORERS)
     monkeypatch.setattr(registry, "SCORERS", known)
     return known
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Files of the same weights in every form of checkpoint that is understood, by name."""
+    from networks import write_checkpoints
+
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"))

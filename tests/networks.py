@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -91,3 +94,29 @@ def assert_extracted(model: Any, classifier: nn.Linear, size: int = 32) -> ood_s
         torch.testing.assert_close(feats.logits, model(images(5, size)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(feats.head(feats.features), feats.logits, rtol=1e-4, atol=1e-5)
     return feats
+
+
+def resnet(**settings: Any) -> nn.Module:
+    """A network whose statistics and weights are not those it starts with."""
+    torch.manual_seed(0)
+    model = timm.create_model("cifar_resnet20", **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def write_checkpoints(folder: Path) -> dict[str, Path]:
+    """The same weights, of 7 classes, in every form that is understood."""
+    state = resnet(num_classes=7).state_dict()
+    wrapped = {
+        "plain.pth": state,
+        "timm.pth": {"state_dict": state, "args": argparse.Namespace(lr=0.1, model="resnet10t")},
+        "state_dict.pth": {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}},
+        "model.pt": {"model": state, "optimizer": {"lr": 0.1}},
+        "ema.bin": {"model": {name: torch.zeros_like(value) for name, value in state.items()}, "model_ema": state},
+    }
+    save_file(state, folder / "weights.safetensors")
+    for name, content in wrapped.items():
+        torch.save(content, folder / name)
+    return {path.name: path for path in folder.iterdir()}

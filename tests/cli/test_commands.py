@@ -1,6 +1,5 @@
 """The command line: every command against the function behind it, and every error as one line and exit code 1."""
 
-import argparse
 import csv
 import json
 import os
@@ -14,10 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import timm
 import torch
+from networks import resnet
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typer.testing import CliRunner, Result
@@ -27,9 +25,8 @@ from ood_scores.cli import app
 from ood_scores.cli.evaluate import usable_scorers
 from ood_scores.cli.parsing import parameters
 from ood_scores.data.sources import open_dataset
-from ood_scores.errors import BadInput, CheckpointError, OodScoresError, UnknownName
+from ood_scores.errors import OodScoresError
 from ood_scores.features import FeatureSet, Head
-from ood_scores.models.opening import load_model, preprocessing, read_checkpoint
 from ood_scores.scorers import create_scorer
 
 COMMANDS = (
@@ -88,16 +85,6 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.h5" for name in sets}
 
 
-def resnet(**settings: Any) -> nn.Module:
-    """A network whose statistics and weights are not those it starts with."""
-    torch.manual_seed(0)
-    model = timm.create_model("cifar_resnet20", **settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def images(count: int, size: int = 32) -> NDArray[np.uint8]:
     return np.random.default_rng(5).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
@@ -108,24 +95,6 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 # ---- extract
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same weights, of 7 classes, in every form that is understood."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    state = resnet(num_classes=7).state_dict()
-    wrapped = {
-        "plain.pth": state,
-        "timm.pth": {"state_dict": state, "args": argparse.Namespace(lr=0.1, model="resnet10t")},
-        "state_dict.pth": {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}},
-        "model.pt": {"model": state, "optimizer": {"lr": 0.1}},
-        "ema.bin": {"model": {name: torch.zeros_like(value) for name, value in state.items()}, "model_ema": state},
-    }
-    save_file(state, folder / "weights.safetensors")
-    for name, content in wrapped.items():
-        torch.save(content, folder / name)
-    return {path.name: path for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "plain.pth"])
@@ -228,31 +197,6 @@ def test_extract_with_layers_and_probes(checkpoints: dict[str, Path], tmp_path: 
     assert "write odin:key=value" in refused(*words, *weights, "--probe", "odin:0.1")
 
 
-@pytest.mark.parametrize(
-    "file", ["weights.safetensors", "plain.pth", "timm.pth", "state_dict.pth", "model.pt", "ema.bin"]
-)
-def test_wrapped_checkpoints_are_understood(checkpoints: dict[str, Path], file: str) -> None:
-    expected = resnet(num_classes=7).state_dict()
-    found = load_model("cifar_resnet20", checkpoints[file]).state_dict()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_grey_checkpoint_takes_grey_images(tmp_path: Path) -> None:
-    save_file(resnet(in_chans=1).state_dict(), tmp_path / "grey.safetensors")
-    model = load_model("cifar_resnet20", tmp_path / "grey.safetensors")
-    image = open_dataset("digits")[0][0]
-    found = preprocessing(model)(image)
-    expected = (_resized(image)[:1] - float(np.mean(MEAN))) / float(np.mean(STD))
-    torch.testing.assert_close(found, expected)
-
-
-def test_two_heads_are_both_loaded(tmp_path: Path) -> None:
-    name = "deit_tiny_distilled_patch16_224"
-    torch.save(timm.create_model(name, num_classes=5).state_dict(), tmp_path / "deit.pth")
-    model: Any = load_model(name, tmp_path / "deit.pth")
-    assert (model.head.out_features, model.head_dist.out_features) == (5, 5)
-
-
 class Malicious:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -272,45 +216,6 @@ def test_malicious_pickle_is_refused_unopened(tmp_path: Path, as_zip: bool) -> N
     assert "mkdir" in message
     assert not marker.exists()
     assert not (tmp_path / "c.h5").exists()
-
-
-def test_bad_checkpoints_say_what_is_wrong(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("junk.pth", "junk.safetensors", "empty.pth"):
-        (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"no weights at all")
-        with pytest.raises(CheckpointError, match="damaged"):
-            read_checkpoint(tmp_path / name)
-    torch.save({"epoch": 3}, tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="holds no weights by name"):
-        read_checkpoint(tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        read_checkpoint(tmp_path / "absent.pth")
-    with pytest.raises(CheckpointError, match=r"layer1\.3\.bn1\.bias is missing.* more"):
-        load_model("cifar_resnet56", checkpoints["plain.pth"])
-    with pytest.raises(CheckpointError, match=r"linear\.weight is \[7, 64\], expected \[3, 64\]"):
-        load_model("cifar_resnet20", checkpoints["plain.pth"], num_classes=3)
-
-
-def test_models_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]) -> None:
-    with pytest.raises(UnknownName, match=r"did you mean .cifar_resnet20"):
-        load_model("cifar_resnet21")
-    with pytest.raises(UnknownName, match="nonsense"):
-        load_model("resnet18.nonsense", checkpoints["plain.pth"])
-    with pytest.raises(BadInput, match="goes with a checkpoint"):
-        load_model("resnet18", num_classes=10)
-    with pytest.raises(CheckpointError, match="pass a checkpoint"):
-        load_model("cifar_resnet20")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "nowhere")
-    with pytest.raises(CheckpointError, match="network is reachable, or pass a checkpoint"):
-        load_model("resnet18")
-
-
-def test_normalisation_is_checked() -> None:
-    model = resnet()
-    with pytest.raises(BadInput, match="2 values, the model takes 3"):
-        preprocessing(model, mean=[0.5, 0.5])
-    with pytest.raises(BadInput, match="positive"):
-        preprocessing(model, std=[0.0])
 
 
 # ---- score
