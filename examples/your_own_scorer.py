@@ -21,7 +21,7 @@ class LogitSpread(ood_scores.Scorer):
     needs = ("logits",)
 
     def score_block(self, block) -> Tensor:
-        return block.logits.std(dim=1)
+        return block.logits.std(dim=1, correction=0)
 
 
 def loader(images, labels=None):

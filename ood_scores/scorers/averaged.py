@@ -67,6 +67,9 @@ class MCDropout(_Averaged):
             "https://github.com/yaringal/DropoutUncertaintyExps",
         ),
         search_space={"output": ("entropy", "msp", "mutual_information")},
+        small_extras={
+            "mc_dropout.mean": lambda features, logits: (0.5 * logits).softmax(dim=1),
+        },
     )
     output: Literal["entropy", "msp", "mutual_information"] = "entropy"
     averaged = "mc_dropout"
@@ -102,6 +105,9 @@ class Ensemble(_Averaged):
             "https://arxiv.org/abs/1612.01474",
         ),
         search_space={"output": ("entropy", "msp", "mutual_information")},
+        small_extras={
+            "ensemble.mean": lambda features, logits: (0.7 * logits).softmax(dim=1),
+        },
     )
     output: Literal["entropy", "msp", "mutual_information"] = "entropy"
     averaged = "ensemble"

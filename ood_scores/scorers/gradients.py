@@ -120,7 +120,12 @@ class GradNormParams(Scorer):
     Cost: none.
     """
 
-    tags = Tags(paper=HUANG_2021)
+    tags = Tags(
+        paper=HUANG_2021,
+        small_extras={
+            "gradnorm.all": lambda features, logits: features.sum(dim=1),
+        },
+    )
     group: str = "all"
     needs = ("gradnorm.all",)
 
@@ -166,6 +171,10 @@ class GradientClassifier(Scorer):
             "https://arxiv.org/abs/2008.08030",
         ),
         experimental="no code of the authors was found to compare with",
+        small_extras={
+            "gradients.inputs": lambda features, logits: features + 0.1,
+            "gradients.noise": lambda features, logits: 0.3 * features.flip(1) + 0.1,
+        },
     )
     seed: int = 0
     mean_: Tensor = fitted()

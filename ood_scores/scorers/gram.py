@@ -62,7 +62,11 @@ class Gram(LayeredScorer):
             2020,
             "https://arxiv.org/abs/1912.12510",
             "https://github.com/VectorInstitute/gram-ood-detection",
-        )
+        ),
+        small_extras={
+            "gram.a": lambda features, logits: torch.stack([features, features.square()], dim=1),
+            "gram.b": lambda features, logits: logits[:, None] * features.sum(dim=1)[:, None, None],
+        },
     )
     layers: Sequence[str] | None = None
     confidence: bool = True

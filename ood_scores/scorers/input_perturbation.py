@@ -41,6 +41,9 @@ class ODIN(Scorer):
             "https://github.com/facebookresearch/odin",
         ),
         search_space={"temperature": (1.0, 10.0, 100.0, 1000.0)},
+        small_extras={
+            "odin": lambda features, logits: 1.1 * logits,
+        },
     )
     temperature: float = 1000.0
     needs = ("odin",)
@@ -79,7 +82,10 @@ class RankFeat(Scorer):
             2022,
             "https://arxiv.org/abs/2209.08590",
             "https://github.com/KingJamesSong/RankFeat",
-        )
+        ),
+        small_extras={
+            "rankfeat": lambda features, logits: 0.5 * logits,
+        },
     )
     temperature: float = 1.0
     needs = ("rankfeat",)

@@ -116,7 +116,16 @@ class MahalanobisLayers(LayeredScorer):
     Cost: for each layer as ``mahalanobis``; the fit reads the layers twice and ``fgsm`` once.
     """
 
-    tags = Tags(paper=LEE_2018, search_space={"combine": ("regression", "sum")})
+    tags = Tags(
+        paper=LEE_2018,
+        search_space={"combine": ("regression", "sum")},
+        small_extras={
+            "layers.a": lambda features, logits: features[:, :5],
+            "layers.b": lambda features, logits: features[:, 2:].square(),
+            "fgsm.a": lambda features, logits: 0.6 * features[:, :5],
+            "fgsm.b": lambda features, logits: 0.8 * features[:, 2:].square(),
+        },
+    )
     layers: Sequence[str] | None = None
     combine: Literal["regression", "sum"] = "regression"
     layers_: list[str] = fitted()

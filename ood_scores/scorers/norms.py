@@ -125,7 +125,10 @@ class BlockNorm(Scorer):
             2023,
             "https://arxiv.org/abs/2212.02295",
             "https://github.com/gist-ailab/block-selection-for-OOD-detection",
-        )
+        ),
+        small_extras={
+            "norms.a": lambda features, logits: features.square().mean(dim=1),
+        },
     )
     layer: str | None = None
     needs = ("norms",)

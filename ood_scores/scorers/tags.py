@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Tags:
         paper: the source of the formula; None where no publication introduced it.
         no_graph: why the scorer cannot be exported as a graph, as a clause ("it ranks all logits"); None if it can.
         small_parameters: parameters that make the scorer small and fast, for tests.
+        small_extras: functions of features ``[N, D]`` and logits ``[N, C]`` that make the extras it reads, for tests.
         exceptions: conformance properties that the scorer does not have, each with the reason.
         float32_tolerance: relative error of the scores that may come from float32 inputs.
         search_space: values to try for each parameter when the scorer is tuned on validation data.
@@ -68,6 +71,7 @@ class Tags:
     paper: Paper | None = None
     no_graph: str | None = None
     small_parameters: Mapping[str, Any] = field(default_factory=dict)
+    small_extras: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     exceptions: Mapping[str, str] = field(default_factory=dict)
     float32_tolerance: float = 1e-4
     search_space: Mapping[str, Sequence[Any]] = field(default_factory=dict)

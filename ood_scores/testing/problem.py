@@ -1,0 +1,116 @@
+"""A small problem to check scorers on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ood_scores.features import FeatureSet, Head
+from ood_scores.scorers.base import Scorer
+
+CLASSES, WIDTH = 4, 8
+
+Extras = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+"""Functions that make extras from features ``[N, D]`` and logits ``[N, C]``, by the names of the extras."""
+
+
+@dataclass
+class Case:
+    """A scorer class to check, with the parameters to check it with, and the data."""
+
+    cls: type[Scorer]
+    parameters: Mapping[str, Any]
+
+    @cached_property
+    def train(self) -> FeatureSet:
+        return self.problem(120, seed=0)
+
+    @cached_property
+    def id(self) -> FeatureSet:
+        return self.problem(50, seed=1)
+
+    @cached_property
+    def ood(self) -> FeatureSet:
+        return self.problem(50, seed=2, ood=True)
+
+    @cached_property
+    def other(self) -> FeatureSet:
+        """Another fit set."""
+        return self.problem(40, seed=5)
+
+    @cached_property
+    def fitted(self) -> Scorer:
+        """A scorer fitted on ``train``; checks only score with it."""
+        return self.make().fit(self.train)
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """The scores of ``id`` by the fitted scorer."""
+        return self.fitted.score(self.id)
+
+    def problem(self, rows: int, seed: int, **options: Any) -> FeatureSet:
+        return problem(rows, seed, self.cls.tags.small_extras, **options)
+
+    def make(self) -> Scorer:
+        return self.cls(**self.parameters)
+
+
+def problem(rows: int, seed: int, extras: Extras, *, ood: bool = False, classes: int = CLASSES) -> FeatureSet:
+    """Create float64 features as after a ReLU: ID rows are long and near their class mean, OoD rows short and anywhere.
+
+    Args:
+        rows: the number of rows.
+        seed: the seed of the noise.
+        extras: how to make the extras of the set.
+        ood: whether the rows are OoD.
+        classes: the number of classes.
+    """
+    labels = torch.arange(rows) % classes
+    noise = 0.4 * torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
+    means = 1.5 + 3 * torch.eye(classes, WIDTH)
+    features = (noise if ood else means[labels] + noise).relu().double()
+    weight = (means - means.mean(dim=1, keepdim=True)).double()
+    head = Head(weight, torch.full((classes,), 0.1, dtype=torch.float64))
+    logits = head(features)
+    return FeatureSet(features, logits, labels, head, {name: make(features, logits) for name, make in extras.items()})
+
+
+def changed(feats: FeatureSet, **changes: Any) -> FeatureSet:
+    """Return the set with some parts replaced: ``features``, ``logits``, ``labels``, ``head`` or ``extras``."""
+    parts = {"features": feats.features, "logits": feats.logits, "labels": feats.labels, "head": feats.head}
+    return FeatureSet(**(parts | {"extras": dict(feats.extras)} | changes))
+
+
+def converted(feats: FeatureSet, convert: Callable[[Tensor], Any]) -> FeatureSet:
+    """Return the set with its floating-point columns converted."""
+    extras = {name: convert(values) for name, values in feats.extras.items()}
+    logits = None if feats.logits is None else convert(feats.logits)
+    return changed(feats, features=convert(feats.features), logits=logits, extras=extras)
+
+
+def reduced(feats: FeatureSet, names: list[str]) -> FeatureSet:
+    """Return the set with only the named parts; features that are not named are zeros."""
+    parts = {part: getattr(feats, part) if part in names else None for part in ("logits", "labels", "head")}
+    features = feats.features if "features" in names else torch.zeros_like(feats.features)
+    return changed(feats, features=features, extras=_extras(feats, names, keep=True), **parts)
+
+
+def without(feats: FeatureSet, name: str) -> FeatureSet:
+    """Return the set without ``logits``, ``labels``, ``head``, or an extra and all below it."""
+    if name in ("logits", "labels", "head"):
+        return changed(feats, **{name: None})
+    return changed(feats, extras=_extras(feats, [name], keep=False))
+
+
+def _extras(feats: FeatureSet, names: list[str], keep: bool) -> dict[str, Tensor]:
+    """The extras that have one of the names, or are below one, or all others."""
+    return {
+        extra: values
+        for extra, values in feats.extras.items()
+        if keep == any(extra == name or extra.startswith(f"{name}.") for name in names)
+    }
