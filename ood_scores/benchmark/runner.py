@@ -29,7 +29,7 @@ from ood_scores.benchmark.spec_file import load_spec
 from ood_scores.benchmark.unit import evaluated
 from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput, CacheBusy, OodScoresError
-from ood_scores.extraction.extract import PACKAGES
+from ood_scores.extraction.run import PACKAGES
 
 RUNS = "runs"
 LOCK = ".lock"

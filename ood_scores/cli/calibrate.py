@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CACHES = (".h5", ".hdf5")
 
 
+@options.takes_extraction_options
 def calibrate(
     model: options.Model,
     id: Annotated[
@@ -43,6 +44,7 @@ def calibrate(
     batch_size: options.BatchSize = 64,
     workers: options.Workers = 2,
     device: options.Device = "auto",
+    **extraction: Any,
 ) -> None:
     """Makes a detector: a model and a scorer with the threshold that keeps a share of in-distribution images.
 
@@ -79,6 +81,7 @@ def calibrate(
         preprocessing=changes,
         classes=[name.strip() for name in names if name.strip()] if names else None,
         device=device,
+        **extraction,
     )
     detector.save(out, arguments=arguments_of(checkpoint, model) if checkpoint else None)
     _show(detector, out)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,17 +11,7 @@ from ood_scores.cli import options, parsing
 from ood_scores.cli.printing import console
 
 
-class Amp(str, Enum):
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class Stored(str, Enum):
-    float16 = "float16"
-    float32 = "float32"
-    float64 = "float64"
-
-
+@options.takes_extraction_options
 def extract(
     model: options.Model,
     data: Annotated[str, typer.Argument(help="The dataset, as folder:, npz:, imglist:, torchvision:, hf:, …")],
@@ -32,26 +21,12 @@ def extract(
     batch_size: options.BatchSize = 64,
     workers: options.Workers = 2,
     device: options.Device = "auto",
-    amp: Annotated[Amp | None, typer.Option(help="Mixed precision.")] = None,
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="The order of memory that tensor cores prefer.")
-    ] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="By torch.compile; not with layers or probes.")] = False,
-    dtype: Annotated[
-        Stored, typer.Option(metavar="TYPE", help="To store: float16, float32 or float64.")
-    ] = Stored.float32,
-    head: Annotated[str | None, typer.Option(help="The last linear layer, where it cannot be found.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Layers to pool and keep: stages, or layer1,layer2,…")
-    ] = None,
-    probe: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="What else to compute: odin, gram, … Repeatable.")
-    ] = None,
     mean: options.OfChannels = None,
     std: options.OfChannels = None,
     name: Annotated[str | None, typer.Option(help="The dataset's name, if not its own.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache, whatever made it.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted extraction.")] = True,
+    **extraction: Any,
 ) -> None:
     """Runs a model once over a dataset and keeps features, logits, labels and the last layer in an HDF5 file.
 
@@ -90,7 +65,6 @@ def extract(
 
     import ood_scores
     from ood_scores.data.sources import open_dataset
-    from ood_scores.extraction.probes import probe_from
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.runtime import Ranks
 
@@ -103,16 +77,10 @@ def extract(
         DataLoader(dataset, batch_size, num_workers=workers),
         cache,
         device=device,
-        amp=amp and amp.value,
-        channels_last=channels_last,
-        compile=compile,
-        dtype=dtype.value,
-        head=head,
-        layers=parsing.layers(layers),
-        probes=[probe_from(text) for text in probe or ()],
         resume=resume,
         overwrite=overwrite,
         name=name,
+        **extraction,
     )
     if not Ranks.here().first:
         return

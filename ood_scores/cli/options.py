@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import Field, fields
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ood_scores.cli import parsing
+from ood_scores.extraction.options import ExtractionOptions
 
 Model = Annotated[str, typer.Argument(help="timm's name of the model, or one of this package's CIFAR networks.")]
 Checkpoint = Annotated[
@@ -18,3 +26,55 @@ OfChannels = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+
+
+def takes_extraction_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of ``ExtractionOptions``, in place of its ``**extraction``.
+
+    The command receives those that differ from their defaults.
+    """
+    own = [
+        each for each in inspect.signature(command, eval_str=True).parameters.values() if each.kind != each.VAR_KEYWORD
+    ]
+    parameters = [*own, *map(_parameter, fields(ExtractionOptions))]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        values = {each.name: _value(each, given.pop(_name(each))) for each in fields(ExtractionOptions)}
+        defaults = {each.name: each.default for each in fields(ExtractionOptions)}
+        command(**given, **{name: value for name, value in values.items() if value != defaults[name]})
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def _parameter(field: Field[Any]) -> inspect.Parameter:
+    """The option of the command line for a field."""
+    name, default = _name(field), field.default
+    kind: Any = str | None
+    if field.metadata["choices"]:
+        create: Any = Enum
+        choices = create("Choices", {choice: choice for choice in field.metadata["choices"]})
+        default, kind = (None, choices | None) if default is None else (choices[default], choices)
+    elif isinstance(default, bool):
+        kind = bool
+    elif isinstance(default, tuple):
+        default, kind = None, list[str] | None
+    flag = f"--{name.replace('_', '-')}"
+    option = typer.Option(flag, help=field.metadata["help"], metavar=field.metadata["metavar"])
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _name(field: Field[Any]) -> str:
+    """The name of a field; in the singular where the option may be repeated."""
+    return field.name.removesuffix("s") if isinstance(field.default, tuple) else field.name
+
+
+def _value(field: Field[Any], given: Any) -> Any:
+    """The value of a field from what the command line gave."""
+    if isinstance(given, Enum):
+        return given.value
+    if isinstance(field.default, tuple):
+        return tuple(given or ())
+    return parsing.layers(given) if field.name == "layers" else given

@@ -59,7 +59,10 @@ class ExtractionOptions:
         default=False, metadata=_shown("Use the channels-last memory format, which tensor cores prefer.")
     )
     compile: bool = field(default=False, metadata=_shown("Run through torch.compile; not with layers or probes."))
-    dtype: str = field(default="float32", metadata=_shown("Type to store.", choices=DTYPES, metavar="TYPE"))
+    dtype: str = field(
+        default="float32",
+        metadata=_shown("Type to store: float16, float32 or float64.", choices=DTYPES, metavar="TYPE"),
+    )
     head: str | nn.Module | bool | None = field(
         default=None, metadata=_shown("Name of the last linear layer, if it cannot be found.")
     )

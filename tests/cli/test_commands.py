@@ -189,7 +189,7 @@ def test_extract_with_layers_and_probes(checkpoints: dict[str, Path], tmp_path: 
     assert list(feats.extras)[:2] == ["layers.layer1", "layers.layer3"]
     assert torch.equal(feats.extras["odin"], feats.logits)
     assert "norms.layer2" in feats.extras
-    assert "ODIN(name='odin', epsilon=0.0, temperature=1000.0, std=(1.0, 2.0, 1.0))" in feats.provenance.probes
+    assert "ODIN(name='odin', epsilon=0.0, temperature=1000.0, std=(1.0, 2.0, 1.0))" in feats.provenance.probe_texts
     assert "probes PooledLayers(name='layers'," in " ".join(ok("inspect", tmp_path / "c.h5").split())
     assert "layers and probes" in refused(*words, *weights, "--layers", "stages")
     assert "there are: fgsm" in refused(*words, *weights, "--probe", "colour")

@@ -18,7 +18,9 @@ from ood_scores import Detector, calibrate
 from ood_scores.cli import app
 from ood_scores.cli.predict import image_files
 from ood_scores.errors import MissingData
+from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.models.opening import load_model
+from ood_scores.probes import ODIN
 
 NAMES = ["ant", "bee", "cow", "dog"]
 
@@ -71,6 +73,19 @@ def expected_detector(home: Path) -> Detector:
 def test_calibrate_saves_what_the_function_gives(home: Path) -> None:
     files = image_files([str(home / "photos")])
     assert same(Detector.load(home / "detector").predict(files), expected_detector(home).predict(files))
+
+
+def test_calibrate_takes_the_options_of_extract(home: Path) -> None:
+    words = ["calibrate", "tiny_net", "--checkpoint", home / "weights.safetensors", "--scorer", "odin"]
+    options = ["--channels-last", "--dtype", "float16", "--probe", "odin:epsilon=0.1,std=(0.5,0.5,0.5)"]
+    result = call(*words, "--id", f"folder:{home / 'photos'}", "--out", home / "odin", "--keep", 0.5, *options)
+    assert result.exit_code == 0, result.output
+    probe = ODIN(epsilon=0.1, std=(0.5, 0.5, 0.5))
+    expected = ExtractionOptions(channels_last=True, dtype="float16", probes=[probe])
+    assert Detector.load(home / "odin").forward.options == expected
+    assert "channels_last decide how loaders are run" in refused(
+        *words, "--id", home / "id.h5", "--out", home / "energy", "--scorer", "energy", "--channels-last"
+    )
 
 
 def test_predict_writes_a_row_for_every_image(home: Path) -> None:

@@ -1,6 +1,7 @@
 """Detectors: every column against its definition, the model left alone, and what may go wrong."""
 
 import importlib.util
+import json
 import os
 import pickle
 import time
@@ -28,6 +29,7 @@ from ood_scores.errors import (
     NotFitted,
     OtherModel,
 )
+from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes.base import probe_of, record_of
 from ood_scores.features import FeatureSet
 from ood_scores.features.provenance import ProbeRecord
@@ -148,6 +150,75 @@ def test_kept_precision_is_that_of_the_calibration_set(model: nn.Module) -> None
     assert (detector.forward.options.amp, detector.forward.options.dtype) == ("bf16", "float16")
     new = extracted(model, 64, 3, amp="bf16", dtype="float16")
     assert same(detector.predict(Rows(64, 3).inputs), detector.decide(new))
+
+
+def strides(model: nn.Module) -> list[tuple[int, ...]]:
+    return [weight.stride() for weight in model.parameters()]
+
+
+def test_channels_last_is_applied_as_in_extraction(tmp_path: Path) -> None:
+    model = network()
+    seen: list[bool] = []
+    model.get_submodule("conv2").register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    options: Any = {"channels_last": True, "dtype": "float16"}
+    from_set = calibrate("energy", model, id=extracted(model, 199, 2, **options))
+    from_loader = calibrate("energy", model, id=loader(199, 2), **options)
+    new, before = extracted(model, 64, 3, **options), strides(model)
+    assert all(seen)
+    from_set.save(tmp_path / "detector")
+    described = json.loads((tmp_path / "detector" / "detector.json").read_text())
+    assert (described["run"]["channels_last"], described["run"]["compile"]) == (True, False)
+    for detector in (from_set, from_loader, ood_scores.Detector.load(tmp_path / "detector", model)):
+        assert detector.forward.options == ExtractionOptions(channels_last=True, dtype="float16")
+        seen.clear()
+        assert same(detector.predict(Rows(64, 3).inputs), detector.decide(new))
+        assert seen == [True]
+    assert strides(model) == before
+
+
+def test_compile_is_applied_as_in_extraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[nn.Module] = []
+
+    def compiled(model: nn.Module) -> Any:
+        made.append(model)
+        return original(model, backend="eager")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = network()
+    detector = calibrate("energy", model, id=extracted(model, 199, 2, compile=True))
+    made.clear()
+    again = pickle.loads(pickle.dumps(detector))
+    assert len(made) == 1
+    for rows in (64, 5, 64):
+        expected = detector.decide(extracted(model, rows, 3))
+        assert same(detector.predict(Rows(rows, 3).inputs), expected)
+        assert same(again.predict(Rows(rows, 3).inputs), expected)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    torch.compiler.reset()
+
+
+def test_options_of_loaders_go_with_loaders(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    with pytest.raises(BadInput, match="amp decide how loaders are run, and there are only feature sets"):
+        calibrate("mahalanobis", model, fit=sets["fit"], id=sets["id"], amp="bf16")
+    found = calibrate("odin", model, id=loader(150, 2), probes=[ODIN(epsilon=0.2)], amp="bf16")
+    assert found.forward.options == ExtractionOptions(amp="bf16", probes=[ODIN(epsilon=0.2)])
+    assert calibrate("odin", model, id=loader(150, 2)).forward.options.probes == (ODIN(),)
+
+
+def test_a_model_that_mixes_its_inputs_is_refused() -> None:
+    class Halving(nn.Sequential):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x[: len(x) // 2] if self.halves else x)
+
+    model = Halving(nn.Flatten(), nn.Linear(192, 4)).eval()
+    model.halves = False  # type: ignore[assignment]
+    detector = calibrate("energy", model, id=loader(100, 2))
+    model.halves = True  # type: ignore[assignment]
+    with pytest.raises(BadInput, match="8 inputs gave 4 rows of features: the model mixes its inputs"):
+        detector.predict(Rows(8, 3).inputs)
 
 
 def test_probes_are_those_of_the_calibration_set(model: nn.Module) -> None:
