@@ -115,7 +115,7 @@ def benchmark() -> Spec:
         id="test",
         near=NEAR,
         far=FAR,
-        extraction=Extraction(batch_size=256, workers=0),
+        extraction=Extraction(channels_last=True, batch_size=256, workers=0),
     )
     return Spec("demo", part.title, (part,))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from ood_scores.benchmark.measures import FIGURES, MEASURES
 from ood_scores.benchmark.spec import Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
+from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.registry import unknown
 from ood_scores.scorers import list_scorers
 from ood_scores.toml_tables import KeyPath
@@ -140,18 +141,14 @@ def _raised(path: KeyPath, make: Callable[[], Any]) -> Found:
 
 
 def _extraction(part: Part) -> Found:
-    from ood_scores.extraction.options import AMP, DTYPES
-    from ood_scores.extraction.probes import probe_from
-
-    options = part.extraction
+    extraction = part.extraction
+    for option in fields(ExtractionOptions):
+        alone = {option.name: getattr(extraction, option.name)}
+        yield from _raised(("extraction", option.name), partial(ExtractionOptions, **alone))
     for key in ("probes", "fit_probes"):
-        for text in getattr(options, key):
-            yield from _raised(("extraction", key), partial(probe_from, text))
-    yield from _unknown(("extraction", "dtype"), "dtype", options.dtype, DTYPES)
-    if options.amp is not None:
-        yield from _unknown(("extraction", "amp"), "amp", options.amp, AMP)
+        yield from _raised(("extraction", key), partial(extraction.options, getattr(extraction, key)))
     for key, least in (("batch_size", 1), ("workers", 0), ("rows", 1)):
-        value = getattr(options, key)
+        value = getattr(extraction, key)
         small = value is not None and value < least
         yield from _wrong(small, ("extraction", key), f"{key} = {value} is out of range; give at least {least}.")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def _cores() -> int:
 
 def _one_by_one(jobs: Sequence[Job], device: str) -> Iterator[tuple[Job, Done]]:
     for job in sorted(jobs, key=lambda job: job.network.key):  # each model is opened once
-        yield job, run_job(job, device, job.extraction.workers)
+        yield job, run_job(job, device, job.loading.workers)
     _opened.clear()
 
 
@@ -136,22 +136,12 @@ def run_job(job: Job, device: str, workers: int) -> Done:
 
 def _extract(job: Job, device: str, workers: int) -> FeatureSet:
     from ood_scores.data.sources import open_dataset
-    from ood_scores.extraction.probes import probe_from
 
     model, transform = _open(job)
-    options = job.extraction
-    arguments: dict[str, Any] = {
-        "device": device,
-        "amp": options.amp,
-        "dtype": options.dtype,
-        "head": job.network.table.head,
-        "layers": options.layers,
-        "probes": [probe_from(text) for text in options.probes],
-        "progress": False,
-        "name": job.set,
-    }
+    options = {each.name: getattr(job.options, each.name) for each in fields(job.options)}
+    arguments: dict[str, Any] = {"device": device, "progress": False, "name": job.set, **options}
     images = open_dataset(job.source, transform, root=job.data)
-    loader = DataLoader(images, options.batch_size, num_workers=workers)
+    loader = DataLoader(images, job.loading.batch_size, num_workers=workers)
     try:
         return extract(model, loader, job.cache, **arguments)
     except (DamagedCache, StaleCache):  # not finished, and of no use
@@ -166,6 +156,5 @@ def _open(job: Job) -> tuple[Any, Any]:
     key = job.network.key, repr(job.preprocessing)
     if key not in _opened:
         _opened.clear()
-        model, transform = job.network.open(job.preprocessing)
-        _opened[key] = model.to(memory_format=torch.channels_last), transform
+        _opened[key] = job.network.open(job.preprocessing)
     return _opened[key]

@@ -12,9 +12,11 @@ from ood_scores.benchmark import networks
 from ood_scores.benchmark.digest import digest
 from ood_scores.benchmark.networks import Network, file_name
 from ood_scores.benchmark.results import NotRun
-from ood_scores.benchmark.spec import Extraction, Part, Preprocessing, ScorerTable, Spec
+from ood_scores.benchmark.spec import Loading, Part, Preprocessing, ScorerTable, Spec
 from ood_scores.data.dataset_spec import parse
 from ood_scores.errors import CacheError, MissingData, OodScoresError, UnknownName
+from ood_scores.extraction.options import ExtractionOptions
+from ood_scores.extraction.probes import Probe
 from ood_scores.features import FeatureSet, load
 from ood_scores.scorers.requirements import Has, Requirement, unmet
 
@@ -28,7 +30,8 @@ class Job:
     Attributes:
         set: its name.
         source: what ``open_dataset`` opens.
-        extraction: its ``probes`` are those of this set's role.
+        options: with the probes of this set's role.
+        loading: how the set is loaded.
         data: where relative paths start.
         out: folder of the run.
     """
@@ -37,11 +40,13 @@ class Job:
     set: str
     source: str
     preprocessing: Preprocessing
-    extraction: Extraction
+    options: ExtractionOptions
+    loading: Loading
     data: Path
     out: Path
 
-    NOT_IN_DIGEST: ClassVar = frozenset({"data", "out"})
+    NOT_IN_DIGEST: ClassVar = frozenset({"loading", "data", "out"})
+    """What changes speed and memory alone, and where files are."""
 
     @cached_property
     def cache(self) -> Path:
@@ -188,13 +193,18 @@ def _units(spec: Spec, out: Path, data: Path) -> tuple[list[Unit], list[NotRun]]
 
 
 def _unit(part: Part, model: str, checkpoint: int, members: list[Network], out: Path, data: Path) -> Unit:
-    def jobs(name: str, probes: tuple[str, ...]) -> tuple[Job, ...]:
-        source = limited(part.sets[name], part.extraction.rows)
-        options = replace(part.extraction, probes=probes, fit_probes=(), rows=None)
-        return tuple(Job(network, name, source, part.preprocessing, options, data, out) for network in members)
+    def jobs(name: str, probes: Iterable[str | Probe]) -> tuple[Job, ...]:
+        return tuple(_job(network, part, name, probes, out, data) for network in members)
 
     fit = jobs(part.fit, part.extraction.fit_probes) if part.fit else ()
     return Unit(part, model, checkpoint, {name: jobs(name, part.extraction.probes) for name in part.scored}, fit)
+
+
+def _job(network: Network, part: Part, name: str, probes: Iterable[str | Probe], out: Path, data: Path) -> Job:
+    extraction = part.extraction
+    options = extraction.options(probes, network.table.head)
+    source = limited(part.sets[name], extraction.rows)
+    return Job(network, name, source, part.preprocessing, options, extraction, data, out)
 
 
 def limited(source: str, rows: int | None) -> str:
@@ -244,7 +254,7 @@ def _look_at(source: str, data: Path, download: bool) -> SetFacts:
 
 def _cost(job: Job, facts: SetFacts) -> float:
     """Roughly: a probe runs the model again, some several times."""
-    return (facts.rows or 0) * (1 + 3 * len(job.extraction.probes))
+    return (facts.rows or 0) * (1 + 3 * len(job.options.all_probes))
 
 
 def runnable(part: Part, fit: Has | None, sets: Sequence[Has]) -> tuple[dict[str, ScorerTable], dict[str, Requirement]]:
@@ -273,7 +283,6 @@ def _has(jobs: tuple[Job, ...], facts: Mapping[str, SetFacts]) -> Has:
     feats = job.features()
     if feats is not None:
         return feats.has
-    there = {"features", "logits", "head", *(text.partition(":")[0] for text in job.extraction.probes)}
+    there = {"features", "logits", "head", *(probe.name for probe in job.options.all_probes)}
     there |= {"labels"} if facts[job.source].labelled else set()
-    there |= {"layers"} if job.extraction.layers is not None else set()
     return lambda name: name.partition(".")[0] in there

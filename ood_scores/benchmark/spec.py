@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+from ood_scores.extraction.options import ExtractionOptions
+from ood_scores.extraction.probes import Probe
 from ood_scores.scorers import Scorer, create_scorer, list_scorers
 
 ALL: Literal["all"] = "all"
@@ -67,28 +69,36 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Extraction:
-    """`[extraction]`: how the models are run; arguments of ``ood_scores.extract``.
+class Loading:
+    """The keys of `[extraction]` that are no options of ``ood_scores.extract``.
 
     Attributes:
         batch_size, workers: of the loader.
-        amp, dtype, layers: as in ``extract``.
-        probes: what else is computed of the test sets, ID and OoD: names, ``name:key=value`` as on the command line.
-        fit_probes: likewise for the fit set.
-        rows: of each set take so many rows, evenly spaced, the fit set included; all by default.
+        fit_probes: ``probes`` of the fit set, in place of those of the test sets.
+        rows: number of rows of each set to use, evenly spaced, the fit set included; all by default.
     """
 
     batch_size: int = 64
     workers: int = 2
-    amp: str | None = None
-    dtype: str = "float32"
-    layers: str | tuple[str, ...] | None = None
-    probes: tuple[str, ...] = ()
     fit_probes: tuple[str, ...] = ()
     rows: int | None = None
 
-    NOT_IN_DIGEST: ClassVar = frozenset({"batch_size", "workers"})
-    """What changes speed and memory alone."""
+
+@dataclass(frozen=True)
+class Extraction(ExtractionOptions, Loading):
+    """`[extraction]`: how the models are run. ``head`` is a key of `[[model]]` instead."""
+
+    def __post_init__(self) -> None:
+        """Leaves the checks to those of the whole spec, which know the place of each key."""
+
+    def options(self, probes: Iterable[str | Probe], head: str | None = None) -> ExtractionOptions:
+        """The options for a set with its own probes.
+
+        Raises:
+            BadInput, UnknownName: as ``ExtractionOptions``.
+        """
+        given = {each.name: getattr(self, each.name) for each in fields(ExtractionOptions)}
+        return ExtractionOptions(**{**given, "probes": probes, "head": head})
 
 
 @dataclass(frozen=True)

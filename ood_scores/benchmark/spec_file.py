@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from ood_scores.benchmark.checks import Problem, problems
 from ood_scores.benchmark.spec import (
     ALL,
     Extraction,
+    Loading,
     ModelTable,
     Part,
     Preprocessing,
@@ -20,6 +22,7 @@ from ood_scores.benchmark.spec import (
     Spec,
 )
 from ood_scores.errors import BadInput, UnknownName
+from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.toml_tables import (
     KeyPath,
     Raw,
@@ -34,12 +37,24 @@ from ood_scores.toml_tables import (
 )
 
 TABLES = ("models", "sets", "scorers", "ensembles", "preprocessing", "extraction", "search", "published")
+
+
+def _option_hint(default: Any) -> Any:
+    """The type of an option of ``extract`` in a file; the options check more."""
+    if isinstance(default, bool):
+        return bool
+    return tuple[str, ...] if isinstance(default, tuple) else str | tuple[str, ...]
+
+
 NO_NUMBER = "-"
 """Stands in a row of published values where the paper prints none."""
 OF_THE_MODEL = "model"
 """Stands in the place of a scorer's label, for figures of the model itself."""
 
 _PART_KEYS = hints_of(Part, TABLES)
+_EXTRACTION_KEYS = hints_of(Loading) | {
+    option.name: _option_hint(option.default) for option in fields(ExtractionOptions) if option.name != "head"
+}
 _PART: dict[str, Any] = {
     **_PART_KEYS,
     "sets": Table(rest=str),
@@ -47,7 +62,7 @@ _PART: dict[str, Any] = {
     "scorers": Table(rest=Table(rest=Any), instead=str | tuple[str, ...]),
     "ensembles": Table(rest=tuple[str, ...]),
     "preprocessing": Table(hints_of(Preprocessing)),
-    "extraction": Table(hints_of(Extraction)),
+    "extraction": Table(_EXTRACTION_KEYS),
     "search": Table(
         {"id": str, "ood": tuple[str, ...], "metric": str, "grid": Table(rest=Table(rest=tuple[Any, ...]))}
     ),
@@ -138,7 +153,9 @@ def _part(raw: Raw) -> Part:
         scorers=_scorers(raw.get("scorers", ALL)),
         ensembles={label: tuple(members) for label, members in raw.get("ensembles", {}).items()},
         preprocessing=filled(Preprocessing, raw.get("preprocessing", {}), "preprocessing"),
-        extraction=filled(Extraction, raw.get("extraction", {}), "extraction"),
+        extraction=Extraction(
+            **{key: converted(value, _EXTRACTION_KEYS[key]) for key, value in raw.get("extraction", {}).items()}
+        ),
         search=_search(raw["search"]) if "search" in raw else None,
         published=tuple(number for table in raw.get("published", ()) for number in _published(table)),
     )

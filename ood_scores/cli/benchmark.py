@@ -162,7 +162,8 @@ def _caches(planned: Plan, folder: Path) -> Iterator[str]:
             continue
         rows = planned.facts[job.source].rows
         size = "rows not known yet" if rows is None else f"{rows:,} rows"
-        probes = f", probes {', '.join(job.extraction.probes)}" if job.extraction.probes else ""
+        computed = ", ".join(map(str, job.options.probes))
+        probes = f", probes {computed}" if computed else ""
         yield f"[cyan]extract[/]  {what}: {size}{escape(probes)} [dim]{place}[/]"
 
 

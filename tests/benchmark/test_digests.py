@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ def unit_of(data: Path, **changes: Any) -> Unit:
 def with_field(instance: Any, value: Any) -> Any:
     """The instance as its class would be with one more field."""
     cls = type(instance)
-    wider = make_dataclass(cls.__name__, ["added"], bases=(cls,), frozen=True, kw_only=True)
+    added = ("added", int, field(metadata={"choices": ()}))
+    wider = make_dataclass(cls.__name__, [added], bases=(cls,), frozen=True, kw_only=True)
     return wider(**{known.name: getattr(instance, known.name) for known in fields(cls)}, added=value)
 
 
@@ -48,9 +49,7 @@ WIDER: dict[str, Callable[[Unit, Any], Unit]] = {
         unit, part=replace(unit.part, scorers=tuple(with_field(table, value) for table in unit.part.scorers))
     ),
     "job": lambda unit, value: in_job(lambda job: with_field(job, value))(unit),
-    "extraction": lambda unit, value: in_job(lambda job: replace(job, extraction=with_field(job.extraction, value)))(
-        unit
-    ),
+    "options": lambda unit, value: in_job(lambda job: replace(job, options=with_field(job.options, value)))(unit),
     "preprocessing": lambda unit, value: in_job(
         lambda job: replace(job, preprocessing=with_field(job.preprocessing, value))
     )(unit),
@@ -69,7 +68,7 @@ def test_a_field_that_is_added_to_a_dataclass_changes_the_digest_of_a_unit(data:
     assert key_of(WIDER[where](unit, 1)) == key_of(one)
 
 
-@pytest.mark.parametrize("where", ["job", "extraction", "preprocessing", "network", "model"])
+@pytest.mark.parametrize("where", ["job", "options", "preprocessing", "network", "model"])
 def test_a_field_that_is_added_to_a_dataclass_changes_the_cache_of_a_job(data: Path, where: str) -> None:
     unit = unit_of(data)
     caches = {WIDER[where](unit, value).sets["test"][0].cache for value in (1, 2)} | {unit.sets["test"][0].cache}
@@ -104,6 +103,7 @@ def test_what_only_presents_does_not_change_the_digest_of_a_unit(data: Path, cha
         {"extraction": Extraction(rows=10)},
         {"extraction": Extraction(probes=("odin",))},
         {"extraction": Extraction(fit_probes=("odin",))},
+        {"extraction": Extraction(channels_last=True)},
     ],
     ids=str,
 )
@@ -123,6 +123,6 @@ def test_the_label_of_a_model_does_not_change_its_digest() -> None:
     assert digest(ModelTable("cifar_resnet20")) != digest(ModelTable("cifar_resnet20", arguments={"width": 2}))
 
 
-@pytest.mark.parametrize("cls", [ModelTable, Extraction, Part, Job, Network])
+@pytest.mark.parametrize("cls", [ModelTable, Part, Job, Network])
 def test_fields_that_are_left_out_of_digests_exist(cls: Any) -> None:
     assert {known.name for known in fields(cls)} > cls.NOT_IN_DIGEST

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ood_scores.benchmark.checks import check
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Published, ScorerTable, Search, Spec
 from ood_scores.benchmark.unit import described
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
+from ood_scores.extraction.options import ExtractionOptions
 
 SMALL = """
 title = "Small"
@@ -209,7 +212,6 @@ def test_extends(tmp_path: Path) -> None:
         ("[scorers]\nG = { name = 'gradnorm', heat = 2 }", 15, "scorer 'gradnorm' has no parameter 'heat'"),
         ("[scorers]\nR = { name = 'react', base = 'ensrgy' }", 15, "there is no scorer 'ensrgy'"),
         ("[extraction]\nprobes = ['odn']", 15, "there is no probe 'odn' (did you mean 'odin'?)"),
-        ("[extraction]\ndtype = 'float23'", 15, "there is no dtype 'float23' (did you mean 'float32'?)"),
         ("[ensembles]\nE = ['cifar_resnet']", 15, "no model 'cifar_resnet' (did you mean 'cifar_resnet20'?)"),
         ("[search]\nid = 'fitz'\nood = ['fits']", 15, "there is no set 'fitz' (did you mean 'fits'?)"),
         ("[search]\nid = 'fits'\nood = ['fits']\n[search.grid.kn]\nk = [1]", 17, "there is no scorer 'kn'"),
@@ -221,6 +223,36 @@ def test_unknown_names_are_named_with_their_place(tmp_path: Path, wrong: str, li
     message = refused(toml(tmp_path, f"{SMALL}\n{wrong}\n"), error=UnknownName)
     assert message.startswith(f"{tmp_path}/small.toml, line {line}: ")
     assert words in message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line", "words"),
+    [
+        ("dtype = 'float23'", 16, "dtype must be 'float16', 'float32' or 'float64', got 'float23'"),
+        ("amp = 'bf8'", 16, "amp must be None, 'bf16' or 'fp16', got 'bf8'"),
+        ("probes = ['odin', 'odin']", 16, "two probes are named 'odin'"),
+        ("compile = true\nprobes = ['odin']", 17, "compile=True is for a pass without layers and probes"),
+        ("compile = true\nfit_probes = ['odin']", 17, "compile=True is for a pass without layers and probes"),
+        ("channels_last = 1", 16, "extraction.channels_last is 1; give true or false"),
+        ("layers = 3", 16, "extraction.layers is 3; give a text in quotes or a list, each a text in quotes"),
+    ],
+)
+def test_wrong_options_of_an_extraction_are_named_with_their_place(
+    tmp_path: Path, wrong: str, line: int, words: str
+) -> None:
+    message = refused(toml(tmp_path, f"{SMALL}\n[extraction]\nrows = 3\n{wrong}\n"))
+    assert message.startswith(f"{tmp_path}/small.toml, line {line}: ")
+    assert words in message
+
+
+def test_the_options_of_extract_are_keys_of_a_spec(tmp_path: Path) -> None:
+    keys = {"amp": "bf16", "channels_last": True, "compile": True, "dtype": "float16"}
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
+    assert part(toml(tmp_path, f"{SMALL}\n[extraction]\n{lines}\n")).extraction == Extraction(**keys)  # type: ignore[arg-type]
+    with pytest.raises(UnknownName, match=r"\[extraction\] has no 'head'") as error:
+        load_spec(toml(tmp_path, f"{SMALL}\n[extraction]\nhead = 'fc'\n"))
+    for option in fields(ExtractionOptions):
+        assert option.name == "head" or f" {option.name}," in str(error.value) or f" {option.name}." in str(error.value)
 
 
 def test_a_mistake_in_the_base_is_of_the_base(tmp_path: Path) -> None:
