@@ -48,12 +48,19 @@ class Pass:
 class Probe(ABC):
     """Gives named extras of every input. Its parameters are part of the cache's identity.
 
-    A new probe writes ``columns``; one that reads layers of the ordinary forward pass watches them. A probe that
-    differentiates says ``gradients = True``.
+    A new probe defines ``columns``; one that reads layers of the ordinary forward pass also defines ``watch``. It is a
+    frozen dataclass whose parameters are plain values: numbers, strings, None, and sequences of them. Test it with
+    ``ood_scores.testing.check_probe``.
+
+    Attributes:
+        name: the name of its extras, or what these start with.
+        gradients: whether it differentiates.
+        random: whether it draws random numbers for each batch, so that its extras depend on the size of batches.
     """
 
     name: str = ""
     gradients: ClassVar[bool] = False
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:

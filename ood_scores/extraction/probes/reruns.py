@@ -139,6 +139,7 @@ class MCDropout(Probe):
     name: str = "mc_dropout"
     passes: int = 16
     seed: int = 0
+    random = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
