@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ood_scores.errors import BadInput
 from ood_scores.registry import unknown
@@ -229,6 +229,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, (list, tuple)) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -240,6 +242,8 @@ def _wanted(hint: Any) -> str:
     if get_origin(hint) is tuple:
         inner = get_args(hint)[0]
         return "a list" if inner is Any else f"a list, each {_wanted(inner)}"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
     return {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}[hint]
 
 

@@ -6,9 +6,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from ood_scores.errors import BadInput, UnknownName
+from ood_scores.errors import BadInput
+from ood_scores.parameters import check_choices
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ class OptimizerTable:
     """
 
     lr: float
-    name: str = "sgd"
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
     weight_decay: float = 0.0
     momentum: float | None = None
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        _choice("optimizer.name", self.name, ("sgd", "adam", "adamw"))
+        check_choices(self, "optimizer")
         _require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "a positive number")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
         _require(0 <= (self.momentum or 0) < 1, "optimizer.momentum", self.momentum, "from 0 to below 1")
@@ -115,12 +116,12 @@ class ScheduleTable:
         gamma: the factor.
     """
 
-    name: str = "constant"
+    name: Literal["constant", "steps", "cosine"] = "constant"
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        _choice("schedule.name", self.name, ("constant", "steps", "cosine"))
+        check_choices(self, "schedule")
         if (self.name == "steps") != bool(self.milestones):
             raise BadInput('milestones go with [schedule] name = "steps"; give both or neither.')
 
@@ -190,7 +191,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     auxiliary: AuxiliaryTable | None = None
     seed: int = 0
-    amp: str = "none"
+    amp: Literal["none", "bf16"] = "none"
     channels_last: bool = False
     compile: bool = False
     sync_batchnorm: bool = False
@@ -201,7 +202,7 @@ class Recipe:
     name: str = "recipe"
 
     def __post_init__(self) -> None:
-        _choice("amp", self.amp, ("none", "bf16"))
+        check_choices(self, "recipe")
         for key in ("seed", "workers", "checkpoint_every"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         _require(self.state_every >= 1, "state_every", self.state_every, "at least 1")
@@ -258,8 +259,3 @@ def _flat(tables: Any) -> Any:
 def _require(condition: bool, key: str, value: object, wanted: str) -> None:
     if not condition:
         raise BadInput(f"{key} = {value} is out of range; give {wanted}.")
-
-
-def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UnknownName(f"{key} = {value!r} does not exist; there are: {', '.join(known)}.")
