@@ -161,3 +161,11 @@ def disk_errors(path: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheWriteFailed(f"could not write {path} ({error}): {remedy}.") from error
+
+
+def is_marked(path: Path, mark: str) -> bool:
+    """Return whether a file has a text near its start, which tells who wrote it even if it is damaged since."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return mark.encode() in file.read(2**20)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ood_scores.errors import CacheError
-from ood_scores.features.storage.cache import CacheState, open_to_read, state
+from ood_scores.features.storage.cache import CacheState, state
+from ood_scores.features.storage.reading import open_to_read
 from ood_scores.progress import ProgressBar
 
 SECONDS = 1.0

@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ood_scores.atomic import disk_errors
+from ood_scores.atomic import disk_errors, is_marked
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.conformal import Threshold
 from ood_scores.detector.inputs import input_batches
@@ -231,7 +231,7 @@ def _require_weights(model: nn.Module, described: Mapping[str, Any], folder: Pat
 def _read_description(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise FileNotFoundError(f"there is no folder {folder}.")
-    if not _is_ours(folder):
+    if not is_marked(folder / DESCRIPTION, FORMAT):
         raise ForeignFile(f"{folder} is not a detector that ood_scores saved.")
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
@@ -245,19 +245,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return described
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a detector was saved there, whatever has become of its files since."""
-    file = folder / DESCRIPTION
-    if not file.is_file():
-        return False
-    with open(file, encoding="utf-8", errors="replace") as text:
-        return FORMAT in text.read(200)
-
-
 def _check_replaceable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ForeignFile(f"{folder} is a file: a detector is saved in a folder.")
-    if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
+    if folder.exists() and any(folder.iterdir()) and not is_marked(folder / DESCRIPTION, FORMAT):
         raise ForeignFile(f"{folder} holds something else than a detector and is left alone: choose another folder.")
 
 

@@ -31,17 +31,17 @@ def ensemble(members: Sequence[FeatureSet]) -> FeatureSet:
     """
     members = list(members)
     _check_same_data(members)
-    features = col.CombinedColumn(tuple(member.column("features") for member in members), _side_by_side)
+    features = col.CombinedColumn(tuple(member.columns["features"] for member in members), _side_by_side)
     columns: dict[str, col.Column] = {}
     if all(member.has("logits") for member in members):
-        logits = tuple(member.column("logits") for member in members)
+        logits = tuple(member.columns["logits"] for member in members)
         if len({column.shape[1] for column in logits}) > 1:
             raise ShapeMismatch(f"the models have {', '.join(str(column.shape[1]) for column in logits)} classes.")
         columns = {"logits": col.CombinedColumn(logits, _mean)}
         columns["ensemble.mean"] = col.CombinedColumn(logits, _mean_softmax)
         columns["ensemble.entropy"] = col.CombinedColumn(logits, _mean_entropy)
     labelled = next((member for member in members if member.has("labels")), None)
-    labels = labelled.column("labels") if labelled else None
+    labels = labelled.columns["labels"] if labelled else None
     joint = FeatureSet(features, columns.pop("logits", None), labels, _joint_head(members), columns)
     joint.device = members[0].device
     return joint

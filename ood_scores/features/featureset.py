@@ -124,9 +124,11 @@ class FeatureSet:
         it: ``"layers"`` stands for ``"layers.layer1"``, ``"layers.layer2"``, and so on."""
         return bool(self._columns_of([name])) or (name == "head" and self.head is not None)
 
-    def column(self, name: str) -> col.Column:
-        """A column as it is kept, in memory or on disk: ``features``, ``logits``, ``labels`` or ``extras/<name>``."""
-        return self._columns[name]
+    @property
+    def columns(self) -> Mapping[str, col.Column]:
+        """The columns as they are stored, in memory or on disk: ``features``, ``logits``, ``labels`` and
+        ``extras/<name>``."""
+        return self._columns
 
     def class_labels(self) -> Tensor:
         """Labels as int64 ``[N]``, checked to be class indices of the model.
@@ -155,10 +157,7 @@ class FeatureSet:
         else:
             index = self._row_numbers(rows)
             columns = {name: col.gather(column, index) for name, column in self._columns.items()}
-        extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
-        chosen = FeatureSet(
-            columns["features"], columns.get("logits"), columns.get("labels"), self.head, extras, self.provenance
-        )
+        chosen = FeatureSet(**_arguments(columns), head=self.head, provenance=self.provenance)
         chosen.device, chosen.block_rows = self.device, self.block_rows
         return chosen
 
@@ -197,9 +196,7 @@ class FeatureSet:
         parts = self._parts(columns, rows)
         starts = range(0, len(self), rows)
         for start, part in zip(starts, blocks_on(to, parts) if to else parts, strict=True):
-            extras = {name.removeprefix("extras/"): part[name] for name in part if name.startswith("extras/")}
-            basic = {name: part.get(name) for name in ("features", "logits", "labels")}
-            yield Block(**basic, head=head, extras=extras, start=start, rows=min(rows, len(self) - start))
+            yield Block(**_arguments(part), head=head, start=start, rows=min(rows, len(self) - start))
 
     def _parts(self, columns: Mapping[str, col.Column], rows: int) -> Iterator[dict[str, Tensor]]:
         """The columns as they are kept, ``rows`` rows at a time."""
@@ -316,18 +313,17 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Fe
     with cache.open_to_read(path) as h5:
         cache.require_finished(h5)
         columns = {name: h5[name] for name in cache.column_names(h5)}
-        extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
-        feats = FeatureSet(
-            columns["features"],
-            columns.get("logits"),
-            columns.get("labels"),
-            cache.read_head(h5),
-            extras,
-            cache.state(h5).provenance,
-        )
+        provenance = cache.state(h5).provenance
+        feats = FeatureSet(**_arguments(columns), head=cache.read_head(h5), provenance=provenance)
         feats.is_whole_file = True
         feats.device = None if found.type == "cpu" else found
         return feats
+
+
+def _arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns as arguments of a FeatureSet or a Block."""
+    extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
+    return {name: columns.get(name) for name in ("features", "logits", "labels")} | {"extras": extras}
 
 
 def _check_columns(columns: Mapping[str, col.Column], head: Head | None) -> None:

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ood_scores.atomic import replacing
+from ood_scores.atomic import is_marked, replacing
 from ood_scores.errors import BadInput, DamagedCache, ForeignFile, NotFitted, UnknownName
 from ood_scores.features import Head, Provenance
 from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers
@@ -192,7 +192,7 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    if path.exists() and not _is_ours(path):
+    if path.exists() and not is_marked(path, FORMAT):
         raise ForeignFile(
             f"{path} is not a scorer that ood_scores saved and is left alone: choose another path, or delete it "
             "yourself."
@@ -206,7 +206,7 @@ def _opened(path: Path) -> Iterator[Any]:
     """The open file; what goes wrong on reading it becomes an error that says what to do."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
-    if not _is_ours(path):
+    if not is_marked(path, FORMAT):
         raise ForeignFile(f"{path} is not a scorer that ood_scores saved.")
     try:
         with safetensors.safe_open(path, "pt") as stored:
@@ -223,11 +223,3 @@ def _check_format(described: Mapping[str, Any], path: Path) -> None:
             f"{path} has scorer format {described['version']}; this version of ood_scores reads up to {VERSION}: "
             "update ood_scores."
         )
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a scorer was saved there, whatever has become of the file since."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return FORMAT.encode() in file.read(2**20)

@@ -20,7 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_scores.atomic import LockedFile, closed_on_error, copy_bytes, disk_errors, remove_abandoned, replacing
+from ood_scores.atomic import (
+    LockedFile,
+    closed_on_error,
+    copy_bytes,
+    disk_errors,
+    is_marked,
+    remove_abandoned,
+    replacing,
+)
 from ood_scores.errors import (
     BadInput,
     CacheBusy,
@@ -102,7 +110,7 @@ def check_replaceable(path: Path) -> None:
             if h5.attrs.get("format") == FORMAT and int(h5.attrs["version"]) <= VERSION:
                 return
     except DamagedCache:
-        if _bears_our_name(path):
+        if is_marked(path, FORMAT):
             return
     except ForeignFile:
         pass
@@ -343,8 +351,3 @@ def _write_compressed(file: LockedFile, runs: Iterable[Mapping[str, Tensor]]) ->
             file.check()
             done = stop
         h5["progress"][:] = done, 1
-
-
-def _bears_our_name(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return FORMAT.encode() in file.read(2**20)

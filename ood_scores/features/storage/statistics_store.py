@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_scores.atomic import replacing
+from ood_scores.atomic import is_marked, replacing
 from ood_scores.errors import CacheError, StaleCache
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.statistics.base import Statistic, Stored
-from ood_scores.features.storage.cache import open_to_read, statistics_file
+from ood_scores.features.storage.cache import statistics_file
 from ood_scores.features.storage.columns import DiskColumn
+from ood_scores.features.storage.reading import open_to_read
 
 FORMAT = "ood_scores statistics"
 VERSION = 1
@@ -59,7 +60,7 @@ def remember(feats: FeatureSet, found: Mapping[Statistic, Any]) -> None:
     if not cache:
         return
     summaries = {repr(each): _arrays(result) for each, result in found.items() if isinstance(each, Stored)}
-    most = LARGEST_SHARE * sum(_bytes(column) for column in feats._columns.values())
+    most = LARGEST_SHARE * sum(_bytes(column) for column in feats.columns.values())
     small = {name: arrays for name, arrays in summaries.items() if sum(map(_bytes, arrays.values())) <= most}
     if small:
         with suppress(OSError, CacheError):
@@ -75,7 +76,7 @@ def names(cache: Path, identity: str) -> list[str]:
 
 def cache_of(feats: FeatureSet) -> tuple[Path, str] | None:
     """File and identity of the cache that the set is; None where it is anything else than one whole cache."""
-    features = feats._columns["features"]
+    features = feats.columns["features"]
     if not feats.is_whole_file or not isinstance(features, DiskColumn) or features.identity is None:
         return None
     return Path(features.file), features.identity
@@ -113,11 +114,7 @@ def _replaceable(place: Path) -> bool:
     """Whether there is nothing, or statistics in whatever state: what else stands there is someone's, and is left."""
     if not place.exists():
         return True
-    if not place.is_file():
-        return False
-    with open(place, "rb") as file:
-        start = file.read(2**20)
-    return not start or FORMAT.encode() in start
+    return is_marked(place, FORMAT) or (place.is_file() and place.stat().st_size == 0)
 
 
 def _read_all(cache: Path, identity: str) -> dict[str, Arrays]:
