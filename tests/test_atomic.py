@@ -1,0 +1,85 @@
+"""Files that are replaced in one step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ood_scores.atomic import LockedFile, is_marked, replacing
+from ood_scores.errors import CacheBusy, CacheWriteFailed
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_file_is_replaced_when_the_context_ends(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.bin"
+    for content in (b"first", b"2"):
+        before = path.read_bytes() if path.exists() else None
+        with replacing(path) as file:
+            file.write(content)
+            assert (path.read_bytes() if path.exists() else None) == before
+        assert file.closed
+        assert files(path.parent) == {"a.bin": content}
+
+
+def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(TypeError), replacing(tmp_path / "a.bin") as file:
+        file.write("text is no bytes")
+    assert file.closed
+    assert files(tmp_path) == {"a.bin": b"old"}
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_that_refuses_leaves_the_old_file(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.bin").write_bytes(b"old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, refuse)
+    message = r"could not write .*a\.bin \(.*No space left on device\): buy a disk\.$"
+    with pytest.raises(CacheWriteFailed, match=message), replacing(tmp_path / "a.bin", "buy a disk") as file:
+        file.write(b"new")
+    assert files(tmp_path) == {"a.bin": b"old"}
+
+
+def test_an_exclusive_file_replaces_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with replacing(path, exclusive=True) as file:
+        file.write(b"first")
+    assert files(tmp_path) == {"a.bin": b"first"}
+    with pytest.raises(CacheBusy, match="another process"), replacing(path, exclusive=True) as file:
+        file.write(b"second")
+    assert files(tmp_path) == {"a.bin": b"first"}
+
+
+def test_a_file_that_stays_open_stays_locked(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with replacing(path, keep_open=True) as file:
+        file.write(b"first")
+    with pytest.raises(CacheBusy, match="being written by another process"):
+        LockedFile(path, "r+")
+    file.write(b" and more")
+    file.close()
+    assert files(tmp_path) == {"a.bin": b"first and more"}
+
+
+def test_what_killed_processes_left_behind_is_removed(tmp_path: Path) -> None:
+    for name in (".a.bin.01234567.part", ".a.bin.89abcdef.part", ".b.bin.01234567.part"):
+        (tmp_path / name).write_bytes(b"")
+    with LockedFile(tmp_path / ".a.bin.89abcdef.part", "r+"), replacing(tmp_path / "a.bin"):
+        pass
+    assert sorted(files(tmp_path)) == [".a.bin.89abcdef.part", ".b.bin.01234567.part", "a.bin"]
+
+
+def test_marks(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\x00\x01 ood_scores features \x02")
+    assert is_marked(tmp_path / "a", "ood_scores features")
+    assert not is_marked(tmp_path / "a", "ood_scores scorer")
+    assert not is_marked(tmp_path, "ood_scores features")
+    assert not is_marked(tmp_path / "b", "ood_scores features")
