@@ -15,12 +15,9 @@ import timm
 import tiny
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from training_runs import OOD, digit_images, fresh_model
 
-from ood_scores.data.long_tail import labels_of
-from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput
-from ood_scores.models.opening import preprocessing
 from ood_scores.training import state, train
 from ood_scores.training.augment import seed_of
 from ood_scores.training.distributed import Processes
@@ -61,11 +58,6 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return state.read_tensors(folder / "last.safetensors")
 
 
-def images_of(spec: str) -> Tensor:
-    data = open_dataset(spec, preprocessing(timm.create_model("tiny_net")))
-    return next(iter(DataLoader(data, batch_size=len(data))))[0]
-
-
 def test_gradients_are_means_over_the_whole_batch(tmp_path: Path) -> None:
     """The last batch of an epoch has 17 images: one process gets 9 and the other 8."""
     changes: dict[str, Any] = {
@@ -96,19 +88,16 @@ def test_parameters_that_the_loss_leaves_out_stay_as_they_are(tmp_path: Path) ->
 
 
 def test_batch_statistics_are_of_a_share_of_id_and_of_ood_images(tmp_path: Path) -> None:
-    spec, aside = "digits?classes=0-6", "digits?classes=7-9"
-    images, outside = images_of(spec), images_of(aside)
+    (images, _), (outside, _) = digit_images(), digit_images("7-9")
     changes: dict[str, Any] = {
         "epochs": 1,
         "batch_size": 1200,
         "drop_last": True,
         "objective": {"name": "rna"},
-        "auxiliary": {"data": aside, "batch_size": 400},
+        "auxiliary": {**OOD, "batch_size": 400},
     }
     join(start(tmp_path, changes))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed_of(0, "model"))
-        model: Any = timm.create_model("tiny_net", num_classes=7).train()
+    model = fresh_model(0).train()
     inside = order(0, 0, len(images), 1200, drop_last=True)[0][::2]
     others = cycled(0, 0, 0, 1, len(outside), 400)[0][::2]
     assert (len(inside), len(others)) == (600, 200)
@@ -158,14 +147,13 @@ def test_what_two_processes_cannot_do(tmp_path: Path) -> None:
 
 
 def test_validation_is_by_the_statistics_that_are_saved(tmp_path: Path) -> None:
-    spec = "digits?classes=0-6"
     changes: dict[str, Any] = {"data": {"validation": 0.3}, "epochs": 2, "batch_size": 16, "optimizer": {"lr": 0.3}}
     join(start(tmp_path, changes))
     model = timm.create_model("tiny_net", num_classes=7, checkpoint_path=str(tmp_path / "last.safetensors")).eval()
-    labels = labels_of(open_dataset(spec))
-    _, aside = validation_split(labels, 0.3)
+    images, labels = digit_images()
+    _, aside = validation_split(labels.numpy(), 0.3)
     with torch.no_grad():
-        right = model(images_of(spec)[aside]).argmax(1).numpy() == labels[aside]
+        right = (model(images[aside]).argmax(1) == labels[aside]).double()
     with (tmp_path / "log.csv").open(newline="") as file:
         *_, last = csv.DictReader(file)
-    assert float(last["validation_accuracy"]) == pytest.approx(right.mean())
+    assert float(last["validation_accuracy"]) == pytest.approx(right.mean().item())

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TinyNet
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ood_scores.data.kinds.digits import digits
 from ood_scores.errors import BadInput, EmptyInput, MissingInput, ShapeMismatch, UnknownName
-from ood_scores.models.networks.classifier import PooledClassifier, init_he
 from ood_scores.training import objectives
 from ood_scores.training.objectives import (
     Objective,
@@ -26,22 +25,6 @@ from ood_scores.training.objectives import (
 CLASSES = 5
 OF_ID = {"cross_entropy", "l2_norm", "logit_adjustment", "logit_norm", "nc_loss"}
 OF_OOD = {"balanced_energy", "energy_oe", "oe", "oecc", "pascl", "rna"}
-
-
-class SmallNet(PooledClassifier):
-    """Two convolutions with BatchNorm for 8x8 digits."""
-
-    def __init__(self) -> None:
-        super().__init__(in_chans=1, num_features=16)
-        self.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.conv2 = nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(16)
-        self.reset_classifier(CLASSES)
-        init_he(self)
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images))))))
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +42,7 @@ def by_name(name: str, **settings: Any) -> Objective:
 def steps(objective: Objective, number: int, lr: float = 0.1) -> list[float]:
     """Losses of SGD steps on one batch, as a trainer takes them: one forward pass of ID and OoD images."""
     torch.manual_seed(0)
-    net = SmallNet().train()
+    net = TinyNet(CLASSES, in_chans=1).train()
     images, labels, ood = batch()
     noise = torch.randn_like(images) * 0.1
     views = torch.cat([images, images + noise][: objective.views])

@@ -1,0 +1,116 @@
+"""A training's folder: repeated, foreign and full, and numbers that are not finite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training_runs import ID, imbalanced, run, weights
+
+from ood_scores.atomic import LockedFile
+from ood_scores.errors import (
+    BadInput,
+    CacheBusy,
+    CacheWriteFailed,
+    CheckpointError,
+    NotFinite,
+)
+from ood_scores.training import Trained, train, trainer
+from ood_scores.training.recipe_file import recipe_from
+
+
+def test_the_same_call_again_does_nothing(trained: Trained) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in trained.checkpoint.parent.glob("*.safetensors")}
+    again = run(
+        trained.checkpoint.parent,
+        epochs=6,
+        data={"validation": 0.2, "test": ID},
+        checkpoint_every=2,
+        optimizer={"lr": 0.1},
+    )
+    assert again == trained
+    assert {path.name: path.stat().st_mtime_ns for path in trained.checkpoint.parent.glob("*.safetensors")} == before
+
+
+def test_another_recipe_or_other_data_in_the_folder(tmp_path: Path) -> None:
+    spec = imbalanced(tmp_path, [20, 6, 3])
+    first = run(tmp_path / "out", data={"train": spec})
+    with pytest.raises(BadInput, match=r"another recipe: seed was 0, is 1; optimizer\.lr was 0\.05, is 0\.5"):
+        run(tmp_path / "out", data={"train": spec}, seed=1, optimizer={"lr": 0.5})
+    imbalanced(tmp_path, [20, 6, 4])
+    with pytest.raises(BadInput, match=r"another data: images of each class was \[20, 6, 3\], is \[20, 6, 4\]"):
+        run(tmp_path / "out", data={"train": spec})
+    recipe = recipe_from(tiny.tables(data={"train": spec}, seed=1))
+    second = train(recipe, tmp_path / "out", device="cpu", progress=False, overwrite=True)
+    assert second.history != first.history
+    assert len((tmp_path / "out" / "log.csv").read_text().splitlines()) == 3
+
+
+def test_foreign_files_are_not_touched(tmp_path: Path, trained: Trained) -> None:
+    (tmp_path / "state.safetensors").write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match="not the state of a training"):
+        run(tmp_path)
+    assert (tmp_path / "state.safetensors").read_bytes() == b"something else"
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file({"a": torch.zeros(1)}, other / "last.safetensors")
+    with pytest.raises(BadInput, match=r"no state\.safetensors to continue from"):
+        run(other)
+
+
+def test_two_trainings_cannot_share_a_folder(tmp_path: Path) -> None:
+    with LockedFile(tmp_path / ".lock", "a"), pytest.raises(CacheBusy, match="another process"):
+        run(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(10**6))
+    honest = F.cross_entropy
+
+    def failing(*arguments: Any) -> Tensor:
+        return honest(*arguments) * (float("nan") if next(calls) == 23 else 1)  # after one on trial, 20 in each epoch
+
+    monkeypatch.setattr("ood_scores.training.objectives.classification.F.cross_entropy", failing)
+    with pytest.raises(NotFinite, match=r"in epoch 2, step 3, the loss became nan.*keeps those of epoch 1"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert all(value.isfinite().all() for value in weights(tmp_path / "last.safetensors").values())
+    assert run(tmp_path).history == run(tmp_path / "peace").history
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = trainer.train_step
+
+    def exploding(step: Any, head: nn.Linear, *arguments: Any) -> Tensor:
+        sums = honest(step, head, *arguments)
+        head.bias.data.fill_(float("inf"))
+        return sums
+
+    monkeypatch.setattr(trainer, "train_step", exploding)
+    with pytest.raises(NotFinite, match=r"epoch 1 the weights became infinite or NaN.*no epoch was finished"):
+        run(tmp_path, batch_size=2000)
+    assert not (tmp_path / "last.safetensors").exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = os.replace
+    calls = iter(range(100))
+
+    def full(source: Path, target: Path) -> None:
+        if next(calls) == 4:
+            raise OSError(28, "No space left on device")
+        honest(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CacheWriteFailed, match=r"No space left.*make room"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.glob(".*") if path.name != ".lock"] == []
+    assert run(tmp_path).history == run(tmp_path / "peace").history
