@@ -1,13 +1,17 @@
-"""Write the parts of the documentation that the scorer classes determine: run ``python docs/generate.py``.
+"""Write the parts of the documentation that the code determines: run ``python docs/generate.py``.
 
-A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. Edit the classes, not the part.
+A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. Edit the code, not the part.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+import ood_scores.data.kinds  # noqa: F401  registers every kind
+from ood_scores.data.catalog import CATALOG
+from ood_scores.data.kinds.base import DATASET_KINDS
 from ood_scores.detector.graph import exportable
 from ood_scores.scorers import Scorer, list_scorers
 from ood_scores.scorers.base import IN_A_GRAPH
@@ -55,9 +59,39 @@ def not_exportable() -> str:
     return "\n".join([*rows, *(f"| `{cls.name}` | {cls.tags.no_graph} |" for cls in known)])
 
 
+def dataset_kinds() -> str:
+    """The kinds of datasets, from the first lines of the functions that open them."""
+    rows = ["| Kind | Options | Contents |", "|---|---|---|"]
+    for name in sorted(DATASET_KINDS):
+        kind = DATASET_KINDS[name]
+        summary = (inspect.getdoc(kind.open) or "").partition("\n")[0]
+        example, _, contents = summary.removeprefix("Open ").partition(": ")
+        options = ", ".join(f"`{option}`" for option in kind.options)
+        rows.append(f"| {example} | {options} | {contents.rstrip('.')} |".replace("``", "`"))
+    return "\n".join(rows)
+
+
+def kind_reference() -> str:
+    """The docstrings of the functions that open each kind of dataset."""
+    kinds = [DATASET_KINDS[name].open for name in sorted(DATASET_KINDS)]
+    functions = "\n".join(f".. autofunction:: {open.__module__}.{open.__qualname__}" for open in kinds)
+    return f"```{{eval-rst}}\n{functions}\n```"
+
+
+def known_datasets() -> str:
+    """The datasets of the catalog."""
+    rows = ["| Dataset | Description | Images | License | Opens with |", "|---|---|---|---|---|"]
+    for known in CATALOG:
+        images = f"{known.images:,}" if known.images else ""
+        description = f"{known.what} ([page]({known.page}))"
+        rows.append(f"| `{known.name}` | {description} | {images} | {known.licence} | `{known.spec}` |")
+    return "\n".join(rows)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"scorers": scorer_table},
     "docs/scorers.md": {"scorers": reference},
+    "docs/datasets.md": {"kinds": dataset_kinds, "catalog": known_datasets, "reference": kind_reference},
     "docs/deploy.md": {"exportable": exportable_names, "not-exportable": not_exportable},
 }
 

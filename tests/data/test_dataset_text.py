@@ -8,18 +8,41 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_images import rows_of
+from dataset_images import corner, rows_of
 from PIL import Image
 
+from ood_scores.data import sources
+from ood_scores.data.images import ImageArrays
+from ood_scores.data.kinds import base
+from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.data.long_tail import labels_of
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, MissingData, UnknownName
+from ood_scores.registry import Registry
+
+
+def test_a_kind_is_opened_once_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "DATASET_KINDS", Registry("kind of dataset"))
+    monkeypatch.setattr(base, "DATASET_KINDS", sources.DATASET_KINDS)
+
+    @register_dataset_kind("grey", remedy=lambda text, root: f"paint {text}")
+    def open_grey(target: str, base: Path, *, level: str = "1") -> ImageArrays:
+        if not target:
+            raise MissingData("there is no paint")
+        return ImageArrays(np.full((int(target), 2, 2), int(level), dtype=np.uint8), name="grey")
+
+    dataset = open_dataset("grey:3?level=7&take=2")
+    assert (len(dataset), dataset.name, corner(dataset[1])) == (2, "grey[take=2]", (7, 7, 7))
+    with pytest.raises(UnknownName, match=r"'levle' \(did you mean 'level'\?\); it has: level, scramble"):
+        open_dataset("grey:3?levle=7")
+    with pytest.raises(MissingData, match=r"there is no paint\. To get it: paint grey"):
+        open_dataset("grey")
 
 
 def test_specs_that_cannot_be_read() -> None:
     with pytest.raises(UnknownName, match=r"kind of dataset 'zip'; there are: .*folder, .*torchvision"):
         open_dataset("zip:a")
-    with pytest.raises(UnknownName, match="digits has no option 'class' \(did you mean 'classes'\?\); it has: classes"):
+    with pytest.raises(UnknownName, match=r"no option 'class' \(did you mean 'classes'\?\); it has: classes"):
         open_dataset("digits?class=1")
     with pytest.raises(UnknownName, match="folder has no option 'split'; it has: scramble, rows, long_tail, take"):
         open_dataset("folder:x?split=test")

@@ -55,9 +55,9 @@ def digits(classes: Sequence[int] = range(10)) -> tuple[NDArray[np.uint8], NDArr
 
 @register_dataset_kind("digits")
 def open_digits(target: str, base: Path, *, classes: str | None = None) -> ImageArrays:
-    """Open ``digits?classes=0-6``, the handwritten digits; ``classes=0,1,8`` is a list.
+    """Open ``digits?classes=0-6``: scikit-learn's handwritten digits, 8 x 8 pixels.
 
-    A label is the position of the class in the list.
+    ``classes`` is a range or a list such as ``0,1,8``; the label is the position of the class in it.
     """
     if target:
         raise BadInput(f"digits takes no path, but got {target!r}; write digits or digits?classes=0-6")

@@ -13,10 +13,10 @@ from ood_scores.errors import BadInput, EmptyInput
 
 @register_dataset_kind("folder", remedy_for_path)
 def open_folder(target: str, base: Path) -> ImageFiles:
-    """Open ``folder:PATH``, whose subfolders are the classes, or whose images have no labels if it has no subfolders.
+    """Open ``folder:PATH``: images in one subfolder per class, or images without labels.
 
-    Classes are numbered in alphabetical order, as in torchvision's ``ImageFolder``; hidden subfolders are skipped.
-    Images without labels are in alphabetical order.
+    Classes are numbered in alphabetical order, as in torchvision's ``ImageFolder``; hidden subfolders are skipped. If
+    there are no subfolders, the images are in alphabetical order and have no labels.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 

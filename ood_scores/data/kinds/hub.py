@@ -61,10 +61,10 @@ def open_hub(
     image: str | None = None,
     label: str | None = None,
 ) -> HubImages:
-    """Open ``hf:OWNER/NAME?split=test&config=NAME&image=COLUMN&label=COLUMN``, a dataset of the Hugging Face hub.
+    """Open ``hf:OWNER/NAME?split=test``: an image dataset of the Hugging Face hub.
 
-    The library ``datasets`` downloads it or finds it in its cache. ``image`` and ``label`` are only needed where the
-    dataset has several columns of images or classes.
+    The library ``datasets`` downloads the dataset or finds it in its cache. ``image`` and ``label`` name columns; they
+    are only needed if the dataset has several columns of images or classes.
 
     Raises:
         MissingData: if the library is not installed, or neither the hub nor its local cache has the dataset.

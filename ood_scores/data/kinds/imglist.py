@@ -15,7 +15,7 @@ from ood_scores.errors import BadInput, EmptyInput, MissingData
 
 @register_dataset_kind("imglist", remedy_for_path)
 def open_imglist(target: str, base: Path, *, root: str | None = None) -> ImageFiles:
-    """Open ``imglist:PATH?root=DIR``, a text file with a line ``relative/path label`` for each image.
+    """Open ``imglist:PATH?root=DIR``: a text file of lines ``relative/path label``, such as those of OpenOOD.
 
     The label is the last word, -1 for no class. Paths are relative to ``root``, by default the folder of the list. In
     the lists of SC-OOD (Yang et al. 2021) the label is a dictionary; its ``sc_label`` is used, which is the ID class

@@ -58,7 +58,7 @@ class NoiseImages(ImageDataset):
 
 @register_dataset_kind("noise")
 def open_noise(target: str, base: Path, *, n: str = "10000", size: str = "32", seed: str = "0") -> NoiseImages:
-    """Open ``noise:gaussian?n=10000&size=32&seed=0`` or ``noise:uniform``, images of noise without labels.
+    """Open ``noise:gaussian?n=10000&size=32&seed=0``: Gaussian, or with ``noise:uniform`` uniform, noise.
 
     Raises:
         UnknownName: if there is no such noise.

@@ -17,7 +17,10 @@ from ood_scores.errors import BadInput
 
 @register_dataset_kind("npz", remedy_for_path)
 def open_npz(target: str, base: Path) -> ImageArrays:
-    """Open ``npz:PATH``, a NumPy archive of ``images`` and optionally ``labels``, as ``ImageArrays`` takes them."""
+    """Open ``npz:PATH``: a NumPy archive of uint8 ``images`` and optionally ``labels``.
+
+    The arrays are those of ``ImageArrays``. Pickled objects are refused.
+    """
     path = existing("npz", target, base)
     if not zipfile.is_zipfile(path):
         raise BadInput(f"{path} is not a NumPy archive; save the images and labels with np.savez")

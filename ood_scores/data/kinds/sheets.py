@@ -33,12 +33,12 @@ class Index:
 
 @register_dataset_kind("sheets")
 def open_sheets(target: str, base: Path) -> ImageArrays:
-    """The images of `target`, a path without `.json`, all in memory.
+    """Open ``sheets:DIR/NAME``: small images packed on a few WebP files, held in memory.
 
     Raises:
-        MissingData: the index or one of its sheets is not there.
-        BadInput: an index or a sheet that cannot be read, or that do not fit each other.
-        ShapeMismatch: not one label per image.
+        MissingData: if the index or one of its sheets does not exist.
+        BadInput: if an index or a sheet cannot be read, or they do not fit each other.
+        ShapeMismatch: if there is not one label per image.
     """
     if not target:
         raise BadInput("sheets needs a path; write sheets:DIR/NAME")

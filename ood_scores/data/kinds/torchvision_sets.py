@@ -39,7 +39,7 @@ def _without_download(text: str) -> str:
 def open_torchvision(
     target: str, base: Path, *, split: str | None = None, root: str | None = None, download: str = "false"
 ) -> TorchvisionImages:
-    """Open ``torchvision:NAME?split=test&root=DIR&download=true``, one of torchvision's classification datasets.
+    """Open ``torchvision:CIFAR10?split=test``: one of torchvision's classification datasets.
 
     ``split`` becomes the dataset's argument ``train`` or ``split``, whichever it has, and defaults to test. ``root``
     defaults to ``ood_scores/data`` in the user's cache (``$XDG_CACHE_HOME``, else ``~/.cache``). Nothing is downloaded
