@@ -201,13 +201,13 @@ def whitening(covariance: Tensor) -> Tensor:
     return vectors[:, kept] / values[kept].sqrt()
 
 
-def whitened(rows: Tensor, root: Tensor) -> Tensor:
+def whitened(rows: Tensor, root: Tensor, size: int = SOLVED) -> Tensor:
     """``rows @ root`` of a root from ``whitening``: where that is triangular, without multiplying its zeros."""
     if torch.compiler.is_compiling() or root.tril(-1).any():  # a graph cannot look at the root
         return rows @ root
     found = rows.new_empty(len(rows), root.shape[1])
-    for start in range(0, root.shape[1], SOLVED):
-        stop = min(start + SOLVED, root.shape[1])
+    for start in range(0, root.shape[1], size):
+        stop = min(start + size, root.shape[1])
         torch.mm(rows[:, :stop], root[:stop, start:stop], out=found[:, start:stop])
     return found
 

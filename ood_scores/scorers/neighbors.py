@@ -224,11 +224,11 @@ def why_no_graph_of(bank: Tensor | None) -> str | None:
     return f"its bank has {len(bank):,} rows, and a graph holds up to {GRAPH_ROWS:,}: fit it on fewer"
 
 
-def kth_neighbours(rows: Tensor, bank: Tensor, k: int) -> Tensor:
+def kth_neighbours(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -> Tensor:
     """The number of each row's k-th nearest bank row, ``[B]``: exact, in float64, a piece of the bank at a time."""
     nearest, numbers = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
-    for start in range(0, len(bank), BANK_PIECE):
-        distances = squared_distances(rows, bank[start : start + BANK_PIECE].double())
+    for start in range(0, len(bank), piece):
+        distances = squared_distances(rows, bank[start : start + piece].double())
         found = torch.arange(start, start + distances.shape[1]).expand(len(rows), -1)
         nearest, numbers = torch.cat([nearest, distances], dim=1), torch.cat([numbers, found], dim=1)
         nearest, chosen = nearest.topk(min(k, nearest.shape[1]), dim=1, largest=False)

@@ -19,13 +19,10 @@ from ood_scores.detector.export import export_onnx, export_program, noise, run_o
 from ood_scores.detector.graph import DetectorGraph, exportable
 from ood_scores.errors import BadInput, CacheWriteFailed, MissingInput, NotFitted
 from ood_scores.scorers.neighbors import GRAPH_ROWS
-from ood_scores.scorers.registry import scorer_class
 
 onnx = pytest.importorskip("onnx", reason="pip install 'ood_scores[export]'")
 pytest.importorskip("onnxruntime", reason="pip install 'ood_scores[export]'")
 pytest.importorskip("onnxscript", reason="pip install 'ood_scores[export]'")
-
-EXTRAS = ("block_norm", "gradient_classifier", "gradnorm_params", "gram", "mahalanobis_layers", "odin", "rankfeat")
 
 
 def images(count: int = 12, size: int = 8) -> torch.Tensor:
@@ -170,7 +167,7 @@ def test_the_users_model_is_left_as_it_was(tmp_path):
         assert torch.equal(values, before[name])
 
 
-@pytest.mark.parametrize("name", [*EXTRAS, *(name for name in list_scorers() if scorer_class(name).tags.no_graph)])
+@pytest.mark.parametrize("name", [name for name in list_scorers() if create_scorer(name).why_no_graph()])
 def test_scorers_without_a_graph_are_refused_by_name_and_reason(name):
     assert name not in exportable()
     scorer = create_scorer(name)

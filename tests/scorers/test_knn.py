@@ -13,6 +13,7 @@ from scipy.spatial.distance import cdist
 from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput, NotFinite
 from ood_scores.scorers.base import score_all
+from ood_scores.scorers.neighbors import kth_neighbours
 from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
 
 Array = NDArray[np.float64]
@@ -61,10 +62,8 @@ def test_tiny_angles() -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 1e-5])
-@pytest.mark.parametrize("piece", [13, 4096])
-def test_collapsed_classes(spread: float, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collapsed_classes(spread: float) -> None:
     """Many neighbours within what float32 cannot tell apart: the right one is found, in blocks of any size."""
-    monkeypatch.setattr("ood_scores.scorers.neighbors.BANK_PIECE", piece)
     means, labels = unit(rows(4, 64)), np.arange(400) % 4
     bank = unit(means[labels] + spread / 8 * rows(400, 64, seed=1)).astype(np.float32)
     values = FeatureSet(means[labels[:40]] + spread / 8 * rows(40, 64, seed=2))
@@ -72,6 +71,14 @@ def test_collapsed_classes(spread: float, piece: int, monkeypatch: pytest.Monkey
     expected = brute_force(bank.astype(np.float64), values.features.numpy(), 20, normalize=False)
     np.testing.assert_allclose(scorer.score(values), expected, rtol=1e-5)
     np.testing.assert_allclose(scorer.score(values, block_rows=7), scorer.score(values), rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 20])
+@pytest.mark.parametrize("piece", [13, 64, 4096])
+def test_the_kth_neighbour_in_pieces_of_the_bank(k: int, piece: int) -> None:
+    bank, values = torch.from_numpy(rows(400, 8)), torch.from_numpy(rows(30, 8, seed=1))
+    expected = np.argsort(cdist(values, bank), axis=1)[:, k - 1]
+    np.testing.assert_array_equal(kth_neighbours(values, bank, k, piece), expected)
 
 
 def test_a_row_of_the_bank_is_its_own_first_neighbour() -> None:
@@ -163,14 +170,7 @@ def banked(bank: Array, values: Array, energies: Array) -> tuple[FeatureSet, Fea
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0])
-@pytest.mark.parametrize("rows_at_a_time", [7, 512])
-@pytest.mark.parametrize("bank_at_a_time", [64, 192, 2**16])
-def test_scorers_of_one_bank_are_scored_together_as_alone(
-    spread: float, rows_at_a_time: int, bank_at_a_time: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ood_scores.scorers.numerics.exact_search.SEARCH_ROWS", rows_at_a_time)
-    monkeypatch.setattr("ood_scores.scorers.numerics.exact_search.SEARCH_BANK", bank_at_a_time)
-    monkeypatch.setattr("ood_scores.scorers.numerics.exact_search.SUB_BANK", 64)
+def test_scorers_of_one_bank_are_scored_together_as_alone(spread: float) -> None:
     means = rows(5, 16)
     bank, values = means[np.arange(700) % 5] + spread * rows(700, 16), means[np.arange(60) % 5] + rows(60, 16, seed=1)
     bank[3] = values[2] = 0
@@ -195,13 +195,16 @@ def test_scorers_of_one_bank_are_scored_together_as_alone(
 
 @pytest.mark.parametrize("count", [1, 10, 63, 64, 65, 200, 333])
 @pytest.mark.parametrize("size", [333, 4096])
-def test_the_shared_search_is_exact_with_ties(count: int, size: int) -> None:
+@pytest.mark.parametrize("rows_at_a_time", [7, 512])
+@pytest.mark.parametrize("bank_at_a_time", [64, 192, 2**16])
+def test_the_shared_search_is_exact_with_ties(count: int, size: int, rows_at_a_time: int, bank_at_a_time: int) -> None:
     """Small whole numbers, of which many products are equal, and exact."""
     bank = torch.from_numpy(np.round(rows(size, 6))).float()
     values = torch.from_numpy(np.round(rows(40, 6, seed=1))).float()
     weights = torch.from_numpy(np.random.default_rng(0).integers(-2, 3, size=size)).double()
     products = values.double() @ bank.T.double()
-    nearest, weighted = search_unit_rows(values, [Wanted(bank, count), Wanted(bank, count, weights)])
+    wanted = [Wanted(bank, count), Wanted(bank, count, weights)]
+    nearest, weighted = search_unit_rows(values, wanted, rows_at_a_time, bank_at_a_time)
     added = (1 - bank.double().square().sum(dim=1)) / 2
     for numbers, ranked in ((nearest, products + added), (weighted, products * weights)):
         assert all(len(set(row)) == count for row in numbers.tolist())

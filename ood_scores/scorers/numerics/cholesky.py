@@ -58,13 +58,13 @@ def cholesky_with_jitter(covariances: Tensor, first: int = 0) -> tuple[Tensor, T
     return factors, jitter
 
 
-def inverted_diagonal(factors: Tensor) -> Tensor:
-    """The inverses ``[C, ceil(D / S), S, S]`` of the diagonal blocks of lower factors, S = ``SOLVED`` or D if less.
+def inverted_diagonal(factors: Tensor, size: int = SOLVED) -> Tensor:
+    """The inverses ``[C, ceil(D / S), S, S]`` of the diagonal blocks of lower factors, S = ``size`` or D if less.
 
     The last block is filled up with the identity.
     """
     width = factors.shape[1]
-    size = min(SOLVED, width)
+    size = min(size, width)
     blocks = torch.eye(size, dtype=factors.dtype, device=factors.device).repeat(len(factors), -(-width // size), 1, 1)
     for number, start in enumerate(range(0, width, size)):
         block = factors[:, start : start + size, start : start + size]
@@ -196,7 +196,7 @@ def _jitter_of(rows: Tensor, number: int) -> float:
     """The jitter that ``cholesky_with_jitter`` finds for ``R^T R``: not 0, since there are fewer rows than features."""
     variances, rounding = rows.square().sum(dim=0), torch.finfo(rows.dtype).eps * rows.shape[1]
     for amount in JITTERS[1:]:
-        if (_pivots(rows, amount) > rounding * (variances + amount)).all():
+        if (pivots(rows, amount) > rounding * (variances + amount)).all():
             return amount
     raise _hopeless(number)
 
@@ -205,14 +205,14 @@ def _hopeless(number: int) -> BadInput:
     return BadInput(f"class covariance {number} is not positive definite even with {JITTERS[-1]} added.")
 
 
-def _pivots(rows: Tensor, jitter: float) -> Tensor:
+def pivots(rows: Tensor, jitter: float, size: int = SOLVED) -> Tensor:
     """The squared diagonal of the Cholesky factor of ``R^T R + j I``, ``[D]``, without that matrix; NaN where it fails.
 
     Given the features before it, what is left of the variance of feature b (a column of R) is
     ``j (1 + b^T (B B^T + j I)^-1 b)``, with the columns before it in B: matrices of the size of the rows.
     """
     within, found = jitter * torch.eye(len(rows), dtype=rows.dtype, device=rows.device), []
-    for columns in rows.split(max(SOLVED, len(rows)), dim=1):
+    for columns in rows.split(max(size, len(rows)), dim=1):
         known = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(within).L, columns, upper=False)
         ratios = known.T @ known
         ratios.diagonal().add_(1)

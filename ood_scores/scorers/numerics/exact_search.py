@@ -45,19 +45,21 @@ class Wanted:
         ).float() / 2
 
 
-def search_unit_rows(rows: Tensor, wanted: Sequence[Wanted]) -> list[Tensor]:
+def search_unit_rows(
+    rows: Tensor, wanted: Sequence[Wanted], rows_at_a_time: int = SEARCH_ROWS, bank_at_a_time: int = SEARCH_BANK
+) -> list[Tensor]:
     """For each that is wanted, all from one bank, the numbers of its bank rows, best first, ``[B, count]``.
 
     Rows and bank are float32 and normalised, rows of zeros may be among them. Exact up to the rounding of the products.
     """
     bank, rankings = wanted[0].bank, [want.ranking for want in wanted]
     found = [torch.empty(len(rows), want.count, dtype=torch.int64) for want in wanted]
-    space = torch.empty(min(SEARCH_ROWS, len(rows)) * min(SEARCH_BANK, len(bank) + -len(bank) % GROUP))
-    for first in range(0, len(rows), SEARCH_ROWS):
-        part = rows[first : first + SEARCH_ROWS]
+    space = torch.empty(min(rows_at_a_time, len(rows)) * min(bank_at_a_time, len(bank) + -len(bank) % GROUP))
+    for first in range(0, len(rows), rows_at_a_time):
+        part = rows[first : first + rows_at_a_time]
         best = [(part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.int64)) for _ in wanted]
-        for start in range(0, len(bank), SEARCH_BANK):
-            stop = min(start + SEARCH_BANK, len(bank))
+        for start in range(0, len(bank), bank_at_a_time):
+            stop = min(start + bank_at_a_time, len(bank))
             here = [(weights[start:stop], added[start:stop]) for weights, added in rankings]
             pieces = _search_piece(part, bank[start:stop], here, [want.count for want in wanted], space)
             best = [
