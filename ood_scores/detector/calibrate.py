@@ -18,15 +18,12 @@ from ood_scores.errors import BadInput, NotFitted
 from ood_scores.extraction import extract
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions, takes_options
-from ood_scores.extraction.probes import PROBES
 from ood_scores.features import FeatureSet
 from ood_scores.models.running import uncompiled, weights_sha256
 from ood_scores.scorers.base import Scorer, as_scorer
+from ood_scores.scorers.requirements import probes_for
 
 Data = FeatureSet | Iterable[Any]
-
-COLUMNS = frozenset({"features", "logits", "labels", "head"})
-"""The columns of a feature set that come from no probe."""
 
 
 @takes_options
@@ -77,7 +74,7 @@ def calibrate(
         EmptyInput, NotFinite, HeadNotFound: as ``extract`` and ``Scorer.score``.
     """
     ready = copy.deepcopy(as_scorer(scorer))
-    stems = _probes_read(ready.needs)
+    names = [probe.name for probe in probes_for(ready.needs)]
     if not ready.is_fitted and fit is None:
         raise NotFitted(f"{ready.name!r} is fitted on in-distribution data: pass fit=, a feature set or a loader.")
     model = uncompiled(model)
@@ -90,7 +87,7 @@ def calibrate(
             return data
         given = ExtractionOptions(**options)
         known = [probe.name for probe in given.all_probes]
-        missing = [stem for stem in _probes_read(needs) if stem not in known]
+        missing = [probe for probe in probes_for(needs) if probe.name not in known]
         return extract(model, data, device=device, **options | {"probes": [*given.probes, *missing]})
 
     if options and isinstance(id, FeatureSet) and isinstance(fit, FeatureSet | None):
@@ -109,7 +106,7 @@ def calibrate(
     if classes is not None and len(classes) != num_classes:
         raise BadInput(f"the model has {num_classes} classes, and there are names for {len(classes)}.")
     detector = Detector(
-        forward=Forward(model, _options_of(id_set, stems)),
+        forward=Forward(model, _options_of(id_set, names)),
         scorer=ready,
         calibration=Calibration.of(scores, label, num_classes, keep, delta, per_class),
         weights=weights,
@@ -119,18 +116,6 @@ def calibrate(
     )
     _warn_of_other_preprocessing(detector)
     return detector.to(device)
-
-
-def _probes_read(needs: Iterable[str]) -> list[str]:
-    """The names of the probes behind the extras that a scorer needs.
-
-    Raises BadInput for an extra that comes from no probe.
-    """
-    stems = list(dict.fromkeys(name.partition(".")[0] for name in needs if name not in COLUMNS))
-    for stem in stems:
-        if stem not in PROBES:
-            raise BadInput(f"the scorer reads {stem!r}, which no probe of one model gives: it is for no detector.")
-    return stems
 
 
 def _options_of(feats: FeatureSet, probes: Sequence[str]) -> ExtractionOptions:

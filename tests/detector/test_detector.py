@@ -200,6 +200,15 @@ def test_compile_is_applied_as_in_extraction(monkeypatch: pytest.MonkeyPatch) ->
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(("name", "parameters"), [("gradient_classifier", {}), ("gradnorm_params", {"group": "fc"})])
+def test_loaders_are_run_with_the_probes_that_compute_what_the_scorer_reads(
+    name: str, parameters: dict[str, Any], model: nn.Module
+) -> None:
+    scorer = create_scorer(name, **parameters)
+    detector = calibrate(scorer, model, fit=loader(80, 1) if scorer.fit_needs else None, id=loader(60, 2))
+    assert np.isfinite(detector.predict(Rows(5, 3).inputs).score).all()
+
+
 def test_options_of_loaders_go_with_loaders(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     with pytest.raises(BadInput, match="amp decide how loaders are run, and there are only feature sets"):
         calibrate("mahalanobis", model, fit=sets["fit"], id=sets["id"], amp="bf16")
