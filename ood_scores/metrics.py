@@ -1,4 +1,4 @@
-"""The metrics by their short name: ``from ood_scores.metrics import auroc``; see ``ood_scores.evaluation.metrics``."""
+"""Short path to the metrics: ``from ood_scores.metrics import auroc``. See ``ood_scores.evaluation.metrics``."""
 
 from ood_scores.evaluation.metrics import (
     METRICS,

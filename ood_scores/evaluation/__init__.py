@@ -1,4 +1,4 @@
-"""Evaluation: metrics, every scorer against every OoD set, and a scorer over a grid of its parameters."""
+"""Metrics, the evaluation of scorers on OoD sets, and parameter sweeps."""
 
 from ood_scores.evaluation import metrics
 from ood_scores.evaluation.evaluate import evaluate

@@ -1,4 +1,4 @@
-"""evaluate: every scorer on every set, each set read once."""
+"""Evaluation of scorers: every scorer on every dataset, in one pass over each dataset."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ Scorers = Sequence["str | Scorer"] | Mapping[str, "str | Scorer"]
 
 
 def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets | None = None) -> pd.DataFrame:
-    """How well each scorer separates one in-distribution set from each OoD set.
+    """Measure how well each scorer separates an in-distribution (ID) set from each OoD set.
+
+    Each set, including the fit set, is read once for all scorers together.
 
     Args:
-        scorers: registered names or Scorer objects; or a mapping from the names to show to either, for the same scorer
-            with several settings.
-        id: the in-distribution test set. Here and below, a list of sets of the same data is an ensemble.
+        scorers: Registered names or Scorer objects; or a mapping from display names to either, for a scorer with
+            several settings.
+        id: ID test set. A list of feature sets of the same data is an ensemble; this also holds for ``ood`` and
+            ``fit``.
         ood: OoD sets by name.
-        fit: in-distribution features (usually of the training set) for the scorers that are fitted. Scorers that are
-            fitted already are left as they are if it is None.
+        fit: ID set that scorers are fitted on, usually the training set. If None, scorers must be fitted already or
+            need no fit.
 
     Returns:
-        A tidy frame with one row for each scorer and OoD set. Columns: ``scorer``, ``ood``, every metric of
-        ``ood_scores.metrics.METRICS`` (as shares, not percentages), ``n_id``, ``n_ood``.
-        ``.attrs["id_accuracy"]`` is the model's accuracy on ``id``, None where it has no labels or logits;
-        ``.attrs["id"]`` the name of the ID data where its provenance says it.
-
-    Each set is read once for all scorers together; so is the fit set.
+        A tidy data frame with one row for each scorer and OoD set. Columns: ``scorer``, ``ood``, every metric of
+        ``ood_scores.metrics.METRICS`` (shares, not percentages), ``n_id`` and ``n_ood``. ``.attrs["id_accuracy"]`` is
+        the accuracy of the model on ``id``, or None without labels or logits; ``.attrs["id"]`` is the name of the ID
+        dataset from its provenance, or None.
 
     Raises:
-        UnknownName, NotFitted, MissingInput, NotFinite, EmptyInput: as ``Scorer.score``; EmptyInput also if there is
-            no scorer or no OoD set.
-        ShapeMismatch: the sets have different numbers of features or classes.
-        OtherModel: sets that say which weights they come from, and they are not the same.
-        BadLabels: labels of ``id`` that are not class indices of the model.
+        UnknownName, NotFitted, MissingInput, NotFinite: as for ``Scorer.score``.
+        EmptyInput: if there is no scorer or no OoD set, or as for ``Scorer.score``.
+        ShapeMismatch: if the sets have different numbers of features or classes.
+        OtherModel: if the sets were extracted with different weights.
+        BadLabels: if labels of ``id`` are not class indices of the model.
     """
     import pandas as pd
 
     chosen = _named(scorers)
     if not chosen:
-        raise EmptyInput("no scorer to compare: pass scorers=['energy', ...].")
+        raise EmptyInput("there is no scorer to evaluate: pass scorers=['energy', ...].")
     if not isinstance(ood, Mapping):
-        raise BadInput("ood maps names to feature sets: pass ood={'name': feats}.")
+        raise BadInput("ood must map names to feature sets: pass ood={'name': feats}.")
     if not ood:
-        raise EmptyInput("no OoD set to compare with: pass ood={'name': feats}.")
+        raise EmptyInput("there is no OoD set to evaluate on: pass ood={'name': feats}.")
     id = as_feature_set(id)
     others = {name: as_feature_set(feats) for name, feats in ood.items()}
     for name, feats in others.items():
@@ -82,7 +83,7 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
 
 
 class _Correct(Scorer):
-    """1 where the largest logit is at the label, else 0: its mean is the accuracy."""
+    """1 for rows that are classified correctly, else 0."""
 
     name = "accuracy"
     needs = ("logits", "labels")
@@ -92,7 +93,7 @@ class _Correct(Scorer):
 
 
 def accuracy(feats: FeatureSet) -> float | None:
-    """Share of rows whose largest logit is at their label; None without labels or logits."""
+    """Share of rows whose label has the largest logit; None without labels or logits."""
     if not _knows_accuracy(feats):
         return None
     return float(_Correct().score(feats).mean())
@@ -117,12 +118,12 @@ def _check_same_model(id: FeatureSet, other: FeatureSet, name: str) -> None:
 
 def _named(scorers: Scorers) -> dict[str, Scorer]:
     if isinstance(scorers, (str, Scorer)):
-        raise BadInput("scorers is a list of names or Scorer objects, or a mapping from names to them.")
+        raise BadInput("scorers must be a list or a mapping of names or Scorer objects: pass scorers=['energy', ...].")
     if isinstance(scorers, Mapping):
         return {label: as_scorer(scorer) for label, scorer in scorers.items()}
     made = [as_scorer(scorer) for scorer in scorers]
     names = [scorer.name for scorer in made]
     labels = [name if names.count(name) == 1 else repr(scorer) for name, scorer in zip(names, made, strict=True)]
     if len(set(labels)) < len(labels):
-        raise BadInput(f"a scorer is listed twice ({', '.join(labels)}): name them, {{'first': ..., 'second': ...}}.")
+        raise BadInput(f"a scorer is listed twice ({', '.join(labels)}): pass a mapping {{'first': ..., ...}}.")
     return dict(zip(labels, made, strict=True))

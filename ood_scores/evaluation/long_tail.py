@@ -1,4 +1,4 @@
-"""How a classifier trained on long-tailed data does on classes with many, medium and few training images."""
+"""Evaluation of classifiers trained on long-tailed data, by class and for many-, medium- and few-shot classes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ GROUPS = ("many", "medium", "few")
 
 @dataclass(frozen=True)
 class LongTailReport:
-    """What ``long_tail_report`` finds.
+    """Result of ``long_tail_report``.
 
     Attributes:
-        accuracy: share of all rows that are classified correctly.
-        ece: expected calibration error, 15 bins.
-        activation_ratio: mean share of features above zero, the scorer of that name.
-        groups: a row for ``"all"`` classes and for ``"many"``, ``"medium"`` and ``"few"``: ``group``, ``classes``,
-            ``rows``, and the means over the classes that have rows of ``accuracy``, ``confidence`` (maximum softmax),
-            ``activation_ratio``, ``fpr95_id``, ``fpr95_ood``; NaN for a group without such classes.
-        classes: the same figures of each class: ``label``, ``group``, ``train_rows``, ``rows``, and the five; NaN for a
-            class without rows.
+        accuracy: Share of all rows that are classified correctly.
+        ece: Expected calibration error with 15 bins.
+        activation_ratio: Mean share of features above zero, as in the scorer ``activation_ratio``.
+        groups: One row for ``"all"`` classes and one for each of ``"many"``, ``"medium"`` and ``"few"``. Columns:
+            ``group``, ``classes``, ``rows``, and the means over classes with rows of ``accuracy``, ``confidence``
+            (maximum softmax), ``activation_ratio``, ``fpr95_id`` and ``fpr95_ood``; NaN for a group without such
+            classes.
+        classes: One row for each class. Columns: ``label``, ``group``, ``train_rows``, ``rows``, and the same five
+            values; NaN for a class without rows.
     """
 
     accuracy: float
@@ -55,24 +56,24 @@ def long_tail_report(
     id_scores: Scores | None = None,
     ood_scores: Scores | None = None,
 ) -> LongTailReport:
-    """Accuracy, calibration, activation and FPR95 of a labelled test set, by class and by group of classes.
+    """Compute accuracy, calibration, activation and FPR95 of a labeled test set, by class and by group of classes.
+
+    Values of a group are means over its classes, not over its rows, as in the code of the RNA and PASCL authors. This
+    includes ``"all"``, which is "Avg." in Table 1 of RNA. Both means are equal for a balanced test set.
 
     Args:
-        feats: the test set: features, logits, labels. Read once, block by block.
-        class_counts: how many training rows each class had, ``[C]``.
-        rule: how classes are grouped; see ``class_groups``.
-        id_scores: ``[N]`` OoD scores of the rows of ``feats``, and
-        ood_scores: ``[M]`` of an OoD set, higher = more in-distribution; without them FPR95 is NaN.
-
-    The figures of a group are means over its classes, not over its rows, as in the code of the RNA and PASCL authors;
-    so are those of ``"all"``, the "Avg." of RNA's Table 1. On a balanced test set these are the same.
+        feats: Test set with features, logits and labels. It is read once, block by block.
+        class_counts: Number of training rows of each class, ``[C]``.
+        rule: Rule for grouping classes; see ``class_groups``.
+        id_scores: OoD scores of the rows of ``feats``, ``[N]``; higher means more in-distribution.
+        ood_scores: OoD scores of an OoD set, ``[M]``. FPR95 is NaN without scores.
 
     Raises:
-        MissingInput: there are no logits.
-        BadLabels: there are no labels, or they are not class indices of the model.
-        BadInput: counts that are not whole numbers from 0; one side of the scores without the other.
-        ShapeMismatch: not one count per class, or not one score per row.
-        NotFinite: features, logits or scores hold NaN (features and logits: or infinite values).
+        MissingInput: if there are no logits.
+        BadLabels: if there are no labels, or they are not class indices of the model.
+        BadInput: if counts are not non-negative integers, or only one side of the scores is passed.
+        ShapeMismatch: if there is not one count per class, or not one score per row.
+        NotFinite: if scores contain NaN, or features or logits contain NaN or infinite values.
 
     Source: Shin et al. 2024, "Representation norm amplification" (RNA), Tables 1, 2 and 7 and Fig. 2(b); Wang et al.
     2022, "Partial and asymmetric contrastive learning" (PASCL); the code of both.
@@ -80,11 +81,13 @@ def long_tail_report(
     import pandas as pd
 
     if not feats.has("logits"):
-        raise MissingInput("accuracy and confidence need logits, and this feature set has none.")
+        raise MissingInput("accuracy and confidence need logits, and this feature set has none: extract them.")
     labels = feats.class_labels().cpu().numpy()
     counts = _checked_counts(class_counts)
     if len(counts) != feats.num_classes:
-        raise ShapeMismatch(f"{len(counts)} class counts for {feats.num_classes} classes; give one per class.")
+        raise ShapeMismatch(
+            f"there are {len(counts)} class counts for {feats.num_classes} classes: pass one per class."
+        )
     correct, confidence, active = _row_figures(feats, labels)
     rows = np.bincount(labels, minlength=len(counts))
     per_id, per_ood = _class_fpr95(id_scores, ood_scores, labels, len(counts))
@@ -111,21 +114,22 @@ def long_tail_report(
 
 
 def class_groups(class_counts: Values, rule: GroupRule | None = None) -> NDArray[np.int64]:
-    """The group of each class, int64 ``[C]``: 0 for many training rows, 1 for medium, 2 for few (see ``GROUPS``).
+    """Return the group of each class, int64 ``[C]``: 0 for many training rows, 1 for medium, 2 for few.
 
     Args:
-        class_counts: how many training rows each class had, ``[C]``, in any order.
-        rule: ``"cifar"``: with the counts in descending order, many are those above the count at position
-            ``int(0.34 C)`` and few those below the count at ``int(0.67 C)``, counted from 0: 3, 4 and 3 of CIFAR-10-LT,
-            34, 34 and 32 of CIFAR-100-LT. ``"imagenet"``: many are above 100, few below 20. None takes the first for
-            up to 100 classes and the second for more, as the authors' code does.
+        class_counts: Number of training rows of each class, ``[C]``, in any order.
+        rule: ``"cifar"``: with counts in descending order, classes above the count at position ``int(0.34 C)`` have
+            many rows and classes below the count at ``int(0.67 C)`` have few, counting from 0. This makes 3, 4 and 3
+            classes of CIFAR-10-LT, and 34, 34 and 32 classes of CIFAR-100-LT. ``"imagenet"``: classes above 100 rows
+            have many, classes below 20 have few. None uses the first rule for up to 100 classes and the second for
+            more, as the authors' code does.
 
-    Departure: that code reads the two counts from the classes as they are numbered, which presumes that the numbers
-    follow the counts; here they are sorted first, which changes nothing where they do.
+    Departure: the authors' code reads the two counts in the order of the class numbers, which assumes that they follow
+    the counts. Here counts are sorted first, which makes no difference if they do.
 
     Raises:
-        BadInput: counts that are not whole numbers from 0.
-        UnknownName: another rule.
+        BadInput: if counts are not non-negative integers.
+        UnknownName: if there is no such rule.
 
     Source: the code of Wang et al. 2022 (PASCL) and Shin et al. 2024 (RNA), ``shot_acc``; for ImageNet-LT Liu et al.
     2019, "Large-scale long-tailed recognition in an open world".
@@ -137,20 +141,21 @@ def class_groups(class_counts: Values, rule: GroupRule | None = None) -> NDArray
 
 
 def class_fpr95_id(id_scores: Scores, ood_scores: Scores, labels: Values, classes: int) -> NDArray[np.float64]:
-    """Of each class, the share of OoD rows accepted by the threshold that keeps 95% of that class, ``[C]``.
+    """Return the share of OoD rows accepted by the threshold that accepts 95% of each class, float64 ``[C]``.
 
-    ``metrics.fpr95_id`` with the class alone as ID; ID is positive. Each class has a threshold of its own: what it
-    would cost to keep that class. A class without rows is NaN.
+    This is ``metrics.fpr95_id`` with a single class as ID. Each class has its own threshold, so the value is the cost
+    of accepting that class. It is NaN for a class without rows.
 
     Args:
-        id_scores: ``[N]``, higher = more in-distribution.
-        ood_scores: ``[M]``.
-        labels: ``[N]`` classes of the ID rows, 0 to C-1.
-        classes: C.
+        id_scores: Scores of ID rows, ``[N]``; higher means more in-distribution.
+        ood_scores: Scores of OoD rows, ``[M]``.
+        labels: Classes of the ID rows, ``[N]``, from 0 to C-1.
+        classes: Number of classes C.
 
     Raises:
-        BadLabels, ShapeMismatch: labels that are not one class index per ID score. Besides, what ``metrics.roc_counts``
-            raises.
+        BadLabels: if labels are not class indices.
+        ShapeMismatch: if there is not one label per ID score, or as for ``metrics.roc_counts``.
+        NotFinite, EmptyInput, BadInput: as for ``metrics.roc_counts``.
     """
     roc_counts(id_scores, ood_scores)
     inside, outside, label = _array(id_scores), np.sort(_array(ood_scores)), _checked_labels(labels, id_scores, classes)
@@ -163,16 +168,16 @@ def class_fpr95_id(id_scores: Scores, ood_scores: Scores, labels: Values, classe
 
 
 def class_fpr95_ood(id_scores: Scores, ood_scores: Scores, labels: Values, classes: int) -> NDArray[np.float64]:
-    """Of each class, the share of its rows rejected by the threshold that catches 95% of the OoD rows, ``[C]``.
+    """Return the share of rows of each class rejected by the threshold that rejects 95% of OoD rows, float64 ``[C]``.
 
-    ``metrics.fpr95_ood`` with the class alone as ID; OoD is positive. The threshold depends on the OoD rows only, so
-    that all classes share it, and the mean over the classes of a balanced set is the FPR95 of the set. This is the
-    FPR95 by class of RNA: its text only says "computed for each class separately", but its Table 1 gives as the mean
-    over classes exactly the FPR95 on SVHN of its Table 10 (10.94), and PASCL's code, which it builds on, computes this.
-    A class without rows is NaN. Arguments and errors as for ``class_fpr95_id``.
+    This is ``metrics.fpr95_ood`` with a single class as ID. The threshold depends on the OoD rows only, so all classes
+    share it, and the mean over the classes of a balanced set is the FPR95 of the set. RNA reports this FPR95 by class:
+    its text only says "computed for each class separately", but the mean over classes in its Table 1 is exactly the
+    FPR95 on SVHN in its Table 10 (10.94), and the code of PASCL, which it builds on, computes this value. The value is
+    NaN for a class without rows. Arguments and errors are those of ``class_fpr95_id``.
 
     Source: Shin et al. 2024, Table 1; the code of Wang et al. 2022 (PASCL), ``FPR@TPRn``, but with the first threshold
-    that catches at least 95% instead of the nearest (see ``metrics``).
+    that rejects at least 95% instead of the nearest one (see ``metrics``).
     """
     as_ood = roc_counts(id_scores, ood_scores).mirrored()
     first = np.searchsorted(as_ood.positives, -(-19 * as_ood.n_positive // 20))
@@ -182,35 +187,37 @@ def class_fpr95_ood(id_scores: Scores, ood_scores: Scores, labels: Values, class
 
 
 def expected_calibration_error(confidence: Values, correct: Values, bins: int = 15) -> float:
-    """``sum_m |B_m| / N  |acc(B_m) - conf(B_m)|`` over bins of equal width.
+    """Compute ``sum_m |B_m| / N  |acc(B_m) - conf(B_m)|`` over M bins of equal width.
 
-    Bin m, from 1 to M, holds the confidences in ``((m-1)/M, m/M]``; one of exactly 0 belongs to the first bin. The
-    edges are the float64 numbers nearest to m/M, so that a confidence of 0.2 lies on the edge 3/15 and not above it.
+    Bin m contains the confidences in ``((m-1)/M, m/M]``; a confidence of exactly 0 belongs to the first bin. The edges
+    are the float64 numbers closest to m/M, so a confidence of 0.2 lies on the edge 3/15 and not above it.
 
     Args:
-        confidence: ``[N]`` from 0 to 1, usually the maximum softmax.
-        correct: ``[N]`` whether the prediction is right.
-        bins: M.
+        confidence: Confidences in [0, 1], ``[N]``, usually the maximum softmax.
+        correct: Whether each prediction is correct, ``[N]``.
+        bins: Number of bins M.
 
     Raises:
-        BadInput: confidences outside 0 to 1, or less than one bin.
-        NotFinite: a confidence is NaN.
-        EmptyInput: no rows.
-        ShapeMismatch: not one of each per row.
+        BadInput: if confidences are outside [0, 1], or ``bins`` is less than 1.
+        NotFinite: if a confidence is NaN.
+        EmptyInput: if there are no rows.
+        ShapeMismatch: if ``confidence`` and ``correct`` are not both ``[N]``.
 
     Source: Guo et al. 2017, "On calibration of modern neural networks", Eq. 3; Shin et al. 2024, Table 7.
     """
     sure, right = _array(confidence), _array(correct)
     if bins < 1:
-        raise BadInput(f"there is at least one bin, got bins={bins}.")
+        raise BadInput(f"bins must be at least 1, got {bins}.")
     if sure.ndim != 1 or sure.shape != right.shape:
-        raise ShapeMismatch(f"confidence {list(sure.shape)} and correct {list(right.shape)} must both be [rows].")
+        raise ShapeMismatch(
+            f"confidence has shape {list(sure.shape)} and correct {list(right.shape)}: pass [N] for both."
+        )
     if not len(sure):
-        raise EmptyInput("there are no confidences to compare with accuracies.")
+        raise EmptyInput("there are no confidences: pass at least one row.")
     if np.isnan(sure).any():
-        raise NotFinite("a confidence is NaN: look at the logits.")
+        raise NotFinite("a confidence is NaN: check the logits.")
     if sure.min() < 0 or sure.max() > 1:
-        raise BadInput(f"confidences run from {sure.min()} to {sure.max()}; give probabilities, not scores or logits.")
+        raise BadInput(f"confidences run from {sure.min()} to {sure.max()}: pass probabilities, not scores or logits.")
     number = np.searchsorted(np.arange(1, bins) / bins, sure, side="left")
     return float(np.abs(np.bincount(number, weights=right - sure, minlength=bins)).sum() / len(sure))
 
@@ -218,18 +225,21 @@ def expected_calibration_error(confidence: Values, correct: Values, bins: int = 
 def sc_ood(
     id_scores: Scores, ood_scores: Scores, ood_labels: Values
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The scores with the OoD rows whose label is an ID class (0 or above; -1 is none) moved to the ID side.
+    """Move the scores of OoD rows whose label is an ID class (0 or above; -1 for none) to the ID side.
 
-    Returns the ID scores followed by the moved ones, and the OoD scores that are left.
+    Returns:
+        The ID scores followed by the moved scores, and the remaining OoD scores.
 
     Raises:
-        ShapeMismatch: not one label per OoD score.
+        ShapeMismatch: if there is not one label per OoD score.
 
-    Source: Yang et al. 2021, "Semantically coherent out-of-distribution detection" (SC-OOD); RNA and PASCL use it so.
+    Source: Yang et al. 2021, "Semantically coherent out-of-distribution detection" (SC-OOD); RNA and PASCL use it too.
     """
     outside, labels = _array(ood_scores), _numpy(ood_labels)
     if outside.shape != labels.shape:
-        raise ShapeMismatch(f"{list(outside.shape)} OoD scores with labels {list(labels.shape)}; give one label each.")
+        raise ShapeMismatch(
+            f"OoD scores have shape {list(outside.shape)} and labels {list(labels.shape)}: pass one label each."
+        )
     return np.concatenate([_array(id_scores), outside[labels >= 0]]), outside[labels < 0]
 
 
@@ -246,16 +256,18 @@ _BOUNDS: Registry[Callable[[NDArray[np.int64]], tuple[int, int]]] = Registry(
 def _checked_counts(class_counts: Values) -> NDArray[np.int64]:
     counts = _numpy(class_counts)
     if counts.ndim != 1 or not len(counts) or counts.dtype.kind not in "iu" or counts.min() < 0:
-        raise BadInput("class counts are whole numbers from 0, one per class: how many training rows each class had.")
+        raise BadInput("class counts must be non-negative integers: pass the number of training rows of each class.")
     return counts.astype(np.int64)
 
 
 def _checked_labels(labels: Values, scores: Scores, classes: int) -> NDArray[np.int64]:
     array = _numpy(labels)
     if array.shape != (len(scores),):
-        raise ShapeMismatch(f"{len(scores)} ID scores with labels of shape {list(array.shape)}; give one label each.")
+        raise ShapeMismatch(
+            f"there are {len(scores)} ID scores and labels of shape {list(array.shape)}: pass one label each."
+        )
     if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= classes:
-        raise BadLabels(f"labels must be class indices from 0 to {classes - 1}, those of the ID rows.")
+        raise BadLabels(f"labels are not class indices: pass those of the ID rows, from 0 to {classes - 1}.")
     return array.astype(np.int64)
 
 
@@ -270,7 +282,7 @@ def _numpy(values: Any) -> NDArray[Any]:
 def _row_figures(
     feats: FeatureSet, labels: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Whether each row is classified correctly, its maximum softmax and its activation ratio, each float64 ``[N]``."""
+    """Return correctness (0 or 1), maximum softmax and activation ratio of the rows, float64 ``[N]`` each."""
     figures, activation = np.empty((3, len(feats))), ActivationRatio()
     for block in feats.blocks(device="cpu", only=["features", "logits"]):
         block.require_finite()
@@ -292,7 +304,7 @@ def _class_fpr95(
     if id_scores is None and ood_scores is None:
         return np.nan, np.nan
     if id_scores is None or ood_scores is None:
-        raise BadInput("FPR95 needs scores of both sides: pass id_scores and ood_scores, or neither.")
+        raise BadInput("FPR95 needs the scores of both sides: pass id_scores and ood_scores, or neither.")
     sides = (id_scores, ood_scores, labels, classes)
     return class_fpr95_id(*sides), class_fpr95_ood(*sides)
 

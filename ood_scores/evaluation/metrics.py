@@ -1,9 +1,9 @@
-"""How well scores separate in-distribution (ID) rows from out-of-distribution (OoD) rows.
+"""Metrics of how well scores separate in-distribution (ID) rows from out-of-distribution (OoD) rows.
 
-Higher score = more in-distribution. Every metric is a row of `METRICS`: a formula on `RocCounts`, which one sort of the
-scores gives, and what the rest of the package has to know to compute, store and show it. Counts are int64 and ratios
-float64, so ties and thresholds are exact. The false positive rate at 95% has two meanings in the literature, hence two
-metrics: `fpr95_id` (ID is the positive class) and `fpr95_ood` (OoD is).
+Higher scores mean more in-distribution. Each metric is a row of ``METRICS``: a formula on ``RocCounts``, which take one
+sort of the scores, and everything that the package needs to compute, store and show the metric. Counts are int64 and
+ratios float64, so ties and thresholds are exact. FPR95 has two meanings in the literature, so there are two metrics:
+``fpr95_id`` (ID is the positive class) and ``fpr95_ood`` (OoD is the positive class).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Scores: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[float]"
 Rule: TypeAlias = Literal["first", "nearest"]
 Interpolation: TypeAlias = Literal["step", "trapezoid"]
 NONE = "–"
-"""What tables show in place of NaN."""
+"""Text that tables show for NaN."""
 
 
 @dataclass(frozen=True)
 class RocCounts:
-    """How many positive and negative rows each threshold accepts.
+    """Numbers of positive and negative rows that each threshold accepts.
 
-    Thresholds are the distinct scores in descending order, T of them; a row is accepted when its score is at least the
-    threshold. The last threshold accepts every row.
+    The T thresholds are the distinct scores in descending order. A threshold accepts the rows whose score is at least
+    the threshold, so the last threshold accepts every row.
 
     Attributes:
-        thresholds: float64 [T], strictly descending.
-        positives: int64 [T], accepted rows of the positive class.
-        negatives: int64 [T], accepted rows of the negative class.
+        thresholds: Distinct scores, float64 ``[T]``, strictly descending.
+        positives: Number of accepted rows of the positive class, int64 ``[T]``.
+        negatives: Number of accepted rows of the negative class, int64 ``[T]``.
     """
 
     thresholds: NDArray[np.float64]
@@ -55,14 +55,14 @@ class RocCounts:
         return int(self.negatives[-1])
 
     def mirrored(self) -> RocCounts:
-        """The counts with the classes swapped and the scores negated: what was rejected is accepted."""
+        """Swap the classes and negate the scores, so that rejected rows become accepted rows."""
         return RocCounts(-self.thresholds[::-1], _rejected(self.negatives), _rejected(self.positives))
 
 
 class Metrics(dict[str, float]):
-    """Every metric of ``METRICS`` for one pair of score vectors, and the numbers of rows ``n_id`` and ``n_ood``.
+    """The value of every metric for one pair of score vectors, and the numbers of rows ``n_id`` and ``n_ood``.
 
-    Values are keys and attributes: ``found["auroc"]`` is ``found.auroc``.
+    Values can be read as items or as attributes: ``found["auroc"]`` is ``found.auroc``.
     """
 
     n_id: int
@@ -72,27 +72,28 @@ class Metrics(dict[str, float]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"there is no metric {name!r}; there are: {', '.join(self)}") from None
+            raise AttributeError(f"there is no metric {name!r}: choose from {', '.join(self)}.") from None
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: how it is computed from counts, and how tables and files show it.
+    """A metric: its formula, and how tables and files show it.
 
     Attributes:
-        name: key in frames, files and specs.
-        label: short name in headings.
-        formula: function of the counts, called with the options as keyword arguments.
-        meaning: what the number is, for legends.
-        positive: positive class of the counts that the formula receives; None if both choices give the same value.
-        higher_is_better: direction.
-        percent: whether values are shares, shown in percent.
-        headline: whether it is shown in summary tables, compared between runs, has an interval in benchmark results and
-            may choose parameters; the others are in frames, files and the HTML report.
-        interval: method of the interval: DeLong (the AUROC only) or the bootstrap.
-        options: options of ``compare`` that the formula takes.
-        resampled: draws ``[R]`` values of the formula on resampled rows from (counts, R, generator), where there is a
-            faster way than to draw the rows.
+        name: Key in data frames, files and specs.
+        label: Short name for headings.
+        formula: Function of the counts; options are passed as keyword arguments.
+        meaning: Description of the number for legends.
+        positive: Positive class of the counts that are passed to the formula, or None if the choice makes no
+            difference.
+        higher_is_better: Whether higher values are better.
+        percent: Whether values are shares, which are shown in percent.
+        headline: Whether the metric appears in summary tables and comparisons of runs, has an interval in benchmark
+            results, and can be used to choose parameters. All metrics appear in data frames, files and the HTML report.
+        interval: Method of the interval: DeLong (AUROC only) or the bootstrap.
+        options: Names of the options of ``compare`` that the formula accepts.
+        resampled: Function of the counts, the number of replicates R and a random generator that returns the metric on
+            R resamples, ``[R]``. None if the rows have to be drawn.
     """
 
     name: str
@@ -113,7 +114,7 @@ class Metric:
 
     @property
     def heading(self) -> tuple[str, str]:
-        """The title in two short lines: label, and direction with the positive class."""
+        """The title as two short lines: the label, and the direction with the positive class."""
         return self.label, ("↑" if self.higher_is_better else "↓") + (self.positive or "")
 
     @property
@@ -122,30 +123,31 @@ class Metric:
 
     @property
     def scale(self) -> int:
-        """Factor from a value to the number that is shown."""
+        """Factor by which a value is multiplied before it is shown."""
         return 100 if self.percent else 1
 
     def __call__(self, id_scores: Scores, ood_scores: Scores) -> float:
-        """Value for two score vectors with the formula's default options; raises what `roc_counts` raises."""
+        """Compute the metric of two score vectors with default options; errors are those of ``roc_counts``."""
         return self.formula(self.counts(roc_counts(id_scores, ood_scores)))
 
     def counts(self, as_id: RocCounts) -> RocCounts:
-        """The counts that the formula receives, from those with ID as the positive class."""
+        """Convert counts with ID as the positive class to those that the formula expects."""
         return as_id.mirrored() if self.positive == "OoD" else as_id
 
 
 def roc_counts(id_scores: Scores, ood_scores: Scores) -> RocCounts:
-    """Counts with ID as the positive class, in O(n log n) time and linear memory.
+    """Count accepted rows with ID as the positive class, in O(n log n) time and linear memory.
 
     Args:
-        id_scores: [N] scores of ID rows: a tensor on any device, an array or a list of numbers; infinities are allowed.
-        ood_scores: [M] scores of OoD rows, likewise.
+        id_scores: Scores of ID rows, ``[N]``: a tensor on any device, an array, or a list of numbers. Infinities are
+            allowed.
+        ood_scores: Scores of OoD rows, ``[M]``, in the same forms.
 
     Raises:
-        NotFinite: a score is NaN.
-        EmptyInput: one side has no rows.
-        ShapeMismatch: scores that are not one-dimensional.
-        BadInput: scores that are not real numbers.
+        NotFinite: if a score is NaN.
+        EmptyInput: if there are no ID scores or no OoD scores.
+        ShapeMismatch: if scores are not one-dimensional.
+        BadInput: if scores are not real numbers.
     """
     id_negated, ood_negated = -checked_scores(id_scores, "ID"), -checked_scores(ood_scores, "OoD")
     id_negated.sort()
@@ -161,7 +163,10 @@ def roc_counts(id_scores: Scores, ood_scores: Scores) -> RocCounts:
 def compare(
     id_scores: Scores, ood_scores: Scores, *, rule: Rule = "first", interpolation: Interpolation = "step"
 ) -> Metrics:
-    """All metrics from one sort. Arguments as for the functions named like the metrics; raises what they raise."""
+    """Compute all metrics from one sort of the scores.
+
+    See ``fpr_at_tpr_id`` for ``rule`` and ``aupr_in`` for ``interpolation``; errors are those of these functions.
+    """
     as_id = roc_counts(id_scores, ood_scores)
     as_ood = as_id.mirrored()
     options = {"rule": rule, "interpolation": interpolation}
@@ -175,9 +180,9 @@ def compare(
 
 
 def auroc(id_scores: Scores, ood_scores: Scores) -> float:
-    """Area under the ROC curve: the chance that an ID row outscores an OoD row, ties counting one half.
+    """Area under the ROC curve: the probability that an ID row outscores an OoD row, where ties count one half.
 
-    Shapes, dtypes and errors as in `roc_counts`. Source: Fawcett 2006, An introduction to ROC analysis.
+    Arguments and errors are those of ``roc_counts``. Source: Fawcett 2006, An introduction to ROC analysis.
     """
     return auroc_of(roc_counts(id_scores, ood_scores))
 
@@ -186,13 +191,15 @@ def aupr_in(id_scores: Scores, ood_scores: Scores, *, interpolation: Interpolati
     """Area under the precision-recall curve with ID as the positive class.
 
     Args:
-        id_scores: [N] scores, as in `roc_counts`.
-        ood_scores: [M] scores, as in `roc_counts`.
-        interpolation: "step" is average precision, sum_k (R_k - R_{k-1}) P_k; "trapezoid" joins the points by straight
-            lines from (recall 0, precision 1), which is optimistic but is what some published tables report.
+        id_scores: Scores of ID rows, ``[N]``, as for ``roc_counts``.
+        ood_scores: Scores of OoD rows, ``[M]``, as for ``roc_counts``.
+        interpolation: ``"step"`` for average precision, ``sum_k (R_k - R_{k-1}) P_k``; ``"trapezoid"`` for straight
+            lines between the points, starting at (recall 0, precision 1). Straight lines are optimistic, but some
+            published tables use them.
 
     Raises:
-        UnknownName: another interpolation. Besides, what `roc_counts` raises.
+        UnknownName: if there is no such interpolation.
+        NotFinite, EmptyInput, ShapeMismatch, BadInput: as for ``roc_counts``.
 
     Source: Davis & Goadrich 2006, The relationship between precision-recall and ROC curves.
     """
@@ -200,69 +207,72 @@ def aupr_in(id_scores: Scores, ood_scores: Scores, *, interpolation: Interpolati
 
 
 def aupr_out(id_scores: Scores, ood_scores: Scores, *, interpolation: Interpolation = "step") -> float:
-    """Area under the precision-recall curve with OoD as the positive class and scores negated; see `aupr_in`."""
+    """Area under the precision-recall curve with OoD as the positive class and negated scores; see ``aupr_in``."""
     return aupr_of(roc_counts(id_scores, ood_scores).mirrored(), interpolation)
 
 
 def fpr95_id(id_scores: Scores, ood_scores: Scores, *, rule: Rule = "first") -> float:
-    """Share of OoD rows accepted by the threshold that keeps 95% of ID rows; see `fpr_at_tpr_id`.
+    """Share of OoD rows accepted by the threshold that accepts 95% of ID rows; see ``fpr_at_tpr_id``.
 
-    The convention of GradNorm, ViM, KNN and ASH. Source: Liang et al. 2018 (ODIN).
+    This is the convention of GradNorm, ViM, KNN and ASH. Source: Liang et al. 2018 (ODIN).
     """
     return fpr_at_tpr_id(id_scores, ood_scores, 0.95, rule=rule)
 
 
 def fpr95_ood(id_scores: Scores, ood_scores: Scores, *, rule: Rule = "first") -> float:
-    """Share of ID rows rejected by the threshold that catches 95% of OoD rows; see `fpr_at_tpr_ood`.
+    """Share of ID rows rejected by the threshold that rejects 95% of OoD rows; see ``fpr_at_tpr_ood``.
 
-    The convention of OpenOOD v1.5 and pytorch-ood. Source: Zhang et al. 2023 (OpenOOD v1.5).
+    This is the convention of OpenOOD v1.5 and pytorch-ood. Source: Zhang et al. 2023 (OpenOOD v1.5).
     """
     return fpr_at_tpr_ood(id_scores, ood_scores, 0.95, rule=rule)
 
 
 def fpr_at_tpr_id(id_scores: Scores, ood_scores: Scores, tpr: float, *, rule: Rule = "first") -> float:
-    """Share of OoD rows accepted by the threshold that keeps the share `tpr` of ID rows.
+    """Share of OoD rows accepted by the threshold that accepts the share ``tpr`` of ID rows.
 
     Args:
-        id_scores: [N] scores, as in `roc_counts`.
-        ood_scores: [M] scores, as in `roc_counts`.
-        tpr: in (0, 1], taken as the decimal number it prints as, so that 0.95 of 20 rows is exactly 19.
-        rule: "first" is the highest threshold that keeps at least `tpr`; "nearest" is the one whose kept share is
-            nearest to `tpr`: the higher share when two are as near, and of the thresholds with that share the lowest
-            (the highest if it is 1), as in the code of Hendrycks et al. 2019 (Outlier Exposure).
+        id_scores: Scores of ID rows, ``[N]``, as for ``roc_counts``.
+        ood_scores: Scores of OoD rows, ``[M]``, as for ``roc_counts``.
+        tpr: True positive rate in (0, 1], taken as the decimal number that it prints as, so that 0.95 of 20 rows is
+            exactly 19.
+        rule: ``"first"`` for the highest threshold that accepts at least ``tpr``; ``"nearest"`` for the threshold whose
+            accepted share is closest to ``tpr``. If two shares are equally close, the higher one is used; of the
+            thresholds with that share, the lowest is used (the highest if the share is 1), as in the code of Hendrycks
+            et al. 2019 (Outlier Exposure).
 
     Raises:
-        BadInput: `tpr` outside (0, 1].
-        UnknownName: another rule. Besides, what `roc_counts` raises.
+        BadInput: if ``tpr`` is outside (0, 1].
+        UnknownName: if there is no such rule.
+        NotFinite, EmptyInput, ShapeMismatch, BadInput: as for ``roc_counts``.
     """
     return fpr_of(roc_counts(id_scores, ood_scores), tpr, rule)
 
 
 def fpr_at_tpr_ood(id_scores: Scores, ood_scores: Scores, tpr: float, *, rule: Rule = "first") -> float:
-    """Share of ID rows rejected by the threshold that catches the share `tpr` of OoD rows: `fpr_at_tpr_id` mirrored."""
+    """Share of ID rows rejected by the threshold that rejects the share ``tpr`` of OoD rows; see ``fpr_at_tpr_id``."""
     return fpr_of(roc_counts(id_scores, ood_scores).mirrored(), tpr, rule)
 
 
 def checked_scores(scores: Scores, side: str) -> NDArray[np.float64]:
-    """Scores as float64 ``[N]``; raises what ``roc_counts`` raises, naming the side."""
+    """Return scores as float64 ``[N]``; errors are those of ``roc_counts`` and name the side."""
     if isinstance(scores, torch.Tensor):
         scores = scores.detach().cpu().to(torch.promote_types(scores.dtype, torch.float64)).numpy()
     array = np.asarray(scores)
     if array.ndim != 1:
-        raise ShapeMismatch(f"{side} scores have shape {list(array.shape)}; give one score per row, shape [N]")
+        raise ShapeMismatch(f"{side} scores have shape {list(array.shape)}: pass one score per row, shape [N].")
     if len(array) == 0:
-        raise EmptyInput(f"there are no {side} scores; give at least one")
+        raise EmptyInput(f"there are no {side} scores: pass at least one.")
     if array.dtype.kind not in "biuf":
-        raise BadInput(f"{side} scores have dtype {array.dtype}; give real numbers")
+        raise BadInput(f"{side} scores have dtype {array.dtype}: pass real numbers.")
     array = array.astype(np.float64, copy=False)
     n_nan = np.count_nonzero(np.isnan(array))
     if n_nan:
-        raise NotFinite(f"{n_nan} of {len(array)} {side} scores are NaN; a NaN has no rank, so find where it arose")
+        raise NotFinite(f"{n_nan} of {len(array)} {side} scores are NaN: NaN has no rank, so find where it comes from.")
     return array
 
 
 def _rejected(accepted: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows below each threshold, from the lowest threshold accepted up to all rows."""
+    """Numbers of rows below each threshold, from the lowest threshold up, ending with all rows."""
     below = np.empty_like(accepted)
     np.subtract(accepted[-1], accepted[-2::-1], out=below[:-1])
     below[-1] = accepted[-1]
@@ -270,9 +280,9 @@ def _rejected(accepted: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def auroc_of(counts: RocCounts) -> float:
-    """``auroc`` of scores that are counted already."""
+    """``auroc`` from counts."""
     new_negatives = np.diff(counts.negatives, prepend=0)
-    outranked_twice = counts.positives.copy()  # positives above a negative count twice, those tied with it once
+    outranked_twice = counts.positives.copy()  # positives above a negative count twice, tied ones once
     outranked_twice[1:] += counts.positives[:-1]
     return int(new_negatives @ outranked_twice) / (2 * counts.n_positive * counts.n_negative)
 
@@ -291,7 +301,7 @@ _INTERPOLATIONS: Registry[Callable[[NDArray[np.int64], NDArray[np.float64]], flo
 
 
 def aupr_of(counts: RocCounts, interpolation: str = "step") -> float:
-    """``aupr_in`` of scores that are counted already."""
+    """``aupr_in`` from counts."""
     precision = counts.positives / (counts.positives + counts.negatives)
     recalled = np.diff(counts.positives, prepend=0)
     return _INTERPOLATIONS[interpolation](recalled, precision) / counts.n_positive
@@ -316,18 +326,18 @@ _RULES: Registry[Callable[[NDArray[np.int64], Fraction], int]] = Registry(
 
 
 def fpr_of(counts: RocCounts, tpr: float, rule: str = "first") -> float:
-    """``fpr_at_tpr_id`` of scores that are counted already."""
+    """``fpr_at_tpr_id`` from counts."""
     if not 0 < tpr <= 1:
-        raise BadInput(f"a true positive rate of {tpr} cannot be asked for; give a number above 0 and at most 1")
+        raise BadInput(f"tpr must be in (0, 1], got {tpr}.")
     index = _RULES[rule](counts.positives, Fraction(str(tpr)) * counts.n_positive)
     return int(counts.negatives[index]) / counts.n_negative
 
 
 def resampled_fpr(counts: RocCounts, replicates: int, rng: np.random.Generator, tpr: float) -> NDArray[np.float64]:
-    """``fpr_of`` with the rule "first" on ``replicates`` resamples of the rows, without drawing rows.
+    """``fpr_of`` with the rule ``"first"`` on ``replicates`` resamples of the rows, computed without drawing rows.
 
-    The k-th highest of n resampled rows is the row whose place, as a share of n, is a Beta(k, n - k + 1) variable (the
-    k-th of n uniform ones), and how many rows of the other class it accepts is binomial.
+    The position of the k-th highest of n resampled rows, as a share of n, is the k-th of n uniform variables, so it has
+    the distribution Beta(k, n - k + 1). The number of accepted rows of the other class is binomial.
     """
     n, m = counts.n_positive, counts.n_negative
     kept = ceil(Fraction(str(tpr)) * n)
@@ -336,65 +346,36 @@ def resampled_fpr(counts: RocCounts, replicates: int, rng: np.random.Generator, 
     return rng.binomial(m, accepted / m) / m
 
 
-METRICS: Registry[Metric] = Registry(
-    "metric",
-    {
-        metric.name: metric
-        for metric in (
-            Metric(
-                "auroc",
-                "AUROC",
-                auroc_of,
-                "chance that an ID image has a higher score than an out-of-distribution (OoD) image",
-                headline=True,
-                interval="DeLong",
-            ),
-            Metric(
-                "aupr_in",
-                "AUPR",
-                aupr_of,
-                "area under the precision-recall curve with ID images as positives",
-                positive="ID",
-                options=("interpolation",),
-            ),
-            Metric(
-                "aupr_out",
-                "AUPR",
-                aupr_of,
-                "area under the precision-recall curve with OoD images as positives",
-                positive="OoD",
-                options=("interpolation",),
-            ),
-            Metric(
-                "fpr95_id",
-                "FPR95",
-                partial(fpr_of, tpr=0.95),
-                "share of OoD images accepted when 95% of ID images are",
-                positive="ID",
-                higher_is_better=False,
-                headline=True,
-                options=("rule",),
-                resampled=partial(resampled_fpr, tpr=0.95),
-            ),
-            Metric(
-                "fpr95_ood",
-                "FPR95",
-                partial(fpr_of, tpr=0.95),
-                "share of ID images rejected when 95% of OoD images are",
-                positive="OoD",
-                higher_is_better=False,
-                headline=True,
-                options=("rule",),
-                resampled=partial(resampled_fpr, tpr=0.95),
-            ),
-        )
-    },
+_aupr = partial(Metric, label="AUPR", formula=aupr_of, options=("interpolation",))
+_fpr95 = partial(
+    Metric,
+    label="FPR95",
+    formula=partial(fpr_of, tpr=0.95),
+    higher_is_better=False,
+    headline=True,
+    options=("rule",),
+    resampled=partial(resampled_fpr, tpr=0.95),
 )
-"""Every metric by name, in the order of frames and files. A new metric is a row here."""
+_ROWS = (
+    Metric(
+        "auroc",
+        label="AUROC",
+        formula=auroc_of,
+        meaning="probability that an ID image has a higher score than an out-of-distribution (OoD) image",
+        headline=True,
+        interval="DeLong",
+    ),
+    _aupr("aupr_in", positive="ID", meaning="area under the precision-recall curve with ID images as positives"),
+    _aupr("aupr_out", positive="OoD", meaning="area under the precision-recall curve with OoD images as positives"),
+    _fpr95("fpr95_id", positive="ID", meaning="share of OoD images accepted when 95% of ID images are accepted"),
+    _fpr95("fpr95_ood", positive="OoD", meaning="share of ID images rejected when 95% of OoD images are rejected"),
+)
+METRICS: Registry[Metric] = Registry("metric", {metric.name: metric for metric in _ROWS})
+"""All metrics by name, in the order of data frames and files. To add a metric, add a row."""
 
 
 def number(value: float, percent: bool = True, digits: int | None = None, *, signed: bool = False) -> str:
-    """A scaled number as tables write it: percentages with one decimal, others with three significant digits."""
+    """Format a scaled number for a table: by default percentages have one decimal, others three significant digits."""
     if isnan(value):
         return NONE
     digits = (1 if percent else 3) if digits is None else digits
@@ -402,4 +383,5 @@ def number(value: float, percent: bool = True, digits: int | None = None, *, sig
 
 
 def headline_metrics() -> list[Metric]:
+    """Metrics of summary tables, in the order of ``METRICS``."""
     return [metric for metric in METRICS.values() if metric.headline]

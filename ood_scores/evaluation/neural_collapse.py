@@ -1,4 +1,4 @@
-"""Neural collapse and singular values: measured on feature sets, block by block, in float64."""
+"""Neural collapse and singular values of feature sets, computed block by block in float64."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ Reference = Literal["prediction", "label"]
 
 @dataclass(frozen=True)
 class Collapse:
-    """How far a classifier is from neural collapse; every measure is 0 where it is complete.
+    """Measures of neural collapse; each is 0 if collapse is complete.
 
     Attributes:
-        nc1: variability within the classes, relative to that between them.
-        en_means: how unequal the norms of the centred class means are (NC2, equinormality).
-        en_classifier: the same of the classifier's weights.
-        ea_means: how far the angles between the centred class means are from equal and largest (NC2, equiangularity).
-        ea_classifier: the same of the classifier's weights.
-        nc3: how far the weights are from the centred class means, up to a scale (self-duality).
-        nc4: share of rows whose nearest class mean is not the class that the network predicts.
+        nc1: Variability within classes, relative to the variability between classes.
+        en_means: Inequality of the norms of the centered class means (NC2, equinormality).
+        en_classifier: Inequality of the norms of the classifier's weights.
+        ea_means: Deviation of the angles between the centered class means from equal, maximal angles (NC2,
+            equiangularity).
+        ea_classifier: Deviation of the angles between the classifier's weights.
+        nc3: Distance of the weights from the centered class means, up to a scale (self-duality).
+        nc4: Share of rows whose nearest class mean is not that of the predicted class.
     """
 
     nc1: float
@@ -60,7 +61,7 @@ TITLES = {
     "nc3": "NC3: classifier from means",
     "nc4": "NC4: nearest mean disagrees",
 }
-"""Titles of the measures."""
+"""Titles of the measures by name."""
 
 
 def neural_collapse(
@@ -71,11 +72,11 @@ def neural_collapse(
     nc3_norm: Duality = "frobenius",
     nc4_against: Reference = "prediction",
 ) -> Collapse:
-    """The seven measures of neural collapse, of a labelled set with a head: usually the training set, in eval mode.
+    """Compute the seven measures of neural collapse of a labeled set with a head.
 
-    With C classes, ``M`` ``[C, D]`` the class means less ``mu_G``, the unweighted mean of the class means, ``W``
-    ``[C, D]`` the weights of the head, ``S_W`` ``[D, D]`` the covariance around the class means, over all N rows, and
-    ``S_B = M^T M / C``::
+    The set is usually the training set, extracted in eval mode. There are C classes. ``M`` ``[C, D]`` are the class
+    means minus ``mu_G``, the unweighted mean of the class means; ``W`` ``[C, D]`` are the weights of the head; ``S_W``
+    ``[D, D]`` is the covariance around the class means over all N rows; and ``S_B = M^T M / C``::
 
         nc1 = tr(S_W S_B^+) / C
         en  = std_c ||v_c|| / mean_c ||v_c||                               v = M or W, std unbiased
@@ -83,30 +84,30 @@ def neural_collapse(
         nc3 = || W / ||W||_F  -  M / ||M||_F ||_F^2
         nc4 = share of rows with argmin_c ||z - mu_c|| != argmax_c logits_c
 
-    ``S_B`` has rank C-1 at most, so that its pseudo-inverse is truncated there, and where a singular value of ``M`` is
-    below the rounding of the largest: the inverse of what rounding leaves there would be noise. A row as near to two
-    class means belongs to the first. A class mean or weight of zero has the cosine 0 with all others.
+    The rank of ``S_B`` is at most C-1, so its pseudo-inverse is truncated there. It is also truncated where a singular
+    value of ``M`` is below the rounding error of the largest, because the inverse would be noise. A row that is equally
+    close to two class means belongs to the first. A class mean or weight of zero has a cosine of 0 with all others.
 
-    Reads the features twice: for the moments, which are kept with the set, and for the nearest means. Logits are those
-    of the set, else those of the head.
+    The features are read twice: for the moments, which are kept with the set, and for the nearest means. Logits are
+    those of the set, or computed with the head if the set has none.
 
     Args:
-        feats: features, labels, a head, and usually logits.
-        normalize: True scales every feature vector to length one first: what the classifier of a model trained with L2
-            normalisation saw, which extraction does not keep.
-        nc1_over_classes: False leaves the division by C away, as the code of Papyan et al. does; their text and that
-            of Haas et al. have it.
-        nc3_norm: ``"columns"`` scales each ``w_c`` and ``mu_c - mu_G`` to length one instead of the whole matrices, as
-            the text of Haas et al. 2022 says (Eq. 8); the default is Papyan's definition.
-        nc4_against: ``"label"`` compares the nearest class mean with the label, as the text of Haas et al. 2022 says
-            (Eq. 9); the default, with the network's prediction, is Papyan's.
+        feats: Set with features, labels, a head, and usually logits.
+        normalize: Whether to scale feature vectors to unit length first. This is the input of the classifier in a model
+            trained with L2 normalization, which extraction does not keep.
+        nc1_over_classes: Whether to divide by C, as in the text of Papyan et al. and Haas et al.; the code of Papyan et
+            al. does not.
+        nc3_norm: ``"frobenius"`` scales the whole matrices, as Papyan et al. define it; ``"columns"`` scales each
+            ``w_c`` and ``mu_c - mu_G`` to unit length, as in the text of Haas et al. 2022 (Eq. 8).
+        nc4_against: ``"prediction"`` compares the nearest class mean with the predicted class, as Papyan et al. define
+            it; ``"label"`` compares it with the label, as in the text of Haas et al. 2022 (Eq. 9).
 
     Raises:
-        BadLabels: there are no labels, they are not class indices, or a class has no row.
-        MissingInput: there is no head.
-        BadInput: there is one class only; all class means are the same; or the head's weight is all zeros.
-        NotFinite: features or logits hold NaN or infinite values.
-        UnknownName: another ``nc3_norm`` or ``nc4_against``.
+        BadLabels: if there are no labels, they are not class indices, or a class has no rows.
+        MissingInput: if there is no head.
+        BadInput: if there is only one class, all class means are equal, or the weight of the head is all zeros.
+        NotFinite: if features or logits contain NaN or infinite values.
+        UnknownName: if there is no such ``nc3_norm`` or ``nc4_against``.
 
     Source: Papyan, Han & Donoho 2020, "Prevalence of neural collapse during the terminal phase of deep learning
     training", and their code; Haas, Yolland & Rabus 2022, Eq. 4 to 9.
@@ -116,8 +117,8 @@ def neural_collapse(
     weight = _weight(feats)
     counts, class_means, scatter = _moments(feats, ClassMoments(normalize=normalize))
     _require_rows(counts)
-    centre = class_means.mean(dim=0)
-    means = class_means - centre
+    center = class_means.mean(dim=0)
+    means = class_means - center
     _require_spread(means, class_means)
     nc1 = float(variability_of_covariance(scatter / len(feats), means))
     return Collapse(
@@ -127,7 +128,7 @@ def neural_collapse(
         ea_means=float(equiangularity(means)),
         ea_classifier=float(equiangularity(weight)),
         nc3=float(self_duality(weight, means, columns=nc3_norm == "columns")),
-        nc4=_disagreement(feats, normalize, centre, means, nc4_against),
+        nc4=_disagreement(feats, normalize, center, means, nc4_against),
     )
 
 
@@ -136,33 +137,32 @@ def singular_values(
     others: Mapping[str, FeatureSet] | None = None,
     *,
     name: str = "train",
-    centre: bool = False,
+    center: bool = False,
     per_row: bool = True,
 ) -> pd.DataFrame:
-    """Singular values of the features, and what other sets have in the directions that belong to them.
+    """Compute the singular values of the features, and the extent of other sets in the same directions.
 
-    With ``Z = U S V^T`` ``[N, D]`` of ``feats``, the value of a set with features ``X`` at rank k is ``||X v_k||``,
-    which is the k-th singular value for ``Z`` itself: how far the set reaches in the directions that the training
-    features hardly use.
+    With ``Z = U S V^T`` ``[N, D]`` the features of ``feats``, the value at rank k of a set with features ``X`` is
+    ``||X v_k||``, which is the k-th singular value for ``Z`` itself. The values of other sets show how far they reach
+    in directions that the training features hardly use. Values are computed from ``Z^T Z`` in a single pass, so values
+    below 1e-8 of the largest are rounding errors.
 
     Args:
-        feats: the set that gives the directions, usually the training set.
-        others: further sets by name, of the same model.
-        name: what ``feats`` is called in the frame.
-        centre: True takes the mean of ``feats`` off all sets. The paper's text decomposes the embeddings themselves,
-            and finds as many large values as there are classes; of centred features they would be one less.
-        per_row: True divides by the square root of the set's number of rows, so that sets of different sizes compare;
-            False gives the singular values of the matrix.
+        feats: Set that determines the directions, usually the training set.
+        others: More sets of the same model by name.
+        name: Name of ``feats`` in the data frame.
+        center: Whether to subtract the mean of ``feats`` from all sets. The paper decomposes the features themselves
+            and finds as many large values as classes; for centered features there would be one less.
+        per_row: Whether to divide by the square root of the number of rows, which makes sets of different sizes
+            comparable. Otherwise, values are the singular values of the matrix.
 
     Returns:
-        A tidy frame, one row for each set and rank: ``set``, ``rank`` (1 to D, descending), ``value``.
-
-    The values come from ``Z^T Z``, which a single pass gives: below 1e-8 of the largest they are rounding.
+        A tidy data frame with one row for each set and rank: ``set``, ``rank`` (1 to D, values descending), ``value``.
 
     Raises:
-        BadInput: another set is called ``name``.
-        ShapeMismatch: a set has another number of features.
-        NotFinite: features hold NaN or infinite values.
+        BadInput: if another set is called ``name``.
+        ShapeMismatch: if a set has a different number of features.
+        NotFinite: if features contain NaN or infinite values.
 
     Source: Haas, Yolland & Rabus 2022, Appendix A.3, Fig. 6.
     """
@@ -170,15 +170,15 @@ def singular_values(
 
     others = others or {}
     if name in others:
-        raise BadInput(f"two sets are called {name!r}: give the set that the directions come from another name=.")
+        raise BadInput(f"two sets are called {name!r}: pass another name= for the first set.")
     for other_name, other in others.items():
         if other.num_features != feats.num_features:
             raise ShapeMismatch(
-                f"{other_name!r} has {other.num_features} features, {name!r} has {feats.num_features}: all sets must "
-                "come from the same model."
+                f"{other_name!r} has {other.num_features} features, {name!r} has {feats.num_features}: pass sets of "
+                "the same model."
             )
     mean = _moments(feats, GlobalMoments())[1][0]
-    origin = mean if centre else torch.zeros_like(mean)
+    origin = mean if center else torch.zeros_like(mean)
     directions = torch.linalg.eigh(_gram(feats, origin)).eigenvectors.flip(1)
     values = {each: _reach(_gram(of, origin), directions) for each, of in {name: feats, **others}.items()}
     if per_row:
@@ -194,14 +194,14 @@ def _known(name: str, there_are: Iterable[str]) -> None:
 
 
 def _weight(feats: FeatureSet) -> Tensor:
-    """The weight of the head, float64 ``[C, D]``, checked to be that of a classifier."""
+    """Return the weight of the head, float64 ``[C, D]``; raise if it is not that of a trained classifier."""
     if feats.head is None:
-        raise MissingInput("neural collapse is measured on the head too, and this feature set has none: extract it.")
+        raise MissingInput("neural collapse needs a head, and this feature set has none: extract it.")
     weight = feats.head.weight.double().cpu()
     if len(weight) < 2:
-        raise BadInput("neural collapse compares classes, and the head has only one.")
+        raise BadInput("neural collapse needs at least two classes, and the head has one: use a classifier of more.")
     if not weight.any():
-        raise BadInput("the weight of the head is all zeros: is the model trained?")
+        raise BadInput("the weight of the head is all zeros: use a trained model.")
     return weight
 
 
@@ -211,23 +211,23 @@ def _require_rows(counts: Tensor) -> None:
         shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
         raise BadLabels(
             f"{len(empty)} of {len(counts)} classes have no rows ({shown}), so they have no mean: pass a set with rows "
-            "of every class, such as the training set."
+            "of all classes, such as the training set."
         )
 
 
-def _require_spread(centred: Tensor, means: Tensor) -> None:
-    """All class means the same, up to rounding, have no angles, and no variance between them to compare with."""
+def _require_spread(centered: Tensor, means: Tensor) -> None:
+    """Raise if all class means are equal up to rounding, since they have no angles and no variance between them."""
     rounding = len(means) * torch.finfo(torch.float64).eps * means.abs().max()
-    if centred.abs().max() <= rounding:
-        raise BadInput("all class means are the same: are these the features that the head reads, and their labels?")
+    if centered.abs().max() <= rounding:
+        raise BadInput("all class means are equal: pass the features that the head reads, with their labels.")
 
 
-def _disagreement(feats: FeatureSet, normalize: bool, centre: Tensor, means: Tensor, against: Reference) -> float:
+def _disagreement(feats: FeatureSet, normalize: bool, center: Tensor, means: Tensor, against: Reference) -> float:
     labels = feats.class_labels().cpu() if against == "label" else None
     half_squares = means.square().sum(dim=1) / 2
     wrong = 0
     for block in finite_blocks(feats, "features", *(() if labels is not None else ("logits",))):
-        nearest = ((block.space("features", normalize) - centre) @ means.T - half_squares).argmax(dim=1)
+        nearest = ((block.space("features", normalize) - center) @ means.T - half_squares).argmax(dim=1)
         expected = _predicted(block, feats) if labels is None else labels[block.start : block.start + len(block)]
         wrong += int((nearest != expected).sum())
     return wrong / len(feats)
@@ -238,24 +238,25 @@ def _predicted(block: Block, feats: FeatureSet) -> Tensor:
 
 
 def finite_blocks(feats: FeatureSet, *only: str) -> Iterator[Block]:
+    """Iterate over blocks on the CPU; raise NotFinite if a block contains NaN or infinite values."""
     for block in feats.blocks(device="cpu", only=only):
         block.require_finite()
         yield block
 
 
 def _moments(feats: FeatureSet, wanted: ClassMoments | GlobalMoments) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts, means and scatter, on the CPU."""
+    """Return counts, means and scatter on the CPU."""
     moments: Moments = collect(feats, [wanted])[wanted]
     return moments.counts.cpu(), moments.means.cpu(), moments.scatter.cpu()
 
 
 def _gram(feats: FeatureSet, origin: Tensor) -> Tensor:
-    """``Z^T Z`` of the features less ``origin``, float64 ``[D, D]``."""
+    """Return ``Z^T Z`` of the features minus ``origin``, float64 ``[D, D]``."""
     _, means, scatter = _moments(feats, GlobalMoments())
     shift = means[0] - origin
     return scatter + len(feats) * torch.outer(shift, shift)
 
 
 def _reach(gram: Tensor, directions: Tensor) -> Tensor:
-    """``||Z v_k||`` for the columns ``v_k``."""
+    """Return ``||Z v_k||`` for the columns ``v_k``."""
     return ((gram @ directions) * directions).sum(dim=0).clamp_min(0).sqrt()

@@ -1,4 +1,4 @@
-"""sweep: one scorer over a grid of its parameters, each set read once."""
+"""Parameter sweeps: one scorer over a grid of parameters, in one pass over each set."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ def sweep(
     ood: Mapping[str, FeatureSet],
     fit: FeatureSet | None = None,
 ) -> pd.DataFrame:
-    """How well a scorer separates ID from OoD for every combination of some of its parameters.
+    """Measure how well a scorer separates ID from OoD rows for every combination of parameter values.
 
     >>> sweep("react", {"q": [0.8, 0.9, 0.95], "base": ["energy", "gradnorm"]}, id=val, ood=val_ood, fit=train)
 
-    The model is not run, and every set is read once for all combinations, the fit set too; combinations share its
-    statistics. (A shaper around a scorer that is fitted takes a further pass over the fit set for each combination.)
+    The model is not run. Each set, including the fit set, is read once for all combinations, which share the statistics
+    of the fit set. (A shaper around a fitted scorer needs one more pass over the fit set per combination.)
 
-    **Choose on validation data.** The best row of a sweep on the sets that you report is an optimistic number: sweep on
-    held-out ID data and on OoD data of other kinds than those you report, then evaluate once with what was chosen.
+    **Choose on validation data.** The best row of a sweep on the sets that you report is optimistic. Sweep on held-out
+    ID data and on OoD data that differ in kind from those you report, then evaluate the chosen parameters once.
 
     Args:
-        name: a registered scorer.
-        grid: the values to try of each parameter; the others keep their defaults.
-        id: in-distribution validation data.
-        ood: OoD sets by name, likewise for validation.
-        fit: in-distribution features (usually of the training set), for a scorer that is fitted.
+        name: Name of a registered scorer.
+        grid: Values to try for each parameter; other parameters keep their defaults.
+        id: ID validation set.
+        ood: OoD validation sets by name.
+        fit: ID set that the scorer is fitted on, usually the training set.
 
     Returns:
-        The frame of ``evaluate`` with a column for each parameter after ``scorer``; one row for each combination and
-        OoD set, the last parameter varying fastest. A parameter that is a Scorer is shown by its repr.
+        The data frame of ``evaluate`` with a column for each parameter after ``scorer``, and one row for each
+        combination and OoD set; the last parameter varies fastest. A Scorer as a parameter is shown by its repr.
 
     Raises:
-        UnknownName: no such scorer or parameter.
-        BadInput: a value out of range, or a grid that does not map parameters to sequences of values.
-        EmptyInput: a parameter without values, or no OoD set.
-        NotFitted, MissingInput, NotFinite, ShapeMismatch, BadLabels: as ``evaluate``.
+        UnknownName: if there is no such scorer or parameter.
+        BadInput: if a value is out of range, or ``grid`` does not map parameters to sequences of values.
+        EmptyInput: if a parameter has no values, or there is no OoD set.
+        NotFitted, MissingInput, NotFinite, ShapeMismatch, BadLabels: as for ``evaluate``.
     """
     combinations = _combinations(grid)
     scorers = {str(number): create_scorer(name, **params) for number, params in enumerate(combinations)}
@@ -63,12 +63,12 @@ def sweep(
 
 def _combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     if not isinstance(grid, Mapping):
-        raise BadInput("grid maps parameters to the values to try: {'q': [0.8, 0.9]}.")
+        raise BadInput("grid must map parameters to the values to try: pass {'q': [0.8, 0.9]}.")
     for parameter, values in grid.items():
         if isinstance(values, str) or not hasattr(values, "__iter__"):
-            raise BadInput(f"the grid's {parameter!r} is a list of values to try, got {values!r}.")
+            raise BadInput(f"grid must map {parameter!r} to a list of values, got {values!r}.")
         if not len(values):
-            raise EmptyInput(f"the grid has no value for {parameter!r}.")
+            raise EmptyInput(f"grid has no values for {parameter!r}: list at least one.")
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 

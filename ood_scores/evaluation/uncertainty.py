@@ -1,8 +1,8 @@
-"""How far a metric would move on other rows, and which scorers differ by more than chance.
+"""Confidence intervals of metrics, and tests of whether scorers differ by more than chance.
 
-Higher score = more in-distribution. The rows are taken as drawn independently, ID and OoD apart; the model is taken as
-given. AUROC has a variance in closed form (DeLong), from which come intervals, paired tests of scorers on the same rows
-and the ties of a table; the other metrics have the bootstrap.
+Higher scores mean more in-distribution. Rows are assumed to be independent draws, separately for ID and OoD; the model
+is taken as given. The variance of AUROC has a closed form (DeLong), which is used for its interval, for paired tests of
+scorers on the same rows, and for the ties of a table. Other metrics use the bootstrap.
 
 Sources: DeLong, DeLong & Clarke-Pearson 1988, Comparing the areas under two or more correlated ROC curves; Sun & Xu
 2014, Fast implementation of DeLong's algorithm (midranks); Pepe 2003, The statistical evaluation of medical tests
@@ -27,17 +27,17 @@ from ood_scores.evaluation.metrics import METRICS, RocCounts, Scores, checked_sc
 ScoreTable: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[Scores]"
 
 ROUNDING = 1e-12
-"""The variance of a difference is taken to be at least this share of the variances that it is computed from."""
+"""Lower bound on the variance of a difference, as a share of the variances that it is computed from."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and the range that holds its true value with the probability asked for, the level.
+    """Confidence interval of a metric.
 
     Attributes:
-        value: the figure on the given rows.
-        low, high: the ends of the range.
-        standard_error: standard deviation of the figure over draws of the rows; infinite where it is not known.
+        value: Metric on the given rows.
+        low, high: Ends of the interval.
+        standard_error: Standard deviation of the metric over draws of the rows; infinite if unknown.
     """
 
     value: float
@@ -48,10 +48,10 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class BootstrapInterval(Interval):
-    """An interval with what it was read from.
+    """Percentile interval with the replicates that it was computed from.
 
     Attributes:
-        replicates: float64 [R], the metric on each resample, in the order drawn.
+        replicates: Metric on each resample in the order of the draws, float64 ``[R]``.
     """
 
     replicates: NDArray[np.float64]
@@ -59,14 +59,14 @@ class BootstrapInterval(Interval):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two scorers on the same rows.
+    """Comparison of the AUROC of two scorers on the same rows.
 
     Attributes:
-        difference: AUROC of the first less that of the second.
-        low, high: its interval.
-        standard_error: its standard deviation over draws of the rows; infinite where it is not known.
-        z: the difference in standard errors.
-        p_value: chance of a difference at least as large, either way, between scorers with the same true AUROC.
+        difference: AUROC of the first scorer minus AUROC of the second.
+        low, high: Ends of the confidence interval of the difference.
+        standard_error: Standard deviation of the difference over draws of the rows; infinite if unknown.
+        z: Difference divided by its standard error.
+        p_value: Two-sided p-value under the hypothesis that both scorers have the same AUROC.
     """
 
     difference: float
@@ -80,22 +80,23 @@ class Comparison:
 def auroc_interval(id_scores: Scores, ood_scores: Scores, level: float = 0.95) -> Interval:
     """AUROC with DeLong's standard error and an interval on the logit scale, in O(n log n) time.
 
+    The ends are ``expit(logit A ± z se / (A (1 - A)))``, so they stay within (0, 1) without clipping. Exceptions:
+
+    - A = 1 has no logit, and its standard error is 0. The low end is then ``((1 - level) / 2)^(1 / min(N, M))``, which
+      is valid for any distribution: the rows of the two sides form min(N, M) independent pairs, and all pairs are in
+      order with a probability of at most ``A^min(N, M)``. A = 0 is the mirror image.
+    - If a side has a single row, its spread is unknown: the standard error is infinite, and the interval is [0, 1]
+      unless A is 0 or 1.
+    - If all scores are equal, A and both ends are 0.5.
+
     Args:
-        id_scores: [N] scores, as in `roc_counts`.
-        ood_scores: [M] scores, as in `roc_counts`.
-        level: probability, in (0, 1), with which the interval holds the true AUROC.
-
-    The ends are expit(logit A ± z se / (A (1 - A))), so they stay within (0, 1) and need no clipping. The exceptions:
-
-    - A = 1 (and A = 0 mirrored) has no logit, and a standard error of 0. The low end is then
-      ((1 - level) / 2)^(1 / min(N, M)), valid for any distribution: rows of the two sides can be paired in
-      min(N, M) independent pairs, and all are in order with a probability of at most A^min(N, M).
-    - A single row on a side says nothing about the spread of that side: the standard error is infinite, and the
-      interval is [0, 1] unless A is 0 or 1.
-    - If all scores are equal, A is 0.5 and so are both ends.
+        id_scores: Scores of ID rows, ``[N]``, as for ``roc_counts``.
+        ood_scores: Scores of OoD rows, ``[M]``, as for ``roc_counts``.
+        level: Confidence level, in (0, 1).
 
     Raises:
-        BadInput: a level outside (0, 1). Besides, what `roc_counts` raises.
+        BadInput: if ``level`` is outside (0, 1), or as for ``roc_counts``.
+        NotFinite, EmptyInput, ShapeMismatch: as for ``roc_counts``.
     """
     quantile = _quantile(level)
     placed = _placements(checked_scores(id_scores, "ID"), checked_scores(ood_scores, "OoD"))
@@ -110,20 +111,21 @@ def auroc_interval(id_scores: Scores, ood_scores: Scores, level: float = 0.95) -
 
 
 def compare_auroc(scores_a: tuple[Scores, Scores], scores_b: tuple[Scores, Scores], level: float = 0.95) -> Comparison:
-    """Whether two scorers differ in AUROC, on the same rows: DeLong's paired test, in O(n log n) time.
+    """Test whether two scorers differ in AUROC on the same rows: DeLong's paired test, in O(n log n) time.
+
+    The interval is the difference ± z standard errors, clipped to [-1, 1]. For scorers that rank all pairs of rows
+    alike, the difference, the standard error and z are 0 and the p-value is 1. If a side has a single row, the standard
+    error is infinite and the p-value is 1.
 
     Args:
-        scores_a: the first scorer's scores of the ID rows [N] and the OoD rows [M], as in `roc_counts`.
-        scores_b: the second scorer's, of the same rows in the same order.
-        level: probability, in (0, 1), with which the interval holds the true difference.
-
-    The interval is the difference ± z standard errors, clipped to [-1, 1]. Scorers that rank all pairs of rows alike
-    have a difference, standard error and z of 0 and a p-value of 1. With a single row on a side the standard error is
-    infinite and the p-value 1.
+        scores_a: Scores of the first scorer: ID rows ``[N]`` and OoD rows ``[M]``, as for ``roc_counts``.
+        scores_b: Scores of the second scorer for the same rows in the same order.
+        level: Confidence level of the interval, in (0, 1).
 
     Raises:
-        ShapeMismatch: the scorers have different numbers of rows.
-        BadInput: a level outside (0, 1). Besides, what `roc_counts` raises.
+        ShapeMismatch: if the scorers have different numbers of rows, or as for ``roc_counts``.
+        BadInput: if ``level`` is outside (0, 1), or as for ``roc_counts``.
+        NotFinite, EmptyInput: as for ``roc_counts``.
     """
     quantile = _quantile(level)
     id_a, id_b = _rows([scores_a[0], scores_b[0]], "ID")
@@ -137,7 +139,7 @@ def compare_auroc(scores_a: tuple[Scores, Scores], scores_b: tuple[Scores, Score
 
 
 def auroc_covariance(id_scores: ScoreTable, ood_scores: ScoreTable) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """AUROC of each scorer and DeLong's covariance between them: `mean_auroc_covariance` with one OoD set."""
+    """AUROC of each scorer and DeLong's covariance between scorers: ``mean_auroc_covariance`` for one OoD set."""
     return mean_auroc_covariance(id_scores, [ood_scores])
 
 
@@ -146,33 +148,36 @@ def mean_auroc_covariance(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean AUROC of each scorer over K OoD sets, and the covariance between scorers.
 
+    The contribution of a row to the mean is DeLong's placement value. For ID rows, which all sets share, it is averaged
+    over the sets; for OoD rows it is independent between sets. Takes O(S K n log n) time and the memory of a few tables
+    of the size of ``id_scores`` in float64.
+
     Args:
-        id_scores: [S, N], the scores of S scorers on the same N ID rows: a tensor, an array, or a sequence of vectors.
-        ood_sets: K tables [S, M_k], of the same scorers in the same order on the rows of each OoD set.
+        id_scores: Scores of S scorers on the same N ID rows, ``[S, N]``: a tensor, an array, or a sequence of vectors.
+        ood_sets: One table ``[S, M_k]`` for each OoD set, with the same scorers in the same order.
 
     Returns:
-        The AUROCs [S], float64, and their covariance [S, S], float64. A row's share in the mean is DeLong's placement
-        value: averaged over the sets for ID rows, which all sets share; independent between sets for OoD rows. A single
-        row on a side says nothing about its spread: variances are then infinite.
-
-    Time is O(S K n log n), memory that of a few tables of the size of ``id_scores`` in float64.
+        Mean AUROCs, float64 ``[S]``, and their covariance, float64 ``[S, S]``. Variances are infinite if a side has a
+        single row, since its spread is unknown.
 
     Raises:
-        EmptyInput: no scorer or no OoD set.
-        ShapeMismatch: tables of different numbers of scorers, or scorers with different numbers of rows.
-        Besides, what `roc_counts` raises.
+        EmptyInput: if there is no scorer or no OoD set, or as for ``roc_counts``.
+        ShapeMismatch: if tables have different numbers of scorers, or scorers have different numbers of rows.
+        NotFinite, BadInput: as for ``roc_counts``.
     """
     inside = _rows(id_scores, "ID")
     sets = len(ood_sets)
     if sets == 0:
-        raise EmptyInput("there is no OoD set; give at least one table of scores, [S, M]")
+        raise EmptyInput("there is no OoD set: pass at least one table of scores, [S, M].")
     areas = np.zeros(len(inside))
     on_id = np.zeros((len(inside), len(inside[0])))
     covariance = np.zeros((len(inside), len(inside)))
     for ood_scores in ood_sets:
         outside = _rows(ood_scores, "OoD")
         if len(outside) != len(inside):
-            raise ShapeMismatch(f"there are {len(inside)} scorers on the ID rows and {len(outside)} on the OoD rows")
+            raise ShapeMismatch(
+                f"there are {len(inside)} scorers on the ID rows and {len(outside)} on the OoD rows: pass the same."
+            )
         on_ood = np.empty((len(outside), len(outside[0])))
         for scorer, (here, there) in enumerate(zip(inside, outside, strict=True)):
             placed = _placements(here, there)
@@ -185,49 +190,51 @@ def mean_auroc_covariance(
 
 
 def tied_with_best(aurocs: ArrayLike, covariance: ArrayLike, level: float = 0.05) -> NDArray[np.bool_]:
-    """Which scorers are not significantly worse than the one with the highest AUROC.
+    """Find the scorers that are not significantly worse than the one with the highest AUROC.
+
+    Each scorer is compared with the best by a two-sided test, with Holm's correction for S - 1 comparisons. The tests
+    are two-sided because the best scorer was found on the same rows: of two equally good scorers, one is called worse
+    with probability ``level``. Scorers with the same AUROC as the best are always tied, and all scorers are tied if
+    variances are infinite.
 
     Args:
-        aurocs: [S] AUROCs, or means of them.
-        covariance: [S, S], between them, as `auroc_covariance` and `mean_auroc_covariance` give it.
-        level: of the test, in (0, 1).
+        aurocs: AUROCs or mean AUROCs, ``[S]``.
+        covariance: Covariance of the AUROCs, ``[S, S]``, from ``auroc_covariance`` or ``mean_auroc_covariance``.
+        level: Significance level, in (0, 1).
 
     Returns:
-        bool [S], true for the best itself. The others are compared with it by two-sided tests with Holm's correction
-        for S - 1 comparisons. Two-sided because the best was found on the same rows: with two scorers that are equally
-        good, one is called worse with probability ``level``. A scorer with the same AUROC is always tied, and so is
-        every scorer if variances are infinite.
+        Whether each scorer is tied with the best, bool ``[S]``; True for the best itself.
 
     Raises:
-        EmptyInput: no scorer.
-        ShapeMismatch: a covariance that is not [S, S].
-        NotFinite: NaN.
-        BadInput: a level outside (0, 1).
+        EmptyInput: if there is no scorer.
+        ShapeMismatch: if ``covariance`` is not ``[S, S]``.
+        NotFinite: if a value is NaN.
+        BadInput: if ``level`` is outside (0, 1).
     """
     _check_level(level)
     areas, between = np.asarray(aurocs, np.float64), np.asarray(covariance, np.float64)
     if areas.size == 0:
-        raise EmptyInput("there is no scorer to compare")
+        raise EmptyInput("there is no scorer to compare: pass at least one AUROC.")
     if areas.ndim != 1 or between.shape != 2 * areas.shape:
         raise ShapeMismatch(
-            f"AUROCs of shape {list(areas.shape)} and a covariance of shape {list(between.shape)}; give [S] and [S, S]"
+            f"AUROCs have shape {list(areas.shape)} and covariance {list(between.shape)}: pass [S] and [S, S]."
         )
     if np.isnan(areas).any() or np.isnan(between).any():
-        raise NotFinite("the AUROCs or their covariance hold NaN; give them as `auroc_covariance` returns them")
+        raise NotFinite("the AUROCs or their covariance contain NaN: pass them as auroc_covariance returns them.")
     best = int(np.argmax(areas))
     both = np.diag(between) + between[best, best]
-    shared = np.where(np.isinf(both), 0, between[best])  # so that what is infinite stays so
+    shared = np.where(np.isinf(both), 0, between[best])  # infinite variances stay infinite
     z = _in_errors(areas[best] - areas, np.sqrt(np.maximum(both - 2 * shared, ROUNDING * both)))
     p_values = 2 * ndtr(-z)
     order = np.argsort(p_values)
-    left = np.maximum(np.arange(len(areas))[::-1], 1)  # the best comes last, with p = 1, and is no comparison
+    left = np.maximum(np.arange(len(areas))[::-1], 1)  # the best, with p = 1, comes last and is not compared
     worse = np.empty(len(areas), dtype=bool)
     worse[order] = np.logical_and.accumulate(p_values[order] <= level / left)
     return ~worse
 
 
 def interval(metric: str, id_scores: Scores, ood_scores: Scores) -> Interval:
-    """95% interval of a metric by the method that ``METRICS`` names: DeLong's or the bootstrap."""
+    """95% interval of a metric, by DeLong's method or the bootstrap as its row of ``METRICS`` says."""
     if METRICS[metric].interval == "DeLong":
         return auroc_interval(id_scores, ood_scores)
     return bootstrap(id_scores, ood_scores, metric)
@@ -242,28 +249,29 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> BootstrapInterval:
-    """Percentile interval of a metric over resamples of the rows, ID and OoD apart.
+    """Percentile interval of a metric over resamples of the rows, drawn separately for ID and OoD.
+
+    The standard error is the standard deviation of the replicates. Rows are sorted once; a resample is then a count for
+    each row, in O(N + M). For FPR95 no rows are drawn (see ``resampled_fpr``): the replicates have the same
+    distribution, including ties, and take O(R log n).
 
     Args:
-        id_scores: [N] scores, as in `roc_counts`.
-        ood_scores: [M] scores, as in `roc_counts`.
-        metric: name of a row of ``METRICS``, with the default options of its formula.
-        replicates: number of resamples, R, at least 2.
-        seed: of the resamples; the same seed gives the same replicates.
-        level: share of the replicates, in (0, 1), that the interval holds.
-
-    The standard error is the standard deviation of the replicates. The rows are sorted once; a resample is then a count
-    for each row, in O(N + M). For FPR95 no rows are drawn (see ``resampled_fpr``): the values have the same
-    distribution, ties included, in O(R log n).
+        id_scores: Scores of ID rows, ``[N]``, as for ``roc_counts``.
+        ood_scores: Scores of OoD rows, ``[M]``, as for ``roc_counts``.
+        metric: Name of a metric in ``METRICS``, which is computed with default options.
+        replicates: Number of resamples R, at least 2.
+        seed: Seed of the resamples; the same seed produces the same replicates.
+        level: Confidence level, in (0, 1).
 
     Raises:
-        UnknownName: another metric.
-        BadInput: fewer than 2 replicates, or a level outside (0, 1). Besides, what `roc_counts` raises.
+        UnknownName: if there is no such metric.
+        BadInput: if ``replicates`` is less than 2 or ``level`` is outside (0, 1), or as for ``roc_counts``.
+        NotFinite, EmptyInput, ShapeMismatch: as for ``roc_counts``.
     """
     _check_level(level)
     measured = METRICS[metric]
     if replicates < 2:
-        raise BadInput(f"{replicates} replicates have no spread; give at least 2, better 1000")
+        raise BadInput(f"replicates must be at least 2, got {replicates}: pass 1000.")
     counts = measured.counts(roc_counts(id_scores, ood_scores))
     rng = np.random.default_rng(seed)
     if measured.resampled:
@@ -276,7 +284,7 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class _Placements:
-    """DeLong's placement values: of an ID row the share of OoD rows below it, of an OoD row the share of ID rows above.
+    """DeLong's placement values: the share of OoD rows below each ID row, and of ID rows above each OoD row.
 
     Ties count one half. The mean over either side is the AUROC.
     """
@@ -298,7 +306,7 @@ def _placements(id_scores: NDArray[np.float64], ood_scores: NDArray[np.float64])
 
 
 def _midrank_twice(others: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Twice how many of the others lie below each score, those equal to it counting one half; both are sorted."""
+    """Twice the number of ``others`` below each score, where equal ones count one half; both arrays are sorted."""
     return np.searchsorted(others, scores, "left") + np.searchsorted(others, scores, "right")
 
 
@@ -310,12 +318,12 @@ def _covariance_of_mean(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     scorers, n = rows.shape
     if n == 1:
         return np.diag(np.full(scorers, np.inf))
-    centred = rows - rows.mean(axis=1, keepdims=True)
-    return centred @ centred.T / (n * (n - 1))
+    centered = rows - rows.mean(axis=1, keepdims=True)
+    return centered @ centered.T / (n * (n - 1))
 
 
 def _in_errors(difference: ArrayLike, error: ArrayLike) -> NDArray[np.float64]:
-    """The difference in standard errors; no difference is 0 even where there is no error."""
+    """The difference divided by its standard error; 0 for no difference, even if the error is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.equal(difference, 0), 0.0, np.divide(difference, error))
 
@@ -323,16 +331,16 @@ def _in_errors(difference: ArrayLike, error: ArrayLike) -> NDArray[np.float64]:
 def _rows(scores: ScoreTable, side: str) -> list[NDArray[np.float64]]:
     rows = [checked_scores(row, side) for row in scores]
     if not rows:
-        raise EmptyInput(f"there is no scorer in the {side} scores; give a table [S, N]")
+        raise EmptyInput(f"there is no scorer in the {side} scores: pass a table [S, N].")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
-        raise ShapeMismatch(f"{side} scores of {lengths[0]} and of {lengths[1]} rows; give every scorer the same rows")
+        raise ShapeMismatch(f"scorers have {lengths[0]} and {lengths[1]} {side} scores: pass scores of the same rows.")
     return rows
 
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise BadInput(f"a level of {level} is no probability; give a number between 0 and 1, such as 0.95")
+        raise BadInput(f"level must be in (0, 1), got {level}: pass a number such as 0.95.")
 
 
 def _quantile(level: float) -> float:
@@ -341,7 +349,7 @@ def _quantile(level: float) -> float:
 
 
 def _resamples(counts: RocCounts, replicates: int, rng: np.random.Generator) -> Iterator[RocCounts]:
-    """The counts of each resample; thresholds that it drew no row of are left out."""
+    """Counts of each resample, without thresholds that have no row in it."""
     indices = np.arange(len(counts.thresholds))
     positive_rows = np.repeat(indices, np.diff(counts.positives, prepend=0))
     negative_rows = np.repeat(indices, np.diff(counts.negatives, prepend=0))

@@ -179,7 +179,7 @@ def test_labels_of_the_id_set_must_be_its_classes(label: int) -> None:
 
 @pytest.mark.parametrize("scorers", ["msp", create_scorer("msp")])
 def test_scorers_are_a_list(scorers: Any) -> None:
-    with pytest.raises(BadInput, match="scorers is a list of names or Scorer objects"):
+    with pytest.raises(BadInput, match="scorers must be a list or a mapping of names or Scorer objects"):
         evaluate(scorers, id=ID, ood=OOD)
 
 
@@ -188,7 +188,7 @@ def test_nothing_to_compare() -> None:
         evaluate(["msp"], id=ID, ood={})
     with pytest.raises(EmptyInput, match="no scorer"):
         evaluate([], id=ID, ood=OOD)
-    with pytest.raises(BadInput, match="ood maps names to feature sets"):
+    with pytest.raises(BadInput, match="ood must map names to feature sets"):
         evaluate(["msp"], id=ID, ood=OOD["near"])  # type: ignore[arg-type]
 
 

@@ -50,13 +50,13 @@ def test_an_empty_norm_group_has_no_change() -> None:
 
 def test_norm_groups_that_cannot_be() -> None:
     one, wide, long = FeatureSet(torch.ones(4, 2)), FeatureSet(torch.ones(4, 3)), FeatureSet(torch.ones(5, 2))
-    with pytest.raises(BadInput, match="two epochs at least, got 1"):
+    with pytest.raises(BadInput, match="at least two epochs are needed, got 1"):
         norm_groups([one])
     for other in (wide, long):
         with pytest.raises(ShapeMismatch, match="same rows"):
             norm_groups([one, other])
     for edges in ([3, 2], [0, 1], [2, 2], [float("inf")]):
-        with pytest.raises(BadInput, match="increasing order"):
+        with pytest.raises(BadInput, match="positive and increasing"):
             norm_groups([one, one], edges)
 
 
@@ -75,19 +75,19 @@ def test_norm_bins_by_hand() -> None:
     assert table["rows"].tolist() == [2, 2, 2]
     assert table["accuracy"].tolist() == [0, 0.5, 1]
     assert table["confidence"].tolist() == pytest.approx([0.75, 0.75, 0.9])
-    assert norm_bins(feats, bins=3, labelled=False)["accuracy"].isna().all()
+    assert norm_bins(feats, bins=3, labeled=False)["accuracy"].isna().all()
 
 
 def test_bins_of_haas_hold_eighty_rows_each() -> None:
     feats = FeatureSet(torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(10_000, 2))
-    assert norm_bins(feats, labelled=False)["rows"].tolist() == [80] * 125
+    assert norm_bins(feats, labeled=False)["rows"].tolist() == [80] * 125
 
 
 def test_equal_norms_share_a_bin() -> None:
     feats = FeatureSet(torch.tensor([1.0, 1, 1, 2, 2, 3])[:, None], torch.zeros(6, 2))
-    assert norm_bins(feats, bins=4, labelled=False)["rows"].tolist() == [3, 3]
-    assert norm_bins(feats, bins=50, labelled=False)["rows"].tolist() == [3, 2, 1]
-    assert norm_bins(feats, bins=1, labelled=False)["rows"].tolist() == [6]
+    assert norm_bins(feats, bins=4, labeled=False)["rows"].tolist() == [3, 3]
+    assert norm_bins(feats, bins=50, labeled=False)["rows"].tolist() == [3, 2, 1]
+    assert norm_bins(feats, bins=1, labeled=False)["rows"].tolist() == [6]
 
 
 @pytest.mark.parametrize("rows", [1, 13, 1000])
@@ -110,11 +110,11 @@ def test_norm_bins_that_cannot_be() -> None:
     feats = FeatureSet(torch.ones(4, 2), torch.zeros(4, 3), [0, 1, 2, 3])
     with pytest.raises(BadLabels, match="labels run from 0 to 3"):
         norm_bins(feats)
-    with pytest.raises(BadInput, match="at least one bin"):
+    with pytest.raises(BadInput, match="bins must be at least 1"):
         norm_bins(feats, bins=0)
-    with pytest.raises(BadInput, match="above 0"):
+    with pytest.raises(BadInput, match="scale must be positive"):
         norm_bins(feats, scale=0)
-    with pytest.raises(MissingInput, match="use scale=1"):
-        norm_bins(feats, scale=0.5, labelled=False)
+    with pytest.raises(MissingInput, match="pass scale=1"):
+        norm_bins(feats, scale=0.5, labeled=False)
     with pytest.raises(MissingInput, match="need logits"):
         norm_bins(FeatureSet(torch.ones(4, 2)))

@@ -350,7 +350,7 @@ def test_unknown_switches_list_those_there_are() -> None:
 
 @pytest.mark.parametrize("tpr", [0, -0.1, 1.01, float("nan")])
 def test_a_true_positive_rate_that_cannot_be(tpr: float) -> None:
-    with pytest.raises(BadInput, match="above 0 and at most 1"):
+    with pytest.raises(BadInput, match=r"tpr must be in \(0, 1\]"):
         fpr_at_tpr_id([1], [0], tpr)
 
 

@@ -184,11 +184,11 @@ def test_what_cannot_be_measured() -> None:
         neural_collapse(FeatureSet(z, None, labels))
     with pytest.raises(BadLabels, match="no labels"):
         neural_collapse(FeatureSet(z, None, None, feats.head))
-    with pytest.raises(BadInput, match="only one"):
+    with pytest.raises(BadInput, match="the head has one"):
         neural_collapse(FeatureSet(z, None, [0] * len(z), Head(np.ones((1, 6)))))
     with pytest.raises(BadLabels, match=r"2 of 6 classes have no rows \(4, 5\)"):
         neural_collapse(FeatureSet(z, None, labels, Head(np.ones((6, 6)))))
-    with pytest.raises(BadInput, match="all class means are the same"):
+    with pytest.raises(BadInput, match="all class means are equal"):
         neural_collapse(FeatureSet(torch.full((8, 3), 0.1), None, [0, 1] * 4, Head(np.eye(2, 3))))
     with pytest.raises(BadInput, match="all zeros"):
         neural_collapse(FeatureSet(z, None, labels, Head(np.zeros((4, 6)))))
@@ -215,7 +215,7 @@ def test_singular_values_are_those_of_the_matrix(shape: tuple[int, int]) -> None
     np.testing.assert_allclose(table["value"], expected, atol=1e-7 * expected[0])
     np.testing.assert_allclose(singular_values(FeatureSet(values))["value"] * shape[0] ** 0.5, table["value"])
     centred = np.linalg.svd(values - values.mean(axis=0), compute_uv=False)
-    found = singular_values(FeatureSet(values), centre=True, per_row=False)["value"][: min(shape)]
+    found = singular_values(FeatureSet(values), center=True, per_row=False)["value"][: min(shape)]
     np.testing.assert_allclose(found, centred, atol=1e-7 * expected[0])
 
 
@@ -226,7 +226,7 @@ def test_other_sets_are_seen_in_the_directions_of_the_first() -> None:
     table = singular_values(FeatureSet(train), {"svhn": FeatureSet(other)}, per_row=False)
     found = table.loc[table["set"] == "svhn", "value"]
     np.testing.assert_allclose(found, np.linalg.norm(other @ directions.T, axis=0), rtol=1e-10)
-    shifted = singular_values(FeatureSet(train), {"svhn": FeatureSet(other)}, centre=True)
+    shifted = singular_values(FeatureSet(train), {"svhn": FeatureSet(other)}, center=True)
     centred = train - train.mean(axis=0)
     reach = np.linalg.norm((other - train.mean(axis=0)) @ np.linalg.svd(centred)[2].T, axis=0) / 40**0.5
     np.testing.assert_allclose(shifted.loc[shifted["set"] == "svhn", "value"], reach, rtol=1e-10)
@@ -235,7 +235,7 @@ def test_other_sets_are_seen_in_the_directions_of_the_first() -> None:
 def test_collapsed_features_have_as_many_singular_values_as_classes() -> None:
     values = singular_values(collapsed(5, 16))["value"]
     assert (values > 1e-6).sum() == 5
-    assert (singular_values(collapsed(5, 16), centre=True)["value"] > 1e-6).sum() == 4
+    assert (singular_values(collapsed(5, 16), center=True)["value"] > 1e-6).sum() == 4
 
 
 def test_singular_values_of_sets_that_do_not_go_together() -> None:

@@ -36,7 +36,7 @@ def test_collapse_curves_show_every_measure_of_every_run() -> None:
 
 def test_norm_bin_curves_have_a_column_for_each_model() -> None:
     feats = random_set(4, 6)
-    known, unknown = norm_bins(feats, bins=5), norm_bins(feats, bins=5, labelled=False)
+    known, unknown = norm_bins(feats, bins=5), norm_bins(feats, bins=5, labeled=False)
     figure = norm_bin_curves({"L2": {"id": known, "ood": unknown}, "no L2": {"id": known}})
     assert [len(axes.collections) for axes in figure.axes] == [2, 1, 2, 1]
     points = figure.axes[0].collections[0].get_offsets()
