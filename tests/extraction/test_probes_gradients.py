@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ood_scores
 from ood_scores.errors import BadInput
-from ood_scores.extraction.probes import LayerGradients, ParameterGradients, gradients
+from ood_scores.extraction.probes import LayerGradients, ParameterGradients, Pass, gradients
 from ood_scores.extraction.probes.gradients import noise_like
 
 ROWS, CLASSES = 13, 4
@@ -199,13 +199,25 @@ def test_norms_of_noise() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, ROWS])
-@pytest.mark.parametrize("limit", [1, 9_000, 2**28])
-def test_batches_and_pieces_do_not_matter(batch: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_batches_does_not_matter(batch: int) -> None:
     expected = extract("gradnorm", "gradients")
-    monkeypatch.setattr(gradients, "GRADIENT_BYTES", limit)
     found = extract("gradnorm", "gradients", data=loader(batch))
     for name, values in expected.extras.items():
         torch.testing.assert_close(found.extras[name], values, rtol=1e-5, atol=0)
+
+
+def norms_of(rows: int, names: list[str], most_bytes: int) -> Tensor:
+    """The norms of the gradients of some parameters for the first inputs."""
+    model, inputs = Classifier().eval(), INPUTS[:rows]
+    with torch.no_grad():
+        done = Pass(model, inputs, model(inputs), None, 0)
+        return gradients.gradient_norms(done, inputs, names, bce_with_ones, 2.0, most_bytes)
+
+
+@pytest.mark.parametrize("most_bytes", [1, 9_000])
+def test_the_size_of_pieces_does_not_matter(most_bytes: int) -> None:
+    names = [name for name, _ in Classifier().named_parameters()]
+    torch.testing.assert_close(norms_of(ROWS, names, most_bytes), norms_of(ROWS, names, 2**28), rtol=1e-5, atol=0)
 
 
 def test_pieces_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +230,8 @@ def test_pieces_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(gradients, "_norms_together", noting)
     weight = Classifier().fc.weight.nbytes
-    monkeypatch.setattr(gradients, "GRADIENT_BYTES", 3 * weight + 1)
-    extract(ParameterGradients(groups=("fc.weight",)), data=loader(batch=8))
+    norms_of(8, ["fc.weight"], 3 * weight + 1)
+    norms_of(5, ["fc.weight"], 3 * weight + 1)
     assert sizes == [(3, weight), (3, weight), (2, weight), (3, weight), (2, weight)]
 
 

@@ -166,14 +166,16 @@ def noise_like(inputs: Tensor, seed: int) -> Tensor:
     return low + (high - low) * noise
 
 
-def gradient_norms(done: Pass, inputs: Tensor, names: Sequence[str], loss: Loss, p: float) -> Tensor:
+def gradient_norms(
+    done: Pass, inputs: Tensor, names: Sequence[str], loss: Loss, p: float, most_bytes: int = GRADIENT_BYTES
+) -> Tensor:
     """The p-norm of the gradient of every named parameter for every input, float64 ``[B, len(names)]``.
 
-    By ``torch.func``, as many inputs at a time as ``GRADIENT_BYTES`` allows; one input after the other for a model that
-    vmap cannot handle.
+    Several inputs at a time, by ``torch.func``, as long as their gradients take at most ``most_bytes``; one input at a
+    time for a model that vmap cannot handle.
     """
     parameters = {name: _parameters(done.model)[name].detach() for name in names}
-    rows = max(1, GRADIENT_BYTES // sum(values.nbytes for values in parameters.values()))
+    rows = max(1, most_bytes // sum(values.nbytes for values in parameters.values()))
     parts = []
     with _casting_anew(inputs.device), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that vmap does row by row
