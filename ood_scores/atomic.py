@@ -1,4 +1,4 @@
-"""Files that survive what happens to them: locked for one writer, put in place in one step, honest about full disks."""
+"""Crash-safe files: locked for one writer, replaced in one step, with an error if the disk refuses a write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ood_scores.errors import CacheBusy, CacheWriteFailed
 
 try:
     import fcntl
-except ImportError:  # Windows: writers are not kept apart
+except ImportError:  # Windows, where writers are not locked out
     fcntl = None  # type: ignore[assignment]
 
 COPY_BYTES = 2**24
@@ -25,10 +25,13 @@ MAKE_ROOM = "make room on the disk, or choose another path"
 
 
 class LockedFile(io.FileIO):
-    """A file for one writer, which HDF5 can write to without ever seeing an error.
+    """A file that is locked for one writer and hides errors from HDF5.
 
-    HDF5 does not survive a refused write. So ``write`` and ``truncate``, which HDF5 calls, keep the first error and
-    drop what follows it; ``check`` raises it. Raises CacheBusy if another process has the file.
+    HDF5 does not survive a refused write. Therefore ``write`` and ``truncate``, which HDF5 calls, store the first error
+    and ignore everything after it; ``check`` raises it.
+
+    Raises:
+        CacheBusy: if another process has locked the file.
     """
 
     def __init__(self, path: Path, mode: str) -> None:
@@ -61,11 +64,12 @@ class LockedFile(io.FileIO):
             return size or 0
 
     def check(self) -> None:
+        """Raise the first error of a write, if there was one."""
         if self.error:
             raise self.error
 
     def write_at(self, offset: int, values: np.ndarray) -> None:
-        """The bytes of an array; raises OSError where the disk refuses."""
+        """Write the bytes of an array at an offset. Raises OSError if the disk refuses."""
         self.error = None
         self.seek(offset)
         self.write(values.reshape(-1).view(np.uint8))
@@ -79,6 +83,7 @@ class LockedFile(io.FileIO):
 
 
 def copy_bytes(source: io.FileIO, start: int, target: LockedFile, to: int, size: int) -> None:
+    """Copy ``size`` bytes from one file to another, a few at a time."""
     for done in range(0, size, COPY_BYTES):
         source.seek(start + done)
         part = source.read(min(COPY_BYTES, size - done)) or b""
@@ -87,7 +92,7 @@ def copy_bytes(source: io.FileIO, start: int, target: LockedFile, to: int, size:
 
 @contextmanager
 def closed_on_error(path: Path, mode: str) -> Iterator[LockedFile]:
-    """A file that stays open, and locked, unless something goes wrong."""
+    """Open a file that stays open, and locked, after the context unless an error is raised in it."""
     file = LockedFile(path, mode)
     try:
         yield file
@@ -100,15 +105,15 @@ def closed_on_error(path: Path, mode: str) -> Iterator[LockedFile]:
 def replacing(
     path: Path, remedy: str = MAKE_ROOM, *, exclusive: bool = False, keep_open: bool = False
 ) -> Iterator[LockedFile]:
-    """A new file that takes the place of ``path`` in one step when the context ends without an error.
+    """Write a new file that replaces ``path`` in one step when the context ends without an error.
 
-    It is written under a hidden name in the same folder, which is created if needed, and reaches the disk before it
-    is renamed. Whatever goes wrong, the old file stays as it was and the hidden one is removed; those that killed
-    processes left behind are removed by the next call.
+    The file is written under a hidden name in the same folder, which is created if needed, and flushed to the disk
+    before it is renamed. On any error the old file stays as it was and the hidden one is removed; hidden files that
+    killed processes left behind are removed by the next call.
 
     Args:
         path: File to create or replace.
-        remedy: What to do if the disk refuses a write, for the error message.
+        remedy: What the user can do if the disk refuses a write, for the error message.
         exclusive: Whether to refuse to replace a file that exists when the new one is complete.
         keep_open: Whether to leave the file open, and locked, for more writes.
 
@@ -132,7 +137,7 @@ def replacing(
 
 
 def remove_abandoned(path: Path) -> None:
-    """Removes temporary files of ``path`` that nobody holds the lock of: their writers were killed."""
+    """Remove the unlocked temporary files of ``path``, whose writers were killed."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
         with suppress(CacheBusy, OSError), LockedFile(part, "r+"):
             part.unlink()
@@ -156,7 +161,7 @@ def _put_in_place(temporary: Path, path: Path, exclusive: bool) -> None:
 
 @contextmanager
 def disk_errors(path: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
-    """Turn errors of the operating system into CacheWriteFailed, which ends with what to do."""
+    """Turn an OSError into a CacheWriteFailed whose message ends with the remedy."""
     try:
         yield
     except OSError as error:
@@ -164,7 +169,7 @@ def disk_errors(path: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
 
 
 def is_marked(path: Path, mark: str) -> bool:
-    """Return whether a file has a text near its start, which tells who wrote it even if it is damaged since."""
+    """Return whether a file contains a text near its start; the file may be damaged after that."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:

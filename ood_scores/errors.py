@@ -1,16 +1,16 @@
-"""Everything that can go wrong, by name. Each message says what was found and what to do about it."""
+"""The errors that this package raises. Every message says what is wrong and what to do about it."""
 
 
 class OodScoresError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class BadInput(OodScoresError, ValueError):
-    """An argument or an array that cannot be worked with."""
+    """An argument or an array is invalid."""
 
 
 class MissingData(BadInput):
-    """Data that is not there. `remedy` is the command or address that gets it, "" where none is known."""
+    """Data is missing. ``remedy`` is the command or address that provides it, or "" if none is known."""
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(f"{reason.rstrip('.')}. To get it: {remedy}" if remedy else reason)
@@ -19,39 +19,39 @@ class MissingData(BadInput):
 
 
 class ShapeMismatch(BadInput):
-    """Arrays whose shapes do not fit each other."""
+    """The shapes of arrays do not match."""
 
 
 class OtherModel(BadInput):
-    """Feature sets of models with different weights, where one model is meant."""
+    """Feature sets come from models with different weights but must come from the same model."""
 
 
 class NotFinite(BadInput):
-    """NaN or infinite values where numbers are needed."""
+    """Values are NaN or infinite."""
 
 
 class BadLabels(BadInput):
-    """Labels that are not class indices of the model."""
+    """Labels are not class indices of the model."""
 
 
 class EmptyInput(BadInput):
-    """A loader or feature set without a single row."""
+    """A loader or feature set has no rows."""
 
 
 class UnknownName(OodScoresError, LookupError):
-    """A scorer, data source or option that does not exist; the message lists those that do."""
+    """A scorer, dataset, or option does not exist; the message lists the known names."""
 
 
 class MissingInput(OodScoresError, ValueError):
-    """A scorer needs logits, features, labels, a head or an extra that the feature set has not got."""
+    """The feature set lacks logits, features, labels, a head, or an extra that a scorer requires."""
 
 
 class NotFitted(OodScoresError, RuntimeError):
-    """A scorer that is fitted on in-distribution features was asked to score before."""
+    """A scorer that requires a fit was asked to score before it was fitted."""
 
 
 class HeadNotFound(OodScoresError, ValueError):
-    """No affine map in the model gives its logits."""
+    """No affine map in the model computes its logits."""
 
 
 class HeadMismatch(HeadNotFound):
@@ -59,23 +59,23 @@ class HeadMismatch(HeadNotFound):
 
 
 class CheckpointError(OodScoresError, ValueError):
-    """A checkpoint that is missing, unsafe to open, or of another architecture."""
+    """A checkpoint is missing, unsafe to open, or belongs to another architecture."""
 
 
 class CacheError(OodScoresError):
-    """Base of everything that can be wrong with a cache file or a saved scorer."""
+    """Base class of the errors about cache files and saved scorers."""
 
 
 class StaleCache(CacheError):
-    """The cache was made by other weights, preprocessing, data or settings than those asked for."""
+    """The cache was created with other weights, preprocessing, data, or settings than those requested."""
 
 
 class UnfinishedCache(CacheError):
-    """The extraction that writes this cache has not finished."""
+    """The extraction that writes the cache has not finished."""
 
 
 class ForeignFile(CacheError):
-    """The file is not what this package writes there, or a newer version of it wrote it."""
+    """The file was not written by this package, or was written by a newer version of it."""
 
 
 class DamagedCache(CacheError):
@@ -87,7 +87,7 @@ class CacheBusy(CacheError):
 
 
 class CacheWriteFailed(CacheError):
-    """The disk refused a write; what was written before is safe."""
+    """The disk refused a write; everything written before it is safe."""
 
 
 class ShuffledLoader(CacheError):
@@ -95,4 +95,4 @@ class ShuffledLoader(CacheError):
 
 
 class WorkerDied(OodScoresError, RuntimeError):
-    """A process that worked for this one was ended from outside; the same call continues."""
+    """A worker process was killed from outside; running the same call again continues."""

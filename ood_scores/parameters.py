@@ -29,7 +29,7 @@ def require_known(
     known = [name for name in inspect.signature(cls).parameters if name not in exclude]
     for name in names:
         if name not in known:
-            raise unknown(f"{owner} has no {noun}", name, known, "it has")
+            raise unknown(f"{owner} has no {noun}", name, known)
 
 
 def from_texts(cls: type, texts: Iterable[str], usage: str) -> dict[str, Any]:

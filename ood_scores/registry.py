@@ -52,10 +52,11 @@ class Registry(dict[str, T]):
         return sorted(fnmatch.filter(self, pattern))
 
 
-def unknown(what: str, name: str, known: Iterable[str], list_as: str = "there are") -> UnknownName:
-    """The error for a name that does not exist: it suggests the closest of the ``known`` names and lists them all."""
+def unknown(what: str, name: str, known: Iterable[str]) -> UnknownName:
+    """Create the error for a name that does not exist, which suggests the closest known name and lists them all."""
     names = list(known)
-    return UnknownName(f"{what} {name!r}{did_you_mean(name, names)}; {list_as}: {', '.join(names) or 'none'}.")
+    choice = f"choose from {', '.join(names)}" if names else "there are none"
+    return UnknownName(f"{what} {name!r}{did_you_mean(name, names)}: {choice}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The process among those of ``torchrun``, the device that it computes on, and transfers to and from that device."""
+"""The rank of this process, the device it computes on, and transfers between the CPU and that device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process this is (from 0), of how many, and which one on its machine."""
+    """The rank of this process (from 0), the number of processes, and its local rank on its machine."""
 
     rank: int = 0
     count: int = 1
@@ -24,31 +24,33 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """As `torchrun` says in the environment.
+        """Read the ranks from the environment variables that ``torchrun`` sets.
 
         Raises:
-            BadInput: the environment names several processes, but not where they meet.
+            BadInput: if ``WORLD_SIZE`` is above 1 and ``MASTER_ADDR`` is not set.
         """
         rank, count, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         if count > 1 and "MASTER_ADDR" not in os.environ:
             raise BadInput(
-                f"WORLD_SIZE={count} is in the environment, but MASTER_ADDR is not: start the processes with torchrun, "
+                f"WORLD_SIZE={count} is set, but MASTER_ADDR is not: start the processes with torchrun, "
                 "or unset WORLD_SIZE to run alone."
             )
         return cls(rank, max(count, 1), local)
 
     @property
     def first(self) -> bool:
+        """Whether this is the process of rank 0."""
         return self.rank == 0
 
 
 def find_device(device: str | torch.device, own: torch.device = CPU, local_rank: int = 0) -> torch.device:
-    """``"auto"``: one's own device if it is not the CPU, else a GPU if there is one, else the CPU.
+    """Find the device to compute on.
 
-    Processes beside each other on a machine each take the GPU of their ``local_rank``.
+    ``"auto"`` is ``own`` unless that is the CPU, then a GPU if one is available, then the CPU. Each process on a
+    machine uses the GPU of its ``local_rank``.
 
     Raises:
-        BadInput: there is no such device here.
+        BadInput: if the device is not available.
     """
     if device == "auto":
         device = f"cuda:{local_rank}" if own.type == "cpu" and torch.cuda.is_available() else own
@@ -59,7 +61,7 @@ def find_device(device: str | torch.device, own: torch.device = CPU, local_rank:
         found.item()  # the meta device has no values
         return found.device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise BadInput(f"there is no device {str(device)!r} here: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Arriving:
         return self.columns
 
     def on_device(self) -> dict[str, Tensor]:
-        """Return the columns at once; what the device's current stream is given from now on waits for the copies."""
+        """Return the columns at once; work queued on the device's current stream from now on waits for the copies."""
         if self.arrived is not None:
             for values in self.columns.values():
                 stream = torch.cuda.current_stream(values.device)
@@ -88,9 +90,9 @@ class Arriving:
 class Transfers:
     """Copies between the CPU and a device.
 
-    On a CUDA device each direction has a stream of its own and goes through pinned memory: the next inputs arrive and
-    the last rows leave while the device computes, and the calls return at once. On other devices they return when the
-    copies are complete.
+    On a CUDA device each direction has its own stream and uses pinned memory: the next inputs arrive and the last rows
+    leave while the device computes, and the calls return at once. On other devices the calls return when the copies
+    are complete.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -99,7 +101,7 @@ class Transfers:
         self._outward = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def to_device(self, columns: Mapping[str, Tensor]) -> Arriving:
-        """Copy columns to the device, as far as they are not there."""
+        """Copy columns to the device unless they are there already."""
         if self._inward is None:
             return Arriving({name: values.to(self._device) for name, values in columns.items()})
         with torch.cuda.stream(self._inward):
@@ -112,7 +114,7 @@ class Transfers:
         return values.pin_memory().to(self._device, non_blocking=True)
 
     def to_host(self, columns: Mapping[str, tuple[Tensor, torch.dtype]]) -> Arriving:
-        """Copies of columns in the given types, of what the device's current stream has been given to compute.
+        """Copy columns to the CPU in the given dtypes, once the work queued on the device's current stream is done.
 
         The copies are ordinary tensors, even in inference mode.
         """
@@ -135,7 +137,7 @@ class Transfers:
 
 
 def blocks_on(device: torch.device, blocks: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Copy blocks of columns to a device; to a CUDA device each while the block before is computed with."""
+    """Copy blocks of columns to a device; on a CUDA device, copy each block while the previous one is in use."""
     transfers = Transfers(device)
     if device.type != "cuda":
         yield from (transfers.to_device(block).columns for block in blocks)

@@ -1,4 +1,4 @@
-"""Tables from TOML files: inheritance, overrides, and errors that say where the mistake is."""
+"""Tables from TOML files, with inheritance, overrides, and errors that name the line of a mistake."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ else:
 
 Raw = dict[str, Any]
 KeyPath = tuple[str | int, ...]
-"""Names of tables and of a key; after the name of a list of tables stands the number of one, from 0."""
+"""The names of tables and of a key; the name of a list of tables is followed by the index of one of them, from 0."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a table may hold.
+    """The schema of a table.
 
     Attributes:
-        keys: by key, the type of its value; a ``Table`` for a table below it, ``[Table]`` for a list of tables.
-        rest: likewise for every other key; None if there is none.
-        instead: the type of a value that may stand in the table's place.
+        keys: The type of the value of each key; a ``Table`` for a nested table, ``[Table]`` for a list of tables.
+        rest: The type of the value of every other key; None if no other key is allowed.
+        instead: The type of a value that may replace the whole table.
     """
 
     keys: Mapping[str, Any] = field(default_factory=dict)
@@ -43,12 +43,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Source:
-    """Where tables come from, to say it in errors.
+    """The source of tables, for error messages.
 
     Attributes:
-        name: of the file.
-        what: it is, such as ``a recipe``.
-        text: of the file.
+        name: The name of the file.
+        what: The kind of the file, such as ``a recipe``.
+        text: The text of the file.
     """
 
     name: str
@@ -56,35 +56,39 @@ class Source:
     text: str = ""
 
     def place(self, path: KeyPath) -> str:
-        """The source and, where it can be found, the line of a key or of the innermost table around it."""
+        """The name of the file and, if it can be found, the line of a key or of the innermost table around it."""
         whole = [path[:length] for length in range(len(path), 0, -1)]
         line = next((self.lines[part] for part in whole if part in self.lines), None)
         return self.name if line is None else f"{self.name}, line {line}"
 
     @cached_property
     def lines(self) -> dict[KeyPath, int]:
-        """The line of each key and table."""
+        """The line number of each key and table."""
         return dict(reversed(list(_keys_of_lines(self.text))))
 
 
 def hints_of(cls: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
+    """The types of the fields of a dataclass."""
     return {key: hint for key, hint in get_type_hints(cls).items() if key not in leave_out}
 
 
 def read(path: Path, table: Table, what: str) -> tuple[Raw, list[Source]]:
-    """The tables of a file, and the files that they come from, the given one first.
+    """Read the tables of a file.
 
-    ``extends = "base.toml"`` at its top takes what it does not say from another file, beside it.
+    A file that starts with ``extends = "base.toml"`` inherits all values that it does not set from that file, whose
+    path is relative to its own folder.
 
     Args:
-        path: the file.
-        table: what it may hold.
-        what: it is, in one word.
+        path: The file.
+        table: The schema of the file.
+        what: The kind of the file, in one word.
+
+    Returns:
+        The tables, and the files that they come from, starting with ``path``.
 
     Raises:
-        BadInput: the file is not there, not TOML, or has a value of a wrong type.
-        UnknownName: a key that is not of the table; the message says where it is and which there are.
+        BadInput: if the file does not exist, is not TOML, or has a value of the wrong type.
+        UnknownName: if a key is not in the schema; the message names its line and the known keys.
     """
     return _read(path, table, what, ())
 
@@ -108,7 +112,7 @@ def _read(path: Path, table: Table, what: str, seen: tuple[Path, ...]) -> tuple[
 
 
 def merged(base: Raw, changes: Mapping[str, Any]) -> Raw:
-    """Tables key by key; a table with another ``name`` starts afresh, and a list takes the place of the other."""
+    """Merge tables key by key; a table with another ``name`` and a list replace the old value as a whole."""
     result = dict(base)
     for key, value in changes.items():
         old = base.get(key)
@@ -118,18 +122,18 @@ def merged(base: Raw, changes: Mapping[str, Any]) -> Raw:
 
 
 def with_overrides(raw: Raw, overrides: Iterable[str], table: Table, what: str, example: str) -> Raw:
-    """The tables with ``key=value`` texts put in, such as ``optimizer.lr=0.05`` or ``stage.1.epochs=3``.
+    """Override values of tables by ``key=value`` texts, such as ``optimizer.lr=0.05`` or ``stage.1.epochs=3``.
 
-    A value is read as TOML, or else as a text. Tables of a list are counted from 1.
+    A value that is not valid TOML is a string. Tables of a list are counted from 1.
 
     Raises:
-        BadInput, UnknownName: as ``read``.
+        BadInput, UnknownName: as in ``read``.
     """
     given: Raw = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not (equals and key.strip()):
-            raise BadInput(f"cannot read --set {text}; write --set key=value, such as --set {example}.")
+            raise BadInput(f"cannot read --set {text}: write --set key=value, such as --set {example}.")
         *tables, last = key.strip().split(".")
         place = given
         for name in tables:
@@ -143,7 +147,7 @@ def with_overrides(raw: Raw, overrides: Iterable[str], table: Table, what: str, 
 
 
 def _numbered(given: Raw, raw: Raw, table: Table, what: str) -> Raw:
-    """``{"stage": {"1": changes}}`` as the list of stages with the changes in it."""
+    """Turn ``{"stage": {"1": changes}}`` into the list of stages with these changes."""
     result = dict(given)
     for key, hint in table.keys.items():
         if isinstance(hint, list) and isinstance(given.get(key), dict):
@@ -166,12 +170,17 @@ def _toml_value(text: str) -> Any:
 
 
 def check(raw: Mapping[str, Any], table: Table, source: Source, path: KeyPath = ()) -> None:
-    """Raises UnknownName for a key that is not of the table, BadInput for a value of another type."""
+    """Check tables against their schema.
+
+    Raises:
+        UnknownName: if a key is not in the schema.
+        BadInput: if a value has the wrong type.
+    """
     for key, value in raw.items():
         hint = table.keys.get(key, table.rest)
         if hint is None:
             owner = f"[{_title(path)}]" if path else source.what
-            raise unknown(f"{source.place((*path, key))}: {owner} has no", key, table.keys, "it has")
+            raise unknown(f"{source.place((*path, key))}: {owner} has no", key, table.keys)
         _check_value(value, hint, source, (*path, key))
 
 
@@ -179,25 +188,27 @@ def _check_value(value: Any, hint: Any, source: Source, path: KeyPath) -> None:
     name = _title(path)
     if isinstance(hint, list):
         if not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
-            raise BadInput(f"{source.place(path)}: {name} is not a list of tables; write [[{name}]].")
+            raise BadInput(f"{source.place(path)}: {name} is not a list of tables: write [[{name}]].")
         for number, entry in enumerate(value):
             check(entry, hint[0], source, (*path, number))
     elif isinstance(hint, Table):
         if isinstance(value, dict):
             check(value, hint, source, path)
         elif hint.instead is None:
-            raise BadInput(f"{source.place(path)}: {name} is {value!r}, not a table; write [{name}].")
+            raise BadInput(f"{source.place(path)}: {name} is {value!r}, not a table: write [{name}].")
         elif not _fits(value, hint.instead):
-            raise BadInput(f"{source.place(path)}: {name} is {value!r}; give {_wanted(hint.instead)}, or a table.")
+            raise BadInput(f"{source.place(path)}: {name} is {value!r}: give {_wanted(hint.instead)}, or a table.")
     elif not _fits(value, hint):
-        raise BadInput(f"{source.place(path)}: {name} is {value!r}; give {_wanted(hint)}.")
+        raise BadInput(f"{source.place(path)}: {name} is {value!r}: give {_wanted(hint)}.")
 
 
 def filled(cls: type[T], given: Mapping[str, Any], title: str, rest: str | None = None) -> T:
-    """A dataclass from a table that was checked; ``rest`` is the field that takes the keys that are no fields.
+    """Create a dataclass from a table that has been checked.
+
+    ``rest`` is the field that receives all keys that are not fields.
 
     Raises:
-        BadInput: a key is missing.
+        BadInput: if a required key is missing.
     """
     fields = {known.name: known for known in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = hints_of(cls, () if rest is None else (rest,))
@@ -205,13 +216,13 @@ def filled(cls: type[T], given: Mapping[str, Any], title: str, rest: str | None 
     for name, known in fields.items():
         required = known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise BadInput(f"[{title}] has no {name}; write {name} = … in it.")
+            raise BadInput(f"[{title}] has no {name}: write {name} = … in it.")
     others = {} if rest is None else {rest: {key: value for key, value in given.items() if key not in hints}}
     return cls(**values, **others)
 
 
 def converted(value: Any, hint: Any) -> Any:
-    """TOML's lists and whole numbers as tuples and floats, where those are meant."""
+    """Convert a TOML list to a tuple, and an integer to a float if the type is a float."""
     if isinstance(value, list):
         return tuple(value)
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -244,7 +255,7 @@ def _wanted(hint: Any) -> str:
         return "a list" if inner is Any else f"a list, each {_wanted(inner)}"
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
-    return {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}[hint]
+    return {str: "a string in quotes", int: "a whole number", float: "a number", bool: "true or false"}[hint]
 
 
 _KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
@@ -254,7 +265,7 @@ _ENTRY = re.compile(rf"\s*({_KEYS})\s*=")
 
 
 def _keys_of_lines(text: str) -> Iterator[tuple[KeyPath, int]]:
-    """Every key and table that starts in a line, with the tables around it, and the number of the line."""
+    """Yield the path of every key and table, and the number of the line that it starts in."""
     table: KeyPath = ()
     last: dict[KeyPath, int] = {}
     in_text = False
@@ -269,7 +280,7 @@ def _keys_of_lines(text: str) -> Iterator[tuple[KeyPath, int]]:
 
 
 def _numbered_path(parts: Sequence[str], last: dict[KeyPath, int], starts: bool) -> KeyPath:
-    """The path of a header, with the number of the last table of each list in it; ``[[…]]`` starts the next."""
+    """The path of a header, with the index of the current table of each list in it; ``[[…]]`` starts the next table."""
     path: KeyPath = ()
     for position, part in enumerate(parts, start=1):
         path = (*path, part)

@@ -28,8 +28,8 @@ def test_names_are_looked_up_and_listed(animals: Registry[Any]) -> None:
 def test_an_unknown_name_is_refused_with_the_closest_one(animals: Registry[Any]) -> None:
     with pytest.raises(UnknownName) as error:
         animals["hoarse"]
-    assert str(error.value) == "there is no animal 'hoarse' (did you mean 'horse'?); there are: cat, cow, horse."
-    with pytest.raises(UnknownName, match=r"^there is no animal 'x'; there are: cat, cow, horse\.$"):
+    assert str(error.value) == "there is no animal 'hoarse' (did you mean 'horse'?): choose from cat, cow, horse."
+    with pytest.raises(UnknownName, match=r"^there is no animal 'x': choose from cat, cow, horse\.$"):
         animals["x"]
 
 
@@ -63,7 +63,7 @@ def test_a_name_belongs_to_one_class(animals: Registry[Any]) -> None:
 def test_the_closest_name() -> None:
     assert did_you_mean("enrgy", ["energy", "msp"]) == " (did you mean 'energy'?)"
     assert did_you_mean("zzz", ["energy", "msp"]) == ""
-    assert str(unknown("x has no", "y", [], "it has")) == "x has no 'y'; it has: none."
+    assert str(unknown("x has no", "y", [])) == "x has no 'y': there are none."
 
 
 @dataclass
@@ -98,7 +98,7 @@ def test_texts_that_cannot_be_read(text: str, message: str) -> None:
 
 def test_unknown_parameters_are_refused() -> None:
     require_known(Settings, ["size", "kind"], "model 'm'")
-    message = r"model 'm' has no setting 'sizes' \(did you mean 'size'\?\); it has: size, share, strict, kind\."
+    message = r"model 'm' has no setting 'sizes' \(did you mean 'size'\?\): choose from size, share, strict, kind\."
     with pytest.raises(UnknownName, match=message):
         require_known(Settings, ["size", "sizes"], "model 'm'", "setting", exclude=["layers"])
 

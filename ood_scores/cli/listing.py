@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ood_scores.cli.printing import console
-from ood_scores.errors import UnknownName
+from ood_scores.registry import unknown
 
 if TYPE_CHECKING:
     from ood_scores.scorers import Scorer
@@ -37,7 +37,7 @@ def list_scorers(
 
     found = families(pattern)
     if not found:
-        raise UnknownName(f"no scorer matches {pattern!r}; there are: {', '.join(names())}.")
+        raise unknown("no scorer matches", pattern, names())
     if bibtex:
         known = {cls.tags.paper.key: cls.tags.paper for group in found.values() for cls in group if cls.tags.paper}
         typer.echo("\n\n".join(known[key].bibtex() for key in sorted(known)))

@@ -48,7 +48,7 @@ def open_dataset(
     known = [*kind.options, *VIEWS]
     for option in options:
         if option not in known:
-            raise unknown(f"{name} has no option", option, known, "it has")
+            raise unknown(f"{name} has no option", option, known)
     base = Path("" if root is None else root).expanduser()
     try:
         values = {option: expanded(value) for option, value in options.items()}

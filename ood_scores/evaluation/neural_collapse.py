@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_scores.errors import BadInput, BadLabels, MissingInput, ShapeMismatch, UnknownName
+from ood_scores.errors import BadInput, BadLabels, MissingInput, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.collapse import (
     equiangularity,
@@ -20,6 +20,7 @@ from ood_scores.features.statistics.collapse import (
 )
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments, Moments
+from ood_scores.registry import unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,7 +191,7 @@ def singular_values(
 
 def _known(name: str, there_are: Iterable[str]) -> None:
     if name not in there_are:
-        raise UnknownName(f"no {name!r} here; there are: {', '.join(there_are)}")
+        raise unknown("there is no", name, there_are)
 
 
 def _weight(feats: FeatureSet) -> Tensor:

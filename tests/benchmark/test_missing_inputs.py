@@ -123,4 +123,4 @@ def test_exit_code_when_nothing_can_be_run(data: Path, tmp_path: Path) -> None:
     assert command(data, tmp_path / "out", text=FILE.replace("0.safetensors", "7.safetensors")).exit_code == 1
     result = command(data, tmp_path / "out", "--set", "near=cosins")
     assert result.exit_code == 1
-    assert "near is 'cosins'; give a list" in result.output
+    assert "near is 'cosins': give a list" in result.output

@@ -233,8 +233,8 @@ def test_unknown_names_are_named_with_their_place(tmp_path: Path, wrong: str, li
         ("probes = ['odin', 'odin']", 16, "two probes are named 'odin'"),
         ("compile = true\nprobes = ['odin']", 17, "compile=True is for a pass without layers and probes"),
         ("compile = true\nfit_probes = ['odin']", 17, "compile=True is for a pass without layers and probes"),
-        ("channels_last = 1", 16, "extraction.channels_last is 1; give true or false"),
-        ("layers = 3", 16, "extraction.layers is 3; give a text in quotes or a list, each a text in quotes"),
+        ("channels_last = 1", 16, "extraction.channels_last is 1: give true or false"),
+        ("layers = 3", 16, "extraction.layers is 3: give a string in quotes or a list, each a string in quotes"),
     ],
 )
 def test_wrong_options_of_an_extraction_are_named_with_their_place(
@@ -265,9 +265,9 @@ def test_a_mistake_in_the_base_is_of_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("[extraction]\nrows = 'all'", "extraction.rows is 'all'; give a whole number"),
+        ("[extraction]\nrows = 'all'", "extraction.rows is 'all': give a whole number"),
         ("[extraction]\nrows = 0", "rows = 0 is out of range; give at least 1"),
-        ("scorers = 3", "scorers is 3; give a text in quotes or a list, each a text in quotes, or a table"),
+        ("scorers = 3", "scorers is 3: give a string in quotes or a list, each a string in quotes, or a table"),
         ("[[published]]\nsource = 's'\nmodel = 'm'", "[[published]] has no metrics"),
         (
             "[[published]]\nsource = 's'\nmodel = 'm'\nmetrics = ['auroc']\nood = ['noise']\nvalues = {msp = [1, 2]}",

@@ -192,8 +192,8 @@ def test_extract_with_layers_and_probes(checkpoints: dict[str, Path], tmp_path: 
     assert "ODIN(name='odin', epsilon=0.0, temperature=1000.0, std=(1.0, 2.0, 1.0))" in feats.provenance.probe_texts
     assert "probes PooledLayers(name='layers'," in " ".join(ok("inspect", tmp_path / "c.h5").split())
     assert "layers and probes" in refused(*words, *weights, "--layers", "stages")
-    assert "there are: fgsm" in refused(*words, *weights, "--probe", "colour")
-    assert "it has: name, epsilon" in refused(*words, *weights, "--probe", "odin:colour=red")
+    assert "choose from fgsm" in refused(*words, *weights, "--probe", "colour")
+    assert "choose from name, epsilon" in refused(*words, *weights, "--probe", "odin:colour=red")
     assert "write odin:key=value" in refused(*words, *weights, "--probe", "odin:0.1")
 
 
@@ -273,7 +273,7 @@ def test_parameters_have_the_type_of_their_default(scorer: str, text: str, expec
         (("--param", "p"), "write --param key=value"),
         (("--param", "p=abc"), "p is a value such as 1.0, got 'abc'"),
         (("--param", "bias=maybe"), "bias is a value such as false"),
-        (("--param", "q=1"), "has no parameter 'q'; it has: p, temperature"),
+        (("--param", "q=1"), "has no parameter 'q': choose from p, temperature"),
         (("--param", "p=-1"), r"p must be in \(0, inf\]"),
         (("--out", "scores.xlsx"), "a table's name ends in .csv or .json"),
     ],
@@ -426,7 +426,7 @@ def test_list_shows_every_scorer_with_its_parameters() -> None:
     matching = ok("list", "*norm*")
     assert "gradnorm" in matching
     assert "energy" not in matching
-    assert "there are: activation_ratio" in refused("list", "nothing*")
+    assert "choose from activation_ratio" in refused("list", "nothing*")
 
 
 def test_list_groups_scorers_by_family_and_cites_their_papers() -> None:

@@ -65,7 +65,7 @@ def test_wrong_recipes(recipe: Path) -> None:
     assert "--set: a recipe has no 'epoch' (did you mean 'epochs'?)" in refused("train", recipe, "--set", "epoch=3")
     recipe.write_text(recipe.read_text().replace("lr = ", "rate = "))
     message = refused("train", recipe)
-    assert f"{recipe}, line 9: [optimizer] has no 'rate'; it has: lr, name" in message
+    assert f"{recipe}, line 9: [optimizer] has no 'rate': choose from lr, name" in message
     assert "there is no recipe nothing.toml" in refused("train", "nothing.toml")
 
 
@@ -74,7 +74,7 @@ def test_missing_data_and_unfit_models(recipe: Path) -> None:
     rna = ["--set", "objective.name=rna", "--set", "auxiliary.data=digits?classes=7-9"]
     assert "add [auxiliary] with data = …" in refused("train", recipe, *rna[:2])
     assert "has none" in refused("train", recipe, *rna, "--set", "model.name=tiny_plain")
-    assert "there is no device 'tpu'" in refused("train", recipe, "--device", "tpu")
+    assert "the device 'tpu' is not available" in refused("train", recipe, "--device", "tpu")
 
 
 def test_an_interrupted_run_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

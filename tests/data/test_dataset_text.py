@@ -33,20 +33,20 @@ def test_a_kind_is_opened_once_it_is_registered(monkeypatch: pytest.MonkeyPatch)
 
     dataset = open_dataset("grey:3?level=7&take=2")
     assert (len(dataset), dataset.name, corner(dataset[1])) == (2, "grey[take=2]", (7, 7, 7))
-    with pytest.raises(UnknownName, match=r"'levle' \(did you mean 'level'\?\); it has: level, scramble"):
+    with pytest.raises(UnknownName, match=r"'levle' \(did you mean 'level'\?\): choose from level, scramble"):
         open_dataset("grey:3?levle=7")
     with pytest.raises(MissingData, match=r"there is no paint\. To get it: paint grey"):
         open_dataset("grey")
 
 
 def test_specs_that_cannot_be_read() -> None:
-    with pytest.raises(UnknownName, match=r"kind of dataset 'zip'; there are: .*folder, .*torchvision"):
+    with pytest.raises(UnknownName, match=r"kind of dataset 'zip': choose from .*folder, .*torchvision"):
         open_dataset("zip:a")
-    with pytest.raises(UnknownName, match=r"no option 'class' \(did you mean 'classes'\?\); it has: classes"):
+    with pytest.raises(UnknownName, match=r"no option 'class' \(did you mean 'classes'\?\): choose from classes"):
         open_dataset("digits?class=1")
-    with pytest.raises(UnknownName, match="folder has no option 'split'; it has: scramble, rows, long_tail, take"):
+    with pytest.raises(UnknownName, match="folder has no option 'split': choose from scramble, rows, long_tail, take"):
         open_dataset("folder:x?split=test")
-    with pytest.raises(UnknownName, match=r"'target'.*; it has: split, root, download"):
+    with pytest.raises(UnknownName, match=r"'target'.*: choose from split, root, download"):
         open_dataset("torchvision:CIFAR10?target=1")
     for spec in ["digits?classes", "digits?classes=", "digits?=3", "digits?classes=1&"]:
         with pytest.raises(BadInput, match=r"write \?name=value&name=value"):

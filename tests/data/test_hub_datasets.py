@@ -101,7 +101,7 @@ def test_columns_of_the_hub_that_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         open_dataset("hf:a/b?label=fine")
     with pytest.raises(BadInput, match="several columns for label: fine, coarse; write label=NAME"):
         open_dataset("hf:a/b?image=left")
-    with pytest.raises(UnknownName, match="no column 'middle'; there are: left, right, fine, coarse"):
+    with pytest.raises(UnknownName, match="no column 'middle': choose from left, right, fine, coarse"):
         open_dataset("hf:a/b?image=middle")
 
 

@@ -38,7 +38,7 @@ def test_noise_has_the_distribution_it_says_in_every_channel() -> None:
 
 
 def test_noise_errors() -> None:
-    with pytest.raises(UnknownName, match="there is no noise 'pink'; there are: gaussian, uniform"):
+    with pytest.raises(UnknownName, match="there is no noise 'pink': choose from gaussian, uniform"):
         open_dataset("noise:pink")
     for option in ["n=0", "size=-1", "seed=a"]:
         with pytest.raises(BadInput, match=f"cannot read {option}; write a whole number from"):

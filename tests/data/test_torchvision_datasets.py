@@ -98,7 +98,7 @@ def test_torchvision_errors(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="download=yes; write download=true or download=false"):
         open_dataset(f"torchvision:CIFAR10?root={tmp_path}&download=yes")
     for name in ["CIFAR11", "", "wrap_dataset_for_transforms_v2", "EMNIST"]:
-        with pytest.raises(UnknownName, match=r"there are: .*CIFAR10, CIFAR100, .*SVHN"):
+        with pytest.raises(UnknownName, match=r"choose from .*CIFAR10, CIFAR100, .*SVHN"):
             open_dataset(f"torchvision:{name}")
 
 

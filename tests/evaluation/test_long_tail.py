@@ -169,7 +169,7 @@ def test_balanced_classes_are_all_medium() -> None:
 
 
 def test_groups_that_cannot_be() -> None:
-    with pytest.raises(UnknownName, match="there are: cifar, imagenet"):
+    with pytest.raises(UnknownName, match="choose from cifar, imagenet"):
         class_groups([3, 2], "places")  # type: ignore[arg-type]
     for counts in ([], [1.5, 2], [3, -1], [[1, 2]]):
         with pytest.raises(BadInput, match="non-negative integers"):

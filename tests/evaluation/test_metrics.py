@@ -342,9 +342,9 @@ def test_bad_scores(metric: Callable[[Any, Any], Any]) -> None:
 
 
 def test_unknown_switches_list_those_there_are() -> None:
-    with pytest.raises(UnknownName, match="there are: first, nearest"):
+    with pytest.raises(UnknownName, match="choose from first, nearest"):
         fpr95_id([1], [0], rule="closest")  # type: ignore[arg-type]
-    with pytest.raises(UnknownName, match="there are: step, trapezoid"):
+    with pytest.raises(UnknownName, match="choose from step, trapezoid"):
         aupr_out([1], [0], interpolation="linear")  # type: ignore[arg-type]
 
 

@@ -196,9 +196,9 @@ def test_what_cannot_be_measured() -> None:
         neural_collapse(feats[:0])
     with pytest.raises(NotFinite, match="row 3"):
         neural_collapse(FeatureSet(z.index_fill(0, torch.tensor([3]), float("nan")), None, labels, feats.head))
-    with pytest.raises(UnknownName, match="there are: frobenius, columns"):
+    with pytest.raises(UnknownName, match="choose from frobenius, columns"):
         neural_collapse(feats, nc3_norm="rows")  # type: ignore[arg-type]
-    with pytest.raises(UnknownName, match="there are: prediction, label"):
+    with pytest.raises(UnknownName, match="choose from prediction, label"):
         neural_collapse(feats, nc4_against="truth")  # type: ignore[arg-type]
 
 

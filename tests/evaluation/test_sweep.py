@@ -70,7 +70,7 @@ def test_any_scorer_and_any_values() -> None:
     ("name", "grid", "error", "message"),
     [
         ("raect", {}, UnknownName, "there is no scorer 'raect'"),
-        ("react", {"quantile": [0.9]}, UnknownName, "scorer 'react' has no parameter 'quantile'; it has: "),
+        ("react", {"quantile": [0.9]}, UnknownName, "scorer 'react' has no parameter 'quantile': choose from "),
         ("react", {"q": [0.9, 2.0]}, BadInput, "q is a share"),
         ("react", {"base": "energy"}, BadInput, "grid must map 'base' to a list of values, got 'energy'"),
         ("react", {"q": 0.9}, BadInput, "grid must map 'q' to a list of values, got 0.9"),

@@ -480,7 +480,7 @@ def test_the_device_of_a_loaded_set_is_that_of_its_blocks(tmp_path: Path) -> Non
         assert {block.features.device, block.logits.device} == {torch.device("meta")}
         (block,) = each.blocks(device="cpu")
         assert block.features.device == torch.device("cpu")
-    with pytest.raises(BadInput, match="there is no device 'tpu' here"):
+    with pytest.raises(BadInput, match="the device 'tpu' is not available"):
         load(tmp_path / "a.h5", device="tpu")
 
 

@@ -70,7 +70,7 @@ def test_a_user_s_scorer_works_everywhere() -> None:
     assert table["scorer"].tolist() == ["energy", "mean_distance"]
     with pytest.raises(NotFitted, match="mean_distance"):
         score("mean_distance", feats)
-    with pytest.raises(UnknownName, match="has no parameter 'power'; it has: factor"):
+    with pytest.raises(UnknownName, match="has no parameter 'power': choose from factor"):
         create_scorer("mean_distance", power=2)
 
 
@@ -110,12 +110,12 @@ def test_unknown_names_list_those_there_are() -> None:
     for call in (lambda: create_scorer("gradnrom"), lambda: score("gradnrom", feature_set())):
         with pytest.raises(
             UnknownName,
-            match=r"there is no scorer 'gradnrom' \(did you mean 'gradnorm'\?\); there are: .*energy, .*gradnorm",
+            match=r"there is no scorer 'gradnrom' \(did you mean 'gradnorm'\?\): choose from .*energy, .*gradnorm",
         ):
             call()
-    with pytest.raises(UnknownName, match="scorer 'gradnorm' has no parameter 'T'; it has: p, temperature, target"):
+    with pytest.raises(UnknownName, match="scorer 'gradnorm' has no parameter 'T': choose from p, temperature, target"):
         score("gradnorm", feature_set(), T=2)
-    with pytest.raises(UnknownName, match="scorer 'max_logit' has no parameter 'p'; it has: none"):
+    with pytest.raises(UnknownName, match="scorer 'max_logit' has no parameter 'p': there are none"):
         create_scorer("max_logit", p=2)
     with pytest.raises(UnknownName, match="has no parameter 'bank_'"):
         create_scorer("knn", bank_=torch.ones(1))

@@ -330,7 +330,7 @@ def test_a_scorer_that_is_not_known_here(
 def test_a_parameter_that_is_gone(path: Path) -> None:
     create_scorer("energy").save(path)
     rewrite(path, parameters={"temperature": 1.0, "colour": "red"})
-    with pytest.raises(UnknownName, match="scorer 'energy' has no parameter 'colour'; it has: temperature"):
+    with pytest.raises(UnknownName, match="scorer 'energy' has no parameter 'colour': choose from temperature"):
         load_scorer(path)
 
 

@@ -142,7 +142,7 @@ def test_what_two_processes_cannot_do(tmp_path: Path) -> None:
         prepare(recipe_from(tiny.tables(batch_size=63)), pair)
     with pytest.raises(BadInput, match="sync_batchnorm needs GPUs"):
         prepare(recipe_from(tiny.tables(sync_batchnorm=True)), pair)
-    with pytest.raises(BadInput, match="there is no device 'nothing'"):
+    with pytest.raises(BadInput, match="the device 'nothing' is not available"):
         train(recipe_from(tiny.tables()), tmp_path, device="nothing")
 
 

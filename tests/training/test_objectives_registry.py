@@ -104,9 +104,9 @@ def test_what_steps_of_published_objectives_are_made_of() -> None:
 def test_unknown_names_list_those_that_exist() -> None:
     with pytest.raises(UnknownName, match=r"cross_entropy.*rna"):
         create_objective("cross-entropy")
-    with pytest.raises(UnknownName, match="'lambda'; it has: weight, base"):
+    with pytest.raises(UnknownName, match="'lambda': choose from weight, base"):
         by_name("oe", **{"lambda": 0.5})
-    with pytest.raises(UnknownName, match="it has: none"):
+    with pytest.raises(UnknownName, match="there are none"):
         by_name("cross_entropy", tau=1)
     with pytest.raises(UnknownName, match="linear, mlp, none"):
         by_name("rna", projector="conv")

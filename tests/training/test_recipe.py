@@ -150,7 +150,7 @@ def test_overrides_of_stages(tmp_path: Path) -> None:
         ("epochs = 4\nepochz = 5", 3, "a recipe has no 'epochz' (did you mean 'epochs'?)"),
         ("epochs = 4\n[optimiser]\nlr = 1", 3, "did you mean 'optimizer'"),
         ('epochs = 4\n[data]\ntrian = "digits"', 4, "[data] has no 'trian' (did you mean 'train'?)"),
-        ("epochs = 4\n[optimizer]\nlearning_rate = 1", 4, "it has: lr, name, weight_decay, momentum, nesterov"),
+        ("epochs = 4\n[optimizer]\nlearning_rate = 1", 4, "choose from lr, name, weight_decay, momentum, nesterov"),
         ("epochs = 4\n[[stage]]\nseed = 3", 4, "[stage] has no 'seed'"),
         ("epochs = 4\n[[stage]]\n[stage.optimizer]\nlearn = 3", 5, "[stage.optimizer] has no 'learn'"),
     ],
@@ -170,15 +170,15 @@ def test_a_mistake_in_the_base_is_of_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ('epochs = "4"', "epochs is '4'; give a whole number"),
+        ('epochs = "4"', "epochs is '4': give a whole number"),
         ("epochs = 4.5", "give a whole number"),
         ("epochs = true", "give a whole number"),
-        ("epochs = 4\ncompile = 1", "compile is 1; give true or false"),
-        ("epochs = 4\n[model]\nname = 3", "model.name is 3; give a text in quotes"),
-        ("epochs = 4\n[optimizer]\nlr = [1]", "optimizer.lr is [1]; give a number"),
+        ("epochs = 4\ncompile = 1", "compile is 1: give true or false"),
+        ("epochs = 4\n[model]\nname = 3", "model.name is 3: give a string in quotes"),
+        ("epochs = 4\n[optimizer]\nlr = [1]", "optimizer.lr is [1]: give a number"),
         ('epochs = 4\n[schedule]\nmilestones = ["a"]', "a list, each a whole number"),
         ('epochs = 4\n[auxiliary]\nbatch_size = "a"', "give a whole number"),
-        ('model = "resnet18"', "model is 'resnet18', not a table; write [model]"),
+        ('model = "resnet18"', "model is 'resnet18', not a table: write [model]"),
         ("stage = 3", "write [[stage]]"),
     ],
 )
@@ -208,9 +208,9 @@ def test_out_of_range(tmp_path: Path, override: str, words: str) -> None:
 
 def test_choices_and_what_does_not_go_together(tmp_path: Path) -> None:
     path = toml(tmp_path)
-    message = "optimizer.name is 'lion'; give 'sgd' or 'adam' or 'adamw'."
+    message = "optimizer.name is 'lion': give 'sgd' or 'adam' or 'adamw'."
     assert message in refused(path, "optimizer={name='lion', lr=1}")
-    assert "amp is 'fp16'; give 'none' or 'bf16'." in refused(path, "amp=fp16")
+    assert "amp is 'fp16': give 'none' or 'bf16'." in refused(path, "amp=fp16")
     with pytest.raises(BadInput, match="optimizer: name must be 'sgd' or 'adam' or 'adamw', got 'lion'"):
         OptimizerTable(lr=1, name="lion")  # type: ignore[arg-type]
     assert "momentum and nesterov are of sgd" in refused(path, "optimizer={name='adam', lr=1, momentum=0.9}")

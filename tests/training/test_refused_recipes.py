@@ -25,7 +25,7 @@ from ood_scores.errors import (
     [
         ({"objective": {"name": "rna"}}, MissingInput, "add \\[auxiliary\\] with data"),
         ({"objective": {"name": "rna"}, "auxiliary": OOD, "model": {"name": "tiny_plain"}}, BadInput, "BatchNorm"),
-        ({"objective": {"name": "rnaa"}}, UnknownName, "there are: .*rna"),
+        ({"objective": {"name": "rnaa"}}, UnknownName, "choose from .*rna"),
         ({"objective": {"name": "oe", "wait": 3}, "auxiliary": OOD}, UnknownName, "no setting 'wait'"),
         ({"objective": {"name": "oe", "weight": "x"}, "auxiliary": OOD}, BadInput, "'oe' does not work with.*'x'"),
         ({"model": {"name": "tiny_nett"}}, UnknownName, "did you mean .tiny_net.\\?"),
@@ -38,7 +38,7 @@ from ood_scores.errors import (
         ({"data": {"train": "cifar"}}, UnknownName, "no kind of dataset 'cifar'"),
         ({"data": {"train": "digits?rows=0:0"}}, EmptyInput, "no images"),
         ({"data": {"test": "digits"}}, BadLabels, "labels up to 9"),
-        ({"data": {"augmentation": "rnd"}}, UnknownName, "there are: crop_flip, flip"),
+        ({"data": {"augmentation": "rnd"}}, UnknownName, "choose from crop_flip, flip"),
         ({"data": {"augmentation": "rna"}, "model": {"in_chans": 1}}, BadInput, "for colour images"),
         ({"batch_size": 5000, "drop_last": True}, BadInput, "make no batch of 5000"),
         ({"trainable": ["nothing"]}, BadInput, "no parameter fits 'nothing'"),

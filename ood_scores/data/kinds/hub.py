@@ -11,7 +11,8 @@ from PIL import Image
 from ood_scores.data.dataset_spec import parse
 from ood_scores.data.images import ImageDataset, checked_labels
 from ood_scores.data.kinds.base import register_dataset_kind
-from ood_scores.errors import BadInput, EmptyInput, MissingData, UnknownName
+from ood_scores.errors import BadInput, EmptyInput, MissingData
+from ood_scores.registry import unknown
 
 LABEL_COLUMNS = ("label", "labels")
 """Columns of integers that are taken for the labels where no column says what its classes are called."""
@@ -103,7 +104,7 @@ def _is_integer(rows: Any, name: str) -> bool:
 def _column(option: str, named: str | None, features: Mapping[str, Any], found: list[str]) -> str | None:
     """The column that is named, or the one that was found."""
     if named is not None and named not in features:
-        raise UnknownName(f"no column {named!r}; there are: {', '.join(features)}")
+        raise unknown("there is no column", named, features)
     if named is None and len(found) > 1:
         raise BadInput(f"there are several columns for {option}: {', '.join(found)}; write {option}=NAME")
     return named or next(iter(found), None)

@@ -14,7 +14,8 @@ from ood_scores.data.dataset_spec import located, parse
 from ood_scores.data.images import TorchvisionImages
 from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.data.remedies import remedy_for_path
-from ood_scores.errors import BadInput, MissingData, UnknownName
+from ood_scores.errors import BadInput, MissingData
+from ood_scores.registry import unknown
 
 
 def _remedy(text: str, root: str | PathLike[str] | None) -> str:
@@ -47,7 +48,7 @@ def open_torchvision(
     """
     classes = _classes()
     if target not in classes:
-        raise UnknownName(f"no torchvision dataset {target!r}; there are: {', '.join(classes)}")
+        raise unknown("there is no torchvision dataset", target, classes)
     folder = _user_data() if root is None else located(root, base)
     takes = inspect.signature(classes[target]).parameters
     arguments = _split_argument(target, takes, split) | _download_argument(target, takes, download)
