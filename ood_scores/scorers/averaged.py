@@ -16,7 +16,7 @@ from ood_scores.scorers.tags import Paper, Tags
 
 
 class _Averaged(Scorer):
-    """What several predictions of an input say: the mean of their softmax ``[N, C]`` and of their entropies ``[N]``."""
+    """Base class of scores of several predictions of an input: their mean softmax ``[N, C]`` and mean entropy ``[N]``."""
 
     averaged: ClassVar[str]
     output: Literal["entropy", "msp", "mutual_information"]
@@ -39,20 +39,21 @@ class _Averaged(Scorer):
 @register_scorer("mc_dropout")
 @dataclass
 class MCDropout(_Averaged):
-    """How sure the mean of several passes with dropout is: minus its entropy, ``sum_c m_c log m_c``.
+    """Negative entropy of the mean prediction of several passes with dropout, ``sum_c m_c log m_c``.
 
-    m is the mean softmax. Reads ``mc_dropout.mean`` ``[N, C]`` and, for the mutual information, ``mc_dropout.entropy``
+    The mean softmax is m. Reads ``mc_dropout.mean`` ``[N, C]`` and, for the mutual information, ``mc_dropout.entropy``
     ``[N]``, which the probe of that name keeps: ``extract(..., probes=["mc_dropout"])``.
 
-    Source: Gal & Ghahramani 2016, "Dropout as a Bayesian Approximation"; entropy and mutual information as measures in
-    Gal's thesis of that year. Departure: OpenOOD takes the largest probability of the softmax of the mean logits;
-    ``output="msp"`` has that of the mean softmax.
+    Source: Gal & Ghahramani 2016, "Dropout as a Bayesian Approximation"; entropy and mutual information are measures
+    from Gal's thesis of the same year. Departure: OpenOOD takes the largest probability of the softmax of the mean
+    logits; ``output="msp"`` is the largest probability of the mean softmax.
 
-    Fails where dropout changes little; the entropy then is that of the model itself, the mutual information rounding.
+    Fails where dropout has little effect: the entropy is then that of the model itself, and the mutual information is
+    rounding error.
 
     Args:
-        output: ``"entropy"``; ``"msp"``, the largest m_c; or ``"mutual_information"``, minus that between prediction
-            and pass, ``-(H(m) - mean H)``: only what the passes disagree on.
+        output: ``"entropy"``; ``"msp"``, the largest m_c; or ``"mutual_information"``, the negative mutual information
+            between prediction and pass, ``-(H(m) - mean H)``, which measures only the disagreement of the passes.
 
     Cost: one pass over C numbers for each row.
     """
@@ -79,19 +80,19 @@ class MCDropout(_Averaged):
 @register_scorer("ensemble")
 @dataclass
 class Ensemble(_Averaged):
-    """How sure the mean of several models is: minus its entropy, ``sum_c m_c log m_c``.
+    """Negative entropy of the mean prediction of several models, ``sum_c m_c log m_c``.
 
-    m is the mean softmax of the models. Reads ``ensemble.mean`` ``[N, C]`` and, for the mutual information,
-    ``ensemble.entropy`` ``[N]``, the mean of the models' entropies (nats).
+    The mean softmax of the models is m. Reads ``ensemble.mean`` ``[N, C]`` and, for the mutual information,
+    ``ensemble.entropy`` ``[N]``, the mean of the models' entropies (in nats).
 
     Source: Lakshminarayanan et al. 2017, "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles":
     the mean of probabilities. Departure: OpenOOD takes the softmax of the mean logits.
 
-    Fails where the models are alike, all wrong in the same way.
+    Fails where the models are alike and all wrong in the same way.
 
     Args:
-        output: ``"entropy"``; ``"msp"``, the largest m_c; or ``"mutual_information"``, minus that between prediction
-            and model, ``-(H(m) - mean H)``: only what the models disagree on.
+        output: ``"entropy"``; ``"msp"``, the largest m_c; or ``"mutual_information"``, the negative mutual information
+            between prediction and model, ``-(H(m) - mean H)``, which measures only the disagreement of the models.
 
     Cost: one pass over C numbers for each row.
     """

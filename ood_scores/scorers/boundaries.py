@@ -24,20 +24,20 @@ from ood_scores.scorers.tags import Paper, Tags
 @register_scorer("fdbd")
 @dataclass
 class FDBD(Scorer):
-    """Mean distance to the decision boundaries, relative to that to the mean feature.
+    """Mean distance to the decision boundaries, relative to the distance to the mean feature.
 
-    ``1/(C-1) sum_{c != yhat} |f_yhat - f_c| / (||w_yhat - w_c|| ||z - mu||)``: the quotient is how far z is from where
-    class c would be predicted instead.
+    ``1/(C-1) sum_{c != yhat} |f_yhat - f_c| / (||w_yhat - w_c|| ||z - mu||)``: the first part of the quotient is the
+    distance of z to the nearest point that would be predicted as class c.
 
     Fits mu, the mean of all features, and the distances between the rows of the head's weight, from their Gram matrix.
 
-    Source: Liu & Qin 2024, "Fast Decision Boundary based Out-of-Distribution Detector". Departures: classes whose
-    weights are equal have no boundary between them, and are left out of the mean; where ``z = mu`` the distance counts
-    as 1e-12.
+    Source: Liu & Qin 2024, "Fast Decision Boundary based Out-of-Distribution Detector". Departures: classes with equal
+    weights have no boundary between them and are left out of the mean; where ``z = mu``, the distance counts as 1e-12.
 
-    Fails where OoD features lie near mu: the division then makes their scores large. A single class has no boundary.
+    Fails where OoD features lie near mu: the division then makes their scores large. A model with a single class has no
+    decision boundary.
 
-    Cost: one row of C distances gathered, and one pass over the logits, for each row.
+    Cost: one gathered row of C distances and one pass over the logits for each row.
     """
 
     tags = Tags(
@@ -78,23 +78,23 @@ class FDBD(Scorer):
 class ORA(Scorer):
     """Largest angle, seen from the mean feature, between a feature and its projections onto the decision boundaries.
 
-    ``max_c angle(z - mu, z_c - mu)`` in radians, with ``z_c = z - (f_yhat - f_c) d_c / ||d_c||^2``,
-    ``d_c = w_yhat - w_c``: z_c is the nearest point at which class c is as likely as the predicted one. A feature deep
-    within its class has to turn far.
+    ``max_c angle(z - mu, z_c - mu)`` in radians, with ``z_c = z - (f_yhat - f_c) d_c / ||d_c||^2`` and ``d_c = w_yhat -
+    w_c``: z_c is the nearest point at which class c is as likely as the predicted class. A feature deep inside its
+    class has to turn far.
 
     Fits mu, the mean of all features, and the distances between the rows of the head's weight, from their Gram matrix.
 
     Source: Demirel, Fumero & Locatello 2025, "Out-of-Distribution Detection with Relative Angles". Their code divides
-    the angle by pi; their postprocessor for OpenOOD takes the mean over the C classes, the predicted one counted as 0:
-    ``aggregate="mean"``. Departures: mu is the mean of the rows, where their code takes the mean of the class means,
-    which is the same if classes are of equal size; the angle comes from its tangent, not from its cosine, so that
-    angles near 0 keep their digits; no feature is projected, the angle follows from products with W. Classes whose
-    weights are equal have no boundary between them and count as angle 0, as in their code; a row at mu has no direction
-    and scores 0.
+    the angle by pi; their postprocessor for OpenOOD takes the mean over the C classes, with 0 for the predicted one:
+    ``aggregate="mean"``. Departures: mu is the mean of the rows, while their code takes the mean of the class means,
+    which is the same if classes are of equal size; the angle is computed from its tangent, not from its cosine, so that
+    angles near 0 keep their digits; features are not projected, because the angle follows from products with W. Classes
+    with equal weights have no boundary between them and count as angle 0, as in their code; a row at mu has no
+    direction and scores 0.
 
-    Fails where OoD features lie near mu, from where a small step is a large angle; and where one far boundary decides:
-    of a ResNet-20 for CIFAR-10, the mean tells CIFAR-100 apart better (AUROC 0.88) than the largest (0.80). A single
-    class has no boundary.
+    Fails where OoD features lie near mu, from where a small step is a large angle, and where one far boundary
+    determines the score: on a ResNet-20 for CIFAR-10, the mean separates CIFAR-100 better (AUROC 0.88) than the maximum
+    (0.80). A model with a single class has no decision boundary.
 
     Args:
         aggregate: ``"max"`` or ``"mean"`` over the classes.
@@ -150,14 +150,14 @@ class ORA(Scorer):
 
 
 def angle(aside: Tensor, along: Tensor) -> Tensor:
-    """``atan2``; in a traced graph it is taken in float32, as onnxruntime has none in float64."""
+    """``atan2``; a traced graph computes it in float32, because onnxruntime has no float64 version."""
     if torch.compiler.is_compiling():
         return torch.atan2(aside.float(), along.float()).double()
     return torch.atan2(aside, along)
 
 
 def squares_between(rows: Tensor) -> Tensor:
-    """Squared distances between all rows, ``[C, C]``, exactly 0 for rows that are equal but for rounding."""
+    """Squared distances between all rows, ``[C, C]``; exactly 0 for rows that differ by rounding only."""
     rows = rows - rows.mean(dim=0)
     squares = squared_distances(rows, rows)
     rounding = torch.finfo(rows.dtype).eps * rows.shape[1] * rows.square().sum(dim=1)
@@ -165,7 +165,7 @@ def squares_between(rows: Tensor) -> Tensor:
 
 
 def _inverse_distances(rows: Tensor) -> Tensor:
-    """One over the distance of every pair of rows, divided by how many of a row's pairs have one; 0 for equal rows."""
+    """Inverse distance of each pair of rows, divided by the row's number of distinct partners; 0 for equal rows."""
     rows = rows - rows.mean(dim=0)
     squares = squared_distances(rows, rows)
     rounding = torch.finfo(rows.dtype).eps * rows.shape[1] * rows.square().sum(dim=1)

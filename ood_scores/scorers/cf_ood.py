@@ -22,43 +22,43 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 NARROW_PIECE = 2**20
-"""The same of distances in float32: with what they are compared to, they stay in the caches."""
+"""How many distances are computed in float32 at a time: few enough for the CPU caches."""
 
 
 ROUNDING = 1e-12
-"""Squared distances of unit vectors that differ by less are equal."""
+"""Squared distances of unit vectors whose difference is smaller count as equal."""
 
 
 @register_scorer("cf_ood")
 @dataclass
 class CFOOD(Scorer):
-    """Minus the share of neighbours that it takes until a share ``rho`` of the fit rows have this row among theirs.
+    """Negative share of neighbors needed until a share ``rho`` of the fit rows have this row among theirs.
 
     ``-min{s : a share of rho or more of the bank rows b have ||x - b|| <= r_s(b)}``, where r_s(b) is the distance of b
-    to its ``s n``-th nearest among the n bank rows, itself left out, and all features are L2-normalised. The share s
-    takes one of 230 values from 0.001 to 0.99; where none is enough it is 1.
+    to its ``s n``-th nearest among the n bank rows, b itself excluded, and all features are L2-normalized. The share s
+    is one of 230 values from 0.001 to 0.99; if none is large enough, it is 1.
 
     Fits the bank, a sample of the fit rows, and the distances r_s(b).
 
     Source: Angiulli, Fassetti & Zupi 2025, "CF-OOD: Concentration-Free Density Estimation for Reliable
-    Out-of-Distribution Detection", after the postprocessor that its authors gave to OpenOOD, from which the values of
-    share and rho, and those that s takes, are; theirs are called alpha and k. Departures: rows are sampled by a hash of
-    their values and the seed, not by their number, so that their order does not matter; a difference of squared
-    distances below 1e-12 is none.
+    Out-of-Distribution Detection", after the postprocessor that its authors contributed to OpenOOD, which is the source
+    of the values of share and rho (alpha and k there) and of the values of s. Departures: rows are sampled by a hash of
+    their values and the seed, not by their number, so that their order does not matter; squared distances that differ
+    by less than 1e-12 are equal.
 
-    Fails to tell rows apart finely: no more than 231 scores are possible, fewer with a small bank, so that ties are
-    many.
+    Fails to separate rows finely: no more than 231 scores are possible, fewer with a small bank, so that ties are
+    frequent.
 
-    Distances in float32 decide about the rows for which their rounding makes no difference, nearly all; about the
-    others those in float64, so that scores are what float64 makes them.
+    Distances in float32 decide the rows for which their rounding makes no difference, which are nearly all; distances
+    in float64 decide the others, so that scores are those of float64.
 
     Args:
-        share: of the fit rows that make up the bank.
-        rho: how many of the bank rows have to have the row among their neighbours, as a share.
-        seed: of the sample.
+        share: The share of the fit rows that make up the bank.
+        rho: The share of the bank rows that must have the row among their neighbors.
+        seed: The seed of the sample.
 
-    Cost: for each row one distance to every bank row, and eight comparisons of it; the fit sorts ``n^2`` distances;
-    ``12 n (D + 230)`` bytes.
+    Cost: one distance to each bank row and eight comparisons of it for each row; the fit sorts ``n^2`` distances; ``12
+    n (D + 230)`` bytes.
     """
 
     tags = Tags(
@@ -93,7 +93,7 @@ class CFOOD(Scorer):
         count = len(self.bank_)
         if count < 2:
             raise BadInput("cf_ood: the neighbours of fit rows are other fit rows, of which it takes two at least.")
-        self.shares_, positions = neighbour_shares(count)
+        self.shares_, positions = neighbor_shares(count)
         positions = positions.to(self.bank_.device)
         self.reaches_ = torch.cat(
             [
@@ -110,7 +110,7 @@ class CFOOD(Scorer):
         return -torch.cat([self.shares_, self.shares_.new_ones(1)]).to(rows)[found]
 
     def _found_in_float64(self, rows: Tensor) -> Tensor:
-        """Which of the shares is the first that is enough, ``[B]``; their number where none is."""
+        """The number of the first share that is large enough, ``[B]``; the number of shares if there is none."""
         bank, reaches = self.bank_.to(rows), self.reaches_.to(rows)
         found = []
         for piece in rows.split(max(1, PIECE // len(bank))):
@@ -119,9 +119,9 @@ class CFOOD(Scorer):
         return torch.cat(found)
 
     def _found_in_float32(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and where rounding makes no difference.
+        """The same, and a mask of the rows for which rounding makes no difference.
 
-        ``||x - b||^2 <= r`` where ``<x, b> - ||x||^2 / 2`` is at least ``(||b||^2 - r) / 2``.
+        ``||x - b||^2 <= r`` if ``<x, b> - ||x||^2 / 2`` is at least ``(||b||^2 - r) / 2``.
         """
         bank, limits = (part.to(rows.device) for part in self._narrow())
         rounding = torch.finfo(torch.float32).eps * math.sqrt(rows.shape[1] + 8)
@@ -139,7 +139,7 @@ class CFOOD(Scorer):
         return max(1, math.ceil(self.rho * len(self.bank_) * (1 - ROUNDING)))
 
     def _narrow(self) -> tuple[Tensor, Tensor]:
-        """The bank and what products with it have to reach, ``[shares, n]``, in float32: made once."""
+        """The bank, and the limits ``[shares, n]`` that products with it must reach, in float32; computed once."""
         known: tuple[Tensor, Tensor, Tensor] | None = getattr(self, "_narrowed", None)
         if known is None or known[0] is not self.bank_:
             limits = (self.bank_.square().sum(dim=1, keepdim=True) - self.reaches_) / 2
@@ -148,7 +148,7 @@ class CFOOD(Scorer):
 
 
 def first_with_enough(values: Tensor, limits: Tensor, enough: int) -> Tensor:
-    """By bisection the first of the falling limits ``[S, n]`` that ``enough`` of a row's values reach; S if none."""
+    """The first of the decreasing limits ``[S, n]`` that ``enough`` of a row's values reach, by bisection; S if none."""
     low = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     high = low + len(limits)
     for _ in range(len(limits).bit_length()):
@@ -160,12 +160,12 @@ def first_with_enough(values: Tensor, limits: Tensor, enough: int) -> Tensor:
 
 
 def count_reached(values: Tensor, limits: Tensor, numbers: Tensor) -> Tensor:
-    """How many of a row's values ``[B, n]`` are at least the limit with the row's number, ``[B]``."""
+    """How many of a row's values ``[B, n]`` reach the limits with the row's number, ``[B]``."""
     return limits.index_select(0, numbers).le_(values).sum(dim=1)
 
 
-def neighbour_shares(count: int) -> tuple[Tensor, Tensor]:
-    """The shares of neighbours that ``cf_ood`` tries in a bank of ``count``, and which neighbour each is, from 1 up."""
+def neighbor_shares(count: int) -> tuple[Tensor, Tensor]:
+    """The shares of neighbors that ``cf_ood`` tries in a bank of ``count`` rows, and the rank of each neighbor, from 1."""
     parts = ((0.001, 0.1, 100), (0.105, 0.5, 81), (0.51, 0.99, 49))
     shares = torch.from_numpy(np.concatenate([np.linspace(*part) for part in parts]))  # as theirs, to the last digit
     positions = (shares * count - 1).long() + 1
@@ -175,7 +175,7 @@ def neighbour_shares(count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class HashedRows:
-    """Asks for a share of the rows, L2-normalised, float64 ``[n, D]``, at least two where there are as many.
+    """Statistic: a share of the rows, L2-normalized, float64 ``[n, D]``; at least two if the set has as many.
 
     See ``HashedSample``.
     """

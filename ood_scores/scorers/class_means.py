@@ -20,22 +20,22 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 CLOSEST = 1e-12
-"""Lengths are taken to be at least this before they divide."""
+"""The smallest length that a vector counts as before it divides."""
 
 
 @register_scorer("kl_matching")
 @dataclass
 class KLMatching(Scorer):
-    """Divergence to the nearest typical softmax, ``-min_k KL(p || d_k) = -min_k sum_c p_c (log p_c - log d_kc)``.
+    """Negative divergence to the nearest typical softmax, ``-min_k KL(p || d_k)``.
 
-    Fits d_k, the mean softmax of the rows predicted as class k; labels are not read. Classes that are never predicted
-    are left out.
+    ``KL(p || d_k) = sum_c p_c (log p_c - log d_kc)``. Fits d_k, the mean softmax of the rows predicted as class k; the
+    fit does not read labels. Classes that are never predicted are left out.
 
     Source: Hendrycks et al. 2022, "Scaling Out-of-Distribution Detection for Real-World Settings", who fit on held-out
-    rows: a training set that the model knows by heart gives d_k that are too sharp. Departure: probabilities below
-    1e-308 count as that. The product with log d is taken in the precision that the logits are kept in.
+    rows: the d_k of a training set that the model has memorized are too sharp. Departure: probabilities below 1e-308
+    count as 1e-308. The product with log d has the precision in which the logits are stored.
 
-    Fails where known inputs are confused in more than one way for each predicted class, and where OoD inputs are
+    Fails where known inputs of one predicted class are confused in more than one way, and where OoD inputs are
     predicted with confidence.
 
     Cost: one product with a ``[C, C]`` matrix for each block.
@@ -69,14 +69,14 @@ class SHE(Scorer):
     """Inner product with the mean feature of the predicted class, ``<z, m_yhat>``.
 
     Fits m_c, the mean feature of the fit rows of class c that are predicted as c. A class without such a row has the
-    mean 0, with a warning: rows predicted as that class score 0, which for features after a ReLU is the lowest score.
+    mean 0, with a warning: rows predicted as that class score 0, which is the lowest score of features after a ReLU.
 
     Source: Zhang et al. 2023, "Out-of-Distribution Detection based on In-Distribution Data Patterns Memorization with
     Modern Hopfield Energy".
 
-    Fails where features may be negative or norms do not differ: the score grows with ``||z||``.
+    Fails where features may be negative, or where norms do not differ: the score grows with ``||z||``.
 
-    Cost: one mean gathered, and one product, for each row.
+    Cost: one gathered mean and one inner product for each row.
     """
 
     tags = Tags(
@@ -111,21 +111,21 @@ class SHE(Scorer):
 @register_scorer("nci")
 @dataclass
 class NCI(Scorer):
-    """How far the centred feature points along the predicted class's weight, ``<z - mu, w_yhat> / ||z - mu||``.
+    """Alignment of the centered feature with the predicted class's weight, ``<z - mu, w_yhat> / ||z - mu||``.
 
-    Plus ``alpha ||z||_1``. Fits mu, the mean of all features.
+    The norm term ``alpha ||z||_1`` is added to it. Fits mu, the mean of all features.
 
     Source: Liu & Qin 2025, "Detecting Out-of-Distribution through the Lens of Neural Collapse". The paper tunes alpha
-    for each model on validation data; the default 0 leaves that term out. Departure: a row with ``z = mu`` has no
+    for each model on validation data; the default of 0 omits that term. Departure: a row with ``z = mu`` has no
     direction, and its first term is 0.
 
-    Fails before neural collapse: features then do not line up with the weights. With alpha 0, ``||z||`` does not
+    Fails before neural collapse, when features are not aligned with the weights. With alpha = 0, ``||z||`` does not
     count.
 
     Args:
-        alpha: weight of the feature norm.
+        alpha: The weight of the feature norm.
 
-    Cost: one weight gathered, and one product, for each row.
+    Cost: one gathered weight and one inner product for each row.
     """
 
     tags = Tags(
@@ -169,6 +169,7 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
 
 
 def warn_of_classes_without_rows(name: str, counts: Tensor) -> None:
+    """Warn if some classes have no correctly predicted row in the fit set."""
     lacking = int((counts == 0).sum())
     if lacking:
         warnings.warn(

@@ -25,7 +25,7 @@ JIANG_2023 = Paper(
 
 
 class _PriorScorer(Scorer):
-    """What both prior scores share: the class frequencies of the fit set."""
+    """Base class of the prior scores: fits the class frequencies of the fit set."""
 
     prior_: Tensor
     needs = ("logits",)
@@ -38,13 +38,13 @@ class _PriorScorer(Scorer):
 @register_scorer("prior_msp")
 @dataclass
 class PriorMSP(_PriorScorer):
-    """MSP against the class prior of the training data, ``max_c (p_c - pi_c)``: "RP+MSP".
+    """MSP relative to the class prior of the training data, ``max_c (p_c - pi_c)``: "RP+MSP".
 
     Source: Jiang et al. 2023, "Detecting Out-of-distribution Data through In-distribution Class Prior", for long-tailed
-    training data; the uniform reference distribution is replaced by the class frequencies pi of the fit set's labels.
-    With a uniform prior it ranks as MSP does.
+    training data; the class frequencies pi of the labels of the fit set replace the uniform reference distribution.
+    With a uniform prior, it ranks rows as MSP does.
 
-    Fails where the fit set's labels are not distributed as the training set's.
+    Fails where the labels of the fit set are not distributed as those of the training set.
 
     Cost: one softmax for each row.
     """
@@ -58,17 +58,18 @@ class PriorMSP(_PriorScorer):
 @register_scorer("prior_energy")
 @dataclass
 class PriorEnergy(_PriorScorer):
-    """Energy reweighted by the dissimilarity of softmax and class prior, ``T logsumexp(f / T) (1 - cos(p, pi))``.
+    """Energy times the dissimilarity of softmax and class prior, ``T logsumexp(f / T) (1 - cos(p, pi))``.
 
-    Source: Jiang et al. 2023, "RW+Energy": an OoD input's softmax looks like the class prior pi (the class frequencies
-    of the fit set's labels), which a cosine near 1 shows.
+    Source: Jiang et al. 2023, "Detecting Out-of-distribution Data through In-distribution Class Prior", "RW+Energy":
+    the softmax of an OoD input resembles the class prior pi (the class frequencies of the labels of the fit set), so
+    that their cosine is near 1.
 
-    Fails as ``prior_msp``; and where energies are negative, whose order the factor turns around.
+    Fails as ``prior_msp`` does; also where energies are negative, because the factor then reverses their order.
 
     Args:
-        temperature: the divisor T of the logits.
+        temperature: The divisor T of the logits.
 
-    Cost: one softmax, one logsumexp and one product with the prior for each row.
+    Cost: one softmax, one logsumexp, and one product with the prior for each row.
     """
 
     tags = Tags(paper=JIANG_2023)

@@ -18,36 +18,37 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 PIECE = 2**22
-"""How many distances to the bank, or counts of ranks, there are at a time, but for one row or class at least."""
+"""How many distances to the bank, or counts of ranks, are computed at a time; at least one row or class."""
 
 
 @register_scorer("excel")
 @dataclass
 class ExCeL(Scorer):
-    """How usual the order of the classes is for the predicted one, and the largest logit.
+    """How typical the order of the classes is for the predicted class, combined with the largest logit.
 
-    ``alpha sum_{i=2..k} v_i + (1 - alpha) max_c f_c``. The share of the fit rows predicted as yhat that have at rank i
-    the same class as this row gives v_i: ``reward/C`` if it is above ``upper/C``, else ``1/C`` above ``1/C``, ``-1/C``
-    above 0, and ``-reward/C`` where no row has it.
+    ``alpha sum_{i=2..k} v_i + (1 - alpha) max_c f_c``. The value v_i depends on the share of the fit rows predicted as
+    yhat that have the same class at rank i as this row: it is ``reward/C`` if the share is above ``upper/C``, ``1/C``
+    if it is above ``1/C``, ``-1/C`` if it is above 0, and ``-reward/C`` if no row has that class there.
 
-    Fits which of the four it is for every predicted class, rank and class; labels are not read. Logits that are equal
-    are ranked by class.
+    Fits which of the four cases applies, for each predicted class, rank, and class; the fit does not read labels. Equal
+    logits are ranked by class.
 
     Source: Karunanayake, Seneviratne & Chawla 2023, "ExCeL: Combined Extreme and Collective Logit Information for
-    Out-of-Distribution Detection"; the values are theirs for CIFAR-100 and ImageNet-200, and all ranks count. As in
-    their code the rows predicted as a class are counted whether or not that is right; a class never predicted has
-    ``-reward/C`` everywhere.
+    Enhancing Out-of-Distribution Detection"; the defaults are theirs for CIFAR-100 and ImageNet-200, and all ranks
+    count. As in their code, all rows predicted as a class are counted, whether or not the prediction is right; a class
+    that is never predicted has ``-reward/C`` everywhere.
 
-    Fails with few classes, whose order says little, and with few rows for each, most orders of which are new.
+    Fails with few classes, whose order carries little information, and with few rows for each class, because most
+    orders are then new.
 
     Args:
-        alpha: weight of the ranks, in [0, 1].
-        upper: how many times the share that chance gives a class, 1/C, are usual; at least 1.
-        reward: what that is worth, times 1/C.
-        ranks: how many ranks count; None for all.
+        alpha: The weight of the ranks, in [0, 1].
+        upper: The multiple of the chance share 1/C above which a class is typical; at least 1.
+        reward: The value of a typical class, in units of 1/C.
+        ranks: The number of ranks that count; None for all.
 
     Cost: one sort of the logits; ``C^2 ranks`` bytes, which is 1 GB for 1,000 classes and all ranks, and three times
-    that while it is fitted.
+    that during the fit.
     """
 
     tags = Tags(
@@ -91,15 +92,16 @@ class ExCeL(Scorer):
 
 
 def ranking(logits: Tensor, ranks: int) -> Tensor:
-    """The classes of the largest logits, the largest first, ``[B, ranks]``; of equal logits the first class first."""
+    """The classes of the largest logits, the largest first, ``[B, ranks]``; equal logits are ordered by class."""
     return logits.argsort(dim=1, descending=True, stable=True)[:, :ranks]
 
 
 @dataclass(frozen=True)
 class RankLevels:
-    """Asks how usual each class is at each rank among the rows predicted as a class, int8 ``[C, ranks, C]``.
+    """Statistic: how typical each class is at each rank among the rows predicted as a class, int8 ``[C, ranks, C]``.
 
-    3: the share of these rows is above ``upper / C``; 2: above ``1 / C``; 1: above 0; 0: none.
+    The value is 3 if the share of these rows is above ``upper / C``, 2 if it is above ``1 / C``, 1 if it is above 0,
+    and 0 if there are none.
     """
 
     upper: float
@@ -112,7 +114,7 @@ class RankLevels:
 
 @dataclass
 class _RankLevelsAccumulator:
-    """Counts, in 16 bits until one class is predicted too often for them, and then in 32."""
+    """Counts in 16 bits until a class is predicted too often for them, and then in 32 bits."""
 
     statistic: RankLevels
     rows: Tensor | None = None

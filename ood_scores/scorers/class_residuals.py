@@ -32,16 +32,16 @@ LING_2025 = Paper(
 )
 
 SMALLEST = 1e-12
-"""Lengths and confidences are taken to be at least this before they divide."""
+"""The smallest value that a length or a confidence counts as before it divides."""
 
 
 ROUNDING = 1e-6
-"""Residuals that are shorter than this share of the feature, and deviations below it, are rounding errors."""
+"""Residuals shorter than this share of the feature, and deviations below it, are rounding errors."""
 
 
 @dataclass
 class _RelativeToClass(Scorer):
-    """What ``caref`` and ``cadref`` share: the means by predicted class, and a feature relative to that of its own."""
+    """Base class of ``caref`` and ``cadref``: the mean feature of each predicted class, and features relative to it."""
 
     means_: Tensor = fitted()
 
@@ -59,20 +59,20 @@ class _RelativeToClass(Scorer):
 @register_scorer("caref")
 @dataclass
 class CARef(_RelativeToClass):
-    """Minus the distance to the mean feature of the predicted class, relative to the feature: ``-|z - m_yhat| / |z|``.
+    """Negative relative distance to the mean feature of the predicted class, ``-|z - m_yhat| / |z|``.
 
     Both lengths are sums of absolute values (L1).
 
-    Fits m_c, the mean feature of the rows predicted as class c; labels are not read. The mean of all rows stands for
-    that of a class never predicted, with a warning.
+    Fits m_c, the mean feature of the rows predicted as class c; the fit does not read labels. A class that is never
+    predicted has the mean of all rows, with a warning.
 
     Source: Ling et al. 2025, "CADRef: Robust Out-of-Distribution Detection via Class-Aware Decoupled Relative Feature
-    Leveraging", and their code. Departures: theirs gives NaN for rows predicted as a class that no fit row was; the
-    length of a feature counts as at least 1e-12.
+    Leveraging", and their code. Departures: their code returns NaN for rows predicted as a class that is never
+    predicted in the fit set; the length of a feature counts as at least 1e-12.
 
     Fails where features of a class differ much in norm; rows near 0 score low whatever they are.
 
-    Cost: one mean gathered for each row.
+    Cost: one gathered mean for each row.
     """
 
     tags = Tags(paper=LING_2025)
@@ -89,13 +89,13 @@ CONFIDENCES: Mapping[str, Callable[[Block], Tensor]] = {
     "msp": lambda block: block.softmax().amax(dim=1),
     "gen": lambda block: -1 / GEN(top=max(10, block.logits.shape[1] // 10)).score_block(block).clamp_max(-SMALLEST),
 }
-"""What ``cadref`` can divide by: larger for confident rows, ``[B]``."""
+"""The confidences by which ``cadref`` can divide, ``[B]``; they are larger for confident rows."""
 
 
 @register_scorer("cadref")
 @dataclass
 class CADRef(_RelativeToClass):
-    """As ``caref``, but in two parts: what raises the predicted logit counts less the more confident the row is.
+    """``caref`` in two parts: errors that raise the predicted logit count less for confident rows.
 
     ``-(|(s e)_+| / S(f) + |(s e)_-| / mean S) / |z|``, with the error ``e = z - m_yhat``, the signs ``s = sign w_yhat``
     of the predicted class's weight, positive and negative parts ``_+`` and ``_-``, and a confidence S of the logits.
@@ -103,17 +103,18 @@ class CADRef(_RelativeToClass):
     Fits the means of ``caref`` and the mean of S over the fit set.
 
     Source: Ling et al. 2025, "CADRef: Robust Out-of-Distribution Detection via Class-Aware Decoupled Relative Feature
-    Leveraging", after their code, whose default S is the energy. Features whose weight is 0 are in neither part.
-    Departures: those of ``caref``; a confidence counts as at least 1e-12, where theirs would turn the order around.
+    Leveraging", and their code, in which S is the energy by default. Features whose weight is 0 are in neither part.
+    Departures: those of ``caref``; a confidence counts as at least 1e-12, while a negative one would reverse the order
+    in their code.
 
-    Fails where S is not positive (energies of models trained with sigmoids), of which a warning tells if it is so on
+    Fails where S is not positive (energies of models trained with sigmoids); the fit warns if S is not positive on
     average.
 
     Args:
-        confidence: S: ``"energy"``, ``"max_logit"``, ``"msp"`` or ``"gen"``; the last is 1 over the generalised entropy
-            of the ``max(10, C // 10)`` largest probabilities.
+        confidence: The confidence S: ``"energy"``, ``"max_logit"``, ``"msp"``, or ``"gen"``; the last is the inverse of
+            the generalized entropy of the ``max(10, C // 10)`` largest probabilities.
 
-    Cost: one mean and one row of signs gathered for each row.
+    Cost: one gathered mean and one gathered row of signs for each row.
     """
 
     tags = Tags(paper=LING_2025, search_space={"confidence": ("energy", "max_logit", "msp", "gen")})
@@ -153,26 +154,26 @@ class CADRef(_RelativeToClass):
 @register_scorer("core")
 @dataclass
 class CORE(Scorer):
-    """Energy, and the direction of what a feature has beside the predicted class's weight, each standardised.
+    """Energy plus the alignment of the residual of a feature with that of its predicted class, each standardized.
 
     ``(E - mean E) / std E + (S - mean S) / std S`` with the energy ``E = logsumexp(f)`` and ``S = cos(r, m_yhat)``. The
-    residual r is z without its projection on the weight w_yhat.
+    residual r is z without its projection onto the weight w_yhat.
 
-    Fits m_c, the mean residual of the rows predicted as class c (labels are not read), and in a second pass the means
-    and standard deviations of E and S over the fit set. The mean feature of all rows stands for that of a class never
-    predicted, with a warning.
+    Fits m_c, the mean residual of the rows predicted as class c (the fit does not read labels), and, in a second pass,
+    the means and standard deviations of E and S over the fit set. A class that is never predicted has the mean feature
+    of all rows, with a warning.
 
     Source: Yang, Kim & Bahk 2026, "CORE: Robust Out-of-Distribution Detection via Confidence and Orthogonal Residual
-    Scoring", after its abstract and summaries of it; its formulas were not at hand. These say: a part of the feature
-    along the classifier's weights and an orthogonal residual, the energy, cosine similarity to a direction for each
-    class, z-scores and their sum, at a cost of O(D). Our reading, which is to be checked against the text: the weight
-    is that of the predicted class alone (all weights together leave nothing where classes outnumber features, as in the
-    ViT that they test), directions and z-scores are those of the fit set.
+    Scoring", after its abstract and summaries of it; its formulas were not available. These describe a part of the
+    feature along the classifier's weights and an orthogonal residual, the energy, the cosine similarity to a direction
+    for each class, and the sum of z-scores, at a cost of O(D). Our reading, still to be checked against the text: the
+    weight is that of the predicted class alone (all weights together leave no residual where classes outnumber
+    features, as in the ViT that they test), and directions and z-scores are those of the fit set.
 
-    Fails on OoD classes much like known ones, whose residuals point the same way; and where the fit set is the
-    training set and energies are higher there than on unseen ID rows, which S must then outweigh.
+    Fails on OoD classes similar to known ones, whose residuals point in the same direction, and where the fit set is
+    the training set and its energies are higher than those of unseen ID rows, which S must then outweigh.
 
-    Cost: two vectors gathered for each row; a second pass to fit.
+    Cost: two gathered vectors for each row; a second pass to fit.
     """
 
     tags = Tags(
@@ -209,7 +210,7 @@ class CORE(Scorer):
         return ((parts - parts.new_tensor(self.means_)) / parts.new_tensor(self.deviations_)).sum(dim=1)
 
     def _parts(self, block: Block) -> Tensor:
-        """E and S, float64 ``[B, 2]``."""
+        """The energy E and the similarity S, float64 ``[B, 2]``."""
         predicted, features = block.prediction(), block.features
         weight, directions = (values.to(features)[predicted] for values in (self.weight_, self.directions_))
         similarity = (direction_beside(features, weight) * directions).sum(dim=1)
@@ -217,9 +218,9 @@ class CORE(Scorer):
 
 
 def direction_beside(rows: Tensor, units: Tensor) -> Tensor:
-    """Rows without their projections on paired vectors of length one, brought to length one, ``[B, D]``.
+    """Unit vectors of the rows without their projections onto paired unit vectors, ``[B, D]``.
 
-    Of a row that lies along its vector, but for rounding, hardly anything is left.
+    A row that lies along its vector, up to rounding, has almost no residual.
     """
     residual = rows - (rows * units).sum(dim=1, keepdim=True) * units
     smallest = ROUNDING * torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -229,7 +230,7 @@ def direction_beside(rows: Tensor, units: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MeanConfidence:
-    """Asks for the mean over all rows of one of the ``CONFIDENCES``, a float."""
+    """Statistic: the mean over all rows of one of the ``CONFIDENCES``, a float."""
 
     confidence: str
     reads: ClassVar[Sequence[str]] = ("logits",)

@@ -21,9 +21,9 @@ from ood_scores.scorers.tags import Paper, Tags
 class MaxLogit(Scorer):
     """The largest logit, ``max_c f_c``.
 
-    Source: Hendrycks et al. 2019, "Scaling Out-of-Distribution Detection for Real-World Settings".
+    Source: Hendrycks et al. 2022, "Scaling Out-of-Distribution Detection for Real-World Settings".
 
-    Fails where OoD rows have large norms, and logits with them.
+    Fails where OoD rows have features of large norm, and therefore large logits.
 
     Cost: one maximum for each row.
     """
@@ -40,13 +40,13 @@ class MaxLogit(Scorer):
 class Energy(Scorer):
     """Negative free energy, ``T logsumexp(f / T)``.
 
-    Source: Liu et al. 2020, "Energy-based Out-of-distribution Detection", with the sign that makes in-distribution high
-    (GradNorm's supplement, Eq. 10, prints the opposite sign).
+    Source: Liu et al. 2020, "Energy-based Out-of-distribution Detection", with the sign for which in-distribution rows
+    score high (GradNorm's supplement, Eq. 10, prints the opposite sign).
 
-    Fails as ``max_logit``, from which it differs only where several classes are likely.
+    Fails as ``max_logit`` does, from which it differs only where several classes are likely.
 
     Args:
-        temperature: the divisor T of the logits.
+        temperature: The divisor T of the logits.
 
     Cost: one logsumexp for each row.
     """
@@ -77,16 +77,16 @@ class WeightedEnergy(Scorer):
     """Energy with a weight for each class, ``T log sum_c w_c exp(f_c / T)``.
 
     Source: Du et al. 2022, "VOS: Learning What You Don't Know by Virtual Outlier Synthesis", where the weights are
-    learnt with the network, and T is 1. As in the authors' code a negative weight counts as 0. Departure: computed as
-    ``T logsumexp(f_c / T + log w_c)``, which does not overflow.
+    learned with the network, and T is 1. As in the authors' code, a negative weight counts as 0. Departure: the score
+    is computed as ``T logsumexp(f_c / T + log w_c)``, which does not overflow.
 
-    Fails when the weights belong to another model: they say how large each class's logits are.
+    Fails when the weights belong to another model: they reflect the typical size of each class's logits.
 
     Args:
-        weights: one number for each class; None gives every class 1, which is ``energy``.
-        temperature: the divisor T of the logits.
+        weights: One number for each class; with None, every class has the weight 1, which is ``energy``.
+        temperature: The divisor T of the logits.
 
-    Cost: one logsumexp.
+    Cost: one logsumexp for each row.
     """
 
     tags = Tags(

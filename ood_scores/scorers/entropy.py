@@ -18,12 +18,12 @@ from ood_scores.scorers.tags import Paper, Tags
 @register_scorer("entropy")
 @dataclass
 class Entropy(Scorer):
-    """Negative entropy of the softmax, ``sum_c p_c log p_c`` (nats; 0 at most).
+    """Negative entropy of the softmax, ``sum_c p_c log p_c`` (in nats, at most 0).
 
-    Source: Shannon 1948 for the entropy; Hendrycks et al. 2019, "Deep Anomaly Detection with Outlier Exposure", among
-    others, rank by it.
+    Source: Shannon 1948 for the entropy; Hendrycks et al. 2019, "Deep Anomaly Detection with Outlier Exposure", and
+    others use it as a score.
 
-    Fails as ``msp``, from which it differs in how it weighs the smaller probabilities.
+    Fails as ``msp`` does, from which it differs in the weight of the smaller probabilities.
 
     Cost: one softmax for each row.
     """
@@ -47,11 +47,11 @@ class Entropy(Scorer):
 @register_scorer("kl_uniform")
 @dataclass
 class KLUniform(Scorer):
-    """KL divergence from the uniform distribution to the softmax, ``-(1/C) sum_c log p_c - log C`` (nats).
+    """KL divergence from the uniform distribution to the softmax, ``-(1/C) sum_c log p_c - log C`` (in nats).
 
     Source: Huang et al. 2021 (GradNorm), Eq. 3, used directly as a score in their Fig. 6.
 
-    Fails where the smallest probabilities, which it weighs as much as the largest, say nothing.
+    Fails where the smallest probabilities, which weigh as much as the largest, carry no information.
 
     Cost: one softmax for each row.
     """
@@ -67,18 +67,19 @@ class KLUniform(Scorer):
 @register_scorer("gen")
 @dataclass
 class GEN(Scorer):
-    """Generalised entropy, ``-sum p^gamma (1 - p)^gamma`` over the M largest probabilities.
+    """Generalized entropy, ``-sum p^gamma (1 - p)^gamma`` over the M largest probabilities.
 
-    Source: Liu et al. 2023, "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection"; gamma 0.1, and
-    M 100 of ImageNet's 1,000 classes; with fewer classes than M all are used.
+    Source: Liu et al. 2023, "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection"; gamma is 0.1, and
+    M is 100 of the 1,000 classes of ImageNet; models with fewer classes than M use all of them.
 
-    Fails as ``msp``; and, with many classes and all of them counted, on the noise of the smallest probabilities.
+    Fails as ``msp`` does; also on the noise of the smallest probabilities, if there are many classes and all of them
+    count.
 
     Args:
-        gamma: the exponent; smaller ones weigh small probabilities more.
-        top: M.
+        gamma: The exponent; smaller values give small probabilities more weight.
+        top: The number M of probabilities.
 
-    Cost: one softmax and a partial sort of every row.
+    Cost: one softmax and a partial sort of each row.
     """
 
     tags = Tags(
@@ -113,20 +114,21 @@ class GEN(Scorer):
 @register_scorer("doctor")
 @dataclass
 class Doctor(Scorer):
-    """Minus the odds of an error, ``-(1 - g) / g`` with ``g = sum_c p_c^2``; p the softmax at temperature T.
+    """Negative odds of an error, ``-(1 - g) / g`` with ``g = sum_c p_c^2``, where p is the softmax at temperature T.
 
-    g is the chance that a class drawn from p is right, 1 - g the Gini impurity of p.
+    The sum g is the probability that a class drawn from p is right; 1 - g is the Gini impurity of p.
 
     Source: Granese et al. 2021, "DOCTOR: A Simple Method for Detecting Misclassification Errors", D_alpha without its
-    input perturbation, T = 1. Their D_beta, the odds of ``1 - max_c p_c``, ranks as ``msp`` does. Departure: 1 - g is
-    summed as ``sum_c p_c (1 - p_c)``, so that confident rows do not all become 0.
+    input perturbation, T = 1. Their D_beta, the odds of ``1 - max_c p_c``, ranks rows as ``msp`` does. Departure: 1 - g
+    is summed as ``sum_c p_c (1 - p_c)``, so that it does not become 0 for all confident rows.
 
-    Fails where the softmax is confident: it is made to find errors on known classes, not inputs of others.
+    Fails where the softmax is confident: the score was designed to find errors on known classes, not inputs of other
+    classes.
 
     Args:
-        temperature: the divisor T of the logits.
+        temperature: The divisor T of the logits.
 
-    Cost: one softmax.
+    Cost: one softmax for each row.
     """
 
     tags = Tags(
@@ -156,20 +158,21 @@ class Doctor(Scorer):
 @register_scorer("renyi")
 @dataclass
 class Renyi(Scorer):
-    """Negative Renyi entropy of the softmax, ``log(sum_c p_c^alpha) / (alpha - 1)`` (nats; 0 at most).
+    """Negative Renyi entropy of the softmax, ``log(sum_c p_c^alpha) / (alpha - 1)`` (in nats, at most 0).
 
-    Up to the constant log C it is the Renyi divergence of p from the uniform distribution. alpha = 1 is ``entropy``,
-    alpha = 2 ranks as ``doctor``, infinity as ``msp``; a small alpha looks at the small probabilities.
+    Up to the constant log C, it is the Renyi divergence of p from the uniform distribution. With alpha = 1 it is
+    ``entropy``; with alpha = 2 it ranks rows as ``doctor`` does, with infinity as ``msp``; a small alpha emphasizes the
+    small probabilities.
 
-    Source: Renyi 1961, "On Measures of Entropy and Information". No paper sets the default 0.5, and it is tuned on
-    nothing.
+    Source: Renyi 1961, "On Measures of Entropy and Information". The default of 0.5 is from no paper and is not tuned
+    on anything.
 
     Fails where the softmax is confident whatever the input.
 
     Args:
-        alpha: the order, positive; may be infinite.
+        alpha: The order, positive; may be infinite.
 
-    Cost: one log softmax and one logsumexp.
+    Cost: one log softmax and one logsumexp for each row.
     """
 
     tags = Tags(

@@ -9,7 +9,11 @@ from ood_scores.features import Block
 
 
 def read_extra(block: Block, name: str, scorer: str) -> Tensor:
-    """The extra of that name. Where a set has only extras below it, says which."""
+    """Return the extra of that name from a block.
+
+    Raises:
+        MissingInput: if the set has only extras below that name; the message lists them.
+    """
     if name in block.extras:
         return block.extras[name]
     below = [extra for extra in block.extras if extra.startswith(f"{name}.")]

@@ -20,26 +20,27 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 AMPLIFIED = 3e5
-"""Float32 features are whitened in float32 as long as that makes their deviations at most so many times longer."""
+"""Float32 features are whitened in float32 unless whitening multiplies the length of deviations by more than this."""
 
 
 @register_scorer("mahalanobis")
 @dataclass
 class Mahalanobis(Scorer):
-    """Distance to the nearest class mean, ``-min_c (z - mu_c)^T Sigma^-1 (z - mu_c)``.
+    """Negative squared distance to the nearest class mean, ``-min_c (z - mu_c)^T Sigma^-1 (z - mu_c)``.
 
-    Fits class means and one tied covariance, the pooled within-class scatter divided by N, in float64. Scores have the
-    precision that the features are kept in: float32 features have errors of their own of the size that a product makes.
-    Only where a nearly singular covariance would make these errors count (``AMPLIFIED``) is the product float64.
+    Fits class means and one tied covariance, the pooled within-class scatter divided by N, in float64. Scores are
+    computed in the precision in which the features are stored, because the rounding errors of float32 features are as
+    large as those of a product. Only where a nearly singular covariance would amplify these errors (``AMPLIFIED``) is
+    the product float64.
 
     Source: Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
     Attacks", on penultimate features, without input perturbation. Directions in which the fit data do not vary (a
-    singular covariance) are left out, as a pseudo-inverse does.
+    singular covariance) are left out, as with a pseudo-inverse.
 
-    Fails on near OoD: the distance is mostly that in directions that do not tell classes apart (Ren et al. 2021).
+    Fails on near OoD: most of the distance is in directions that do not separate the classes (Ren et al. 2021).
 
     Args:
-        normalize: L2-normalise features at fit and at score.
+        normalize: L2-normalize features in the fit and in the score.
 
     Cost: one product with a ``[D, D]`` and one with a ``[D, C]`` matrix for each block.
     """
@@ -73,17 +74,17 @@ class Mahalanobis(Scorer):
 @register_scorer("mahalanobis_pp")
 @dataclass
 class MahalanobisPP(Mahalanobis):
-    """Mahalanobis distance of L2-normalised features: ``mahalanobis`` with ``normalize=True`` as its default.
+    """Mahalanobis distance of L2-normalized features: ``mahalanobis`` with ``normalize=True`` as its default.
 
-    Source: Mueller & Hein 2025, "Mahalanobis++: Improving OOD Detection via Feature Normalization". The norms of
-    features differ more between classes and between ID and OoD rows than Gaussians with one covariance allow; on the
-    sphere they cannot. Normalised before the means and the covariance are fitted, as in the authors' code; the means
-    are not normalised again.
+    Source: Mueller & Hein 2025, "Mahalanobis++: Improving OOD Detection via Feature Normalization". Feature norms
+    differ more between classes and between ID and OoD rows than Gaussians with one covariance allow; on the sphere they
+    cannot differ. Features are normalized before the means and the covariance are fitted, as in the authors' code; the
+    means are not normalized again.
 
-    Fails where the norm is what tells OoD rows apart (models trained with an L2-normalised head).
+    Fails where the norm is what separates OoD rows (models trained with an L2-normalized head).
 
     Args:
-        normalize: L2-normalise features at fit and at score.
+        normalize: L2-normalize features in the fit and in the score.
 
     Cost: as ``mahalanobis``.
     """
@@ -104,27 +105,27 @@ class MahalanobisPP(Mahalanobis):
 @register_scorer("relative_mahalanobis")
 @dataclass
 class RelativeMahalanobis(Scorer):
-    """Distance to the nearest class relative to that to the whole data, ``-min_c (d_c - d_0)``.
+    """Distance to the nearest class relative to the distance to all data, ``-min_c (d_c - d_0)``.
 
-    ``d_c = (z - mu_c)^T Sigma^-1 (z - mu_c)`` with the tied covariance of ``mahalanobis``, and
-    ``d_0 = (z - mu)^T Sigma_0^-1 (z - mu)`` with mean and covariance of all rows; both covariances divided by N.
+    ``d_c = (z - mu_c)^T Sigma^-1 (z - mu_c)`` with the tied covariance of ``mahalanobis``, and ``d_0 = (z - mu)^T
+    Sigma_0^-1 (z - mu)`` with the mean and covariance of all rows; both covariances are divided by N.
 
-    Fits class means and the scatter within classes; that of all rows is it plus the scatter between the class means, so
-    that it takes no further pass. Only the directions in which class means differ (C - 1 at most) are kept: in all
-    others, once whitened, ``d_c`` and ``d_0`` are the same number and cancel. With p the coordinates of ``z - mu`` in
-    these directions, m_c those of the class means and lambda their variances,
-    ``d_c - d_0 = |m_c|^2 - 2 p m_c + sum_k p_k^2 lambda_k / (1 + lambda_k)``, without the cancellation.
+    Fits class means and the scatter within classes; the scatter of all rows is their sum with the scatter between the
+    class means, so that no further pass is needed. Only the directions in which class means differ (at most C - 1) are
+    kept: in all others, once whitened, ``d_c`` and ``d_0`` are the same number and cancel. With p the coordinates of
+    ``z - mu`` in these directions, m_c those of the class means, and lambda their variances, ``d_c - d_0 = |m_c|^2 - 2
+    p m_c + sum_k p_k^2 lambda_k / (1 + lambda_k)``, without the cancellation.
 
     Source: Ren et al. 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection". Departure:
     directions in which the fit data do not vary within any class (a singular covariance) are left out of both
-    distances. Inverting both covariances on their own, as by a pseudo-inverse or a ridge, would leave them in ``d_0``,
-    and a row that is odd there would score higher for it.
+    distances. If each covariance were inverted separately, by a pseudo-inverse or a ridge, these directions would stay
+    in ``d_0``, and rows that are unusual in them would score higher.
 
-    Fails on rows that are odd in directions that do not tell classes apart: they count nothing. A model with a
-    single class scores 0 for every row.
+    Fails on rows that are unusual in directions that do not separate the classes, because these do not count. With a
+    single class, all rows score 0.
 
     Args:
-        normalize: L2-normalise features at fit and at score ("relative Mahalanobis++" of Mueller & Hein 2025).
+        normalize: L2-normalize features in the fit and in the score ("relative Mahalanobis++" of Mueller & Hein 2025).
 
     Cost: one product with a ``[D, C]`` and one with a ``[C, C]`` matrix for each block.
     """
@@ -172,7 +173,7 @@ class RelativeMahalanobis(Scorer):
 
 
 def amplifies(root: Tensor, moments: Moments) -> bool:
-    """Whether whitening makes deviations of rows so much longer that their rounding in float32 counts."""
+    """Return whether whitening lengthens deviations so much that their rounding in float32 matters."""
     means = moments.means[moments.counts > 0]
     between = means - means.mean(dim=0)
     spread = moments.scatter.trace() / moments.counts.sum() + between.square().sum(dim=1).mean()
@@ -180,14 +181,14 @@ def amplifies(root: Tensor, moments: Moments) -> bool:
 
 
 def rows_of(block: Block, normalize: bool, double: bool) -> Tensor:
-    """The features, L2-normalised if asked for, in their own precision or float64."""
+    """The features, L2-normalized if requested, in their own precision or float64."""
     if double:
         return block.space("features", normalize)
     return block.unit_features() if normalize else block.features
 
 
 def whitening(covariance: Tensor) -> Tensor:
-    """``[D, K]`` such that ``W W^T`` is the inverse of the covariance, or its pseudo-inverse (K < D) if singular."""
+    """W ``[D, K]`` such that ``W W^T`` is the inverse of the covariance, or its pseudo-inverse (K < D) if singular."""
     cholesky, failed = torch.linalg.cholesky_ex(covariance)
     diagonal = cholesky.diagonal()
     smallest = torch.finfo(covariance.dtype).eps * len(covariance)
@@ -202,7 +203,7 @@ def whitening(covariance: Tensor) -> Tensor:
 
 
 def whitened(rows: Tensor, root: Tensor, size: int = SOLVED) -> Tensor:
-    """``rows @ root`` of a root from ``whitening``: where that is triangular, without multiplying its zeros."""
+    """``rows @ root`` for a root from ``whitening``; a triangular root is multiplied without its zeros."""
     if torch.compiler.is_compiling() or root.tril(-1).any():  # a graph cannot look at the root
         return rows @ root
     found = rows.new_empty(len(rows), root.shape[1])
@@ -219,7 +220,7 @@ def squared_distances(rows: Tensor, centres: Tensor) -> Tensor:
 
 
 def classes_present(counts: Tensor, name: str) -> Tensor:
-    """Which classes have rows to fit, bool ``[C]``; warns if some have none."""
+    """Mask of the classes that have rows to fit, bool ``[C]``; warns if some have none."""
     present = counts > 0
     if not present.all():
         warnings.warn(

@@ -20,7 +20,7 @@ from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present, squared_distances
-from ood_scores.scorers.neighbors import kth_neighbours, why_no_graph_of
+from ood_scores.scorers.neighbors import kth_neighbors, why_no_graph_of
 from ood_scores.scorers.papers import HUANG_2021
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -32,27 +32,28 @@ class GradNorm(Scorer):
     """Norm of the last layer's gradient, in closed form: ``||z||_p ||1 - C softmax(f / T)||_p / (C T)``.
 
     Source: Huang et al. 2021, Eq. 9. The gradient of ``KL(u || softmax(f / T))`` with respect to the weight is the
-    rank-1 matrix ``g z^T``, so its entrywise p-norm is the product of the two vectors' p-norms for *every* p in
-    (0, inf], not only for the paper's p = 1. No backward pass is run.
+    rank-1 matrix ``g z^T``, so its entrywise p-norm is the product of the p-norms of the two vectors for *every* p in
+    (0, inf], not only for p = 1 as in the paper. No backward pass is run.
 
     Args:
-        p: order of the norm, in (0, inf].
-        temperature: the divisor T of the logits.
+        p: The order of the norm, in (0, inf].
+        temperature: The divisor T of the logits.
         target: ``"uniform"`` as above (the paper's), or ``"predicted"``: the gradient of the cross-entropy with the
             predicted class, ``||z||_p ||softmax(f / T) - onehot||_p / T`` (Fig. 3). That gradient is *small* for
-            in-distribution inputs, so its negative is returned: higher = more in-distribution, here too.
-        part: ``"UV"`` the product; ``"U"`` the feature part ``||z||_p`` alone; ``"V"`` the output part alone,
-            ``||1 - C softmax||_p`` or minus ``||softmax - onehot||_p``; both without constant factors (Table 5).
-        bias: also count the gradient of the bias, as if z had one more entry 1. The paper leaves it out.
+            in-distribution inputs, so the score is its negative: higher = more in-distribution, as everywhere.
+        part: ``"UV"`` for the product; ``"U"`` for the feature part ``||z||_p`` alone; ``"V"`` for the output part
+            alone, ``||1 - C softmax||_p`` or the negative of ``||softmax - onehot||_p``; both without constant factors
+            (Table 5).
+        bias: Include the gradient of the bias, as if z had another entry of 1. The paper does not.
 
-    The authors' code uses targets of 1 in place of 1/C, so its values are C times these; the ranking is the same.
+    The targets in the authors' code are 1 instead of 1/C, so its values are C times these; the ranking is the same.
 
-    The softmax has the logits' own precision, as ``msp`` has it.
+    The softmax has the precision of the logits, as in ``msp``.
 
-    Fails where feature norms do not grow with the evidence: on CIFAR networks it often ranks below the energy (OpenOOD
+    Fails where feature norms do not grow with the evidence: on CIFAR networks, it often ranks below the energy (OpenOOD
     v1.5: 54.90 against 87.58 near CIFAR-10).
 
-    Cost: one pass over features and logits, and one softmax for each row.
+    Cost: one pass over features and logits and one softmax for each row.
     """
 
     tags = Tags(paper=HUANG_2021)
@@ -95,11 +96,11 @@ class GradNorm(Scorer):
 
 
 SMALLEST = 1e-12
-"""The norm that a gradient of 0 counts as, whose logarithm there would not be."""
+"""The norm that a gradient of 0 counts as, so that its logarithm exists."""
 
 
 STRENGTHS = tuple(10.0**power for power in range(-5, 4))
-"""What ``gradient_classifier`` chooses from: scikit-learn's C, one over the strength of the regularisation."""
+"""The choices of ``gradient_classifier`` for scikit-learn's C, the inverse strength of the regularization."""
 
 
 @register_scorer("gradnorm_params")
@@ -107,15 +108,16 @@ STRENGTHS = tuple(10.0**power for power in range(-5, 4))
 class GradNormParams(Scorer):
     """Norm of the gradient of chosen parameters, ``||grad_w KL(u || softmax(f / T))||_p``.
 
-    Reads ``gradnorm.<group>`` ``[N]``, which the probe ``gradnorm`` keeps, with p and T:
-    ``extract(..., probes=[ParameterGradients(groups=("layer4", "all"))])``.
+    Reads ``gradnorm.<group>`` ``[N]``, which the probe ``gradnorm`` keeps for its p and T: ``extract(...,
+    probes=[ParameterGradients(groups=("layer4", "all"))])``.
 
-    Source: Huang et al. 2021 (GradNorm), Table 2. For the last layer's weight the scorer ``gradnorm`` needs no probe.
+    Source: Huang et al. 2021 (GradNorm), Table 2. For the weight of the last layer, the scorer ``gradnorm`` needs no
+    probe.
 
-    Fails as ``gradnorm`` does, and in shallow blocks, whose gradients tell less (Table 2).
+    Fails as ``gradnorm`` does; also in shallow blocks, whose gradients are less informative (Table 2).
 
     Args:
-        group: the probe's name of the group: ``"all"``, or a name of modules or parameters.
+        group: The group's name in the probe: ``"all"``, or a name of modules or parameters.
 
     Cost: none.
     """
@@ -139,25 +141,25 @@ class GradNormParams(Scorer):
 @register_scorer("gradient_classifier")
 @dataclass
 class GradientClassifier(Scorer):
-    """How much the gradients look like those of training images, and not like those of noise.
+    """Log odds that the gradients are those of a training image rather than of noise.
 
-    The log odds of a logistic regression, ``w (log g - mu) / sigma + b``, on the norms g of the gradients of every
-    parameter. Reads ``gradients.inputs`` ``[N, L]`` and, of the fit set, ``gradients.noise`` ``[N, L]``, which the
-    probe ``gradients`` keeps: ``extract(..., probes=[LayerGradients(noise=True)])`` for the fit set, and without noise
-    for others.
+    The log odds are those of a logistic regression, ``w (log g - mu) / sigma + b``, on the norms g of the gradients of
+    all parameters. Reads ``gradients.inputs`` ``[N, L]`` and, from the fit set, ``gradients.noise`` ``[N, L]``, which
+    the probe ``gradients`` keeps: ``extract(..., probes=[LayerGradients(noise=True)])`` for the fit set, and without
+    noise for others.
 
-    Fits mu, sigma, w and b on two fifths of the rows, chooses the strength of the regularisation, of ``STRENGTHS``, by
-    the likelihood on two fifths, and keeps the accuracy on the last fifth as ``accuracy_``. Which row is in which part
-    depends on its values and the seed, and not on the order of rows.
+    Fits mu, sigma, w, and b on two fifths of the rows, chooses the strength of the regularization among ``STRENGTHS``
+    by the likelihood on another two fifths, and keeps the accuracy on the last fifth as ``accuracy_``. The values of a
+    row and the seed determine its part, so that the order of rows does not matter.
 
-    Source: Lee & AlRegib 2020, "Gradients as a Measure of Uncertainty in Neural Networks", whose classifier learns from
-    OoD images; uniform noise in their place, and the shares, after GradNorm (Huang et al. 2021), supplement E.
-    Departure: no code of either classifier was found to follow; this one is linear, on standardised logarithms.
+    Source: Lee & AlRegib 2020, "Gradients as a Measure of Uncertainty in Neural Networks", whose classifier is trained
+    on OoD images; the uniform noise in their place and the shares are from GradNorm (Huang et al. 2021), supplement E.
+    Departure: no code of either classifier was found; this one is linear, on standardized logarithms.
 
-    Fails where noise is so unlike images that it teaches nothing about other OoD inputs; ``accuracy_`` is then 1.
+    Fails where noise is so unlike images that it says nothing about other OoD inputs; ``accuracy_`` is then 1.
 
     Args:
-        seed: of the split.
+        seed: The seed of the split.
 
     Cost: one product with L numbers for each row; the fit keeps the ``[N, 2 L]`` norms in float64.
     """
@@ -232,7 +234,7 @@ def _logs(norms: Tensor) -> Tensor:
 
 
 def _labelled(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithms ``[2 N, L]`` of the norms of inputs, then of noise, and which are inputs."""
+    """Logarithms ``[2 N, L]`` of the norms of inputs, then of noise, and a mask of the inputs."""
     labels = torch.arange(2).repeat_interleave(len(pairs)) == 0
     return _logs(torch.cat([pairs[:, 0], pairs[:, 1]])), labels
 
@@ -244,32 +246,32 @@ def _log_loss(odds: Tensor, labels: Tensor) -> float:
 @register_scorer("grood")
 @dataclass
 class GROOD(Scorer):
-    """Minus the size of a gradient with respect to a prototype of OoD inputs, ``-log ||g||_1``.
+    """Negative log norm of the gradient with respect to a prototype of OoD inputs, ``-log ||g||_1``.
 
     ``g = q (z - o) / ||z - o||``. The loss is ``-log softmax(-||z - p_c||)_yhat`` over the prototypes p_c of the
-    classes and one more, o, for all that is OoD; q is the softmax's share of o. Near a class prototype o hardly
+    classes and one more, o, for all OoD inputs; q is the softmax probability of o. Near a class prototype, o hardly
     matters. No backward pass is run.
 
-    Fits p_c, the mean feature of class c, and o, the mean of all p_c, unless it is given; for ``by="nearest"`` also the
-    gradients of the fit rows that are predicted as their label.
+    Fits p_c, the mean feature of class c, and, unless it is given, o, the mean of all p_c; with ``by="nearest"`` also
+    the gradients of the fit rows that are predicted as their label.
 
     Source: ElAraby et al. 2025, "GROOD: GRadient-Aware Out-of-Distribution Detection". The paper's score is the
-    distance to the nearest gradient of the training set, ``by="nearest"``; the authors' code comes configured for the
-    norm, the default here, which needs no search. Their o is the mean feature of blurred noise images, of mixed inputs,
-    or of the class prototypes: only the last is known from the features of the fit set. Departures: the logarithm of
-    the norm, which ranks alike and does not underflow near a prototype; a row at o itself has no direction and counts
-    as if g had one entry; the search is exact and in float64, and its distances are not squared; a class without rows
-    is left out.
+    distance to the nearest gradient of the training set, ``by="nearest"``; the default configuration of the authors'
+    code is the norm, the default here, which needs no search. Their o is the mean feature of blurred noise images, of
+    mixed inputs, or of the class prototypes: only the last can be computed from the features of the fit set.
+    Departures: the logarithm of the norm, which ranks rows in the same way and does not underflow near a prototype; a
+    row at o itself has no direction and counts as if g had one entry; the search is exact and in float64, and its
+    distances are not squared; a class without rows is left out.
 
-    Fails where OoD rows are far from o, and near a class prototype or beyond it; a single class is its own o, and all
-    rows then score nearly alike.
+    Fails where OoD rows are far from o and near a class prototype or beyond it; with a single class, that class is its
+    own o, and all rows score nearly the same.
 
     Args:
-        by: ``"norm"``, or ``"nearest"``: minus the distance from g to the nearest of the fit set's gradients.
-        prototype: o, one number for each feature; for the paper's, the mean features of noise images, extract these
-            and give ``noise.features.mean(dim=0).tolist()``. None takes the mean of the class prototypes.
+        by: ``"norm"``, or ``"nearest"``: the negative distance from g to the nearest of the fit set's gradients.
+        prototype: The prototype o, one number for each feature; for that of the paper, extract the features of noise
+            images and pass ``noise.features.mean(dim=0).tolist()``. With None, it is the mean of the class prototypes.
 
-    Cost: distances to C + 1 prototypes; with ``by="nearest"`` an inner product with every row of the fit set, in
+    Cost: distances to C + 1 prototypes; with ``by="nearest"``, an inner product with each row of the fit set, in
     float64, and ``4 D`` bytes for each of them.
     """
 
@@ -324,11 +326,11 @@ class GROOD(Scorer):
     def _nearest(self, gradients: Tensor, bank: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return squared_distances(gradients, bank.to(gradients)).amin(dim=1).sqrt()
-        numbers = kth_neighbours(gradients, bank.to(gradients.device), 1)
+        numbers = kth_neighbors(gradients, bank.to(gradients.device), 1)
         return torch.linalg.vector_norm(gradients - bank.to(gradients.device)[numbers], dim=1)
 
     def _gradients_of_correct(self, feats: FeatureSet) -> Tensor:
-        """Float32 ``[M, D]`` on the CPU."""
+        """Gradients of the correctly predicted rows, float32 ``[M, D]`` on the CPU."""
         labels, found = feats.class_labels(), []
         for block in feats.blocks(only=("features", "logits")):
             log_share, direction = self._gradient(block)

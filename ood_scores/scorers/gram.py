@@ -19,7 +19,8 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 SMALLEST_BOUND = 1e-6
-"""What a deviation from a bound is at least divided by, and what is added to the mean deviation, as in Gram's code."""
+"""The smallest bound by which a deviation is divided, and the constant added to the mean deviation, as in Gram's code.
+"""
 
 
 SMALLEST_MEAN = 1e-7
@@ -28,30 +29,31 @@ SMALLEST_MEAN = 1e-7
 @register_scorer("gram")
 @dataclass
 class Gram(LayeredScorer):
-    """How far Gram sums of several layers lie outside the range they have among fit rows of the predicted class.
+    """Negative deviation of the Gram sums of several layers from their range on fit rows of the predicted class.
 
-    ``-sum_l delta_l / mean(delta_l)``, where ``delta_l`` sums over orders and channels of layer l, divided by the
-    confidence of the prediction, ``(low - v) / |low|`` for values v below the range of the class, ``(v - high) /
-    |high|`` above it and 0 within. The values are extras ``gram.<module>`` (``extract(..., probes=["gram"])``).
+    ``-sum_l delta_l / mean(delta_l)``, where ``delta_l`` sums over the orders and channels of layer l, divided by the
+    confidence of the prediction: ``(low - v) / |low|`` for values v below the range of the class, ``(v - high) /
+    |high|`` for values above it, and 0 for values within it. The values are extras ``gram.<module>`` (``extract(...,
+    probes=["gram"])``).
 
-    Fits the ranges on the rows predicted as each class, then the mean deviation of every layer, for which each row is
-    measured against the ranges of the other rows (those without it: the two smallest and the two largest values of a
-    class are enough to know them).
+    Fits the ranges on the rows predicted as each class, then the mean deviation of each layer, for which each row is
+    compared with the ranges of the other rows (the two smallest and the two largest values of a class are enough to
+    compute them).
 
     Source: Sastry & Oore 2020, "Detecting Out-of-Distribution Examples with Gram Matrices", section 3; the division by
     the confidence is in the authors' code. Departures: the mean deviation is that of the fit rows, each left out in
-    turn, where the authors take a tenth of the test set; bounds nearer to 0 than 1e-6 count as 1e-6, where their code
+    turn, while the authors use a tenth of the test set; bounds nearer to 0 than 1e-6 count as 1e-6, while their code
     adds 1e-6 to them.
 
-    A class that no fit row is predicted as has the range of all rows, with a warning. Fails with few fit rows a class:
-    ranges are then narrow, and every row is outside.
+    A class that is predicted for no fit row has the range of all rows, with a warning. Fails with few fit rows for each
+    class: ranges are then narrow, and every row is outside.
 
     Args:
-        layers: names of modules among the extras; None takes all ``gram.*`` of the fit set.
-        confidence: divide by the largest softmax probability, as the authors' code does.
+        layers: Names of modules among the extras; None uses all ``gram.*`` of the fit set.
+        confidence: Divide by the largest softmax probability, as the authors' code does.
 
-    Cost: two passes in the fit; ``2 classes orders channels`` values kept in the precision of the extras, twice that
-    during the fit.
+    Cost: two passes in the fit; ``2 classes orders channels`` values in the precision of the extras, twice that during
+    the fit.
     """
 
     tags = Tags(
@@ -120,9 +122,10 @@ class Gram(LayeredScorer):
             yield block
 
     def _two_extremes(self, feats: FeatureSet) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Rows of each predicted class, and for each layer its two smallest and two largest values, from the outside.
+        """Count the rows of each predicted class, and find the two smallest and two largest values of each layer.
 
-        Int64 ``[C]``, and tensors ``[C, 2, orders, channels]``; infinite where a class has not as many rows.
+        Returns int64 ``[C]``, and for each layer tensors ``[C, 2, orders, channels]``, the outermost value first;
+        values are infinite where a class has too few rows.
         """
         classes = feats.num_classes or 1
         counts = torch.zeros(classes, dtype=torch.int64)
@@ -164,13 +167,13 @@ class Gram(LayeredScorer):
 
 
 def _take_in(row: Tensor, extremes: Tensor, further: Any, nearer: Any) -> None:
-    """Updates the outermost and the second outermost value, ``[2, orders, channels]``, with those of a row."""
+    """Update the outermost and the second outermost value, ``[2, orders, channels]``, with those of a row."""
     extremes[1] = further(extremes[1], nearer(extremes[0], row))
     extremes[0] = further(extremes[0], row)
 
 
 def deviation(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """How far values ``[B, orders, C]`` lie outside their ranges, relative to the bound; summed, float64 ``[B]``."""
+    """Sum of how far values ``[B, orders, C]`` are outside their ranges, relative to the bound, float64 ``[B]``."""
     values, low, high = values.double(), low.double(), high.double()
     below = (low - values).clamp_min(0) / low.abs().clamp_min(SMALLEST_BOUND)
     above = (values - high).clamp_min(0) / high.abs().clamp_min(SMALLEST_BOUND)

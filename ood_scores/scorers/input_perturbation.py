@@ -20,13 +20,14 @@ class ODIN(Scorer):
 
     Reads ``odin`` ``[N, C]``, the logits that the probe of that name keeps: ``extract(..., probes=["odin"])``.
 
-    Source: Liang et al. 2018, "Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks";
-    T = 1000 there and in GradNorm's comparison, whose epsilon of 0 on ImageNet leaves only the temperature.
+    Source: Liang et al. 2018, "Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks"; T
+    = 1000 there and in GradNorm's comparison, whose epsilon of 0 on ImageNet leaves only the temperature.
 
-    Fails where the perturbation is not that of the data: epsilon is the probe's, and tuned by its authors on OoD data.
+    Fails where the perturbation does not suit the data: epsilon is a parameter of the probe, and its authors tune it on
+    OoD data.
 
     Args:
-        temperature: the divisor T of the logits.
+        temperature: The divisor T of the logits.
 
     Cost: one softmax for each row.
     """
@@ -58,18 +59,18 @@ class ODIN(Scorer):
 @register_scorer("rankfeat")
 @dataclass
 class RankFeat(Scorer):
-    """Energy of logits without the rank-1 part of the feature maps, ``T logsumexp(f / T)``.
+    """Energy of the logits after removing the rank-1 part of the feature maps, ``T logsumexp(f / T)``.
 
-    Reads ``rankfeat`` ``[N, C]``, the logits that the probe of that name keeps, which are the mean over the layers it
-    has: ``extract(..., probes=["rankfeat"])``.
+    Reads ``rankfeat`` ``[N, C]``, the logits that the probe of that name keeps, averaged over its layers:
+    ``extract(..., probes=["rankfeat"])``.
 
     Source: Song, Sebe & Wang 2022, "RankFeat: Rank-1 Feature Removal for Out-of-distribution Detection", T = 1; the
-    mean of logits before the energy as in the authors' code.
+    logits are averaged before the energy, as in the authors' code.
 
-    Fails where the largest singular value of an OoD input's maps is no larger than that of others.
+    Fails where the largest singular value of the feature maps of an OoD input is no larger than that of other inputs.
 
     Args:
-        temperature: the divisor T of the logits.
+        temperature: The divisor T of the logits.
 
     Cost: one logsumexp for each row.
     """

@@ -31,15 +31,15 @@ FANG_2024 = Paper(
 )
 
 LEVEL = 1e-24
-"""Variances up to this of vectors of length about one are rounding error."""
+"""Variances of vectors of length about one that are at most this large are rounding errors."""
 
 
 @dataclass
 class _KernelPCA(Scorer):
-    """What ``cop`` and ``corp`` share: the principal space of mapped features, and what a feature has outside it.
+    """Base class of ``cop`` and ``corp``: the principal space of mapped features and the residual outside it.
 
-    Of the two spaces the one is kept, ``axes_``, that takes fewer products. A residual is never the difference of two
-    squares, so that one much shorter than the feature keeps its digits.
+    Of the two spaces, ``axes_`` spans the one that takes fewer products. A residual is never the difference of two
+    squares, so that a residual much shorter than the feature keeps its digits.
     """
 
     variance: float
@@ -54,7 +54,7 @@ class _KernelPCA(Scorer):
 
     @abstractmethod
     def mapped(self, rows: Tensor) -> Tensor:
-        """The map of L2-normalised features, ``[B, M]``."""
+        """The map of L2-normalized features, ``[B, M]``."""
 
     def fit_axes(self, axes: Axes) -> None:
         values, width = axes.values, len(axes.mean)
@@ -90,24 +90,24 @@ class Axes:
 @register_scorer("cop")
 @dataclass
 class CoP(_KernelPCA):
-    """Minus the reconstruction error of the L2-normalised feature by its principal components, ``-||y - P P^T y||``.
+    """Negative reconstruction error of the L2-normalized feature by its principal components, ``-||y - P P^T y||``.
 
     ``y = x - m`` and ``x = z / ||z||``, which is the map of the cosine kernel. Fits m, the mean of x, and P, the fewest
     eigenvectors of the covariance of x that hold the share ``variance`` of it, in float64. Scores are computed in the
-    precision that the features are kept in: their errors are of the size that the rounding of x makes.
+    precision in which the features are stored: their errors are as large as those from the rounding of x.
 
-    Source: Fang et al. 2024, "Kernel PCA for Out-of-Distribution Detection". Their code takes 0.85 for ResNet-18 on
-    CIFAR-10, the default here, and 0.99 for ResNet-50 on ImageNet; 0.85 and 0.7 where these are trained with the
+    Source: Fang et al. 2024, "Kernel PCA for Out-of-Distribution Detection". Their code uses 0.85 for ResNet-18 on
+    CIFAR-10, the default here, and 0.99 for ResNet-50 on ImageNet; 0.85 and 0.7 if these are trained with the
     supervised contrastive loss.
 
-    Fails where OoD features have the direction of others and differ in length, and where the fit data fill all
-    dimensions, in which case the residual is what little is left.
+    Fails where OoD features have the direction of ID features and differ in length, and where the fit data fill all
+    dimensions, so that little residual is left.
 
     Args:
-        variance: share of the variance that the principal space holds.
+        variance: The share of the variance in the principal space.
 
-    Cost: two products with a ``[D, q]`` matrix for each block, or, from ``q > D/3`` on, one with a ``[D, D - q]``; one
-    eigendecomposition to fit.
+    Cost: two products with a ``[D, q]`` matrix for each block, or, from ``q > D/3`` on, one with a ``[D, D - q]``
+    matrix; one eigendecomposition to fit.
     """
 
     tags = Tags(paper=FANG_2024, search_space={"variance": (0.7, 0.85, 0.99)})
@@ -127,27 +127,26 @@ class CoP(_KernelPCA):
 @register_scorer("corp")
 @dataclass
 class CoRP(_KernelPCA):
-    """As ``cop``, of random Fourier features of the L2-normalised feature: a cosine and a Gaussian kernel.
+    """``cop`` of random Fourier features of the L2-normalized feature: a cosine and a Gaussian kernel.
 
-    ``phi = sqrt(2/M) cos(W x + u)`` in place of x: W normal ``[M, D]`` with variance ``2 gamma``, u uniform in
+    ``phi = sqrt(2/M) cos(W x + u)`` replaces x: W is normal ``[M, D]`` with variance ``2 gamma``, and u is uniform in
     ``[0, 2 pi)``, so that ``phi(x) . phi(y)`` is nearly ``exp(-gamma ||x - y||^2)``.
 
-    Source: Fang et al. 2024, "Kernel PCA for Out-of-Distribution Detection". Their code takes
-    ``variance=0.8, gamma=2, directions=2048`` for ResNet-18 on CIFAR-10, the defaults here, and 0.5, 3 and 4,096 for
-    ResNet-50 on ImageNet; where these are trained with the supervised contrastive loss, 0.7, 1 and 2,048, and 0.5, 1
-    and 4,096.
+    Source: Fang et al. 2024, "Kernel PCA for Out-of-Distribution Detection". Their code uses ``variance=0.8, gamma=2,
+    directions=2048`` for ResNet-18 on CIFAR-10, the defaults here, and 0.5, 3, and 4,096 for ResNet-50 on ImageNet; if
+    these are trained with the supervised contrastive loss, 0.7, 1, and 2,048, and 0.5, 1, and 4,096.
 
-    Fails as ``cop``; and with many more directions than fit rows, which then span few of them.
+    Fails as ``cop`` does; also with many more directions than fit rows, which then span few of them.
 
     Args:
-        variance: share of the variance of phi that the principal space holds.
-        gamma: of the Gaussian kernel.
-        directions: how many random Fourier features, M.
-        seed: of W and u.
+        variance: The share of the variance of phi in the principal space.
+        gamma: The parameter of the Gaussian kernel.
+        directions: The number M of random Fourier features.
+        seed: The seed of W and u.
 
     Cost: one product with a ``[D, M]`` and two with a ``[M, q]`` matrix for each block, or, from ``q > M/3`` on, one
-    with a ``[M, M - q]``; to fit, ``M^2`` products for each row and the eigendecomposition of ``[M, M]``, or of
-    ``[N, N]`` for fewer rows.
+    with a ``[M, M - q]`` matrix; to fit, ``M^2`` products for each row and the eigendecomposition of ``[M, M]``, or of
+    ``[N, N]`` with fewer rows.
     """
 
     tags = Tags(
@@ -180,7 +179,7 @@ class CoRP(_KernelPCA):
 
 @dataclass(frozen=True)
 class FourierAxes:
-    """Asks for the ``Axes`` of all rows' random Fourier features."""
+    """Statistic: the ``Axes`` of the random Fourier features of all rows."""
 
     gamma: float
     directions: int
@@ -194,7 +193,7 @@ class FourierAxes:
 
 @dataclass
 class _ManyFourierRows:
-    """Sums of features and of their products: they are of the order of their deviations, so that no digits cancel."""
+    """Sums of features and of their products; these are of the order of their deviations, so that no digits cancel."""
 
     weight: Tensor
     phase: Tensor
@@ -217,7 +216,7 @@ class _ManyFourierRows:
 
 @dataclass
 class _FewFourierRows:
-    """Fewer rows than features: their inner products have the same eigenvalues, and the eigenvectors follow."""
+    """For fewer rows than features: their inner products have the same eigenvalues, and the eigenvectors follow."""
 
     weight: Tensor
     phase: Tensor

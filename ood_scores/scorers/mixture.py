@@ -35,7 +35,7 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 DENSITY_BYTES = 4 * 2**20
-"""Bound on the whitened copy ``[rows, D]`` that one step of the mixture's density makes: it stays in the caches."""
+"""Bound on the whitened copy ``[rows, D]`` of one step of the density, so that it stays in the CPU caches."""
 
 
 @register_scorer("gmm")
@@ -43,34 +43,34 @@ DENSITY_BYTES = 4 * 2**20
 class GMM(Scorer):
     """Log density of one full-covariance Gaussian for each class, ``logsumexp_c log N(z; mu_c, Sigma_c)``.
 
-    Fits, in float64, class means and covariances (divided by ``n_c - 1``), each with the smallest jitter of
-    ``JITTERS`` on its diagonal that makes it positive definite. A class with a single row gets the tied covariance,
-    with a warning; a class without rows is left out.
+    Fits, in float64, class means and covariances (divided by ``n_c - 1``), each with the smallest jitter of ``JITTERS``
+    on its diagonal that makes it positive definite. A class with a single row gets the tied covariance, with a warning;
+    a class without rows is left out.
 
-    Source: Mukhoti et al. 2021 (DDU); Haas et al. 2022 on L2-normalised features. DDU's code takes one jitter for all
-    classes, from a ladder that starts at 2e-308, and accepts a factorisation that succeeds by rounding alone.
+    Source: Mukhoti et al. 2021 (DDU); Haas et al. 2022 on L2-normalized features. DDU's code uses one jitter for all
+    classes, from a ladder that starts at 2e-308, and accepts a factorization that succeeds only by rounding.
 
-    Fails with fewer rows of a class than features: its covariance is singular, and the jitter decides.
+    Fails with fewer rows of a class than features: its covariance is singular, and the jitter determines the density.
 
     Args:
         space: ``"features"`` or ``"logits"``.
-        normalize: L2-normalise at fit *and* at score (Haas 2022).
-        prior: ``"none"``, equal weight for every class, as DDU's code does; ``"empirical"``, log n_c/N added, as the
-            ``q(y)`` of DDU's paper says.
-        output: ``"density"``; or ``"entropy"``: minus the entropy of the responsibilities of the classes.
+        normalize: L2-normalize in the fit *and* in the score (Haas 2022).
+        prior: ``"none"``, equal weights for all classes, as in DDU's code; ``"empirical"``, log n_c/N is added, as in
+            the ``q(y)`` of DDU's paper.
+        output: ``"density"``; or ``"entropy"``: the negative entropy of the responsibilities of the classes.
 
-    Where the covariances together take more than ``CLASS_SCATTER_BYTES`` (1 GiB: C = 1,000 from D = 367 on), they are
-    never all in memory. Means are fitted in one pass; in another, as many classes at a time as that bound allows are
-    read and factorised. Of a set whose rows are sorted by class that reads every row once more; of any other, once for
-    each such group of classes, of which there are about ``C D^2 / 2^27``. A class of at most D/4 rows is kept as the
-    directions that they span, which are exact to twice the digits, any other as a triangle: 17 GiB at C = 1,000,
-    D = 2,048 and 1,300 rows a class, where the directions would take 32 GiB and three times the operations. What is
-    more than the bound goes to an unnamed file beside the cache, or in the folder for temporary files, and is read
-    class by class for every block that is scored: large blocks (``score(..., block_rows=...)``) read it less often.
-    Such a scorer is not saved and not exported.
+    If the covariances together exceed ``CLASS_SCATTER_BYTES`` (1 GiB: C = 1,000 from D = 367 on), they are never in
+    memory at the same time. Means are fitted in one pass; another pass reads and factorizes as many classes at a time
+    as that bound allows. If the rows of the set are sorted by class, every row is read once more; otherwise once for
+    each group of classes, of which there are about ``C D^2 / 2^27``. A class of at most D/4 rows is kept as the
+    directions that they span, which are exact to twice the digits, and any other class as a triangle: 17 GiB at C =
+    1,000, D = 2,048, and 1,300 rows for each class, where the directions would take 32 GiB and three times the
+    operations. Factors beyond the bound go to an unnamed file beside the cache, or in the folder for temporary files,
+    and are read class by class for each block that is scored: large blocks (``score(..., block_rows=...)``) read it
+    less often. Such a scorer cannot be saved or exported.
 
-    Cost: ``C D^2`` operations a row, in matrix products; ``C D^2`` float64 of memory, or, where that is more than
-    1 GiB, 2 GiB and a dozen ``[D, D]`` at most, and half as many float64, or fewer, on disk.
+    Cost: ``C D^2`` operations for each row, in matrix products; ``C D^2`` float64 of memory, or, if that is more than 1
+    GiB, at most 2 GiB and a dozen ``[D, D]``, and half as many float64, or fewer, on disk.
     """
 
     tags = Tags(
@@ -119,7 +119,7 @@ class GMM(Scorer):
         self.log_weights_ = normaliser + ((counts.double() / counts.sum()).log() if self.prior == "empirical" else 0)
 
     def _fit_dense(self, moments: Moments, classes: Tensor, feats: FeatureSet) -> Tensor:
-        """All covariances at once; returns the logarithms of their determinants, ``[C]``."""
+        """Fit all covariances at once, and return the logarithms of their determinants, ``[C]``."""
         assert moments.class_scatter is not None
         counts = moments.counts[classes]
         covariances = moments.class_scatter[classes].div_((counts - 1).clamp_min(1)[:, None, None])
@@ -129,7 +129,7 @@ class GMM(Scorer):
         return 2 * self.cholesky_.diagonal(dim1=1, dim2=2).log().sum(dim=1)
 
     def _fit_packed(self, moments: Moments, classes: Tensor, feats: FeatureSet) -> Tensor:
-        """Some classes at a time; returns as ``_fit_dense``."""
+        """Fit some classes at a time, and return the same as ``_fit_dense``."""
         counts, width = moments.counts[classes].cpu(), self.means_.shape[1]
         self.ranks_ = torch.where((counts > 1) & (counts <= LOW_RANK * width), counts, width)
         sizes = [packed_size(rank, width) for rank in self.ranks_.tolist()]
@@ -151,10 +151,11 @@ class GMM(Scorer):
         return log_determinant
 
     def _classes_read(self, feats: FeatureSet, classes: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The number of each class with its centred rows ``[n, D]``, if its rank is n, or else its scatter ``[D, D]``.
+        """Yield the number of each class with its centered rows ``[n, D]`` if n is its rank, else its scatter ``[D,
+        D]``.
 
-        Classes come in the order of their first rows, and of the set is read what lies between the first and the last
-        row of those at once in memory: of sorted rows, only theirs.
+        Classes are ordered by their first rows. Only the rows between the first and the last one of the classes that
+        are in memory together are read: of a sorted set, only theirs.
         """
         assert self.ranks_ is not None
         ranks, width = self.ranks_.tolist(), self.means_.shape[1]
@@ -182,7 +183,11 @@ class GMM(Scorer):
         return super().why_no_graph()
 
     def fitted_state(self) -> dict[str, Any]:
-        """Raises BadInput for factors that lie in a file of their own."""
+        """Return the state to save.
+
+        Raises:
+            BadInput: if the factors are in a file of their own.
+        """
         if self.packed_ is not None and self.packed_.nbytes > of.CLASS_SCATTER_BYTES:
             raise BadInput(
                 f"gmm: its {len(self.means_):,} covariances take {self.packed_.nbytes / 2**30:,.1f} GiB, which are not "
@@ -198,7 +203,7 @@ class GMM(Scorer):
         return (log_responsibilities.exp() * log_responsibilities).sum(dim=1)
 
     def _log_densities(self, values: Tensor) -> Tensor:
-        """``log pi_c N(z; mu_c, Sigma_c)``, ``[B, C]``, some rows and one class at a time so that memory is bounded."""
+        """``log pi_c N(z; mu_c, Sigma_c)``, ``[B, C]``, computed for some rows and one class at a time to bound memory."""
         if self.packed_ is not None and self.ranks_ is not None:
             return self.log_weights_.to(values) - 0.5 * self._packed_distances(self.packed_, self.ranks_, values).T
         means, factors, inverses = (part.to(values.device) for part in (self.means_, self.cholesky_, self._inverses()))
@@ -213,7 +218,7 @@ class GMM(Scorer):
         return self.log_weights_.to(values) - 0.5 * distances.T
 
     def _packed_distances(self, packed: Tensor, ranks: Tensor, values: Tensor) -> Tensor:
-        """``(z - mu_c)^T Sigma_c^-1 (z - mu_c)``, ``[C, B]``: each factor is read once for all rows."""
+        """``(z - mu_c)^T Sigma_c^-1 (z - mu_c)``, ``[C, B]``; each factor is read once for all rows."""
         self.require(not torch.compiler.is_compiling(), "its covariances are too large for an exported graph")
         width = values.shape[1]
         pieces = [piece.contiguous() for piece in values.T.split(self._rows(), dim=1)]
@@ -229,7 +234,7 @@ class GMM(Scorer):
         return max(1, DENSITY_BYTES // (8 * self.means_.shape[1]))
 
     def _inverses(self) -> Tensor:
-        """Those of the diagonal blocks of the factors, ``[C, blocks, S, S]``: from the factors, once."""
+        """Inverses of the diagonal blocks of the factors, ``[C, blocks, S, S]``; computed once."""
         known: tuple[Tensor, Tensor] | None = getattr(self, "_inverted", None)
         if known is None or known[0] is not self.cholesky_:
             known = self.cholesky_, inverted_diagonal(self.cholesky_)
@@ -239,14 +244,14 @@ class GMM(Scorer):
 
 
 def _first_and_last(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last row of each class, of the class numbers of all rows."""
+    """The first and the last row of each class, from the class numbers of all rows."""
     rows, empty = torch.arange(len(numbers)), torch.zeros(int(numbers.max()) + 1, dtype=torch.int64)
     first = empty.scatter_reduce(0, numbers, rows, "amin", include_self=False)
     return first, empty.scatter_reduce(0, numbers, rows, "amax", include_self=False)
 
 
 def _groups(order: Sequence[int], ranks: Sequence[int], most: int) -> list[list[int]]:
-    """Neighbours in that order whose ranks together are at most ``most``; a class of more is a group by itself."""
+    """Runs of that order whose ranks add up to at most ``most``; a class of a larger rank is a group of its own."""
     groups: list[list[int]] = []
     room = 0
     for number in order:

@@ -22,11 +22,14 @@ from ood_scores.scorers.requirements import Requirement
 from ood_scores.scorers.tags import Tags
 
 SMALLEST_REST = 1e-8
-"""A row without which this share or less of the variation along its own direction is left cannot be left out."""
+"""A row cannot be left out if this share or less of the variation along its own direction remains without it."""
 
 
 class LayeredScorer(Scorer):
-    """A scorer of the extras ``extra.<module>`` of some layers: which they are, and that a scored set has them too."""
+    """Base class of scorers that read the extras ``extra.<module>`` of several layers.
+
+    It finds the layers in the fit set, and checks that a scored set has them too.
+    """
 
     extra: ClassVar[str]
     dimensions: ClassVar[int]
@@ -35,7 +38,7 @@ class LayeredScorer(Scorer):
     shapes_: list[list[int]]
 
     def names(self) -> list[str]:
-        """The extras of the layers that the scorer was fitted on."""
+        """The extras of the layers on which the scorer was fitted."""
         return [f"{self.extra}.{layer}" for layer in self.layers_]
 
     def check_ready(self, feats: FeatureSet) -> None:
@@ -57,7 +60,7 @@ class LayeredScorer(Scorer):
         self.require(given, f"layers is a list of module names, or None for all that are there, got {self.layers!r}")
 
     def _find_layers(self, feats: FeatureSet) -> None:
-        """Takes the layers named, or all that the set has."""
+        """Choose the layers named, or all in the set."""
         stored = [name.removeprefix(f"{self.extra}.") for name in feats.extras if name.startswith(f"{self.extra}.")]
         self.layers_ = stored if self.layers is None else list(self.layers)
         self.shapes_ = self._shapes(feats, self.names(), "be fitted on")
@@ -93,27 +96,30 @@ class MahalanobisLayers(LayeredScorer):
 
     ``s_l = max_c -1/2 (z_l - mu_lc)^T Sigma_l^-1 (z_l - mu_lc)`` of the pooled outputs z_l of layer l, which
     ``extract(layers=...)`` keeps as extras ``layers.<module>``. Fits, in float64, class means and one tied covariance
-    for each layer, then w and b by a logistic regression that tells the fit rows from the same rows adversarially
-    perturbed, extras ``fgsm.<module>`` of the fit set (``extract(layers=..., probes=["fgsm"])``). No OoD data.
+    for each layer, then w and b by a logistic regression that separates the fit rows from adversarially perturbed
+    copies of them, the extras ``fgsm.<module>`` of the fit set (``extract(layers=..., probes=["fgsm"])``). It uses no
+    OoD data.
 
-    The layer scores that the regression sees of a row and of its perturbed copy are those of Gaussians fitted without
-    that row, exact and without another fit (a rank-one downdate): rows are nearer to means and covariances that they
-    took part in, and the regression would learn that.
+    The layer scores of a row and of its perturbed copy in the regression are those of Gaussians fitted without that
+    row, which are exact and need no other fit (a rank-one downdate): rows are nearer to means and covariances that
+    include them, and the regression would learn that.
 
     Source: Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
-    Attacks", section 2.2; the regression on FGSM samples as GradNorm's comparison has it (Huang et al. 2021).
-    Departures: no perturbation of the scored inputs; their code fits the regression on 500 validation images and their
-    perturbed copies, here it is all rows of the fit set, each left out in turn; layer scores are standardised first, so
-    that the regression's penalty (C = 1) is the same for all layers, where their code searches C; the score is the
-    logit of the regression's probability, which orders rows alike but does not become 1 for many of them.
+    Attacks", section 2.2; the regression on FGSM samples is as in GradNorm's comparison (Huang et al. 2021).
+    Departures: scored inputs are not perturbed; their code fits the regression on 500 validation images and their
+    perturbed copies, while here it uses all rows of the fit set, each left out in turn; layer scores are standardized
+    first, so that the penalty of the regression (C = 1) is the same for all layers, while their code searches C; the
+    score is the logit of the regression's probability, which ranks rows in the same way but does not become 1 for many
+    of them.
 
-    Fails where OoD rows differ from ID rows in other layers than adversarial rows do: their weights may be negative.
+    Fails where OoD rows differ from ID rows in other layers than adversarial rows do: the weights of these layers may
+    be negative.
 
     Args:
-        layers: names of modules among the extras; None takes all ``layers.*`` of the fit set.
+        layers: Names of modules among the extras; None uses all ``layers.*`` of the fit set.
         combine: ``"regression"``; or ``"sum"``: the plain sum of the layer scores, which needs no ``fgsm`` extras.
 
-    Cost: for each layer as ``mahalanobis``; the fit reads the layers twice and ``fgsm`` once.
+    Cost: as ``mahalanobis`` for each layer; the fit reads the layers twice and ``fgsm`` once.
     """
 
     tags = Tags(
@@ -165,13 +171,13 @@ class MahalanobisLayers(LayeredScorer):
         return torch.stack(scores, dim=1) @ self.weights_.to(scores[0]) + self.bias_
 
     def _whitened(self, block: Block, extra: str) -> list[Tensor]:
-        """For each layer the rows ``[B, K]`` such that the tied covariance is the identity."""
+        """For each layer, rows ``[B, K]`` transformed so that the tied covariance is the identity."""
         values = [block.space(f"{extra}.{layer}") for layer in self.layers_]
         ready = zip(values, self.centres_, self.whitenings_, strict=True)
         return [(rows - centre.to(rows)) @ root.to(rows) for rows, centre, root in ready]
 
     def _scores_left_out(self, feats: FeatureSet, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer scores ``[M, L]`` of fit rows and of their perturbed copies, by Gaussians fitted without the row."""
+        """Layer scores ``[M, L]`` of fit rows and of their perturbed copies, from Gaussians fitted without the row."""
         perturbed_names = [f"fgsm.{layer}" for layer in self.layers_]
         if self._shapes(feats, perturbed_names, "be fitted on") != self.shapes_:
             raise ShapeMismatch(f"{self.name!r}: fgsm.* have other widths than layers.*: extract them again.")
@@ -203,13 +209,13 @@ class MahalanobisLayers(LayeredScorer):
 
 @dataclass
 class LeftOut:
-    """Gaussians of a layer without one row each, in coordinates where the covariance of all N rows is the identity.
+    """Gaussians of a layer, each without one row, in coordinates where the covariance of all N rows is the identity.
 
-    With u the row minus its class mean and n the rows of its class, leaving it out moves that mean by ``-u / (n - 1)``
-    and the scatter by ``-n / (n - 1) u u^T``, so that (Sherman-Morrison)
-    ``d^2 = (N - 1)/N (|v|^2 + a (v.u)^2 / (1 - a |u|^2))``, ``a = n / (n - 1) / N``, v to the mean without the row.
+    With u the row minus its class mean and n the number of rows of its class, leaving it out moves that mean by ``-u /
+    (n - 1)`` and the scatter by ``-n / (n - 1) u u^T``, so that (Sherman-Morrison) ``d^2 = (N - 1)/N (|v|^2 + a (v.u)^2
+    / (1 - a |u|^2))``, ``a = n / (n - 1) / N``, where v is relative to the mean without the row.
 
-    ``rows`` ``[B, K]`` are left out, their classes are ``own`` ``[B]``, with ``size`` ``[B]`` rows each; ``means``
+    The rows ``[B, K]`` are left out, their classes are ``own`` ``[B]``, with ``size`` ``[B]`` rows each; ``means`` is
     ``[C, K]``; ``total`` is N.
     """
 
@@ -220,10 +226,10 @@ class LeftOut:
     total: int
 
     def scores(self, values: Tensor) -> Tensor:
-        """``-1/2 min_c d^2`` of values ``[B, K]``, each by the Gaussians without its row, ``[B]``.
+        """``-1/2 min_c d^2`` of values ``[B, K]``, each from the Gaussians without its row, ``[B]``.
 
-        Minus infinity where there are none: of the only row of the only class, or one that nothing else goes along
-        with in some direction.
+        It is minus infinity where these do not exist: for the only row of the only class, or for a row that alone spans
+        a direction.
         """
         direction = self.rows - self.means[self.own]
         length = direction.square().sum(dim=1)
@@ -245,9 +251,10 @@ class LeftOut:
 
 
 def regression(rows: Tensor, others: Tensor) -> tuple[Tensor, float]:
-    """Weights ``[L]`` and bias of a logistic regression that tells rows ``[M, L]`` (positive) from others ``[M, L]``.
+    """Weights ``[L]`` and bias of a logistic regression that separates rows ``[M, L]`` from others ``[M, L]``.
 
-    Columns are standardised for the L2 penalty (C = 1); what is returned is for columns as they are.
+    Rows are the positive class. Columns are standardized for the L2 penalty (C = 1); the result is for columns that are
+    not.
     """
     from sklearn.linear_model import LogisticRegression
 

@@ -23,27 +23,28 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 CLOSE = 0.1
-"""Neighbours nearer than this share of the row's norm are searched for in float64."""
+"""Neighbors nearer than this share of the row's norm are searched for in float64."""
 
 BANK_PIECE = 4096
-"""Rows of the bank that are widened to float64 at a time."""
+"""Number of bank rows that are converted to float64 at a time."""
 
 AROUND = 4
-"""How many neighbours before and after the k-th ``knn`` looks at in float64."""
+"""How many neighbors before and after the k-th ``knn`` examines in float64."""
 
 SPARE = 10
-"""How many neighbours more than asked for ``nnguide`` looks at in float64."""
+"""How many neighbors beyond k ``nnguide`` examines in float64."""
 
 GRAPH_ROWS = 50_000
-"""The largest bank of fit rows that goes into an exported graph."""
+"""The largest bank of fit rows that fits into an exported graph."""
 
 
 @dataclass
 class _BankScorer(Scorer):
-    """What ``knn`` and ``nnguide`` share: candidates from a search of the bank in float32, judged in float64.
+    """Base class of ``knn`` and ``nnguide``: a float32 search of the bank finds candidates, judged in float64.
 
-    Scorers of one pass that search the same normalised bank search it once, together: their inner products with the
-    bank are the same matrix. Alone, each leaves the search to faiss, which finds a single list sooner.
+    Scorers of one pass that search the same normalized bank search it once, together, because their inner products with
+    the bank are the same matrix. A scorer that is scored alone leaves the search to faiss, which finds a single list
+    sooner.
     """
 
     bank_: Tensor = fitted()
@@ -54,7 +55,7 @@ class _BankScorer(Scorer):
 
     @abstractmethod
     def wanted(self) -> Wanted:
-        """What a search of the normalised bank has to find."""
+        """The request of this scorer to a search of the normalized bank."""
 
     @abstractmethod
     def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class _BankScorer(Scorer):
 
     @abstractmethod
     def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:
-        """The scores without an index, as a traced graph needs them: everything in float64."""
+        """The scores without an index, as in a traced graph: all in float64."""
 
     def score_block(self, block: Block) -> Tensor:
         rows = self._rows(block)
@@ -83,7 +84,7 @@ class _BankScorer(Scorer):
         return [scorer.judge(block, rows, candidates) for scorer, candidates in zip(together, found, strict=True)]
 
     def _remembered_wanted(self) -> Wanted:
-        """``wanted()`` of this bank, with the ranking that it makes once."""
+        """``wanted()`` of this bank, whose ranking is computed once."""
         known: tuple[Tensor, Wanted] | None = getattr(self, "_asked", None)
         if known is None or known[0] is not self.bank_:
             self._asked = self.bank_, self.wanted()
@@ -96,32 +97,32 @@ class _BankScorer(Scorer):
 @register_scorer("knn")
 @dataclass
 class KNN(_BankScorer):
-    """Minus the Euclidean distance to the k-th nearest in-distribution feature.
+    """Negative Euclidean distance to the k-th nearest in-distribution feature.
 
-    Fits a bank: the (L2-normalised) features of the fit set, float32, for a faiss index.
+    Fits a bank: the (L2-normalized) features of the fit set, float32, for a faiss index.
 
     Source: Sun et al. 2022, "Out-of-Distribution Detection with Deep Nearest Neighbors"; k = 50 is their choice for
-    CIFAR-10 (200 for CIFAR-100, 1,000 for all of ImageNet). Neighbours are found in float32; the distances of the k-th
-    and of ``AROUND`` on either side of it are then computed in float64 from the differences, and the k-th chosen. The
-    search expands ``|x - y|^2 = |x|^2 + |y|^2 - 2xy``, which cannot tell apart neighbours much nearer than the features
-    are long, as those of a collapsed network are: rows with such a neighbour (``CLOSE``) are searched for again in
-    float64, if the index is exact. A feature of zeros stays zero under normalisation.
+    CIFAR-10 (200 for CIFAR-100, 1,000 for all of ImageNet). Neighbors are found in float32; the distances of the k-th
+    and of ``AROUND`` on either side of it are then computed in float64 from the differences, and the k-th is chosen
+    among them. The search expands ``|x - y|^2 = |x|^2 + |y|^2 - 2xy``, which cannot distinguish neighbors that are much
+    nearer than the features are long, such as those of a collapsed network: rows with such a neighbor (``CLOSE``) are
+    searched for again in float64 if the index is exact. A feature of zeros stays zero under normalization.
 
-    Fails where OoD rows lie between the classes, as near to the bank as ID rows are; and where k is more than the rows
-    of a class.
+    Fails where OoD rows lie between the classes, as near to the bank as ID rows, and where k is larger than the number
+    of rows of a class.
 
     Args:
-        k: which neighbour.
-        normalize: L2-normalise features at fit and at score.
-        index: a faiss factory string; ``"Flat"`` is exact. Others (``"IVF1024,Flat"``, ``"HNSW32"``, ``"PCA64,Flat"``)
-            trade accuracy for speed and are trained on the bank; what was trained on a cache is kept in a file beside
-            it, and read by the next fit with the same parameters.
-        share: the share of the fit rows that make up the bank, 1% in some of the paper's runs on ImageNet. They are
-            chosen by a hash of their features, so that the order of the rows does not matter.
-        seed: of that choice.
+        k: The rank of the neighbor.
+        normalize: L2-normalize features in the fit and in the score.
+        index: A faiss factory string; ``"Flat"`` is exact. Others (``"IVF1024,Flat"``, ``"HNSW32"``, ``"PCA64,Flat"``)
+            trade accuracy for speed and are trained on the bank; an index trained on a cache is kept in a file beside
+            it and used by the next fit with the same parameters.
+        share: The share of the fit rows that make up the bank, 1% in some of the paper's runs on ImageNet. A hash of
+            their features determines the choice, so that the order of the rows does not matter.
+        seed: The seed of that choice.
 
-    Cost: one inner product with every bank row for each row, the same that ``nnguide`` takes if both are scored in one
-    pass; ``4 D`` bytes for each bank row, twice where faiss searches.
+    Cost: one inner product with each bank row for each row, shared with ``nnguide`` if both are scored in one pass; ``4
+    D`` bytes for each bank row, twice that if faiss searches.
     """
 
     tags = Tags(
@@ -162,7 +163,7 @@ class KNN(_BankScorer):
             self._index = kept_index(self.index, self.bank_, feats, repr(self.statistics()))
 
     def fitted_state(self) -> dict[str, Any]:
-        """An exact index is its bank; any other may come out differently when it is built again."""
+        """Return the state to save; an exact index is its bank, while any other may differ when it is built again."""
         import faiss
 
         state = super().fitted_state()
@@ -200,7 +201,7 @@ class KNN(_BankScorer):
         distances = self._distances(rows, candidates[:, first:]).sort(dim=1).values[:, self.k - 1 - first]
         close = distances < CLOSE * row_norm(rows, 2.0)
         if self.index == "Flat" and close.any():
-            kth = kth_neighbours(rows[close], self.bank_, self.k)
+            kth = kth_neighbors(rows[close], self.bank_, self.k)
             distances[close] = self._distances(rows[close], kth[:, None])[:, 0]
         return -distances
 
@@ -212,20 +213,20 @@ class KNN(_BankScorer):
         return block.space("features", self.normalize).cpu()
 
     def _distances(self, rows: Tensor, numbers: Tensor) -> Tensor:
-        """From each row to some rows of the bank, ``[B, K]``."""
+        """Distances of each row to some rows of the bank, ``[B, K]``."""
         columns = [(rows - self.bank_[column]).square_().sum(dim=1).sqrt_() for column in numbers.unbind(dim=1)]
         return torch.stack(columns, dim=1)
 
 
 def why_no_graph_of(bank: Tensor | None) -> str | None:
-    """The reason why a bank of fit rows cannot go into an exported graph; None if it can, or there is no bank."""
+    """The reason why a bank of fit rows cannot be part of an exported graph; None if it can, or if there is no bank."""
     if bank is None or len(bank) <= GRAPH_ROWS:
         return None
     return f"its bank has {len(bank):,} rows, and a graph holds up to {GRAPH_ROWS:,}: fit it on fewer"
 
 
-def kth_neighbours(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -> Tensor:
-    """The number of each row's k-th nearest bank row, ``[B]``: exact, in float64, a piece of the bank at a time."""
+def kth_neighbors(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -> Tensor:
+    """The number of each row's k-th nearest bank row, ``[B]``; exact, in float64, a piece of the bank at a time."""
     nearest, numbers = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
     for start in range(0, len(bank), piece):
         distances = squared_distances(rows, bank[start : start + piece].double())
@@ -239,26 +240,26 @@ def kth_neighbours(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) 
 @register_scorer("nnguide")
 @dataclass
 class NNGuide(_BankScorer):
-    """Energy times the mean of the k largest inner products with a bank of energy-weighted neighbours.
+    """Energy times the mean of the k largest inner products with a bank of energy-weighted neighbors.
 
     ``E(x) 1/k sum_{the k largest} E(z_i) <z/||z||, z_i/||z_i||>`` with ``E = logsumexp(f)``.
 
-    Fits a bank, the L2-normalised features of the fit rows in float32, and their energies.
+    Fits a bank, the L2-normalized features of the fit rows in float32, and their energies.
 
-    Source: Park et al. 2023, "Nearest Neighbor Guidance for Out-of-Distribution Detection"; k = 10 is theirs, and so
-    is a bank of 1% of ImageNet's rows (``share=0.01``); by default all rows are in it. The search finds ``SPARE`` more
-    than k candidates in float32; their inner products are computed again, and the k largest chosen, in float64. A
-    feature of zeros stays zero, and scores 0.
+    Source: Park et al. 2023, "Nearest Neighbor Guidance for Out-of-Distribution Detection"; k = 10 is theirs, and so is
+    a bank of 1% of the rows of ImageNet (``share=0.01``); by default, the bank has all rows. The search finds ``SPARE``
+    more than k candidates in float32; their inner products are computed again, and the k largest chosen, in float64. A
+    feature of zeros stays zero and scores 0.
 
-    Fails where energies are negative: the signs of both factors then turn the order around.
+    Fails where energies are negative: the signs of both factors then reverse the order.
 
     Args:
-        k: how many neighbours.
-        share: the share of the fit rows that make up the bank, chosen by a hash of their features.
-        seed: of that choice.
+        k: The number of neighbors.
+        share: The share of the fit rows that make up the bank, chosen by a hash of their features.
+        seed: The seed of that choice.
 
-    Cost: one inner product with every bank row for each row, the same that ``knn`` takes if both are scored in one
-    pass; ``4 D`` bytes for each bank row, twice where faiss searches.
+    Cost: one inner product with each bank row for each row, shared with ``knn`` if both are scored in one pass; ``4 D``
+    bytes for each bank row, twice that if faiss searches.
     """
 
     tags = Tags(

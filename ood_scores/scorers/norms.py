@@ -20,15 +20,16 @@ from ood_scores.scorers.tags import Paper, Tags
 class FeatureNorm(Scorer):
     """Norm of the penultimate features, ``||z||_p``, or of another space.
 
-    Source: Haas et al. 2024 (p = 2), for models trained with L2-normalised features, where z is the feature *before*
-    normalisation (what extraction keeps). The RN score of Shin et al. 2024 (RNA) is minus this, with OoD high.
+    Source: Haas et al. 2024 (p = 2), for models trained with L2-normalized features, where z is the feature *before*
+    normalization (as extraction keeps it). The RN score of Shin et al. 2024 (RNA) is the negative of this, for which
+    OoD rows score high.
 
-    Fails on models trained with plain cross-entropy, whose norms tell less (AUROC 0.77 of a DenseNet-BC-100, CIFAR-10
-    against CIFAR-100, where the energy reaches 0.90).
+    Fails on models trained with plain cross-entropy, whose norms are less informative (AUROC 0.77 of a DenseNet-BC-100,
+    CIFAR-10 against CIFAR-100, where the energy reaches 0.90).
 
     Args:
-        p: order of the norm, in (0, inf].
-        space: ``"features"``, ``"logits"`` or the name of an extra ``[N, K]``: ``"layers.layer4"`` for the channel
+        p: The order of the norm, in (0, inf].
+        space: ``"features"``, ``"logits"``, or the name of an extra ``[N, K]``: ``"layers.layer4"`` for the channel
             means of a layer, which ``extract(layers=...)`` keeps.
 
     Cost: one pass over the features.
@@ -56,12 +57,12 @@ class FeatureNorm(Scorer):
 class LogitNorm(Scorer):
     """Norm of the logits, ``||f||_p``.
 
-    Source: Haas et al. 2024, Table 3 (p = 2). Not the training loss of the same name (Wei et al. 2022).
+    Source: Haas et al. 2024, Table 3 (p = 2). It is not the training loss of the same name (Wei et al. 2022).
 
-    Fails as ``max_logit``, of which it is the two-sided form: very negative logits raise it too.
+    Fails as ``max_logit`` does, of which it is the two-sided form: very negative logits raise it too.
 
     Args:
-        p: order of the norm, in (0, inf].
+        p: The order of the norm, in (0, inf].
 
     Cost: one pass over the logits.
     """
@@ -84,7 +85,8 @@ class ActivationRatio(Scorer):
 
     Source: Shin et al. 2024 (RNA), section 5.2. Meant for features after a ReLU.
 
-    Fails where features are averages over many positions, nearly all of which are positive (0.999 of a ResNet-20's).
+    Fails where features are averages over many positions, nearly all of which are positive (0.999 of those of a
+    ResNet-20).
 
     Cost: one pass over the features.
     """
@@ -100,19 +102,19 @@ class ActivationRatio(Scorer):
 @register_scorer("block_norm")
 @dataclass
 class BlockNorm(Scorer):
-    """The norm of the maps of one block, ``1/C sum_c ||relu(a_c)||_2``.
+    """Norm of the feature maps of one block, ``1/C sum_c ||relu(a_c)||_2``.
 
     Reads ``norms.<layer>`` ``[N]``, which the probe ``norms`` keeps: ``extract(..., probes=["norms"])``.
 
     Source: Yu et al. 2023, "Block Selection Method for Using Feature Norm in Out-of-Distribution Detection", Eq. 3. The
     paper chooses the block without OoD data, by the ratio of these norms for training images and for jigsaw puzzles of
-    them; that choice is left to the caller.
+    them; here, the caller chooses it.
 
-    Fails in a block that was not chosen so: where the network is confident beyond its data, the norms of the last block
-    are larger for OoD inputs.
+    Fails in a block that was not chosen in this way: where the network is confident beyond its data, the norms of the
+    last block are larger for OoD inputs.
 
     Args:
-        layer: the name of the module; None for the last one that the set has norms of.
+        layer: The name of the module; None for the last one for which the set has norms.
 
     Cost: none.
     """

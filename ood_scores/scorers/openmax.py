@@ -22,7 +22,7 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 TRANSLATION = 10_000.0
-"""libmr moves a tail so that its smallest distance is this, before a Weibull distribution is fitted."""
+"""The smallest distance of a tail after the shift that libmr applies before it fits a Weibull distribution."""
 
 
 STEP = 1e300
@@ -32,33 +32,33 @@ STEP = 1e300
 @register_scorer("openmax")
 @dataclass
 class OpenMax(Scorer):
-    """Log probability that the class is one of the known, ``log(1 - p_unknown)``, after OpenMax moved the logits.
+    """Log probability that the class is a known one, ``log(1 - p_unknown)``, after OpenMax has changed the logits.
 
-    The i-th largest logit f_c, i = 1 .. alpha, keeps the share ``1 - omega``,
-    ``omega = (alpha + 1 - i)/alpha F_c(||f - mu_c||)``. What they lose is the logit of the unknown class; p is the
-    softmax of all. F_c is a Weibull distribution of how far rows of class c are from its mean.
+    The i-th largest logit f_c, i = 1 .. alpha, keeps the share ``1 - omega`` with ``omega = (alpha + 1 - i)/alpha
+    F_c(||f - mu_c||)``. The removed shares add up to the logit of the unknown class; p is the softmax of all logits.
+    F_c is a Weibull distribution of the distance of rows of class c to the mean of the class.
 
-    Fits, on rows that are predicted as their label, the mean mu_c of the logits of each class and the shape and scale
-    of F_c, by maximum likelihood, to the ``tail`` largest distances to it, moved to ``TRANSLATION`` as libmr does. All
-    classes are fitted at once, by bisection of the one equation that the shape solves. A class without such a row has
-    F_c = 1, with a warning: nothing is known to be near it. Where all its distances are equal (a single row) F_c is a
-    step.
+    Fits, on rows that are predicted as their label, the mean mu_c of the logits of each class, and the shape and scale
+    of F_c by maximum likelihood from the ``tail`` largest distances to the mean, shifted to ``TRANSLATION`` as in
+    libmr. All classes are fitted at once, by bisection of the single equation that determines the shape. A class
+    without such a row has F_c = 1, with a warning: every row is far from it. If all distances of a class are equal (a
+    single row), F_c is a step.
 
     Source: Bendale & Boult 2016, "Towards Open Set Deep Networks": tail 20 and alpha 10 as in the authors' code; the
-    activations are the logits, as theirs of AlexNet's fc8. Departures: theirs adds the cosine distance to 1/200 of the
-    Euclidean (``euclidean=0.005, cosine=1``), which fits the size of AlexNet's logits; the log of 1 - p_unknown ranks
-    as -p_unknown does, without ties at 0 and 1.
+    activations are the logits, as their fc8 of AlexNet. Departures: their code adds the cosine distance to 1/200 of the
+    Euclidean distance (``euclidean=0.005, cosine=1``), which suits the size of AlexNet's logits; the log of 1 -
+    p_unknown ranks rows as -p_unknown does, without ties at 0 and 1.
 
-    Fails with few rows a class, on which no tail can be fitted, and where logits are negative: the unknown class then
-    loses by them.
+    Fails with few rows for each class, too few to fit a tail, and where logits are negative: they then lower the logit
+    of the unknown class.
 
     Args:
-        tail: how many of the largest distances of each class are fitted.
-        alpha: how many of the largest logits are moved; with fewer classes all are.
-        euclidean: weight of the Euclidean distance.
-        cosine: weight of the cosine distance.
+        tail: The number of largest distances of each class that are fitted.
+        alpha: The number of largest logits that are changed; models with fewer classes use all.
+        euclidean: The weight of the Euclidean distance.
+        cosine: The weight of the cosine distance.
 
-    Cost: one product with a ``[C, C]`` matrix for each block; the fit keeps the fit set's logits ``[N, C]``.
+    Cost: one product with a ``[C, C]`` matrix for each block; the fit keeps the logits of the fit set ``[N, C]``.
     """
 
     tags = Tags(
@@ -121,7 +121,7 @@ class OpenMax(Scorer):
         return torch.nn.functional.logsigmoid(known - lost.sum(dim=1))
 
     def _distances(self, logits: Tensor) -> Tensor:
-        """From every row to every class mean, ``[B, C]``."""
+        """Distances of each row to each class mean, ``[B, C]``."""
         means = self.means_.to(logits)
         centre = means.mean(dim=0)
         distances = self.euclidean * squared_distances(logits - centre, means - centre).sqrt()
@@ -131,7 +131,7 @@ class OpenMax(Scorer):
         return distances
 
     def _weibull(self, distances: Tensor, classes: Tensor) -> Tensor:
-        """F of the distances to some classes of each row, ``[B, K]``."""
+        """The value of F at the distances to some classes of each row, ``[B, K]``."""
         nearest, shape, log_scale = (
             values.to(distances.device)[classes] for values in (self.nearest_, self.shape_, self.log_scale_)
         )
@@ -141,7 +141,7 @@ class OpenMax(Scorer):
 
 
 def largest_by_class(values: Tensor, labels: Tensor, classes: int, count: int) -> Tensor:
-    """The ``count`` largest values of each class, ``[C, count]``, NaN where a class has fewer."""
+    """The ``count`` largest values of each class, ``[C, count]``; NaN where a class has fewer."""
     order = values.argsort(descending=True)
     order = order[labels[order].argsort(stable=True)]
     values, labels = values[order], labels[order]
@@ -154,10 +154,10 @@ def largest_by_class(values: Tensor, labels: Tensor, classes: int, count: int) -
 
 
 def weibull_fit(logs: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape and log of the scale of the likeliest Weibull distribution of each row, from logarithms with NaN for none.
+    """Shape and log scale of the most likely Weibull distribution of each row of logarithms; NaN marks missing values.
 
     The shape k solves ``sum x^k log x / sum x^k - mean(log x) = 1/k``, whose left side grows with k. Logarithms are
-    taken relative to the row's largest and in units of their standard deviation, so that k is of the order of 1.
+    relative to the largest of the row and in units of their standard deviation, so that k is of the order of 1.
     """
     there = logs.isfinite()
     count = there.sum(dim=1, keepdim=True).clamp_min(1)
@@ -181,5 +181,5 @@ def weibull_fit(logs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_translated(distances: Tensor, nearest: Tensor) -> Tensor:
-    """``log((distance - nearest + TRANSLATION) / TRANSLATION)``, with its digits."""
+    """``log((distance - nearest + TRANSLATION) / TRANSLATION)`` without loss of digits."""
     return ((distances - nearest) / TRANSLATION).clamp_min(-1).log1p()

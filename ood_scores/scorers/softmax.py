@@ -20,11 +20,11 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 COOLEST, HOTTEST = 0.01, 100.0
-"""Temperatures between which the fit looks for the best one."""
+"""The range of temperatures that the fit searches."""
 
 
 FIT_ELEMENTS = 2**20
-"""Logits that are widened to float64 at a time."""
+"""How many logits are converted to float64 at a time."""
 
 
 @register_scorer("msp")
@@ -32,17 +32,18 @@ FIT_ELEMENTS = 2**20
 class MSP(Scorer):
     """Maximum softmax probability, ``max_c softmax(f / T)_c``.
 
-    Source: Hendrycks & Gimpel 2017, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples".
+    Source: Hendrycks & Gimpel 2017, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural
+    Networks".
 
-    Fails where networks are confident in all they see: the softmax tells only how the logits compare with each other,
-    not how large they are.
+    Fails where a network is confident on every input: the softmax depends on the differences between logits, not on
+    their size.
 
     Args:
-        temperature: the divisor T of the logits.
-        double: compute in float64 whatever the logits' dtype. By default the softmax has the logits' own precision, as
-            in the published numbers: in float32 every confidence above 1 - 6e-8 becomes the same 1. That matters: of
-            CIFAR-10's test images a DenseNet-BC-100 gives 2,760 of 10,000 exactly 1, and the AUROC against CIFAR-100
-            is .88438 with these ties and .88449 without them.
+        temperature: The divisor T of the logits.
+        double: Compute in float64 whatever the dtype of the logits. By default, the softmax has the precision of the
+            logits, as in published numbers: in float32, every confidence above 1 - 6e-8 becomes the same 1. This
+            matters: a DenseNet-BC-100 assigns exactly 1 to 2,760 of the 10,000 test images of CIFAR-10, and the AUROC
+            against CIFAR-100 is .88438 with these ties and .88449 without them.
 
     Cost: one softmax for each row.
     """
@@ -73,16 +74,16 @@ class MSP(Scorer):
 @register_scorer("scaled_msp")
 @dataclass
 class ScaledMSP(Scorer):
-    """Maximum softmax probability with the features scaled down first: MSP of ``W (s z) + b``.
+    """Maximum softmax probability after scaling the features: MSP of ``W (s z) + b``.
 
-    Source: Haas et al. 2024, Table 2 and A.2: the large features of models trained with L2 normalisation saturate the
-    softmax. The paper tunes s on its test sets and prints no value. The default 0.1 is tuned on nothing: choose
+    Source: Haas et al. 2024, Table 2 and A.2: the large features of models trained with L2 normalization saturate the
+    softmax. The paper tunes s on its test sets and prints no value. The default of 0.1 is not tuned on anything: choose
     ``scale`` on validation data, never on the sets you report.
 
     Fails where the scale leaves the softmax nearly uniform or saturated.
 
     Args:
-        scale: s.
+        scale: The factor s.
 
     Cost: one product with the head for each block.
     """
@@ -103,17 +104,17 @@ class ScaledMSP(Scorer):
 class Temperature(Scorer):
     """Maximum softmax probability at a fitted temperature, ``max_c softmax(f / T)_c``.
 
-    Fits the T that minimises the mean negative log-likelihood ``-log softmax(f / T)_y`` of the labels. It is convex in
-    1/T: Newton steps that stay within a shrinking bracket find its one minimum, in float64.
+    Fits the T that minimizes the mean negative log-likelihood ``-log softmax(f / T)_y`` of the labels. This function is
+    convex in 1/T: Newton steps that stay within a shrinking bracket find its single minimum, in float64.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks". Departure: the authors' code takes at most 50
-    steps of L-BFGS from T = 1.5 and may stop short of the minimum; here it is reached.
+    steps of L-BFGS from T = 1.5 and may stop before the minimum; this implementation reaches it.
 
-    Fails on the training set of a model that classifies it without error: the likelihood then grows as T falls to 0,
-    and rows whose other probabilities together are below 1e-16 all score 1. Where no T between ``COOLEST`` and
-    ``HOTTEST`` is best, T stays 1, with a warning. Fit on held-out rows.
+    Fails on the training set of a model that classifies it without error: the likelihood then grows as T approaches 0,
+    and all rows whose other probabilities sum to less than 1e-16 score 1. If no T between ``COOLEST`` and ``HOTTEST``
+    is best, T stays 1, with a warning. Fit on held-out rows.
 
-    Cost: one softmax of the fit set for each of about ten steps; keeps the fit set's logits ``[N, C]``.
+    Cost: one softmax of the fit set in each of about ten steps; the fit keeps the logits of the fit set ``[N, C]``.
     """
 
     tags = Tags(
@@ -150,20 +151,20 @@ class Temperature(Scorer):
 @register_scorer("margin")
 @dataclass
 class Margin(Scorer):
-    """How far the largest is ahead of the second largest, of the logits or of the softmax.
+    """The gap between the largest and the second largest logit or softmax probability.
 
-    Source: the logits' margin is Liang, Peng & Sun 2024, "Selective Classification Under Distribution Shifts"
-    (RL_conf-M); the softmax's is Scheffer, Decomain & Wrobel 2001, "Active Hidden Markov Models for Information
-    Extraction". The logits' margin is the log of the ratio of the two probabilities and does not saturate; the
-    softmax's does where the model is confident.
+    Source: the margin of the logits is from Liang, Peng & Sun 2024, "Selective Classification Under Distribution
+    Shifts" (RL_conf-M); that of the softmax is from Scheffer, Decomain & Wrobel 2001, "Active Hidden Markov Models for
+    Information Extraction". The margin of the logits is the log of the ratio of the two probabilities and does not
+    saturate; that of the softmax saturates where the model is confident.
 
-    Fails for models whose classes come in near-duplicates: there the margin of a known input is small. A single class
-    has no margin.
+    Fails for models with classes that are near-duplicates: the margin of a known input is then small. A model with a
+    single class has no margin.
 
     Args:
         space: ``"logits"`` or ``"softmax"``.
 
-    Cost: the two largest of C values a row.
+    Cost: the two largest of C values for each row.
     """
 
     tags = Tags(
@@ -191,7 +192,7 @@ class Margin(Scorer):
 
 
 def best_inverse_temperature(logits: Tensor, labels: Tensor) -> float | None:
-    """The b that minimises the mean of ``-log softmax(b f)_y``; None if it does not lie within the bounds."""
+    """Return the b that minimizes the mean of ``-log softmax(b f)_y``, or None if it is outside the search range."""
     low, high = 1 / HOTTEST, 1 / COOLEST
     labels = labels.to(logits.device)
     if _slope(logits, labels, low)[0] >= 0 or _slope(logits, labels, high)[0] <= 0:
@@ -209,7 +210,7 @@ def best_inverse_temperature(logits: Tensor, labels: Tensor) -> float | None:
 
 
 def _slope(logits: Tensor, labels: Tensor, inverse: float) -> tuple[float, float]:
-    """First and second derivative by b of the mean negative log-likelihood at b."""
+    """First and second derivative, with respect to b, of the mean negative log-likelihood at b."""
     slope, curvature = 0.0, 0.0
     rows = max(1, FIT_ELEMENTS // logits.shape[1])
     for part, label in zip(logits.split(rows), labels.split(rows), strict=True):

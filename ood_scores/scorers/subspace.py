@@ -32,14 +32,14 @@ WANG_2022 = Paper(
 )
 
 BLOCK_ROWS = 4096
-"""Rows of the sample whose residuals are computed at a time."""
+"""Number of sampled rows whose residuals are computed at a time."""
 
 MAX_LOGIT = Means("max_logit")
 
 
 @dataclass
 class _ResidualScorer(Scorer):
-    """What ``residual`` and ``vim`` share: the residual space, and a feature's norm in it."""
+    """Base class of ``residual`` and ``vim``: the residual space and the norm of a feature in it."""
 
     dimension: int | None = None
     origin_: Tensor = fitted()
@@ -67,33 +67,33 @@ class _ResidualScorer(Scorer):
         self.origin_, self.residual_space_ = origin, vectors[:, dimension:].contiguous()
 
     def residual_norm(self, features: Tensor) -> Tensor:
-        """``||R^T (z - o)||``, float64 ``[B]``; the product in the precision that the features are kept in."""
+        """``||R^T (z - o)||``, float64 ``[B]``; the product is in the precision in which the features are stored."""
         return row_norm((features - self.origin_.to(features)) @ self.residual_space_.to(features), 2.0)
 
 
 @register_scorer("residual")
 @dataclass
 class Residual(_ResidualScorer):
-    """Minus the norm of what a feature has outside the principal space, ``-||R^T (z - o)||``.
+    """Negative norm of the part of a feature outside the principal space, ``-||R^T (z - o)||``.
 
-    Fits the origin ``o = -pinv(W) b``, at which all logits are 0 (as nearly as one point can make them), and R, the
+    Fits the origin ``o = -pinv(W) b``, at which all logits are 0 (as nearly as is possible for one point), and R, the
     eigenvectors ``[D, D - dimension]`` of the smallest eigenvalues of the mean of ``(z - o)(z - o)^T`` over the fit
-    set: not centred at the mean of the data.
+    set, which is not centered at the mean of the data.
 
-    Source: Wang et al. 2022, "ViM: Out-Of-Distribution with Virtual-logit Matching", its score without the logits. The
-    authors' code takes 1,000 principal dimensions from 2,048 features on, else 512; below 768 features, where 512 would
-    leave little or no residual, the default is half of them, as in the evaluation code of Bitterwolf et al. 2023
-    (NINCO). Departure: the eigenvectors are those of a symmetric matrix (``eigh``, float64), where the authors call the
-    general ``eig``.
+    Source: Wang et al. 2022, "ViM: Out-Of-Distribution with Virtual-logit Matching", their score without the logits.
+    The authors' code uses 1,000 principal dimensions from 2,048 features on, otherwise 512; below 768 features, where
+    512 would leave little or no residual, the default is half of them, as in the evaluation code of Bitterwolf et al.
+    2023 (NINCO). Departure: the eigenvectors are those of a symmetric matrix (``eigh``, float64), while the authors
+    call the general ``eig``.
 
-    The product with R is taken in the precision that the features are kept in: float32 features have errors of their
-    own of the size that it makes.
+    The product with R is in the precision in which the features are stored: the rounding errors of float32 features are
+    as large as those of the product.
 
-    Fails where the fit data fill no more than the principal space, which raises BadInput: fewer rows than
-    ``dimension``, or a dimension above their rank.
+    Fails where the fit data do not extend beyond the principal space, which raises BadInput: there are fewer rows than
+    ``dimension``, or the dimension is above their rank.
 
     Args:
-        dimension: of the principal space; None for the default above.
+        dimension: The dimension of the principal space; None for the default above.
 
     Cost: one product with a ``[D, D - dimension]`` matrix for each block; one eigendecomposition to fit.
     """
@@ -112,20 +112,20 @@ class ViM(_ResidualScorer):
     """Energy minus the virtual logit, ``logsumexp(f) - alpha ||R^T (z - o)||``.
 
     Fits origin and residual space as ``residual`` does, and ``alpha = mean max_c f_c / mean ||R^T (z - o)||`` over the
-    fit set. The norm of the residual is no moment of the features and is known only once R is: its mean is exact up to
-    2^26 activations, beyond that it is that of evenly spaced rows (``SampledRows``), so that one pass is enough.
+    fit set. The norm of the residual is not a moment of the features and depends on R: its mean is exact up to 2^26
+    activations; beyond that, it is the mean of evenly spaced rows (``SampledRows``), so that one pass is enough.
 
     Source: Wang et al. 2022, "ViM: Out-Of-Distribution with Virtual-logit Matching"; dimension and departures as for
-    ``residual``. The logits are those of the set, the authors' are computed from features and head: the same numbers
-    but for rounding.
+    ``residual``. The logits are those of the set, while the authors compute them from features and head: the numbers
+    are equal up to rounding.
 
     Fails where the largest logits are negative on average (models trained with sigmoids): alpha is then negative and
-    rewards the residual, which a warning says. BadInput where ``residual`` raises it.
+    rewards the residual, with a warning. Raises BadInput where ``residual`` does.
 
     Args:
-        dimension: of the principal space; None for the default of ``residual``.
+        dimension: The dimension of the principal space; None for the default of ``residual``.
 
-    Cost: as ``residual``, and the energy.
+    Cost: as ``residual``, plus the energy.
     """
 
     tags = Tags(paper=WANG_2022)
@@ -157,25 +157,25 @@ class ViM(_ResidualScorer):
 class NECO(Scorer):
     """Share of a feature's norm in the principal space, times the largest logit, ``max_c f_c ||P^T x|| / ||x||``.
 
-    x is the feature standardised with mean and standard deviation (divided by N) of the fit set, P the eigenvectors
-    ``[D, dimension]`` of the largest eigenvalues of the covariance of x. A feature that does not vary on the fit set is
-    only centred. A row at the mean of the fit set, where the ratio is 0/0, scores 0.
+    The vector x is the feature standardized by the mean and standard deviation (divided by N) of the fit set; P are the
+    eigenvectors ``[D, dimension]`` of the largest eigenvalues of the covariance of x. A feature that does not vary on
+    the fit set is only centered. A row at the mean of the fit set, where the ratio is 0/0, scores 0.
 
     Source: Ben Ammar et al. 2024, "NECO: NEural Collapse Based Out-of-distribution detection". The paper's score is the
     ratio; the authors' code multiplies it by the largest logit for every architecture but ResNet. Their code has no
-    default for the dimension; the one here, as many as hold 90% of the variance, is that of the evaluation code of
+    default for the dimension; the default here, as many as hold 90% of the variance, is that of the evaluation code of
     Mueller & Hein 2025.
 
-    Fails on models without neural collapse, and with the logit where largest logits are negative: there a larger share
-    of the norm lowers the score.
+    Fails on models without neural collapse; with the logit, also where largest logits are negative, because a larger
+    share of the norm then lowers the score.
 
     Args:
-        dimension: of the principal space; None: the fewest that hold ``variance``.
-        variance: share of the variance that the principal space holds; read where ``dimension`` is None.
-        max_logit: multiply by the largest logit; False for ResNets in the authors' code.
-        standardize: False takes P from the features as they are, centred, and divides by the norm of the feature
-            itself, not centred: what the authors' code gives without its scaler, as it advises for a ViT on CIFAR.
-        raw_norm: divide by ``||z||`` instead of ``||x||``, as the authors' code does for DeiT and Swin.
+        dimension: The dimension of the principal space; None for the smallest that holds ``variance``.
+        variance: The share of the variance in the principal space; ignored if ``dimension`` is given.
+        max_logit: Multiply by the largest logit; False for ResNets in the authors' code.
+        standardize: With False, P is computed from the raw features, centered, and the norm of the feature itself, not
+            centered, is the divisor: the authors' code without its scaler, which it recommends for a ViT on CIFAR.
+        raw_norm: Divide by ``||z||`` instead of ``||x||``, as the authors' code does for DeiT and Swin.
 
     Cost: one product with a ``[D, dimension]`` matrix for each block; one eigendecomposition to fit.
     """
@@ -231,7 +231,7 @@ class NECO(Scorer):
         return ratio * block.logits64().amax(dim=1) if self.max_logit else ratio
 
     def _enough(self, values: Tensor) -> int:
-        """The fewest dimensions that hold the share ``variance`` of the variance."""
+        """The smallest number of dimensions that hold the share ``variance`` of the variance."""
         held = values.cumsum(0) / values.sum()
         return min(int((held < self.variance).sum()) + 1, rank_of(values))
 
@@ -239,25 +239,25 @@ class NECO(Scorer):
 @register_scorer("pnml")
 @dataclass
 class PNML(Scorer):
-    """Minus the normalised regret of the pNML learner, ``-log(sum_c p_c / (p_c + (1 - p_c) p_c^k)) / log C``.
+    """Negative normalized regret of the pNML learner, ``-log(sum_c p_c / (p_c + (1 - p_c) p_c^k)) / log C``.
 
-    ``k = q / (1 + q)`` with ``q = x^T (X^T X)^+ x``, for the L2-normalised feature x and the matrix X of the
-    L2-normalised features of the fit set; p is the softmax of the head applied to x, not to the feature itself. The
-    regret is what hindsight of the label would gain: small where x lies among the fit data (q near 0, and one
+    ``k = q / (1 + q)`` with ``q = x^T (X^T X)^+ x``, for the L2-normalized feature x and the matrix X of the
+    L2-normalized features of the fit set; p is the softmax of the head applied to x, not to the feature itself. The
+    regret is what knowledge of the label would gain: it is small where x lies among the fit data (q near 0, and one
     probability near 1).
 
-    Fits ``X^T X`` in float64 and its pseudo-inverse's root.
+    Fits ``X^T X`` in float64, and the root of its pseudo-inverse.
 
     Source: Bibas et al. 2021, "Single Layer Predictive Normalized Maximum Likelihood for Out-of-Distribution
-    Detection"; the authors' code ranks by one minus the regret. Departure: each term is computed as
-    ``1 / (1 + (1 - p_c) p_c^(k - 1))``, from log-probabilities, without clipping them. The products are taken in the
-    precision that the features are kept in.
+    Detection"; the authors' code ranks rows by one minus the regret. Departure: each term is computed as ``1 / (1 + (1
+    - p_c) p_c^(k - 1))`` from log-probabilities, which are not clipped. The products are in the precision in which the
+    features are stored.
 
-    Fails where the logits of normalised features are all small: p is then nearly uniform and q decides alone. Large fit
-    sets make q small for every row within their span. What lies outside it counts nothing, as a pseudo-inverse has
-    it. With a single class the regret is 0 for every row.
+    Fails where the logits of normalized features are all small: p is then nearly uniform, and q alone determines the
+    score. With a large fit set, q is small for every row in its span. The part of a row outside the span does not
+    count, as with any pseudo-inverse. With a single class, the regret is 0 for every row.
 
-    Cost: one product with a ``[D, D]`` and one with the ``[D, C]`` head for each block.
+    Cost: one product with a ``[D, D]`` matrix and one with the ``[D, C]`` head for each block.
     """
 
     tags = Tags(
@@ -294,7 +294,7 @@ class PNML(Scorer):
 
 
 def default_dimension(width: int) -> int:
-    """ViM's dimension of the principal space of so many features."""
+    """ViM's default dimension of the principal space for a number of features."""
     return 1000 if width >= 2048 else 512 if width >= 768 else width // 2
 
 
@@ -310,7 +310,7 @@ def moments_about(moments: Moments, origin: Tensor) -> Tensor:
 
 
 def deviations(moments: Moments) -> Tensor:
-    """Standard deviations ``[D]``, divided by N; 1 for a feature that does not vary beyond its rounding error."""
+    """Standard deviations ``[D]``, divided by N; 1 for features that do not vary by more than rounding."""
     found = (moments.scatter.diagonal() / moments.counts.sum()).sqrt()
     rounding = torch.finfo(found.dtype).eps * moments.counts.sum() * moments.means[0].abs()
     return torch.where(found > rounding, found, 1.0)
@@ -323,5 +323,5 @@ def principal_axes(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rank_of(values: Tensor) -> int:
-    """How many eigenvalues, largest first, are more than rounding error."""
+    """The number of eigenvalues, sorted with the largest first, that exceed the rounding error."""
     return int((values > torch.finfo(values.dtype).eps * len(values) * values[0]).sum())

@@ -19,57 +19,57 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
 EDGE = 1e-8
-"""How far beyond the largest value of the fit set the last bin reaches."""
+"""How far beyond the largest value of the fit set the last bin extends."""
 
 FLOOR, PERTURBED_FLOOR = 0.01, 0.025
-"""What is added to every share of a histogram before it is normalised, of features and of perturbed logits."""
+"""The constants added to each share of a histogram before it is normalized, for features and for perturbed logits."""
 
 ROUNDED = 64
-"""How many units in the last place, of float64, a value may be beyond the limits: products differ by block size."""
+"""How many float64 units in the last place a value may be beyond the limits: products depend on the block size."""
 
 PIECE = 2**20
-"""How many perturbed logits there are at a time, but for one repeat at least: few enough for the caches."""
+"""How many perturbed logits are computed at a time, at least those of one repeat: few enough for the CPU caches."""
 
 
 @register_scorer("weiper")
 @dataclass
 class WeiPer(Scorer):
-    """How usual the histograms of a row's features and of its perturbed logits are: "WeiPer+KLD".
+    """Similarity of the histograms of a row's features and perturbed logits to those of the fit set: "WeiPer+KLD".
 
     ``-(KL(p, q(z)) + lambda_1 KL(p', q(W' z + b)) - lambda_2 MSP')``. W' are ``repeats`` copies of the head's weight,
-    each with noise ``distance ||w_c|| e / ||e||`` added to its rows, e normal. q is the histogram of the D features of
-    the row, or of its C ``repeats`` perturbed logits, smoothed by a moving average; p and p' are the mean histograms of
-    the fit rows, not smoothed. KL is the sum of the divergences in both directions, MSP' the mean over the copies of
-    the largest softmax probability.
+    each with noise ``distance ||w_c|| e / ||e||`` added to its rows, where e is normal. q is the histogram of the D
+    features of the row, or of its C ``repeats`` perturbed logits, smoothed by a moving average; p and p' are the mean
+    histograms of the fit rows, not smoothed. KL is the sum of the divergences in both directions, and MSP' is the mean
+    over the copies of the largest softmax probability.
 
-    Fits, in a first pass, the range of all features and of all perturbed logits, into which the bins divide, and in a
-    second the mean histograms.
+    Fits, in a first pass, the range of all features and of all perturbed logits, which the bins divide, and, in a
+    second pass, the mean histograms.
 
     Source: Granz, Heurich & Landgraf 2024, "WeiPer: OOD Detection using Weight Perturbations of Class Projections". The
-    defaults are what they found for ResNet-50 on ImageNet; for ResNet-18 on CIFAR-10 their list has
-    ``distance=1.8, lambda_1=2.5, lambda_2=0.1, smoothing=4, perturbed_smoothing=15``, on CIFAR-100
-    ``2.4, 0.1, 1, 4, 40``, and for ViT-B/16 ``2.0, 2.5, 0.1, 40, 15`` with 80 bins. As in their code 0.01, or 0.025 for
-    the perturbed logits, is added to the shares, and values outside the range are in no bin. Departures: the noise is
-    drawn once, in the fit, where a version of their code draws it anew for every batch; the range is that of all rows
-    (their ``exact_minmax``).
+    defaults are their values for ResNet-50 on ImageNet; for ResNet-18 on CIFAR-10, they list ``distance=1.8,
+    lambda_1=2.5, lambda_2=0.1, smoothing=4, perturbed_smoothing=15``, on CIFAR-100 ``2.4, 0.1, 1, 4, 40``, and for
+    ViT-B/16 ``2.0, 2.5, 0.1, 40, 15`` with 80 bins. As in their code, 0.01, or 0.025 for the perturbed logits, is added
+    to the shares, and values outside the range are in no bin. Departures: the noise is drawn once, in the fit, while a
+    version of their code draws it anew for each batch; the range is that of all rows (their ``exact_minmax``).
 
-    Perturbed logits and their softmax are computed in the precision that the features are kept in, all else in float64:
-    of float32 features a logit may be counted in the bin beside its own if it is within its rounding of the edge.
+    Perturbed logits and their softmax are computed in the precision in which the features are stored, and everything
+    else in float64: with float32 features, a logit within its rounding of an edge may be counted in the adjacent bin.
 
-    Fails with few features, which leave most bins of a row empty: of a ResNet-20 for CIFAR-10, with 64, the
-    divergences rank near-OoD rows hardly better than chance, and only MSP' tells them apart.
+    Fails with few features, which leave most bins of a row empty: on a ResNet-20 for CIFAR-10, with 64 features, the
+    divergences rank near-OoD rows hardly better than chance, and only MSP' separates them.
 
     Args:
-        distance: length of the noise relative to the weight; "delta" of the paper.
-        repeats: how many perturbed copies of the weight; "r".
-        bins: of both histograms.
-        lambda_1: weight of the divergence of the perturbed logits.
-        lambda_2: weight of the softmax probability.
-        smoothing: bins that are averaged, of the histogram of features; "s_1".
-        perturbed_smoothing: the same of the perturbed logits; "s_2".
-        seed: of the noise.
+        distance: The length of the noise relative to the weight; "delta" in the paper.
+        repeats: The number of perturbed copies of the weight; "r".
+        bins: The number of bins of both histograms.
+        lambda_1: The weight of the divergence of the perturbed logits.
+        lambda_2: The weight of the softmax probability.
+        smoothing: The number of bins that are averaged in the histogram of features; "s_1".
+        perturbed_smoothing: The same for the perturbed logits; "s_2".
+        seed: The seed of the noise.
 
-    Cost: as ``repeats`` heads, at scoring and in each of the two passes of the fit; ``4 repeats C D`` bytes kept.
+    Cost: that of ``repeats`` heads, in the score and in each of the two passes of the fit; keeps ``4 repeats C D``
+    bytes.
     """
 
     tags = Tags(
@@ -153,7 +153,7 @@ class Ranges:
 
 @dataclass(frozen=True)
 class PerturbedRange:
-    """Asks for the ``Ranges`` of features and of the logits that perturbed copies of the set's head give them."""
+    """Statistic: the ``Ranges`` of features and of their logits under perturbed copies of the set's head."""
 
     repeats: int
     distance: float
@@ -193,7 +193,7 @@ def perturbed_weight(head: Head, repeats: int, distance: float, seed: int) -> Te
 
 
 def perturbed_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
-    """The logits of some copies after the other, ``[B, copies, C]``."""
+    """Yield the logits of successive groups of copies, ``[B, copies, C]``."""
     classes, width = weight.shape[1:]
     for piece in weight.split(max(1, PIECE // (len(features) * classes))):
         copies = piece.reshape(-1, width).to(features)
@@ -201,9 +201,9 @@ def perturbed_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Iterator
 
 
 def histogram(values: Tensor, limits: Sequence[float], bins: int) -> Tensor:
-    """How many values of each row are in each of the equal bins between the limits, float64 ``[B, bins]``.
+    """Number of values of each row in each of the equal bins between the limits, float64 ``[B, bins]``.
 
-    What lies outside, and what is no number, is counted in a bin below or above, which are left out.
+    Values outside the limits, and NaN, are counted in a bin below or above, which are left out.
     """
     rounding = ROUNDED * torch.finfo(torch.float64).eps * max(map(abs, limits))
     low, high = limits[0] - rounding, limits[1] + max(EDGE, rounding)
@@ -213,13 +213,13 @@ def histogram(values: Tensor, limits: Sequence[float], bins: int) -> Tensor:
 
 
 def smoothed(shares: Tensor, width: int) -> Tensor:
-    """The mean of ``width`` neighbouring bins, one more above than below if it is even; the ends go on beyond them."""
+    """The mean of ``width`` adjacent bins, one more above than below if it is even; the end values are repeated."""
     below = (width - 1) // 2
     return avg_pool1d(pad(shares[:, None], (below, width - 1 - below), mode="replicate"), width, stride=1)[:, 0]
 
 
 def divergence(usual: Tensor, shares: Tensor, floor: float) -> Tensor:
-    """``KL(p || q) + KL(q || p)`` of one histogram and those of rows, with ``floor`` added to every bin, ``[B]``."""
+    """``KL(p || q) + KL(q || p)`` of one histogram and those of rows, with ``floor`` added to each bin, ``[B]``."""
     p, q = usual + floor, shares + floor
     p, q = p / p.sum(), q / q.sum(dim=1, keepdim=True)
     return ((p - q) * (p.log() - q.log())).sum(dim=1)

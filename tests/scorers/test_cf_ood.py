@@ -14,7 +14,7 @@ from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput
 from ood_scores.features.statistics.collect import collect
 from ood_scores.scorers import cf_ood
-from ood_scores.scorers.cf_ood import HashedRows, first_with_enough, neighbour_shares
+from ood_scores.scorers.cf_ood import HashedRows, first_with_enough, neighbor_shares
 
 
 def unit(values: torch.Tensor) -> torch.Tensor:
@@ -91,8 +91,8 @@ def test_far_rows_score_lower() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 99, 1000, 5000])
-def test_neighbour_shares(count: int) -> None:
-    shares, positions = neighbour_shares(count)
+def test_neighbor_shares(count: int) -> None:
+    shares, positions = neighbor_shares(count)
     assert positions[0] == max(1, int(0.001 * count))
     assert (positions.diff() > 0).all()
     assert positions[-1] < count

@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput, NotFinite
 from ood_scores.scorers.base import score_all
-from ood_scores.scorers.neighbors import kth_neighbours
+from ood_scores.scorers.neighbors import kth_neighbors
 from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
 
 Array = NDArray[np.float64]
@@ -78,7 +78,7 @@ def test_collapsed_classes(spread: float) -> None:
 def test_the_kth_neighbour_in_pieces_of_the_bank(k: int, piece: int) -> None:
     bank, values = torch.from_numpy(rows(400, 8)), torch.from_numpy(rows(30, 8, seed=1))
     expected = np.argsort(cdist(values, bank), axis=1)[:, k - 1]
-    np.testing.assert_array_equal(kth_neighbours(values, bank, k, piece), expected)
+    np.testing.assert_array_equal(kth_neighbors(values, bank, k, piece), expected)
 
 
 def test_a_row_of_the_bank_is_its_own_first_neighbour() -> None:

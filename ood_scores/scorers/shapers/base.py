@@ -18,14 +18,15 @@ from ood_scores.scorers.base import Scorer, as_scorer
 
 @dataclass
 class Shaper(Scorer):
-    """Reshapes features or logits and has another scorer, ``base``, score the outcome.
+    """Base class of scorers that reshape features or logits and score the result with another scorer, ``base``.
 
-    ``base`` is a name or a Scorer, another shaper included: ``create_scorer("react", base="gradnorm")``,
-    ``create_scorer("react", base=create_scorer("ash_s", base="msp"))``. The outermost shapes first. What the base reads
-    is needed, except the logits, which are made anew from the shaped features by the head; a base that is fitted is
-    fitted on the shaped fit set, in a second pass over it. A base given as a Scorer is copied, never changed.
+    ``base`` is a name or a Scorer, which may be another shaper: ``create_scorer("react", base="gradnorm")``,
+    ``create_scorer("react", base=create_scorer("ash_s", base="msp"))``. The outermost shaper is applied first. A shaper
+    needs what its base needs, except the logits, which the head computes from the shaped features; a base that must be
+    fitted is fitted on the shaped fit set, in a second pass over it. A base given as a Scorer is copied and never
+    changed.
 
-    A new shaper writes ``shape``; if it is fitted, ``fit_reads``, ``statistics`` and ``fit_shape``.
+    A new shaper implements ``shape``; if it is fitted, also ``fit_reads``, ``statistics``, and ``fit_shape``.
     """
 
     base: str | Scorer = field(default="energy", kw_only=True)
@@ -45,24 +46,26 @@ class Shaper(Scorer):
             self.fit_needs = tuple(dict.fromkeys([*self.fit_reads, *self.reads(self._inner.fit_needs)]))
 
     def reads(self, names: Sequence[str]) -> tuple[str, ...]:
-        """What has to be there so that the base finds ``names`` in the shaped block: for logits, the head."""
+        """The names that a block must have so that the base finds ``names`` in the shaped block; logits require the
+        head.
+        """
         return tuple(dict.fromkeys(["features", *("head" if name == "logits" else name for name in names)]))
 
     @property
     def makes_logits(self) -> bool:
-        """Whether the base reads logits at all."""
+        """Whether the base reads logits."""
         return "logits" in {*self._inner.needs, *self._inner.fit_needs}
 
     @abstractmethod
     def shape(self, block: Block) -> Block:
-        """The same rows, shaped."""
+        """Return the same rows, shaped."""
 
     def shaped_head(self, head: Head | None) -> Head | None:
-        """The head of the shaped blocks."""
+        """Return the head of the shaped blocks."""
         return head
 
     def fit_shape(self, found: Found, feats: FeatureSet) -> None:
-        """Fits the shaper itself, from the collected statistics."""
+        """Fit the shaper itself from the collected statistics."""
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.fit_shape(found, feats)
@@ -83,7 +86,7 @@ class Shaper(Scorer):
 
 
 class ShapedSet(FeatureSet):
-    """A feature set whose blocks are shaped as they are read; nothing is kept."""
+    """A feature set whose blocks are shaped when they are read; nothing is stored."""
 
     def __init__(self, feats: FeatureSet, shaper: Shaper) -> None:
         self._feats, self._shaper = feats, shaper
@@ -120,11 +123,11 @@ class ShapedSet(FeatureSet):
 
 @dataclass
 class FeatureShaper(Shaper):
-    """A shaper of the features; the head makes their logits."""
+    """Base class of shapers of the features; the head computes their logits."""
 
     @abstractmethod
     def shape_features(self, features: Tensor) -> Tensor:
-        """Shaped features ``[B, D]``; the given ones are left alone."""
+        """Return shaped features ``[B, D]`` without changing the given ones."""
 
     def shape(self, block: Block) -> Block:
         features = self.shape_features(block.features)

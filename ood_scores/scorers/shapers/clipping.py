@@ -21,7 +21,7 @@ from ood_scores.scorers.tags import Paper, Tags
 @register_scorer("react")
 @dataclass
 class ReAct(FeatureShaper):
-    """Rectified activations, ``min(z, c)``, then ``base``; c is a quantile of all in-distribution activations.
+    """Rectified activations, ``min(z, c)``, scored by ``base``; c is a quantile of all in-distribution activations.
 
     Fits c, the q-quantile of the N D activations of the fit set taken together, interpolated linearly as by
     ``numpy.quantile``; exact up to 2^26 activations, beyond that from evenly spaced rows (``SampledRows``).
@@ -29,11 +29,11 @@ class ReAct(FeatureShaper):
     Source: Sun, Guo & Li 2021, "ReAct: Out-of-distribution Detection With Rectified Activations"; q = 0.90 and energy
     are theirs for ImageNet and CIFAR. ``base="gradnorm"`` is the "RG" of later tables.
 
-    Fails where OoD rows have small activations, which clipping leaves as they are; and, with a low q, costs accuracy.
+    Fails where OoD rows have small activations, which clipping does not change; a low q also costs accuracy.
 
     Args:
-        q: the quantile, in [0, 1]; 1 changes no row of the fit set.
-        base: what scores the clipped rows.
+        q: The quantile, in [0, 1]; 1 changes no row of the fit set.
+        base: The scorer of the clipped rows.
 
     Cost: one product with the head for each block.
     """
@@ -70,23 +70,23 @@ class ReAct(FeatureShaper):
 @register_scorer("vra")
 @dataclass
 class VRA(FeatureShaper):
-    """Rectified on both sides, unit by unit: 0 where ``z < low``, ``high`` where ``z > high``; then ``base``.
+    """Activations rectified on both sides, scored by ``base``: 0 where ``z < low``, ``high`` where ``z > high``.
 
-    Fits for each unit its ``low`` and ``high`` quantiles over the rows of the fit set, interpolated linearly; exact up
-    to 2^26 activations, beyond that from evenly spaced rows (``SampledRows``).
+    Fits, for each unit, its ``low`` and ``high`` quantiles over the rows of the fit set, interpolated linearly; exact
+    up to 2^26 activations, beyond that from evenly spaced rows (``SampledRows``).
 
     Source: Xu, Lian, Liu & Tao 2023, "VRA: Variational Rectified Activation for Out-of-distribution Detection", whose
-    code sets low activations to zero; 0.6 and 0.95 are its values for CIFAR-100 (0.9 for CIFAR-10; for ImageNet it
+    code sets low activations to zero; 0.6 and 0.95 are its values for CIFAR-100 (0.9 for CIFAR-10; for ImageNet, it
     prints absolute thresholds). OpenOOD and pytorch-ood raise low activations to the low quantile instead:
     ``below="clip"``, with 0.10 and 0.90 in OpenOOD and 0.01 and 0.99 in pytorch-ood.
 
-    Fails on features that are not those of a ReLU with ``below="zero"``: of negative ones, zero is not low.
+    Fails with ``below="zero"`` on features that do not come from a ReLU: for negative features, zero is not low.
 
     Args:
-        low: the low quantile, in [0, 1].
-        high: the high quantile, in [low, 1].
+        low: The low quantile, in [0, 1].
+        high: The high quantile, in [low, 1].
         below: ``"zero"`` as the authors, ``"clip"`` as OpenOOD.
-        base: what scores the rectified rows.
+        base: The scorer of the rectified rows.
 
     Cost: one product with the head for each block.
     """

@@ -28,23 +28,23 @@ LENGTH = 1000.0
 @register_scorer("optfs")
 @dataclass
 class OptFS(FeatureShaper):
-    """Activations times a factor for the bin that they are in, ``theta_i z``; 0 outside all bins; then ``base``.
+    """Activations times a factor for their bin, ``theta_i z``, and 0 outside all bins, scored by ``base``.
 
     Fits ``bins`` equal bins between the 0.001 and the 0.999 quantile of the N D activations of the fit set taken
-    together (exact up to 2^26 of them, beyond that from evenly spaced rows, ``SampledRows``), and theta: for each bin
-    the mean over the rows of what its activations contribute to the predicted logit, ``sum_{d in bin} w_yhat,d z_d``,
-    all together scaled to length 1,000.
+    together (exact up to 2^26 of them, beyond that from evenly spaced rows, ``SampledRows``), and theta: for each bin,
+    the mean over the rows of the contribution of its activations to the predicted logit, ``sum_{d in bin} w_yhat,d
+    z_d``, scaled so that all factors together have length 1,000.
 
     Source: Zhao, Xu, Gupta, Asthana, Zheng & Gould 2024, "Towards Optimal Feature-Shaping Methods for
-    Out-of-Distribution Detection", its closed form without OoD data; with ``base="energy"`` it is their "Ours (E)".
-    Their "Ours (V)", the contribution to the logit that was predicted before shaping, has no base that gives it;
-    ``"max_logit"`` is near. Departure: always ``bins`` bins, where theirs are sometimes one more by rounding.
+    Out-of-Distribution Detection", its closed form without OoD data; with ``base="energy"``, it is their "Ours (E)". No
+    base computes their "Ours (V)", the contribution to the logit that was predicted before shaping; ``"max_logit"`` is
+    close. Departure: there are always ``bins`` bins, while theirs are sometimes one more by rounding.
 
-    Fails where fit and OoD rows differ beyond the range of the bins: what is there is set to 0.
+    Fails where fit and OoD rows differ beyond the range of the bins, because all activations there are set to 0.
 
     Args:
-        bins: how many.
-        base: what scores the shaped rows.
+        bins: The number of bins.
+        base: The scorer of the shaped rows.
 
     Cost: one product with the head for each block; a second pass to fit.
     """
@@ -89,14 +89,14 @@ class OptFS(FeatureShaper):
         return features * factors[self._bin(features)]
 
     def _contributions(self, block: Block, head: Head | None) -> Tensor:
-        """What the activations in each bin, and outside all of them, add to the predicted logits, ``[bins + 1]``."""
+        """The sums of the contributions to the predicted logits in each bin and outside all of them, ``[bins + 1]``."""
         assert head is not None
         head, features = head.to(block.features.device), block.space("features")
         parts = head.weight.double()[head(block.features).argmax(dim=1)] * features
         return features.new_zeros(self.bins + 1).index_add_(0, self._bin(features).flatten(), parts.flatten())
 
     def _bin(self, features: Tensor) -> Tensor:
-        """The number of each activation's bin; ``bins`` for one that is in none."""
+        """The number of each activation's bin; ``bins`` for activations in none."""
         values = features.double()
         numbers = ((values - self.low_) * (self.bins / (self.high_ - self.low_))).floor().clamp(0, self.bins - 1).long()
         return torch.where((values >= self.low_) & (values < self.high_), numbers, self.bins)

@@ -28,28 +28,28 @@ DJURISIC_2023 = Paper(
 )
 
 LARGEST_RATIO = 50
-"""The exponential of a ratio up to this, times any activation there is, is within float32."""
+"""The exponential of a ratio up to this, times any activation, is within float32."""
 
 
 @register_scorer("dice")
 @dataclass
 class DICE(Shaper):
-    """Directed sparsification: logits of a head that keeps only its largest mean contributions, then ``base``.
+    """Directed sparsification: ``base`` scores the logits of a head that keeps only its largest mean contributions.
 
     Fits the contributions ``W * mean(z)`` ``[C, D]`` of the fit set. Weights whose contribution is not greater than the
     ``sparsity``-quantile of all C D of them (linear interpolation, as by ``numpy.percentile``) become 0: a contribution
-    equal to the threshold goes, as in the authors' code. ``sparsity=0`` keeps every weight, where their code would
-    still drop the smallest. The bias stays. Features are left alone; the base finds the sparse head in place of the
-    model's.
+    equal to the threshold is removed, as in the authors' code. ``sparsity=0`` keeps every weight, while their code
+    would still remove the smallest. The bias stays. Features are not changed; the base finds the sparse head in place
+    of the model's.
 
     Source: Sun & Li 2022, "DICE: Leveraging Sparsification for Out-of-Distribution Detection"; 0.90 is theirs for
-    CIFAR's DenseNet and the default of OpenOOD (after ReAct on ImageNet their demo has 0.15).
+    CIFAR's DenseNet and the default of OpenOOD (after ReAct on ImageNet, their demo has 0.15).
 
-    Fails where every unit contributes about alike, and with features of both signs, whose mean says little.
+    Fails where all units contribute about equally, and with features of both signs, whose mean is not informative.
 
     Args:
-        sparsity: the share of weights set to 0, in [0, 1).
-        base: what scores the sparse head's logits.
+        sparsity: The share of weights set to 0, in [0, 1).
+        base: The scorer of the sparse head's logits.
 
     Cost: one product with the sparse head, stored densely, for each block; no ``[B, C, D]`` tensor.
     """
@@ -97,7 +97,7 @@ class DICE(Shaper):
 
 @dataclass
 class Pruner(FeatureShaper):
-    """What ASH and SCALE share: each row's largest activations."""
+    """Base class of ASH and SCALE: the largest activations of each row."""
 
     percentile: float = 0.90
 
@@ -106,32 +106,32 @@ class Pruner(FeatureShaper):
         super().__post_init__()
 
     def kept(self, features: Tensor) -> Tensor:
-        """Which activations count as large, bool ``[B, D]``: D - round(D percentile) of each row, at least one."""
+        """Mask of the large activations, bool ``[B, D]``: D - round(D percentile) of each row, at least one."""
         return largest(features, 1 - self.percentile)
 
     def wide_enough(self, features: Tensor) -> Tensor:
-        """The features in a precision that holds them times ``exp(s1 / s2)``: the ratio is D / kept at most."""
+        """The features in a precision that holds their product with ``exp(s1 / s2)``; the ratio is at most D / kept."""
         return features if 1 - self.percentile > 1 / LARGEST_RATIO else features.double()
 
 
 @register_scorer("ash_p")
 @dataclass
 class ASHP(Pruner):
-    """Activation shaping by pruning: each row keeps its largest activations, the others become 0; then ``base``.
+    """Activation shaping by pruning: ``base`` scores each row's largest activations, with the others set to 0.
 
-    Of D activations ``D - round(D percentile)`` are kept, at least one; of equal ones the first.
+    Of D activations, ``D - round(D percentile)`` are kept, at least one; of equal ones, the first.
 
     Source: Djurisic, Bozanic, Ashok & Liu 2023, "Extremely Simple Activation Shaping for Out-of-Distribution
-    Detection", on pooled features, as the authors' code and OpenOOD do. 0.90 is OpenOOD's default and that of the
+    Detection", on pooled features, as in the authors' code and OpenOOD. 0.90 is the default of OpenOOD and of the
     authors' configurations (for ASH-S); OpenOOD chooses among 0.65 to 0.95 on validation data.
 
-    Fails on features without a zero of their own (no ReLU): pruning to 0 is then no pruning.
+    Fails on features without a natural zero (no ReLU), for which setting activations to 0 does not prune them.
 
     Args:
-        percentile: the share of a row's activations that is pruned, in [0, 1).
-        base: what scores the pruned rows.
+        percentile: The share of a row's activations that is pruned, in [0, 1).
+        base: The scorer of the pruned rows.
 
-    Cost: a partial sort of every row and one product with the head for each block.
+    Cost: a partial sort of each row and one product with the head for each block.
     """
 
     tags = Tags(paper=DJURISIC_2023, search_space={"percentile": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)})
@@ -143,18 +143,19 @@ class ASHP(Pruner):
 @register_scorer("ash_b")
 @dataclass
 class ASHB(Pruner):
-    """Activation shaping by binarising: a row's largest activations all become ``sum(z) / kept``, the others 0.
+    """Activation shaping by binarization: a row's largest activations become ``sum(z) / kept``, the others 0.
 
-    Then ``base``. The sum is over all activations, so a row keeps its sum. Which are kept, and the default: as
-    ``ash_p``. Where fewer than that are positive, zeros are raised too, as in the authors' code.
+    The result is scored by ``base``. The sum is over all activations, so that the sum of the row stays the same. The
+    choice of activations and the default are those of ``ash_p``. If fewer of them are positive, zeros are raised too,
+    as in the authors' code.
 
     Source: as ``ash_p``.
 
-    Fails as ``ash_p``; and where the sizes of the largest activations, which it forgets, tell rows apart.
+    Fails as ``ash_p`` does; also where the sizes of the largest activations, which are lost, separate rows.
 
     Args:
-        percentile: the share of a row's activations that is pruned, in [0, 1).
-        base: what scores the binarised rows.
+        percentile: The share of a row's activations that is pruned, in [0, 1).
+        base: The scorer of the binarized rows.
 
     Cost: as ``ash_p``.
     """
@@ -169,19 +170,19 @@ class ASHB(Pruner):
 @register_scorer("ash_s")
 @dataclass
 class ASHS(Pruner):
-    """Activation shaping by scaling: pruned as by ``ash_p``, then times ``exp(s1 / s2)``; then ``base``.
+    """Activation shaping by scaling: rows pruned as by ``ash_p``, times ``exp(s1 / s2)``, scored by ``base``.
 
-    s1 is the sum of all activations of the row, s2 of those kept; the ratio of a row without positive activations is
-    taken as 1. ``percentile=0`` scales every row by e. Computed in float64 where the ratio, D / kept at most, may be so
-    large that float32 does not hold its exponential (``percentile`` of 0.98 and more).
+    s1 is the sum of all activations of the row, and s2 that of those kept; the ratio of a row without positive
+    activations counts as 1. ``percentile=0`` scales every row by e. The computation is in float64 where the ratio, at
+    most D / kept, may be so large that float32 does not hold its exponential (``percentile`` of 0.98 and more).
 
     Source: as ``ash_p``, whose default is that of the authors' configurations for this one.
 
-    Fails, besides as ``ash_p`` does, on features of both signs, where s1 says little.
+    Fails as ``ash_p`` does; also on features of both signs, for which s1 is not informative.
 
     Args:
-        percentile: the share of a row's activations that is pruned, in [0, 1).
-        base: what scores the pruned and scaled rows.
+        percentile: The share of a row's activations that is pruned, in [0, 1).
+        base: The scorer of the pruned and scaled rows.
 
     Cost: as ``ash_p``.
     """
@@ -194,9 +195,9 @@ class ASHS(Pruner):
 
 
 def largest(values: Tensor, share: float) -> Tensor:
-    """Which values are among the largest of their row, bool ``[B, D]``: ``D - round(D (1 - share))``, at least one.
+    """Mask of the largest values of each row, bool ``[B, D]``: ``D - round(D (1 - share))`` of them, at least one.
 
-    Of equal values the first ones, so that the choice depends on neither the device nor the other rows.
+    Of equal values, the first are chosen, so that the choice depends on neither the device nor the other rows.
     """
     width = values.shape[1]
     count = max(1, width - int(np.round(width * (1 - share))))
@@ -211,13 +212,13 @@ def largest(values: Tensor, share: float) -> Tensor:
 
 
 def _first_of_equals(values: Tensor, last: Tensor, count: int) -> Tensor:
-    """Which values are above the ``count``-th largest of their row, or among the first that equal it."""
+    """Mask of the values above the ``count``-th largest of their row and of the first values equal to it."""
     above, level = values > last, values == last
     return above | (level & (level.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True)))
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest value of each row, ``[B, 1]``. On the CPU by NumPy's partition, five times as fast as topk."""
+    """The k-th largest value of each row, ``[B, 1]``; on the CPU by NumPy's partition, five times as fast as topk."""
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return values.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     place = values.shape[1] - k

@@ -17,22 +17,24 @@ from ood_scores.scorers.tags import Paper, Tags
 @register_scorer("scale")
 @dataclass
 class SCALE(Pruner):
-    """Every activation times ``exp(s1 / s2)``, none pruned; then ``base``.
+    """All activations times ``exp(s1 / s2)``, without pruning, scored by ``base``.
 
-    s1 is the sum of all activations of the row, s2 that of its largest ``D - round(D percentile)``; the ratio of a row
-    without positive activations is taken as 1. ``percentile=0`` scales every row by e. Precision as ``ash_s``.
+    s1 is the sum of all activations of the row, and s2 that of its largest ``D - round(D percentile)``; the ratio of a
+    row without positive activations counts as 1. ``percentile=0`` scales every row by e. The precision is that of
+    ``ash_s``.
 
     Source: Xu, Chen, Franchi & Yao 2024, "Scaling for Training Time and Post-hoc Out-of-distribution Detection
-    Enhancement"; 0.85 is theirs and OpenOOD's, which chooses among 0.65 to 0.95 on validation data. pytorch-ood's
-    default is 0.65.
+    Enhancement"; 0.85 is theirs and OpenOOD's, which chooses among 0.65 to 0.95 on validation data. The default of
+    pytorch-ood is 0.65.
 
-    Fails on features of both signs, where s1 says little, and for a base that does not look at the scale of the logits.
+    Fails on features of both signs, for which s1 is not informative, and for a base that ignores the scale of the
+    logits.
 
     Args:
-        percentile: the share of a row's activations left out of s2, in [0, 1).
-        base: what scores the scaled rows.
+        percentile: The share of a row's activations left out of s2, in [0, 1).
+        base: The scorer of the scaled rows.
 
-    Cost: a partial sort of every row and one product with the head for each block.
+    Cost: a partial sort of each row and one product with the head for each block.
     """
 
     tags = Tags(
@@ -56,23 +58,23 @@ class SCALE(Pruner):
 @register_scorer("lts")
 @dataclass
 class LTS(Shaper):
-    """Logit scaling, ``f S(z)``, then ``base``; ``S = (sum of positive activations / sum of the top ones)^2``.
+    """Logit scaling, ``f S(z)``, scored by ``base``; ``S = (sum of positive activations / sum of the top ones)^2``.
 
-    The model's own logits are scaled, so no head is needed; the features are left alone. The top ones are the row's
-    ``D - round(D (1 - top))`` largest activations, at least one, negative ones counted as 0; a row without positive
-    activations has S = 1.
+    The model's own logits are scaled, so no head is needed; the features are not changed. The top ones are the row's
+    ``D - round(D (1 - top))`` largest activations, at least one, with negative ones counted as 0; a row without
+    positive activations has S = 1.
 
     Source: Djurisic, Liu & Nikolic 2024, "Logit Scaling for Out-of-Distribution Detection"; top = 0.05 as in
     pytorch-ood. That negative activations count as 0 is from the authors' code.
 
-    Fails for a base that does not look at the scale of the logits. A base that would make the logits anew (another
-    shaper) is refused: put it outside, ``create_scorer("react", base="lts")``.
+    Fails for a base that ignores the scale of the logits. A base that would compute the logits anew (another shaper) is
+    refused: make it the outer one, ``create_scorer("react", base="lts")``.
 
     Args:
-        top: the share of a row's activations that counts as top, in (0, 1].
-        base: what scores the scaled logits.
+        top: The share of a row's activations that counts as top, in (0, 1].
+        base: The scorer of the scaled logits.
 
-    Cost: a partial sort of every row.
+    Cost: a partial sort of each row.
     """
 
     tags = Tags(
