@@ -16,7 +16,7 @@ from ood_scores.scorers.tags import Paper, Tags
 
 
 class _Averaged(Scorer):
-    """Base class of scores of several predictions of an input: their mean softmax ``[N, C]`` and mean entropy ``[N]``."""
+    """Base class of scores of several predictions: their mean softmax ``[N, C]`` and mean entropy ``[N]``."""
 
     averaged: ClassVar[str]
     output: Literal["entropy", "msp", "mutual_information"]

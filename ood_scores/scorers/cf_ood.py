@@ -148,7 +148,7 @@ class CFOOD(Scorer):
 
 
 def first_with_enough(values: Tensor, limits: Tensor, enough: int) -> Tensor:
-    """The first of the decreasing limits ``[S, n]`` that ``enough`` of a row's values reach, by bisection; S if none."""
+    """The first of the decreasing limits ``[S, n]`` that ``enough`` of a row's values reach; S if none."""
     low = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     high = low + len(limits)
     for _ in range(len(limits).bit_length()):
@@ -165,7 +165,7 @@ def count_reached(values: Tensor, limits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def neighbor_shares(count: int) -> tuple[Tensor, Tensor]:
-    """The shares of neighbors that ``cf_ood`` tries in a bank of ``count`` rows, and the rank of each neighbor, from 1."""
+    """The shares of neighbors that ``cf_ood`` tries in a bank of ``count`` rows, and the neighbors' ranks, from 1."""
     parts = ((0.001, 0.1, 100), (0.105, 0.5, 81), (0.51, 0.99, 49))
     shares = torch.from_numpy(np.concatenate([np.linspace(*part) for part in parts]))  # as theirs, to the last digit
     positions = (shares * count - 1).long() + 1

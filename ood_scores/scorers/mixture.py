@@ -203,7 +203,7 @@ class GMM(Scorer):
         return (log_responsibilities.exp() * log_responsibilities).sum(dim=1)
 
     def _log_densities(self, values: Tensor) -> Tensor:
-        """``log pi_c N(z; mu_c, Sigma_c)``, ``[B, C]``, computed for some rows and one class at a time to bound memory."""
+        """``log pi_c N(z; mu_c, Sigma_c)``, ``[B, C]``, for some rows and one class at a time to bound memory."""
         if self.packed_ is not None and self.ranks_ is not None:
             return self.log_weights_.to(values) - 0.5 * self._packed_distances(self.packed_, self.ranks_, values).T
         means, factors, inverses = (part.to(values.device) for part in (self.means_, self.cholesky_, self._inverses()))
