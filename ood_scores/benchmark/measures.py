@@ -1,4 +1,4 @@
-"""Figures of a model beside its scores."""
+"""Accuracy and other measures of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Figures = Sequence[Mapping[str, Any]]
 
 
 def accuracies(part: Part, scored: Mapping[str, SetScores], sets: Mapping[str, FeatureSet]) -> Figures:
-    """``accuracy`` on the ID set, and ``accuracy on NAME`` for the sets under a shift; where there are labels."""
+    """Return ``accuracy`` on the ID set and ``accuracy on NAME`` for covariate-shifted sets, if they have labels."""
     names = {part.id: "accuracy"} | {name: f"accuracy on {name}" for name in part.covariate}
     found = {}
     for name, measure in names.items():
@@ -32,7 +32,7 @@ def accuracies(part: Part, scored: Mapping[str, SetScores], sets: Mapping[str, F
 
 
 def measured(part: Part, id: FeatureSet, fit: FeatureSet | None) -> Iterator[tuple[str, Figures, str]]:
-    """Name, figures and, where there are none, the reason, for each of the part's measures."""
+    """Yield the name, the figures and, if they cannot be computed, the reason for each measure of the part."""
     for name in part.measures:
         try:
             yield name, _rows(MEASURES[name](id, fit)), ""
@@ -62,12 +62,12 @@ def _rows(figures: Mapping[str, float]) -> Figures:
 MEASURES: Registry[Callable[[FeatureSet, Any], dict[str, float]]] = Registry(
     "measure", {"neural_collapse": _collapse, "long_tail": _long_tail}
 )
-"""What a spec can measure of a model, from the ID set and the fit set; the accuracy is always measured."""
+"""Measures that a spec can name: functions of the ID set and the fit set. Accuracy is always measured."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """How a figure of a model is shown."""
+    """Title and unit of a figure of a model."""
 
     title: str
     percent: bool = True
@@ -82,9 +82,9 @@ FIGURES = {
     **{name: Figure(title, percent=False) for name, title in TITLES.items()},
     **{name: Figure(name) for name in ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")},
 }
-"""The figures of models that can be published, by name."""
+"""Figures of models by the name that published numbers use."""
 
 
 def shown_as(name: str) -> Metric | Figure:
-    """Title and unit of a metric or of a figure of a model."""
+    """Find the title and unit of a metric or of a figure of a model."""
     return METRICS.get(name) or FIGURES.get(name) or Figure(name)

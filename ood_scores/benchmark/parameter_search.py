@@ -1,4 +1,4 @@
-"""Parameters of scorers, chosen on validation sets."""
+"""Choice of scorer parameters on validation sets."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ood_scores.features import FeatureSet
 def choose(
     search: Search, tables: Mapping[str, ScorerTable], sets: Mapping[str, FeatureSet], fit: FeatureSet | None
 ) -> tuple[dict[str, Mapping[str, Any]], list[dict[str, Any]]]:
-    """The best setting of each scorer that has a grid, by its label; and a row for each that was tried.
+    """Return the best setting of each scorer with a grid by its label, and one row for each setting that was tried.
 
-    Of settings that are as good, the first is chosen. One that fails has the value NaN.
+    The first of equally good settings is chosen. Settings that fail have the value NaN.
     """
     tried = {
         (label, setting): ScorerRun(tables[label].create(dict(setting)))
@@ -57,5 +57,5 @@ def choose(
 
 
 def _settings(grid: Mapping[str, tuple[Any, ...]]) -> list[tuple[tuple[str, Any], ...]]:
-    """All combinations of the values."""
+    """Return all combinations of the values."""
     return [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -1,4 +1,4 @@
-"""Published numbers beside ours."""
+"""Comparison of results with published numbers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from ood_scores.benchmark.spec import Part, Published, Spec
 
 
 def compared(spec: Spec, table: pd.DataFrame, measures: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row for each published number: ours is the mean over the checkpoints, or what ``STATISTICS`` says.
+    """Return one row for each published number.
 
-    NaN where any of it was not run. In percent, but figures of neural collapse as they are. The value of a group of
-    sets is their unweighted mean.
+    Our number is the mean over the checkpoints, or the statistic that the name of the metric ends with, such as
+    ``_sd``. It is NaN if nothing was run. Shares are in percent. The value of a group of OoD sets is their unweighted
+    mean.
     """
     rows = []
     for part in spec.parts:
@@ -49,7 +50,7 @@ def _row(part: Part, number: Published, table: pd.DataFrame, measures: pd.DataFr
 
 
 def _by_checkpoint(part: Part, number: Published, metric: str, table: pd.DataFrame) -> pd.Series:
-    """The mean over the sets that are meant, of each checkpoint that has all of them."""
+    """Return the mean over the named OoD sets for each checkpoint that has all of them."""
     groups: Mapping[str | None, Sequence[str]] = {"near": part.near, "far": part.far, "mean": part.ood}
     wanted = groups.get(number.ood, (number.ood,))
     ours = table[(table["model"] == number.model) & (table["scorer"] == number.scorer) & table["ood"].isin(wanted)]

@@ -1,4 +1,4 @@
-"""Results of a benchmark: their schema, and the files that keep them."""
+"""Results of a benchmark: schema, saving and loading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ood_scores.evaluation.metrics import METRICS, Metric
 JSON = "results.json"
 CSV = "results.csv"
 KEY = ("part", "model", "checkpoint", "scorer", "ood")
-"""Columns that identify a row of the table."""
+"""Columns that identify a row of ``Results.table``."""
 COSTS = ("fit_seconds", "score_microseconds")
 HASHES = ("weights_sha256", "id_sha256", "ood_sha256", "fit_sha256")
 FRAMES = {
@@ -30,31 +30,31 @@ FRAMES = {
     "measures": ("part", "model", "checkpoint", "measure", "value"),
     "searched": ("part", "model", "checkpoint", "scorer", "parameters", "metric", "value", "chosen"),
 }  # fmt: skip
-"""The frames of ``Results`` beside the table, and their columns."""
+"""Columns of the other data frames of ``Results``."""
 TEXTS = ("part", "model", "scorer", "ood", "group", "parameters", *HASHES, "versions", "metric", "source", "measure")
 WHOLE = ("checkpoint", "n_id", "n_ood", "n")
 
 
 def interval_columns(metric: Metric) -> tuple[str, ...]:
-    """The columns of the table that hold the ends of a metric's interval."""
+    """Names of the columns with the ends of a metric's interval; empty for a metric without an interval."""
     return (f"{metric.name}_low", f"{metric.name}_high") if metric.headline else ()
 
 
 def table_columns() -> tuple[str, ...]:
-    """Columns of the table: one row for each part, model, checkpoint, scorer and OoD set."""
+    """Columns of ``Results.table``."""
     figures = [name for metric in METRICS.values() for name in (metric.name, *interval_columns(metric))]
     return (*KEY, "group", *figures, "n_id", "n_ood", "id_accuracy", *COSTS, "parameters", *HASHES, "versions")
 
 
 @dataclass(frozen=True)
 class NotRun:
-    """Something that a spec names and this run could not do.
+    """A model, dataset or scorer of a spec that could not be run.
 
     Attributes:
-        part: its title.
-        what: a model, set or scorer, as tables show it.
-        reason: why, in one sentence.
-        remedy: the command or address that gets what is missing; empty if there is none.
+        part: Title of the part.
+        what: Name of the model, dataset or scorer, as tables show it.
+        reason: Reason in one sentence.
+        remedy: Command or address for getting what is missing; empty if there is none.
     """
 
     part: str
@@ -65,21 +65,23 @@ class NotRun:
 
 @dataclass(frozen=True)
 class Results:
-    """What a benchmark found, in memory.
+    """Results of a benchmark in memory.
 
     Attributes:
-        name, title: of the spec.
-        folder: where the run keeps its caches, scores and reports.
-        spec: the spec as it was run, as plain tables (JSON).
-        table: tidy, shares and not percentages, with ``table_columns()``; ``group`` is ``near`` or ``far``.
-        comparison: one row for each published number: ``part, model, scorer, ood, metric, published, ours, difference,
-            sd, n, source`` in percent; ``ours`` is NaN where it was not run.
-        measures: tidy: ``part, model, checkpoint, measure, value`` for ``accuracy`` and what ``measures`` asked for.
-        not_run: what could not be done, and how it can.
-        scored: one for each part, model and checkpoint.
-        searched: one row for each parameter setting tried: ``part, model, checkpoint, scorer, parameters, metric,
-            value, chosen``.
-        environment: ``versions``, ``device``, ``created``, ``seconds`` of the run.
+        name, title: Name and title of the spec.
+        folder: Folder with the caches, scores and reports of the run.
+        spec: Spec of the run as plain tables (JSON).
+        table: Tidy data frame with one row for each part, model, checkpoint, scorer and OoD set. Metrics are shares,
+            not percentages; ``group`` is ``near`` or ``far``; see ``table_columns`` for the columns.
+        comparison: One row for each published number: ``part, model, scorer, ood, metric, published, ours, difference,
+            sd, n, source``. Shares are in percent; ``ours`` is NaN if it was not run.
+        measures: Tidy data frame of ``accuracy`` and the ``measures`` of the spec: ``part, model, checkpoint, measure,
+            value``.
+        not_run: Models, datasets and scorers that could not be run.
+        scored: Scores of each part, model and checkpoint.
+        searched: One row for each parameter setting that was tried: ``part, model, checkpoint, scorer, parameters,
+            metric, value, chosen``.
+        environment: ``versions``, ``device``, ``created`` and ``seconds`` of the run.
     """
 
     name: str
@@ -96,19 +98,21 @@ class Results:
 
 
 def load_results(folder: str | os.PathLike[str]) -> Results:
-    """What a finished run found, from its folder alone; scores are read when they are asked for.
+    """Load the results of a finished run from its folder. Scores are read when they are accessed.
 
     Raises:
-        BadInput: there is no finished run in the folder, or a part of it was deleted.
+        BadInput: if there is no finished run in the folder, or files are missing or damaged.
     """
     folder = Path(folder)
     try:
         kept = json.loads((folder / JSON).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BadInput(f"there is no finished benchmark in {folder}: {JSON} is not there.") from error
+        raise BadInput(
+            f"there is no finished benchmark in {folder}, since {JSON} is missing: run the benchmark first."
+        ) from error
     except ValueError as error:
         raise BadInput(
-            f"{folder / JSON} is damaged ({error}): run the benchmark again, nothing is computed anew."
+            f"{folder / JSON} is damaged ({error}): run the benchmark again, which computes nothing again."
         ) from error
     scored = []
     for name in kept["scores"]:
@@ -131,7 +135,7 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
 
 
 def frame(name: str, rows: Any) -> pd.DataFrame:
-    """A frame of ``Results`` from its rows; columns that rows of an earlier version lack are NaN."""
+    """Make a data frame of ``Results`` from rows; columns that are missing in rows of an earlier version are NaN."""
     columns = table_columns() if name == "table" else FRAMES[name]
     made = pd.DataFrame(rows, columns=list(columns))
     kinds = {name: "int64" if name in WHOLE else "float64" for name in columns if name not in (*TEXTS, "chosen")}
@@ -139,7 +143,7 @@ def frame(name: str, rows: Any) -> pd.DataFrame:
 
 
 def save(results: Results, files: Sequence[str]) -> None:
-    """Writes ``results.csv`` and ``results.json``; ``files`` are the names of the files of scores."""
+    """Write ``results.csv`` and ``results.json``; ``files`` are the names of the score files."""
     kept = {
         "name": results.name,
         "title": results.title,
@@ -159,7 +163,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it, NaN as null."""
+    """Convert a value for JSON: keys to strings, tuples to lists, NaN to None."""
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What changed between two runs of a benchmark, and which changes are more than chance."""
+"""Comparison of two runs of a benchmark, with tests of which changes are more than chance."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 DATA = ("id_sha256", "ood_sha256")
 WIDTH = 2 * float(ndtri(0.975))
-"""Of a 95% interval, in standard errors."""
+"""Width of a 95% interval in standard errors."""
 
 
 def compare_runs(a: Results, b: Results) -> pd.DataFrame:
-    """Two runs, row by row.
+    """Compare two runs row by row.
+
+    The AUROC difference is tested with DeLong's paired test if both runs scored the same rows (same SHA-256 of both
+    sets and same row numbers). Otherwise the test is a z-test of two independent AUROCs, whose standard errors are the
+    widths of their 95% intervals divided by 3.92. Other metrics are not tested.
 
     Returns:
-        One row for each part, model, checkpoint, scorer and OoD set of either run, in the order of ``a``, what only
-        ``b`` has last: these five; ``found``: ``both``, ``a`` or ``b``; and, as shares, for each headline metric
-        (``auroc``, …) the columns ``…_a``, ``…_b`` and ``…_difference`` (b less a; NaN where only one run has the
-        row). Of the AUROC difference: ``p_value``, ``p_holm`` (with Holm's correction for all rows of the frame), and
-        ``paired``: whether both runs scored the same rows (same SHA-256 of both sets and same rows), so that DeLong's
-        paired test applies. Otherwise it is a z-test of two independent AUROCs, whose standard errors are the widths
-        of their 95% intervals divided by 3.92. The other metrics have no test.
-
-    The two-sided p-values are NaN where only one run has the row.
+        One row for each part, model, checkpoint, scorer and OoD set of either run, in the order of ``a``, followed by
+        the rows of ``b`` alone. Columns: these five; ``found``: ``both``, ``a`` or ``b``; for each headline metric
+        (``auroc``, …), as shares, ``…_a``, ``…_b`` and ``…_difference`` (b minus a); for the AUROC difference, the
+        two-sided ``p_value``, ``p_holm`` (with Holm's correction for all rows) and ``paired`` (whether the test is
+        paired). Differences and p-values are NaN for rows of one run only.
     """
     left, right = a.table.set_index(list(KEY)), b.table.set_index(list(KEY))
     keys = left.index.append(right.index[~right.index.isin(left.index)])
@@ -58,12 +58,12 @@ def compare_runs(a: Results, b: Results) -> pd.DataFrame:
 
 
 def comparison_columns(metric: Metric) -> tuple[str, str, str]:
-    """The columns for a metric: its values in both runs, and their difference."""
+    """Names of the columns of a metric: values in both runs, and their difference."""
     return f"{metric.name}_a", f"{metric.name}_b", f"{metric.name}_difference"
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """P-values [n] corrected for their number; NaN stays NaN and is not counted. Source: Holm 1979."""
+    """Correct p-values ``[n]`` for multiple tests; NaN stays NaN and does not count. Source: Holm 1979."""
     corrected = np.full(len(p_values), nan)
     tested = np.flatnonzero(~np.isnan(p_values))
     order = tested[np.argsort(p_values[tested])]
@@ -73,7 +73,10 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 
 def _same_rows(a: Results, b: Results) -> Callable[..., tuple[Scored, Scored] | None]:
-    """What gives the scores of both runs for a part, model, checkpoint and OoD set, if they are of the same rows."""
+    """Return a function that finds the scores of both runs for a part, model, checkpoint and OoD set.
+
+    The function returns None if the runs scored different rows.
+    """
     units = [{(unit.part, unit.model, unit.checkpoint): unit for unit in run.scored} for run in (a, b)]
 
     @cache
@@ -89,7 +92,7 @@ def _same_rows(a: Results, b: Results) -> Callable[..., tuple[Scored, Scored] | 
 def _test(
     key: tuple[Any, ...], before: pd.Series, after: pd.Series, same_rows: Callable[..., tuple[Scored, Scored] | None]
 ) -> tuple[float, bool]:
-    """The p-value and whether the test is paired."""
+    """Return the p-value, and whether the test is paired."""
     difference = abs(after["auroc"] - before["auroc"])
     if isnan(difference):
         return nan, False

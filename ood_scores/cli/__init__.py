@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print."""
+"""The command line of ood_scores."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ood_scores.errors import OodScoresError
 
 
 class Commands(TyperGroup):
-    """Turns what the package raises on purpose, and what the file system refuses, into a red line and exit code 1."""
+    """Command group that prints errors of the package and the file system in red and exits with code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
             warnings.showwarning = print_warning
             try:
                 return super().invoke(ctx)
-            except BrokenPipeError:  # the reader has seen enough: typer ends quietly
+            except BrokenPipeError:  # the reader closed the pipe: typer exits quietly
                 raise
             except (OodScoresError, OSError) as error:
                 print_error(error)
@@ -51,7 +51,7 @@ app = typer.Typer(
 
 @app.callback()
 def ood_scores() -> None:
-    """Out-of-distribution scores for trained image classifiers: run the model once, score it with everything. A higher score means more in-distribution, everywhere.
+    """Out-of-distribution scores for trained image classifiers: run the model once, then compute every score. Higher scores always mean more in-distribution.
 
     \b
     [bold]From a model to a table[/]
@@ -60,7 +60,7 @@ def ood_scores() -> None:
       ood-scores evaluate --id cache/val.h5 --ood cache/textures.h5
 
     \b
-    [bold]Nothing at hand?[/] This runs offline in half a minute:
+    [bold]No model or data?[/] This demo runs offline in half a minute:
       ood-scores demo
     """  # noqa: E501  a terminal wraps it
 

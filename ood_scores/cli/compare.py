@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 LEVEL = 0.05
 SHOWN = 20
 LEGEND = (
-    "Percent; B less A. p: of the AUROC difference, with Holm's correction for all rows compared; bold where it is "
-    "below 5%. DeLong's paired test where both runs scored the same images, else (~) a z-test of two samples."
+    "Percent; changes are B minus A. p: p-value of the AUROC difference with Holm's correction for all compared rows; "
+    "bold if below 5%. DeLong's paired test if both runs scored the same images, else (~) a two-sample z-test."
 )
 
 
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Folder of a benchmark run.")],
-    run_b: Annotated[Path, typer.Argument(help="Folder of another.")],
-    out: Annotated[Path | None, typer.Option(help="Write every row compared: .csv or .json.")] = None,
+    run_b: Annotated[Path, typer.Argument(help="Folder of another benchmark run.")],
+    out: Annotated[Path | None, typer.Option(help="File for all compared rows, .csv or .json.")] = None,
 ) -> None:
-    """Compares two benchmark runs: what changed, and which changes are more than chance?
+    """Compare two benchmark runs and test which changes are more than chance.
 
     \b
     [bold]Examples[/]
@@ -75,13 +75,13 @@ def _show(frame: pd.DataFrame, a: Results, b: Results) -> None:
 
 
 def _largest(changed: pd.DataFrame) -> pd.DataFrame:
-    """What is more than chance first, by size."""
+    """Return the largest changes, significant ones first."""
     sized = changed.assign(real=changed["p_holm"] < LEVEL, size=changed["auroc_difference"].abs())
     return sized.sort_values(["real", "size"], ascending=False, kind="stable").head(SHOWN)
 
 
 def _table(rows: pd.DataFrame, several: bool) -> Table:
-    """The largest changes; the number of the checkpoint has a column where a model has several."""
+    """Return the table of changes; checkpoints are numbered if a model has several."""
     from ood_scores.evaluation.metrics import headline_metrics
 
     auroc, *others = headline_metrics()
@@ -104,7 +104,7 @@ def _table(rows: pd.DataFrame, several: bool) -> Table:
 
 
 def _numbers(metric: Metric, row: pd.Series, digits: int | None = None) -> tuple[str, str, str]:
-    """A metric of both runs and its change, which has the given number of digits."""
+    """Return the texts of a metric in both runs and of its change, with ``digits`` decimals."""
     from ood_scores.benchmark.run_diff import comparison_columns
     from ood_scores.evaluation.metrics import number
 
@@ -117,7 +117,7 @@ def _numbers(metric: Metric, row: pd.Series, digits: int | None = None) -> tuple
 
 
 def _only(frame: pd.DataFrame, found: str) -> list[str]:
-    """By part and model, the scorers and sets that one run alone has."""
+    """Return a line for each part and model with the scorers and sets of one run only."""
     lines = []
     for (part, model), rows in frame[frame["found"] == found].groupby(["part", "model"], sort=False):
         scorers, sets = (", ".join(dict.fromkeys(rows[name])) for name in ("scorer", "ood"))

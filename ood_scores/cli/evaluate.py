@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    id: Annotated[Path, typer.Option("--id", help="In-distribution test cache.")],
-    ood: Annotated[list[str], typer.Option(metavar="[NAME=]CACHE", help="Out-of-distribution cache; repeatable.")],
-    fit: Annotated[Path | None, typer.Option(help="In-distribution cache to fit on, usually of training.")] = None,
-    scorer: Annotated[list[str] | None, typer.Option(help="A scorer; repeatable. Default: all that can run.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the table with all metrics: .csv or .json.")] = None,
+    id: Annotated[Path, typer.Option("--id", help="Cache of the in-distribution test set.")],
+    ood: Annotated[
+        list[str], typer.Option(metavar="[NAME=]CACHE", help="Cache of an out-of-distribution set; may be repeated.")
+    ],
+    fit: Annotated[Path | None, typer.Option(help="Cache of the set to fit on, usually the training set.")] = None,
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="Scorer name; may be repeated. Default: all that can run.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the table with all metrics, .csv or .json.")] = None,
     device: options.Device = "auto",
 ) -> None:
-    """Compares scorers: how well does each tell one in-distribution set from the others?
+    """Compare how well scorers separate an in-distribution set from out-of-distribution sets.
 
     \b
     [bold]Examples[/]

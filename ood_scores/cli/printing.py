@@ -1,4 +1,4 @@
-"""What the commands print with, and how errors look."""
+"""Console output of the commands: errors, warnings, progress and tables of facts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE: dict[type[Exception], str] = {
     errors.DamagedCache: "ood-scores extract ... --overwrite",
     errors.UnfinishedCache: "run the same ood-scores extract ... again",
 }
-"""Where a message speaks of Python: what it means on the command line."""
+"""What to do on the command line, for errors whose message is about Python."""
 
 
 def console() -> Console:
@@ -32,17 +32,17 @@ def print_error(error: Exception) -> None:
 
 
 def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """In place of ``warnings.showwarning``: the message without the place in the code."""
+    """Replacement for ``warnings.showwarning`` that omits the location in the code."""
     Console(stderr=True, highlight=False).print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
 
 def busy(text: str) -> Status:
-    """A context that shows, on a terminal, that work is going on."""
+    """Context manager that shows a spinner on a terminal."""
     return Console(stderr=True).status(text)
 
 
 def facts(pairs: dict[str, str]) -> Table:
-    """Names and values in two columns without lines."""
+    """Table of names and values without lines."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

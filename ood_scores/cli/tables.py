@@ -1,4 +1,4 @@
-"""Tables of metrics whose columns come in groups with a common title, split to fit the terminal."""
+"""Tables of metrics with grouped columns, split to fit the terminal."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ CELL = 5
 
 
 def metric_columns(table: pd.DataFrame, groups: Mapping[str, Sequence[str]], metrics: Iterable[Metric]) -> pd.DataFrame:
-    """A scorer per row, best mean AUROC first; columns ``(group, metric)``: the mean over the OoD sets of the group.
+    """Return means over groups of OoD sets with scorers as rows and columns ``(title, name of the metric)``.
+
+    Rows are sorted by the mean AUROC.
 
     Args:
-        table: rows with ``scorer``, ``ood`` and the metrics.
-        groups: OoD sets by the title that is shown above them.
-        metrics: those to show.
+        table: Data frame with the columns ``scorer``, ``ood`` and the metrics.
+        groups: OoD sets of each group by its title.
+        metrics: Metrics to show.
     """
     import pandas as pd
 
@@ -39,16 +41,17 @@ def metric_columns(table: pd.DataFrame, groups: Mapping[str, Sequence[str]], met
 
 
 def best_first(table: pd.DataFrame) -> pd.Index:
-    """The scorers by their mean AUROC, from the highest."""
+    """Return the scorers sorted by mean AUROC, the highest first."""
     return table.groupby("scorer")["auroc"].mean().sort_values(ascending=False, kind="stable").index
 
 
 def metric_tables(values: pd.DataFrame, width: int) -> Iterator[Table]:
-    """Tables of metrics, each at most ``width`` columns wide where that is possible; the best of a column is bold.
+    """Yield tables of at most ``width`` columns if possible, in which the best value of each column is bold.
 
     Args:
-        values: columns ``(title, heading, ..., name of a metric)``; neighbors with the same heading share it.
-        width: of the terminal.
+        values: Data frame with the columns ``(title, heading, ..., name of a metric)``; neighboring columns with the
+            same heading share it.
+        width: Width of the terminal.
     """
     names = [str(name) for name in values.index]
     titles = list(dict.fromkeys(column[0] for column in values.columns))
@@ -65,12 +68,12 @@ def metric_tables(values: pd.DataFrame, width: int) -> Iterator[Table]:
 
 
 def legend(metrics: Iterable[Metric]) -> str:
-    """The meaning of the metrics in a table, and of its marks."""
+    """Explain the metrics and marks of a table."""
     return "Percent, best in bold. " + " ".join(f"{metric.title}: {metric.legend}." for metric in metrics)
 
 
 def _fitting(widths: dict[str, int], width: int) -> Iterator[list[str]]:
-    """The titles in runs whose widths add up to at most ``width``, or of one title."""
+    """Split the titles into runs with a total width of at most ``width``, or of a single title."""
     part: list[str] = []
     for title in widths:
         if part and sum(widths[other] for other in (*part, title)) > width:
@@ -81,7 +84,7 @@ def _fitting(widths: dict[str, int], width: int) -> Iterator[list[str]]:
 
 
 def _group(columns: pd.DataFrame) -> tuple[Text, list[Text]]:
-    """The heading of a group, and its cell in every row."""
+    """Return the heading of a group and its cell in every row."""
     from ood_scores.evaluation.metrics import METRICS
 
     metrics = [METRICS[column[-1]] for column in columns.columns]
@@ -94,7 +97,7 @@ def _group(columns: pd.DataFrame) -> tuple[Text, list[Text]]:
 
 
 def _spanned(labels: Sequence[str]) -> str:
-    """Labels above their columns; equal neighbours become one label in their middle."""
+    """Return a line of labels; equal neighbors become one centered label."""
     runs = [(label, len(list(run))) for label, run in groupby(labels)]
     return " ".join(label.center(count * (CELL + 1) - 1) if count > 1 else label.rjust(CELL) for label, count in runs)
 

@@ -1,1 +1,1 @@
-"""Figures of scores, feature norms, and neural collapse."""
+"""Figures of scores, feature norms and neural collapse."""

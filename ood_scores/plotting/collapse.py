@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def collapse_curves(runs: Mapping[str, Mapping[int, Collapse]]) -> Figure:
-    """Every measure of neural collapse over training: a panel for each, in it a line for each run, 0 at the bottom.
+    """Draw the measures of neural collapse over training: a panel per measure with a line per run.
 
-    As Fig. 7 of Haas et al. 2022.
+    The figure is as Fig. 7 of Haas et al. 2022, with 0 at the bottom of each panel.
 
     Args:
-        runs: by name, each the measures by epoch.
+        runs: Measures by epoch for each run by its name.
     """
     if not any(runs.values()):
         raise EmptyInput("there is no run to draw: pass {name: {epoch: neural_collapse(feats), ...}, ...}.")
@@ -43,16 +43,16 @@ def collapse_curves(runs: Mapping[str, Mapping[int, Collapse]]) -> Figure:
 
 
 def singular_value_curves(table: pd.DataFrame, first: int = 200) -> Figure:
-    """Singular values by rank on a logarithmic scale, a line for each set. As Fig. 6 of Haas et al. 2022.
+    """Draw singular values by rank on a logarithmic scale, with a line for each set, as Fig. 6 of Haas et al. 2022.
 
-    Values below 1e-8 of the largest are rounding, and are not drawn.
+    Values below 1e-8 of the largest are rounding errors and not drawn.
 
     Args:
-        table: what ``singular_values`` gives.
-        first: how many ranks are drawn.
+        table: Result of ``singular_values``.
+        first: Number of ranks to draw.
     """
     if not len(table):
-        raise EmptyInput("there are no singular values to draw: pass what singular_values gives.")
+        raise EmptyInput("there are no singular values to draw: pass the result of singular_values.")
     figure = new_figure(5.6, 3.6)
     axes = figure.subplots()
     smallest = 1e-8 * table["value"].max()
@@ -63,7 +63,7 @@ def singular_value_curves(table: pd.DataFrame, first: int = 200) -> Figure:
     axes.set_yscale("log")
     tidy(axes)
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"rank of the direction among those of {sets[0]!r}", fontsize=LABEL)
-    axes.set_ylabel("singular value, or reach in the direction", fontsize=LABEL)
+    axes.set_xlabel(f"rank of the direction in {sets[0]!r}", fontsize=LABEL)
+    axes.set_ylabel("singular value or extent in the direction", fontsize=LABEL)
     figure.legend(loc="outside upper right", ncols=len(sets), frameon=False, fontsize=SMALL)
     return figure

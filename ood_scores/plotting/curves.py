@@ -1,4 +1,4 @@
-"""Pictures of score distributions."""
+"""Figures of score distributions."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from ood_scores.plotting.style import ID_COLOR, LABEL, SMALL, TICK, color, new_f
 
 BINS = 40
 REACH = 3.0
-"""How many widths of the ID scores the axis may reach beyond them; what lies farther out is in the outermost bin."""
+"""Extent of the axis beyond the ID scores in widths of the ID scores; scores farther out are in the outermost bin."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The scores of one scorer: of the in-distribution set, and of each out-of-distribution set by name."""
+    """Scores of one scorer: of the ID set, and of each OoD set by name."""
 
     id_scores: Scores
     ood_scores: Mapping[str, Scores]
 
 
 def score_histograms(panels: Mapping[str, Panel], columns: int = 3) -> Figure:
-    """Score distributions: a panel per scorer, and in it a row per OoD set against the ID set, with its AUROC.
+    """Draw score distributions: a panel per scorer with a row for each OoD set, the ID set, and the AUROC.
 
-    Each histogram is scaled to its own peak, so that a set whose scores are all alike does not flatten the others.
+    Each histogram is scaled to its own peak, so a set with nearly constant scores does not flatten the others.
 
     Args:
-        panels: by title.
-        columns: how many panels stand beside each other.
+        panels: Panels by title.
+        columns: Number of panels side by side.
 
     Returns:
-        A figure that belongs to no window: ``figure.savefig("scores.png", dpi=150)``.
+        A figure that belongs to no window; save it with ``figure.savefig("scores.png", dpi=150)``.
     """
     rows = ceil(len(panels) / columns)
     height = 0.55 + 0.5 * max(len(panel.ood_scores) for panel in panels.values())
@@ -84,7 +84,7 @@ def _tidy(axes: Axes, edges: NDArray[np.float64]) -> None:
 
 
 def bin_edges(id_scores: NDArray[np.float64], ood_scores: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Edges that cover all scores, but reach at most ``REACH`` widths of the ID scores beyond them."""
+    """Return edges that cover all scores, but at most ``REACH`` widths of the ID scores beyond the ID scores."""
     low, high = np.quantile(id_scores[np.isfinite(id_scores)], [0.005, 0.995])
     reach = REACH * (high - low)
     everything = np.concatenate([id_scores, *ood_scores])
@@ -93,6 +93,6 @@ def bin_edges(id_scores: NDArray[np.float64], ood_scores: list[NDArray[np.float6
 
 
 def heights(scores: Scores, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many scores each bin holds, relative to the fullest; those off the edges are in the outermost bins."""
+    """Return counts per bin relative to the largest; scores beyond the edges are in the outermost bins."""
     counts, _ = np.histogram(np.asarray(scores).clip(edges[0], edges[-1]), edges)
     return counts / counts.max()

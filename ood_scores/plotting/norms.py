@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def norm_bin_curves(models: Mapping[str, Mapping[str, pd.DataFrame]]) -> Figure:
-    """Accuracy (above) and mean maximum softmax (below) by feature norm: a column per model, a color per set.
+    """Draw accuracy (top) and mean maximum softmax (bottom) by feature norm: a column per model, a color per set.
 
-    As Figs. 7 and 4 of Haas et al. 2024, with bins where their Fig. 4 has a point for each image. Sets without labels
-    are missing above.
+    The figure is as Figs. 7 and 4 of Haas et al. 2024, with bins instead of images as points. Sets without labels have
+    no points at the top.
 
     Args:
-        models: by name, each what ``norm_bins`` gives by the name of the set.
+        models: Results of ``norm_bins`` by the name of the set, for each model by its name.
     """
     if not any(models.values()):
         raise EmptyInput("there is no table to draw: pass {model: {set: norm_bins(feats), ...}, ...}.")
@@ -48,17 +48,17 @@ def norm_bin_curves(models: Mapping[str, Mapping[str, pd.DataFrame]]) -> Figure:
 
 
 def norm_group_curves(table: pd.DataFrame) -> Figure:
-    """How much the features of each norm group change: per epoch on the left, summed up on the right.
+    """Draw the changes of features in each norm group: per epoch on the left, summed up on the right.
 
-    As Fig. 3 (centre) and Fig. 6 of Haas et al. 2024; the darker, the larger the norms. Groups without rows are left
-    out.
+    The figure is as Fig. 3 (center) and Fig. 6 of Haas et al. 2024. Darker lines are larger norms; groups without rows
+    are left out.
 
     Args:
-        table: what ``norm_groups`` gives.
+        table: Result of ``norm_groups``.
     """
     present = table[table["rows"] > 0]
     if not len(present):
-        raise EmptyInput("there are no norm groups to draw: pass what norm_groups gives.")
+        raise EmptyInput("there are no norm groups to draw: pass the result of norm_groups.")
     figure = new_figure(9.4, 3.4)
     panels = figure.subplots(1, 2)
     groups = list(present.groupby("group", sort=True))

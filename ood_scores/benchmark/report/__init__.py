@@ -1,4 +1,4 @@
-"""What a benchmark found, for readers: Markdown, LaTeX and one HTML page."""
+"""Reports of benchmark results: Markdown, LaTeX and one HTML page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["write_report"]
 
 
 def write_report(results: Results, *, images: Callable[[str, str], ImageDataset | None] | None = None) -> list[Path]:
-    """Writes ``report.md``, ``tables.tex`` and ``report.html`` into the folder of the results.
+    """Write ``report.md``, ``tables.tex`` and ``report.html`` to the folder of the results.
 
     Args:
-        results: what was found.
-        images: gives the images of a set by the title of a part and the name of the set, or None where they are not
-            there; the HTML page then shows the hardest of them. Without it they are listed by row.
+        results: Results of a benchmark.
+        images: Function that returns the images of a dataset for the title of a part and the name of the dataset, or
+            None if they are unavailable. The HTML page shows the hardest images; without images it lists their rows.
 
     Returns:
-        The paths of the files.
+        Paths of the files.
     """
     from ood_scores.benchmark.report import html, latex, markdown
     from ood_scores.benchmark.report.tables import part_tables

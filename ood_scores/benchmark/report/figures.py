@@ -1,4 +1,4 @@
-"""What the HTML page draws: paths of SVG pictures, which the page scales and colors, and the hardest samples."""
+"""Figures of the HTML page: SVG paths, which the page scales and colors, and the hardest samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ood_scores.data.images import ImageDataset
 
 ROC_SIZE = 200
-"""Steps of a curve's grid, and at most so many points."""
+"""Grid steps and maximum number of points of a ROC curve."""
 HISTOGRAM_SIZE = (BINS, 100)
 THUMBNAIL = 96
 HARDEST = 8
@@ -29,7 +29,7 @@ HARDEST = 8
 
 @dataclass(frozen=True)
 class SetFigure:
-    """One OoD set against the ID set: ``color`` is its number in the palette, ``auroc`` in percent."""
+    """An OoD set against the ID set; ``color`` is a number in the palette, and ``auroc`` is in percent."""
 
     name: str
     color: int
@@ -40,7 +40,7 @@ class SetFigure:
 
 @dataclass(frozen=True)
 class ScorerFigure:
-    """A scorer's histograms and curves; ``low`` and ``high`` are the ends of the histograms' axis."""
+    """Histograms and curves of a scorer; ``low`` and ``high`` are the ends of the histograms' axis."""
 
     scorer: str
     low: str
@@ -51,7 +51,7 @@ class ScorerFigure:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row that a scorer is most wrong about. ``image`` is a data URI; empty where there is no image."""
+    """A row with one of the worst scores; ``image`` is a data URI, empty if the image is unavailable."""
 
     set: str
     row: int
@@ -63,7 +63,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Hardest:
-    """The OoD rows with the highest scores and the ID rows with the lowest."""
+    """The OoD rows with the highest scores, and the ID rows with the lowest."""
 
     scorer: str
     ood: tuple[Sample, ...]
@@ -71,7 +71,7 @@ class Hardest:
 
 
 def scorer_figure(unit: Scored, scorer: str, sets: Iterable[str]) -> ScorerFigure:
-    """Of those of the sets that were scored."""
+    """Return the figure of a scorer for the OoD sets that were scored."""
     scores = unit.scores[scorer]
     id_scores = np.asarray(scores["id"])
     ood_scores = {name: np.asarray(scores[name]) for name in sets if name in scores}
@@ -95,13 +95,13 @@ def scorer_figure(unit: Scored, scorer: str, sets: Iterable[str]) -> ScorerFigur
 
 
 def histogram_path(bars: NDArray[np.float64]) -> str:
-    """Bars of width 1 from below, the highest of height 100."""
+    """Return an SVG path of bars of width 1, the highest of height 100."""
     tops = np.rint(HISTOGRAM_SIZE[1] * (1 - bars)).astype(int)
     return f"M0 {HISTOGRAM_SIZE[1]}" + "".join(f"V{top}h1" for top in tops) + f"V{HISTOGRAM_SIZE[1]}z"
 
 
 def roc_path(id_scores: NDArray[np.float64], ood_scores: NDArray[np.float64]) -> str:
-    """ID accepted (up) against OoD accepted (to the right) in a square of ``ROC_SIZE``, rounded to whole steps."""
+    """Return an SVG path of accepted ID against accepted OoD in a square of ``ROC_SIZE``, rounded to whole steps."""
     counts = roc_counts(id_scores, ood_scores)
     shares = np.stack([counts.negatives / counts.n_negative, counts.positives / counts.n_positive], axis=1)
     points = np.rint(ROC_SIZE * np.concatenate([np.zeros((1, 2)), shares])).astype(int)
@@ -111,7 +111,7 @@ def roc_path(id_scores: NDArray[np.float64], ood_scores: NDArray[np.float64]) ->
 
 
 def hardest(unit: Scored, scorer: str, images: Callable[[str], ImageDataset | None]) -> Hardest:
-    """Args: the scores, the scorer, and what gives the images of a set by its name."""
+    """Find the hardest samples of a scorer; ``images`` returns the images of a dataset by its name."""
     scores = {name: np.asarray(values) for name, values in unit.scores[scorer].items()}
     lowest = [("id", row) for row in np.argsort(scores.pop("id"), kind="stable")[:HARDEST]]
     high = [(name, row) for name in scores for row in np.argsort(-scores[name], kind="stable")[:HARDEST]]
@@ -134,7 +134,7 @@ def _samples(
 
 
 class _Columns:
-    """What is known of the rows of a set, read once."""
+    """Columns of a set, read once."""
 
     def __init__(self, unit: Scored, scorer: str, name: str) -> None:
         self.scores, self.rows, self.origins = unit.scores[scorer][name], unit.rows[name], unit.origins[name]
@@ -142,7 +142,7 @@ class _Columns:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image, made smaller where a side has more than ``THUMBNAIL`` pixels, as WebP."""
+    """Encode an image as a WebP data URI with sides of at most ``THUMBNAIL`` pixels."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()

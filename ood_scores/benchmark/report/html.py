@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no network, no other file."""
+"""The report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 
 SEARCHED = ["scorer", "parameters", "metric", "value", "chosen", "model", "checkpoint", "part"]
 SHOWN = 6
-"""Scorers of each model, from the best, whose figures are open."""
+"""Number of scorers of each model whose figures are unfolded."""
 MOST_FIGURES = 400
 
 
 @dataclass(frozen=True)
 class ModelView:
-    """What the page shows of a model in a part; ``figures`` beyond the first ``SHOWN`` are folded."""
+    """Content of the page for a model in a part; ``figures`` after the first ``SHOWN`` are folded."""
 
     id: str
     title: str
@@ -64,7 +64,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class Bar:
-    """A model's measure: its text, and its length relative to the longest."""
+    """A bar for the measure of a model: its text, and its length relative to the longest bar."""
 
     model: str
     text: str
@@ -73,10 +73,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class PartView:
-    """What the page shows of a part; where there are several models, ``together`` has them side by side.
+    """Content of the page for a part.
 
-    ``collapse`` compares the models by each measure of neural collapse; ``measures`` has the others, and those of a
-    single model: models, and a cell for each by measure.
+    If there are several models, ``together`` shows them side by side and ``collapse`` has one bar per model for each
+    measure of neural collapse. ``measures`` has the models, and one cell per model for each of the other measures.
     """
 
     id: str
@@ -96,10 +96,10 @@ Images = Callable[[str, str], "ImageDataset | None"]
 def page(
     results: Results, parts: Mapping[str, Sequence[ScoreTable]], images: Images, most_figures: int = MOST_FIGURES
 ) -> str:
-    """The whole page. ``images`` as for ``write_report``.
+    """Render the page; see ``write_report`` for ``images``.
 
-    With more scorers of all models and parts together than ``most_figures``, only the first ``SHOWN`` of each model are
-    drawn.
+    If all tables together have more than ``most_figures`` rows, only the first ``SHOWN`` scorers of each model have
+    figures.
     """
     environment = Environment(
         loader=PackageLoader("ood_scores.benchmark.report"),
@@ -163,7 +163,7 @@ def _part(
 
 
 def _as_html(markdown: str) -> Markup:
-    """Markdown as HTML, without anything that a browser would fetch."""
+    """Convert Markdown to HTML without images, so that a browser fetches nothing."""
     return Markup(MarkdownIt("commonmark", {"html": False}).enable("table").disable("image").render(markdown))
 
 
@@ -174,7 +174,7 @@ def _model(
     figures: int | None,
     images: Images,
 ) -> ModelView:
-    """The figures are of the first checkpoint."""
+    """Return the view of a model; figures show the first checkpoint."""
     unit = next((unit for unit in results.scored if (unit.part, unit.model) == (table.part, table.model)), None)
     scorers = [row.scorer for row in table.rows if unit and row.scorer in unit.scores]
     if unit is None or not scorers:
@@ -184,7 +184,7 @@ def _model(
 
 
 def side_by_side(tables: Sequence[ScoreTable]) -> ScoreTable:
-    """A scorer a row, a model a column: the means over the sets, and first of all their mean over the models."""
+    """Return a table with one column per model for the mean over the OoD sets, after the mean over models."""
     rows = {(table.model, row.scorer): row for table in tables for row in table.rows}
     scorers = dict.fromkeys(row.scorer for table in tables for row in table.rows)
     cells: dict[str, dict[str, tuple[Cell, ...]]] = {scorer: {} for scorer in scorers}
@@ -214,14 +214,14 @@ def _bars(models: Sequence[str], cells: Sequence[Cell]) -> Iterator[Bar]:
 
 
 def _brief(value: float) -> str:
-    """A cost with two digits that count."""
+    """Format a cost with two significant digits."""
     if isnan(value):
         return NONE
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _facts(results: Results) -> list[tuple[int, str]]:
-    """How many of what."""
+    """Return numbers of models, scorers and OoD sets with their nouns."""
     counts = {"model": "model", "scorer": "scorer", "ood": "OoD set"}
     found = [(results.table[column].nunique(), name) for column, name in counts.items()]
     return [(count, name if count == 1 else f"{name}s") for count, name in found]
@@ -232,7 +232,7 @@ def _distinct(table: pd.DataFrame, columns: list[str]) -> list[list[object]]:
 
 
 def _data(results: Results) -> list[list[object]]:
-    """Set, rows, SHA-256 and part of everything that was scored or fitted on."""
+    """Return name, rows, SHA-256 and part of all sets that were scored or fitted on."""
     table = results.table
     frames = (
         table.assign(set="ID test")[["set", "n_id", "id_sha256", "part"]],

@@ -1,4 +1,4 @@
-"""The report's tables for a paper: a booktabs table for each model of each part."""
+"""The report's tables in LaTeX: a booktabs table for each model of each part."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ESCAPES = {
 
 
 def tables(parts: Mapping[str, Sequence[ScoreTable]]) -> str:
-    """All tables, one file."""
+    """Render all tables as one file."""
     made = ["\n".join(_lines(table)) for of in parts.values() for table in of]
     return "\n\n".join([HEAD, *made]) + "\n"
 
@@ -85,7 +85,7 @@ def _lines(table: ScoreTable) -> Iterator[str]:
 
 
 def _groups(table: ScoreTable, on_the_right: int) -> Iterator[str]:
-    """A line above the names that says which sets are near and far."""
+    """Yield the line above the names that marks near and far sets."""
     heads, rules, first = [], [], 2
     for group, run in groupby(column.group for column in table.columns):
         count = len(list(run))
@@ -106,5 +106,5 @@ def _number(cell: Cell) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it is."""
+    """Escape text for LaTeX."""
     return "".join(ESCAPES.get(letter, letter) for letter in text)

@@ -1,4 +1,4 @@
-"""The report as a page of documentation."""
+"""The report as a Markdown page."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ood_scores.benchmark.results import NotRun, Results
 from ood_scores.evaluation.metrics import NONE, headline_metrics
 
 LEGEND = """Percent. Each cell is {in_cells}; on the right: {on_the_right} of the first column. Overall, near
-and far are unweighted means over sets. The best of a column is bold; † marks an AUROC that is not significantly below
-the best (DeLong's paired tests with Holm's correction, 5%). ± is the standard deviation over checkpoints. All metrics,
-intervals and hashes of all rows: results.csv.
+and far are unweighted means over datasets. The best of a column is bold; † marks an AUROC that is not significantly
+below the best (DeLong's paired tests with Holm's correction, 5%). ± is the standard deviation over checkpoints. All
+metrics, intervals and hashes are in results.csv.
 """
 
 
 def report(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> str:
-    """The whole page."""
+    """Render the page."""
     return "\n".join(_lines(results, parts)) + "\n"
 
 
@@ -74,8 +74,8 @@ def _marked(cell: Cell) -> str:
 
 
 def _comparison(table: ComparisonTable) -> Iterator[str]:
-    yield f"### Beside {escape(table.source)}\n"
-    yield "Ours / published / difference, in percent; neural collapse (NC) as it is.\n"
+    yield f"### Compared with {escape(table.source)}\n"
+    yield "Ours / published / difference, in percent except for neural collapse (NC).\n"
     heads = [escape(column or "model") for column in table.columns]
     yield f"| model | scorer | metric | {' | '.join(heads)} |"
     yield "|---" * (len(heads) + 3) + "|"
@@ -97,7 +97,7 @@ def _measures(results: Results, part: str) -> Iterator[str]:
     if not rows:
         return
     yield "### Measures of the models\n"
-    yield "Of neural collapse (NC), 0 is complete.\n"
+    yield "Measures of neural collapse (NC) are 0 if collapse is complete.\n"
     yield f"| measure | {' | '.join(map(escape, models))} |"
     yield "|---" * (len(models) + 1) + "|"
     for measure, cells in rows.items():
@@ -124,14 +124,14 @@ def _provenance(results: Results) -> Iterator[str]:
 
 
 def escape(text: str) -> str:
-    """Text that stays text in a cell or a heading."""
+    """Escape text for a table cell or a heading."""
     for letter in "\\`*_|<>[]":
         text = text.replace(letter, f"\\{letter}")
     return " ".join(text.split())
 
 
 def _code(text: str) -> str:
-    """A code span, in which only the fence and the cell's end have to be kept apart."""
+    """Return a code span for a table cell."""
     fence = "``" if "`" in text else "`"
     pad = " " if "`" in text else ""
     return f"{fence}{pad}{text}{pad}{fence}".replace("|", "\\|")

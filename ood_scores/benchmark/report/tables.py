@@ -1,4 +1,4 @@
-"""What the reports show: the numbers in percent, which are best, and which cannot be told from the best."""
+"""Tables of the reports: numbers as they are shown, the best of each column, and ties with the best."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ OVERALL = "overall"
 MEAN = "mean"
 Z_95 = 1.959964
 CHECKPOINT = re.compile(r" \(\d+\)$")
-"""What follows the label of a model that has several checkpoints, where one of them was not run."""
+"""Number of a checkpoint at the end of a name in ``NotRun``."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """An OoD set, or the unweighted mean over several: ``group`` is ``near`` or ``far``, or ``mean`` of ``sets``."""
+    """An OoD set (its ``group`` is ``near`` or ``far``), or the unweighted mean over ``sets`` (``mean``)."""
 
     name: str
     group: str
@@ -41,15 +41,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as it is shown, of one checkpoint or of several.
+    """A number as it is shown, for one checkpoint or several.
 
     Attributes:
-        value: of the checkpoint, or the mean of several; NaN where there is none.
-        sd: standard deviation over several checkpoints, else NaN.
-        low, high: the 95% interval of one checkpoint, the smallest and largest of several; NaN if unknown.
-        best: shown with the same digits as the best of its column.
-        tied: AUROC not significantly below the best of its column: DeLong's paired tests, Holm's correction, 5%.
-        percent: whether the number is a percentage.
+        value: Value for one checkpoint or mean over several; NaN if unknown.
+        sd: Standard deviation over several checkpoints; NaN for one checkpoint.
+        low, high: 95% interval for one checkpoint, or range over several; NaN if unknown.
+        best: Whether it is shown with the same digits as the best of its column.
+        tied: Whether it is an AUROC that is not significantly below the best of its column (DeLong's paired tests,
+            Holm's correction, 5%).
+        percent: Whether the number is a percentage.
     """
 
     value: float
@@ -66,16 +67,16 @@ class Cell:
 
     @property
     def spread(self) -> str:
-        """The standard deviation; empty for one checkpoint."""
+        """The standard deviation as text; empty for one checkpoint."""
         return "" if isnan(self.sd) else f" ± {number(self.sd, self.percent, None if self.percent else 2)}"
 
     @property
     def range(self) -> str:
-        """The interval, or the range over checkpoints, in words; empty if unknown."""
+        """The interval or the range over checkpoints in words; empty if unknown."""
         if isnan(self.low):
             return ""
         between = f"{number(self.low, self.percent)} to {number(self.high, self.percent)}"
-        return f"95% interval {between}" if isnan(self.sd) else f"smallest to largest of the checkpoints: {between}"
+        return f"95% interval {between}" if isnan(self.sd) else f"range over checkpoints: {between}"
 
     def __str__(self) -> str:
         return self.text + self.spread
@@ -83,7 +84,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A scorer: its cells by metric, in the order of the table's columns, and what it costs."""
+    """A scorer with its cells by metric, in the order of the table's columns, and its costs."""
 
     scorer: str
     cells: Mapping[str, tuple[Cell, ...]]
@@ -94,13 +95,13 @@ class Row:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The scorers of one model in a part, best mean AUROC first.
+    """The scorers of a model in a part, in order of their mean AUROC.
 
     Attributes:
-        part, model: as in the spec.
-        checkpoints: how many the model has.
-        accuracy: on the ID test set.
-        n_id: ID rows.
+        part, model: Names in the spec.
+        checkpoints: Number of checkpoints of the model.
+        accuracy: Accuracy on the ID test set.
+        n_id: Number of ID rows.
         columns: means first.
         rows: one for each scorer.
         n_ood: rows of each OoD set.
@@ -127,17 +128,15 @@ class ScoreTable:
 
     @property
     def tied(self) -> list[str]:
-        """The scorers that cannot be told from the first by their mean AUROC."""
+        """Scorers whose mean AUROC is not significantly below that of the first."""
         return [row.scorer for row in self.rows[1:] if row.cells["auroc"][0].tied]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A published number beside ours: in percent with two decimals, as papers have them; neural collapse as it is.
+    """Texts of a published number and of ours: percentages have two decimals, as in papers.
 
-    Attributes:
-        published, ours, sd, difference: ``ours`` is "not run" where it was not, and ``difference`` then empty; ``sd``
-            is empty with one checkpoint.
+    If our number was not run, ``ours`` is "not run" and ``difference`` is empty. ``sd`` is empty for one checkpoint.
     """
 
     published: str
@@ -148,7 +147,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One metric of a model and scorer. ``cells`` are None where the source has no number."""
+    """One metric of a model and scorer; cells are None if the source has no number."""
 
     model: str
     scorer: str
@@ -159,7 +158,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """The numbers of one published table beside ours; ``columns`` are OoD sets or groups of them."""
+    """The numbers of one published table and ours; ``columns`` are OoD sets or groups of OoD sets."""
 
     part: str
     source: str
@@ -168,12 +167,12 @@ class ComparisonTable:
 
 
 def shown_metrics() -> list[Metric]:
-    """All metrics, the headline metrics first."""
+    """Return all metrics, headline metrics first."""
     return sorted(METRICS.values(), key=lambda metric: not metric.headline)
 
 
 def compact_metrics() -> tuple[list[Metric], list[Metric]]:
-    """The headline metrics in each cell of a compact table, and those that have a column only for the first mean."""
+    """Return the headline metrics of every cell of a compact table, and those shown for its first column only."""
     headline = headline_metrics()
     return headline[:2], headline[2:]
 
@@ -183,7 +182,7 @@ def titles(metrics: Iterable[Metric], separator: str) -> str:
 
 
 def part_tables(results: Results) -> dict[str, list[ScoreTable]]:
-    """By title of the part, a table for each model; parts that came to nothing are last."""
+    """Return one table for each model by the title of the part; parts without results come last."""
     found = [*results.table["part"], *results.comparison["part"], *(missing.part for missing in results.not_run)]
     pairs = results.table[["part", "model"]].drop_duplicates()
     return {
@@ -193,7 +192,7 @@ def part_tables(results: Results) -> dict[str, list[ScoreTable]]:
 
 
 def comparison_tables(results: Results, part: str) -> list[ComparisonTable]:
-    """One for each source that a part has published numbers of."""
+    """Return one table for each source of published numbers of a part."""
     frame = results.comparison[results.comparison["part"] == part]
     missing = [each for each in results.not_run if each.part == part]
     return [_comparison(part, str(source), of, missing) for source, of in frame.groupby("source", sort=False)]
@@ -204,13 +203,13 @@ def not_run(results: Results, part: str) -> list[NotRun]:
 
 
 def notes(results: Results, part: str) -> str:
-    """What the spec says about a part."""
+    """Return the notes of a part in the spec."""
     tables = [*results.spec.get("parts", ()), results.spec]
     return next((table.get("notes", "").strip() for table in tables if table.get("title") == part), "")
 
 
 def measure_table(results: Results, part: str) -> tuple[list[str], dict[str, list[Cell]]]:
-    """Models, and by measure a cell for each of them; not in percent. Accuracies stand with the scores."""
+    """Return the models, and one cell per model for each measure but the accuracy, which is shown with the scores."""
     frame = results.measures[(results.measures["part"] == part) & (results.measures["measure"] != "accuracy")]
     models = [str(model) for model in dict.fromkeys(frame["model"])]
     rows = {}
@@ -221,7 +220,7 @@ def measure_table(results: Results, part: str) -> tuple[list[str], dict[str, lis
 
 
 def versions(results: Results) -> str:
-    """The libraries of the run, in a line."""
+    """Return the versions of the libraries in one line."""
     found = results.environment.get("versions", "")
     return (
         ", ".join(f"{name} {version}" for name, version in found.items()) if isinstance(found, Mapping) else str(found)
@@ -264,7 +263,7 @@ def _score_table(results: Results, part: str, model: str) -> ScoreTable:
 
 
 def _columns(frame: pd.DataFrame) -> tuple[Column, ...]:
-    """The mean over all sets, those over the near and the far ones where that is another mean; then each set."""
+    """Return columns for the means over all, near and far OoD sets, without repetitions, and for each OoD set."""
     groups = {str(name): str(group) for name, group in zip(frame["ood"], frame["group"], strict=True)}
     members = {group: tuple(name for name in groups if groups[name] == group) for group in ("near", "far")}
     means = {OVERALL: tuple(groups), **(members if all(members.values()) else {})}
@@ -278,7 +277,7 @@ def _best_first(frame: pd.DataFrame, column: Column) -> list[str]:
 
 
 def _by_checkpoint(frame: pd.DataFrame, metric: Metric, column: Column) -> pd.DataFrame:
-    """Scaled, a scorer a row and a checkpoint a column; NaN where a set of the column is missing."""
+    """Return scaled values with scorers as rows and checkpoints as columns; NaN if an OoD set is missing."""
     of = frame[frame["ood"].isin(column.sets)].groupby(["scorer", "checkpoint"], sort=False)[metric.name]
     return metric.scale * of.mean().where(of.size() == len(column.sets)).unstack()
 
@@ -290,10 +289,10 @@ def _in_memory(unit: Scored) -> ByScorer:
 def errors_and_ties(
     units: Sequence[ByScorer], scorers: Sequence[str], sets: tuple[str, ...]
 ) -> dict[str, tuple[float, bool]]:
-    """By scorer, the standard error of the mean AUROC over the sets in percent and whether it is tied with the best.
+    """Return the standard error of the mean AUROC in percent, and whether it is tied with the best, by scorer.
 
-    The scores of all checkpoints enter one covariance, as they are of the same rows; what is tested is the mean over
-    checkpoints, with these checkpoints as given. Scorers that lack scores of a set or checkpoint are left out.
+    The scores of all checkpoints enter one covariance because they belong to the same rows. The mean over checkpoints
+    is tested, with the checkpoints taken as given. Scorers without scores for a set or checkpoint are left out.
     """
     wanted = ("id", *sets)
     there = [name for name in scorers if all(name in unit and unit[name].keys() >= set(wanted) for unit in units)]
@@ -311,7 +310,7 @@ def errors_and_ties(
 def _cells(
     frame: pd.DataFrame, metric: Metric, column: Column, order: list[str], tests: Mapping[str, tuple[float, bool]]
 ) -> list[Cell]:
-    """Of one metric and column, in the order of the rows."""
+    """Return the cells of a metric and column in the order of the rows."""
     values = _by_checkpoint(frame, metric, column).reindex(order).to_numpy(float)
     cells = mark_best(metric, [spread(of_scorer, metric.percent) for of_scorer in values])
     if metric.interval == "DeLong":
@@ -331,7 +330,7 @@ def _cells(
 
 
 def mark_best(metric: Metric, cells: Sequence[Cell]) -> list[Cell]:
-    """The best of a column, and what is shown with the same digits."""
+    """Mark the best cell of a column, and those that are shown with the same digits."""
     known = [cell for cell in cells if not isnan(cell.value)]
     if not known:
         return list(cells)
@@ -340,7 +339,7 @@ def mark_best(metric: Metric, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def spread(values: ArrayLike, percent: bool = True) -> Cell:
-    """The mean over checkpoints; where there are several, with their standard deviation and range."""
+    """Return the mean over checkpoints, with standard deviation and range if there are several."""
     array = np.asarray(values, np.float64)
     if len(array) < 2:
         return Cell(float(array[0]), percent=percent)
@@ -381,5 +380,5 @@ def _compared(row: pd.Series) -> Compared:
 
 
 def _text(value: object) -> str:
-    """A figure of the model itself has no scorer and no set."""
+    """Return the name, or an empty text for a figure of a model, which has no scorer and no OoD set."""
     return value if isinstance(value, str) else ""
