@@ -1,4 +1,4 @@
-"""Training: recipes, a trainer, objectives and networks.
+"""Training: recipes, the trainer, and training objectives.
 
 >>> import ood_scores.training
 >>> trained = ood_scores.training.train("benchmarks/recipes/digits.toml")  # doctest: +SKIP
@@ -19,7 +19,7 @@ _PLACES = {"Recipe": "recipe", "load_recipe": "recipe_file", "Trained": "trainer
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the trainer when it is asked for: networks and objectives do not need it."""
+    """Import the trainer on first use, because objectives do not need it."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""One process, or several that `torchrun` started."""
+"""Training in one process, or in several that ``torchrun`` started."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Processes(Ranks):
-    """The processes that train one model, and the one that this is; the first one writes files.
+    """The rank of this process among those that train one model, and its device. The first process writes files.
 
     Attributes:
-        device: of this process.
+        device: Device of this process.
     """
 
     device: torch.device = CPU
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, on each of them."""
+        """Return the sum over all processes, on each of them."""
         if self.count > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def broadcast(self, value: Value) -> Value:
-        """The first process's value, on each of them."""
+        """Return the first process's value, on each process."""
         if self.count == 1:
             return value
         values = [value]
@@ -44,22 +44,22 @@ class Processes(Ranks):
         return values[0]
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Gives every process the running statistics of the first, as DDP does before each step."""
+        """Copy the running statistics of the first process to all others, as DDP does before each step."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def with_sync_batchnorm(self, model: nn.Module) -> nn.Module:
-        """The model with BatchNorm over all processes; names and weights stay the same."""
+        """Return the model with BatchNorm synchronized over all processes; names and weights stay the same."""
         return convert_sync_batchnorm(model) if self.count > 1 else model
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if self.count > 1:
             dist.barrier()
 
     def wrap(self, step: nn.Module, some_unread: bool) -> nn.Module:
-        """A module whose gradients are means over all processes; `some_unread` if the loss leaves parameters out."""
+        """Average gradients over all processes; ``some_unread`` says that the loss ignores some parameters."""
         if self.count == 1:
             return step
         ids = [self.device] if self.device.type == "cuda" else None
@@ -68,10 +68,10 @@ class Processes(Ranks):
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """This process among those of `torchrun`, or alone. `auto` takes a GPU if there is one, under torchrun its own.
+    """Join the processes of ``torchrun``, or run alone; ``auto`` uses a GPU if there is one, each process its own.
 
     Raises:
-        BadInput: there is no such device; the environment is not that of torchrun.
+        BadInput: if there is no such device, or the environment is not that of ``torchrun``.
     """
     ranks = Ranks.here()
     own = find_device(device, local_rank=ranks.local)

@@ -1,4 +1,4 @@
-"""What a run says about itself: a bar on a terminal, lines elsewhere, log.csv, TensorBoard."""
+"""Output of a run: a progress bar on a terminal, lines elsewhere, ``log.csv``, TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ood_scores.training.state import LOG, write_text
 
 
 class Log:
-    """A context that shows and keeps how a training goes; a silent one does nothing.
+    """A context manager that shows and records the progress of a run.
 
     Args:
-        folder: of log.csv and `tensorboard/`.
-        steps: of all epochs together.
-        done: of them, at the start.
-        epoch: finished epochs at the start.
-        show: a bar, or a line per epoch where there is no terminal.
-        tensorboard: write its logs.
-        silent: for processes that are not the first.
+        folder: Folder of ``log.csv`` and ``tensorboard/``.
+        steps: Number of steps of all epochs.
+        done: Number of steps completed at the start.
+        epoch: Number of epochs completed at the start.
+        show: Whether to show a progress bar, or a line per epoch without a terminal.
+        tensorboard: Whether to write TensorBoard logs.
+        silent: Whether to do nothing, for all processes but the first.
 
     Raises:
-        BadInput: TensorBoard is wanted and not installed.
+        BadInput: if TensorBoard is requested and not installed.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Log:
         self.bar.advance()
 
     def show_numbers(self, epoch: int, numbers: Mapping[str, Any]) -> None:
-        """Beside the bar: where it is, and the means so far."""
+        """Show the epoch and the means so far next to the progress bar."""
         self.bar.describe(_title(epoch), _line(numbers))
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
-        """After each epoch: all records so far, of which the last is new."""
+        """Record an epoch; the last record of the history is new."""
         if self.silent:
             return
         write_log(self.folder, history)
@@ -75,7 +75,7 @@ class Log:
 
 
 def write_log(folder: Path, history: list[dict[str, Any]]) -> None:
-    """log.csv: one row for each epoch."""
+    """Write ``log.csv``, one row for each epoch."""
     text = io.StringIO()
     rows = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
     rows.writeheader()
@@ -88,8 +88,7 @@ def _writer(folder: Path, epoch: int) -> Any:
         module = importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
         raise BadInput(
-            "tensorboard = true, but it is not installed: pip install tensorboard, or set tensorboard = false. "
-            f"{LOG} is written in any case."
+            f"TensorBoard is not installed: pip install tensorboard, or set tensorboard = false; {LOG} is enough."
         ) from error
     return module.SummaryWriter(str(folder), purge_step=epoch + 1)
 

@@ -1,4 +1,4 @@
-"""Recipes: which network is trained, on which images, and how. ``recipe_file`` reads them from TOML files."""
+"""Recipes: the network to train, its images, and how to train it. ``recipe_file`` reads them from TOML files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ood_scores.parameters import check_choices
 
 @dataclass(frozen=True)
 class ModelTable:
-    """`[model]`: a timm architecture.
+    """``[model]``: a timm architecture.
 
     Attributes:
-        name: timm's name, or that of a CIFAR network of this package.
-        checkpoint: start from these weights instead of random ones; a classifier of another size is left out.
-        arguments: every other key of the table goes to `timm.create_model`. `num_classes` is by default that of the
-            data.
+        name: Name that timm knows, or the name of a CIFAR network of this package.
+        checkpoint: Weights to start from instead of random ones; a classifier of another size is left out.
+        arguments: Arguments of ``timm.create_model``: every other key of the table. ``num_classes`` defaults to the
+            number of classes of the data.
     """
 
     name: str
@@ -30,15 +30,15 @@ class ModelTable:
 
 @dataclass(frozen=True)
 class DataTable:
-    """`[data]`: in-distribution images, named as `ood_scores.data.sources.open_dataset` has it.
+    """``[data]``: in-distribution images, as texts that ``ood_scores.data.sources.open_dataset`` opens.
 
     Attributes:
-        train: training images with labels.
-        test: test images with labels; the finished network is tried on them.
-        validation: share of the training images, of every class, that is kept aside and tried after each epoch. The
+        train: Training images with labels.
+        test: Test images with labels, on which the finished network is evaluated.
+        validation: Share of the training images of every class that is held out and evaluated after each epoch. The
             split is the same for all seeds.
-        long_tail: ratio of the largest class to the smallest; 1 leaves the data as they are.
-        augmentation: a name of `ood_scores.training.augment.AUGMENTATIONS`.
+        long_tail: Ratio of the largest class to the smallest; 1 leaves the data unchanged.
+        augmentation: Name in ``ood_scores.training.augment.AUGMENTATIONS``.
     """
 
     train: str
@@ -48,19 +48,19 @@ class DataTable:
     augmentation: str = "none"
 
     def __post_init__(self) -> None:
-        _require(0 <= self.validation < 1, "data.validation", self.validation, "a share from 0 to below 1")
+        _require(0 <= self.validation < 1, "data.validation", self.validation, "a share in [0, 1)")
         _require(self.long_tail >= 1, "data.long_tail", self.long_tail, "a ratio of at least 1")
 
 
 @dataclass(frozen=True)
 class AuxiliaryTable:
-    """`[auxiliary]`: OoD images, for objectives that want them in each step.
+    """``[auxiliary]``: OoD images for objectives that need them in each step.
 
     Attributes:
-        data: the images, whose labels are not read; or `train` for the training images themselves, augmented
-            otherwise.
-        augmentation: that of the training images by default.
-        batch_size: OoD images in each step; as many as ID images by default.
+        data: Images, whose labels are ignored; or ``train`` for the training images themselves with another
+            augmentation.
+        augmentation: Name of the augmentation; defaults to that of the training images.
+        batch_size: Number of OoD images in each step; defaults to the number of ID images.
     """
 
     data: str
@@ -73,7 +73,7 @@ class AuxiliaryTable:
 
 @dataclass(frozen=True)
 class ObjectiveTable:
-    """`[objective]`: a name of `ood_scores.training.objectives`; every other key of the table is a setting of it."""
+    """``[objective]``: the name of a training objective; every other key of the table is a setting of it."""
 
     name: str = "cross_entropy"
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -81,14 +81,14 @@ class ObjectiveTable:
 
 @dataclass(frozen=True)
 class OptimizerTable:
-    """`[optimizer]`: `sgd`, `adam` (weight decay in the gradient) or `adamw` (apart from it).
+    """``[optimizer]``: ``sgd``, ``adam`` (weight decay in the gradient) or ``adamw`` (decoupled weight decay).
 
     Attributes:
-        lr: learning rate at the start.
-        name: of the optimiser.
-        weight_decay: on all parameters.
-        momentum: of SGD, 0.9 by default.
-        nesterov: of SGD.
+        lr: Initial learning rate.
+        name: Name of the optimizer.
+        weight_decay: Weight decay of all parameters.
+        momentum: Momentum of SGD; defaults to 0.9.
+        nesterov: Whether SGD uses Nesterov momentum.
     """
 
     lr: float
@@ -101,19 +101,19 @@ class OptimizerTable:
         check_choices(self, "optimizer")
         _require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "a positive number")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
-        _require(0 <= (self.momentum or 0) < 1, "optimizer.momentum", self.momentum, "from 0 to below 1")
+        _require(0 <= (self.momentum or 0) < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
         if self.name != "sgd" and (self.momentum is not None or self.nesterov):
-            raise BadInput(f"momentum and nesterov are of sgd; leave them out of [optimizer] with {self.name}.")
+            raise BadInput(f"{self.name} has neither momentum nor nesterov: remove them from [optimizer].")
 
 
 @dataclass(frozen=True)
 class ScheduleTable:
-    """`[schedule]`: the learning rate of each epoch of a stage.
+    """``[schedule]``: the learning rate of each epoch of a stage.
 
     Attributes:
-        name: `constant`; `steps`, times `gamma` at each of the milestones; `cosine`, from lr towards 0.
-        milestones: numbers of finished epochs of the stage.
-        gamma: the factor.
+        name: ``constant``; ``steps``, which multiplies by ``gamma`` at each milestone; or ``cosine``, from lr to 0.
+        milestones: Numbers of completed epochs of the stage.
+        gamma: Factor at each milestone.
     """
 
     name: Literal["constant", "steps", "cosine"] = "constant"
@@ -123,10 +123,10 @@ class ScheduleTable:
     def __post_init__(self) -> None:
         check_choices(self, "schedule")
         if (self.name == "steps") != bool(self.milestones):
-            raise BadInput('milestones go with [schedule] name = "steps"; give both or neither.')
+            raise BadInput('milestones and [schedule] name = "steps" belong together: set both or neither.')
 
     def factor(self, epoch: int, epochs: int) -> float:
-        """What the learning rate is multiplied with in an epoch, counted from 0, of a stage of so many."""
+        """Return the factor of the learning rate in an epoch, counted from 0, of a stage of ``epochs`` epochs."""
         if self.name == "cosine":
             return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
@@ -134,17 +134,17 @@ class ScheduleTable:
 
 @dataclass(frozen=True)
 class Stage:
-    """The part of a recipe that a `[[stage]]` table may change.
+    """The part of a recipe that a ``[[stage]]`` table may change.
 
     Attributes:
-        epochs: passes over the training images.
-        optimizer: starts afresh with each stage.
-        objective: likewise.
-        schedule: its epochs are those of the stage.
-        batch_size: ID images in each step, of all processes together.
-        drop_last: leave out a last batch that is not full.
-        trainable: what is trained: `batchnorm`, `head`, or patterns of parameter names such as `layer4.*`; those with
-            a `!` in front are left as they are. Empty: everything.
+        epochs: Passes over the training images.
+        optimizer: The optimizer, which is created anew for each stage.
+        objective: The training objective, which is created anew for each stage.
+        schedule: The learning rate schedule, over the epochs of the stage.
+        batch_size: Number of ID images in each step, summed over all processes.
+        drop_last: Whether to drop a last batch that is not full.
+        trainable: What to train: ``batchnorm``, ``head``, or patterns of parameter names such as ``layer4.*``; a
+            leading ``!`` freezes the parameters instead. Empty trains everything.
     """
 
     epochs: int
@@ -160,30 +160,30 @@ class Stage:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
     def lr(self, epoch: int) -> float:
-        """The learning rate of an epoch of this stage, counted from 0."""
+        """Return the learning rate of an epoch of this stage, counted from 0."""
         return self.optimizer.lr * self.schedule.factor(epoch, self.epochs)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what comes out of a training.
+    """Everything that determines the result of a training run.
 
     Attributes:
-        model: the network.
-        data: what it learns.
-        auxiliary: OoD images, where an objective wants them.
-        stages: one after the other on the same weights. In TOML the first is the recipe itself, and each `[[stage]]`
-            table says what is different in a further one.
-        seed: of the weights, the order of the images, their augmentation and dropout.
-        amp: `bf16` for mixed precision, or `none`.
-        channels_last: memory layout that GPUs are faster with.
-        compile: through `torch.compile`.
-        sync_batchnorm: BatchNorm statistics of all processes together; GPUs only.
-        workers: processes that load images which do not fit in memory.
-        checkpoint_every: keep the weights of every so many epochs; 0 keeps only the last.
-        state_every: in long epochs, steps after which the state is saved for a later continuation.
-        tensorboard: write TensorBoard logs too.
-        name: of the run; the file's.
+        model: The network.
+        data: In-distribution images.
+        auxiliary: OoD images, for objectives that need them.
+        stages: Stages that train the same weights one after the other. In TOML the first is the recipe itself, and
+            each ``[[stage]]`` table lists what differs in the next one.
+        seed: Seed of the weights, the order of the images, their augmentation, and dropout.
+        amp: ``bf16`` for mixed precision, or ``none``.
+        channels_last: Whether to use the channels-last memory layout, which is faster on GPUs.
+        compile: Whether to use ``torch.compile``.
+        sync_batchnorm: Whether BatchNorm statistics are shared by all processes; GPUs only.
+        workers: Number of processes that load images that do not fit in memory.
+        checkpoint_every: Number of epochs after which a checkpoint is kept; 0 keeps only the last.
+        state_every: Number of steps after which the state is saved within an epoch.
+        tensorboard: Whether to write TensorBoard logs too.
+        name: Name of the run, which is that of the file.
     """
 
     model: ModelTable
@@ -209,19 +209,19 @@ class Recipe:
 
     @property
     def epochs(self) -> int:
-        """Of all stages together."""
+        """The number of epochs of all stages."""
         return sum(stage.epochs for stage in self.stages)
 
     def stage_of(self, epoch: int) -> tuple[int, int]:
-        """The number of the stage that an epoch is in, and of the epoch in its stage; all are counted from 0."""
+        """Return the stage that an epoch belongs to and the epoch's number in that stage, all counted from 0."""
         for number, stage in enumerate(self.stages):
             if epoch < stage.epochs:
                 return number, epoch
             epoch -= stage.epochs
-        raise BadInput(f"the recipe has {self.epochs} epochs, and epoch {epoch + self.epochs} is asked for.")
+        raise BadInput(f"the recipe has no epoch {epoch + self.epochs}: it has {self.epochs} epochs, counted from 0.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As TOML has it, with every default written out and without the name; `recipe_from` takes it back."""
+        """Return the tables of the recipe with every default and without the name, as ``recipe_from`` reads them."""
         whole = dataclasses.asdict(self)
         del whole["name"]
         first, *others = whole.pop("stages")
@@ -232,7 +232,7 @@ class Recipe:
 
 
 def flat_tables(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`; the tables of a list are numbered from 1."""
+    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``; the tables of a list are numbered from 1."""
     flat: dict[str, Any] = {}
     for key, value in tables.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -245,7 +245,7 @@ def flat_tables(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(tables: Any) -> Any:
-    """Without what is None; `arguments` and `settings` are keys of the table they are in."""
+    """Remove None, and merge ``arguments`` and ``settings`` into the table that holds them."""
     if isinstance(tables, (list, tuple)):
         return [_flat(table) for table in tables]
     if not isinstance(tables, Mapping):
@@ -258,4 +258,4 @@ def _flat(tables: Any) -> Any:
 
 def _require(condition: bool, key: str, value: object, wanted: str) -> None:
     if not condition:
-        raise BadInput(f"{key} = {value} is out of range; give {wanted}.")
+        raise BadInput(f"{key} = {value} is out of range: it must be {wanted}.")

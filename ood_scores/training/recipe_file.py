@@ -1,4 +1,4 @@
-"""Recipes from TOML files; `ood_scores.toml_tables` says how they are read."""
+"""Recipes from TOML files, read by ``ood_scores.toml_tables``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TABLES: dict[str, Any] = {
     "schedule": ScheduleTable,
 }
 OPEN = {"model": "arguments", "objective": "settings"}
-"""Tables whose further keys belong to what they name, and the field that takes them."""
+"""Tables with open-ended keys, and the field that stores those keys."""
 STAGE_TABLES = ("objective", "optimizer", "schedule")
 
 _STAGE_KEYS = hints_of(Stage, STAGE_TABLES)
@@ -43,18 +43,18 @@ _RECIPE = Table(_RECIPE_KEYS | _STAGE_KEYS | {"extends": str} | _TABLES | {"stag
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file.
+    """Read a recipe from a TOML file.
 
-    `extends = "base.toml"` at its top takes what it does not say from another file, beside it: tables are merged key
-    by key, but a table that gives another `name` starts afresh, and a list takes the place of the other.
+    ``extends = "base.toml"`` at its top inherits missing keys from another file in the same folder. Tables are merged
+    key by key, but a table with another ``name`` inherits nothing, and a list replaces the inherited one.
 
     Args:
-        path: the file.
-        overrides: `key=value` texts such as `optimizer.lr=0.05` or `stage.1.epochs=3`, which win over the file.
+        path: Path of the file.
+        overrides: ``key=value`` texts such as ``optimizer.lr=0.05`` or ``stage.1.epochs=3`` that override the file.
 
     Raises:
-        BadInput: the file is not there, not TOML, lacks a key or has a value of a wrong type or range.
-        UnknownName: a key that recipes do not have; the message says where it is and which there are.
+        BadInput: if the file is missing, is not TOML, lacks a key, or has a value of a wrong type or range.
+        UnknownName: if recipes have no such key; the message tells its line and lists the known keys.
     """
     path = Path(path)
     raw, _ = read(path, _RECIPE, "recipe")
@@ -66,11 +66,11 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 
 def recipe_from(tables: Mapping[str, Any]) -> Recipe:
-    """A recipe from tables as TOML has them, which may also be those of `Recipe.to_dict`.
+    """Create a recipe from the tables of a TOML file or of ``Recipe.to_dict``.
 
     Raises:
-        BadInput: a key is missing, or a value is of a wrong type or out of range.
-        UnknownName: a key that recipes do not have.
+        BadInput: if a key is missing, or a value has a wrong type or is out of range.
+        UnknownName: if recipes have no such key.
     """
     raw = dict(tables)
     check(raw, _RECIPE, Source("the recipe", "a recipe"))
@@ -87,7 +87,7 @@ def recipe_from(tables: Mapping[str, Any]) -> Recipe:
 
 def _stage(raw: Raw) -> Stage:
     if "epochs" not in raw:
-        raise BadInput("the recipe has no epochs; write epochs = 60 above its first table.")
+        raise BadInput("the recipe has no epochs: write epochs = 60 above its first table.")
     simple = {key: converted(raw[key], hint) for key, hint in _STAGE_KEYS.items() if key in raw}
     optimizer = _table("optimizer", raw)
     return Stage(**simple, optimizer=optimizer, objective=_table("objective", raw), schedule=_table("schedule", raw))

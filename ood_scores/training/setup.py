@@ -1,4 +1,4 @@
-"""From a recipe to a network and images, with every check that needs no training."""
+"""Creation of a recipe's network and images, with every check that needs no training."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from ood_scores.training.step import leaves_some_unread
 from ood_scores.training.streams import Images, OpenedImages, make_images, validation_split
 
 TRAINING_IMAGES = "train"
-"""As `data` in `[auxiliary]`: the training images themselves."""
+"""Value of ``data`` in ``[auxiliary]`` for the training images themselves."""
 
 
 @dataclass(frozen=True)
 class ToInput:
-    """How PIL images become the input of a network: what evaluation does, in two parts.
+    """The evaluation transform from PIL images to the input of a network, in two parts.
 
     Attributes:
-        geometry: from a PIL image to one of the network's size and channels.
-        channels: 3, or 1 for grey.
-        size: height and width.
-        resample: of a random crop.
-        mean, std: of the channels, `[C, 1, 1]`.
+        geometry: Transform of a PIL image to the size and channels of the network.
+        channels: Number of channels: 3, or 1 for gray.
+        size: Height and width.
+        resample: Interpolation of a random crop.
+        mean, std: Mean and standard deviation of the channels ``[C, 1, 1]``.
     """
 
     geometry: transforms.Compose
@@ -52,40 +52,40 @@ class ToInput:
     std: Tensor
 
     def open(self, image: Image.Image, seed: int) -> Image.Image:
-        """The image as evaluation sees it, before it becomes numbers."""
+        """Apply the geometry of the evaluation transform."""
         return self.geometry(image)
 
     def open_crop(self, image: Image.Image, seed: int) -> Image.Image:
-        """A random part of the image, at the network's size."""
+        """Crop a random part of the image, at the size of the network."""
         cropped = random_resized_crop(image, self.size, self.resample, seed)
         return cropped.convert("L") if self.channels == 1 else cropped
 
     def standardized(self, images: Tensor) -> Tensor:
-        """Images from 0 to 1 minus mean, by standard deviation."""
+        """Standardize images with values in [0, 1]."""
         return (images - self.mean) / self.std
 
     def to(self, device: torch.device) -> ToInput:
-        """The same for images on a device."""
+        """Return the transform for images on a device."""
         return replace(self, mean=self.mean.to(device), std=self.std.to(device))
 
     def augmented(self, images: Tensor, by: Augmentation, generator: Generator, channels_last: bool) -> Tensor:
-        """uint8 images as the network's input."""
+        """Augment and standardize uint8 images."""
         ready = self.standardized(by(images, generator))
         return ready.contiguous(memory_format=torch.channels_last) if channels_last else ready.contiguous()
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a training needs.
+    """The network and the images of a training run.
 
     Attributes:
-        model: on the device, in training mode.
-        arguments: of `timm.create_model`, beside the name.
-        to_input: images to its input.
-        train, validation, test, auxiliary: the images, where there are any.
-        augment: of the training images.
-        augment_auxiliary: of the auxiliary ones.
-        class_counts: training images of each class.
+        model: The network, on the device and in training mode.
+        arguments: Arguments of ``timm.create_model``, except the name.
+        to_input: The transform from images to model inputs.
+        train, validation, test, auxiliary: The images, or None.
+        augment: Augmentation of the training images.
+        augment_auxiliary: Augmentation of the auxiliary images.
+        class_counts: Number of training images of each class.
     """
 
     model: nn.Module
@@ -100,7 +100,7 @@ class Prepared:
     class_counts: list[int]
 
     def facts(self) -> dict[str, Any]:
-        """By which other data of the same name are noticed."""
+        """Return facts that distinguish these data from other data of the same name."""
         return {
             "images of each class": self.class_counts,
             "auxiliary images": 0 if self.auxiliary is None else len(self.auxiliary),
@@ -117,14 +117,14 @@ class Rows:
 
 
 def prepare(recipe: Recipe, who: Processes) -> Prepared:
-    """The network and the images of a recipe.
+    """Create the network and open the images of a recipe.
 
     Raises:
-        UnknownName: a model, objective, augmentation or dataset that does not exist.
-        MissingInput: an objective wants OoD images, and there is no `[auxiliary]`.
-        BadInput: the parts of the recipe do not fit each other, or the data cannot be read.
-        BadLabels: training images without labels, classes without images, labels that the model does not have.
-        CheckpointError: the weights to start from are missing or of another architecture.
+        UnknownName: if a model, objective, augmentation or dataset does not exist.
+        MissingInput: if an objective needs OoD images, and there is no ``[auxiliary]``.
+        BadInput: if parts of the recipe do not fit each other, or the data cannot be read.
+        BadLabels: if training images have no labels, classes have no images, or labels exceed the model's classes.
+        CheckpointError: if the initial weights are missing or those of another architecture.
     """
     for stage in recipe.stages:
         objective_class(stage.objective.name)
@@ -180,13 +180,13 @@ def prepare(recipe: Recipe, who: Processes) -> Prepared:
 
 
 def make_model(table: ModelTable, arguments: dict[str, Any], seed: int) -> nn.Module:
-    """A new network of timm, its weights drawn with the seed or taken from the checkpoint.
+    """Create a timm network with random weights, which depend on the seed, or with those of the checkpoint.
 
     Raises:
-        UnknownName: timm has no such model.
-        BadInput: the model does not take an argument.
-        HeadNotFound: it has no linear classifier.
-        CheckpointError: the checkpoint is missing or of another architecture.
+        UnknownName: if timm has no such model.
+        BadInput: if the model does not accept an argument.
+        HeadNotFound: if the model has no linear classifier.
+        CheckpointError: if the checkpoint is missing or of another architecture.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "model"))
@@ -198,7 +198,7 @@ def make_model(table: ModelTable, arguments: dict[str, Any], seed: int) -> nn.Mo
 
 
 def make_objective(stage: Stage, model: nn.Module, class_counts: list[int], seed: int) -> Objective:
-    """The objective of a stage, any parameters of its own drawn with the seed."""
+    """Create the objective of a stage; its own parameters depend on the seed."""
     head = linear_classifier(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -210,28 +210,30 @@ def make_objective(stage: Stage, model: nn.Module, class_counts: list[int], seed
         )
     if objective.through_batchnorm and not batchnorms(model):
         raise BadInput(
-            f"objective {objective.name!r} works through BatchNorm, and {type(model).__name__} has none: OoD images "
-            "would have no effect. Choose a model with BatchNorm, or set objective.auxiliary = false."
+            f"objective {objective.name!r} works through BatchNorm, and {type(model).__name__} has none: choose "
+            "another model, or set objective.auxiliary = false."
         )
     return objective
 
 
 def _tried_objective(stage: Stage, model: nn.Module, class_counts: list[int]) -> Objective:
-    """The objective of a stage, after it has given a loss of random features: not all check what they are set to."""
+    """Create the objective of a stage and try it on random features, because not all check their settings."""
     try:
         objective = make_objective(stage, model, class_counts, seed=0)
         leaves_some_unread(objective, linear_classifier(model))
     except TypeError as error:
         settings = dict(stage.objective.settings)
-        raise BadInput(f"objective {stage.objective.name!r} does not work with {settings}: {error}.") from error
+        raise BadInput(
+            f"objective {stage.objective.name!r} failed ({error}): check its settings {settings}."
+        ) from error
     return objective
 
 
 def trainable_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Names of the parameters that patterns of `Stage.trainable` choose.
+    """Return the names of the parameters that the patterns of ``Stage.trainable`` select.
 
     Raises:
-        BadInput: a pattern fits no parameter, or nothing is left to train.
+        BadInput: if a pattern matches no parameter, or no parameter is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
@@ -240,12 +242,12 @@ def trainable_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]
         if pattern.startswith("!"):
             chosen -= set(_matching(model, names, pattern[1:]))
     if not chosen:
-        raise BadInput(f"trainable = {list(patterns)} leaves no parameter to train.")
+        raise BadInput(f"trainable = {list(patterns)} leaves no parameter to train: remove a pattern.")
     return [name for name in names if name in chosen]
 
 
 def _matching(model: nn.Module, names: list[str], pattern: str) -> list[str]:
-    if pattern == "batchnorm":  # may have no parameters: its statistics follow the data anyway
+    if pattern == "batchnorm":  # BatchNorm without parameters still updates its statistics
         norms = {id(p) for norm in batchnorms(model) for p in norm.parameters()}
         return [name for name, parameter in model.named_parameters() if id(parameter) in norms]
     if pattern == "head":
@@ -254,13 +256,13 @@ def _matching(model: nn.Module, names: list[str], pattern: str) -> list[str]:
     found = fnmatch.filter(names, pattern)
     if not found:
         raise BadInput(
-            f"trainable: no parameter fits {pattern!r}; write batchnorm, head or a pattern such as {names[0]!r}."
+            f"trainable: no parameter matches {pattern!r}: write batchnorm, head or a pattern such as {names[0]!r}."
         )
     return found
 
 
 def input_of(model: nn.Module) -> ToInput:
-    """What evaluation does with images for this model, in two parts."""
+    """Return the evaluation transform of a model, in two parts."""
     steps = _steps(preprocessing(model))
     norm = next(step for step in steps if isinstance(step, transforms.Normalize))
     config = resolve_model_data_config(model)
@@ -278,13 +280,13 @@ def _steps(transform: Any) -> list[Any]:
 
 def _check_processes(recipe: Recipe, who: Processes) -> None:
     if recipe.sync_batchnorm and who.count > 1 and who.device.type != "cuda":
-        raise BadInput("sync_batchnorm needs GPUs; set it to false on a CPU.")
+        raise BadInput("sync_batchnorm needs GPUs: set it to false on a CPU.")
     sizes = [stage.batch_size for stage in recipe.stages]
     if recipe.auxiliary and recipe.auxiliary.batch_size:
         sizes.append(recipe.auxiliary.batch_size)
     for size in sizes:
         if size % who.count:
-            raise BadInput(f"a batch of {size} cannot be shared by {who.count} processes; give a multiple of them.")
+            raise BadInput(f"a batch of {size} cannot be split among {who.count} processes: choose a multiple of them.")
 
 
 def _training_rows(recipe: Recipe) -> tuple[Rows, Rows]:
@@ -314,21 +316,26 @@ def _labelled(dataset: ImageDataset) -> Rows:
         found = [dataset.load(index)[1] for index in range(len(dataset))]
         labels = np.array([-1 if label is None else label for label in found])
     if labels.min() < 0:
-        raise BadLabels(f"{dataset.name} has images without a label; name a dataset with one class for each image.")
+        raise BadLabels(f"{dataset.name} has images without a label: choose a dataset with one class for each image.")
     return Rows(dataset, np.arange(len(dataset)), labels.astype(np.int64))
 
 
 def _check_classes(name: str, counts: np.ndarray, outputs: int) -> None:
     if len(counts) > outputs:
-        raise BadLabels(f"{name} has labels up to {len(counts) - 1}, but num_classes of [model] is {outputs}.")
+        raise BadLabels(
+            f"{name} has labels up to {len(counts) - 1}, but num_classes of [model] is {outputs}: raise num_classes."
+        )
     empty = [*np.flatnonzero(counts == 0).tolist(), *range(len(counts), outputs)]
     if empty:
         raise BadLabels(
-            f"{name} has no training images of {len(empty)} of {outputs} classes, such as class {empty[0]}; number the "
+            f"{name} has no training images of {len(empty)} of {outputs} classes, such as class {empty[0]}: number the "
             "classes without gaps, or set num_classes of [model]."
         )
 
 
 def _check_known(name: str, labels: np.ndarray, classes: int) -> None:
     if labels.max() >= classes:
-        raise BadLabels(f"{name} has labels up to {labels.max()}, but the training images have {classes} classes.")
+        raise BadLabels(
+            f"{name} has labels up to {labels.max()}, but the training images have {classes} classes: choose test "
+            "images of the same classes."
+        )

@@ -1,4 +1,4 @@
-"""Files of a run: weights that timm opens, and the state from which it continues. No pickles; written in one step."""
+"""Files of a run: weights that timm opens, and the state from which it resumes. No pickles; written atomically."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from ood_scores.training.recipe import Recipe, flat_tables
 LAST, STATE, LOG = "last.safetensors", "state.safetensors", "log.csv"
 FORMAT = 1
 FREE_KEYS = {"workers", "checkpoint_every", "state_every", "tensorboard"}
-"""Keys of a recipe that do not change what comes out: a run may continue with others."""
-CONTINUE = "what was saved before is safe; make room on the disk and run the same training again to continue"
+"""Keys of a recipe that do not change the result: a run may resume with other values."""
+CONTINUE = "what was saved before is safe; make room on the disk and start the same training again to resume it"
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        epoch: finished epochs.
-        step: finished steps of the next one.
-        sums: of these steps: loss, right predictions, feature norms, samples.
-        history: a record for each finished epoch.
+        epoch: Number of completed epochs.
+        step: Number of completed steps of the next epoch.
+        sums: Sums over these steps: loss, correct predictions, feature norms, samples.
+        history: One record for each completed epoch.
     """
 
     epoch: int = 0
@@ -44,7 +44,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """What `save_state` has written: how far, what was trained and on what, and tensors by name."""
+    """The content of a state file: progress, recipe, facts about the data, and tensors by name."""
 
     progress: Progress
     recipe: dict[str, Any]
@@ -53,15 +53,15 @@ class State:
     tensors: dict[str, Tensor]
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors of the model, the objective or the optimiser, without that prefix."""
+        """Return the tensors of ``model``, ``objective`` or ``optimizer``, without that prefix."""
         return {key.partition(".")[2]: value for key, value in self.tensors.items() if key.startswith(f"{name}.")}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """A safetensors file with facts as JSON in its metadata, complete or not there at all.
+    """Write a safetensors file with facts as JSON in its metadata, in one atomic step.
 
     Raises:
-        CacheWriteFailed: the disk refuses; what was there before is still there.
+        CacheWriteFailed: if the disk refuses the write; the previous file is unchanged.
     """
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"format": "pt", **{name: json.dumps(fact) for name, fact in facts.items()}}
@@ -71,7 +71,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, complete or as it was before; raises CacheWriteFailed."""
+    """Write a text file in one atomic step; raise CacheWriteFailed if the disk refuses the write."""
     with replacing(path, CONTINUE) as file:
         file.write(text.encode())
 
@@ -85,7 +85,7 @@ def save_state(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Everything that a later process needs to go on as if nothing had happened."""
+    """Write everything that another process needs to resume the run exactly."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"objective.{name}": value for name, value in objective.state_dict().items()}
     numbers: dict[str, dict[str, Any]] = {}
@@ -106,16 +106,16 @@ def save_state(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name."""
+    """Return the tensors of a safetensors file by name."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
 
 
 def load_state(path: Path) -> State:
-    """What `save_state` has written.
+    """Read a file of ``save_state``.
 
     Raises:
-        CheckpointError: the file is damaged, or something else.
+        CheckpointError: if the file is damaged or not a state.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -124,12 +124,12 @@ def load_state(path: Path) -> State:
         return State(progress, facts["recipe"], facts["data"], facts["optimizer"], read_tensors(path))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is not the state of a training, or it is damaged ({error}): name another folder, or overwrite it."
+            f"{path} is damaged or not the state of a training run ({error}): choose another folder, or pass overwrite."
         ) from error
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Gives a new optimiser of the same parameters the state that the saved one had."""
+    """Load the saved state into a new optimizer of the same parameters."""
     entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in state.optimizer.items()}
     for name, value in state.part("optimizer").items():
         index, _, key = name.partition(".")
@@ -139,18 +139,22 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder, for this training alone."""
+    """Lock the folder for this run."""
     folder.mkdir(parents=True, exist_ok=True)
     with LockedFile(folder / ".lock", "a"):
         yield
 
 
 def find_state(folder: Path, recipe: Recipe) -> State | None:
-    """The state in the folder, if there is one; it must be of the same recipe."""
+    """Return the state in the folder, or None if there is none.
+
+    Raises:
+        BadInput: if the state is that of another recipe, or there are weights without a state.
+    """
     if not (folder / STATE).exists():
         if (folder / LAST).exists() and not _of_first_epoch(folder):
             raise BadInput(
-                f"{folder} has a {LAST} but no {STATE} to continue from: pass overwrite, or name another folder."
+                f"{folder} has a {LAST} but no {STATE} to resume from: pass overwrite, or choose another folder."
             )
         return None
     state = load_state(folder / STATE)
@@ -159,23 +163,23 @@ def find_state(folder: Path, recipe: Recipe) -> State | None:
 
 
 def _of_first_epoch(folder: Path) -> bool:
-    """Whether a kill came between the weights of the first epoch and its state."""
+    """Whether the run was killed between writing the weights of the first epoch and its state."""
     with safe_open(folder / LAST, "pt") as file:
         return (file.metadata() or {}).get("epoch") == "1"
 
 
 def require_same(folder: Path, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raise BadInput if the training in the folder has another recipe or other data."""
+    """Raise BadInput if the run in the folder has another recipe or other data."""
     keys = [key for key in {**old, **new} if key not in FREE_KEYS and old.get(key) != new.get(key)]
     if keys:
         listed = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys[:8])
         raise BadInput(
-            f"{folder} holds a training with another {what}: {listed}. Name another folder, or pass overwrite to drop "
-            "what is there."
+            f"{folder} holds a run with another {what} ({listed}): choose another folder, or pass overwrite to discard "
+            "it."
         )
 
 
 def clear(folder: Path) -> None:
-    """Removes what a training wrote; the state first, so that nothing continues from half of it."""
+    """Remove the files of a run; the state first, so that no run resumes from incomplete files."""
     for path in (folder / STATE, folder / LOG, *sorted(folder.glob("epoch_*.safetensors")), folder / LAST):
         path.unlink(missing_ok=True)

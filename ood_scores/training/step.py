@@ -1,4 +1,4 @@
-"""One step of training, and passes over a set for evaluation."""
+"""A training step, and evaluation of a network on a dataset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class EpochRecord(TypedDict):
-    """One epoch in training mode: means over its samples, and the learning rate used."""
+    """Means over the samples of one epoch in training mode, and its learning rate."""
 
     loss: float
     accuracy: float
@@ -26,14 +26,14 @@ class EpochRecord(TypedDict):
 
 
 class TrainingStep(nn.Module):
-    """From images to the loss: one forward pass of ID and OoD images together, then the objective on their features.
+    """Compute the loss of images: one forward pass of ID and OoD images together, then the objective on the features.
 
-    The OoD images are thus in the statistics of every BatchNorm. The objective is computed in full precision.
+    The statistics of every BatchNorm thus include the OoD images. The objective is computed in full precision.
 
     Args:
-        model: a timm-style classifier with `forward_features`, `forward_head` and a linear `get_classifier()`.
-        objective: called with features, head, labels and, if there are any, OoD features.
-        amp: mixed precision (bf16) in the model.
+        model: A timm-style classifier with ``forward_features``, ``forward_head`` and a linear ``get_classifier()``.
+        objective: Function of features, head, labels and, if there are any, OoD features.
+        amp: Whether the model uses mixed precision (bf16).
     """
 
     def __init__(self, model: nn.Module, objective: Callable[..., Tensor], amp: bool = False) -> None:
@@ -43,7 +43,7 @@ class TrainingStep(nn.Module):
         self.amp = amp
 
     def forward(self, images: Tensor, labels: Tensor, ood: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The mean loss, a scalar, and the ID features `[N, D]`."""
+        """Return the mean loss, a scalar, and the ID features ``[N, D]``."""
         head = linear_classifier(self.model)
         together = images if ood is None else torch.cat([images, ood])
         features = pre_logits(self.model, together, self.amp)
@@ -54,7 +54,7 @@ class TrainingStep(nn.Module):
 
 
 def leaves_some_unread(objective: Any, head: nn.Linear) -> bool:
-    """Whether an objective does not depend on all of its own parameters and the head's; the NC loss reads no bias."""
+    """Whether the loss ignores some parameters of the objective or the head, as ``nc_loss`` ignores the bias."""
     generator = torch.Generator().manual_seed(0)
     rows = 2 * head.out_features
     features, ood = torch.randn((2, rows, head.in_features), generator=generator).to(head.weight.device)
@@ -65,7 +65,7 @@ def leaves_some_unread(objective: Any, head: nn.Linear) -> bool:
 
 
 def pre_logits(model: Any, images: Tensor, amp: bool = False) -> Tensor:
-    """What the linear classifier of a timm-style model gets, `[N, D]`."""
+    """Return the penultimate features ``[N, D]``, the input of a timm-style model's linear classifier."""
     with torch.autocast(images.device.type, torch.bfloat16) if amp else nullcontext():
         features = model.forward_head(model.forward_features(images), pre_logits=True)
     return features.float() if amp else features
@@ -80,19 +80,19 @@ def train_step(
     ood: Tensor | None = None,
     weight: float = 1.0,
 ) -> Tensor:
-    """One update of the weights.
+    """Update the weights once.
 
     Args:
-        step: a `TrainingStep`, or what wraps one.
-        head: the classifier.
-        optimizer: is stepped.
-        images: ready for the model `[N, C, H, W]`.
-        labels: class indices `[N]`.
-        ood: OoD images `[M, C, H, W]`.
-        weight: factor of the loss in the gradient.
+        step: A ``TrainingStep``, or a module that wraps one.
+        head: The classifier.
+        optimizer: The optimizer.
+        images: Model inputs ``[N, C, H, W]``.
+        labels: Class indices ``[N]``.
+        ood: OoD model inputs ``[M, C, H, W]``.
+        weight: Factor of the loss in the gradient.
 
     Returns:
-        Sums over the samples `[3]`: loss, right predictions, ‖z‖₂.
+        Sums over the samples ``[3]``: loss, correct predictions, ``||z||_2``.
     """
     loss, features = step(images, labels, ood)
     optimizer.zero_grad()
@@ -105,14 +105,14 @@ def train_step(
 
 
 def record(sums: Tensor, samples: float, lr: float) -> EpochRecord:
-    """The record of an epoch from the sums over its samples `[3]`."""
+    """Return the record of an epoch from the sums over its samples ``[3]``."""
     loss, accuracy, feature_norm = (sums / samples).tolist()
     return {"loss": loss, "accuracy": accuracy, "feature_norm": feature_norm, "lr": lr}
 
 
 @torch.no_grad()
 def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], amp: bool = False) -> Tensor:
-    """How many images `[N, C, H, W]` are classified right in eval mode, and how many if z were z/‖z‖: `[2]`."""
+    """Count the correctly classified images in eval mode, with features z and with normalized z/‖z‖: ``[2]``."""
     head = linear_classifier(model)
     counts = torch.zeros(2, dtype=torch.int64, device=head.weight.device)
     model.eval()
@@ -126,7 +126,7 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], am
 
 
 def make_optimizer(table: OptimizerTable, parameters: list[Any]) -> torch.optim.Optimizer:
-    """A new optimiser of these parameters."""
+    """Create an optimizer of these parameters."""
     decay = table.weight_decay
     if table.name == "sgd":
         momentum = 0.9 if table.momentum is None else table.momentum

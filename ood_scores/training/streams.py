@@ -1,6 +1,6 @@
-"""Which images each step sees, and how they come to the device.
+"""The images of each step, and their way to the device.
 
-Orders depend on the seed, the epoch and the step alone, so that a run can be taken up anywhere.
+Orders depend only on the seed, the epoch and the step, so that a run can resume anywhere.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from ood_scores.data.images import ImageDataset
 from ood_scores.training.augment import seed_of
 
 HELD_BYTES = 2**32
-"""Larger sets of images are loaded batch by batch."""
+"""Datasets with more bytes are loaded batch by batch."""
 
 Opening = Callable[[Image.Image, int], Image.Image]
-"""From a file's image and a seed to an image of the network's size and channels."""
+"""Function of the image in a file and a seed that returns an image of the network's size and channels."""
 
 
 class Images(Protocol):
-    """Images with labels that can be asked for by row."""
+    """Images with labels, accessed by row."""
 
     labels: Tensor
 
     def __len__(self) -> int: ...
 
     def batches(self, rows: Sequence[Tensor], seeds: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each list of rows, uint8 images `[n, C, H, W]` and labels `[n]` on the device; a seed for each list."""
+        """Yield uint8 images ``[n, C, H, W]`` and labels ``[n]`` on the device for each list of rows and its seed."""
 
 
 class HeldImages:
-    """Images in the memory of the device: uint8 `[N, C, H, W]`, labels `[N]`."""
+    """Images held in the memory of the device: uint8 ``[N, C, H, W]``, labels ``[N]``."""
 
     def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
         self.images = images.to(device)
@@ -53,7 +53,7 @@ class HeldImages:
 
 
 class LoadedImages:
-    """Images that are opened when they are needed, by `workers` processes."""
+    """Images that ``workers`` processes open on demand."""
 
     def __init__(self, images: OpenedImages, labels: Tensor, workers: int, device: torch.device) -> None:
         self.images = images
@@ -76,7 +76,7 @@ class LoadedImages:
 
 
 class OpenedImages(Dataset[Tensor]):
-    """Rows of a dataset as uint8 `[C, H, W]`; asked for by `(position among the rows, seed)`."""
+    """Rows of a dataset as uint8 ``[C, H, W]``, indexed by ``(position among the rows, seed)``."""
 
     def __init__(self, dataset: ImageDataset, rows: np.ndarray, opening: Opening) -> None:
         self.dataset = dataset
@@ -93,7 +93,7 @@ class OpenedImages(Dataset[Tensor]):
 
 
 def make_images(opened: OpenedImages, labels: Tensor, device: torch.device, *, hold: bool, workers: int) -> Images:
-    """Held on the device if that is wanted and they fit there, else loaded."""
+    """Hold the images on the device if ``hold`` is set and they fit, else load them on demand."""
     if hold and _fits(opened, device):
         return HeldImages(torch.stack([opened[position, 0] for position in range(len(opened))]), labels, device)
     return LoadedImages(opened, labels, workers, device)
@@ -106,16 +106,16 @@ def _fits(opened: OpenedImages, device: torch.device) -> bool:
 
 
 def order(seed: int, epoch: int, images: int, batch_size: int, drop_last: bool) -> list[Tensor]:
-    """The rows of each batch of an epoch."""
+    """Return the rows of each batch of an epoch."""
     rows = torch.randperm(images, generator=_generator(seed, "order", epoch))
     batches = list(rows.split(batch_size))
     return batches[:-1] if drop_last and len(batches[-1]) < batch_size else batches
 
 
 def cycled(seed: int, stage: int, first: int, batches: int, images: int, batch_size: int) -> list[Tensor]:
-    """Batches `first`, `first + 1`, … of an endless stream: all images in a new order, over and over.
+    """Return batches ``first``, ``first + 1``, … of an endless stream that repeats all images in new orders.
 
-    A batch that reaches over the end of one round takes the rest from the next.
+    A batch may span the end of one round and the start of the next.
     """
     start, stop = first * batch_size, (first + batches) * batch_size
     rounds = range(start // images, -(-stop // images))
@@ -125,19 +125,19 @@ def cycled(seed: int, stage: int, first: int, batches: int, images: int, batch_s
 
 
 def in_order(images: int, batch_size: int) -> list[Tensor]:
-    """Every row once, for evaluation."""
+    """Return the batches of every row once, for evaluation."""
     return list(torch.arange(images).split(batch_size))
 
 
 def share(batches: Sequence[Tensor], rank: int, processes: int) -> list[Tensor]:
-    """The part of each batch that one of several processes works on; some may be empty."""
+    """Return the part of each batch that belongs to one of several processes; some parts may be empty."""
     return [batch[rank::processes] for batch in batches]
 
 
 def validation_split(labels: np.ndarray, part: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows for training and for validation: of every class, `part` of its images, rounded down.
+    """Return rows for training and for validation, which gets a share ``part`` of each class, rounded down.
 
-    A class with one image keeps it for training. The split depends on the labels alone.
+    A class with one image keeps it for training. The split depends only on the labels.
     """
     shuffled = np.random.default_rng(0).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]

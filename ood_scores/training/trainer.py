@@ -1,4 +1,4 @@
-"""The trainer: a recipe in; a checkpoint that timm opens, a log and the state to continue from out."""
+"""The trainer: turns a recipe into a checkpoint that timm opens, a log, and a state from which to resume."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ from ood_scores.training.step import (
 from ood_scores.training.streams import Images, cycled, in_order, order, share
 
 CHECK_EVERY = 50
-"""Steps between looks at the loss, each of which waits for a GPU."""
+"""Number of steps between checks of the loss, each of which waits for the GPU."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training has come to.
+    """The result of a training run.
 
     Attributes:
-        checkpoint: the weights, for `timm.create_model(name, num_classes=…, checkpoint_path=…)`.
-        history: one record per epoch, the rows of log.csv.
-        accuracy: of the finished network on `training` (in training mode, during the last epoch), and on `validation`
-            and `test` where the recipe has them.
+        checkpoint: Path of the weights, for ``timm.create_model(name, num_classes=…, checkpoint_path=…)``.
+        history: One record per epoch, the rows of ``log.csv``.
+        accuracy: Accuracy of the finished network on ``training`` (in training mode, during the last epoch), and on
+            ``validation`` and ``test`` if the recipe has them.
     """
 
     checkpoint: Path
@@ -72,27 +72,27 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Trained:
-    """Train what a recipe says, or continue it where it was stopped.
+    """Train a network by a recipe, or resume an interrupted run.
 
-    A run that was killed at any step goes on from its last state when the same call is made again, and on a CPU ends
-    with the same weights, bit for bit, as one that was left in peace. Under `torchrun` all processes train one model.
+    A run that was killed at any step resumes from its last state when the same call is made again. On a CPU it ends
+    with the same weights, bit for bit, as an uninterrupted run. Under ``torchrun`` all processes train one model.
 
     Args:
-        recipe: a `Recipe`, or the path of its TOML file.
-        out: the folder to write; by default `runs/` and the recipe's name.
-        device: `cpu`, `cuda`, …; `auto` takes a GPU if there is one.
-        overwrite: drop what another training has left in the folder.
-        progress: show a bar, or a line per epoch where there is no terminal.
+        recipe: A ``Recipe``, or the path of its TOML file.
+        out: Output folder; defaults to ``runs/`` and the name of the recipe.
+        device: ``cpu``, ``cuda``, …; ``auto`` uses a GPU if there is one.
+        overwrite: Whether to discard a previous run in the folder.
+        progress: Whether to show a progress bar, or a line per epoch without a terminal.
 
     Returns:
-        Where the checkpoint is, and how the training went.
+        The path of the checkpoint, the history, and the accuracies.
 
     Raises:
-        BadInput: the recipe cannot be carried out, another recipe has been trained in this folder, or what `prepare`
-            and `load_recipe` raise.
-        NotFinite: the loss or the weights are not finite any more; the last good state is kept.
-        CacheBusy: another process trains in this folder.
-        CacheWriteFailed: the disk refuses; what was saved before is safe.
+        BadInput: if the recipe cannot be used, or the folder holds a run of another recipe. ``prepare`` and
+            ``load_recipe`` list the other errors.
+        NotFinite: if the loss or the weights become infinite or NaN; the last good state is kept.
+        CacheBusy: if another process trains in the folder.
+        CacheWriteFailed: if the disk refuses a write; what was saved before is safe.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = Path("runs") / recipe.name if out is None else Path(out)
@@ -110,7 +110,7 @@ def train(
 
 
 class Run:
-    """A training that is under way: the current stage's optimiser and objective, and how far it is."""
+    """A training run in progress: the objective and optimizer of the current stage, and the progress so far."""
 
     def __init__(self, recipe: Recipe, folder: Path, who: Processes, prepared: Prepared, state: State | None) -> None:
         self.recipe = recipe
@@ -128,7 +128,7 @@ class Run:
         self.state = state
 
     def train(self, show: bool) -> None:
-        """All epochs that are left."""
+        """Train the remaining epochs."""
         steps = [len(self._rows(epoch)) for epoch in self._first_epochs() for _ in range(self._stage(epoch).epochs)]
         done = sum(steps[: self.progress.epoch]) + self.progress.step
         self.log = Log(
@@ -137,7 +137,7 @@ class Run:
         )  # fmt: skip
         devices = [self.who.device] if self.who.device.type == "cuda" else []
         with self.log, torch.random.fork_rng(devices=devices):
-            if self.progress.history and self.who.first:  # a kill may have come between the state and the log
+            if self.progress.history and self.who.first:  # a kill may have come between state and log
                 write_log(self.folder, self.progress.history)
             for epoch in range(self.progress.epoch, self.recipe.epochs):
                 if epoch in self._first_epochs() or self.state is not None:
@@ -146,7 +146,7 @@ class Run:
         self.who.wait()
 
     def accuracy(self) -> dict[str, float]:
-        """Of the finished network."""
+        """Return the accuracies of the finished network."""
         last = self.progress.history[-1]
         found = {"training": last["accuracy"]}
         if "validation_accuracy" in last:
@@ -156,7 +156,7 @@ class Run:
         return found
 
     def _first_epochs(self) -> list[int]:
-        """The epoch with which each stage begins."""
+        """Return the first epoch of each stage."""
         stages = self.recipe.stages
         return [sum(stage.epochs for stage in stages[:number]) for number in range(len(stages))]
 
@@ -164,7 +164,7 @@ class Run:
         return self.recipe.stages[self.recipe.stage_of(epoch)[0]]
 
     def _start_stage(self) -> None:
-        """A fresh objective and optimiser, or those of the state if it comes from the middle of the stage."""
+        """Create the objective and the optimizer, and restore them if the state was saved within the stage."""
         number, inner = self.recipe.stage_of(self.progress.epoch)
         stage = self.recipe.stages[number]
         counts, seed = self.prepared.class_counts, seed_of(self.recipe.seed, "objective", number)
@@ -183,15 +183,15 @@ class Run:
         self.step: Any = torch.compile(wrapped) if self.recipe.compile else wrapped
 
     def _rows(self, epoch: int) -> list[Tensor]:
-        """The rows of each step, of all processes together; every process gets one at least."""
+        """Return the rows of each step for all processes; each process gets at least one."""
         stage = self._stage(epoch)
         rows = order(self.recipe.seed, epoch, len(self.prepared.train), stage.batch_size, stage.drop_last)
         if rows and len(rows[-1]) < self.who.count:
             rows.pop()
         if not rows:
             raise BadInput(
-                f"{len(self.prepared.train)} training images make no batch of {stage.batch_size}; lower batch_size, "
-                "or set drop_last = false."
+                f"{len(self.prepared.train)} training images do not fill a batch of {stage.batch_size}: lower "
+                "batch_size, or set drop_last = false."
             )
         return rows
 
@@ -222,7 +222,7 @@ class Run:
         self._end_epoch(epoch, lr)
 
     def _batches(self, epoch: int, rows: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """The steps of an epoch that are left: images, labels and OoD images of this process, ready for the model."""
+        """Yield the remaining steps of an epoch: this process's images, labels, and OoD images, ready for the model."""
         prepared, first = self.prepared, self.progress.step
         number, inner = self.recipe.stage_of(epoch)
         views = self.objective.views
@@ -270,8 +270,8 @@ class Run:
 
     def _fail(self, what: str) -> None:
         done = self.progress.epoch
-        kept = f"{self.folder / LAST} keeps those of epoch {done}" if done else "no epoch was finished before"
-        raise NotFinite(f"{what}: lower the learning rate, or check the images and the objective's settings; {kept}.")
+        kept = f"{self.folder / LAST} holds the weights of epoch {done}" if done else "no epoch was completed"
+        raise NotFinite(f"{what} ({kept}): lower the learning rate, or check the images and the objective's settings.")
 
     def _end_epoch(self, epoch: int, lr: float) -> None:
         self._check_weights(epoch)
@@ -291,7 +291,7 @@ class Run:
         self._save_state(0)
 
     def _evaluate(self, images: Images) -> dict[str, float]:
-        """Accuracy in eval mode, of the head's own logits and of those of z/‖z‖."""
+        """Return the accuracy in eval mode of the head on features z, and on normalized features z/‖z‖."""
         rows = share(in_order(len(images), self.recipe.stages[-1].batch_size), self.who.rank, self.who.count)
         rows = [batch for batch in rows if len(batch)]
         plain, generator = Augmentation(), Generator(self.who.device)
@@ -319,7 +319,7 @@ class Run:
             write_tensors(self.folder / name, self.model.state_dict(), facts)
 
     def _save_state(self, step: int) -> None:
-        """After `step` steps of an epoch; the weights are looked at first in the middle of one."""
+        """Save the state after ``step`` steps of an epoch; within an epoch, check the weights first."""
         self.progress.step = step
         if step:
             self._check_weights(self.progress.epoch)

@@ -101,7 +101,7 @@ def test_another_recipe_in_the_folder(recipe: Path) -> None:
     short = ["--set", "epochs=1", "--device", "cpu", "--quiet"]
     ok("train", recipe, *short)
     message = refused("train", recipe, *short, "--set", "seed=1")
-    assert "runs/small holds a training with another recipe: seed was 0, is 1." in message
+    assert "runs/small holds a run with another recipe (seed was 0, is 1)" in message
     ok("train", recipe, *short, "--set", "seed=1", "--overwrite")
 
 

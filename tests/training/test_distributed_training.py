@@ -138,7 +138,7 @@ def test_sync_batchnorm_keeps_names_and_weights() -> None:
 
 def test_what_two_processes_cannot_do(tmp_path: Path) -> None:
     pair = Processes(rank=1, count=2)
-    with pytest.raises(BadInput, match="a batch of 63 cannot be shared by 2 processes"):
+    with pytest.raises(BadInput, match="a batch of 63 cannot be split among 2 processes"):
         prepare(recipe_from(tiny.tables(batch_size=63)), pair)
     with pytest.raises(BadInput, match="sync_batchnorm needs GPUs"):
         prepare(recipe_from(tiny.tables(sync_batchnorm=True)), pair)

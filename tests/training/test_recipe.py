@@ -94,7 +94,7 @@ def test_epochs_are_counted_through_the_stages(tmp_path: Path) -> None:
     recipe = load_recipe(toml(tmp_path, SMALL + "[[stage]]\nepochs = 2\n"))
     assert recipe.epochs == 6
     assert [recipe.stage_of(epoch) for epoch in (0, 3, 4, 5)] == [(0, 0), (0, 3), (1, 0), (1, 1)]
-    with pytest.raises(BadInput, match="6 epochs, and epoch 6"):
+    with pytest.raises(BadInput, match="no epoch 6: it has 6 epochs"):
         recipe.stage_of(6)
 
 
@@ -191,15 +191,15 @@ def test_wrong_types(tmp_path: Path, wrong: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("epochs=0", "epochs = 0 is out of range; give at least 1"),
+        ("epochs=0", "epochs = 0 is out of range: it must be at least 1"),
         ("data.validation=1.0", "data.validation = 1.0"),
         ("data.long_tail=0.5", "data.long_tail = 0.5"),
-        ("optimizer.lr=0", "optimizer.lr = 0.0 is out of range; give a positive number"),
+        ("optimizer.lr=0", "optimizer.lr = 0.0 is out of range: it must be a positive number"),
         ("optimizer.momentum=1", "optimizer.momentum"),
         ("auxiliary.batch_size=0", "auxiliary.batch_size"),
         ("seed=-1", "seed = -1"),
-        ("schedule.milestones=[3]", "milestones go with"),
-        ("schedule.name=steps", "milestones go with"),
+        ("schedule.milestones=[3]", "milestones and"),
+        ("schedule.name=steps", "milestones and"),
     ],
 )
 def test_out_of_range(tmp_path: Path, override: str, words: str) -> None:
@@ -213,7 +213,7 @@ def test_choices_and_what_does_not_go_together(tmp_path: Path) -> None:
     assert "amp is 'fp16': give 'none' or 'bf16'." in refused(path, "amp=fp16")
     with pytest.raises(BadInput, match="optimizer: name must be 'sgd' or 'adam' or 'adamw', got 'lion'"):
         OptimizerTable(lr=1, name="lion")  # type: ignore[arg-type]
-    assert "momentum and nesterov are of sgd" in refused(path, "optimizer={name='adam', lr=1, momentum=0.9}")
+    assert "adam has neither momentum nor nesterov" in refused(path, "optimizer={name='adam', lr=1, momentum=0.9}")
     assert "write --set key=value" in refused(path, "epochs")
     assert "set to a value already" in refused(path, "optimizer=1", "optimizer.lr=1")
 

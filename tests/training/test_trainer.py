@@ -245,7 +245,7 @@ def test_what_is_trainable() -> None:
     ]  # fmt: skip
     assert trainable_parameters(model, ["conv*", "!conv2.*"]) == ["conv1.weight"]
     assert trainable_parameters(model, ["!batchnorm"]) == [name for name in everything if not name.startswith("bn")]
-    with pytest.raises(BadInput, match="no parameter fits 'layer9"):
+    with pytest.raises(BadInput, match="no parameter matches 'layer9"):
         trainable_parameters(model, ["layer9.*"])
     with pytest.raises(BadInput, match="leaves no parameter"):
         trainable_parameters(model, ["head", "!head"])

@@ -42,10 +42,10 @@ def test_the_same_call_again_does_nothing(trained: Trained) -> None:
 def test_another_recipe_or_other_data_in_the_folder(tmp_path: Path) -> None:
     spec = imbalanced(tmp_path, [20, 6, 3])
     first = run(tmp_path / "out", data={"train": spec})
-    with pytest.raises(BadInput, match=r"another recipe: seed was 0, is 1; optimizer\.lr was 0\.05, is 0\.5"):
+    with pytest.raises(BadInput, match=r"another recipe \(seed was 0, is 1; optimizer\.lr was 0\.05, is 0\.5"):
         run(tmp_path / "out", data={"train": spec}, seed=1, optimizer={"lr": 0.5})
     imbalanced(tmp_path, [20, 6, 4])
-    with pytest.raises(BadInput, match=r"another data: images of each class was \[20, 6, 3\], is \[20, 6, 4\]"):
+    with pytest.raises(BadInput, match=r"another data \(images of each class was \[20, 6, 3\], is \[20, 6, 4\]"):
         run(tmp_path / "out", data={"train": spec})
     recipe = recipe_from(tiny.tables(data={"train": spec}, seed=1))
     second = train(recipe, tmp_path / "out", device="cpu", progress=False, overwrite=True)
@@ -55,13 +55,13 @@ def test_another_recipe_or_other_data_in_the_folder(tmp_path: Path) -> None:
 
 def test_foreign_files_are_not_touched(tmp_path: Path, trained: Trained) -> None:
     (tmp_path / "state.safetensors").write_bytes(b"something else")
-    with pytest.raises(CheckpointError, match="not the state of a training"):
+    with pytest.raises(CheckpointError, match="not the state of a training run"):
         run(tmp_path)
     assert (tmp_path / "state.safetensors").read_bytes() == b"something else"
     other = tmp_path / "other"
     other.mkdir()
     save_file({"a": torch.zeros(1)}, other / "last.safetensors")
-    with pytest.raises(BadInput, match=r"no state\.safetensors to continue from"):
+    with pytest.raises(BadInput, match=r"no state\.safetensors to resume from"):
         run(other)
 
 
@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, mon
         return honest(*arguments) * (float("nan") if next(calls) == 23 else 1)  # after one on trial, 20 in each epoch
 
     monkeypatch.setattr("ood_scores.training.objectives.classification.F.cross_entropy", failing)
-    with pytest.raises(NotFinite, match=r"in epoch 2, step 3, the loss became nan.*keeps those of epoch 1"):
+    with pytest.raises(NotFinite, match=r"in epoch 2, step 3, the loss became nan.*holds the weights of epoch 1"):
         run(tmp_path)
     monkeypatch.undo()
     assert all(value.isfinite().all() for value in weights(tmp_path / "last.safetensors").values())
@@ -94,7 +94,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
         return sums
 
     monkeypatch.setattr(trainer, "train_step", exploding)
-    with pytest.raises(NotFinite, match=r"epoch 1 the weights became infinite or NaN.*no epoch was finished"):
+    with pytest.raises(NotFinite, match=r"epoch 1 the weights became infinite or NaN.*no epoch was completed"):
         run(tmp_path, batch_size=2000)
     assert not (tmp_path / "last.safetensors").exists()
 
