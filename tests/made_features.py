@@ -1,4 +1,4 @@
-"""Labeled feature sets with a head: collapsed ones, and random ones."""
+"""Collapsed and random feature sets with labels and a head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 def simplex(classes: int, features: int, seed: int = 0) -> Array:
-    """A simplex equiangular tight frame ``[C, D]``, D >= C - 1, turned at random."""
+    """A randomly rotated simplex equiangular tight frame ``[C, D]``, D >= C - 1."""
     rng = np.random.default_rng(seed)
     frame = np.eye(classes) - 1 / classes
     basis = np.linalg.svd(frame)[0][:, : classes - 1]
@@ -22,7 +22,7 @@ def simplex(classes: int, features: int, seed: int = 0) -> Array:
 
 
 def collapsed(classes: int, features: int, rows: int = 6) -> FeatureSet:
-    """Every row at its class mean, the means a simplex away from the origin, the weights the simplex, larger."""
+    """A set with every row at its class mean; the means and the weights are a shifted and a scaled simplex."""
     frame = simplex(classes, features)
     labels = np.repeat(np.arange(classes), rows)
     offset = np.random.default_rng(1).normal(size=features)

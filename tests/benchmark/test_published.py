@@ -1,4 +1,4 @@
-"""Published numbers beside ours: means over sets and checkpoints, and what they vary by."""
+"""Tests of the comparison with published numbers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def found(published: Published, aurocs: dict[tuple[str, int], float] = AUROCS) -
     return row
 
 
-def test_a_set_and_a_group_are_means_over_checkpoints() -> None:
+def test_ours_is_the_mean_over_checkpoints_and_sets() -> None:
     on_set = found(Published("net", "msp", "near_set", "auroc", 84.0, "paper"))
     assert (on_set["ours"], on_set["difference"], on_set["n"]) == pytest.approx((85.0, 1.0, 2))
     on_all = found(Published("net", "msp", "mean", "auroc", 80.0, "paper"))
@@ -49,17 +49,17 @@ def test_a_set_and_a_group_are_means_over_checkpoints() -> None:
 
 
 @pytest.mark.parametrize(("statistic", "value"), [("sd", math.sqrt(2) * 10), ("min", 70.0), ("max", 90.0)])
-def test_what_the_checkpoints_vary_by(statistic: str, value: float) -> None:
+def test_ours_is_a_statistic_over_checkpoints(statistic: str, value: float) -> None:
     row = found(Published("net", "msp", "mean", f"auroc_{statistic}", 1.0, "paper"))
     assert (row["ours"], row["difference"]) == pytest.approx((value, value - 1))
 
 
-def test_figures_of_the_model_itself() -> None:
+def test_published_accuracy_of_a_model() -> None:
     assert found(Published("net", None, None, "accuracy", 90.0, "paper"))["ours"] == pytest.approx(92.0)
     assert found(Published("net", None, None, "accuracy_max", 90.0, "paper"))["ours"] == pytest.approx(93.0)
 
 
-def test_a_group_that_lacks_a_set_is_not_run() -> None:
+def test_ours_is_nan_if_a_set_of_a_group_is_missing() -> None:
     row = found(Published("net", "msp", "mean", "auroc", 80.0, "paper"), {("near_set", 0): 0.8})
     assert math.isnan(row["ours"])
     assert math.isnan(row["difference"])

@@ -1,4 +1,4 @@
-"""The benchmark's report: every number against the table it comes from, ties, escaping, and pages that stand alone."""
+"""Tests of benchmark reports: numbers, ties, escaping and self-contained pages."""
 
 import base64
 import dataclasses
@@ -36,7 +36,7 @@ VOID = ("meta", "input", "br", "img")
 
 
 class Page(HTMLParser):
-    """Elements, the cells of tables by their class, and a check that every tag is closed in its order."""
+    """Parser of elements and table cells that checks that tags are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def page(results: Results, parts: dict[str, list[ScoreTable]]) -> str:
 
 
 def expected(results: Results, model: str, column: str, metric: str) -> pd.DataFrame:
-    """Percent, a scorer a row and a checkpoint a column."""
+    """Percentages with scorers as rows and checkpoints as columns."""
     frame = results.table[(results.table["model"] == model) & results.table["ood"].isin(SETS[column])]
     return 100 * frame.groupby(["scorer", "checkpoint"])[metric].mean().unstack()
 
@@ -114,7 +114,7 @@ def test_cells_are_means_over_sets_and_checkpoints(results: Results, parts: dict
                         assert np.isnan(cell.sd)
 
 
-def test_intervals_are_those_of_the_table_and_of_the_mean(results: Results, parts: dict[str, list[ScoreTable]]) -> None:
+def test_intervals_of_cells(results: Results, parts: dict[str, list[ScoreTable]]) -> None:
     table = next(table for table in parts[PART] if table.model == SINGLE)
     unit = next(unit for unit in results.scored if unit.model == SINGLE)
     rows = results.table.query("model == @SINGLE and scorer == 'energy' and ood == 'mnist'")
@@ -132,7 +132,7 @@ def test_intervals_are_those_of_the_table_and_of_the_mean(results: Results, part
     assert np.isnan(cells["fpr95_id"][0].low)
 
 
-def test_markdown_rows_are_the_numbers_of_the_table(results: Results, parts: dict[str, list[ScoreTable]]) -> None:
+def test_markdown_shows_the_numbers_of_the_table(results: Results, parts: dict[str, list[ScoreTable]]) -> None:
     text = markdown.report(results, parts)
     section = text.split(f"### {markdown.escape(SINGLE)}")[1].split("###")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
@@ -154,7 +154,7 @@ def test_markdown_rows_are_the_numbers_of_the_table(results: Results, parts: dic
     assert f"{expected(results, SEVERAL, 'mnist', 'auroc').loc['knn'].mean():.1f} ± " in text
 
 
-def test_latex_rows_are_the_numbers_of_the_table(results: Results, parts: dict[str, list[ScoreTable]]) -> None:
+def test_latex_shows_the_numbers_of_the_table(results: Results, parts: dict[str, list[ScoreTable]]) -> None:
     section = latex.tables(parts).split(r"\begin{table}")[2]
     assert section.count(r"\begin") == 1 == section.count(r"\toprule")
     rows = dict(
@@ -169,7 +169,7 @@ def test_latex_rows_are_the_numbers_of_the_table(results: Results, parts: dict[s
     assert r"\multicolumn{3}{c}{mean} & \multicolumn{2}{c}{near} & \multicolumn{3}{c}{far}" in section
 
 
-def test_page_has_the_numbers_of_the_table(results: Results, page: str) -> None:
+def test_html_shows_the_numbers_of_the_table(results: Results, page: str) -> None:
     tables = [rows for classes, rows in Page(page).tables if classes == "scores"]
     assert len(tables) == 1 + len(MODELS)
     wanted = [(metric.name, column) for metric in shown_metrics() for column in SETS]
@@ -188,7 +188,7 @@ def test_page_has_the_numbers_of_the_table(results: Results, page: str) -> None:
             assert [float(attrs["data-v"]) for attrs, _ in cells[len(wanted) :]] == pytest.approx(costs)
 
 
-def test_models_side_by_side(results: Results, page: str) -> None:
+def test_html_shows_models_side_by_side(results: Results, page: str) -> None:
     heads, *rows = next(rows for classes, rows in Page(page).tables if classes == "scores")
     assert [text for _, text in heads[1:5]] == [
         "meanover the models",
@@ -205,7 +205,7 @@ def test_models_side_by_side(results: Results, page: str) -> None:
     assert means == sorted(means, reverse=True)
 
 
-def test_published_numbers_stand_beside_ours(results: Results, page: str) -> None:
+def test_reports_compare_published_numbers(results: Results, page: str) -> None:
     _, *rows = next(rows for classes, rows in Page(page).tables if classes == "comparison")
     by_name = {tuple(text for _, text in row[:3]): [text for _, text in row[3:]] for row in rows}
     ours = expected(results, SINGLE, "textures", "auroc")[0]["msp"]
@@ -223,7 +223,7 @@ def test_published_numbers_stand_beside_ours(results: Results, page: str) -> Non
 
 
 def constructed(checkpoints: int) -> Results:
-    """Two scorers that differ by chance only, one that is the same as the first, and one clearly worse."""
+    """Results of two scorers that differ by chance only, a copy of the first, and a clearly worse one."""
     units = []
     for checkpoint in range(checkpoints):
         rng = np.random.default_rng(checkpoint)
@@ -245,7 +245,7 @@ def made_unit(checkpoint: int) -> Scored:
 
 
 def bare(folder: Path = Path("unused")) -> Results:
-    """What is left when nothing but the table exists, and that is empty."""
+    """Results with empty tables."""
     empty = pd.DataFrame
     return Results(
         name="bare",
@@ -262,7 +262,7 @@ def bare(folder: Path = Path("unused")) -> Results:
 
 
 @pytest.mark.parametrize("checkpoints", [1, 3])
-def test_ties_are_what_cannot_be_told_from_the_best(checkpoints: int) -> None:
+def test_ties_are_not_significantly_below_the_best(checkpoints: int) -> None:
     (table,) = part_tables(constructed(checkpoints))[PART]
     assert [row.scorer for row in table.rows if row.scorer != "like"] == ["good", "same", "worse"]
     for row in table.rows:
@@ -271,8 +271,8 @@ def test_ties_are_what_cannot_be_told_from_the_best(checkpoints: int) -> None:
     assert set(table.tied) == {"good", "same", "like"} - {table.rows[0].scorer}
 
 
-def test_the_error_of_several_checkpoints_is_that_of_their_mean_on_the_same_rows() -> None:
-    """By definition: a row's part in the mean AUROC is the mean of its parts in each; three copies add nothing."""
+def test_the_standard_error_of_a_mean_over_checkpoints() -> None:
+    """The contribution of a row is the mean of its contributions, so copies of a checkpoint add nothing."""
     rng = np.random.default_rng(2)
     units = [{"one": {"id": rng.normal(1, 1, 60), "far": rng.normal(0, 1, 50)}} for _ in range(3)]
     above = np.mean([unit["one"]["id"][:, None] > unit["one"]["far"] for unit in units], axis=0)
@@ -284,7 +284,7 @@ def test_the_error_of_several_checkpoints_is_that_of_their_mean_on_the_same_rows
     assert copied["one"][0] == pytest.approx(alone["one"][0])
 
 
-def test_ties_are_marked_on_every_page(results: Results, parts: dict[str, list[ScoreTable]], page: str) -> None:
+def test_ties_are_marked_in_every_report(results: Results, parts: dict[str, list[ScoreTable]], page: str) -> None:
     table = next(table for table in parts[PART] if table.model == SINGLE)
     assert 0 < len(table.tied) < len(table.rows) - 1
     text = markdown.report(results, parts).split(f"### {markdown.escape(SINGLE)}")[1].split("###")[0]
@@ -302,12 +302,12 @@ def test_ties_are_marked_on_every_page(results: Results, parts: dict[str, list[S
 # ---- pages
 
 
-def test_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
+def test_html_is_well_formed_and_self_contained(page: str) -> None:
     read = Page(page)
     ids = read.ids()
     assert len(ids) == len(set(ids))
     for tag, attrs in read.elements:
-        if tag == "a" and attrs["href"].startswith("https://"):  # a link in notes: fetched when it is followed
+        if tag == "a" and attrs["href"].startswith("https://"):  # a link in the notes
             continue
         assert "srcset" not in attrs
         assert not {name for name in attrs if name.startswith("on")}
@@ -320,14 +320,14 @@ def test_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
     assert "@import" not in style
 
 
-def test_notes_are_markdown_that_fetches_nothing(page: str) -> None:
+def test_html_notes_are_markdown_without_images(page: str) -> None:
     (notes,) = re.findall(r'<div class="notes">(.*?)</div>', page, re.DOTALL)
     assert "<p>Rows &amp; columns &lt;made&gt; up.</p>" in notes
     assert "<li><em>first</em></li>" in notes
     assert "<img" not in notes
 
 
-def test_names_are_shown_as_they_are(results: Results, parts: dict[str, list[ScoreTable]], page: str) -> None:
+def test_names_are_escaped_in_reports(results: Results, parts: dict[str, list[ScoreTable]], page: str) -> None:
     read = Page(page)
     assert [tag for tag, _ in read.elements].count("script") == 1
     scores = next(rows for classes, rows in read.tables if classes == "scores")
@@ -342,7 +342,7 @@ def test_names_are_shown_as_they_are(results: Results, parts: dict[str, list[Sco
     assert latex.escape("\\{a}~^#$") == r"\textbackslash{}\{a\}\textasciitilde{}\textasciicircum{}\#\$"
 
 
-def test_report_without_anything_but_scores(results: Results, tmp_path: Path) -> None:
+def test_report_of_scores_only(results: Results, tmp_path: Path) -> None:
     little = dataclasses.replace(bare(tmp_path / "new"), table=results.table.query("model == @SINGLE"))
     paths = write_report(little)
     assert paths == [tmp_path / "new" / name for name in ("report.md", "tables.tex", "report.html")]
@@ -355,8 +355,8 @@ def test_report_without_anything_but_scores(results: Results, tmp_path: Path) ->
     assert "svg" not in [tag for tag, _ in read.elements]
 
 
-def test_report_of_nothing_says_so(results: Results, tmp_path: Path) -> None:
-    """Models that were not run, and their published numbers, are a part of their own."""
+def test_report_of_models_that_were_not_run(results: Results, tmp_path: Path) -> None:
+    """The report lists models that were not run with their published numbers."""
     nothing = dataclasses.replace(bare(tmp_path), not_run=results.not_run)
     nothing = dataclasses.replace(nothing, comparison=results.comparison.query("model != @SINGLE"))
     for path in write_report(nothing)[::2]:
@@ -366,7 +366,7 @@ def test_report_of_nothing_says_so(results: Results, tmp_path: Path) -> None:
         assert "90.15" in text
 
 
-def test_means_of_one_set_have_no_column(results: Results) -> None:
+def test_means_of_a_single_set_have_no_column(results: Results) -> None:
     def columns(*sets: str) -> list[str]:
         table = results.table[results.table["ood"].isin(sets) & (results.table["model"] == SINGLE)]
         (made,) = part_tables(dataclasses.replace(bare(), table=table))[PART]
@@ -377,8 +377,8 @@ def test_means_of_one_set_have_no_column(results: Results) -> None:
     assert columns("cifar100_test", "textures", "mnist") == ["overall", "far", "cifar100_test", "textures", "mnist"]
 
 
-def test_a_set_that_is_missing_for_one_scorer(results: Results) -> None:
-    """Its mean over the sets is unknown, and it comes last."""
+def test_a_scorer_without_one_set_comes_last(results: Results) -> None:
+    """Its mean over the sets is unknown."""
     lost = results.table.query("not (scorer == 'vra' and ood == 'mnist')").query("model == @SINGLE")
     (table,) = part_tables(dataclasses.replace(bare(), table=lost))[PART]
     cells = table.rows[-1].cells["auroc"]
@@ -390,16 +390,16 @@ def test_a_set_that_is_missing_for_one_scorer(results: Results) -> None:
 # ---- figures
 
 
-def colours(count: int) -> np.ndarray:
-    """One colour for each row."""
+def colors(count: int) -> np.ndarray:
+    """One color for each row."""
     return np.stack([np.arange(count) % 256, 255 - np.arange(count) % 256, np.arange(count) // 2 % 256], axis=1)
 
 
-def test_hardest_are_the_highest_ood_and_the_lowest_id_scores(results: Results) -> None:
+def test_hardest_images_have_the_highest_ood_and_the_lowest_id_scores(results: Results) -> None:
     unit = next(unit for unit in results.scored if unit.model == SINGLE)
 
     def images(name: str) -> ImageDataset | None:
-        pixels = np.broadcast_to(colours(300)[:, None, None], (300, 160, 120, 3)).astype(np.uint8)
+        pixels = np.broadcast_to(colors(300)[:, None, None], (300, 160, 120, 3)).astype(np.uint8)
         return None if name == "mnist" else ImageArrays(pixels)
 
     found = figures.hardest(unit, "knn", images)
@@ -413,13 +413,13 @@ def test_hardest_are_the_highest_ood_and_the_lowest_id_scores(results: Results) 
         assert float(sample.score) == pytest.approx(scores["id"][sample.row], rel=1e-3)
         image = Image.open(io.BytesIO(base64.b64decode(sample.image.split(",")[1])))
         assert image.size == (72, 96)
-        assert np.abs(np.asarray(image.convert("RGB")) - colours(300)[sample.row]).max() < 12
+        assert np.abs(np.asarray(image.convert("RGB")) - colors(300)[sample.row]).max() < 12
     in_mnist = {name: values for name, values in unit.scores["knn"].items() if name in ("id", "mnist")}
     alone = figures.hardest(dataclasses.replace(unit, scores={"knn": in_mnist}), "knn", images)
     assert [sample.image for sample in alone.ood] == [""] * 8
 
 
-def test_collapse_is_drawn_where_models_can_be_compared(results: Results, page: str) -> None:
+def test_collapse_bars_are_drawn_for_several_models(results: Results, page: str) -> None:
     bars = [attrs["style"] for _, attrs in Page(page).elements if attrs.get("class") == "bar"]
     assert len(bars) == 7 * len(MODELS)
     assert bars[:3] == ["--share:0.464", "--share:0.714", "--share:1.000"]  # 0.325, 0.5 and 0.7
@@ -451,9 +451,7 @@ def test_histogram_path_has_a_bar_for_each_bin() -> None:
     assert histogram_path(np.array([0.0, 1.0, 0.25])) == "M0 100V100h1V0h1V75h1V100z"
 
 
-def test_figures_of_all_scorers_while_they_are_few(
-    results: Results, parts: dict[str, list[ScoreTable]], page: str
-) -> None:
+def test_html_limits_the_number_of_figures(results: Results, parts: dict[str, list[ScoreTable]], page: str) -> None:
     def cards(text: str) -> int:
         return sum(attrs.get("class") == "card" for _, attrs in Page(text).elements)
 

@@ -1,4 +1,4 @@
-"""Two benchmark runs beside each other: differences, paired and unpaired tests, and what only one of them has."""
+"""Tests of the comparison of two benchmark runs."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ def before() -> Results:
 
 @pytest.fixture(scope="module")
 def after(before: Results) -> Results:
-    """energy is worse, gradnorm a little different; knn is gone, new_one there; one model has other weights only."""
+    """A run in which energy is worse, gradnorm slightly different, knn missing and new_one added."""
     return rescored(before, changed)
 
 
@@ -51,7 +51,7 @@ def rows_of(frame: pd.DataFrame, scorer: str) -> pd.DataFrame:
     return frame[(frame["scorer"] == scorer) & (frame["model"] == MODEL)]
 
 
-def test_rows_are_those_of_both_runs_in_order(before: Results, after: Results) -> None:
+def test_compare_runs_has_the_rows_of_both_runs_in_order(before: Results, after: Results) -> None:
     frame = compare_runs(before, after)
     keys = [tuple(key) for key in frame[list(KEY)].to_numpy()]
     assert keys[: len(before.table)] == [tuple(key) for key in before.table[list(KEY)].to_numpy()]
@@ -61,7 +61,7 @@ def test_rows_are_those_of_both_runs_in_order(before: Results, after: Results) -
     assert frame.loc[frame["found"] != "both", ["auroc_difference", "p_value", "p_holm"]].isna().all(axis=None)
 
 
-def test_differences_are_b_less_a(before: Results, after: Results) -> None:
+def test_compare_runs_subtracts_a_from_b(before: Results, after: Results) -> None:
     frame = compare_runs(before, after)
     both = frame[frame["found"] == "both"]
     for run, name in ((before, "a"), (after, "b")):
@@ -71,7 +71,7 @@ def test_differences_are_b_less_a(before: Results, after: Results) -> None:
             assert both[f"{metric}_difference"].tolist() == (both[f"{metric}_b"] - both[f"{metric}_a"]).tolist()
 
 
-def test_same_rows_have_the_paired_test(before: Results, after: Results) -> None:
+def test_compare_runs_uses_the_paired_test_for_the_same_rows(before: Results, after: Results) -> None:
     frame = compare_runs(before, after)
     units = [next(unit for unit in run.scored if unit.model == MODEL) for run in (before, after)]
     for scorer in ("energy", "gradnorm", "msp"):
@@ -85,7 +85,7 @@ def test_same_rows_have_the_paired_test(before: Results, after: Results) -> None
 
 
 @pytest.mark.parametrize("reason", ["data", "rows", "scores"])
-def test_other_rows_have_the_unpaired_test(before: Results, after: Results, reason: str) -> None:
+def test_compare_runs_uses_the_unpaired_test_for_different_rows(before: Results, after: Results, reason: str) -> None:
     other = after
     if reason == "data":
         other = dataclasses.replace(after, table=after.table.assign(id_sha256="other"))
@@ -107,14 +107,14 @@ def test_other_rows_have_the_unpaired_test(before: Results, after: Results, reas
 
 
 def test_holm_correction() -> None:
-    """The smallest of three is multiplied by three, the next by two; none may fall below the one before."""
+    """The smallest of three p-values is multiplied by three, the next by two; none may fall below the previous one."""
     corrected = holm(np.array([0.04, np.nan, 0.01, 0.015]))
     np.testing.assert_allclose(corrected, [0.04, np.nan, 0.03, 0.03])
     assert holm(np.array([0.6, 0.7])).tolist() == [1, 1]
     assert len(holm(np.array([]))) == 0
 
 
-def test_command(before: Results, after: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_command(before: Results, after: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {"before": before, "after": after}
     monkeypatch.setattr(ood_scores.benchmark, "load_results", lambda folder: runs[str(folder)], raising=False)
     out = tmp_path / "changes.csv"

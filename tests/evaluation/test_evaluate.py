@@ -1,4 +1,4 @@
-"""evaluate: a tidy table, right in every cell, from one pass over each set."""
+"""Tests of ``evaluate``: values, passes over the sets, and errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SCORERS = ["msp", "energy", "gradnorm", "mahalanobis", "gmm", "prior_msp"]
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[FeatureSet]:
-    """The sets whose blocks were read, once for each pass; reading a whole column of one fails."""
+    """Record each pass over the blocks of a set; reading a whole column fails."""
     passes: list[FeatureSet] = []
     blocks = FeatureSet.blocks
 
@@ -64,7 +64,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[FeatureSet]:
     return passes
 
 
-def test_is_tidy() -> None:
+def test_evaluate_returns_a_tidy_frame() -> None:
     table = evaluate(SCORERS, id=ID, ood=OOD, fit=FIT)
     assert table.columns.tolist() == COLUMNS
     assert list(zip(table["scorer"], table["ood"], strict=True)) == [(s, o) for s in SCORERS for o in OOD]
@@ -73,7 +73,7 @@ def test_is_tidy() -> None:
     assert list(table.attrs) == ["id_accuracy", "id"]
 
 
-def test_every_cell_is_score_and_metrics() -> None:
+def test_evaluate_equals_score_and_metrics() -> None:
     table = evaluate(SCORERS, id=ID, ood=OOD, fit=FIT)
     cells = {(row["scorer"], row["ood"]): row for row in table.to_dict("records")}
     for name in SCORERS:
@@ -85,7 +85,7 @@ def test_every_cell_is_score_and_metrics() -> None:
                 assert row[metric] == getattr(metrics, metric)(id_scores, ood_scores)
 
 
-def test_each_set_is_read_once_for_all_scorers(reads: list[FeatureSet]) -> None:
+def test_evaluate_reads_each_set_once_for_all_scorers(reads: list[FeatureSet]) -> None:
     fit = feature_set(0, rows=200)
     names: list[str | Scorer] = [
         *SCORERS,
@@ -97,10 +97,10 @@ def test_each_set_is_read_once_for_all_scorers(reads: list[FeatureSet]) -> None:
     assert table.attrs["id_accuracy"] is not None
     assert [id(feats) for feats in reads] == [id(fit), id(ID), id(OOD["near"]), id(OOD["far"])]
     evaluate(names, id=ID, ood=OOD, fit=fit)
-    assert len(reads) == 4 + 3  # the fit set's statistics are known by now
+    assert len(reads) == 4 + 3  # the statistics of the fit set are known
 
 
-def test_a_set_on_disk_is_opened_and_read_once(tmp_path: Path, reads: list[FeatureSet]) -> None:
+def test_evaluate_reads_a_set_on_disk_once(tmp_path: Path, reads: list[FeatureSet]) -> None:
     ID.save(tmp_path / "id.h5")
     feats = load(tmp_path / "id.h5")
     found = evaluate(["energy", "feature_norm"], id=feats, ood=OOD)
@@ -108,7 +108,7 @@ def test_a_set_on_disk_is_opened_and_read_once(tmp_path: Path, reads: list[Featu
     pd.testing.assert_frame_equal(found, evaluate(["energy", "feature_norm"], id=ID, ood=OOD))
 
 
-def test_accuracy() -> None:
+def test_id_accuracy_of_evaluate() -> None:
     assert ID.logits is not None
     assert ID.labels is not None
     expected = float((ID.logits.argmax(dim=1) == ID.labels).double().mean())
@@ -120,21 +120,21 @@ def test_accuracy() -> None:
     assert accuracy(feature_set(1, labels=None)) is None
 
 
-def test_the_name_of_the_id_data() -> None:
+def test_evaluate_returns_the_name_of_the_id_dataset() -> None:
     blank: dict[str, Any] = dict.fromkeys(Provenance.__dataclass_fields__, "")
     provenance = replace(Provenance(**blank), dataset="cifar10-test")
     assert evaluate(["msp"], id=feature_set(1, provenance=provenance), ood=OOD).attrs["id"] == "cifar10-test"
     assert evaluate(["msp"], id=ID, ood=OOD).attrs["id"] is None
 
 
-def test_names_to_show() -> None:
+def test_evaluate_shows_the_names_of_a_mapping() -> None:
     table = evaluate({"T=1": "energy", "T=10": create_scorer("energy", temperature=10.0)}, id=ID, ood=OOD)
     assert table["scorer"].unique().tolist() == ["T=1", "T=10"]
     expected = metrics.auroc(score("energy", ID, temperature=10.0), score("energy", OOD["near"], temperature=10.0))
     assert table.set_index(["scorer", "ood"]).loc[("T=10", "near"), "auroc"] == expected
 
 
-def test_several_settings_of_one_scorer_show_their_parameters() -> None:
+def test_evaluate_shows_the_parameters_of_a_scorer_with_several_settings() -> None:
     scorers = [
         create_scorer("energy"),
         create_scorer("energy", temperature=10.0),
@@ -144,7 +144,7 @@ def test_several_settings_of_one_scorer_show_their_parameters() -> None:
     assert table["scorer"].unique().tolist() == ["Energy(temperature=1.0)", "Energy(temperature=10.0)", "msp"]
 
 
-def test_the_same_scorer_twice_wants_names() -> None:
+def test_evaluate_requires_names_for_a_scorer_that_is_listed_twice() -> None:
     two = [create_scorer("mahalanobis").fit(FIT), create_scorer("mahalanobis").fit(ID)]
     with pytest.raises(BadInput, match="listed twice"):
         evaluate(two, id=ID, ood=OOD)
@@ -152,7 +152,7 @@ def test_the_same_scorer_twice_wants_names() -> None:
     assert table["auroc"].nunique() == 4
 
 
-def test_fitted_scorers_are_used_as_they_are_and_refitted_if_a_fit_set_is_given() -> None:
+def test_evaluate_refits_fitted_scorers_only_with_a_fit_set() -> None:
     scorer = create_scorer("mahalanobis").fit(FIT)
     as_it_is = evaluate([scorer], id=ID, ood=OOD)
     pd.testing.assert_frame_equal(as_it_is, evaluate(["mahalanobis"], id=ID, ood=OOD, fit=FIT))
@@ -162,7 +162,7 @@ def test_fitted_scorers_are_used_as_they_are_and_refitted_if_a_fit_set_is_given(
 
 
 @pytest.mark.parametrize("labels", [None, torch.full((60,), 999), torch.full((60,), -1)])
-def test_labels_of_ood_sets_do_not_matter(labels: Any) -> None:
+def test_evaluate_ignores_labels_of_ood_sets(labels: Any) -> None:
     expected = evaluate(SCORERS, id=ID, ood={"ood": feature_set(2)}, fit=FIT)
     pd.testing.assert_frame_equal(
         evaluate(SCORERS, id=ID, ood={"ood": feature_set(2, labels=labels)}, fit=FIT), expected
@@ -170,7 +170,7 @@ def test_labels_of_ood_sets_do_not_matter(labels: Any) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 4])
-def test_labels_of_the_id_set_must_be_its_classes(label: int) -> None:
+def test_evaluate_checks_labels_of_the_id_set(label: int) -> None:
     labels = torch.arange(60) % 4
     labels[7] = label
     with pytest.raises(BadLabels, match=r"class indices must be in 0 \.\. 3"):
@@ -178,12 +178,12 @@ def test_labels_of_the_id_set_must_be_its_classes(label: int) -> None:
 
 
 @pytest.mark.parametrize("scorers", ["msp", create_scorer("msp")])
-def test_scorers_are_a_list(scorers: Any) -> None:
+def test_evaluate_requires_a_list_of_scorers(scorers: Any) -> None:
     with pytest.raises(BadInput, match="scorers must be a list or a mapping of names or Scorer objects"):
         evaluate(scorers, id=ID, ood=OOD)
 
 
-def test_nothing_to_compare() -> None:
+def test_evaluate_requires_scorers_and_ood_sets() -> None:
     with pytest.raises(EmptyInput, match="no OoD set"):
         evaluate(["msp"], id=ID, ood={})
     with pytest.raises(EmptyInput, match="no scorer"):
@@ -193,14 +193,14 @@ def test_nothing_to_compare() -> None:
 
 
 @pytest.mark.parametrize("empty", ["id", "ood", "fit"])
-def test_a_set_without_rows(empty: str) -> None:
+def test_evaluate_refuses_a_set_without_rows(empty: str) -> None:
     sets: dict[str, Any] = {"id": ID, "ood": OOD["near"], "fit": FIT}
     sets[empty] = sets[empty][:0]
     with pytest.raises(EmptyInput, match="no rows"):
         evaluate(["mahalanobis"], id=sets["id"], ood={"ood": sets["ood"]}, fit=sets["fit"])
 
 
-def test_what_cannot_be_scored_is_said_before_any_work(reads: list[FeatureSet]) -> None:
+def test_evaluate_checks_requirements_before_reading(reads: list[FeatureSet]) -> None:
     with pytest.raises(NotFitted, match="'mahalanobis' is fitted on in-distribution features: pass fit="):
         evaluate(["msp", "mahalanobis"], id=ID, ood=OOD)
     with pytest.raises(MissingInput, match="'msp' needs logits"):
@@ -213,8 +213,8 @@ def test_what_cannot_be_scored_is_said_before_any_work(reads: list[FeatureSet]) 
 
 
 @pytest.mark.parametrize("scorers", [["energy"], ["feature_norm"], ["mahalanobis"], ["gmm", "msp"]])
-def test_sets_of_other_models_are_refused(scorers: list[str]) -> None:
-    """Even by scorers that could score any width: numbers of two models must not be compared."""
+def test_evaluate_refuses_sets_of_different_models(scorers: list[str]) -> None:
+    """This includes scorers that can score any width, since numbers of two models must not be compared."""
     wide = FeatureSet(torch.ones(30, 7), torch.ones(30, 4), torch.arange(30) % 4)
     more = FeatureSet(torch.ones(30, 6), torch.ones(30, 5), torch.arange(30) % 4)
     with pytest.raises(ShapeMismatch, match="the OoD set 'other' has num_features = 7, the ID set has 6"):
@@ -225,12 +225,12 @@ def test_sets_of_other_models_are_refused(scorers: list[str]) -> None:
         evaluate(scorers, id=ID, ood=OOD, fit=wide)
 
 
-def test_a_set_that_does_not_say_its_classes_is_not_another_model_s() -> None:
+def test_evaluate_accepts_a_set_with_unknown_classes() -> None:
     bare = {"bare": FeatureSet(OOD["near"].features)}
     assert len(evaluate(["feature_norm"], id=ID, ood=bare)) == 1
 
 
-def test_rows_that_are_not_finite_are_named() -> None:
+def test_evaluate_names_rows_that_are_not_finite() -> None:
     features = ID.features.clone()
     features[11, 0] = float("nan")
     with pytest.raises(NotFinite, match="first in row 11"):
@@ -239,7 +239,7 @@ def test_rows_that_are_not_finite_are_named() -> None:
         evaluate(["mahalanobis"], id=ID, ood=OOD, fit=feature_set(1, features=features))
 
 
-def test_inputs_are_left_alone() -> None:
+def test_evaluate_does_not_change_its_inputs() -> None:
     before = ID.features.clone()
     evaluate(SCORERS, id=ID, ood=OOD, fit=FIT)
     assert torch.equal(ID.features, before)

@@ -1,4 +1,4 @@
-"""Norm groups and norm bins against values by hand and loops."""
+"""Tests of norm groups and norm bins against loops and values computed by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ood_scores.evaluation.feature_norms import norm_bins, norm_groups
 # --- change of features by norm group -------------------------------------------------------------------------------
 
 
-def test_norm_groups_by_hand() -> None:
+def test_norm_groups_computed_by_hand() -> None:
     # Last norms 5, 10 (an edge belongs to the group above), 25, 50; the second group of three has two rows.
     last = torch.tensor([[3.0, 4.0], [10.0, 0.0], [0.0, 25.0], [30.0, 40.0]])
     middle = last - torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [0.0, 0.0]])
@@ -48,7 +48,7 @@ def test_an_empty_norm_group_has_no_change() -> None:
     assert table["change"].tolist() == pytest.approx([2, *[float("nan")] * 3], nan_ok=True)
 
 
-def test_norm_groups_that_cannot_be() -> None:
+def test_norm_groups_errors() -> None:
     one, wide, long = FeatureSet(torch.ones(4, 2)), FeatureSet(torch.ones(4, 3)), FeatureSet(torch.ones(5, 2))
     with pytest.raises(BadInput, match="at least two epochs are needed, got 1"):
         norm_groups([one])
@@ -63,7 +63,7 @@ def test_norm_groups_that_cannot_be() -> None:
 # --- norm against accuracy and softmax ------------------------------------------------------------------------------
 
 
-def test_norm_bins_by_hand() -> None:
+def test_norm_bins_computed_by_hand() -> None:
     # Norms 5, 1, 2, 3, 4, 6 in bins {1, 2}, {3, 4}, {5, 6}; logits +-log 3 give a confidence of 3/4 or, twice it, 9/10.
     norms = torch.tensor([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     side = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 2.0]) * np.log(3)
@@ -78,12 +78,12 @@ def test_norm_bins_by_hand() -> None:
     assert norm_bins(feats, bins=3, labeled=False)["accuracy"].isna().all()
 
 
-def test_bins_of_haas_hold_eighty_rows_each() -> None:
+def test_default_norm_bins_hold_eighty_of_ten_thousand_rows() -> None:
     feats = FeatureSet(torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(10_000, 2))
     assert norm_bins(feats, labeled=False)["rows"].tolist() == [80] * 125
 
 
-def test_equal_norms_share_a_bin() -> None:
+def test_rows_with_equal_norms_share_a_norm_bin() -> None:
     feats = FeatureSet(torch.tensor([1.0, 1, 1, 2, 2, 3])[:, None], torch.zeros(6, 2))
     assert norm_bins(feats, bins=4, labeled=False)["rows"].tolist() == [3, 3]
     assert norm_bins(feats, bins=50, labeled=False)["rows"].tolist() == [3, 2, 1]
@@ -91,7 +91,7 @@ def test_equal_norms_share_a_bin() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 13, 1000])
-def test_scaled_features_and_any_blocks(rows: int) -> None:
+def test_norm_bins_of_scaled_features_in_any_blocks(rows: int) -> None:
     feats = random_set(4, 6)
     assert feats.head is not None
     assert feats.logits is not None
@@ -106,7 +106,7 @@ def test_scaled_features_and_any_blocks(rows: int) -> None:
     assert np.average(table["accuracy"], weights=table["rows"]) == pytest.approx(float(correct))
 
 
-def test_norm_bins_that_cannot_be() -> None:
+def test_norm_bins_errors() -> None:
     feats = FeatureSet(torch.ones(4, 2), torch.zeros(4, 3), [0, 1, 2, 3])
     with pytest.raises(BadLabels, match="labels run from 0 to 3"):
         norm_bins(feats)

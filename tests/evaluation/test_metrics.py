@@ -106,7 +106,7 @@ def ratios(id_scores: Any, ood_scores: Any, **options: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("case", FINITE_CASES)
-def test_equals_scikit_learn(case: str) -> None:
+def test_metrics_equal_scikit_learn(case: str) -> None:
     id_scores, ood_scores = FINITE_CASES[case]
     scores = np.concatenate([id_scores, ood_scores])
     is_id = np.arange(len(scores)) < len(id_scores)
@@ -128,7 +128,7 @@ def test_equals_scikit_learn(case: str) -> None:
 
 @pytest.mark.parametrize("rule", ["first", "nearest"])
 @pytest.mark.parametrize("case", FINITE_CASES)
-def test_equals_brute_force(case: str, rule: Any) -> None:
+def test_metrics_equal_brute_force(case: str, rule: Any) -> None:
     id_scores, ood_scores = FINITE_CASES[case]
     assert ratios(id_scores, ood_scores, rule=rule) == pytest.approx(
         brute_force(id_scores, ood_scores, rule), abs=1e-12
@@ -158,7 +158,7 @@ def test_each_function_equals_its_field_of_compare(name: str) -> None:
 # --- by hand --------------------------------------------------------------------------------------------------------
 
 
-def test_counts_by_hand() -> None:
+def test_roc_counts_computed_by_hand() -> None:
     counts = roc_counts([3, 1, 2, 2], [2, 0, 2])
     np.testing.assert_array_equal(counts.thresholds, [3, 2, 1, 0])
     np.testing.assert_array_equal(counts.positives, [1, 3, 4, 4])
@@ -171,7 +171,7 @@ def test_counts_by_hand() -> None:
         assert getattr(mirrored, field).dtype == getattr(direct, field).dtype
 
 
-def test_metrics_by_hand() -> None:
+def test_metrics_computed_by_hand() -> None:
     found = compare([3, 1, 2, 2], [2, 0, 2])
     assert found.auroc == (3 + 1 + 2 * (1 + 0.5 + 0.5)) / 12  # pairs won by the scores 3, 1 and twice 2
     assert found.aupr_in == pytest.approx(1 / 4 + 2 / 4 * 3 / 5 + 1 / 4 * 4 / 6)
@@ -189,12 +189,12 @@ def test_metrics_by_hand() -> None:
         ([7, 7, 7], [7], {"auroc": 0.5, "aupr_in": 0.75, "aupr_out": 0.25, "fpr95_id": 1.0, "fpr95_ood": 1.0}),
     ],
 )
-def test_degenerate_by_hand(id_scores: list[int], ood_scores: list[int], expected: dict[str, float]) -> None:
+def test_degenerate_metrics_by_hand(id_scores: list[int], ood_scores: list[int], expected: dict[str, float]) -> None:
     assert ratios(id_scores, ood_scores) == pytest.approx(expected, abs=1e-15)
 
 
 def test_ninety_five_percent_of_twenty_is_nineteen() -> None:
-    id_scores = np.arange(1, 21)  # 19 of 20 are kept by the threshold 2
+    id_scores = np.arange(1, 21)  # the threshold 2 accepts 19 of 20
     ood_scores = np.array([2, 1, 1, 1])
     assert fpr95_id(id_scores, ood_scores) == 1 / 4
     assert fpr95_ood(-ood_scores, -id_scores) == 1 / 4
@@ -203,28 +203,28 @@ def test_ninety_five_percent_of_twenty_is_nineteen() -> None:
 
 @pytest.mark.parametrize("n", [20, 40, 60, 100, 220, 1000, 10_000, 26_020])
 @pytest.mark.parametrize("percent", [5, 7, 14, 28, 55, 57, 58, 90, 95, 99, 100])
-def test_the_kept_share_is_compared_exactly(n: int, percent: int) -> None:
+def test_the_accepted_share_is_compared_exactly(n: int, percent: int) -> None:
     ranks = np.arange(n, 0, -1)
     needed = -(-percent * n // 100)
     assert fpr_at_tpr_id(ranks, ranks, percent / 100) == needed / n
     assert fpr_at_tpr_ood(ranks, ranks, percent / 100) == needed / n
 
 
-def test_nearest_rule_by_hand() -> None:
-    # 18 ID rows: 17/18 = 0.944, kept by the thresholds 20 and 15, is nearer to 0.95 than 18/18, kept by 10.
+def test_nearest_rule_computed_by_hand() -> None:
+    # Of 18 ID rows the thresholds 20 and 15 accept 17 (0.944), which is closer to 0.95 than 18 for threshold 10.
     id_scores, ood_scores = np.arange(180, 0, -10), np.array([1000, 15, 10, 5])
     assert fpr95_id(id_scores, ood_scores, rule="first") == 3 / 4
     assert fpr95_id(id_scores, ood_scores, rule="nearest") == 2 / 4
     assert fpr95_ood(-ood_scores, -id_scores, rule="nearest") == 2 / 4
 
 
-def test_nearest_rule_takes_the_higher_share_of_two_equally_near() -> None:
-    id_scores = np.arange(10, 0, -1)  # 9/10 and 10/10 are as near to 0.95
+def test_nearest_rule_takes_the_higher_of_two_equally_close_shares() -> None:
+    id_scores = np.arange(10, 0, -1)  # 9/10 and 10/10 are equally close to 0.95
     assert fpr95_id(id_scores, [1.5, 0.5], rule="nearest") == 1 / 2
     assert fpr95_id(id_scores, [1.0, 0.5], rule="nearest") == 1 / 2
 
 
-def test_trapezoid_by_hand() -> None:
+def test_trapezoid_computed_by_hand() -> None:
     # Points (recall, precision): (0, 1), (1/2, 1), (1/2, 1/2), (1, 2/3).
     assert aupr_in([3, 1], [2], interpolation="trapezoid") == pytest.approx(1 / 2 + 1 / 2 * (1 / 2 + 2 / 3) / 2)
     assert aupr_in([3, 1], [2]) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
@@ -243,7 +243,7 @@ interpolations = st.sampled_from(["step", "trapezoid"])
 
 
 @given(either, rules)
-def test_brute_force_property(sides: Any, rule: str) -> None:
+def test_random_metrics_equal_brute_force(sides: Any, rule: str) -> None:
     id_scores, ood_scores = (np.array(side, dtype=np.float64) for side in sides)
     assert ratios(id_scores, ood_scores, rule=rule) == pytest.approx(
         brute_force(id_scores, ood_scores, rule), abs=1e-12
@@ -251,14 +251,14 @@ def test_brute_force_property(sides: Any, rule: str) -> None:
 
 
 @given(either, st.randoms(use_true_random=False), rules, interpolations)
-def test_order_of_rows_is_irrelevant(sides: Any, random: Any, rule: str, interpolation: str) -> None:
+def test_metrics_ignore_the_order_of_rows(sides: Any, random: Any, rule: str, interpolation: str) -> None:
     shuffled = [random.sample(side, len(side)) for side in sides]
     options = {"rule": rule, "interpolation": interpolation}
     assert ratios(*shuffled, **options) == ratios(*sides, **options)
 
 
 @given(st.tuples(few_values, few_values), rules, interpolations)
-def test_strictly_increasing_transforms_change_nothing(sides: Any, rule: str, interpolation: str) -> None:
+def test_metrics_ignore_strictly_increasing_transforms(sides: Any, rule: str, interpolation: str) -> None:
     id_scores, ood_scores = (np.array(side, dtype=np.float64) for side in sides)
     options = {"rule": rule, "interpolation": interpolation}
     expected = ratios(id_scores, ood_scores, **options)
@@ -268,7 +268,7 @@ def test_strictly_increasing_transforms_change_nothing(sides: Any, rule: str, in
 
 
 @given(either, rules, interpolations)
-def test_swapping_and_negating_exchanges_the_sides(sides: Any, rule: str, interpolation: str) -> None:
+def test_negating_and_swapping_exchanges_the_positive_class(sides: Any, rule: str, interpolation: str) -> None:
     id_scores, ood_scores = (np.array(side, dtype=np.float64) for side in sides)
     options = {"rule": rule, "interpolation": interpolation}
     here, there = ratios(id_scores, ood_scores, **options), ratios(-ood_scores, -id_scores, **options)
@@ -291,14 +291,14 @@ def test_rows_repeated_on_one_side_keep_the_auroc_and_its_fpr(sides: Any) -> Non
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8]
 )
-def test_tensors_arrays_and_lists_agree(dtype: torch.dtype) -> None:
+def test_metrics_of_tensors_arrays_and_lists_agree(dtype: torch.dtype) -> None:
     id_scores, ood_scores = [3, 1, 2, 2], [2, 0, 2]
     tensors = torch.tensor(id_scores, dtype=dtype), torch.tensor(ood_scores, dtype=dtype)
     arrays = tensors[0].double().numpy(), tensors[1].double().numpy()
     assert compare(*tensors) == compare(*arrays) == compare(id_scores, ood_scores)
 
 
-def test_tensors_that_require_gradients() -> None:
+def test_metrics_of_tensors_that_require_gradients() -> None:
     assert auroc(torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)) == 1.0
 
 
@@ -308,12 +308,12 @@ def test_float32_scores_are_not_rounded_further() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_tensors_on_a_gpu() -> None:
+def test_metrics_of_tensors_on_a_gpu() -> None:
     id_scores, ood_scores = map(torch.from_numpy, FINITE_CASES["heavily tied"])
     assert compare(id_scores.cuda(), ood_scores.cuda()) == compare(id_scores, ood_scores)
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_metrics_do_not_change_their_inputs() -> None:
     id_scores, ood_scores = np.array([3.0, 1.0, 2.0]), np.array([2.0, 0.0])
     compare(id_scores, ood_scores)
     np.testing.assert_array_equal(id_scores, [3, 1, 2])
@@ -321,7 +321,7 @@ def test_inputs_are_left_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("metric", [*METRICS.values(), compare, roc_counts])
-def test_bad_scores(metric: Callable[[Any, Any], Any]) -> None:
+def test_metrics_refuse_bad_scores(metric: Callable[[Any, Any], Any]) -> None:
     nan = float("nan")
     with pytest.raises(NotFinite, match="2 of 3 ID scores are NaN"):
         metric([nan, 1.0, nan], [0.0])
@@ -341,7 +341,7 @@ def test_bad_scores(metric: Callable[[Any, Any], Any]) -> None:
         metric([0.0], ["a"])
 
 
-def test_unknown_switches_list_those_there_are() -> None:
+def test_unknown_options_list_the_known_ones() -> None:
     with pytest.raises(UnknownName, match="choose from first, nearest"):
         fpr95_id([1], [0], rule="closest")  # type: ignore[arg-type]
     with pytest.raises(UnknownName, match="choose from step, trapezoid"):
@@ -349,12 +349,12 @@ def test_unknown_switches_list_those_there_are() -> None:
 
 
 @pytest.mark.parametrize("tpr", [0, -0.1, 1.01, float("nan")])
-def test_a_true_positive_rate_that_cannot_be(tpr: float) -> None:
+def test_tpr_out_of_range(tpr: float) -> None:
     with pytest.raises(BadInput, match=r"tpr must be in \(0, 1\]"):
         fpr_at_tpr_id([1], [0], tpr)
 
 
-def test_the_metrics_are_reached_by_their_short_name() -> None:
+def test_metrics_are_importable_by_their_short_path() -> None:
     from ood_scores.metrics import auroc as short
 
     assert package.metrics.auroc is short

@@ -1,4 +1,4 @@
-"""Neural collapse and singular values: zero where collapse is complete, equal to the definitions written as loops."""
+"""Tests of neural collapse and singular values against their definitions written as loops."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ood_scores.evaluation.neural_collapse import neural_collapse, singular_valu
 
 Array = NDArray[Any]
 SHAPES = [(4, 9), (4, 3), (7, 3), (10, 2), (2, 1), (2, 5), (5, 64)]
-"""Classes and features: more of either, and D = C - 1."""
+"""Numbers of classes and features, with more of either, and D = C - 1."""
 
 
 def by_loops(feats: FeatureSet, columns: bool = False, against_label: bool = False) -> dict[str, float]:
-    """The definitions of methods.md, one sum after the other."""
+    """The definitions of docs/collapse.md as loops."""
     assert feats.head is not None
     assert feats.labels is not None
     assert feats.logits is not None
@@ -79,7 +79,7 @@ def by_loops(feats: FeatureSet, columns: bool = False, against_label: bool = Fal
 @pytest.mark.parametrize(("classes", "features"), [(2, 1), (2, 4), (4, 3), (5, 16), (10, 9), (10, 64)])
 @pytest.mark.parametrize("nc3_norm", ["frobenius", "columns"])
 @pytest.mark.parametrize("nc4_against", ["prediction", "label"])
-def test_a_collapsed_simplex_measures_zero(classes: int, features: int, nc3_norm: Any, nc4_against: Any) -> None:
+def test_measures_of_a_collapsed_simplex_are_zero(classes: int, features: int, nc3_norm: Any, nc4_against: Any) -> None:
     found = asdict(neural_collapse(collapsed(classes, features), nc3_norm=nc3_norm, nc4_against=nc4_against))
     assert found.keys() == {"nc1", "en_means", "en_classifier", "ea_means", "ea_classifier", "nc3", "nc4"}
     assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=1e-12)
@@ -87,7 +87,7 @@ def test_a_collapsed_simplex_measures_zero(classes: int, features: int, nc3_norm
 
 @pytest.mark.parametrize(("classes", "features"), SHAPES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_equals_the_definitions_as_loops(classes: int, features: int, dtype: Any) -> None:
+def test_measures_equal_their_definitions_as_loops(classes: int, features: int, dtype: Any) -> None:
     feats = random_set(classes, features, dtype=dtype)
     assert asdict(neural_collapse(feats)) == pytest.approx(by_loops(feats), rel=1e-9, abs=1e-13)
     switched = neural_collapse(feats, nc3_norm="columns", nc4_against="label")
@@ -100,13 +100,13 @@ def test_papyans_nc1_is_not_divided_by_the_classes() -> None:
     assert whole == pytest.approx(6 * neural_collapse(feats).nc1, rel=1e-14)
 
 
-def test_features_of_length_one() -> None:
+def test_measures_of_normalized_features() -> None:
     feats = random_set(5, 8)
     unit = FeatureSet(torch.nn.functional.normalize(feats.features), feats.logits, feats.labels, feats.head)
     assert asdict(neural_collapse(feats, normalize=True)) == pytest.approx(asdict(neural_collapse(unit)), rel=1e-12)
 
 
-def test_values_by_hand() -> None:
+def test_measures_computed_by_hand() -> None:
     # Two classes in one dimension: means -1 and 1, variance 1/4 within, 1 between.
     feats = FeatureSet([[-1.5], [-0.5], [0.5], [1.5]], None, [0, 0, 1, 1], Head([[-1.0], [3.0]]))
     found = neural_collapse(feats)
@@ -120,7 +120,7 @@ def test_values_by_hand() -> None:
 
 
 def test_nc4_counts_rows_against_the_prediction_or_the_label() -> None:
-    # Nearest mean: 0, 0, 1 (the third row lies with class 1), 1, 1, 1; the network says 0, 1, 0, 1, 1, 1.
+    # Nearest mean: 0, 0, 1 (the third row is closest to class 1), 1, 1, 1; predictions: 0, 1, 0, 1, 1, 1.
     values = torch.tensor([[-3.0], [-2.0], [1.0], [2.0], [3.0], [2.5]])
     logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1, 1, 1])).double()
     feats = FeatureSet(values, logits, [0, 0, 0, 1, 1, 1], Head([[-1.0], [1.0]]))
@@ -128,14 +128,14 @@ def test_nc4_counts_rows_against_the_prediction_or_the_label() -> None:
     assert neural_collapse(feats, nc4_against="label").nc4 == pytest.approx(1 / 6)
 
 
-def test_logits_come_from_the_head_where_the_set_has_none() -> None:
+def test_nc4_computes_logits_with_the_head_if_the_set_has_none() -> None:
     feats = random_set(5, 8)
     bare = FeatureSet(feats.features, None, feats.labels, feats.head)
     assert neural_collapse(bare) == neural_collapse(feats)
 
 
-def test_the_pseudo_inverse_is_truncated() -> None:
-    """Neither the C-th singular value, which is rounding, nor that of a direction without spread is inverted."""
+def test_nc1_truncates_the_pseudo_inverse() -> None:
+    """Neither the C-th singular value, a rounding error, nor that of a direction without spread is inverted."""
     feats = random_set(4, 6)
     shifted = FeatureSet(feats.features + 1000, feats.logits, feats.labels, feats.head)
     assert neural_collapse(shifted).nc1 == pytest.approx(neural_collapse(feats).nc1, rel=1e-9)
@@ -152,7 +152,7 @@ def test_the_pseudo_inverse_is_truncated() -> None:
     assert neural_collapse(twins).nc1 == pytest.approx(expected, rel=1e-10)
 
 
-def test_a_mean_at_the_centre_has_no_direction() -> None:
+def test_a_class_mean_at_the_center_has_no_direction() -> None:
     feats = FeatureSet([[-1.0], [0.0], [1.0]], None, [0, 1, 2], Head([[-1.0], [0.0], [1.0]]))
     # cos = -1 between the outer two, 0 with the middle: |-1 + 1/2| twice and |0 + 1/2| four times.
     assert neural_collapse(feats).ea_means == pytest.approx(0.5)
@@ -161,7 +161,7 @@ def test_a_mean_at_the_centre_has_no_direction() -> None:
 
 @given(rows=st.integers(1, 95), seed=st.integers(0, 99), shape=st.sampled_from(SHAPES))
 @settings(max_examples=25, deadline=None)
-def test_any_blocks_and_any_order_give_the_same(rows: int, seed: int, shape: tuple[int, int]) -> None:
+def test_measures_ignore_the_blocks_and_the_order_of_rows(rows: int, seed: int, shape: tuple[int, int]) -> None:
     feats = random_set(*shape)
     expected = asdict(neural_collapse(feats))
     order = np.random.default_rng(seed).permutation(len(feats))
@@ -169,7 +169,7 @@ def test_any_blocks_and_any_order_give_the_same(rows: int, seed: int, shape: tup
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_sets_on_disk_are_measured_alike(tmp_path: Any) -> None:
+def test_measures_of_a_set_on_disk_are_the_same(tmp_path: Any) -> None:
     import ood_scores
 
     feats = random_set(4, 6)
@@ -177,7 +177,7 @@ def test_sets_on_disk_are_measured_alike(tmp_path: Any) -> None:
     assert neural_collapse(ood_scores.load(tmp_path / "feats.h5")) == neural_collapse(feats)
 
 
-def test_what_cannot_be_measured() -> None:
+def test_neural_collapse_errors() -> None:
     feats = random_set(4, 6)
     z, labels = feats.features, feats.labels
     with pytest.raises(MissingInput, match="has none: extract it"):
@@ -219,7 +219,7 @@ def test_singular_values_are_those_of_the_matrix(shape: tuple[int, int]) -> None
     np.testing.assert_allclose(found, centred, atol=1e-7 * expected[0])
 
 
-def test_other_sets_are_seen_in_the_directions_of_the_first() -> None:
+def test_singular_values_of_other_sets_use_the_directions_of_the_first() -> None:
     rng = np.random.default_rng(0)
     train, other = rng.normal(size=(60, 5)) * [5, 4, 3, 2, 1], rng.normal(size=(40, 5)) + 2
     directions = np.linalg.svd(train)[2]
@@ -238,7 +238,7 @@ def test_collapsed_features_have_as_many_singular_values_as_classes() -> None:
     assert (singular_values(collapsed(5, 16), center=True)["value"] > 1e-6).sum() == 4
 
 
-def test_singular_values_of_sets_that_do_not_go_together() -> None:
+def test_singular_values_errors() -> None:
     feats = FeatureSet(torch.ones(4, 2))
     with pytest.raises(BadInput, match="two sets are called 'train'"):
         singular_values(feats, {"train": feats})

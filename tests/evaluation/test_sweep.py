@@ -29,7 +29,7 @@ FIT, ID = feature_set(0, rows=200), feature_set(1)
 OOD = {"near": feature_set(2, rows=40, scale=0.7), "far": feature_set(3, rows=55, scale=0.2)}
 
 
-def test_every_combination_is_evaluated_with_the_parameters_as_columns() -> None:
+def test_sweep_evaluates_every_combination() -> None:
     table = sweep("react", {"q": [0.5, 0.9], "base": ["energy", "gradnorm", "msp"]}, id=ID, ood=OOD, fit=FIT)
     assert table.columns.tolist() == ["scorer", "q", "base", "ood", *METRICS]
     assert len(table) == 2 * 3 * 2
@@ -42,7 +42,7 @@ def test_every_combination_is_evaluated_with_the_parameters_as_columns() -> None
         pd.testing.assert_frame_equal(rows[["ood", *METRICS]].reset_index(drop=True), expected[["ood", *METRICS]])
 
 
-def test_each_set_is_read_once_for_all_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_reads_each_set_once_for_all_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[FeatureSet] = []
     blocks, fit = FeatureSet.blocks, feature_set(0, rows=200)
 
@@ -55,7 +55,7 @@ def test_each_set_is_read_once_for_all_combinations(monkeypatch: pytest.MonkeyPa
     assert [id(feats) for feats in passes] == [id(fit), id(ID), id(OOD["near"]), id(OOD["far"])]
 
 
-def test_any_scorer_and_any_values() -> None:
+def test_sweep_over_scorers_as_values() -> None:
     assert sweep("gradnorm", {"p": (1.0, 2.0)}, id=ID, ood=OOD)["p"].tolist() == [1.0, 1.0, 2.0, 2.0]
     assert sweep("knn", {"k": [1, 5]}, id=ID, ood=OOD, fit=FIT)["k"].dtype == "int64"
     nested = sweep("react", {"base": [create_scorer("ash_s", percentile=0.5)]}, id=ID, ood=OOD, fit=FIT)
@@ -79,17 +79,17 @@ def test_any_scorer_and_any_values() -> None:
         ("react", {"q": [0.9]}, NotFitted, "'react' is fitted on in-distribution features"),
     ],
 )
-def test_what_cannot_be_swept(name: str, grid: Any, error: type[Exception], message: str) -> None:
+def test_sweep_errors(name: str, grid: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sweep(name, grid, id=ID, ood=OOD)
 
 
-def test_a_set_that_lacks_what_is_needed() -> None:
+def test_sweep_of_a_scorer_whose_requirements_are_missing() -> None:
     with pytest.raises(MissingInput, match="'react' needs head"):
         sweep("react", {"q": [0.9]}, id=FeatureSet(ID.features), ood=OOD, fit=FIT)
 
 
-def test_it_is_imported_when_it_is_used() -> None:
+def test_sweep_is_imported_lazily() -> None:
     code = (
         "import sys, ood_scores; assert 'torch' not in sys.modules; ood_scores.sweep; print('sweep' in dir(ood_scores))"
     )

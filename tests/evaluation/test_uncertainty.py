@@ -48,13 +48,13 @@ CASES = {
 
 
 def wins(id_scores: np.ndarray, ood_scores: np.ndarray) -> np.ndarray:
-    """[N, M]: 1 where the ID row outscores the OoD row, one half where they tie."""
+    """1 where the ID row outscores the OoD row, one half where they tie, ``[N, M]``."""
     below, equal = ood_scores < id_scores[:, None], ood_scores == id_scores[:, None]
     return below + equal / 2
 
 
 def naive_covariance(tables: list[np.ndarray]) -> np.ndarray:
-    """DeLong et al. 1988, from wins [S, N, M] of each OoD set: ID rows shared, OoD rows independent."""
+    """Covariance of DeLong et al. 1988 from wins ``[S, N, M]`` of each OoD set; the sets share the ID rows."""
     id_placements = np.mean([table.mean(axis=2) for table in tables], axis=0)
     covariance = np.atleast_2d(np.cov(id_placements)) / id_placements.shape[1]
     for table in tables:
@@ -63,7 +63,7 @@ def naive_covariance(tables: list[np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_variance_is_that_of_the_placement_values(case):
+def test_auroc_variance_is_that_of_the_placement_values(case):
     id_scores, ood_scores = CASES[case]
     table = wins(id_scores, ood_scores)
     found = auroc_interval(id_scores, ood_scores)
@@ -75,7 +75,7 @@ def test_variance_is_that_of_the_placement_values(case):
     assert found.high == pytest.approx(1 / (1 + np.exp(-half - odds)), rel=1e-12)
 
 
-def test_separated_scores_have_the_exact_bound():
+def test_interval_of_separated_scores_has_the_exact_bound():
     better, worse = np.linspace(2, 3, 40), np.linspace(0, 1, 25)
     bound = 0.025 ** (1 / 25)
     assert dataclasses.astuple(auroc_interval(better, worse)) == pytest.approx((1.0, bound, 1.0, 0.0), rel=1e-12)
@@ -83,7 +83,7 @@ def test_separated_scores_have_the_exact_bound():
     assert auroc_interval(better, worse, level=0.5).low == 0.25 ** (1 / 25)
 
 
-def test_one_row_says_nothing_about_the_spread():
+def test_interval_of_a_single_row_is_infinite():
     assert auroc_interval([1.0], [0.0, 2.0, 0.5, 0.1]) == Interval(0.75, 0.0, 1.0, np.inf)
     assert auroc_interval([1.0, 0.0], [0.5]) == Interval(0.5, 0.0, 1.0, np.inf)
     assert auroc_interval([1.0], [0.0]) == Interval(1.0, (1 - 0.95) / 2, 1.0, np.inf)
@@ -93,7 +93,7 @@ def test_one_row_says_nothing_about_the_spread():
     assert tied_with_best(areas, covariance).all()
 
 
-def test_equal_scores_have_no_spread():
+def test_interval_of_equal_scores_is_a_point():
     assert auroc_interval([2.0] * 5, [2.0] * 4) == Interval(0.5, 0.5, 0.5, 0.0)
 
 
@@ -120,14 +120,14 @@ def rounded_auroc(shift: float) -> float:
     ],
 )
 @pytest.mark.parametrize("level", [0.95, 0.8])
-def test_interval_covers_the_truth_at_its_rate(draw, shift, truth, level):
+def test_interval_covers_the_true_auroc_at_its_level(draw, shift, truth, level):
     rng = np.random.default_rng(4)
     found = [auroc_interval(draw(rng, 200, shift), draw(rng, 100, 0), level) for _ in range(4000)]
     covered = np.mean([interval.low <= truth <= interval.high for interval in found])
     assert abs(covered - level) < 3.5 * np.sqrt(level * (1 - level) / len(found))  # 0.012 at 95%
 
 
-def test_separation_bound_covers():
+def test_bound_of_separated_scores_covers_the_true_auroc():
     rng = np.random.default_rng(5)
     truth = norm.cdf(3.5 / np.sqrt(2))
     found = [auroc_interval(rng.normal(3.5, 1, 12), rng.normal(0, 1, 9)) for _ in range(2000)]
@@ -137,14 +137,14 @@ def test_separation_bound_covers():
 
 
 def correlated(seed: int, n: int, shifts: list[float], decimals: int = 15) -> np.ndarray:
-    """[S, n]: scorers that agree in part."""
+    """Scores of correlated scorers, ``[S, n]``."""
     rng = np.random.default_rng(seed)
     shared = rng.normal(size=n)
     return np.stack([(shared + rng.normal(shift, 0.7, n)).round(decimals) for shift in shifts])
 
 
 @pytest.mark.parametrize("decimals", [15, 0])
-def test_paired_test_against_the_textbook(decimals):
+def test_paired_test_equals_the_textbook_formula(decimals):
     id_scores, ood_scores = correlated(6, 130, [1.2, 0.8], decimals), correlated(7, 90, [0, 0], decimals)
     table = np.stack([wins(a, b) for a, b in zip(id_scores, ood_scores, strict=True)])
     covariance = naive_covariance([table])
@@ -164,18 +164,18 @@ def test_paired_test_against_the_textbook(decimals):
     assert (swapped.difference, swapped.low, swapped.p_value) == (-found.difference, -found.high, found.p_value)
 
 
-def test_scorers_that_rank_alike_do_not_differ():
+def test_paired_test_of_scorers_with_equal_ranks():
     id_scores, ood_scores = pair(8, 50, 40)
     found = compare_auroc((id_scores, ood_scores), (np.exp(id_scores), np.exp(ood_scores)))
     assert found == Comparison(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
-def test_difference_without_variance_is_certain():
+def test_paired_test_of_a_difference_without_variance():
     found = compare_auroc(([2.0, 3.0], [0.0, 1.0]), ([5.0, 5.0], [5.0, 5.0]))
     assert found == Comparison(0.5, 0.5, 0.5, 0.0, np.inf, 0.0)
 
 
-def test_paired_p_values_are_uniform_between_equals():
+def test_paired_p_values_of_equal_scorers_are_uniform():
     draws = [(correlated(seed, 120, [1, 1]), correlated(-seed % 2**32, 80, [0, 0])) for seed in range(1, 2001)]
     found = [compare_auroc((a[0], b[0]), (a[1], b[1])).p_value for a, b in draws]
     assert kstest(found, "uniform").pvalue > 1e-3
@@ -240,7 +240,7 @@ def test_ties_step_down():
     assert tied_with_best(0.9 - errors / 100, covariance, 0.06).tolist() == [True, False, False, False]  # .02 .03 .06
 
 
-def test_scorers_that_rank_alike_are_tied():
+def test_scorers_with_equal_ranks_are_tied():
     id_scores, ood_scores = pair(16, 4000, 3000)
     nearly = id_scores.copy()
     nearly[np.argsort(id_scores)[2000]] += 1e-3
@@ -250,17 +250,17 @@ def test_scorers_that_rank_alike_are_tied():
     assert tied_with_best(*mean_auroc_covariance(id_table, [ood_table] * 3)).tolist() == [True, True, True, False]
 
 
-def test_rounding_makes_no_difference():
+def test_ties_ignore_rounding():
     covariance = np.full((3, 3), 1e-6)  # differences without variance, as far as float64 can tell
     assert tied_with_best([0.9, 0.9 - 1e-10, 0.9 - 1e-8], covariance).tolist() == [True, True, False]
 
 
-def test_separated_is_better_than_constant():
+def test_a_separating_scorer_is_not_tied_with_a_constant_one():
     table = auroc_covariance([[2.0, 3.0], [5.0, 5.0]], [[0.0, 1.0], [5.0, 5.0]])
     assert tied_with_best(*table).tolist() == [True, False]
 
 
-def test_the_truly_best_scorer_keeps_its_mark():
+def test_the_truly_best_scorer_is_tied_with_the_best():
     rng = np.random.default_rng(17)
     covariance = 1e-4 * (0.3 * np.eye(8) + 0.7)
     draws = rng.multivariate_normal(np.full(8, 0.9), covariance, 2000)
@@ -285,7 +285,7 @@ def test_bootstrap_interval(metric):
 
 @pytest.mark.parametrize("metric", ["auroc", "aupr_in", "aupr_out"])
 @pytest.mark.parametrize("shape", [(60, 45, 15), (60, 45, 0), (1, 7, 15), (5, 1, 0)])
-def test_replicates_are_the_metric_on_resamples(metric, shape):
+def test_bootstrap_replicates_are_the_metric_on_resamples(metric, shape):
     id_scores, ood_scores = pair(19, *shape)
     positive, negative = np.sort(id_scores)[::-1], np.sort(ood_scores)[::-1]
     if metric == "aupr_out":
@@ -299,7 +299,7 @@ def test_replicates_are_the_metric_on_resamples(metric, shape):
 
 
 def fpr95_distribution(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """[M + 1]: chance of each count of accepted negatives, when positives and negatives are resampled."""
+    """Probability of each number of accepted negatives if positives and negatives are resampled, ``[M + 1]``."""
     n, m = len(positive), len(negative)
     kept = int(np.ceil(19 * n / 20))
     at_most = binom.sf(kept - 1, n, np.arange(n + 1) / n)  # the kept-th highest row is among the r highest rows
@@ -308,7 +308,7 @@ def fpr95_distribution(positive: np.ndarray, negative: np.ndarray) -> np.ndarray
 
 
 def misfit(values: np.ndarray, probabilities: np.ndarray) -> float:
-    """p-value of the chi-square test; neighbouring counts are pooled to an expectation of at least 10."""
+    """p-value of the chi-square test; neighboring counts are pooled to an expectation of at least 10."""
     m = len(probabilities) - 1
     observed = np.bincount(np.rint(values * m).astype(int), minlength=m + 1)
     pools = np.floor(np.cumsum(probabilities) * len(values) / 10 - 1e-9).astype(int)
@@ -347,7 +347,7 @@ def test_fpr95_interval_covers_the_truth():
     monotone=st.sampled_from([np.exp, np.cbrt, lambda x: 7 * x - 3, np.tanh]),
 )
 @settings(deadline=None)
-def test_only_the_order_of_scores_counts(id_ranks, ood_ranks, seed, monotone):
+def test_intervals_depend_on_the_order_of_scores_only(id_ranks, ood_ranks, seed, monotone):
     id_scores, ood_scores = np.array(id_ranks, float), np.array(ood_ranks, float)
     rng = np.random.default_rng(seed)
     shuffled = monotone(rng.permutation(id_scores)), monotone(rng.permutation(ood_scores))
@@ -390,13 +390,13 @@ NAN = ([1.0, float("nan"), 0.5], [0.0, 1.5])
         ((["high"], [1.0]), BadInput),
     ],
 )
-def test_bad_scores(call, scores, error):
+def test_intervals_refuse_bad_scores(call, scores, error):
     with pytest.raises(error):
         call(*scores)
 
 
 @pytest.mark.parametrize("level", [0, 1, -0.5, 95, float("nan")])
-def test_bad_level(level):
+def test_level_out_of_range(level):
     for call in (
         lambda: auroc_interval(*GOOD, level),
         lambda: compare_auroc(GOOD, GOOD, level),
@@ -407,7 +407,7 @@ def test_bad_level(level):
             call()
 
 
-def test_bad_tables():
+def test_score_table_errors():
     with pytest.raises(ShapeMismatch, match="2 and 3 ID scores"):
         compare_auroc(GOOD, ([1.0, 2.0], [0.0, 1.5]))
     with pytest.raises(ShapeMismatch, match="1 and 2 ID scores"):
@@ -420,7 +420,7 @@ def test_bad_tables():
         mean_auroc_covariance(np.ones((2, 4)), [])
 
 
-def test_bad_covariance():
+def test_covariance_errors():
     with pytest.raises(EmptyInput, match="no scorer"):
         tied_with_best([], np.ones((0, 0)))
     with pytest.raises(ShapeMismatch, match=r"\[2\].*\[3, 3\]"):
@@ -429,7 +429,7 @@ def test_bad_covariance():
         tied_with_best([0.5, np.nan], np.eye(2))
 
 
-def test_bad_bootstrap():
+def test_bootstrap_errors():
     with pytest.raises(UnknownName, match="did you mean 'fpr95_id'"):
         bootstrap(*GOOD, "fpr95")
     with pytest.raises(BadInput, match="at least 2, got 1"):

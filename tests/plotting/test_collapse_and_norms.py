@@ -1,4 +1,4 @@
-"""Figures of neural collapse and feature norms: the drawn values, labels, and errors for empty input."""
+"""Tests of the figures of neural collapse and feature norms."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_norm_group_curves_leave_empty_groups_out() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["from 10 (1)", "0 to 5 (2)"]
 
 
-def test_nothing_to_draw() -> None:
+def test_figures_of_empty_input_are_refused() -> None:
     with pytest.raises(EmptyInput, match="to draw: pass"):
         collapse_curves({"L2": {}})
     with pytest.raises(EmptyInput, match="to draw: pass"):

@@ -1,4 +1,4 @@
-"""Score distributions as pictures: what is drawn, and that nothing global is touched."""
+"""Tests of the figures of score distributions."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def panel(shift: float = -2.0, sets: int = 2) -> Panel:
     return Panel(rng.normal(0, 1, 300), {f"set {i}": rng.normal(shift, 1 + i, 200) for i in range(sets)})
 
 
-def test_every_set_has_a_row_with_its_name_and_auroc() -> None:
+def test_score_histograms_have_a_row_for_each_set() -> None:
     panels = {"energy": panel(), "msp": panel(-1.0)}
     figure = score_histograms(panels, columns=2)
     assert isinstance(figure, Figure)
@@ -48,7 +48,7 @@ def test_heights_are_the_histogram_relative_to_its_peak() -> None:
             np.testing.assert_allclose(heights, counts / counts.max())
 
 
-def test_tensors_give_the_same_picture(tmp_path: Path) -> None:
+def test_score_histograms_of_tensors_and_arrays_are_equal(tmp_path: Path) -> None:
     arrays = panel()
     tensors = Panel(torch.tensor(arrays.id_scores), {k: torch.tensor(v) for k, v in arrays.ood_scores.items()})
     for name, each in (("arrays", arrays), ("tensors", tensors)):
@@ -68,7 +68,7 @@ def test_tensors_give_the_same_picture(tmp_path: Path) -> None:
         ([2.0, 2.0], [2.0], 2.0, 3.0),
     ],
 )
-def test_edges_reach_so_far_and_no_farther(
+def test_bin_edges_extend_to_the_limit_only(
     id_scores: list[float], ood_scores: list[float], low: float, high: float
 ) -> None:
     edges = bin_edges(np.array(id_scores), [np.array(ood_scores)])
@@ -77,7 +77,7 @@ def test_edges_reach_so_far_and_no_farther(
     assert (np.diff(edges) > 0).all()
 
 
-def test_pyplot_is_left_alone() -> None:
+def test_score_histograms_do_not_import_pyplot() -> None:
     pyplot = sys.modules.get("matplotlib.pyplot")
     before = pyplot.get_fignums() if pyplot else None
     score_histograms({"energy": panel()})
