@@ -1,4 +1,4 @@
-"""Feature sets: in memory or on disk, block by block."""
+"""Feature sets, in memory or on disk, read in blocks."""
 
 from ood_scores.features.block import Block
 from ood_scores.features.ensemble import as_feature_set, ensemble

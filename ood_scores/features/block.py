@@ -1,4 +1,4 @@
-"""Block: a run of rows of a feature set on a device, with derived quantities computed once."""
+"""Blocks: consecutive rows of a feature set on a device, whose derived quantities are computed once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 PIECE = 2**20
-"""Values of which a CPU makes something passing at a time: few enough for its caches."""
+"""The number of values that a CPU processes at a time when only a reduction of them is kept: they fit its caches."""
 
 
 def once(method: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Block, P], R]:
@@ -40,12 +40,12 @@ def once(method: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Blo
 
 
 class Block:
-    """Rows of a feature set on one device, and what scorers derive from them, computed once and shared.
+    """Rows of a feature set on one device, with the quantities that scorers derive from them.
 
-    ``features`` ``[B, D]`` and ``logits`` ``[B, C]`` are float32 or float64 (half-precision storage is widened).
-    Quantities derived from the logits are float64: a softmax confidence must not saturate at 1 and make ties that the
-    logits do not have. Exponentials are taken in the logits' own precision. Norms of the features keep the features'
-    dtype while summing and are returned as float64.
+    ``features`` ``[B, D]`` and ``logits`` ``[B, C]`` are float32 or float64 (half precision is widened). Quantities
+    derived from the logits are float64: a softmax confidence must not saturate at 1 and create ties that the logits do
+    not have. Exponentials are computed in the precision of the logits. Norms of the features are summed in the dtype of
+    the features and returned as float64.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Block:
     def replaced(
         self, *, features: Tensor | None = None, logits: Tensor | None = None, head: Head | None = None
     ) -> Block:
-        """The same rows with other features, logits or head; what was derived from the old ones is not carried over.
+        """Create a block of the same rows with other features, logits, or head. Derived quantities are not copied.
 
-        Logits do not outlive the features or the head that they came from: where either is replaced and no logits are
-        given, the block has none.
+        Logits depend on the features and the head: if one of these is replaced and no logits are given, the new block
+        has none.
         """
         stale = features is not None or head is not None
         return Block(
@@ -126,7 +126,7 @@ class Block:
         return all(math.isfinite(values.sum()) for values in columns.values())
 
     def floating_columns(self) -> dict[str, Tensor]:
-        """Features, logits and extras by name, those that the block has."""
+        """The features, logits, and extras that the block has, by name."""
         columns = {"features": self._features, "logits": self._logits} | self.extras
         return {name: values for name, values in columns.items() if values is not None and values.is_floating_point()}
 
@@ -146,7 +146,7 @@ class Block:
 
     @once
     def native_below_max(self) -> Tensor:
-        """``logits - max logit`` in the logits' own precision, ``[B, C]``: at most 0, and off by half a digit."""
+        """``logits - max logit`` in the precision of the logits, ``[B, C]``: at most 0, rounded to half a digit."""
         return self.logits - self._largest()
 
     @once
@@ -157,23 +157,26 @@ class Block:
 
     @once
     def odds(self, temperature: float = 1.0) -> Tensor:
-        """Each class's probability over that of the predicted one, ``exp((f - max f) / T)``, ``[B, C]``.
+        """The probability of each class divided by that of the predicted class, ``exp((f - max f) / T)``, ``[B, C]``.
 
-        In the logits' own precision: float32 logits have errors of their own of the size that their exponential makes.
+        They are computed in the precision of the logits: the rounding errors of float32 logits are as large as those of
+        the exponential.
         """
         below = self.native_below_max()
         return below.exp() if temperature == 1.0 else below.div(temperature).exp_()
 
     @once
     def total_odds(self, temperature: float = 1.0) -> Tensor:
-        """The sum of the ``odds`` over the classes, float64 ``[B]``: 1 over the largest probability, which therefore
-        does not saturate."""
+        """The sum of the ``odds`` over the classes, float64 ``[B]``: the inverse of the largest probability, which
+        therefore does not saturate."""
         return self.odds(temperature).double().sum(dim=1)
 
     @once
     def odds_of_others(self) -> tuple[Tensor, Tensor]:
-        """The predicted class and the sum of the ``odds`` of all others, both ``[B, 1]``: without the digits that
-        ``total_odds() - 1`` loses where the prediction is sure."""
+        """The predicted class and the sum of the ``odds`` of all other classes, both ``[B, 1]``.
+
+        The sum keeps the digits that ``total_odds() - 1`` loses for a confident prediction.
+        """
         predicted = self.prediction()[:, None]
         return predicted, self.odds().scatter(1, predicted, 0.0).double().sum(dim=1, keepdim=True)
 
@@ -188,28 +191,30 @@ class Block:
         return self.odds(temperature) / self.total_odds(temperature)[:, None]
 
     def from_native_softmax(self, temperature: float, reduced: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``reduced`` makes of each row of ``softmax(logits / temperature)``, ``[B]``.
+        """Reduce each row of ``softmax(logits / temperature)`` to one value, ``[B]``.
 
-        That is in the logits' own precision, at half the cost of ``softmax``, and never all in memory: but in float32
-        every probability above 1 - 6e-8 is 1.
+        The softmax is computed in the precision of the logits, at half the cost of ``softmax``, and is never in memory
+        as a whole; in float32 every probability above 1 - 6e-8 is 1.
         """
         return by_pieces(lambda logits: reduced(_divided(logits, temperature).softmax(dim=1)), self.logits)
 
     @once
     def confidence(self, temperature: float = 1.0) -> Tensor:
-        """The largest probability, float64 ``[B]``: it does not saturate, since near 1 it is 1 minus all others."""
+        """The largest probability, float64 ``[B]``; it does not saturate, since near 1 it is 1 minus all others."""
         return self.from_native_softmax(temperature, _largest_share)
 
     @once
     def logsumexp(self, temperature: float = 1.0) -> Tensor:
-        """``logsumexp(logits / temperature)``, float64 ``[B]``: what it adds to the largest logit is computed in the
-        logits' own precision, by one kernel."""
+        """``logsumexp(logits / temperature)``, float64 ``[B]``.
+
+        The difference to the largest logit is computed in the precision of the logits by one kernel.
+        """
         added = by_pieces(lambda logits: _divided(logits, temperature).log_softmax(dim=1).amax(dim=1), self.logits)
         return self.max_logit() / temperature - added.double()
 
     @once
     def entropy(self) -> Tensor:
-        """Entropy of the softmax in nats, float64 ``[B]``."""
+        """The entropy of the softmax in nats, float64 ``[B]``."""
         return by_pieces(lambda logits: entropy(logits.softmax(dim=1), logits), self.logits)
 
     @once
@@ -224,15 +229,15 @@ class Block:
 
     @once
     def unit_features(self) -> Tensor:
-        """``features / ||features||_2`` in the features' own precision; a row of zeros stays a row of zeros."""
+        """``features / ||features||_2`` in the precision of the features; a row of zeros stays zero."""
         norm = self.feature_norm().clamp_min(torch.finfo(torch.float32).tiny)
         return self.features / norm[:, None].to(self.features)
 
     @once
     def space(self, name: str, normalize: bool = False) -> Tensor:
-        """``features``, ``logits`` or an extra as float64 ``[B, K]``, with rows of length one if ``normalize``.
+        """The ``features``, ``logits``, or an extra as float64 ``[B, K]``, L2-normalized if ``normalize``.
 
-        A row of zeros stays a row of zeros.
+        A row of zeros stays zero.
         """
         if name == "logits":
             values = self.logits64()
@@ -242,7 +247,7 @@ class Block:
 
 
 def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """What ``reduced`` makes of each row of ``[B, K]``, ``[B]``; on a CPU of ``PIECE`` values after the other."""
+    """Reduce each row of ``[B, K]`` to one value, ``[B]``; on a CPU in pieces of ``PIECE`` values."""
     rows = max(1, PIECE // max(1, values.shape[1]))
     if values.device.type != "cpu" or torch.compiler.is_compiling() or len(values) <= rows:
         return reduced(values)
@@ -250,14 +255,14 @@ def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
 
 
 def entropy(softmax: Tensor, logits: Tensor) -> Tensor:
-    """Entropy in nats of the softmax ``[B, C]`` of logits, float64 ``[B]``; the softmax is overwritten."""
+    """The entropy in nats of the softmax ``[B, C]`` of logits, float64 ``[B]``; the softmax is overwritten."""
     below = logits - logits.amax(dim=1, keepdim=True)
-    below_largest = below.mul_(softmax).sum(dim=1).double()  # of one sign: nothing cancels
+    below_largest = below.mul_(softmax).sum(dim=1).double()  # the terms have one sign, so nothing cancels
     return -_largest_share(softmax).log() - below_largest
 
 
 def row_norm(values: Tensor, p: float) -> Tensor:
-    """The p-norm of every row, p in (0, inf], float64 ``[B]``; rows are scaled first where a power could overflow."""
+    """The p-norm of each row, p in (0, inf], float64 ``[B]``; rows are scaled first if a power could overflow."""
     if p == float("inf"):
         return values.abs().amax(dim=1).double()
     if p == 1.0:
@@ -274,9 +279,9 @@ def _divided(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _largest_share(shares: Tensor) -> Tensor:
-    """The largest of shares that add up to 1, float64 ``[B]``; they are overwritten."""
+    """The largest of shares that sum to 1, float64 ``[B]``; the shares are overwritten."""
     largest = shares.amax(dim=1).double()
-    minus_others = threshold(shares.neg_(), -0.5, 0.0, inplace=True).sum(dim=1).double()  # all that are below a half
+    minus_others = threshold(shares.neg_(), -0.5, 0.0, inplace=True).sum(dim=1).double()  # all below one half
     return torch.where(largest > 0.75, 1 + minus_others, largest)
 
 
@@ -286,14 +291,14 @@ def _at_least_float32(values: Tensor) -> Tensor:
 
 def _present(value: R | None, name: str) -> R:
     if value is None:
-        raise AttributeError(f"this block has no {name}.")
+        raise AttributeError(f"this block has no {name}: list it in the needs of the scorer.")
     return value
 
 
 def _let_malloc_keep_what_is_freed() -> None:
-    """glibc gives large freed arrays back to the system, which costs more than most scores when every block makes some.
+    """Make glibc keep large freed arrays instead of returning them to the system, which costs more than most scores.
 
-    It stops doing so for sizes up to that of the largest one it has seen freed, at most 32 MiB: so free one, once.
+    It keeps arrays up to the size of the largest one that was freed so far, at most 32 MiB; so one is freed once.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Ensembles: what several models said about the same data, as one feature set."""
+"""Ensembles: the outputs of several models for the same data as one feature set."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ood_scores.features.storage import columns as col
 
 
 def ensemble(members: Sequence[FeatureSet]) -> FeatureSet:
-    """The sets of several models on the same data as the set of the one model that averages their logits.
+    """Combine the sets of several models on the same data into the set of one model that averages their logits.
 
-    Its features are the members' side by side, its head their weights side by side, divided by how many they are, so
-    that ``head(features)`` still gives the logits and every scorer works. The predictive distribution of a deep
-    ensemble (Lakshminarayanan et al. 2017, "Simple and Scalable Predictive Uncertainty Estimation using Deep
-    Ensembles"), which averages probabilities instead, is in the extras ``ensemble.mean`` ``[N, C]`` and
-    ``ensemble.entropy`` ``[N]``, the mean of the members' entropies: the scorer ``ensemble`` reads them. All columns
-    are computed as they are read; members on disk stay there.
+    The features are the concatenated features of the members. The head has their concatenated weights, divided by the
+    number of members, so that ``head(features)`` are the logits and every scorer works. The predictive distribution of
+    a deep ensemble (Lakshminarayanan et al. 2017, "Simple and Scalable Predictive Uncertainty Estimation using Deep
+    Ensembles") averages probabilities instead. It is the extra ``ensemble.mean`` ``[N, C]``; the extra
+    ``ensemble.entropy`` ``[N]`` is the mean entropy of the members. The scorer ``ensemble`` reads both. All columns are
+    computed when they are read; members on disk stay there.
 
     Raises:
-        EmptyInput: no member.
-        BadInput: the members are not sets of the same data: other numbers of rows, other labels, other names, or rows
-            in random order.
-        ShapeMismatch: the models have different numbers of classes.
+        EmptyInput: if there is no member.
+        BadInput: if the members are not sets of the same data: their numbers of rows, labels, or names differ, or rows
+            are in random order.
+        ShapeMismatch: if the models have different numbers of classes.
     """
     members = list(members)
     _check_same_data(members)
@@ -36,7 +36,8 @@ def ensemble(members: Sequence[FeatureSet]) -> FeatureSet:
     if all(member.has("logits") for member in members):
         logits = tuple(member.columns["logits"] for member in members)
         if len({column.shape[1] for column in logits}) > 1:
-            raise ShapeMismatch(f"the models have {', '.join(str(column.shape[1]) for column in logits)} classes.")
+            numbers = ", ".join(str(column.shape[1]) for column in logits)
+            raise ShapeMismatch(f"the models have {numbers} classes: all must have the same classes.")
         columns = {"logits": col.CombinedColumn(logits, _mean)}
         columns["ensemble.mean"] = col.CombinedColumn(logits, _mean_softmax)
         columns["ensemble.entropy"] = col.CombinedColumn(logits, _mean_entropy)
@@ -48,28 +49,28 @@ def ensemble(members: Sequence[FeatureSet]) -> FeatureSet:
 
 
 def as_feature_set(feats: FeatureSet | Sequence[FeatureSet]) -> FeatureSet:
-    """A feature set as it is, a list of them as an ensemble."""
+    """Return a feature set as it is, and a list of feature sets as an ensemble."""
     return feats if isinstance(feats, FeatureSet) else ensemble(feats)
 
 
 def _check_same_data(members: Sequence[FeatureSet]) -> None:
     if not members:
-        raise EmptyInput("an ensemble has at least one feature set.")
+        raise EmptyInput("an ensemble needs at least one feature set.")
     strangers = [type(member).__name__ for member in members if not isinstance(member, FeatureSet)]
     if strangers:
-        raise BadInput(f"an ensemble is a list of feature sets, got {strangers[0]}.")
+        raise BadInput(f"an ensemble must be a list of feature sets, got {strangers[0]}.")
     rows = {len(member) for member in members}
     names = {member.provenance.dataset for member in members if member.provenance}
     if len(rows) > 1 or len(names) > 1:
         found = [
             f"{member.provenance.dataset if member.provenance else 'a set'} ({len(member):,})" for member in members
         ]
-        raise BadInput(f"the members of an ensemble are sets of the same data, got {', '.join(found)}.")
+        raise BadInput(f"the members of an ensemble must be sets of the same data, got {', '.join(found)}.")
     if any(member.provenance and member.provenance.shuffled for member in members):
-        raise BadInput("a member was extracted in random order, so that its rows are not those of the others.")
+        raise BadInput("the rows of a member are in random order: extract it with shuffle=False.")
     labels = [labels for labels in (member.labels for member in members) if labels is not None]
     if any(not torch.equal(labels[0], other) for other in labels[1:]):
-        raise BadInput("the members of an ensemble have different labels, so that they are not of the same data.")
+        raise BadInput("the members of an ensemble have different labels: all must be sets of the same data.")
 
 
 def _joint_head(members: Sequence[FeatureSet]) -> Head | None:

@@ -1,4 +1,4 @@
-"""FeatureSet: what one model said about one dataset."""
+"""Feature sets: the outputs of one model for one dataset."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from ood_scores.features.storage import columns as col
 from ood_scores.runtime import CPU, blocks_on, find_device
 
 BLOCK_BYTES = 16 * 2**20
-"""Largest default size of a block, counted in float64."""
+"""The largest default size of a block, measured in float64."""
 
 BLOCK_ROWS = 16384
-"""Most rows of a default block: enough to hide Python; what scorers make of them stays in the processor's caches."""
+"""The most rows of a default block: enough to hide the overhead of Python, few enough for the processor's caches."""
 
 
 class FeatureSet:
-    """What one model said about one dataset, in memory or lazily on an HDF5 file; the same interface.
+    """The outputs of one model for one dataset, in memory or read lazily from an HDF5 file.
+
+    ``features``, ``logits``, ``labels``, and ``extras[name]`` are torch tensors. For a set on disk, each access reads
+    the whole column; use ``blocks`` to stream it. Slices (``feats[100:200]``) of a set on disk stay on disk; index
+    arrays and masks create a set in memory.
 
     Args:
-        features: penultimate features ``[N, D]``, floating point: a torch tensor, a NumPy array (shared, not copied) or
+        features: Floating-point penultimate features ``[N, D]``: a torch tensor, a NumPy array (shared, not copied), or
             an open ``h5py.Dataset`` (read lazily; the file may be closed afterwards).
-        logits: ``[N, C]``, likewise, or None.
-        labels: class indices ``[N]``, integers, or None. They may lie outside ``0 .. C-1``: the labels of an OoD set
-            often belong to another label space. What needs class indices checks them.
-        head: the last affine map, or None.
-        extras: further named arrays ``[N, ...]``.
-        provenance: where all this comes from, or None.
+        logits: Logits ``[N, C]`` of the same types, or None.
+        labels: Integer class indices ``[N]``, or None. They may lie outside ``0 .. C-1``, since the labels of an OoD
+            set often belong to another label space; whatever requires class indices checks them.
+        head: The last affine map of the model, or None.
+        extras: Further arrays ``[N, ...]`` by name.
+        provenance: The origin of the arrays, or None.
 
     Raises:
-        ShapeMismatch: the arrays do not fit each other.
-        BadInput: a dtype that cannot be worked with.
-
-    ``.features``, ``.logits``, ``.labels`` and ``.extras[name]`` are torch tensors; on a set on disk each access reads
-    the whole column, so use ``blocks`` to stream. Slices (``feats[100:200]``) of a set on disk stay on disk; index
-    arrays and masks give a set in memory.
+        ShapeMismatch: if the shapes of the arrays do not match.
+        BadInput: if an array has an invalid dtype.
     """
 
     is_whole_file = False
-    """Whether the set is all of one cache file, as ``load`` opened it."""
+    """Whether the set is the whole cache file that ``load`` opened."""
 
     device: torch.device | None = None
-    """Where blocks are computed with, for all that fits or scores; None: where the columns are."""
+    """The device of the blocks, and therefore of fits and scores; None keeps each block where its columns are."""
 
     block_rows: int | None = None
     """The default number of rows of a block; None chooses it from the size of a row."""
@@ -70,7 +70,7 @@ class FeatureSet:
         given = {"features": features, "logits": logits, "labels": labels}
         for name in extras or {}:
             if not name or "/" in name or name.strip(".") == "":
-                raise BadInput(f"an extra needs a name that HDF5 can use, without '/'; got {name!r}.")
+                raise BadInput(f"the name of an extra must be valid in HDF5 and hold no '/', got {name!r}.")
         given |= {f"extras/{name}": values for name, values in (extras or {}).items()}
         self._columns = {name: col.as_column(name, values) for name, values in given.items() if values is not None}
         self.head = head
@@ -99,29 +99,34 @@ class FeatureSet:
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
-        """Named further arrays, read when accessed."""
+        """Further arrays by name, read when they are accessed."""
         return _Extras(self)
 
     @property
     def num_features(self) -> int:
+        """The width of the features."""
         return self._columns["features"].shape[1]
 
     @property
     def num_classes(self) -> int | None:
-        """The number of classes of the model; None if neither logits nor a head say it."""
+        """The number of classes of the model; None if there are neither logits nor a head."""
         if "logits" in self._columns:
             return self._columns["logits"].shape[1]
         return self.head.num_classes if self.head else None
 
     @property
     def file(self) -> Path | None:
-        """The file that the features are read from, or None for a set in memory."""
+        """The file that the features are read from; None for a set in memory."""
         features = self._columns["features"]
         return Path(features.file) if isinstance(features, col.DiskColumn) else None
 
     def has(self, name: str) -> bool:
-        """Whether the set holds ``features``, ``logits``, ``labels``, ``head``, the extra of that name, or extras below
-        it: ``"layers"`` stands for ``"layers.layer1"``, ``"layers.layer2"``, and so on."""
+        """Return whether the set has a column or head.
+
+        Args:
+            name: ``features``, ``logits``, ``labels``, ``head``, or the name of an extra. The name of a probe, such as
+                ``layers``, stands for all of its extras, ``layers.layer1``, ``layers.layer2``, and so on.
+        """
         return bool(self._columns_of([name])) or (name == "head" and self.head is not None)
 
     @property
@@ -131,14 +136,15 @@ class FeatureSet:
         return self._columns
 
     def class_labels(self) -> Tensor:
-        """Labels as int64 ``[N]``, checked to be class indices of the model.
+        """The labels, int64 ``[N]``, after a check that they are class indices of the model.
 
         Raises:
-            BadLabels: there are none, or some lie outside ``0 .. C-1``.
+            BadLabels: if there are no labels, or some lie outside ``0 .. C-1``.
+            EmptyInput: if the set has no rows.
         """
         labels = self.labels
         if labels is None:
-            raise BadLabels("this feature set has no labels: extract it from a loader that yields (images, labels).")
+            raise BadLabels("this feature set has no labels: extract it from a loader of (images, labels).")
         if not len(labels):
             raise EmptyInput("this feature set has no rows.")
         low, high = int(labels.min()), int(labels.max())
@@ -176,19 +182,25 @@ class FeatureSet:
         *,
         only: Iterable[str] | None = None,
     ) -> Iterator[Block]:
-        """The set as consecutive blocks of at most ``rows`` rows (by default 16,384 and 16 MiB), on ``device``.
+        """Iterate over the set in blocks of consecutive rows.
 
-        Memory is bounded by the block, on a GPU by two: the next one is on its way there while one is computed with.
-        ``only`` names what is read, as ``has`` understands it; None reads everything. Without ``device`` blocks are on
-        the set's own. Rows of a cache on disk may be its mapped pages: copy those that are kept for longer.
+        Memory is bounded by one block, or two on a GPU, where the next block is copied while one is in use. Rows of a
+        cache on disk may be its mapped pages: copy rows that you keep.
 
-        Raises EmptyInput if there is no row.
+        Args:
+            rows: The most rows of a block; by default ``block_rows``, or else 16,384 and at most 16 MiB.
+            device: The device of the blocks; by default that of the set.
+            only: Names of the columns to read, as in ``has``; None reads all columns.
+
+        Raises:
+            EmptyInput: if the set has no rows.
+            BadInput: if ``rows`` is below 1.
         """
         if len(self) == 0:
             raise EmptyInput("this feature set has no rows.")
         rows = self.block_rows if rows is None else rows
         if rows is not None and rows < 1:
-            raise BadInput(f"a block holds at least one row, got rows={rows}.")
+            raise BadInput(f"rows must be at least 1, got {rows}.")
         columns = self._columns if only is None else self._columns_of(only)
         rows = rows or self._default_rows(columns)
         to = self.device if device is None else torch.device(device)
@@ -199,7 +211,7 @@ class FeatureSet:
             yield Block(**_arguments(part), head=head, start=start, rows=min(rows, len(self) - start))
 
     def _parts(self, columns: Mapping[str, col.Column], rows: int) -> Iterator[dict[str, Tensor]]:
-        """The columns as they are kept, ``rows`` rows at a time."""
+        """The columns as they are stored, ``rows`` rows at a time."""
         with ExitStack() as stack:
             readers = {name: stack.enter_context(col.reader(column)) for name, column in columns.items()}
             for start in range(0, len(self), rows):
@@ -207,15 +219,16 @@ class FeatureSet:
                 yield {name: read(start, stop) for name, read in readers.items()}
 
     def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> None:
-        """Writes the set as an HDF5 cache that ``ood_scores.load`` opens, replacing a cache already there.
+        """Write the set to an HDF5 cache that ``ood_scores.load`` opens, replacing an existing cache.
 
         Args:
-            path: the file.
-            compress: Zstandard-compressed chunks; smaller, slower, and other programs need the HDF5 Zstd filter.
+            path: The file.
+            compress: Whether to compress with Zstandard; the file is smaller and slower to read, and other programs
+                need the HDF5 Zstandard filter.
 
         Raises:
-            ForeignFile: something that is not a feature cache is in the way.
-            CacheWriteFailed: the disk refused.
+            ForeignFile: if a file that is not a feature cache exists at ``path``.
+            CacheWriteFailed: if the disk refuses a write.
         """
         from ood_scores.features.storage import cache
 
@@ -223,11 +236,15 @@ class FeatureSet:
         cache.write(Path(path), shapes, len(self), self.head, self.provenance, self._runs(), compress)
 
     def _runs(self) -> Iterator[dict[str, Tensor]]:
-        """All columns as they are stored, on the CPU, some rows at a time."""
+        """All columns as they are stored, on the CPU, in runs of rows."""
         return blocks_on(CPU, self._parts(self._columns, self._default_rows(self._columns)))
 
     def check_finite(self) -> None:
-        """Raises naming the first row, if features, logits or extras hold NaN or infinite values."""
+        """Check that features, logits, and extras hold neither NaN nor infinite values.
+
+        Raises:
+            NotFinite: if one does; the message names the column and its first such row.
+        """
         for block in self.blocks():
             block.require_finite()
 
@@ -250,18 +267,22 @@ class FeatureSet:
             return torch.from_numpy(np.arange(len(self))[rows].copy())
         array = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
         if array.ndim != 1 or (array.dtype.kind not in "iub" and array.size):
-            raise BadInput("rows are chosen by a slice, a one-dimensional index array or a mask.")
+            raise BadInput("rows must be a slice, a one-dimensional index array, or a mask.")
         index = torch.from_numpy(array if array.dtype.kind == "b" else array.astype(np.int64))
         if index.dtype == torch.bool:
             if len(index) != len(self):
-                raise ShapeMismatch(f"a mask of {len(index)} for {len(self)} rows.")
+                raise ShapeMismatch(
+                    f"the mask has {len(index)} values, but the set has {len(self)} rows: give one value per row."
+                )
             return index.nonzero()[:, 0]
         if len(index) and not (-len(self) <= int(index.min()) and int(index.max()) < len(self)):
-            raise BadInput(f"row numbers run from {int(index.min())} to {int(index.max())}, the set has {len(self)}.")
+            raise BadInput(
+                f"the row numbers {int(index.min())} to {int(index.max())} exceed the {len(self)} rows of the set."
+            )
         return torch.where(index < 0, index + len(self), index)
 
     def _columns_of(self, names: Iterable[str]) -> dict[str, col.Column]:
-        """The columns that the names stand for; of a name that is no column, the extra of that name or those below."""
+        """The columns that the names stand for: a column itself, the extra of that name, or all extras of a probe."""
         wanted = {
             column
             for name in names
@@ -293,19 +314,19 @@ class _Extras(Mapping[str, Tensor]):
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> FeatureSet:
-    """Opens a feature cache lazily.
+    """Open a feature cache, which is read lazily.
 
     Args:
-        path: the file.
-        device: where its blocks are fitted and scored; ``"auto"`` takes a GPU if there is one.
+        path: The file.
+        device: The device on which blocks are fitted and scored; ``"auto"`` is a GPU if one is available.
 
     Raises:
-        BadInput: there is no such device.
-        FileNotFoundError: there is no such file.
-        ForeignFile: it is not a cache of this package.
-        UnfinishedCache: its extraction has not finished; the message says how to continue it.
-        DamagedCache: it is truncated or unreadable.
-        CacheBusy: another process is writing it.
+        BadInput: if the device is not available.
+        FileNotFoundError: if the file does not exist.
+        ForeignFile: if the file is not a cache of this package.
+        UnfinishedCache: if the extraction has not finished; the message says how to continue it.
+        DamagedCache: if the file is truncated or unreadable.
+        CacheBusy: if another process is writing the file.
     """
     from ood_scores.features.storage import cache
 
@@ -341,7 +362,7 @@ def _check_columns(columns: Mapping[str, col.Column], head: Head | None) -> None
     rows = columns["features"].shape[0]
     for name, column in columns.items():
         if tuple(column.shape[:1]) != (rows,):
-            raise ShapeMismatch(f"features have {rows} rows, {name} has shape {tuple(column.shape)}.")
+            raise ShapeMismatch(f"features have {rows} rows, but {name} has shape {tuple(column.shape)}.")
     if head is not None:
         _check_head(columns, head)
 
@@ -355,9 +376,13 @@ def _check_labels(labels: col.Column) -> None:
 
 def _check_head(columns: Mapping[str, col.Column], head: Head) -> None:
     if head.num_features != columns["features"].shape[1]:
-        raise ShapeMismatch(f"the head takes {head.num_features} features, the set has {columns['features'].shape[1]}.")
+        raise ShapeMismatch(
+            f"the head has {head.num_features} inputs, but the set has {columns['features'].shape[1]} features."
+        )
     if "logits" in columns and head.num_classes != columns["logits"].shape[1]:
-        raise ShapeMismatch(f"the head gives {head.num_classes} logits, the set has {columns['logits'].shape[1]}.")
+        raise ShapeMismatch(
+            f"the head has {head.num_classes} classes, but the set has {columns['logits'].shape[1]} logits."
+        )
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:

@@ -1,4 +1,4 @@
-"""Head: the last affine map of a classifier."""
+"""Heads: the last affine maps of classifiers."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from ood_scores.errors import BadInput, NotFinite, ShapeMismatch
 
 
 class Head:
-    """The last affine map: ``head(features) = features @ weight.T + bias`` gives the logits.
+    """The last affine map of a classifier: ``head(features) = features @ weight.T + bias`` are the logits.
 
     Args:
-        weight: ``[C, D]`` floating point, torch or NumPy.
-        bias: ``[C]``, or None for a map without one (kept as zeros).
+        weight: Floating-point ``[C, D]``, a torch tensor or NumPy array.
+        bias: ``[C]``, or None for a map without a bias, which is stored as zeros.
 
     Raises:
-        BadInput, ShapeMismatch: not arrays, or their shapes do not fit each other.
-        NotFinite: a weight is NaN or infinite.
+        BadInput: if the weight or bias is not an array.
+        ShapeMismatch: if the shapes do not match.
+        NotFinite: if a value is NaN or infinite.
     """
 
     def __init__(self, weight: Any, bias: Any = None) -> None:
         self.weight = _floating(weight)
         if self.weight.ndim != 2:
-            raise ShapeMismatch(f"a head's weight is [classes, features], got {tuple(self.weight.shape)}.")
+            raise ShapeMismatch(f"the weight of a head must be [classes, features], got {tuple(self.weight.shape)}.")
         self.bias = self.weight.new_zeros(len(self.weight)) if bias is None else _floating(bias).to(self.weight)
         if self.bias.shape != self.weight.shape[:1]:
             raise ShapeMismatch(
-                f"the head's weight {tuple(self.weight.shape)} wants a bias of [{len(self.weight)}], "
+                f"a head with weight {tuple(self.weight.shape)} needs a bias of shape [{len(self.weight)}], "
                 f"got {tuple(self.bias.shape)}."
             )
         if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
-            raise NotFinite("the head's weight or bias holds NaN or infinite values.")
+            raise NotFinite("the weight or bias of the head holds NaN or infinite values: check the checkpoint.")
 
     @property
     def num_classes(self) -> int:
@@ -46,7 +47,7 @@ class Head:
         return self.weight.shape[1]
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Logits ``[N, C]`` of features ``[N, D]``, in the wider of the two dtypes."""
+        """Compute the logits ``[N, C]`` of features ``[N, D]`` in the wider of the two dtypes."""
         dtype = torch.promote_types(features.dtype, self.weight.dtype)
         return linear(features.to(dtype), self.weight.to(features.device, dtype), self.bias.to(features.device, dtype))
 
@@ -61,5 +62,5 @@ def _floating(values: Any) -> Tensor:
     try:
         tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
     except (TypeError, ValueError) as error:
-        raise BadInput(f"a head's weight and bias are torch tensors or NumPy arrays: {error}") from error
+        raise BadInput(f"the weight and bias of a head must be torch tensors or NumPy arrays: {error}") from error
     return tensor if tensor.is_floating_point() else tensor.float()

@@ -299,7 +299,7 @@ def test_shards_that_are_not_as_they_were(harm: str, rank: int, copied: Path) ->
     else:
         shard.write_bytes(b"")
     what = {"missing": "missing", "replaced": "not the one that was joined"}.get(harm, "truncated or damaged")
-    message = rf"the shard {re.escape(str(shard))} is {what}\. .* reads its rows from 2 shards beside it\. Put"
+    message = rf"the shard {re.escape(str(shard))} is {what}\. .* reads its rows from 2 shards in its folder\. Put"
     for use in (lambda: ood_scores.load(copied), lambda: extract(copied), lambda: feats.features):
         with pytest.raises(DamagedCache, match=message):
             use()

@@ -257,8 +257,8 @@ FOREIGN = {
     "text": (_text, "is not an HDF5 file"),
     "zero bytes": (Path.touch, "is not an HDF5 file"),
     "directory": (Path.mkdir, "is not an HDF5 file"),
-    "HDF5 of someone else": (_hdf5_of_someone_else, "not a feature cache of ood_scores"),
-    "newer format": (_newer_format, "has cache format 2; .* reads up to 1: update ood_scores"),
+    "HDF5 of someone else": (_hdf5_of_someone_else, "but not a feature cache"),
+    "newer format": (_newer_format, "has cache format 2, .* reads up to 1: update ood_scores"),
 }
 
 
@@ -270,9 +270,9 @@ def test_foreign_file_is_refused_and_left_alone(path: Path, make: Callable[[Path
         ood_scores.load(path)
     with pytest.raises(ForeignFile, match=message):
         extract(path)
-    with pytest.raises(ForeignFile, match="left alone: choose another path"):
+    with pytest.raises(ForeignFile, match="not replaced: choose another path"):
         extract(path, overwrite=True)
-    with pytest.raises(ForeignFile, match="left alone: choose another path"):
+    with pytest.raises(ForeignFile, match="not replaced: choose another path"):
         FeatureSet(torch.ones(3, 2)).save(path)
     assert path.is_dir() if before is None else path.read_bytes() == before
 
@@ -282,7 +282,7 @@ def test_damaged_file_of_someone_else_is_left_alone(path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(DamagedCache, match="truncated or damaged"):
         ood_scores.load(path)
-    with pytest.raises(ForeignFile, match="left alone"):
+    with pytest.raises(ForeignFile, match="not replaced"):
         extract(path, overwrite=True)
     assert path.read_bytes() == before
 
@@ -307,7 +307,7 @@ def test_cache_without_its_parts_is_damaged(path: Path, missing: str) -> None:
     extract(path)
     with h5py.File(path, "r+") as h5:
         del h5[missing]
-    with pytest.raises(DamagedCache, match="lacks its features or their count"):
+    with pytest.raises(DamagedCache, match="lacks its features or their row count"):
         ood_scores.load(path)
     assert len(extract(path, overwrite=True)) == 40
 
@@ -498,7 +498,7 @@ def test_writer_refuses_rows_that_do_not_fit(path: Path, bad: dict[str, Tensor],
         writer.append(rows(7))
         with pytest.raises(error):
             writer.append(bad)
-        with pytest.raises(BadInput, match="wants 4 rows and has got 1"):
+        with pytest.raises(BadInput, match="was created for 4 rows, got 1"):
             writer.finish()
         writer.append(rows(8, 9, 10))
         writer.finish()

@@ -136,7 +136,7 @@ def test_closed_h5py_data_set(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "mine.h5", "w") as h5:
         h5["z"] = FEATURES.numpy()
         closed = h5["z"]
-    with pytest.raises(BadInput, match=r"features must be .* an open h5py data set"):
+    with pytest.raises(BadInput, match=r"features must be .* an open h5py dataset"):
         FeatureSet(closed)
 
 
@@ -148,23 +148,23 @@ def test_closed_h5py_data_set(tmp_path: Path) -> None:
         ({"features": torch.tensor(1.0)}, ShapeMismatch, r"features must be \[rows, width\], got \(\)"),
         ({"features": FEATURES.long()}, BadInput, "features must be floating point, got torch.int64"),
         ({"features": FEATURES + 0j}, BadInput, "features must be floating point, got torch.complex64"),
-        ({"features": [["a"]]}, BadInput, "features must be a torch tensor, a NumPy array or an open h5py data set"),
+        ({"features": [["a"]]}, BadInput, "features must be a torch tensor, a NumPy array, or an open h5py dataset"),
         ({"features": [[1.0], [1.0, 2.0]]}, BadInput, "features must be a torch tensor, a NumPy array"),
-        ({"logits": LOGITS[:5]}, ShapeMismatch, r"features have 23 rows, logits has shape \(5, 3\)"),
+        ({"logits": LOGITS[:5]}, ShapeMismatch, r"features have 23 rows, but logits has shape \(5, 3\)"),
         ({"logits": LOGITS[:, 0]}, ShapeMismatch, r"logits must be \[rows, width\], got \(23,\)"),
-        ({"logits": LOGITS[:, :2]}, ShapeMismatch, "the head gives 3 logits, the set has 2"),
+        ({"logits": LOGITS[:, :2]}, ShapeMismatch, "the head has 3 classes, but the set has 2 logits"),
         ({"logits": LOGITS > 0}, BadInput, "logits must be floating point, got torch.bool"),
-        ({"labels": LABELS[:5]}, ShapeMismatch, "features have 23 rows, labels has shape"),
+        ({"labels": LABELS[:5]}, ShapeMismatch, "features have 23 rows, but labels has shape"),
         ({"labels": LABELS[:, None]}, ShapeMismatch, r"labels must be \[rows\], got \(23, 1\)"),
         ({"labels": LABELS.float()}, BadLabels, "labels must be integer class indices, got torch.float32"),
         ({"labels": LABELS > 0}, BadLabels, "labels must be integer class indices, got torch.bool"),
-        ({"head": Head(torch.ones(3, 5))}, ShapeMismatch, "the head takes 5 features, the set has 4"),
-        ({"head": Head(torch.ones(2, 4))}, ShapeMismatch, "the head gives 2 logits, the set has 3"),
-        ({"extras": {"layer": FEATURES[:5]}}, ShapeMismatch, "features have 23 rows, extras/layer has shape"),
-        ({"extras": {"layer": 3.0}}, ShapeMismatch, "features have 23 rows, extras/layer has shape"),
-        ({"extras": {"a/b": FEATURES}}, BadInput, "without '/'; got 'a/b'"),
-        ({"extras": {"": FEATURES}}, BadInput, "needs a name"),
-        ({"extras": {"..": FEATURES}}, BadInput, "needs a name"),
+        ({"head": Head(torch.ones(3, 5))}, ShapeMismatch, "the head has 5 inputs, but the set has 4 features"),
+        ({"head": Head(torch.ones(2, 4))}, ShapeMismatch, "the head has 2 classes, but the set has 3 logits"),
+        ({"extras": {"layer": FEATURES[:5]}}, ShapeMismatch, "features have 23 rows, but extras/layer has shape"),
+        ({"extras": {"layer": 3.0}}, ShapeMismatch, "features have 23 rows, but extras/layer has shape"),
+        ({"extras": {"a/b": FEATURES}}, BadInput, "hold no '/', got 'a/b'"),
+        ({"extras": {"": FEATURES}}, BadInput, "must be valid in HDF5"),
+        ({"extras": {"..": FEATURES}}, BadInput, "must be valid in HDF5"),
     ],
 )
 def test_arrays_that_do_not_fit(given_as: dict[str, Any], error: type[OodScoresError], message: str) -> None:
@@ -182,7 +182,7 @@ def test_class_labels() -> None:
         FeatureSet(FEATURES, head=HEAD, labels=LABELS - 1).class_labels()
     with pytest.raises(BadLabels, match="labels run from -1 to 1, but class indices must be at least 0"):
         FeatureSet(FEATURES, labels=LABELS - 1).class_labels()
-    with pytest.raises(BadLabels, match=r"no labels: extract it from a loader that yields \(images, labels\)"):
+    with pytest.raises(BadLabels, match=r"no labels: extract it from a loader of \(images, labels\)"):
         FeatureSet(FEATURES).class_labels()
     with pytest.raises(EmptyInput):
         in_memory()[:0].class_labels()
@@ -269,13 +269,13 @@ def test_selection_over_many_runs_of_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
-        ([0, ROWS], BadInput, "row numbers run from 0 to 23, the set has 23"),
-        ([-ROWS - 1], BadInput, "row numbers run from -24 to -24"),
-        ([True] * 5, ShapeMismatch, "a mask of 5 for 23 rows"),
-        ([0.5], BadInput, "rows are chosen by a slice, a one-dimensional index array or a mask"),
-        (3, BadInput, "rows are chosen by"),
-        ([[1, 2]], BadInput, "rows are chosen by"),
-        ("labels", BadInput, "rows are chosen by"),
+        ([0, ROWS], BadInput, "the row numbers 0 to 23 exceed the 23 rows"),
+        ([-ROWS - 1], BadInput, "the row numbers -24 to -24"),
+        ([True] * 5, ShapeMismatch, "the mask has 5 values, but the set has 23 rows"),
+        ([0.5], BadInput, "rows must be a slice, a one-dimensional index array, or a mask"),
+        (3, BadInput, "rows must be a slice"),
+        ([[1, 2]], BadInput, "rows must be a slice"),
+        ("labels", BadInput, "rows must be a slice"),
     ],
 )
 def test_rows_that_cannot_be_chosen(on_disk: FeatureSet, rows: Any, error: type[OodScoresError], message: str) -> None:
@@ -319,7 +319,7 @@ def test_blocks_that_cannot_be(on_disk: FeatureSet) -> None:
     for feats in (in_memory(), on_disk):
         with pytest.raises(EmptyInput, match="no rows"):
             list(feats[:0].blocks())
-        with pytest.raises(BadInput, match="at least one row, got rows=0"):
+        with pytest.raises(BadInput, match="rows must be at least 1, got 0"):
             list(feats.blocks(0))
     block = next(FeatureSet(FEATURES).blocks())
     for name in ("logits", "labels", "head"):
@@ -407,7 +407,7 @@ def test_save_over_the_file_that_is_read(compress: bool, tmp_path: Path) -> None
     loaded[3:20].save(path, compress=compress)
     assert_same(ood_scores.load(path), in_memory()[3:20])
     for read in (lambda: loaded.features, lambda: loaded.labels, lambda: next(loaded.blocks()), lambda: loaded[[1]]):
-        with pytest.raises(CacheError, match="was replaced since it was loaded: load it again"):
+        with pytest.raises(CacheError, match="was replaced after it was loaded: load it again"):
             read()
     assert len(loaded) == ROWS
 
@@ -454,12 +454,17 @@ def test_head_of_integers_is_made_floating() -> None:
 @pytest.mark.parametrize(
     ("weight", "bias", "error", "message"),
     [
-        (torch.ones(3), None, ShapeMismatch, r"weight is \[classes, features\], got \(3,\)"),
+        (torch.ones(3), None, ShapeMismatch, r"weight of a head must be \[classes, features\], got \(3,\)"),
         (torch.ones(3, 4, 1, 1), None, ShapeMismatch, r"got \(3, 4, 1, 1\)"),
-        (torch.ones(3, 4), torch.ones(4), ShapeMismatch, r"wants a bias of \[3\], got \(4,\)"),
-        (torch.ones(3, 4), torch.ones(3, 1), ShapeMismatch, r"wants a bias of \[3\], got \(3, 1\)"),
-        (torch.full((3, 4), torch.nan), None, NotFinite, "weight or bias holds NaN or infinite"),
-        (torch.ones(3, 4), torch.tensor([0, torch.inf, 0]), NotFinite, "weight or bias holds NaN or infinite"),
+        (torch.ones(3, 4), torch.ones(4), ShapeMismatch, r"needs a bias of shape \[3\], got \(4,\)"),
+        (torch.ones(3, 4), torch.ones(3, 1), ShapeMismatch, r"needs a bias of shape \[3\], got \(3, 1\)"),
+        (torch.full((3, 4), torch.nan), None, NotFinite, "weight or bias of the head holds NaN or infinite"),
+        (
+            torch.ones(3, 4),
+            torch.tensor([0, torch.inf, 0]),
+            NotFinite,
+            "weight or bias of the head holds NaN or infinite",
+        ),
         ("weights", None, BadInput, "torch tensors or NumPy arrays"),
         ([[1.0], [1.0, 2.0]], None, BadInput, "torch tensors or NumPy arrays"),
     ],
@@ -502,5 +507,5 @@ def test_a_view_in_blocks_of_some_rows_reads_the_same_set() -> None:
     assert [len(block) for block in feats.blocks()] == [10]
     assert view.statistics is feats.statistics
     assert feats.in_blocks(None) is feats
-    with pytest.raises(BadInput, match="at least one row"):
+    with pytest.raises(BadInput, match="rows must be at least 1"):
         next(iter(feats.in_blocks(0).blocks()))

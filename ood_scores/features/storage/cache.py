@@ -1,9 +1,9 @@
-"""The HDF5 cache: a run killed at any instant, or stopped by a full disk, leaves a file that can be continued.
+"""The HDF5 cache: a run that is killed at any instant, or stopped by a full disk, leaves a file that can be resumed.
 
-How: HDF5 lays the file out under a temporary name, every data set contiguous and at its full length, and closes it; the
-file then takes its place in one step. From there on HDF5 writes nothing: rows go as plain bytes to where their data set
-lies, and after them the counter that counts them, eight aligned bytes. (Left to HDF5, rows that the disk refuses when a
-data set is closed are lost without an error, and the process crashes later.)
+HDF5 lays out the file under a temporary name, with every HDF5 dataset contiguous and at its full length, and closes it;
+the file is then renamed in one step. After that HDF5 writes nothing: rows are written as plain bytes at the offset of
+their HDF5 dataset, and then the row counter, eight aligned bytes. (If HDF5 wrote the rows, those that the disk refuses
+when an HDF5 dataset is closed would be lost without an error, and the process would crash later.)
 """
 
 from __future__ import annotations
@@ -45,25 +45,32 @@ VERSION = 1
 UNKNOWN_LENGTH_ROWS = 1024
 
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-"""Name of each column -> shape of a row, dtype."""
+"""The shape of a row and the dtype of each column by name."""
 
 
 def check_is_cache(h5: h5py.File) -> None:
-    """Raises ForeignFile unless this package wrote the file in a format it knows."""
+    """Check that an HDF5 file is a cache.
+
+    Raises:
+        ForeignFile: if this package did not write the file, or a newer version wrote it.
+        DamagedCache: if parts of the cache are missing.
+    """
     if h5.attrs.get("format") != FORMAT:
-        raise ForeignFile(f"{h5.filename} is an HDF5 file, but not a feature cache of ood_scores.")
+        raise ForeignFile(f"{h5.filename} is an HDF5 file but not a feature cache: choose a file that extract() wrote.")
     if int(h5.attrs["version"]) > VERSION:
         raise ForeignFile(
-            f"{h5.filename} has cache format {int(h5.attrs['version'])}; this version of ood_scores reads up to "
+            f"{h5.filename} has cache format {int(h5.attrs['version'])}, and this version of ood_scores reads up to "
             f"{VERSION}: update ood_scores."
         )
     if "progress" not in h5 or "features" not in h5:
-        raise DamagedCache(f"{h5.filename} lacks its features or their count: pass overwrite=True to extract again.")
+        raise DamagedCache(
+            f"{h5.filename} lacks its features or their row count: pass overwrite=True to extract again."
+        )
 
 
 @dataclass(frozen=True)
 class CacheState:
-    """What a cache file says about itself."""
+    """The row count, completeness, and provenance that a cache file records."""
 
     rows: int
     finished: bool
@@ -71,17 +78,19 @@ class CacheState:
 
 
 def state(h5: h5py.File) -> CacheState:
+    """Read the state of a cache."""
     check_is_cache(h5)
     rows, finished = h5["progress"][()].tolist()
     return CacheState(rows, bool(finished), Provenance.from_attributes(h5.attrs))
 
 
 def require_finished(h5: h5py.File) -> None:
+    """Raise UnfinishedCache unless the extraction that writes the cache has finished."""
     found = state(h5)
     if not found.finished:
         raise UnfinishedCache(
-            f"{h5.filename} holds {found.rows:,} rows of an extraction that has not finished: run the same "
-            "extract(...) again to continue it."
+            f"{h5.filename} holds {found.rows:,} rows of an unfinished extraction: run the same extract(...) again to "
+            "continue it."
         )
 
 
@@ -90,19 +99,23 @@ def read_head(h5: h5py.File) -> Head | None:
 
 
 def column_names(h5: h5py.File) -> list[str]:
-    """``features``, ``logits``, ``labels`` where present, then ``extras/<name>``."""
+    """The names of the columns: ``features``, ``logits``, and ``labels`` if present, then ``extras/<name>``."""
     extras = [f"extras/{name}" for name in h5.get("extras", {})]
     return [name for name in ("features", "logits", "labels") if name in h5] + extras
 
 
 def statistics_file(path: Path) -> Path:
-    """Where the statistics of the cache at ``path`` are kept; see ``ood_scores.features.storage.statistics_store``."""
+    """The file with the statistics of a cache; see ``ood_scores.features.storage.statistics_store``."""
     return path.with_name(f"{path.name}.statistics")
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises ForeignFile if there is something at ``path`` that this package did not write, CacheBusy if it is being
-    written."""
+    """Check that a file may be replaced by a cache.
+
+    Raises:
+        ForeignFile: if the file exists and this version of the package did not write it.
+        CacheBusy: if another process is writing it.
+    """
     if not path.exists():
         return
     try:
@@ -115,20 +128,21 @@ def check_replaceable(path: Path) -> None:
     except ForeignFile:
         pass
     raise ForeignFile(
-        f"{path} is not a feature cache that this version of ood_scores wrote and is left alone: choose "
-        "another path, or delete it yourself."
+        f"{path} is not a feature cache of this version of ood_scores and is not replaced: choose another path, or "
+        "delete the file."
     )
 
 
 def how_to_resume(rows: int) -> str:
-    """What to do after a refused write of a cache that holds ``rows`` rows."""
+    """The remedy for a refused write to a cache that holds ``rows`` rows."""
     return f"{rows:,} rows are safe: make room on the disk and run the same call again to continue"
 
 
 class CacheWriter:
-    """Appends rows to a cache file. Use as a context manager; leaving it without ``finish`` keeps a resumable file.
+    """A writer that appends rows to a cache file. Use it as a context manager.
 
-    Holds the file's exclusive lock for as long as it lives, so two writers cannot share a file.
+    A file that is closed without ``finish`` can be resumed. The writer holds an exclusive lock of the file until it is
+    closed, so two writers cannot share a file.
     """
 
     path: Path
@@ -149,10 +163,10 @@ class CacheWriter:
         provenance: Provenance | None,
         replace: bool = False,
     ) -> CacheWriter:
-        """A new file for ``rows`` rows, or for as many as come where ``rows`` is None.
+        """Create a file for ``rows`` rows, or for any number of rows if ``rows`` is None.
 
         Raises:
-            CacheBusy: there is a file already and ``replace`` is False: another process has just made it.
+            CacheBusy: if ``replace`` is False and another process has just created the file.
         """
         with replacing(path, how_to_resume(0), exclusive=not replace, keep_open=True) as file:
             _lay_out(file, path, columns, rows, head, identifying(provenance))
@@ -161,10 +175,10 @@ class CacheWriter:
 
     @classmethod
     def resume(cls, path: Path, expected: CacheState) -> CacheWriter:
-        """The unfinished file at ``path``, to be continued after its last counted row.
+        """Open the unfinished file at ``path`` to continue after its last counted row.
 
         Raises:
-            CacheBusy: another process is writing it, or has since it was in the ``expected`` state.
+            CacheBusy: if another process is writing it, or has written it since it was in the ``expected`` state.
         """
         remove_abandoned(path)
         with disk_errors(path, how_to_resume(expected.rows)), closed_on_error(path, "r+") as file:
@@ -175,12 +189,12 @@ class CacheWriter:
             return cls(file, path)
 
     def append(self, rows: Mapping[str, Tensor]) -> None:
-        """Writes one run of rows of every column, then counts them."""
+        """Write a run of rows of every column, then count them."""
         arrays = self._arrays(rows)
         stop = self.rows + len(arrays["features"])
         if stop > self._capacity:
             if not self._growing:
-                raise BadInput(f"{self.path} has room for {self._capacity:,} rows, not for {stop:,}.")
+                raise BadInput(f"{self.path} was created for {self._capacity:,} rows, got {stop:,}.")
             self._move_to_capacity(max(stop, 2 * self._capacity))
         with disk_errors(self.path, how_to_resume(self.rows)):
             for name, array in arrays.items():
@@ -189,10 +203,10 @@ class CacheWriter:
         self.rows = stop
 
     def finish(self) -> None:
-        """Marks the file complete; a file of unknown length is first cut to the rows it holds."""
+        """Mark the file as finished; a file of unknown length is first shortened to the rows that it holds."""
         if self.rows < self._capacity:
             if not self._growing:
-                raise BadInput(f"{self.path} wants {self._capacity:,} rows and has got {self.rows:,}.")
+                raise BadInput(f"{self.path} was created for {self._capacity:,} rows, got {self.rows:,}.")
             self._move_to_capacity(self.rows)
         with disk_errors(self.path, how_to_resume(self.rows)):
             os.fsync(self._file.fileno())
@@ -217,19 +231,21 @@ class CacheWriter:
         self._file = file
 
     def _arrays(self, rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """The rows as they will lie in the file."""
+        """The rows as arrays of the dtypes in the file."""
         if rows.keys() != self._places.keys():
-            raise BadInput(f"{self.path} has {', '.join(self._places)}; these rows have {', '.join(rows)}.")
+            raise BadInput(f"{self.path} has the columns {', '.join(self._places)}, got rows of {', '.join(rows)}.")
         arrays = {}
         for name, values in rows.items():
             place = self._places[name]
             arrays[name] = np.ascontiguousarray(values.numpy(), dtype=place.dtype)
             if values.shape != (len(rows["features"]), *place.width):
-                raise ShapeMismatch(f"rows of {name} are {place.width} in {self.path}, got {tuple(values.shape)}.")
+                raise ShapeMismatch(
+                    f"rows of {name} have shape {place.width} in {self.path}, got {tuple(values.shape[1:])}."
+                )
         return arrays
 
     def _move_to_capacity(self, capacity: int) -> None:
-        """Continue in a copy with room for ``capacity`` rows that takes the file's place in one step."""
+        """Continue in a copy with room for ``capacity`` rows, which replaces the file in one step."""
         old = self._file
         with replacing(self.path, how_to_resume(self.rows), keep_open=True) as file:
             with h5py.File(old, "r") as h5:
@@ -252,7 +268,7 @@ def write(
     runs: Iterable[Mapping[str, Tensor]],
     compress: bool = False,
 ) -> None:
-    """A whole cache file, which takes the place of ``path`` once it is complete."""
+    """Write a whole cache file, which replaces ``path`` once it is complete."""
     check_replaceable(path)
     with replacing(path, how_to_resume(0)) as file:
         _lay_out(file, path, columns, rows, head, identifying(provenance), compress)
@@ -267,7 +283,7 @@ def write(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a contiguous data set lies in its file."""
+    """The place of a contiguous HDF5 dataset in its file."""
 
     offset: int
     width: tuple[int, ...]
@@ -286,7 +302,7 @@ class _Place:
 
 
 def identifying(provenance: Provenance | None) -> dict[str, Any]:
-    """Attributes of a new file: an identity of its own, and what made it."""
+    """The attributes of a new file: a unique identity and the provenance."""
     return {"identity": uuid.uuid4().hex} | (provenance.to_attributes() if provenance else {})
 
 
@@ -299,12 +315,12 @@ def _lay_out(
     attributes: Mapping[str, Any],
     compress: bool = False,
 ) -> None:
-    """A complete HDF5 file, to be put at ``path``, with no row counted. Raises OSError where the disk refuses."""
+    """Lay out a cache that will be renamed to ``path``, with a row count of 0. Raises OSError if the disk refuses."""
     length = UNKNOWN_LENGTH_ROWS if rows is None else rows
     with h5py.File(file, "w", alignment_threshold=1, alignment_interval=8) as h5:
         write_header(h5, path, head, {"compressed": compress, "growing": rows is None} | dict(attributes))
         if any(name.startswith("extras/") for name in columns):
-            h5.create_group("extras", track_order=True)  # as they were given, not by the alphabet
+            h5.create_group("extras", track_order=True)  # in the given order, not the alphabetical one
         for name, (width, dtype) in columns.items():
             if compress and length:
                 h5.create_dataset(name, (length, *width), dtype, **zstd())
@@ -314,7 +330,7 @@ def _lay_out(
 
 
 def write_header(h5: h5py.File, path: Path, head: Head | None, attributes: Mapping[str, Any]) -> None:
-    """All but the columns of a file that will be put at ``path``, with no row counted."""
+    """Write everything but the columns of a file that will be renamed to ``path``, with a row count of 0."""
     h5.attrs.update({"format": FORMAT, "version": VERSION})
     h5.attrs.update(attributes)
     if head is not None:
@@ -325,7 +341,7 @@ def write_header(h5: h5py.File, path: Path, head: Head | None, attributes: Mappi
 
 
 def _array(values: Tensor) -> np.ndarray:
-    """A tensor for HDF5, which has no bfloat16: its values are exact in float32."""
+    """A tensor as an array for HDF5; bfloat16, which HDF5 lacks, becomes float32 without rounding."""
     values = values.detach().cpu()
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 

@@ -1,4 +1,4 @@
-"""Columns: the arrays of a feature set, in memory or on disk, read a run of rows at a time."""
+"""Columns: the arrays of a feature set, in memory or on disk, read in runs of rows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DiskColumn:
-    """Rows ``start .. stop`` of one HDF5 data set; the file is opened only while rows are read.
+    """Rows ``start .. stop`` of one HDF5 dataset; the file is open only while rows are read.
 
-    ``identity`` is the file's own identity when the column was made (None for a file that has none): rows of a file
-    that was replaced since are never returned as if they were the old ones.
+    ``identity`` is the identity of the file when the column was created (None for a file without one), so that rows
+    of a file that was replaced since are never returned.
     """
 
     file: str
@@ -46,16 +46,17 @@ class DiskColumn:
 
     @contextmanager
     def reader(self, copied: bool = False) -> Iterator[Callable[[int, int], Tensor]]:
-        """A function ``(start, stop) -> rows`` that keeps the file open for as long as the context lasts.
+        """Open the file within a context, which returns a function ``(start, stop) -> rows``.
 
-        Unless ``copied`` the rows may be the file itself (see ``MappedRows``): not to be kept for longer.
+        Unless ``copied``, the rows may be the mapped file itself (see ``MappedRows``) and are valid only within the
+        context.
         """
         from ood_scores.features.storage.mmap import mapped_rows
         from ood_scores.features.storage.reading import open_to_read
 
         with open_to_read(self.file) as h5:
             if h5.attrs.get("identity") != self.identity:
-                raise CacheError(f"{self.file} was replaced since it was loaded: load it again.")
+                raise CacheError(f"{self.file} was replaced after it was loaded: load it again.")
             dataset = h5[self.name]
             mapped = None if copied else mapped_rows(dataset)
             read = mapped.read if mapped else lambda start, stop: dataset[start:stop]
@@ -64,7 +65,7 @@ class DiskColumn:
 
 @dataclass(frozen=True)
 class CombinedColumn:
-    """Rows that are computed from the same rows of other columns whenever they are read; nothing is kept."""
+    """Rows that are computed from the same rows of other columns each time they are read."""
 
     parts: tuple[Column, ...]
     combine: Callable[[Sequence[Tensor]], Tensor]
@@ -96,7 +97,7 @@ Column: TypeAlias = "Tensor | DiskColumn | CombinedColumn"
 
 @contextmanager
 def reader(column: Column) -> Iterator[Callable[[int, int], Tensor]]:
-    """A function ``(start, stop) -> rows`` of any column."""
+    """Open any column within a context, which returns a function ``(start, stop) -> rows``."""
     if not isinstance(column, Tensor):
         with column.reader() as read:
             yield read
@@ -105,7 +106,7 @@ def reader(column: Column) -> Iterator[Callable[[int, int], Tensor]]:
 
 
 def as_column(name: str, values: Any) -> Column:
-    """A column from a torch tensor, a NumPy array (shared, not copied), a list or an open h5py data set (lazy)."""
+    """Create a column from a torch tensor, NumPy array (shared, not copied), list, or open h5py dataset (lazy)."""
     if isinstance(values, (DiskColumn, CombinedColumn)):
         return values
     if isinstance(values, Tensor):
@@ -115,21 +116,22 @@ def as_column(name: str, values: Any) -> Column:
             return _disk_column(values)
         return torch.from_numpy(_native(np.ascontiguousarray(values)))
     except (TypeError, ValueError) as error:
-        raise BadInput(f"{name} must be a torch tensor, a NumPy array or an open h5py data set: {error}") from error
+        raise BadInput(f"{name} must be a torch tensor, a NumPy array, or an open h5py dataset: {error}") from error
 
 
 def read_all(column: Column) -> Tensor:
+    """Read a whole column into memory."""
     with column.reader(copied=True) if isinstance(column, DiskColumn) else reader(column) as read:
         return read(0, column.shape[0])
 
 
 def take(column: Column, start: int, stop: int) -> Column:
-    """Rows ``start .. stop``; a column on disk stays there."""
+    """Select rows ``start .. stop``; a column on disk stays there."""
     return column[start:stop] if isinstance(column, Tensor) else column.slice(start, stop)
 
 
 def gather(column: Column, rows: Tensor) -> Tensor:
-    """The given rows, in the given order, in memory; a column on disk is passed over once, in runs."""
+    """Read the given rows in the given order into memory; a column on disk is read once, in runs of rows."""
     if isinstance(column, Tensor):
         return column[rows.to(column.device)]
     if isinstance(column, CombinedColumn):
@@ -149,7 +151,7 @@ def gather(column: Column, rows: Tensor) -> Tensor:
 
 def _disk_column(dataset: h5py.Dataset) -> DiskColumn:
     if not dataset or not dataset.shape:
-        raise ValueError("it is closed or has no rows")
+        raise ValueError("the dataset is closed or has no rows")
     dtype = torch.from_numpy(_native(np.empty(0, dtype=dataset.dtype))).dtype
     identity = dataset.file.attrs.get("identity")
     file = os.path.abspath(dataset.file.filename)
@@ -157,5 +159,5 @@ def _disk_column(dataset: h5py.Dataset) -> DiskColumn:
 
 
 def _native(values: np.ndarray) -> np.ndarray:
-    """The array in this machine's byte order, the only one torch knows."""
+    """The array in the byte order of this machine, the only one that torch supports."""
     return values.astype(values.dtype.newbyteorder("="), copy=False)

@@ -1,4 +1,4 @@
-"""Rows of an HDF5 file without a copy: the kernel maps them, and reads the next ones while these are computed with."""
+"""Rows of an HDF5 file without a copy: the file is mapped, and the kernel reads ahead while rows are processed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class MappedRows:
-    """Rows of a contiguous data set, as arrays on the mapped file.
+    """Rows of a contiguous HDF5 dataset as arrays on the mapped file.
 
-    They are for reading in order: rows before the ones asked for are given back to the kernel, so that a pass over any
-    file holds no more memory than its blocks, and as many rows after them are fetched from a slow disk meanwhile. The
-    mapping is private: what is written to the arrays does not reach the file.
+    They are meant to be read in order: pages before the requested rows are released, so that a pass over a file needs
+    no more memory than its blocks, and as many rows after them are read ahead from a slow disk. The mapping is private:
+    changes of the arrays do not reach the file.
     """
 
     pages: mmap.mmap
@@ -45,13 +45,13 @@ class MappedRows:
         self.given_back = stop
 
     def _fetch(self, start: int, stop: int) -> None:
-        if start < stop and not self._is_at_hand(stop - 1):  # asking for what is at hand costs as much as reading it
+        if start < stop and not self._is_cached(stop - 1):  # the request alone costs as much as reading a cached page
             self.pages.madvise(mmap.MADV_WILLNEED, _page(start), stop - _page(start))
 
-    def _is_at_hand(self, place: int) -> bool:
+    def _is_cached(self, place: int) -> bool:
         try:
             return os.preadv(self.descriptor, [bytearray(1)], place, os.RWF_NOWAIT) == 1
-        except (AttributeError, OSError):  # not Linux; it would have to wait
+        except (AttributeError, OSError):  # not Linux, or the read would block
             return False
 
 
@@ -60,14 +60,16 @@ def _page(place: int) -> int:
 
 
 def mapped_rows(dataset: h5py.Dataset) -> MappedRows | None:
-    """The rows of an open data set; None where the file does not hold them in one piece, or they are compressed."""
+    """Map the rows of an open HDF5 dataset; None if they are not contiguous in the file or compressed."""
     h5 = dataset.file
     in_one_piece = dataset.chunks is None and not dataset.is_virtual and not dataset.external
     offset = dataset.id.get_offset() if in_one_piece and h5.driver == "sec2" and h5.userblock_size == 0 else None
     if not offset or offset % dataset.dtype.itemsize or dataset.nbytes == 0:
         return None
     descriptor = h5.id.get_vfd_handle()
-    if offset + dataset.nbytes > os.fstat(descriptor).st_size:  # beyond the end a mapping kills the process
+    if (
+        offset + dataset.nbytes > os.fstat(descriptor).st_size
+    ):  # reading a mapping beyond the end of the file kills the process
         return None
     pages = mmap.mmap(descriptor, offset + dataset.nbytes, access=mmap.ACCESS_COPY)
     return MappedRows(pages, descriptor, offset, dataset.dtype, tuple(dataset.shape[1:]))

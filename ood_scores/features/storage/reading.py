@@ -1,4 +1,4 @@
-"""Opening HDF5 files to read: h5py's errors say what to do, and what a joined cache reads from is there."""
+"""Opening HDF5 files for reading, with errors that say what to do, and with a check of the shards of a joined cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = "ood_scores features"
 
 @contextmanager
 def open_to_read(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    """An open HDF5 file of any origin; the errors of h5py become errors that say what to do."""
+    """Open an HDF5 file of any origin; errors of h5py become errors that say what to do."""
     path = Path(file)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
@@ -34,25 +34,28 @@ def open_to_read(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
         ) from error
     with h5:
         if h5.attrs.get("compressed", False):
-            zstd()  # importing it is what lets h5py read such a file
+            zstd()  # h5py can read such a file once the module is imported
         if h5.attrs.get("format") == FORMAT and "shards" in h5:
             _require_shards(h5)
         yield h5
 
 
 def zstd() -> Mapping[str, Any]:
+    """The arguments of h5py that compress an HDF5 dataset with Zstandard."""
     import hdf5plugin
 
     return hdf5plugin.Zstd()
 
 
 def _require_shards(joined: h5py.File) -> None:
-    """Raises DamagedCache unless the shards of a joined cache are beside it, whole and the ones that were joined: HDF5
-    itself would give zeros for the rows of a shard that it does not find."""
+    """Raise DamagedCache unless the shards of a joined cache are in its folder, complete, and those that were joined.
+
+    HDF5 itself would return zeros for the rows of a missing shard.
+    """
     names, identities = (joined[f"shards/{what}"].asstr()[()] for what in ("file", "identity"))
     advice = (
-        f"{joined.filename} reads its rows from {len(names)} shards beside it. Put the shard back; or delete "
-        f"{joined.filename} and the shard and run the torchrun command that made them, which extracts what is missing."
+        f"{joined.filename} reads its rows from {len(names)} shards in its folder. Put the shard back, or delete "
+        f"{joined.filename} and the shard and run the same torchrun command again, which extracts the missing rows."
     )
     for name, identity in zip(names, identities, strict=True):
         shard = Path(joined.filename).resolve().parent / name
@@ -68,7 +71,7 @@ def _require_shards(joined: h5py.File) -> None:
 
 
 def _has_hdf5_signature(path: Path) -> bool:
-    """At the start, or after a user block of 512 bytes or a power of two more (MATLAB)."""
+    """Look for the signature at the start, or after a user block whose size is a power of two from 512 (MATLAB)."""
     with open(path, "rb") as file:
         places = itertools.takewhile(lambda at: at < path.stat().st_size, (0, *(512 << n for n in range(20))))
         return any(file.seek(at) == at and file.read(8) == b"\x89HDF\r\n\x1a\n" for at in places)

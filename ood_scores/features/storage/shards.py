@@ -1,7 +1,7 @@
-"""Shards: the files that several processes write, each with its own rows, and the cache that reads them as one.
+"""Shards: the files that several processes write, each with its own rows, and the cache that joins them.
 
-The joined cache holds no rows: its columns are HDF5 virtual data sets over those of the shards, which stay beside it
-and move with it. Every shard is a cache of its own.
+The joined cache holds no rows: its columns are HDF5 virtual datasets over those of the shards, which stay in the same
+folder and must be moved with it. Every shard is itself a cache.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from ood_scores.features.storage.reading import open_to_read
 
 
 def shard_path(cache: Path, rank: int, count: int) -> Path:
+    """The file of the shard that one of ``count`` processes writes."""
     return cache.with_name(f"{cache.name}.shard-{rank}-of-{count}.h5")
 
 
 def require_no_others(cache: Path, count: int = 1) -> None:
-    """Raises StaleCache if there are shards beside the cache of another number of processes than ``count``."""
+    """Raise StaleCache if the folder has shards of the cache by another number of processes than ``count``."""
     others = {of for of in _shards_beside(cache).values() if of != count}
     if others:
         raise StaleCache(
@@ -38,7 +39,7 @@ def require_no_others(cache: Path, count: int = 1) -> None:
 
 
 def remove(cache: Path, keep: int = 0) -> None:
-    """Removes the shards of a cache that is replaced, but those of ``keep`` processes."""
+    """Remove the shards of a cache that is replaced, except those of ``keep`` processes."""
     for shard, count in _shards_beside(cache).items():
         if count != keep:
             caches.check_replaceable(shard)
@@ -46,15 +47,18 @@ def remove(cache: Path, keep: int = 0) -> None:
 
 
 def join(cache: Path, shards: Mapping[Path, Provenance]) -> None:
-    """Puts the cache that reads the shards as one file in its place.
+    """Write the cache that reads the shards as one file.
 
     Args:
-        cache: its path, in the folder of the shards.
-        shards: finished ones in the order of their rows, and what must have made each.
+        cache: The path of the cache, in the folder of the shards.
+        shards: The finished shards in the order of their rows, and the expected provenance of each.
 
     Raises:
-        StaleCache, UnfinishedCache, ShapeMismatch, DamagedCache: a shard is not what it must be.
-        CacheWriteFailed: the disk refused.
+        StaleCache: if a shard has another provenance.
+        UnfinishedCache: if a shard is not finished.
+        ShapeMismatch: if the shards have different columns.
+        DamagedCache: if a shard is missing or damaged.
+        CacheWriteFailed: if the disk refuses a write.
     """
     with ExitStack() as stack:
         parts = [stack.enter_context(_opened(shard, wanted)) for shard, wanted in shards.items()]
@@ -77,7 +81,7 @@ def join(cache: Path, shards: Mapping[Path, Provenance]) -> None:
 
 
 def _shards_beside(cache: Path) -> dict[Path, int]:
-    """The shards beside the cache, whatever made them, and of how many each is one."""
+    """The shards of the cache in its folder, and the number of processes of each."""
     of = re.compile(re.escape(cache.name) + r"\.shard-\d+-of-(\d+)\.h5")
     files = sorted(cache.parent.glob(f"{glob.escape(cache.name)}.shard-*.h5"))
     return {file: int(found[1]) for file in files if (found := of.fullmatch(file.name))}
@@ -85,14 +89,14 @@ def _shards_beside(cache: Path) -> dict[Path, int]:
 
 @contextmanager
 def _opened(shard: Path, wanted: Provenance) -> Iterator[h5py.File]:
-    """The finished shard that ``wanted`` made."""
+    """Open a finished shard whose provenance is ``wanted``."""
     if not shard.exists():
-        raise DamagedCache(f"there is no {shard}: all processes must write to one folder that each of them sees.")
+        raise DamagedCache(f"the shard {shard} is missing: all processes must write to one shared folder.")
     with open_to_read(shard) as h5:
         caches.require_finished(h5)
         made_by = caches.state(h5).provenance
         if made_by is None:
-            raise ForeignFile(f"{shard} does not say what made it.")
+            raise ForeignFile(f"{shard} has no provenance: pass overwrite=True to extract again.")
         made_by.require_same(wanted, str(shard))
         yield h5
 
@@ -103,7 +107,9 @@ def _columns_of_all(parts: Sequence[h5py.File]) -> caches.Shapes:
     ]
     for part, columns in zip(parts[1:], others, strict=True):
         if columns != first:
-            raise ShapeMismatch(f"{part.filename} has columns {columns}, {parts[0].filename} has {first}.")
+            raise ShapeMismatch(
+                f"{part.filename} has the columns {columns}, but {parts[0].filename} has {first}: extract both again."
+            )
     return first
 
 
@@ -114,7 +120,7 @@ def _one_after_the_other(
     start = 0
     for shard, count in zip(shards, counts, strict=True):
         if count:
-            literal = shard.name.replace("%", "%%")  # HDF5 takes it for a pattern
+            literal = shard.name.replace("%", "%%")  # HDF5 reads the name as a pattern
             layout[start : start + count] = h5py.VirtualSource(literal, name, (count, *width))
         start += count
     return layout

@@ -1,9 +1,9 @@
-"""Kept statistics: what fits found out about a cache, in a file beside it, so that the next fit need not read it again.
+"""Stored statistics: the statistics of a cache in a file beside it, so that the next fit need not read the cache.
 
-The cache itself is never written to once it is finished. Its statistics stand in an HDF5 file of their own, which the
-cache links to as ``statistics``, and which is replaced as a whole and thrown away without loss: it counts only if it
-names the cache's identity and this version of ood_scores, each entry only if its SHA-256 is right. Where it cannot be
-written, nothing is kept.
+A finished cache is never written again. Its statistics are in a separate HDF5 file, which the cache links to as
+``statistics``. The file is replaced as a whole and can be deleted without loss. It is used only if it names the
+identity of the cache and this version of ood_scores, and an entry only if its SHA-256 is right. If the file cannot be
+written, no statistics are stored.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from ood_scores.features.storage.reading import open_to_read
 FORMAT = "ood_scores statistics"
 VERSION = 1
 LARGEST_SHARE = 1 / 4
-"""A statistic is kept if it takes at most this share of the bytes of the cache's columns."""
+"""A statistic is stored if it takes at most this share of the bytes of the columns of the cache."""
 
 UNUSABLE = (CacheError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
-"""What h5py raises on damaged files, and what the disk and this package do."""
+"""The errors that h5py, the disk, and this package raise for damaged files."""
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def recall(feats: FeatureSet, wanted: Iterable[Statistic]) -> None:
-    """Adds to the set's statistics those of the wanted that are kept beside its cache."""
+    """Add those of the wanted statistics that are stored beside the cache to the statistics of the set."""
     cache = cache_of(feats)
     asked = [each for each in wanted if isinstance(each, Stored) and each not in feats.statistics]
     if not cache or not asked:
@@ -54,7 +54,7 @@ def recall(feats: FeatureSet, wanted: Iterable[Statistic]) -> None:
 
 
 def remember(feats: FeatureSet, found: Mapping[Statistic, Any]) -> None:
-    """Adds what was found to the set's statistics, and keeps what is worth it beside the set's cache."""
+    """Add results to the statistics of the set, and store the small ones beside its cache."""
     feats.statistics.update(found)
     cache = cache_of(feats)
     if not cache:
@@ -68,14 +68,14 @@ def remember(feats: FeatureSet, found: Mapping[Statistic, Any]) -> None:
 
 
 def names(cache: Path, identity: str) -> list[str]:
-    """The names of the statistics that are kept beside the cache of that identity."""
+    """The names of the statistics that are stored beside a cache of the given identity."""
     with suppress(*UNUSABLE), _opened(cache, identity) as h5:
         return list(h5)
     return []
 
 
 def cache_of(feats: FeatureSet) -> tuple[Path, str] | None:
-    """File and identity of the cache that the set is; None where it is anything else than one whole cache."""
+    """The file and identity of the cache of a set; None unless the set is one whole cache."""
     features = feats.columns["features"]
     if not feats.is_whole_file or not isinstance(features, DiskColumn) or features.identity is None:
         return None
@@ -84,11 +84,11 @@ def cache_of(feats: FeatureSet) -> tuple[Path, str] | None:
 
 @contextmanager
 def _opened(cache: Path, identity: str) -> Iterator[h5py.File]:
-    """The statistics of this very cache. Raises CacheError or OSError where there are none."""
+    """Open the stored statistics of a cache. Raises CacheError or OSError if there are none."""
     place = statistics_file(cache)
     with open_to_read(place) as h5:
         if any(h5.attrs.get(name) != value for name, value in _attributes(identity).items()):
-            raise StaleCache(f"{place} holds statistics of another cache, or of another version of ood_scores.")
+            raise StaleCache(f"{place} holds statistics of another cache or another version of ood_scores: delete it.")
         yield h5
 
 
@@ -111,14 +111,14 @@ def _write(cache: Path, identity: str, entries: Mapping[str, Arrays]) -> None:
 
 
 def _replaceable(place: Path) -> bool:
-    """Whether there is nothing, or statistics in whatever state: what else stands there is someone's, and is left."""
+    """Whether the file does not exist, or holds statistics in any state; any other file is not replaced."""
     if not place.exists():
         return True
     return is_marked(place, FORMAT) or (place.is_file() and place.stat().st_size == 0)
 
 
 def _read_all(cache: Path, identity: str) -> dict[str, Arrays]:
-    """The entries that are kept already and undamaged."""
+    """The undamaged entries of the file."""
     entries: dict[str, Arrays] = {}
     with suppress(*UNUSABLE), _opened(cache, identity) as h5:
         entries |= {name: arrays for name in h5 if (arrays := _read(h5, name))}
@@ -126,7 +126,7 @@ def _read_all(cache: Path, identity: str) -> dict[str, Arrays]:
 
 
 def _read(h5: h5py.File, name: str) -> Arrays | None:
-    """The arrays of an entry, or None if they are not what was written."""
+    """The arrays of an entry, or None if it is damaged."""
     with suppress(*UNUSABLE):
         arrays = {part: values[()] for part, values in h5[name].items()}
         return arrays if h5[name].attrs["sha256"] == _sha256(arrays) else None
@@ -142,13 +142,13 @@ def _sha256(arrays: Arrays) -> str:
 
 
 def _arrays(result: Any) -> Arrays:
-    """The arrays of a result: its fields but those that are None, or itself as ``value``."""
+    """The arrays of a result: its fields that are not None, or the tensor itself as ``value``."""
     parts = {"value": result} if isinstance(result, Tensor) else vars(result)
     return {name: part.cpu().numpy() for name, part in parts.items() if part is not None}
 
 
 def _result(kind: type, arrays: Arrays) -> Any:
-    """The result that ``_arrays`` took apart, in memory aligned as torch aligns its own: sums may be rounded by it."""
+    """Rebuild a result from its arrays, in memory that torch allocates: its alignment affects the rounding of sums."""
     tensors = {name: torch.from_numpy(values).clone() for name, values in arrays.items()}
     if kind is Tensor:
         return tensors["value"]
@@ -156,5 +156,5 @@ def _result(kind: type, arrays: Arrays) -> Any:
 
 
 def _bytes(values: Any) -> int:
-    """Of a column or an array."""
+    """The number of bytes of a column or an array."""
     return int(np.prod(values.shape, dtype=np.int64)) * values.dtype.itemsize
