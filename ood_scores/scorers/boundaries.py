@@ -62,7 +62,7 @@ class FDBD(Scorer):
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
         if feats.head.num_classes < 2:
-            raise BadInput("fdbd: a model with a single class has no decision boundary.")
+            raise BadInput("fdbd: a model with a single class has no decision boundary: choose another scorer.")
         self.mean_ = found[Means("features")].means[0]
         self.inverse_distances_ = _inverse_distances(feats.head.weight.double().to(self.mean_.device))
 
@@ -129,7 +129,7 @@ class ORA(Scorer):
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
         if feats.head.num_classes < 2:
-            raise BadInput("ora: a model with a single class has no decision boundary.")
+            raise BadInput("ora: a model with a single class has no decision boundary: choose another scorer.")
         self.mean_ = found[Means("features")].means[0]
         self.weight_ = feats.head.weight.double().to(self.mean_.device)
         self.squares_ = squares_between(self.weight_)

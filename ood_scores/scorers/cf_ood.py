@@ -83,7 +83,7 @@ class CFOOD(Scorer):
     def __post_init__(self) -> None:
         for share in ("share", "rho"):
             value = getattr(self, share)
-            self.require(0 < value <= 1, f"{share} must be more than 0 and at most 1, got {value}")
+            self.require(0 < value <= 1, f"{share} must be in (0, 1], got {value}")
 
     def statistics(self) -> Sequence[Statistic]:
         return (HashedRows(self.share, self.seed),)
@@ -92,7 +92,7 @@ class CFOOD(Scorer):
         (self.bank_,) = (found[statistic] for statistic in self.statistics())
         count = len(self.bank_)
         if count < 2:
-            raise BadInput("cf_ood: the neighbours of fit rows are other fit rows, of which it takes two at least.")
+            raise BadInput("cf_ood: the bank needs at least two rows: fit on more rows or raise share.")
         self.shares_, positions = neighbor_shares(count)
         positions = positions.to(self.bank_.device)
         self.reaches_ = torch.cat(
@@ -167,7 +167,9 @@ def count_reached(values: Tensor, limits: Tensor, numbers: Tensor) -> Tensor:
 def neighbor_shares(count: int) -> tuple[Tensor, Tensor]:
     """The shares of neighbors that ``cf_ood`` tries in a bank of ``count`` rows, and the neighbors' ranks, from 1."""
     parts = ((0.001, 0.1, 100), (0.105, 0.5, 81), (0.51, 0.99, 49))
-    shares = torch.from_numpy(np.concatenate([np.linspace(*part) for part in parts]))  # as theirs, to the last digit
+    shares = torch.from_numpy(
+        np.concatenate([np.linspace(*part) for part in parts])
+    )  # equal to theirs to the last digit
     positions = (shares * count - 1).long() + 1
     new = positions.diff(prepend=positions.new_zeros(1)) > 0
     return shares[new], positions[new]

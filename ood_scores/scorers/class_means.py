@@ -157,9 +157,9 @@ class NCI(Scorer):
         self.weight_ = feats.head.weight.double()
 
     def score_block(self, block: Block) -> Tensor:
-        centred = block.features - self.mean_.to(block.features)
-        along = inner(centred, self.weight_.to(centred)[block.prediction()])
-        scores = along / row_norm(centred, 2.0).clamp_min(CLOSEST)
+        centered = block.features - self.mean_.to(block.features)
+        along = inner(centered, self.weight_.to(centered)[block.prediction()])
+        scores = along / row_norm(centered, 2.0).clamp_min(CLOSEST)
         return scores + self.alpha * block.feature_norm(1.0) if self.alpha else scores
 
 
@@ -173,6 +173,6 @@ def warn_of_classes_without_rows(name: str, counts: Tensor) -> None:
     lacking = int((counts == 0).sum())
     if lacking:
         warnings.warn(
-            f"{name}: {lacking} of {len(counts)} classes have no row to fit that is predicted as its label.",
+            f"{name}: {lacking} of {len(counts)} classes have no correctly predicted row in the fit set.",
             stacklevel=5,
         )

@@ -70,7 +70,7 @@ class ExCeL(Scorer):
     fit_needs = ("logits",)
 
     def __post_init__(self) -> None:
-        self.require(0 <= self.alpha <= 1, f"alpha is a share in [0, 1], got {self.alpha}")
+        self.require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
         self.require(1 <= self.upper < math.inf, f"upper must be at least 1 and finite, got {self.upper}")
         self.require_positive("reward")
         if self.ranks is not None:

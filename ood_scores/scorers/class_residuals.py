@@ -137,8 +137,8 @@ class CADRef(_RelativeToClass):
         self.mean_confidence_ = found[MeanConfidence(self.confidence)]
         if self.mean_confidence_ <= 0:
             warnings.warn(
-                f"cadref: the confidence {self.confidence!r} of the fit set is {self.mean_confidence_:.3g} on average, "
-                "and cannot divide: choose 'msp' or 'gen'.",
+                f"cadref: the confidence {self.confidence!r} is {self.mean_confidence_:.3g} on average over the fit "
+                "set, but must be positive: choose 'msp' or 'gen'.",
                 stacklevel=4,
             )
 
@@ -261,8 +261,8 @@ def _means_of_predicted(name: str, groups: GroupMeans) -> Tensor:
     if not empty.any():
         return groups.means
     warnings.warn(
-        f"{name}: {int(empty.sum())} of {len(empty)} classes are never predicted in the fit set; the mean of all rows "
-        "stands for theirs.",
+        f"{name}: {int(empty.sum())} of {len(empty)} classes are never predicted in the fit set and get the mean of "
+        "all rows.",
         stacklevel=5,
     )
     shares = groups.counts.double() / groups.counts.sum()

@@ -115,7 +115,7 @@ class WeightedEnergy(Scorer):
         logits = block.logits64()
         if len(self.weights) != logits.shape[1]:
             raise ShapeMismatch(
-                f"weighted_energy: {len(self.weights)} weights for logits of {logits.shape[1]} classes."
+                f"weighted_energy: {len(self.weights)} weights do not fit logits of {logits.shape[1]} classes."
             )
         log_weights = logits.new_tensor([float(weight) for weight in self.weights]).clamp_min(0).log()
         return self.temperature * (logits / self.temperature + log_weights).logsumexp(dim=1)

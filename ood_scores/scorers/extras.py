@@ -17,4 +17,6 @@ def read_extra(block: Block, name: str, scorer: str) -> Tensor:
     if name in block.extras:
         return block.extras[name]
     below = [extra for extra in block.extras if extra.startswith(f"{name}.")]
-    raise MissingInput(f"{scorer!r} needs {name} to score this feature set; it has only {', '.join(below)}.")
+    raise MissingInput(
+        f"{scorer!r} needs {name} to score this feature set; it has only {', '.join(below)}: name one of these."
+    )

@@ -158,9 +158,9 @@ class RelativeMahalanobis(Scorer):
         means, weights = moments.means[present], moments.counts[present] / moments.counts.sum().double()
         root = whitening(moments.scatter / moments.counts.sum())
         self.mean_ = weights @ means
-        centred = (means - self.mean_) @ root
-        _, deviations, axes = torch.linalg.svd(weights.sqrt()[:, None] * centred, full_matrices=False)
-        self.directions_, self.means_ = root @ axes.T, centred @ axes.T
+        centered = (means - self.mean_) @ root
+        _, deviations, axes = torch.linalg.svd(weights.sqrt()[:, None] * centered, full_matrices=False)
+        self.directions_, self.means_ = root @ axes.T, centered @ axes.T
         self.shares_ = deviations.square() / (1 + deviations.square())
         self.double_ = amplifies(root, moments)
 
@@ -198,7 +198,7 @@ def whitening(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > smallest * values.amax()
     if not kept.any():
-        raise BadInput("the features do not vary within any class, so they have no covariance to whiten with.")
+        raise BadInput("the features do not vary within any class and have no covariance: fit on more rows.")
     return vectors[:, kept] / values[kept].sqrt()
 
 
@@ -213,10 +213,10 @@ def whitened(rows: Tensor, root: Tensor, size: int = SOLVED) -> Tensor:
     return found
 
 
-def squared_distances(rows: Tensor, centres: Tensor) -> Tensor:
+def squared_distances(rows: Tensor, centers: Tensor) -> Tensor:
     """``||x_i - c_j||^2`` for every pair, ``[B, C]``, never negative."""
-    products = torch.addmm(rows.square().sum(dim=1, keepdim=True), rows, centres.T, alpha=-2)
-    return (products + centres.square().sum(dim=1)).clamp_min(0)
+    products = torch.addmm(rows.square().sum(dim=1, keepdim=True), rows, centers.T, alpha=-2)
+    return (products + centers.square().sum(dim=1)).clamp_min(0)
 
 
 def classes_present(counts: Tensor, name: str) -> Tensor:
@@ -224,7 +224,7 @@ def classes_present(counts: Tensor, name: str) -> Tensor:
     present = counts > 0
     if not present.all():
         warnings.warn(
-            f"{name}: {int((~present).sum())} of {len(counts)} classes have no row to fit and are left out.",
+            f"{name}: {int((~present).sum())} of {len(counts)} classes have no fit row and are left out.",
             stacklevel=5,
         )
     return present

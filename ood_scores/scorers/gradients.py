@@ -91,7 +91,9 @@ class GradNorm(Scorer):
             )
         softmax = block.softmax(self.temperature)
         others = softmax.scatter(1, block.prediction()[:, None], 0.0)
-        one_minus_largest = others.sum(dim=1, keepdim=True)  # as a sum: a difference cancels to 0 where p is nearly 1
+        one_minus_largest = others.sum(
+            dim=1, keepdim=True
+        )  # as a sum: a difference would cancel to 0 where p is nearly 1
         return -row_norm(torch.cat([others, one_minus_largest], dim=1), float(self.p))
 
 
@@ -190,9 +192,9 @@ class GradientClassifier(Scorer):
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         pairs = self._shuffled(feats)
-        self.require(len(pairs) >= 3, f"at least 3 rows are needed to fit, got {len(pairs)}")
+        self.require(len(pairs) >= 3, f"the fit needs at least 3 rows, got {len(pairs)}")
         share = max(1, 2 * len(pairs) // 5)
-        train, validation, test = (_labelled(part) for part in pairs.split([share, share, len(pairs) - 2 * share]))
+        train, validation, test = (_labeled(part) for part in pairs.split([share, share, len(pairs) - 2 * share]))
         self.mean_, scale = train[0].mean(dim=0), train[0].std(dim=0, correction=0)
         self.scale_ = torch.where(scale > 0, scale, 1)
         models = [self._trained(train, strength) for strength in STRENGTHS]
@@ -205,8 +207,8 @@ class GradientClassifier(Scorer):
         return self._odds(_logs(read_extra(block, "gradients.inputs", self.name)), self.weight_, self.bias_)
 
     def _odds(self, logs: Tensor, weight: Tensor, bias: float) -> Tensor:
-        standardised = (logs - self.mean_.to(logs.device)) / self.scale_.to(logs.device)
-        return standardised @ weight.to(logs.device) + bias
+        standardized = (logs - self.mean_.to(logs.device)) / self.scale_.to(logs.device)
+        return standardized @ weight.to(logs.device) + bias
 
     def _shuffled(self, feats: FeatureSet) -> Tensor:
         """Norms of inputs and of noise, float64 ``[N, 2, L]``, in an order that depends only on them and the seed."""
@@ -224,8 +226,8 @@ class GradientClassifier(Scorer):
         from sklearn.linear_model import LogisticRegression
 
         logs, labels = rows
-        standardised = (logs - self.mean_) / self.scale_
-        model = LogisticRegression(C=strength, max_iter=1000).fit(standardised.numpy(), labels.numpy())
+        standardized = (logs - self.mean_) / self.scale_
+        model = LogisticRegression(C=strength, max_iter=1000).fit(standardized.numpy(), labels.numpy())
         return torch.from_numpy(model.coef_[0].copy()), float(model.intercept_[0])
 
 
@@ -233,7 +235,7 @@ def _logs(norms: Tensor) -> Tensor:
     return norms.double().clamp_min(SMALLEST).log()
 
 
-def _labelled(pairs: Tensor) -> tuple[Tensor, Tensor]:
+def _labeled(pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms ``[2 N, L]`` of the norms of inputs, then of noise, and a mask of the inputs."""
     labels = torch.arange(2).repeat_interleave(len(pairs)) == 0
     return _logs(torch.cat([pairs[:, 0], pairs[:, 1]])), labels
@@ -338,7 +340,7 @@ class GROOD(Scorer):
             found.append((log_share.exp()[:, None] * direction).float().cpu()[correct])
         bank = torch.cat(found)
         if not len(bank):
-            raise BadInput("grood: no row of the fit set is predicted as its label.")
+            raise BadInput("grood: no row of the fit set is predicted correctly: check the labels.")
         return bank
 
     def _of_ood(self, means: Tensor) -> Tensor:
@@ -346,6 +348,6 @@ class GROOD(Scorer):
             return means.mean(dim=0)
         self.require(
             len(self.prototype) == means.shape[1],
-            f"prototype has {len(self.prototype)} numbers for {means.shape[1]} features",
+            f"prototype must have {means.shape[1]} numbers, one for each feature, got {len(self.prototype)}",
         )
         return means.new_tensor([float(value) for value in self.prototype])

@@ -93,8 +93,8 @@ class Gram(LayeredScorer):
         self.high_ = [largest[:, 0].clone() for largest in high]
         if (counts == 0).any():
             warnings.warn(
-                f"gram: {int((counts == 0).sum())} of {len(counts)} classes are predicted for no row of the fit set "
-                "and get the range of all rows.",
+                f"gram: {int((counts == 0).sum())} of {len(counts)} classes are never predicted in the fit set and "
+                "get the range of all rows.",
                 stacklevel=4,
             )
             for smallest, largest in zip(self.low_, self.high_, strict=True):

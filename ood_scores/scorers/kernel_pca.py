@@ -50,7 +50,7 @@ class _KernelPCA(Scorer):
     fit_needs = ("features",)
 
     def __post_init__(self) -> None:
-        self.require(0 < self.variance < 1, f"variance is a share above 0 and below 1, got {self.variance}")
+        self.require(0 < self.variance < 1, f"variance must be in (0, 1), got {self.variance}")
 
     @abstractmethod
     def mapped(self, rows: Tensor) -> Tensor:
@@ -59,11 +59,11 @@ class _KernelPCA(Scorer):
     def fit_axes(self, axes: Axes) -> None:
         values, width = axes.values, len(axes.mean)
         if values[0] <= LEVEL:
-            raise BadInput(f"{self.name}: the features do not vary, so they have no principal space.")
+            raise BadInput(f"{self.name}: the features do not vary and have no principal space: fit on more rows.")
         dimension = int((values.cumsum(0) / values.sum() < self.variance).sum()) + 1
         self.require(
             dimension < width,
-            f"{self.variance} of the variance takes all {width} dimensions, which leaves no residual: lower it",
+            f"variance={self.variance} needs all {width} dimensions and leaves no residual: lower variance",
         )
         self.mean_ = axes.mean
         self.outside_ = axes.vectors.shape[1] == width and width - dimension < 2 * dimension

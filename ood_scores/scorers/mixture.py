@@ -109,14 +109,14 @@ class GMM(Scorer):
         counts = moments.counts[present]
         if (counts == 1).any():
             warnings.warn(
-                f"gmm: {int((counts == 1).sum())} classes have a single row to fit and get the tied covariance.",
+                f"gmm: {int((counts == 1).sum())} classes have a single fit row and get the tied covariance.",
                 stacklevel=4,
             )
         self.means_ = moments.means[present]
         fit = self._fit_dense if moments.class_scatter is not None else self._fit_packed
         log_determinant = fit(moments, present.nonzero()[:, 0], feats)
-        normaliser = -0.5 * (log_determinant + self.means_.shape[1] * math.log(2 * math.pi))
-        self.log_weights_ = normaliser + ((counts.double() / counts.sum()).log() if self.prior == "empirical" else 0)
+        normalizer = -0.5 * (log_determinant + self.means_.shape[1] * math.log(2 * math.pi))
+        self.log_weights_ = normalizer + ((counts.double() / counts.sum()).log() if self.prior == "empirical" else 0)
 
     def _fit_dense(self, moments: Moments, classes: Tensor, feats: FeatureSet) -> Tensor:
         """Fit all covariances at once, and return the logarithms of their determinants, ``[C]``."""
@@ -190,8 +190,8 @@ class GMM(Scorer):
         """
         if self.packed_ is not None and self.packed_.nbytes > of.CLASS_SCATTER_BYTES:
             raise BadInput(
-                f"gmm: its {len(self.means_):,} covariances take {self.packed_.nbytes / 2**30:,.1f} GiB, which are not "
-                "saved: fit it where it is needed, or on logits or fewer features."
+                f"gmm: its {len(self.means_):,} covariances take {self.packed_.nbytes / 2**30:,.1f} GiB, too much to "
+                "save: fit it where it is needed, or on logits or fewer features."
             )
         return super().fitted_state()
 

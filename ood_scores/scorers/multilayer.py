@@ -57,7 +57,7 @@ class LayeredScorer(Scorer):
 
     def _check_layers(self) -> None:
         given = self.layers is None or (not isinstance(self.layers, str) and len(self.layers) > 0)
-        self.require(given, f"layers is a list of module names, or None for all that are there, got {self.layers!r}")
+        self.require(given, f"layers must be a list of module names or None, got {self.layers!r}")
 
     def _find_layers(self, feats: FeatureSet) -> None:
         """Choose the layers named, or all in the set."""
@@ -67,7 +67,7 @@ class LayeredScorer(Scorer):
         for name, shape in zip(self.names(), self.shapes_, strict=True):
             if len(shape) != self.dimensions:
                 raise ShapeMismatch(
-                    f"{self.name!r} reads extras of the probe {self.extra!r}; a row of {name} is {shape}."
+                    f"{self.name!r} reads extras of the probe {self.extra!r}, but a row of {name} has shape {shape}."
                 )
         self._read_only_these()
 
@@ -174,13 +174,13 @@ class MahalanobisLayers(LayeredScorer):
         """For each layer, rows ``[B, K]`` transformed so that the tied covariance is the identity."""
         values = [block.space(f"{extra}.{layer}") for layer in self.layers_]
         ready = zip(values, self.centres_, self.whitenings_, strict=True)
-        return [(rows - centre.to(rows)) @ root.to(rows) for rows, centre, root in ready]
+        return [(rows - center.to(rows)) @ root.to(rows) for rows, center, root in ready]
 
     def _scores_left_out(self, feats: FeatureSet, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Layer scores ``[M, L]`` of fit rows and of their perturbed copies, from Gaussians fitted without the row."""
         perturbed_names = [f"fgsm.{layer}" for layer in self.layers_]
         if self._shapes(feats, perturbed_names, "be fitted on") != self.shapes_:
-            raise ShapeMismatch(f"{self.name!r}: fgsm.* have other widths than layers.*: extract them again.")
+            raise ShapeMismatch(f"{self.name!r}: the extras fgsm.* and layers.* differ in width: extract them again.")
         blocks = feats.blocks(only=(*self.names(), *perturbed_names, "labels"))
         ours, theirs = zip(*(self._block_left_out(block, feats, counts) for block in blocks), strict=True)
         rows, perturbed = torch.cat(ours), torch.cat(theirs)

@@ -147,7 +147,7 @@ class KNN(_BankScorer):
 
     def __post_init__(self) -> None:
         self.require_count("k")
-        self.require(0 < self.share <= 1, f"share must be more than 0 and at most 1, got {self.share}")
+        self.require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
 
     def statistics(self) -> Sequence[Statistic]:
         return (Rows(self.normalize, self.share, self.seed if self.share < 1 else 0),)
@@ -155,9 +155,11 @@ class KNN(_BankScorer):
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         (self.bank_,) = (found[statistic] for statistic in self.statistics())
         if len(self.bank_) < self.k:
-            raise BadInput(f"knn: k={self.k} neighbours need as many rows to fit, got {len(self.bank_)}: lower k.")
+            raise BadInput(
+                f"knn: k={self.k} needs at least as many bank rows, got {len(self.bank_)}: lower k or fit more."
+            )
         if not self.bank_.isfinite().all():
-            raise BadInput("knn: the features hold values beyond float32, in which faiss computes: scale them down.")
+            raise BadInput("knn: the features exceed the range of float32, in which faiss computes: scale them down.")
         self._index: Any = None
         if self.index != "Flat":
             self._index = kept_index(self.index, self.bank_, feats, repr(self.statistics()))
@@ -177,7 +179,7 @@ class KNN(_BankScorer):
 
     def why_no_graph(self) -> str | None:
         if self.index != "Flat":
-            return f"its index {self.index!r} finds other neighbours than the nearest, which a graph would find"
+            return f"its index {self.index!r} is approximate, while a graph compares with all rows"
         return super().why_no_graph()
 
     def scored_with(self) -> Hashable:
@@ -192,7 +194,7 @@ class KNN(_BankScorer):
         _, found = self._index.search(rows.float().contiguous().numpy(), count)
         if (found < 0).any():
             raise BadInput(
-                f"knn: the index {self.index!r} found fewer than k={self.k} neighbours: lower k or use 'Flat'."
+                f"knn: the index {self.index!r} found fewer than k={self.k} neighbors: lower k or use 'Flat'."
             )
         return torch.from_numpy(found)
 
@@ -222,7 +224,7 @@ def why_no_graph_of(bank: Tensor | None) -> str | None:
     """The reason why a bank of fit rows cannot be part of an exported graph; None if it can, or if there is no bank."""
     if bank is None or len(bank) <= GRAPH_ROWS:
         return None
-    return f"its bank has {len(bank):,} rows, and a graph holds up to {GRAPH_ROWS:,}: fit it on fewer"
+    return f"its bank has {len(bank):,} rows, while a graph holds at most {GRAPH_ROWS:,}: fit it on fewer rows"
 
 
 def kth_neighbors(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -> Tensor:
@@ -282,7 +284,7 @@ class NNGuide(_BankScorer):
 
     def __post_init__(self) -> None:
         self.require_count("k")
-        self.require(0 < self.share <= 1, f"share must be more than 0 and at most 1, got {self.share}")
+        self.require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
 
     def statistics(self) -> Sequence[Statistic]:
         draw = (self.share, self.seed if self.share < 1 else 0)
@@ -291,9 +293,11 @@ class NNGuide(_BankScorer):
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.bank_, self.energies_ = (found[statistic] for statistic in self.statistics())
         if len(self.bank_) < self.k:
-            raise BadInput(f"nnguide: k={self.k} neighbours need as many bank rows, got {len(self.bank_)}: lower k.")
+            raise BadInput(
+                f"nnguide: k={self.k} needs at least as many bank rows, got {len(self.bank_)}: lower k or fit more."
+            )
         if not self.energies_.float().isfinite().all():
-            raise BadInput("nnguide: the logits are beyond float32, in which faiss computes: scale them down.")
+            raise BadInput("nnguide: the logits exceed the range of float32, in which faiss computes: scale them down.")
         self._index: Any = None
 
     def wanted(self) -> Wanted:

@@ -48,7 +48,7 @@ class FeatureNorm(Scorer):
         if self.space == "features":
             return block.feature_norm(float(self.p))
         values = block.logits64() if self.space == "logits" else read_extra(block, self.space, self.name).double()
-        self.require(values.ndim == 2, f"the norm is of rows [N, K], {self.space!r} has shape {tuple(values.shape)}")
+        self.require(values.ndim == 2, f"{self.space!r} must have shape [N, K], got {tuple(values.shape)}")
         return row_norm(values, float(self.p))
 
 

@@ -89,7 +89,7 @@ class OpenMax(Scorer):
         self.require_count("alpha")
         weights = (self.euclidean, self.cosine)
         valid = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
-        self.require(valid, f"the weights of the distances must be at least 0 and not both 0, got {weights}")
+        self.require(valid, f"euclidean and cosine must be at least 0 and not both 0, got {weights}")
 
     def statistics(self) -> Sequence[Statistic]:
         return (Means("logits", "correct"), Logits())
@@ -98,7 +98,7 @@ class OpenMax(Scorer):
         means, all_logits = (found[statistic] for statistic in self.statistics())
         self.means_, self.present_ = means.means, means.counts > 0
         if not self.present_.any():
-            raise BadInput("openmax: no row of the fit set is predicted as its label.")
+            raise BadInput("openmax: no row of the fit set is predicted correctly: check the labels.")
         warn_of_classes_without_rows("openmax", means.counts)
         labels = feats.class_labels().to(all_logits.device)
         correct = all_logits.argmax(dim=1) == labels
@@ -123,8 +123,8 @@ class OpenMax(Scorer):
     def _distances(self, logits: Tensor) -> Tensor:
         """Distances of each row to each class mean, ``[B, C]``."""
         means = self.means_.to(logits)
-        centre = means.mean(dim=0)
-        distances = self.euclidean * squared_distances(logits - centre, means - centre).sqrt()
+        center = means.mean(dim=0)
+        distances = self.euclidean * squared_distances(logits - center, means - center).sqrt()
         if self.cosine:
             lengths = row_norm(logits, 2.0)[:, None] * row_norm(means, 2.0)
             distances = distances + self.cosine * (1 - logits @ means.T / lengths.clamp_min(CLOSEST))
@@ -167,7 +167,7 @@ def weibull_fit(logs: Tensor) -> tuple[Tensor, Tensor]:
     spread = (torch.where(there, values - mean, 0).square().sum(dim=1, keepdim=True) / count).sqrt()
     varies = spread > 0
     unit, mean = values / torch.where(varies, spread, 1), mean / torch.where(varies, spread, 1)
-    low = -torch.where(varies, -mean, 1).log()  # log k: the left side is at most the largest less the mean
+    low = -torch.where(varies, -mean, 1).log()  # log k: the left side is at most the largest minus the mean
     high = low + math.log(1e6)
     for _ in range(64):
         middle = (low + high) / 2

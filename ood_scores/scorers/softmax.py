@@ -138,8 +138,8 @@ class Temperature(Scorer):
         best = best_inverse_temperature(found[Logits()], feats.class_labels())
         if best is None:
             warnings.warn(
-                f"temperature: no T between {COOLEST} and {HOTTEST} fits these rows best, so T stays 1; fit on rows "
-                "that the model was not trained on.",
+                f"temperature: no T between {COOLEST} and {HOTTEST} minimizes the loss on these rows, so T stays 1: "
+                "fit on rows that the model was not trained on.",
                 stacklevel=4,
             )
         self.temperature_ = 1.0 if best is None else 1 / best
@@ -186,7 +186,7 @@ class Margin(Scorer):
     def score_block(self, block: Block) -> Tensor:
         values = block.logits64() if self.space == "logits" else block.softmax()
         if values.shape[1] < 2:
-            raise BadInput("margin: a model with a single class has no margin.")
+            raise BadInput("margin: a model with a single class has no margin: choose another scorer.")
         largest, second = values.topk(2, dim=1).values.T
         return largest - second
 

@@ -61,7 +61,7 @@ class _ResidualScorer(Scorer):
         rank = rank_of(values)
         self.require(
             dimension < rank,
-            f"the fit rows span {rank} dimensions about the origin, so that a principal space of {dimension} leaves no "
+            f"the fit rows span {rank} dimensions about the origin, so a principal space of {dimension} leaves no "
             "residual: lower dimension, or fit on more rows",
         )
         self.origin_, self.residual_space_ = origin, vectors[:, dimension:].contiguous()
@@ -143,7 +143,7 @@ class ViM(_ResidualScorer):
         self.alpha_ = logit / float(torch.cat([self.residual_norm(some) for some in rows]).mean())
         if self.alpha_ <= 0:
             warnings.warn(
-                f"vim: the largest logits of the fit set are {logit:.3g} on average, so that alpha is not positive and "
+                f"vim: the largest logits of the fit set are {logit:.3g} on average, so alpha is not positive and "
                 "a residual raises the score.",
                 stacklevel=4,
             )
@@ -203,7 +203,7 @@ class NECO(Scorer):
     def __post_init__(self) -> None:
         if self.dimension is not None:
             self.require_count("dimension")
-        self.require(0 < self.variance <= 1, f"variance is a share above 0 and up to 1, got {self.variance}")
+        self.require(0 < self.variance <= 1, f"variance must be in (0, 1], got {self.variance}")
         self.needs = ("features", "logits") if self.max_logit else ("features",)
 
     def statistics(self) -> Sequence[Statistic]:
@@ -217,9 +217,9 @@ class NECO(Scorer):
         values, vectors = principal_axes(covariance)
         rank = rank_of(values)
         if rank == 0:
-            raise BadInput("neco: the features do not vary, so they have no principal space.")
+            raise BadInput("neco: the features do not vary and have no principal space: fit on more rows.")
         dimension = self._enough(values) if self.dimension is None else self.dimension
-        self.require(dimension <= rank, f"the features vary in {rank} dimensions only, got dimension={dimension}")
+        self.require(dimension <= rank, f"dimension must be at most {rank}, the rank of the features, got {dimension}")
         self.principal_space_ = vectors[:, :dimension].contiguous()
 
     def score_block(self, block: Block) -> Tensor:

@@ -71,7 +71,7 @@ def test_sweep_over_scorers_as_values() -> None:
     [
         ("raect", {}, UnknownName, "there is no scorer 'raect'"),
         ("react", {"quantile": [0.9]}, UnknownName, "scorer 'react' has no parameter 'quantile': choose from "),
-        ("react", {"q": [0.9, 2.0]}, BadInput, "q is a share"),
+        ("react", {"q": [0.9, 2.0]}, BadInput, "q must be in"),
         ("react", {"base": "energy"}, BadInput, "grid must map 'base' to a list of values, got 'energy'"),
         ("react", {"q": 0.9}, BadInput, "grid must map 'q' to a list of values, got 0.9"),
         ("react", {"q": []}, EmptyInput, "grid has no values for 'q'"),

@@ -195,7 +195,7 @@ def test_core_of_features_along_their_weights_is_the_energy() -> None:
 def test_cadref_where_confidences_are_not_positive() -> None:
     """Less confidence never scores higher: 0 is as far as it goes."""
     low = FeatureSet(FIT, FIT_LOGITS - 100, head=Head(WEIGHT, BIAS))
-    with pytest.warns(UserWarning, match=r"'energy' of the fit set is -.* on average, and cannot divide"):
+    with pytest.warns(UserWarning, match=r"'energy' is -.* on average over the fit set, but must be positive"):
         create_scorer("cadref").fit(low)
     same = FeatureSet(np.repeat(ROWS[:1], 3, axis=0), LOGITS[0] - np.array([[0.0], [10.0], [100.0]]))
     found = ours("cadref", same)

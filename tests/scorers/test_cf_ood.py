@@ -122,7 +122,7 @@ def test_hashed_rows_are_a_fair_seeded_sample_of_the_rows() -> None:
 
 
 def test_cf_ood_needs_two_rows_and_sound_parameters() -> None:
-    with pytest.raises(BadInput, match="two at least"):
+    with pytest.raises(BadInput, match="at least two rows"):
         create_scorer("cf_ood").fit(FeatureSet(FIT[:1]))
     assert math.isfinite(score("cf_ood", FEATS, fit=FeatureSet(FIT[:2])).sum())
     for params in ({"share": 0.0}, {"share": 1.5}, {"rho": 0.0}, {"rho": 1.1}):

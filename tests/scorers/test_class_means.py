@@ -83,7 +83,7 @@ def test_she() -> None:
 def test_she_of_a_class_never_predicted_rightly_is_0() -> None:
     """pytorch-ood refuses such a fit set."""
     wrong = TRAIN[(labels_of_fit != 3) | (predicted_of_fit != 3)]
-    with pytest.warns(UserWarning, match="she: 1 of 5 classes have no row to fit that is predicted as its label"):
+    with pytest.warns(UserWarning, match="she: 1 of 5 classes have no correctly predicted row in the fit set"):
         found = ours("she", fit=wrong)
     assert (found[PREDICTED == 3] == 0).all()
     np.testing.assert_allclose(found[PREDICTED != 3], ours("she")[PREDICTED != 3], rtol=1e-9, atol=1e-12)

@@ -119,7 +119,7 @@ class TestMahalanobis:
         fit, feats = train(), rows_to_score()
         assert fit.labels is not None
         kept = fit[fit.labels != 2]
-        with pytest.warns(UserWarning, match="1 of 4 classes have no row to fit and are left out"):
+        with pytest.warns(UserWarning, match="1 of 4 classes have no fit row and are left out"):
             found = score("mahalanobis", feats, fit=kept)
         np.testing.assert_allclose(found, mahalanobis(groups(values(kept), kept), values(feats)), rtol=1e-10)
 
@@ -233,7 +233,7 @@ class TestGMM:
         fit, feats = train(), rows_to_score()
         assert fit.labels is not None
         single = fit[(fit.labels != 1) | (torch.arange(len(fit)) == 1)]
-        with pytest.warns(UserWarning, match="1 classes have a single row to fit and get the tied covariance"):
+        with pytest.warns(UserWarning, match="1 classes have a single fit row and get the tied covariance"):
             found = score("gmm", feats, fit=single)
         fitted = groups(values(single), single)
         tied = sum((group - group.mean(axis=0)).T @ (group - group.mean(axis=0)) for group in fitted) / len(single)
@@ -246,7 +246,7 @@ class TestGMM:
         fit, feats = train(), rows_to_score()
         assert fit.labels is not None
         kept = fit[fit.labels != 2]
-        with pytest.warns(UserWarning, match="1 of 4 classes have no row to fit and are left out"):
+        with pytest.warns(UserWarning, match="1 of 4 classes have no fit row and are left out"):
             found = score("gmm", feats, fit=kept, prior="empirical")
         expected = log_densities(groups(values(kept), kept), values(feats), "empirical")
         np.testing.assert_allclose(found, special.logsumexp(expected, axis=1), rtol=1e-9)

@@ -95,7 +95,7 @@ def test_columns_without_variation_or_gradient_count_for_nothing() -> None:
 def test_few_rows(rows: int) -> None:
     train = gradients(rows, seed=6)
     assert classifier(train).score(train).isfinite().all()
-    with pytest.raises(BadInput, match="at least 3 rows are needed to fit, got 2"):
+    with pytest.raises(BadInput, match="the fit needs at least 3 rows, got 2"):
         classifier(train[:2])
 
 

@@ -79,7 +79,7 @@ def test_classes_that_are_never_or_once_predicted() -> None:
     first = int((predicted == 1).nonzero()[0])
     fit = TRAIN[(predicted == 0) | (torch.arange(ROWS) == first)]
     scorer = create_scorer("gram")
-    with pytest.warns(UserWarning, match="gram: 1 of 3 classes are predicted for no row of the fit set and get the"):
+    with pytest.warns(UserWarning, match="gram: 1 of 3 classes are never predicted in the fit set and get"):
         scorer.fit(fit)
     np.testing.assert_allclose(scorer.score(FAR), gram_by_loops(FAR, fit), rtol=1e-9)
     with warnings.catch_warnings():

@@ -84,7 +84,7 @@ def test_a_row_at_the_prototype_has_no_direction() -> None:
     [
         ({"by": "length"}, "by must be 'norm' or 'nearest'"),
         ({"prototype": [math.nan] * WIDTH}, "prototype must be finite"),
-        ({"prototype": [1.0] * 3}, "prototype has 3 numbers for 6 features"),
+        ({"prototype": [1.0] * 3}, "prototype must have 6 numbers, one for each feature, got 3"),
     ],
 )
 def test_what_cannot_be(params: dict[str, object], message: str) -> None:
@@ -95,5 +95,5 @@ def test_what_cannot_be(params: dict[str, object], message: str) -> None:
 def test_a_fit_set_that_is_predicted_wrongly() -> None:
     assert FIT.labels is not None
     wrong = FeatureSet(FIT.features, torch.eye(CLASSES)[(FIT.labels + 1) % CLASSES], FIT.labels)
-    with pytest.raises(BadInput, match="no row of the fit set is predicted as its label"):
+    with pytest.raises(BadInput, match="no row of the fit set is predicted correctly"):
         create_scorer("grood", by="nearest").fit(wrong)

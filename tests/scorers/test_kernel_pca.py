@@ -101,7 +101,7 @@ def test_what_has_no_residual_is_refused() -> None:
         create_scorer("cop").fit(FeatureSet(np.ones((5, 3))))
     with pytest.raises(BadInput, match="corp: the features do not vary"):
         create_scorer("corp", directions=8).fit(FeatureSet(np.ones((5, 3))))
-    with pytest.raises(BadInput, match=r"cop: 0\.85 of the variance takes all 2 dimensions, which leaves no residual"):
+    with pytest.raises(BadInput, match=r"cop: variance=0\.85 needs all 2 dimensions and leaves no residual"):
         create_scorer("cop").fit(FeatureSet(np.random.default_rng(0).normal(size=(50, 2))))
     for name, params in (("cop", {"variance": 1.0}), ("corp", {"gamma": 0.0}), ("corp", {"directions": 0})):
         with pytest.raises(BadInput, match=next(iter(params))):

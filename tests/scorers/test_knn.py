@@ -125,8 +125,8 @@ def test_an_approximate_index_never_finds_nearer_neighbours() -> None:
         ({"index": "Nonsense"}, "cannot make the index 'Nonsense'"),
         ({"index": ""}, "cannot make the index ''"),
         ({"index": "IVF64,Flat"}, "cannot make the index 'IVF64,Flat' of 40 rows"),
-        ({"k": 41}, "k=41 neighbours need as many rows to fit, got 40: lower k"),
-        ({"k": 30, "index": "IVF8,Flat"}, "found fewer than k=30 neighbours"),
+        ({"k": 41}, "k=41 needs at least as many bank rows, got 40: lower k"),
+        ({"k": 30, "index": "IVF8,Flat"}, "found fewer than k=30 neighbors"),
         ({"k": 0}, "k must be a whole number of at least 1"),
         ({"k": -3}, "k must be a whole number of at least 1"),
         ({"k": 2.5}, "k must be a whole number of at least 1"),
@@ -141,7 +141,7 @@ def test_bad_parameters(params: dict[str, Any], message: str) -> None:
 def test_float64_features_beyond_float32_are_refused() -> None:
     feats = FeatureSet(rows(10) * 1e39)
     assert score("knn", feats, fit=feats, k=1).isfinite().all()
-    with pytest.raises(BadInput, match="beyond float32"):
+    with pytest.raises(BadInput, match="exceed the range of float32"):
         score("knn", feats, fit=feats, k=1, normalize=False)
 
 

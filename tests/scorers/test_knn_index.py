@@ -112,9 +112,9 @@ def test_one_search_serves_all_scorers_of_a_share() -> None:
             {"index": "PCA64,Flat"},
             r"\(PCA matrix cannot output 64 dimensions from 16\): use another factory string, or",
         ),
-        ({"share": 0.1, "k": 5}, "k=5 neighbours need as many rows to fit, got 4: lower k"),
-        ({"share": 0.0}, "share must be more than 0 and at most 1, got 0.0"),
-        ({"share": 1.5}, "share must be more than 0 and at most 1, got 1.5"),
+        ({"share": 0.1, "k": 5}, "k=5 needs at least as many bank rows, got 4: lower k"),
+        ({"share": 0.0}, "share must be in \\(0, 1\\], got 0.0"),
+        ({"share": 1.5}, "share must be in \\(0, 1\\], got 1.5"),
     ],
 )
 def test_errors_say_what_faiss_says(params: dict[str, Any], message: str) -> None:

@@ -75,7 +75,9 @@ def test_temperature_is_pytorch_oods_which_stops_short() -> None:
 
 def test_temperature_stays_1_where_none_is_best() -> None:
     for labels in (FIT_LOGITS.argmax(axis=1), FIT_LOGITS.argmin(axis=1)):
-        with pytest.warns(UserWarning, match="temperature: no T between 0.01 and 100.0 fits these rows best"):
+        with pytest.warns(
+            UserWarning, match="temperature: no T between 0.01 and 100.0 minimizes the loss on these rows"
+        ):
             scorer: Any = create_scorer("temperature").fit(feats(FIT_LOGITS, labels))
         assert scorer.temperature_ == 1.0
     with warnings.catch_warnings():
@@ -111,7 +113,7 @@ def test_weighted_energy_does_not_overflow_as_theirs_does() -> None:
 
 
 def test_weights_that_do_not_fit() -> None:
-    with pytest.raises(ShapeMismatch, match="weighted_energy: 2 weights for logits of 6 classes"):
+    with pytest.raises(ShapeMismatch, match="weighted_energy: 2 weights do not fit logits of 6 classes"):
         ours("weighted_energy", weights=[1.0, 2.0])
     for weights in ([], [0.0, -1.0], [1.0, math.nan], [math.inf]):
         with pytest.raises(BadInput, match="weight"):

@@ -173,7 +173,7 @@ def test_no_perturbed_rows() -> None:
 
 
 def test_perturbed_rows_of_another_width() -> None:
-    with pytest.raises(ShapeMismatch, match=r"fgsm\.\* have other widths than layers\.\*"):
+    with pytest.raises(ShapeMismatch, match=r"the extras fgsm\.\* and layers\.\* differ in width"):
         create_scorer("mahalanobis_layers").fit(without(TRAIN, "fgsm.stem", **{"fgsm.stem": torch.zeros(ROWS, 3)}))
 
 
@@ -221,13 +221,14 @@ class TestLayers:
     def test_extras_of_another_kind(self, name: str, extra: str) -> None:
         odd = {f"{extra}.stem": torch.zeros(ROWS, 2, 2, 2)}
         with pytest.raises(
-            ShapeMismatch, match=rf"reads extras of the probe '{extra}'; a row of {extra}\.stem is \[2, 2, 2\]"
+            ShapeMismatch,
+            match=rf"reads extras of the probe '{extra}', but a row of {extra}\.stem has shape \[2, 2, 2\]",
         ):
             create_scorer(name).fit(without(TRAIN, f"{extra}.stem", **odd))
 
     @pytest.mark.parametrize("layers", ["stem", []])
     def test_layers_are_a_list_of_names(self, name: str, extra: str, layers: Any) -> None:
-        with pytest.raises(BadInput, match="layers is a list of module names, or None"):
+        with pytest.raises(BadInput, match="layers must be a list of module names or None"):
             create_scorer(name, layers=layers)
 
     def test_other_layers_of_the_scored_set_do_not_matter(self, name: str, extra: str) -> None:

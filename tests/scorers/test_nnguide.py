@@ -54,14 +54,14 @@ def test_nnguide_on_a_seeded_share() -> None:
     shuffled = create_scorer("nnguide", share=0.2, seed=3).fit(TRAIN[torch.randperm(len(TRAIN))])
     assert torch.equal(vars(shuffled)["bank_"], banks[0])
     assert torch.equal(vars(shuffled)["energies_"], vars(scorers[0])["energies_"])
-    with pytest.raises(BadInput, match="k=10 neighbours need as many bank rows, got 3: lower k"):
+    with pytest.raises(BadInput, match="k=10 needs at least as many bank rows, got 3: lower k"):
         create_scorer("nnguide", share=0.01).fit(TRAIN)
 
 
 def test_nnguide_of_zeros_is_0_and_bad_parameters_are_named() -> None:
     assert ours("nnguide", FeatureSet(np.zeros((2, WIDTH)), LOGITS[:2])).tolist() == [0, 0]
     huge = FeatureSet(FIT, 1e39 * FIT_LOGITS)
-    with pytest.raises(BadInput, match="beyond float32"):
+    with pytest.raises(BadInput, match="exceed the range of float32"):
         create_scorer("nnguide").fit(huge)
     for params in ({"k": 0}, {"share": 0.0}, {"share": 1.5}):
         with pytest.raises(BadInput, match=next(iter(params))):

@@ -97,7 +97,7 @@ def test_openmax_of_classes_that_are_not_or_hardly_there() -> None:
     """A class without right rows is unknown altogether; one with a single row is a step at it."""
     right = np.flatnonzero((predicted_of_fit == labels_of_fit) & (labels_of_fit == 1))
     few = np.setdiff1d(np.arange(len(labels_of_fit)), np.concatenate([right[1:], np.flatnonzero(labels_of_fit == 3)]))
-    with pytest.warns(UserWarning, match="openmax: 1 of 5 classes have no row"):
+    with pytest.warns(UserWarning, match="openmax: 1 of 5 classes have no correctly predicted row"):
         scorer: Any = create_scorer("openmax", alpha=1).fit(TRAIN[few])
     found = scorer.score(FEATS).numpy()
     moved = LOGITS.copy()
@@ -111,10 +111,10 @@ def test_openmax_of_classes_that_are_not_or_hardly_there() -> None:
 
 
 def test_openmax_needs_a_right_row_and_sound_parameters() -> None:
-    with pytest.raises(BadInput, match="no row of the fit set is predicted as its label"):
+    with pytest.raises(BadInput, match="no row of the fit set is predicted correctly"):
         create_scorer("openmax").fit(TRAIN[predicted_of_fit != labels_of_fit])
     for params in ({"tail": 0}, {"alpha": 0}, {"euclidean": 0.0}, {"cosine": -1.0}, {"euclidean": math.inf}):
-        with pytest.raises(BadInput, match=r"tail|alpha|weights of the distances"):
+        with pytest.raises(BadInput, match=r"tail|alpha|euclidean and cosine"):
             create_scorer("openmax", **params)
 
 

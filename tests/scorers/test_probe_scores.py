@@ -112,7 +112,7 @@ def test_feature_norm_of_other_spaces(p: float) -> None:
     assert torch.equal(score("feature_norm", kept, p=p), score("feature_norm", kept, p=p, space="features"))
     with pytest.raises(MissingInput, match=r"layers\.layer3"):
         score("feature_norm", kept, space="layers.layer3")
-    with pytest.raises(BadInput, match=r"rows \[N, K\], 'norms.a' has shape \(30,\)"):
+    with pytest.raises(BadInput, match=r"'norms.a' must have shape \[N, K\], got \(30,\)"):
         score("feature_norm", feats(norms__a=FEATURES[:, 0]), space="norms.a")
 
 

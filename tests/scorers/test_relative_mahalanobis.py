@@ -137,7 +137,7 @@ class TestRelativeMahalanobis:
         fit, feats = train(), to_score()
         kept = fit[torch.from_numpy(labels_of(fit) != 1)]
         expected = relative(kept.features.numpy(), labels_of(kept), feats.features.numpy())
-        with pytest.warns(UserWarning, match="1 of 4 classes have no row to fit and are left out"):
+        with pytest.warns(UserWarning, match="1 of 4 classes have no fit row and are left out"):
             found = score("relative_mahalanobis", feats, fit=kept)
         np.testing.assert_allclose(found, expected, rtol=1e-8)
 

@@ -249,7 +249,7 @@ class TestNECO:
         few, feats = train(rows=20, width=50), to_score(width=50)
         assert score("neco", feats, fit=few).isfinite().all()
         assert NECO(variance=1.0).fit(few).principal_space_.shape[1] == 19  # type: ignore[attr-defined]
-        with pytest.raises(BadInput, match="neco: the features vary in 19 dimensions only, got dimension=20"):
+        with pytest.raises(BadInput, match="neco: dimension must be at most 19, the rank of the features, got 20"):
             NECO(dimension=20).fit(few)
 
     def test_features_that_do_not_vary(self) -> None:
@@ -314,7 +314,7 @@ def test_a_dimension_is_a_positive_whole_number(name: str, dimension: Any) -> No
 
 @pytest.mark.parametrize("variance", [0.0, -0.5, 1.1, float("nan")])
 def test_a_variance_is_a_share(variance: float) -> None:
-    with pytest.raises(BadInput, match="neco: variance is a share above 0 and up to 1"):
+    with pytest.raises(BadInput, match=r"neco: variance must be in \(0, 1\]"):
         create_scorer("neco", variance=variance)
 
 

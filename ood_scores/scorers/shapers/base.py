@@ -38,7 +38,7 @@ class Shaper(Scorer):
         changed = " or ".join(self.shapes)
         self.require(
             bool(set(self.shapes) & set(self._inner.needs)),
-            f"it changes {changed}, which base={self._inner.name!r} does not read: it would change nothing",
+            f"it changes {changed}, which base={self._inner.name!r} does not read: choose another base",
         )
         self.needs = self.reads(self._inner.needs)
         self.fit_needs = self.fit_reads

@@ -54,7 +54,7 @@ class ReAct(FeatureShaper):
     fit_reads = ("features",)
 
     def __post_init__(self) -> None:
-        self.require(0 <= self.q <= 1, f"q is a share in [0, 1], got {self.q}")
+        self.require(0 <= self.q <= 1, f"q must be in [0, 1], got {self.q}")
         super().__post_init__()
 
     def statistics(self) -> Sequence[Statistic]:
@@ -111,7 +111,7 @@ class VRA(FeatureShaper):
 
     def __post_init__(self) -> None:
         ordered = 0 <= self.low <= self.high <= 1
-        self.require(ordered, f"0 <= low <= high <= 1 must hold, got low={self.low}, high={self.high}")
+        self.require(ordered, f"low and high must satisfy 0 <= low <= high <= 1, got low={self.low}, high={self.high}")
         self.require_choices()
         super().__post_init__()
 

@@ -76,7 +76,7 @@ class OptFS(FeatureShaper):
     def fit_shape(self, found: Found, feats: FeatureSet) -> None:
         low, high = quantiles(found[SampledRows()].flatten(), [TAIL, 1 - TAIL]).tolist()
         if not high > low:
-            raise BadInput("optfs: the features do not vary, so that there is no range to divide into bins.")
+            raise BadInput("optfs: the features do not vary and have no range to divide into bins: fit on more rows.")
         self.low_, self.high_ = low, high
         total = torch.zeros(self.bins + 1, dtype=torch.float64)
         for block in feats.blocks(only=("features",)):

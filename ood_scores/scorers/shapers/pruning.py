@@ -71,7 +71,7 @@ class DICE(Shaper):
     fit_reads = ("features", "head")
 
     def __post_init__(self) -> None:
-        self.require(0 <= self.sparsity < 1, f"sparsity is a share in [0, 1), got {self.sparsity}")
+        self.require(0 <= self.sparsity < 1, f"sparsity must be in [0, 1), got {self.sparsity}")
         super().__post_init__()
 
     def reads(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class Pruner(FeatureShaper):
     percentile: float = 0.90
 
     def __post_init__(self) -> None:
-        self.require(0 <= self.percentile < 1, f"percentile is a share in [0, 1), got {self.percentile}")
+        self.require(0 <= self.percentile < 1, f"percentile must be in [0, 1), got {self.percentile}")
         super().__post_init__()
 
     def kept(self, features: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class LTS(Shaper):
     shapes = ("logits",)
 
     def __post_init__(self) -> None:
-        self.require(0 < self.top <= 1, f"top is a share in (0, 1], got {self.top}")
+        self.require(0 < self.top <= 1, f"top must be in (0, 1], got {self.top}")
         super().__post_init__()
 
     def reads(self, names: Sequence[str]) -> tuple[str, ...]:
