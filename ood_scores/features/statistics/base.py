@@ -1,4 +1,4 @@
-"""What a statistic is: the protocols of statistics, of their accumulators, and the results by statistic."""
+"""The protocols of statistics and their accumulators, and the results by statistic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Accumulator(Protocol[T_co]):
-    """Computes a statistic from blocks that it is given one after the other."""
+    """The computation of a statistic from one block after the other."""
 
     def update(self, block: Block) -> None: ...
 
@@ -47,7 +47,7 @@ class Derivable(Statistic[T_co], Protocol[T_co]):
 
 @runtime_checkable
 class Stored(Statistic[T_co], Protocol[T_co]):
-    """A statistic whose result is kept on disk beside the cache, since it is much smaller than the columns.
+    """A statistic whose result is stored beside the cache, since it is much smaller than the columns.
 
     ``stored_as`` is the type of the result: a tensor, or a dataclass of tensors.
     """

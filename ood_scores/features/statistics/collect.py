@@ -1,4 +1,4 @@
-"""Collecting statistics: one pass over a feature set for all that are requested, and results kept with the set."""
+"""Collecting statistics: one pass over a feature set computes all of them, and the set keeps the results."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ood_scores.features.storage import statistics_store
 
 
 def collect(feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statistic, float] | None = None) -> Found:
-    """The wanted statistics of the set; those it does not know yet are computed in one pass together.
+    """Collect statistics of a set; those that are not known yet are computed in one pass.
 
     Args:
-        feats: the set.
-        wanted: the statistics.
-        spent: gets the seconds that each took, without reading; 0 for one that was known.
+        feats: The set.
+        wanted: The statistics.
+        spent: Receives the seconds of each statistic, without reading; 0 for one that was known.
 
     Raises:
-        NotFinite: the set holds NaN or infinite values.
+        NotFinite: if the columns that are read hold NaN or infinite values.
     """
     wanted = list(dict.fromkeys(wanted))
     seconds = {} if spent is None else spent
@@ -45,7 +45,7 @@ def collect(feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statisti
 def _accumulate(
     feats: FeatureSet, statistics: Sequence[Statistic]
 ) -> tuple[dict[Statistic, Any], dict[Statistic, float]]:
-    """The results of the statistics, from one pass, and the seconds that each took."""
+    """The results of statistics from one pass, and the seconds of each."""
     accumulators = {statistic: statistic.start(feats) for statistic in statistics}
     seconds = dict.fromkeys(statistics, 0.0)
     if statistics:
@@ -59,5 +59,5 @@ def _accumulate(
 
 
 def _source(statistic: Statistic, feats: FeatureSet) -> Statistic:
-    """What a statistic of the set follows from, or the statistic itself."""
+    """The statistic that another one follows from, or the statistic itself."""
     return (statistic.source(feats) if isinstance(statistic, Derivable) else None) or statistic

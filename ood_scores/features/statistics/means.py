@@ -1,4 +1,4 @@
-"""Means of the features, of all rows or by class, and of other spaces."""
+"""Means of the features and of other spaces, over all rows or by class."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FROM_LOGITS: Mapping[str, Callable[[Block], Tensor]] = {
     "softmax": Block.softmax,
     "max_logit": lambda block: block.max_logit()[:, None],
 }
-"""What else than columns there are means of, ``[B, K]``."""
+"""Quantities ``[B, K]`` derived from the logits whose means can be requested."""
 
 
 @dataclass(frozen=True)
 class FeatureMean:
-    """Asks for the mean of the features over all rows, float64 ``[D]``."""
+    """The mean of the features over all rows, float64 ``[D]``."""
 
     reads: ClassVar[Sequence[str]] = ("features",)
     stored_as: ClassVar[type] = Tensor
@@ -34,7 +34,12 @@ class FeatureMean:
 
 @dataclass(frozen=True)
 class GroupMeans:
-    """How many rows each group has, int64 ``[G]``, and their means, float64 ``[G, K]`` (zeros for an empty group)."""
+    """Means by group.
+
+    Attributes:
+        counts: The number of rows of each group, int64 ``[G]``.
+        means: The mean of each group, float64 ``[G, K]`` (zeros for an empty group).
+    """
 
     counts: Tensor
     means: Tensor
@@ -42,10 +47,10 @@ class GroupMeans:
 
 @dataclass(frozen=True)
 class Means:
-    """Asks for the ``GroupMeans`` of ``"features"``, ``"logits"``, ``"softmax"``, ``"max_logit"`` or an extra.
+    """The ``GroupMeans`` of ``"features"``, ``"logits"``, ``"softmax"``, ``"max_logit"``, or an extra.
 
-    ``group``: ``"all"`` rows together, G = 1; by class, G = C, of the ``"label"`` or as ``"predicted"``; or
-    ``"correct"``: by class, of the rows whose predicted class is their label.
+    ``group`` is ``"all"`` for one group of all rows; ``"label"`` or ``"predicted"`` for one group per labeled or
+    predicted class; or ``"correct"`` for one group per class of the rows whose predicted class is their label.
     """
 
     space: str = "features"
@@ -65,7 +70,7 @@ class Means:
 
 @dataclass
 class _FeatureMeanAccumulator:
-    """The sum of deviations from the first row, so that a large offset costs no digits; in float64 across blocks."""
+    """The sum of deviations from the first row, so that a large offset costs no precision; float64 across blocks."""
 
     first: Tensor | None = None
     total: Tensor | float = 0.0
@@ -105,7 +110,7 @@ class _MeansAccumulator:
         self.sums.index_add_(0, group, values.double())
 
     def _grouped(self, block: Block, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The group of each row that counts, and its values."""
+        """The groups and values of the rows that belong to a group."""
         if self.labels is None:
             return block.prediction(), values
         labels = self.labels[block.start : block.start + len(block)].to(values.device)
@@ -121,7 +126,7 @@ class _MeansAccumulator:
 
 
 def _values(block: Block, space: str) -> Tensor:
-    """A space as the block has it, or what is derived from its logits."""
+    """A column of the block, or a quantity derived from its logits."""
     if space in FROM_LOGITS:
         return FROM_LOGITS[space](block)
     return getattr(block, space) if space in ("features", "logits") else block.extras[space]

@@ -1,4 +1,4 @@
-"""Moments: means and scatter of the features, of each class or of all rows, in one pass."""
+"""Moments: the mean and scatter of the features of each class or of all rows, computed in one pass."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.statistics.base import Accumulator, Statistic
 
 GRAM_ROWS = 128
-"""Rows of a symmetric product that are computed at a time."""
+"""The number of rows of a symmetric product that are computed at a time."""
 
 CLASS_SCATTER_BYTES = 2**30
-"""Most memory that the scatter of all classes may take; what takes more is left out of their moments."""
+"""The most memory for the scatter of all classes; a larger one is left out of the moments."""
 
 
 @dataclass(frozen=True)
 class Moments:
     """Class means and the scatter around them, float64.
 
-    ``counts`` int64 ``[C]``; ``means`` ``[C, D]`` (zeros for a class without rows); ``scatter`` ``[D, D]``: the sum
-    over all rows of ``(z - mean_of_its_class)(z - mean_of_its_class)^T``, not divided by anything; ``class_scatter``
-    ``[C, D, D]``: the same for each class, or None where it was not asked for or is more than ``CLASS_SCATTER_BYTES``.
+    Attributes:
+        counts: The number of rows of each class, int64 ``[C]``.
+        means: The class means ``[C, D]`` (zeros for a class without rows).
+        scatter: The sum over all rows of ``(z - mean_of_its_class)(z - mean_of_its_class)^T``, ``[D, D]``, without any
+            division.
+        class_scatter: The same for each class, ``[C, D, D]``; None if it was not requested or is larger than
+            ``CLASS_SCATTER_BYTES``.
     """
 
     counts: Tensor
@@ -39,7 +43,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class ClassMoments:
-    """Asks for the ``Moments`` of a space (``"features"``, ``"logits"`` or an extra), optionally L2-normalised."""
+    """The ``Moments`` of a space (``"features"``, ``"logits"``, or an extra), optionally L2-normalized."""
 
     space: str = "features"
     normalize: bool = False
@@ -57,10 +61,10 @@ class ClassMoments:
 
 @dataclass(frozen=True)
 class GlobalMoments:
-    """Asks for the ``Moments`` of all rows together, whatever their labels: those of a single class.
+    """The ``Moments`` of all rows as a single class, whatever their labels.
 
-    ``counts`` ``[1]``, ``means`` ``[1, D]``, and ``scatter`` around that one mean. Of a set with labels they follow
-    from the moments of the classes, which others may ask for too: one product for both.
+    They consist of ``counts`` ``[1]``, ``means`` ``[1, D]``, and the ``scatter`` around that mean. If the set has
+    labels, they follow from the moments of the classes, which other scorers may request: one product serves both.
     """
 
     space: str = "features"
@@ -77,7 +81,7 @@ class GlobalMoments:
         rows = source.counts.sum()
         shares = (source.counts.double() / rows)[:, None]
         first = source.means[source.counts.argmax()]
-        mean = first + (shares * (source.means - first)).sum(dim=0, keepdim=True)  # so that a constant stays exact
+        mean = first + (shares * (source.means - first)).sum(dim=0, keepdim=True)  # a constant stays exact
         spread = source.counts.double().sqrt()[:, None] * (source.means - mean)
         return Moments(rows[None], mean, source.scatter + spread.T @ spread, None)
 
@@ -91,9 +95,11 @@ class GlobalMoments:
 
 
 class _ClassMomentsAccumulator:
-    """Sums up rows relative to the mean of their class in the block in which it is first met, so that neither a large
-    offset nor a collapsed class costs digits. What the means of all rows add to that is taken away once, at the end.
-    That block's mean is found relative to its first row of the class, so that a constant leaves no rounding error.
+    """Sums of rows relative to the mean of their class in the first block that has rows of the class.
+
+    Therefore neither a large offset nor a collapsed class costs precision. The contribution of the means of all rows is
+    subtracted once at the end. The mean of that block is computed relative to its first row of the class, so that a
+    constant leaves no rounding error.
 
     Source: Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", on shifted data.
     """
@@ -145,9 +151,15 @@ class _ClassMomentsAccumulator:
 
 @dataclass
 class _Sums:
-    """Of the rows so far: their number in each class, int64 ``[C]``; float64, where a class is counted from ``[C, D]``,
-    the sum of its rows' deviations from there ``[C, D]``, and of the outer products of these, of all ``[D, D]`` and of
-    each class ``[C, D, D]``."""
+    """The sums over the rows so far, float64.
+
+    Attributes:
+        counts: The number of rows of each class, int64 ``[C]``.
+        origins: The origin of each class ``[C, D]``.
+        deviations: The sums of the deviations of the rows from the origin of their class ``[C, D]``.
+        products: The sum of the outer products of all deviations ``[D, D]``.
+        class_products: The same for each class ``[C, D, D]``.
+    """
 
     counts: Tensor
     origins: Tensor
@@ -157,36 +169,36 @@ class _Sums:
 
 
 def _by_label(means: Tensor, labels: Tensor) -> Tensor:
-    """Each row's mean, ``[B, D]``; that of a single class as it is, ``[1, D]``."""
+    """The mean of the class of each row, ``[B, D]``; the only mean, ``[1, D]``, for a single class."""
     return means if len(means) == 1 else means[labels]
 
 
 def _sums(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Of the rows of each class, ``[C, D]``."""
+    """The sum of the rows of each class, ``[C, D]``."""
     if classes == 1:
         return rows.sum(dim=0, keepdim=True)
     return rows.new_zeros(classes, rows.shape[1]).index_add_(0, labels, rows)
 
 
 def _add_lower_gram(products: Tensor, rows: Tensor, sign: int = 1) -> None:
-    """Adds ``rows^T rows`` on and below the diagonal, in panels: it is symmetric."""
+    """Add ``rows^T rows`` on and below the diagonal, in panels, since it is symmetric."""
     for start in range(0, len(products), GRAM_ROWS):
         stop = start + GRAM_ROWS
         products[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=sign)
 
 
 def _symmetric(products: Tensor) -> Tensor:
-    """The matrix whose lower half is given."""
+    """The symmetric matrix whose lower half is given."""
     return products.tril_().add_(products.tril(-1).T)
 
 
 def _first_rows(labels: Tensor, counts: Tensor) -> Tensor:
-    """The number of the first row of each class, ``[C]``; of a class without rows, that of some row."""
+    """The index of the first row of each class, ``[C]``; any index for a class without rows."""
     return labels.argsort(stable=True)[(counts.cumsum(0) - counts).clamp_max(len(labels) - 1)]
 
 
 def _add_class_products(products: Tensor, rows: Tensor, labels: Tensor, counts: Tensor) -> None:
-    """One matrix product for each class in the block: products of unequal heights have no batched form."""
+    """Add one matrix product for each class in the block; products of unequal heights cannot be batched."""
     groups = rows[labels.argsort(stable=True)].split(counts.tolist())
     for label in counts.nonzero()[:, 0].tolist():
         products[label].addmm_(groups[label].T, groups[label])

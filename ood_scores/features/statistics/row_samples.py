@@ -1,4 +1,4 @@
-"""Statistics that are the fit rows themselves, or one number for each: banks of neighbours."""
+"""Statistics that are rows of the fit set, a sample of them, or one value per row."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ood_scores.features.statistics.base import Accumulator
 
 @dataclass(frozen=True)
 class Rows:
-    """Asks for the features themselves, float32 ``[M, D]``, optionally L2-normalised; of a seeded share of the rows.
+    """The features, float32 ``[M, D]``, optionally L2-normalized, of all rows or a seeded share of them.
 
-    All of them keep their order. Of a share at least one row is chosen; see ``HashedSample``.
+    All rows keep their order. A share is at least one row; see ``HashedSample``.
     """
 
     normalize: bool = False
@@ -39,7 +39,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Energies:
-    """Asks for ``logsumexp(logits)``, float64 ``[M]``, of the rows that ``Rows`` chooses by this share and seed."""
+    """``logsumexp(logits)``, float64 ``[M]``, of the rows that ``Rows`` selects by the same share and seed."""
 
     share: float = 1.0
     seed: int = 0
@@ -56,7 +56,7 @@ class Energies:
 
 @dataclass(frozen=True)
 class Logits:
-    """Asks for the logits themselves, ``[N, C]`` on the CPU in the dtype blocks have them in (float32 or float64)."""
+    """The logits ``[N, C]`` on the CPU, in the dtype of blocks (float32 or float64)."""
 
     reads: ClassVar[Sequence[str]] = ("logits",)
 
@@ -66,11 +66,11 @@ class Logits:
 
 @dataclass(frozen=True)
 class SampledRows:
-    """Asks for features to take quantiles of, ``[M, D]``, in their own precision (half precision as float32).
+    """Features for quantiles, ``[M, D]``, in their own precision (half precision as float32).
 
-    All rows as long as they hold at most ``values`` values in all, so that quantiles of them are exact; otherwise as
-    many as that allows, evenly spaced, which is a fair sample unless the order of the rows repeats in the same rhythm.
-    Kept with the set, as other statistics are: by default 256 MiB at most in float32, once for all that ask.
+    All rows are used if they hold at most ``values`` values, so that quantiles are exact. Otherwise as many rows as
+    that allows are evenly spaced, which is a fair sample unless the order of the rows repeats in the same rhythm. Like
+    other statistics, the sample is kept with the set: by default at most 256 MiB in float32, once for all scorers.
     """
 
     values: int = 2**26
@@ -82,16 +82,16 @@ class SampledRows:
 
 
 def quantiles(values: Tensor, shares: Sequence[float]) -> Tensor:
-    """Quantiles along the first dimension, ``[len(shares), ...]`` on the CPU: those of ``numpy.quantile``.
+    """Quantiles along the first dimension, ``[len(shares), ...]`` on the CPU, interpolated linearly.
 
-    They are interpolated linearly. PyTorch's own takes no more than 2^24 values.
+    They are those of ``numpy.quantile``; ``torch.quantile`` accepts at most 2^24 values.
     """
     return torch.from_numpy(np.quantile(values.cpu().numpy(), list(shares), axis=0))
 
 
 @dataclass
 class _AllRows:
-    """Accumulates a value of each row, on the CPU."""
+    """The value of each row, on the CPU."""
 
     values: Callable[[Block], Tensor]
     length: int
@@ -129,10 +129,10 @@ class _SampledRowsAccumulator:
 
 @dataclass
 class HashedSample:
-    """Accumulates a value of each row of a share of the rows, ``least`` at least where there are as many.
+    """The values of a share of the rows, at least ``least`` rows if there are as many.
 
-    They are those with the smallest hash of their features (as float32) and the seed, in that order: a fair sample that
-    does not depend on the order of the rows. Up to four times as many are in memory while it is made.
+    The sample consists of the rows with the smallest hash of their features (as float32) and the seed, in that order:
+    a fair sample that does not depend on the order of the rows. Up to four times as many rows are in memory meanwhile.
     """
 
     values: Callable[[Block], Tensor]
