@@ -155,7 +155,7 @@ def test_counts_that_are_no_prior_are_refused(counts: Any) -> None:
 
 def test_counts_of_another_number_of_classes_are_refused() -> None:
     z, head, labels = example()
-    with pytest.raises(ShapeMismatch, match="3 classes; the head has 4"):
+    with pytest.raises(ShapeMismatch, match="3 classes, but the head has 4"):
         LogitAdjustment([1, 2, 3])(z, head, labels)
 
 

@@ -150,7 +150,7 @@ def test_balanced_energy_refuses_ood_counts_that_are_no_prior(ood_counts: list[i
 
 def test_balanced_energy_refuses_counts_of_other_classes() -> None:
     features, head, labels, ood = example()
-    with pytest.raises(ShapeMismatch, match="3 classes; the head has 4"):
+    with pytest.raises(ShapeMismatch, match="3 classes, but the head has 4"):
         create_objective("balanced_energy", class_counts=[3, 2, 1])(features, head, labels, ood)
 
 

@@ -126,7 +126,7 @@ def test_gradients_of_the_objective() -> None:
 
 def test_counts_of_another_number_of_classes_are_refused() -> None:
     features, head, labels, ood = example()
-    with pytest.raises(ShapeMismatch, match="4 classes; the head has 5"):
+    with pytest.raises(ShapeMismatch, match="4 classes, but the head has 5"):
         PASCL(COUNTS[:4], 6).double()(features, head, labels, ood)
 
 

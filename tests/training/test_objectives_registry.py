@@ -164,7 +164,7 @@ def test_batches_that_do_not_fit_are_refused(name: str) -> None:
 def test_ood_images_are_asked_for(name: str) -> None:
     objective, head = by_name(name), nn.Linear(16, CLASSES)
     features, labels = torch.randn(6, 16), torch.tensor([0, 1, 2, 0, 1, 2])
-    with pytest.raises(MissingInput, match="auxiliary set"):
+    with pytest.raises(MissingInput, match="auxiliary images"):
         objective(features, head, labels)
     with pytest.raises(EmptyInput, match="empty batch of OoD images"):
         objective(features, head, labels, features[:0])

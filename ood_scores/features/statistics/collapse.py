@@ -1,7 +1,7 @@
 """Terms of neural collapse as functions of class means and classifier weights, for training and for evaluation.
 
-All functions are differentiable but ``variability_of_covariance``. ``C`` is the number of classes, ``D`` that of
-features. Centered means are the class means minus their unweighted mean.
+All functions except ``variability_of_covariance`` are differentiable everywhere. ``C`` is the number of classes, ``D``
+that of features. Centered means are the class means minus their unweighted mean.
 
 Source: Papyan, Han & Donoho (2020), "Prevalence of neural collapse during the terminal phase of deep learning
 training", and their code; Haas, Yolland & Rabus (2022), Eq. 4 to 8.
@@ -14,30 +14,29 @@ from torch import Tensor
 
 
 def variability(deviations: Tensor, centered: Tensor) -> Tensor:
-    """Within-class variability relative to that between classes, ``tr(S_W S_B^+) / C`` (NC1).
+    """Return the variability within classes relative to that between them, ``tr(S_W S_B^+) / C`` (NC1).
 
-    The means are written in C-1 coordinates, because they sum to 0: with ``M = Q B``, Q orthonormal, both factors C
-    cancel, and the term is ``||deviations B^+||_F^2 / N``. No singular value of B is 0 but for rounding, so the
-    gradient is that of a pseudo-inverse of constant rank: finite where singular values coincide, as they do on a
-    simplex.
+    The means sum to 0, so they have C-1 coordinates B, with ``M = Q B`` and Q orthonormal. Both factors C cancel, and
+    the term is ``||deviations B^+||_F^2 / N``. No singular value of B is 0 up to rounding. The gradient is therefore
+    that of a pseudo-inverse of constant rank, which is finite where singular values coincide, as they do on a simplex.
 
     Args:
-        deviations: features minus their class means ``[N, D]``.
-        centered: centered class means M ``[C, D]``.
+        deviations: Features minus their class means ``[N, D]``.
+        centered: Centered class means M ``[C, D]``.
     """
     coordinates = _contrasts(centered).mT @ centered
     return (deviations @ torch.linalg.pinv(coordinates)).square().sum() / len(deviations)
 
 
 def variability_of_covariance(within: Tensor, centered: Tensor) -> Tensor:
-    """``tr(S_W S_B^+)``, without the division by C, from the within-class covariance instead of the features.
+    """Return ``tr(S_W S_B^+)``, without the division by C, from the within-class covariance instead of the features.
 
     The pseudo-inverse is truncated at rank C-1, and where a singular value of M is below the rounding of the largest.
     The gradient is infinite where singular values coincide.
 
     Args:
-        within: S_W ``[D, D]``.
-        centered: centered class means M ``[C, D]``, of which ``S_B = M^T M / C``.
+        within: Within-class covariance S_W ``[D, D]``.
+        centered: Centered class means M ``[C, D]``, of which ``S_B = M^T M / C``.
     """
     _, values, directions = torch.linalg.svd(centered, full_matrices=False)
     smallest = values[0] * max(centered.shape) * torch.finfo(centered.dtype).eps
@@ -47,13 +46,13 @@ def variability_of_covariance(within: Tensor, centered: Tensor) -> Tensor:
 
 
 def equinormality(vectors: Tensor) -> Tensor:
-    """Unbiased standard deviation of the norms of the rows ``[C, D]`` over their mean (NC2)."""
+    """Return the unbiased standard deviation of the norms of rows ``[C, D]`` over their mean (NC2)."""
     norms = torch.linalg.vector_norm(vectors, dim=1)
     return norms.std() / norms.mean()
 
 
 def equiangularity(vectors: Tensor) -> Tensor:
-    """Mean of ``|cos(v_i, v_j) + 1/(C-1)|`` over pairs i != j of rows ``[C, D]`` (NC2); a zero row has cosine 0."""
+    """Return the mean of ``|cos(v_i, v_j) + 1/(C-1)|`` over rows i != j of ``[C, D]`` (NC2); cosines of zero are 0."""
     classes = len(vectors)
     unit = unit_rows(vectors)
     excess = (unit @ unit.mT + 1 / (classes - 1)).abs()
@@ -62,20 +61,20 @@ def equiangularity(vectors: Tensor) -> Tensor:
 
 
 def self_duality(weight: Tensor, centered: Tensor, columns: bool = False) -> Tensor:
-    """``|| W/||W||_F - M/||M||_F ||_F^2`` of weights and centered class means ``[C, D]`` (NC3).
+    """Return ``|| W/||W||_F - M/||M||_F ||_F^2`` of weights and centered class means ``[C, D]`` (NC3).
 
     Args:
-        weight: W, the weight of the classifier.
-        centered: M, the centered class means.
-        columns: scale each ``w_c`` and ``m_c`` to length one instead of the whole matrices, as the text of Haas et al.
-            (2022) does; the default is Papyan's definition.
+        weight: Weight W of the classifier.
+        centered: Centered class means M.
+        columns: Whether to scale each ``w_c`` and ``m_c`` to length one instead of the whole matrices, as the text of
+            Haas et al. (2022) does; the default is Papyan's definition.
     """
     scaled = unit_rows if columns else _unit_matrix
     return (scaled(weight) - scaled(centered)).square().sum()
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
-    """The rows scaled to length one; a zero row stays zero."""
+    """Scale the rows to length one; a zero row stays zero."""
     norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     return vectors / torch.where(norms > 0, norms, 1)
 
@@ -85,7 +84,7 @@ def _unit_matrix(vectors: Tensor) -> Tensor:
 
 
 def _contrasts(centered: Tensor) -> Tensor:
-    """An orthonormal basis ``[C, C-1]`` of the vectors that sum to 0."""
+    """Return an orthonormal basis ``[C, C-1]`` of the vectors that sum to 0."""
     spanning = torch.eye(len(centered), dtype=centered.dtype, device=centered.device)
     spanning[:, 0] = 1
     return torch.linalg.qr(spanning).Q[:, 1:]

@@ -1,6 +1,6 @@
-"""Training objectives: what a trainer minimises, by name or as objects.
+"""Training objectives: losses that the trainer minimizes, by name or as objects.
 
-Each family has pure functions of logits or features, and small ``Objective`` modules on top of them.
+Each family consists of pure functions of logits or features, and small ``Objective`` modules on top of them.
 
 >>> from ood_scores.training.objectives import create_objective
 >>> objective = create_objective("rna", class_counts=[5000, 500, 50], num_features=512)

@@ -1,4 +1,4 @@
-"""Representation norm amplification: long norms for ID images, with OoD images in BatchNorm's statistics."""
+"""Representation norm amplification: large norms for ID images, with OoD images in the statistics of BatchNorm."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ood_scores.training.objectives.projectors import create_projector
 
 
 def mean_log_norm(projected: Tensor) -> Tensor:
-    """``mean_i log(1 + ||h_i||_2)`` of projected features h ``[N, P]``; of OoD images, the paper's attenuation loss."""
+    """Return ``mean_i log(1 + ||h_i||_2)`` of projections h ``[N, P]``; of OoD images, the attenuation loss."""
     return projected.norm(dim=1).log1p().mean()
 
 
 def rna_loss(projected: Tensor) -> Tensor:
-    """``-mean_i log(1 + ||h_i||_2)`` of projected features h ``[N, P]``. Source: Shin et al. (2024), Eq. 5.
+    """Return ``-mean_i log(1 + ||h_i||_2)`` of projections h ``[N, P]``. Source: Shin et al. (2024), Eq. 5.
 
-    Its gradient has length ``1 / (N (1 + ||h_i||))`` for each row: the longer, the less.
+    The gradient of each row has the norm ``1 / (N (1 + ||h_i||))``, which decreases as the row grows.
     """
     return -mean_log_norm(projected)
 
@@ -32,25 +32,25 @@ class RNA(Objective):
     """``L_LA + weight L_RNA``: logit adjustment, and ``rna_loss`` of projected ID features.
 
     Source: Shin et al. (2024), "Representation Norm Amplification for Out-of-Distribution Detection in Long-Tail
-    Learning", Eq. 8. The score that goes with it is ``feature_norm``, of the features and not of the projection.
+    Learning", Eq. 8. The matching score is ``feature_norm`` of the features, not of the projection.
 
-    OoD images go through the network in the same forward pass and so into the statistics of BatchNorm; their features
-    are in no term, and their gradient is exactly 0. It is *not* 0 at their pixels: batch statistics are
-    differentiable, and through them the loss of the ID images does depend on the OoD images. The paper says that OoD
-    images contribute to running statistics and do not provide gradients; the authors' code goes backward through the
-    batch statistics, as PyTorch does by itself, and it made the published numbers. That is what happens here too;
-    ``without_ood_gradient`` around the forward pass gives the paper's sentence to the letter.
+    OoD images pass through the network in the same forward pass, so the statistics of BatchNorm include them. No term
+    contains their features, whose gradient is exactly 0. The gradient at their pixels is *not* 0: batch statistics are
+    differentiable, and the loss of the ID images depends on the OoD images through them. According to the paper, OoD
+    images contribute to running statistics and provide no gradients. The authors' code, which produced the published
+    numbers, propagates gradients through the batch statistics as PyTorch does by default, and so does this objective.
+    ``without_ood_gradient`` around the forward pass implements the paper's statement literally.
 
     Args:
-        class_counts: ID training images of each class ``[C]``.
-        num_features: D, the width of the features.
-        weight: the paper's lambda.
-        tau: of the logit adjustment; 0 for plain cross-entropy.
-        projector: ``"mlp"``, ``"linear"`` or ``"none"`` (Table 15). The linear one's width is not in the paper.
-        width: of the projection; the authors' code has 128, also for ResNet-50.
-        amplify: whether ``L_RNA`` is in the loss.
-        attenuate: whether ``+weight mean log(1 + ||h||)`` of the OoD images is (Table 3).
-        auxiliary: False for a training without OoD images (Table 7).
+        class_counts: Number of ID training images of each class ``[C]``.
+        num_features: Number D of features.
+        weight: Weight of ``L_RNA``, the paper's lambda.
+        tau: Temperature of the logit adjustment; 0 for plain cross-entropy.
+        projector: ``"mlp"``, ``"linear"`` or ``"none"`` (Table 15). The paper does not state the linear one's width.
+        width: Width of the projection; the authors' code uses 128, also for ResNet-50.
+        amplify: Whether the loss contains ``L_RNA``.
+        attenuate: Whether the loss contains ``+weight mean log(1 + ||h||)`` of the OoD images (Table 3).
+        auxiliary: Whether each step has OoD images; Table 7 has a training without them.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class RNA(Objective):
         auxiliary: bool = True,
     ) -> None:
         super().__init__()
-        self.require(amplify or attenuate, "neither amplify nor attenuate is set; use 'logit_adjustment' for that")
-        self.require(auxiliary or not attenuate, "attenuate is about OoD images; set auxiliary too")
+        self.require(amplify or attenuate, "neither amplify nor attenuate is set: use 'logit_adjustment' instead")
+        self.require(auxiliary or not attenuate, "attenuate needs OoD images: set auxiliary = true")
         self.base = LogitAdjustment(class_counts, tau)
         self.projector = create_projector(projector, num_features, width)
         self.weight = weight
@@ -86,10 +86,10 @@ class RNA(Objective):
 
 @contextmanager
 def without_ood_gradient(model: nn.Module, id_rows: int) -> Iterator[None]:
-    """Inside, the rows from ``id_rows`` on are constants to every BatchNorm of the model.
+    """Treat the rows from ``id_rows`` on as constants in every BatchNorm of the model.
 
-    Values and running statistics are the same as outside. As long as the OoD features are in no loss, the gradient of
-    the OoD images becomes exactly 0, and none of a parameter's gradient comes through them.
+    Values and running statistics do not change. If no loss contains the OoD features, the gradient of the OoD images
+    becomes exactly 0, and they contribute nothing to the gradient of any parameter.
     """
 
     def detach_ood(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

@@ -1,4 +1,4 @@
-"""Objective: the base class, and the registry of names."""
+"""The base class of training objectives, and their registry."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ OBJECTIVES: Registry[type[Objective]] = Registry("objective")
 Registered = TypeVar("Registered", bound="type[Objective]")
 
 FROM_TRAINER = ("class_counts", "num_features")
-"""Constructor arguments that say what the data and the model are like; all others are settings."""
+"""Constructor arguments that describe the data and the model; all others are settings."""
 
 
 class Objective(nn.Module, ABC):
-    """What a trainer minimises, called once per step with the penultimate features of the batch.
+    """The loss that a trainer minimizes, called once per step with the penultimate features of the batch.
 
-    A new objective writes ``loss``, and says in class attributes what its steps are made of. It is a module because
-    some have parameters of their own (a projector) and some class counts: a trainer moves it to the model's device, and
-    gives the optimiser ``objective.parameters()`` too.
+    A subclass implements ``loss`` and describes its batches in class attributes. It is a module because some objectives
+    have parameters (a projector) or buffers (class counts): the trainer moves it to the model's device and passes
+    ``objective.parameters()`` to the optimizer.
 
     Attributes:
-        auxiliary: each step comes with OoD images. The trainer sends ``cat(ID images, OoD images)`` through the model
-            in one forward pass, so that both enter the statistics of BatchNorm, and then splits the features.
-        views: 2 if each ID image comes in two augmented views; features are then ``cat(first views, second views)``
-            and the labels are repeated likewise.
-        through_batchnorm: OoD images act on the loss through the statistics of BatchNorm alone, so that a network
-            without BatchNorm cannot be trained with it.
-        test_settings: settings without a default, for tests.
+        auxiliary: Whether each step needs OoD images. The trainer passes ``cat(ID images, OoD images)`` through the
+            model at once, so that the statistics of BatchNorm include both, and then splits the features.
+        views: Number of augmented views of each ID image. With 2, the features are ``cat(first views, second views)``
+            and the labels are repeated in the same way.
+        through_batchnorm: Whether OoD images affect the loss only through the statistics of BatchNorm, so that a
+            network without BatchNorm cannot be trained with the objective.
+        test_settings: Values, for tests, of settings without a default.
     """
 
     name: str
@@ -47,22 +47,22 @@ class Objective(nn.Module, ABC):
         super().__init__()
 
     def __init_subclass__(cls) -> None:
-        """An objective that is not registered goes by the name of its class."""
+        """Name an objective that is not registered after its class."""
         cls.name = cls.__dict__.get("name", cls.__name__)
 
     def forward(self, features: Tensor, head: nn.Linear, labels: Tensor, ood_features: Tensor | None = None) -> Tensor:
-        """The mean loss, a scalar.
+        """Return the mean loss, a scalar.
 
         Args:
-            features: z ``[N, D]`` of the ID images, before any normalisation.
-            head: the classifier, weight ``[C, D]``; an ``L2Head`` in training mode normalises z itself.
-            labels: class indices ``[N]``.
-            ood_features: z ``[M, D]`` of the OoD images; not read without ``auxiliary``.
+            features: Features z ``[N, D]`` of the ID images, before any normalization.
+            head: Classifier with weight ``[C, D]``; an ``L2Head`` in training mode normalizes z itself.
+            labels: Class indices ``[N]``.
+            ood_features: Features z ``[M, D]`` of the OoD images; ignored without ``auxiliary``.
 
         Raises:
-            EmptyInput: there are no ID features, or no OoD features where they are needed.
-            MissingInput: OoD features are needed and were not given.
-            ShapeMismatch: features, labels, head or OoD features do not fit each other.
+            EmptyInput: if there are no ID features, or no OoD features although they are needed.
+            MissingInput: if OoD features are needed and missing.
+            ShapeMismatch: if features, labels, head or OoD features do not fit each other.
         """
         self._check_id(features, head, labels)
         ood = self._checked_ood(features, ood_features) if self.auxiliary else features[:0]
@@ -70,62 +70,62 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, features: Tensor, head: nn.Linear, labels: Tensor, ood_features: Tensor) -> Tensor:
-        """The scalar loss of a batch that was checked; ``ood_features`` is ``[0, D]`` without ``auxiliary``."""
+        """Return the scalar loss of a checked batch; ``ood_features`` is ``[0, D]`` without ``auxiliary``."""
 
     def require(self, condition: bool, message: str) -> None:
-        """Raises BadInput, naming the objective, unless the condition holds: for checks of settings."""
+        """Raise BadInput with the name of the objective unless the condition holds; for checks of settings."""
         if not condition:
             raise BadInput(f"{self.name}: {message}.")
 
     def _check_id(self, features: Tensor, head: nn.Linear, labels: Tensor) -> None:
         if features.ndim != 2 or features.shape[1] != head.in_features:
             raise ShapeMismatch(
-                f"{self.name!r} got features {tuple(features.shape)} for a head of {head.in_features} features; give "
+                f"{self.name!r} got features {tuple(features.shape)} for a head of {head.in_features} features: pass "
                 "the head's input [N, D]."
             )
         if not len(features):
-            raise EmptyInput(f"{self.name!r} got a batch without ID images; give at least one.")
+            raise EmptyInput(f"{self.name!r} got a batch without ID images: pass at least one.")
         if labels.shape != features.shape[:1]:
             raise ShapeMismatch(
-                f"{self.name!r} got {len(features)} features and labels {tuple(labels.shape)}; give one label per "
+                f"{self.name!r} got {len(features)} features and labels {tuple(labels.shape)}: pass one label per "
                 "feature."
             )
         if len(features) % self.views:
             raise ShapeMismatch(
-                f"{self.name!r} reads {self.views} views of each image, but {len(features)} features cannot be split "
-                "into them."
+                f"{self.name!r} needs {self.views} views of each image, got {len(features)} features: pass a multiple "
+                f"of {self.views}."
             )
 
     def _checked_ood(self, features: Tensor, ood_features: Tensor | None) -> Tensor:
         if ood_features is None:
             raise MissingInput(
-                f"{self.name!r} needs OoD images in each step: train with an auxiliary set, and pass ood_features."
+                f"{self.name!r} needs OoD images in each step: train with auxiliary images, or pass ood_features."
             )
         if ood_features.ndim != 2 or ood_features.shape[1] != features.shape[1]:
             raise ShapeMismatch(
-                f"{self.name!r} got OoD features {tuple(ood_features.shape)} beside ID features "
-                f"{tuple(features.shape)}; give [M, D] of the same model."
+                f"{self.name!r} got OoD features {tuple(ood_features.shape)} with ID features "
+                f"{tuple(features.shape)}: pass [M, D] of the same model."
             )
         if not len(ood_features):
-            raise EmptyInput(f"{self.name!r} got an empty batch of OoD images; give at least one in each step.")
+            raise EmptyInput(f"{self.name!r} got an empty batch of OoD images: pass at least one in each step.")
         return ood_features
 
 
 def register_objective(name: str) -> Callable[[Registered], Registered]:
-    """Class decorator that makes an objective known by name."""
+    """Return a class decorator that registers an objective under a name."""
     return OBJECTIVES.register(name)
 
 
 def list_objectives(pattern: str = "*") -> list[str]:
-    """Names of the registered objectives, sorted; ``pattern`` as in a shell (``"*energy*"``)."""
+    """Return the sorted names of the objectives that match a shell pattern, such as ``"*energy*"``."""
     return OBJECTIVES.matching(pattern)
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The class registered under a name.
+    """Return the objective class of a name.
 
     Raises:
-        UnknownName: there is none; the message lists the names.
+        UnknownName: if there is none; the message lists the names.
     """
     return OBJECTIVES[name]
 
@@ -137,19 +137,19 @@ def create_objective(
     num_features: int | None = None,
     **settings: Any,
 ) -> Objective:
-    """A new objective by name.
+    """Create an objective by name.
 
     Args:
-        name: see ``list_objectives``.
-        class_counts: ID training images of each class ``[C]``. A trainer passes it always; objectives without a class
-            prior do not see it.
-        num_features: width D of the penultimate features, likewise.
-        **settings: of the objective.
+        name: Name in ``list_objectives()``.
+        class_counts: Number of ID training images of each class ``[C]``. The trainer always passes it; objectives that
+            do not use it ignore it.
+        num_features: Number D of penultimate features, which is treated in the same way.
+        **settings: Settings of the objective.
 
     Raises:
-        UnknownName: no such objective, or no such setting; the message lists those that exist.
-        MissingInput: something without a default was not given.
-        BadInput: a setting out of range.
+        UnknownName: if there is no such objective or setting; the message lists the existing ones.
+        MissingInput: if an argument without a default is missing.
+        BadInput: if a setting is out of range.
     """
     cls = objective_class(name)
     parameters = inspect.signature(cls).parameters
@@ -159,19 +159,19 @@ def create_objective(
     required = [key for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
     missing = [key for key in required if key not in settings]
     if missing:
-        raise MissingInput(f"objective {name!r} needs {', '.join(missing)}, which have no default.")
+        raise MissingInput(f"objective {name!r} needs {', '.join(missing)}: set them, because they have no default.")
     return cls(**settings)
 
 
 def as_base(base: str | Objective, class_counts: Sequence[int] | Tensor | None) -> Objective:
-    """The classification loss below another objective, from its name or as it is.
+    """Return the classification loss that another objective extends, given by name or as an object.
 
     Raises:
-        BadInput: it is neither, or asks for OoD images or several views itself.
+        BadInput: if it is neither, or needs OoD images or several views itself.
     """
     objective = create_objective(base, class_counts=class_counts) if isinstance(base, str) else base
     if not isinstance(objective, Objective):
-        raise BadInput(f"a base is the name of an objective or an Objective, got {base!r}.")
+        raise BadInput(f"base must be the name of an objective or an Objective, got {base!r}.")
     if objective.auxiliary or objective.views > 1:
-        raise BadInput(f"{objective.name!r} cannot be a base: it asks for OoD images or several views itself.")
+        raise BadInput(f"{objective.name!r} cannot be a base, it needs OoD images or several views: choose another.")
     return objective

@@ -1,4 +1,4 @@
-"""Objectives that read in-distribution images alone: variants of the cross-entropy."""
+"""Objectives on in-distribution images only: variants of the cross-entropy."""
 
 from __future__ import annotations
 
@@ -12,38 +12,37 @@ from ood_scores.training.objectives.priors import checked_counts, class_log_prio
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits ``[N, C]`` and labels ``[N]``."""
+    """Return the mean cross-entropy of logits ``[N, C]`` and labels ``[N]``."""
     return F.cross_entropy(logits, labels)
 
 
 def l2_norm(features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, eps: float = 1e-12) -> Tensor:
-    """Mean cross-entropy of ``W z/max(||z||_2, eps) + b``: the classifier sees only the direction of z.
+    """Return the mean cross-entropy of ``W z/max(||z||_2, eps) + b``: the classifier sees only the direction of z.
 
-    Source: Haas et al. (2022), Eq. 2. One norm per sample, as the equation has it; the paper's snippet takes one norm
-    over the whole batch.
+    Source: Haas et al. (2022), Eq. 2, with one norm per sample; the paper's snippet uses one norm of the whole batch.
 
     Args:
-        features: z ``[N, D]``.
-        weight: W ``[C, D]``.
-        bias: b ``[C]``.
-        labels: class indices ``[N]``.
-        eps: smallest norm to divide by.
+        features: Features z ``[N, D]``.
+        weight: Weight W ``[C, D]``.
+        bias: Bias b ``[C]``.
+        labels: Class indices ``[N]``.
+        eps: Smallest norm to divide by.
     """
     return F.cross_entropy(F.linear(F.normalize(features, dim=1, eps=eps), weight, bias), labels)
 
 
 def logit_norm(logits: Tensor, labels: Tensor, temperature: float = 0.04, eps: float = 1e-7) -> Tensor:
-    """Mean cross-entropy of ``f / ((||f||_2 + eps) temperature)``, for logits ``[N, C]`` and labels ``[N]``.
+    """Return the mean cross-entropy of ``f / ((||f||_2 + eps) temperature)``, for logits f ``[N, C]``.
 
-    Source: Wei et al. 2022, "Mitigating Neural Network Overconfidence with Logit Normalization", Eq. 5; eps is the
-    authors' code's.
+    Source: Wei et al. 2022, "Mitigating Neural Network Overconfidence with Logit Normalization", Eq. 5; eps is that of
+    the authors' code.
     """
     lengths = logits.norm(dim=1, keepdim=True) + eps
     return F.cross_entropy(logits / (lengths * temperature), labels)
 
 
 def logit_adjustment(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: float = 1.0) -> Tensor:
-    """Mean cross-entropy of ``f + tau log prior``, for logits ``[N, C]``, labels ``[N]`` and log prior ``[C]``.
+    """Return the mean cross-entropy of ``f + tau log prior``, for logits f ``[N, C]`` and a log prior ``[C]``.
 
     Source: Menon et al. 2021, "Long-tail learning via logit adjustment", Eq. 10.
     """
@@ -52,7 +51,7 @@ def logit_adjustment(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: flo
 
 @register_objective("cross_entropy")
 class CrossEntropy(Objective):
-    """``cross_entropy`` of the head's own logits; with an ``L2Head`` in training mode this is ``l2_norm``."""
+    """``cross_entropy`` of the head's logits; with an ``L2Head`` in training mode this is ``l2_norm``."""
 
     def loss(self, features: Tensor, head: nn.Linear, labels: Tensor, ood_features: Tensor) -> Tensor:
         return cross_entropy(head(features), labels)
@@ -74,7 +73,7 @@ class L2Norm(Objective):
 class LogitNorm(Objective):
     """``logit_norm`` of the head's logits.
 
-    The temperature 0.04 is OpenOOD's for CIFAR-10; the authors' README has 0.01.
+    The temperature 0.04 is that of OpenOOD for CIFAR-10; the authors' README uses 0.01.
     """
 
     def __init__(self, temperature: float = 0.04, eps: float = 1e-7) -> None:
@@ -91,7 +90,7 @@ class LogitNorm(Objective):
 class LogitAdjustment(Objective):
     """``logit_adjustment`` by the class frequencies of the training set, for balanced accuracy on a long tail.
 
-    The logits are adjusted in training only: at test the head is used as it is.
+    The logits are adjusted only in training; evaluation uses the head unchanged.
     """
 
     class_counts: Tensor

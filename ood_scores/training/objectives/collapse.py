@@ -24,32 +24,32 @@ class CollapseTerms(NamedTuple):
 
 
 def collapse_terms(features: Tensor, weight: Tensor, labels: Tensor, normalize_columns: bool = False) -> CollapseTerms:
-    """Neural collapse of a batch: differentiable, from the batch's own class means and scatter.
+    """Return the terms of neural collapse of a batch, differentiable, from its own class means and scatter.
 
     The terms are those of ``ood_scores.features.statistics.collapse``: ``variability`` (nc1), ``equinormality`` and
     ``equiangularity`` of the centered class means and of W (en, ea), and ``self_duality`` (nc3).
 
-    Source: Haas et al. (2022), §3.2, after Papyan et al. (2020). The paper's text has columns of unit length in nc3
-    (``normalize_columns=True``), Papyan one Frobenius norm each. Papyan's code has no ``/ C`` in nc1.
+    Source: Haas et al. (2022), §3.2, after Papyan et al. (2020). In nc3 the paper's text uses columns of unit length
+    (``normalize_columns=True``), Papyan one Frobenius norm per matrix. Papyan's code has no ``/ C`` in nc1.
 
-    A class that is not in the batch has no mean: the terms of means are then those of the classes present, which of a
-    simplex are a simplex again, and W in nc3 is moved to keep its mean of all classes.
+    A class that is not in the batch has no mean. The terms of means then cover only the classes present, which form a
+    simplex again if all classes do, and nc3 shifts the rows of W so that their mean stays that of all classes.
 
     Args:
-        features: z ``[N, D]``.
-        weight: W ``[C, D]``.
-        labels: class indices ``[N]``.
-        normalize_columns: the paper's nc3.
+        features: Features z ``[N, D]``.
+        weight: Weight W ``[C, D]`` of the classifier.
+        labels: Class indices ``[N]``.
+        normalize_columns: Whether nc3 is that of the paper's text.
 
     Raises:
-        BadLabels: the batch has fewer than two classes.
+        BadLabels: if the batch has fewer than two classes.
     """
     with torch.autocast(features.device.type, enabled=False):
         dtype = torch.promote_types(features.dtype, torch.float32)
         features, weight = features.to(dtype), weight.to(dtype)
         present, members = labels.unique(return_inverse=True)
         if len(present) < 2:
-            raise BadLabels(f"Neural collapse is between classes; the batch has {len(present)}. Give larger batches.")
+            raise BadLabels(f"neural collapse compares classes, and the batch has {len(present)}: use larger batches.")
         means = _class_means(features, members, len(present))
         centered = means - means.mean(dim=0)
         return CollapseTerms(
@@ -63,20 +63,20 @@ def collapse_terms(features: Tensor, weight: Tensor, labels: Tensor, normalize_c
 
 
 def nc_loss(features: Tensor, weight: Tensor, labels: Tensor, normalize_columns: bool = False) -> Tensor:
-    """Unweighted sum of the ``collapse_terms``; Haas et al. (2022), Eq. 3."""
+    """Return the unweighted sum of the ``collapse_terms``; Haas et al. (2022), Eq. 3."""
     return torch.stack(collapse_terms(features, weight, labels, normalize_columns)).sum()
 
 
 @register_objective("nc_loss")
 class NCLoss(Objective):
-    """``nc_loss`` by itself, for a network that classifies already.
+    """``nc_loss`` alone, for a network that already classifies.
 
     Source: Haas et al. (2022), §4.2.1: from epoch 50 on this loss *replaces* the cross-entropy, which "is excluded",
-    with the learning rate one order lower, and batches of 2048, which were more stable. The bias of the head is in no
-    term and gets no gradient.
+    with a learning rate one order of magnitude lower and batches of 2048, which were more stable. No term contains the
+    bias of the head, which gets no gradient.
 
-    Fails from random weights, where accuracy is not yet there to keep; and after many epochs, when OoD features
-    collapse onto class means too (Fig. 4).
+    Fails from random weights, where there is no accuracy to preserve; and after many epochs, when OoD features collapse
+    onto class means too (Fig. 4).
     """
 
     def __init__(self, normalize_columns: bool = False) -> None:

@@ -17,21 +17,21 @@ from ood_scores.training.objectives.projectors import create_projector
 
 
 def partial_asymmetric_contrast(unit: Tensor, labels: Tensor, ood_unit: Tensor, temperature: float = 0.07) -> Tensor:
-    """Pull rows of one class together, push them from other classes and from OoD rows.
+    """Return a loss that pulls rows of one class together and pushes them away from other classes and OoD rows.
 
-    For each anchor i the mean of ``-log( exp(u_i u_j / T) / sum_{k != i} exp(u_i u_k / T) )`` over the other rows j of
-    its class, k going over all other rows and the OoD rows; then the mean over anchors. *Partial*: the caller gives
-    tail classes only. *Asymmetric*: OoD rows are no anchors, and are not drawn together. A row that is alone in its
-    class counts as 0; no rows at all give 0.
+    For each anchor i, it is the mean of ``-log( exp(u_i u_j / T) / sum_{k != i} exp(u_i u_k / T) )`` over the other
+    rows j of its class, where k runs over all other rows and the OoD rows; the loss is the mean over anchors.
+    *Partial*: the caller passes only tail classes. *Asymmetric*: OoD rows are not anchors and are not pulled together.
+    A row that is alone in its class contributes 0; without rows the loss is 0.
 
     Source: Wang et al. 2022, "Partial and Asymmetric Contrastive Learning for Out-of-Distribution Detection in
     Long-Tailed Recognition", Eq. 5.
 
     Args:
-        unit: rows of length 1 ``[N, P]``, with all views of each image.
-        labels: class indices ``[N]``.
-        ood_unit: rows of length 1 ``[M, P]``, at least one.
-        temperature: T.
+        unit: Rows of length 1 ``[N, P]``, with all views of each image.
+        labels: Class indices ``[N]``.
+        ood_unit: Rows of length 1 ``[M, P]``, at least one.
+        temperature: Temperature T.
     """
     if not len(unit):
         return ood_unit.sum() * 0
@@ -44,7 +44,7 @@ def partial_asymmetric_contrast(unit: Tensor, labels: Tensor, ood_unit: Tensor, 
 
 
 def tail_classes(class_counts: Tensor, tail_share: float = 0.4) -> Tensor:
-    """Which classes ``[C]`` are the tail: the ``C - round((1 - tail_share) C)`` smallest, of equal ones the later."""
+    """Mark the tail classes ``[C]``: the ``C - round((1 - tail_share) C)`` smallest, of equal ones the later."""
     head = round((1 - tail_share) * len(class_counts))
     order = class_counts.argsort(descending=True, stable=True)
     tail = torch.zeros(len(class_counts), dtype=torch.bool, device=class_counts.device)
@@ -56,21 +56,23 @@ def tail_classes(class_counts: Tensor, tail_share: float = 0.4) -> Tensor:
 class PASCL(Objective):
     """``CE + ood_weight outlier_exposure + contrast_weight partial_asymmetric_contrast`` of projected features.
 
-    Source: Wang et al. (2022) and their code: two views of each ID image and one of each OoD image; the contrast is
-    between tail images and OoD images, of features through Linear(D, D)-ReLU-Linear(D, 128) and scaled to length 1.
-    The code takes the last classes as the tail, counts being sorted there; here it is those with the smallest counts.
+    Source: Wang et al. (2022) and their code, which use two views of each ID image and one of each OoD image. The
+    contrast compares tail images and OoD images, in features that pass through Linear(D, D)-ReLU-Linear(D, 128) and are
+    scaled to length 1. The code uses the last classes as the tail, because its classes are sorted by count; here the
+    tail consists of the classes with the smallest counts.
 
-    This is the first of two stages, and gives the network that detects. The second gives the one that classifies:
-    ``logit_adjustment`` on ID images alone, of ``second_stage_parameters``, Adam with 5e-4 for 10 epochs.
+    This is the first of two stages, and its network is used for detection. The second stage produces the network for
+    classification: ``logit_adjustment`` on ID images only, Adam with 5e-4 for 10 epochs on
+    ``second_stage_parameters``.
 
     Args:
-        class_counts: ID training images of each class ``[C]``.
-        num_features: D, the width of the features.
-        ood_weight: 0.5.
-        contrast_weight: 0.1 for CIFAR-10, 0.02 for CIFAR-100.
-        temperature: 0.07 for CIFAR-10, 0.2 for CIFAR-100.
-        tail_share: of the classes.
-        width: of the projection.
+        class_counts: Number of ID training images of each class ``[C]``.
+        num_features: Number D of features.
+        ood_weight: Weight of the outlier exposure; 0.5 in the paper.
+        contrast_weight: Weight of the contrast; 0.1 for CIFAR-10, 0.02 for CIFAR-100.
+        temperature: Temperature of the contrast; 0.07 for CIFAR-10, 0.2 for CIFAR-100.
+        tail_share: Share of the classes that are the tail.
+        width: Width of the projection.
     """
 
     auxiliary = True
@@ -89,7 +91,7 @@ class PASCL(Objective):
     ) -> None:
         super().__init__()
         self.require(temperature > 0, f"temperature must be positive, got {temperature}")
-        self.require(0 <= tail_share <= 1, f"tail_share is a share from 0 to 1, got {tail_share}")
+        self.require(0 <= tail_share <= 1, f"tail_share must be in [0, 1], got {tail_share}")
         self.register_buffer("tail", tail_classes(checked_counts(class_counts), tail_share), persistent=False)
         self.projector = create_projector("mlp", num_features, width)
         self.ood_weight = ood_weight
@@ -108,13 +110,13 @@ class PASCL(Objective):
 
 
 def second_stage_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Weights and biases of every BatchNorm, and of the classifier, of a timm-style model: what PASCL tunes at last.
+    """Return the parameters of every BatchNorm and of the classifier of a timm-style model, for PASCL's second stage.
 
-    Source: Wang et al. (2022), §3.3; the authors' code calls it ``layer="both"``. It keeps all modules but BatchNorm
-    in eval mode meanwhile, which matters to dropout only. A BatchNorm without parameters has only its statistics to
-    change.
+    Source: Wang et al. (2022), §3.3; the authors' code calls it ``layer="both"``. Their code keeps all modules except
+    BatchNorm in eval mode during this stage, which affects only dropout. A BatchNorm without parameters only updates
+    its statistics.
 
     Raises:
-        HeadNotFound: the model has no single linear classifier.
+        HeadNotFound: if the model has no single linear classifier.
     """
     return [parameter for module in (*batchnorms(model), linear_classifier(model)) for parameter in module.parameters()]

@@ -1,4 +1,4 @@
-"""Objectives that say what the outputs for OoD images are to be: outlier exposure and its relatives."""
+"""Objectives that prescribe the outputs for OoD images: outlier exposure and its relatives."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ood_scores.training.objectives.priors import checked_counts, class_prior, r
 
 
 def outlier_exposure(ood_logits: Tensor) -> Tensor:
-    """Mean cross-entropy to the uniform distribution, ``logsumexp f - mean_c f_c``, of OoD logits ``[M, C]``.
+    """Return the mean cross-entropy to the uniform distribution, ``logsumexp f - mean_c f_c``, of logits ``[M, C]``.
 
-    Its smallest value is log C. Source: Hendrycks et al. 2019, "Deep Anomaly Detection with Outlier Exposure".
+    Its minimum is log C. Source: Hendrycks et al. 2019, "Deep Anomaly Detection with Outlier Exposure".
     """
     return (ood_logits.logsumexp(dim=1) - ood_logits.mean(dim=1)).mean()
 
 
 def energy_hinge(logits: Tensor, ood_logits: Tensor, m_in: float = -23.0, m_out: float = -5.0) -> Tensor:
-    """``mean relu(E_in - m_in)^2 + mean relu(m_out - E_out)^2`` with ``E = -logsumexp f``.
+    """Return ``mean relu(E_in - m_in)^2 + mean relu(m_out - E_out)^2`` with ``E = -logsumexp f``.
 
     Source: Liu et al. 2020, "Energy-based Out-of-distribution Detection", Eq. 8 and 9.
 
     Args:
-        logits: of ID images ``[N, C]``.
-        ood_logits: of OoD images ``[M, C]``.
-        m_in: energy below which ID images are let be.
-        m_out: energy above which OoD images are.
+        logits: Logits of ID images ``[N, C]``.
+        ood_logits: Logits of OoD images ``[M, C]``.
+        m_in: Energy below which ID images have no loss.
+        m_out: Energy above which OoD images have no loss.
     """
     id_excess = F.relu(-logits.logsumexp(dim=1) - m_in)
     ood_lack = F.relu(m_out + ood_logits.logsumexp(dim=1))
@@ -45,20 +45,20 @@ def balanced_energy_hinge(
     m_out: float = -5.0,
     shift: float = 10.0,
 ) -> Tensor:
-    """``energy_hinge`` that is stricter with OoD images of common classes.
+    """Return an ``energy_hinge`` that is stricter with OoD images that look like common classes.
 
-    With ``Z = sum_c softmax(f)_c class_weight_c`` of each OoD image, its margin is ``m_out + shift Z``, and the OoD
-    term is the mean weighted by Z, ``sum Z relu(m_out + shift Z - E_out)^2 / sum Z``. Both Z have a gradient.
+    With ``Z = sum_c softmax(f)_c class_weight_c``, the margin of an OoD image is ``m_out + shift Z``, and the OoD term
+    is the mean weighted by Z, ``sum Z relu(m_out + shift Z - E_out)^2 / sum Z``. Both Z have a gradient.
 
     Source: Choi et al. 2023, "Balanced Energy Regularization Loss for Out-of-distribution Detection", and their code.
 
     Args:
-        logits: of ID images ``[N, C]``.
-        ood_logits: of OoD images ``[M, C]``.
-        class_weight: ``[C]``, large for classes that the model sees in many OoD images.
-        m_in: as in ``energy_hinge``.
-        m_out: as in ``energy_hinge``.
-        shift: how far Z moves the margin.
+        logits: Logits of ID images ``[N, C]``.
+        ood_logits: Logits of OoD images ``[M, C]``.
+        class_weight: Weights ``[C]``, large for classes that the model predicts for many OoD images.
+        m_in: Energy below which ID images have no loss.
+        m_out: Energy above which OoD images with Z = 0 have no loss.
+        shift: Shift of the margin per unit of Z.
     """
     id_excess = F.relu(-logits.logsumexp(dim=1) - m_in)
     share = ood_logits.softmax(dim=1) @ class_weight
@@ -67,7 +67,7 @@ def balanced_energy_hinge(
 
 
 def confidence_control(logits: Tensor, train_accuracy: float, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """``(mean_i max_c p_ic - A)^2`` of ID logits ``[N, C]``; with ``"sum"``, ``sum_i (max_c p_ic - A)^2``.
+    """Return ``(mean_i max_c p_ic - A)^2`` of ID logits ``[N, C]``; with ``"sum"``, ``sum_i (max_c p_ic - A)^2``.
 
     Source: Papadopoulos et al. 2021, "Outlier exposure with confidence control for out-of-distribution detection".
     """
@@ -78,16 +78,16 @@ def confidence_control(logits: Tensor, train_accuracy: float, reduction: Literal
 
 
 def total_variation(ood_logits: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """``sum_c |p_c - 1/C|`` of OoD logits ``[M, C]``, mean or sum over the rows. Source: as ``confidence_control``."""
+    """Return ``sum_c |p_c - 1/C|`` of logits ``[M, C]``, mean or sum over rows; source: see ``confidence_control``."""
     distances = (ood_logits.softmax(dim=1) - 1 / ood_logits.shape[1]).abs().sum(dim=1)
     return distances.mean() if reduction == "mean" else distances.sum()
 
 
 class Exposure(Objective):
-    """A classification loss of the ID images, and a term of all logits.
+    """A classification loss of the ID images plus a term of all logits.
 
-    The base is the name of an objective, such as ``"logit_adjustment"`` for Shin et al.'s (2024) LA+OE, or an
-    ``Objective``, for one with settings of its own.
+    The base is the name of an objective, such as ``"logit_adjustment"`` for the LA+OE of Shin et al. (2024), or an
+    ``Objective`` with its own settings.
     """
 
     auxiliary = True
@@ -101,17 +101,17 @@ class Exposure(Objective):
 
     @abstractmethod
     def exposure(self, logits: Tensor, ood_logits: Tensor) -> Tensor:
-        """The weighted term, of ID logits ``[N, C]`` and OoD logits ``[M, C]``."""
+        """Return the weighted term of ID logits ``[N, C]`` and OoD logits ``[M, C]``."""
 
 
 @register_objective("oe")
 class OE(Exposure):
-    """``base + weight outlier_exposure``; Hendrycks et al. (2019) have cross-entropy and 0.5 on images.
+    """``base + weight outlier_exposure``; Hendrycks et al. (2019) use cross-entropy and 0.5 on images.
 
     Args:
-        weight: of the OoD term.
-        base: loss of the ID images.
-        class_counts: for bases with a class prior.
+        weight: Weight of the OoD term.
+        base: Loss of the ID images.
+        class_counts: Number of ID training images of each class ``[C]``, for bases with a class prior.
     """
 
     def __init__(
@@ -129,14 +129,14 @@ class OE(Exposure):
 
 @register_objective("energy_oe")
 class EnergyOE(Exposure):
-    """``base + weight energy_hinge``; the settings are Liu et al.'s (2020).
+    """``base + weight energy_hinge``; the defaults are those of Liu et al. (2020).
 
     Args:
-        weight: of both hinges.
-        m_in: energy below which ID images are let be; -23 for CIFAR-10, -27 for CIFAR-100.
-        m_out: energy above which OoD images are; -5 for both.
-        base: loss of the ID images.
-        class_counts: for bases with a class prior.
+        weight: Weight of both hinges.
+        m_in: Energy below which ID images have no loss; -23 for CIFAR-10, -27 for CIFAR-100.
+        m_out: Energy above which OoD images have no loss; -5 for both.
+        base: Loss of the ID images.
+        class_counts: Number of ID training images of each class ``[C]``, for bases with a class prior.
     """
 
     def __init__(
@@ -160,20 +160,21 @@ class EnergyOE(Exposure):
 class BalancedEnergy(Exposure):
     """``base + weight balanced_energy_hinge`` with class weights ``prior_c^gamma``, scaled to sum 1.
 
-    Source: Choi et al. (2023). The prior is that of the *OoD* images: the share of the auxiliary set that a network
-    trained before puts in each class. The authors' code has such counts written in; without ``ood_counts`` the ID
-    counts stand in for them, as a network trained on a long tail takes OoD images for common classes too. The code
-    scales the powers to sum 1 before use, which keeps ``shift Z`` near 1 for a shift of C.
+    Source: Choi et al. (2023). The prior is that of the *OoD* images: the share of the auxiliary images that a
+    previously trained network assigns to each class. The authors' code contains such counts as constants. Without
+    ``ood_counts`` the ID counts replace them, because a network trained on a long tail assigns OoD images to common
+    classes too. The code scales the powers to sum 1 before use, which keeps ``shift Z`` near 1 for a shift of C.
 
     Args:
-        class_counts: ID training images of each class ``[C]``.
-        weight: of both hinges.
-        m_in: -23 for CIFAR-10, -27 for CIFAR-100.
-        m_out: -5 for both.
-        shift: the paper's alpha (lambda in its code): 10 for CIFAR-10, 100 for CIFAR-100.
-        gamma: 0.75 for long tails; the authors' script for balanced CIFAR-10 and CIFAR-100 has 0.05 and 0.005.
-        ood_counts: OoD images in each class ``[C]``, by the predictions of a trained network.
-        base: loss of the ID images.
+        class_counts: Number of ID training images of each class ``[C]``.
+        weight: Weight of both hinges.
+        m_in: Energy below which ID images have no loss; -23 for CIFAR-10, -27 for CIFAR-100.
+        m_out: Energy above which OoD images with Z = 0 have no loss; -5 for both.
+        shift: Shift of the margin, the paper's alpha (lambda in its code): 10 for CIFAR-10, 100 for CIFAR-100.
+        gamma: Power of the prior, 0.75 for long tails; the authors' script for balanced CIFAR-10 and CIFAR-100 uses
+            0.05 and 0.005.
+        ood_counts: Number of OoD images that a trained network predicts for each class ``[C]``.
+        base: Loss of the ID images.
     """
 
     ood_counts: Tensor
@@ -209,18 +210,19 @@ class BalancedEnergy(Exposure):
 class OECC(Exposure):
     """``base + id_weight confidence_control + ood_weight total_variation``.
 
-    Source: Papadopoulos et al. (2021); the weights are their notebook's for tuning a trained CIFAR network. The
-    notebook takes *sums* over the batch, and of each ID image's squared difference (``reduction="sum"``); the paper has
-    the square of the mean difference, as here by default. The weights were found with sums: with means they do little.
+    Source: Papadopoulos et al. (2021); the weights are those of their notebook that tunes a trained CIFAR network. The
+    notebook uses *sums* over the batch, and the squared difference of each ID image (``reduction="sum"``); the paper
+    uses the square of the mean difference, which is the default here. The weights were chosen for sums and have little
+    effect with means.
 
     Args:
-        train_accuracy: A, the accuracy on the training set that confidence is to come to; the notebook has 0.9486 for
+        train_accuracy: Accuracy A on the training set, the target of the confidence; the notebook uses 0.9486 for
             CIFAR-10 and 0.7573 for CIFAR-100.
-        id_weight: lambda_1.
-        ood_weight: lambda_2.
-        reduction: ``"mean"`` or ``"sum"``, over the rows of the batch.
-        base: loss of the ID images.
-        class_counts: for bases with a class prior.
+        id_weight: Weight lambda_1 of the confidence control.
+        ood_weight: Weight lambda_2 of the total variation.
+        reduction: Reduction over the rows of the batch, ``"mean"`` or ``"sum"``.
+        base: Loss of the ID images.
+        class_counts: Number of ID training images of each class ``[C]``, for bases with a class prior.
     """
 
     test_settings = {"train_accuracy": 0.95}  # noqa: RUF012
@@ -235,7 +237,7 @@ class OECC(Exposure):
         class_counts: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__(base, class_counts)
-        self.require(0 <= train_accuracy <= 1, f"train_accuracy is a share from 0 to 1, got {train_accuracy}")
+        self.require(0 <= train_accuracy <= 1, f"train_accuracy must be in [0, 1], got {train_accuracy}")
         self.require(reduction in ("mean", "sum"), f"reduction is 'mean' or 'sum', got {reduction!r}")
         self.train_accuracy = train_accuracy
         self.id_weight = id_weight

@@ -1,4 +1,4 @@
-"""Projections of the features that only a loss reads; they are trained with the network and thrown away after."""
+"""Projections of the features for the loss only; they are trained with the network and then discarded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PROJECTORS: Registry[Callable[[int, int], nn.Module]] = Registry(
 
 
 def create_projector(kind: str, num_features: int, width: int) -> nn.Module:
-    """``"mlp"``: Linear(D, D)-ReLU-Linear(D, width); ``"linear"``: Linear(D, width); ``"none"``: the features.
+    """Create ``"mlp"``: Linear(D, D)-ReLU-Linear(D, width), ``"linear"``: Linear(D, width), or ``"none"``: identity.
 
     Raises:
-        UnknownName: there is no such projector.
+        UnknownName: if there is no such projector.
     """
     return PROJECTORS[kind](num_features, width)
