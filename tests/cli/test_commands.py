@@ -1,4 +1,4 @@
-"""The command line: every command against the function behind it, and every error as one line and exit code 1."""
+"""Tests of the commands against the functions that they call; errors are one line with exit code 1."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def ok(*words: object, columns: int = 100) -> str:
 
 
 def refused(*words: object) -> str:
-    """The message of a command that fails as it should."""
+    """Return the message of a command that fails with an error of the package."""
     result = call(*words)
     assert result.exit_code == 1
     assert result.output.startswith("error: ")
@@ -57,18 +57,18 @@ def refused(*words: object) -> str:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Every cell as the text that it is."""
+    """Read all cells as text."""
     with path.open(newline="") as file:
         return pd.DataFrame(list(csv.DictReader(file)))
 
 
-def synthetic(rows: int, seed: int, shift: float = 0.0, labelled: bool = True) -> FeatureSet:
+def synthetic(rows: int, seed: int, shift: float = 0.0, labeled: bool = True) -> FeatureSet:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, rows)
     features = (rng.standard_normal((rows, 6)) + 2 * np.eye(4, 6)[labels] + shift).astype(np.float32)
     head = Head(np.eye(4, 6, dtype=np.float32))
     logits = head(torch.from_numpy(features))
-    return FeatureSet(features, logits, labels if labelled else None, head)
+    return FeatureSet(features, logits, labels if labeled else None, head)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sets = {
         "train": synthetic(200, 0),
         "id": synthetic(90, 1),
-        "near": synthetic(70, 2, -0.5, labelled=False),
-        "far": synthetic(60, 3, 2.0, labelled=False),
+        "near": synthetic(70, 2, -0.5, labeled=False),
+        "far": synthetic(60, 3, 2.0, labeled=False),
     }
     for name, feats in sets.items():
         feats.save(folder / f"{name}.h5")
@@ -98,7 +98,7 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "plain.pth"])
-def test_extract_of_npz_gives_what_the_model_gives(checkpoints: dict[str, Path], tmp_path: Path, file: str) -> None:
+def test_extract_of_npz_equals_the_model(checkpoints: dict[str, Path], tmp_path: Path, file: str) -> None:
     pixels, labels = images(10), np.arange(10) % 7
     np.savez(tmp_path / "some.npz", images=pixels, labels=labels)
     spec = f"npz:{tmp_path / 'some.npz'}"
@@ -118,7 +118,7 @@ def test_extract_of_npz_gives_what_the_model_gives(checkpoints: dict[str, Path],
     assert feats.provenance.architecture == "cifar_resnet20"
 
 
-def test_extract_of_digits_with_every_option(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_extract_of_digits_with_all_options(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     words = ("extract", "cifar_resnet20", "digits?classes=8", tmp_path / "d.h5", "--workers", 0, "--device", "cpu")
     weights = ("--checkpoint", checkpoints["weights.safetensors"], "--num-classes", 7)
     ok(
@@ -144,7 +144,7 @@ def test_extract_of_digits_with_every_option(checkpoints: dict[str, Path], tmp_p
     assert feats.provenance.precision.endswith("stored float64")
 
 
-def test_extract_refuses_a_cache_of_other_settings(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_extract_refuses_a_cache_with_different_settings(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     np.savez(tmp_path / "some.npz", images=images(4))
     words = ("extract", "cifar_resnet20", f"npz:{tmp_path / 'some.npz'}", tmp_path / "c.h5", "--workers", 0)
     weights = ("--checkpoint", checkpoints["plain.pth"])
@@ -163,7 +163,7 @@ def _resized(image: Any) -> Tensor:
     return F.to_tensor(F.resize(image, 32, F.InterpolationMode.BILINEAR, antialias=True))
 
 
-def test_extract_mixed_precision_is_recorded(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_extract_records_mixed_precision(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     weights = checkpoints["plain.pth"]
     words = ("cifar_resnet20", "digits?classes=1", tmp_path / "c.h5", "--checkpoint", weights, "--workers", 0)
     ok("extract", *words, "--amp", "bf16", "--device", "cpu")
@@ -206,7 +206,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
-def test_malicious_pickle_is_refused_unopened(tmp_path: Path, as_zip: bool) -> None:
+def test_extract_refuses_a_malicious_pickle_without_opening_it(tmp_path: Path, as_zip: bool) -> None:
     marker, file = tmp_path / "marker", tmp_path / "evil.pth"
     if as_zip:
         torch.save({"state_dict": Malicious(marker)}, file)
@@ -221,7 +221,7 @@ def test_malicious_pickle_is_refused_unopened(tmp_path: Path, as_zip: bool) -> N
 # ---- score
 
 
-def test_score_writes_what_score_gives(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_score_writes_the_scores(caches: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "new" / "scores.csv"
     output = ok("score", "gradnorm", caches["id"], "--param", "p=2", "--param", "bias=true", "--out", out)
     feats: Any = ood_scores.load(caches["id"])
@@ -238,7 +238,7 @@ def test_score_writes_what_score_gives(caches: dict[str, Path], tmp_path: Path) 
     assert [int(row) for row in lowest] == expected.argsort()[:5].tolist()
 
 
-def test_score_as_json_with_fit_and_without_labels(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_score_writes_json_with_a_fit_set_and_without_labels(caches: dict[str, Path], tmp_path: Path) -> None:
     words = ("score", "mahalanobis", caches["near"], "--fit", caches["train"], "--out", tmp_path / "s.json")
     ok(*words, "--param", "normalize=true")
     content = json.loads((tmp_path / "s.json").read_text())
@@ -261,7 +261,7 @@ def test_score_as_json_with_fit_and_without_labels(caches: dict[str, Path], tmp_
         ("knn", "index=IVF4,Flat", "IVF4,Flat"),
     ],
 )
-def test_parameters_have_the_type_of_their_default(scorer: str, text: str, expected: object) -> None:
+def test_scorer_parameters_have_the_type_of_their_default(scorer: str, text: str, expected: object) -> None:
     ((_, found),) = parameters(scorer, [text]).items()
     assert found == expected
     assert type(found) is type(expected)
@@ -282,14 +282,14 @@ def test_score_refuses_bad_options(caches: dict[str, Path], words: tuple[str, ..
     assert re.search(message, refused("score", "gradnorm", caches["id"], *words))
 
 
-def test_fitted_scorer_without_fit_says_which_option_is_missing(caches: dict[str, Path]) -> None:
+def test_score_names_the_missing_fit_option(caches: dict[str, Path]) -> None:
     assert "--fit CACHE" in refused("score", "knn", caches["id"])
 
 
 # ---- evaluate
 
 
-def test_evaluate_writes_the_frame_of_evaluate(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_evaluate_command_writes_the_frame_of_evaluate(caches: dict[str, Path], tmp_path: Path) -> None:
     output = ok(
         "evaluate", "--id", caches["id"], "--ood", caches["near"], "--ood", f"there={caches['far']}",
         "--fit", caches["train"], "--scorer", "energy", "--scorer", "mahalanobis", "--out", tmp_path / "t.csv",
@@ -308,7 +308,7 @@ def test_evaluate_writes_the_frame_of_evaluate(caches: dict[str, Path], tmp_path
         assert [float(cell) for cell in line.split()[1:]] == pytest.approx(cells, abs=0.051)
 
 
-def test_evaluate_takes_all_scorers_that_can_run_and_names_the_others(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_evaluate_command_names_scorers_that_cannot_run(caches: dict[str, Path], tmp_path: Path) -> None:
     output = ok("evaluate", "--id", caches["id"], "--ood", caches["near"], "--out", tmp_path / "t.json")
     content = json.loads((tmp_path / "t.json").read_text())
     used = {row["scorer"] for row in content["rows"]}
@@ -337,7 +337,7 @@ def test_evaluate_takes_all_scorers_that_can_run_and_names_the_others(caches: di
     assert {"knn", "mahalanobis", *used} <= with_fit
 
 
-def test_scorers_are_left_out_for_their_own_reason() -> None:
+def test_usable_scorers_returns_a_reason_for_each_other_scorer() -> None:
     id_feats, few = synthetic(30, 1), synthetic(20, 0)
     bare = FeatureSet(id_feats.features)
     usable, left_out = usable_scorers([id_feats, bare], few)
@@ -347,7 +347,7 @@ def test_scorers_are_left_out_for_their_own_reason() -> None:
     assert all(scorer.is_fitted for scorer in usable)
 
 
-def test_tables_fit_the_terminal(caches: dict[str, Path]) -> None:
+def test_evaluate_tables_fit_the_terminal(caches: dict[str, Path]) -> None:
     sets = [word for name in "abcdefg" for word in ("--ood", f"{name}={caches['far']}")]
     for columns in (60, 80, 120):
         output = ok("evaluate", "--id", caches["id"], *sets, "--scorer", "energy", columns=columns)
@@ -357,7 +357,7 @@ def test_tables_fit_the_terminal(caches: dict[str, Path]) -> None:
         assert "average" in output
 
 
-def test_two_sets_of_one_name_are_refused(caches: dict[str, Path]) -> None:
+def test_evaluate_command_refuses_two_sets_with_one_name(caches: dict[str, Path]) -> None:
     words = ("--ood", caches["near"], "--ood", f"near={caches['far']}")
     assert "two OoD sets are called 'near'" in refused("evaluate", "--id", caches["id"], *words)
 
@@ -417,7 +417,7 @@ def test_inspect_of_other_files(tmp_path: Path) -> None:
 # ---- list, help, errors
 
 
-def test_list_shows_every_scorer_with_its_parameters() -> None:
+def test_list_shows_all_scorers_with_their_parameters() -> None:
     output = ok("list", columns=120)
     for name in ood_scores.list_scorers():
         assert re.search(rf"^{name} +\S", output, flags=re.MULTILINE)
@@ -450,7 +450,7 @@ print([name for name in ("torch", "timm", "pandas", "matplotlib") if name in sys
 """
 
 
-def test_help_teaches_by_example_and_imports_nothing_heavy() -> None:
+def test_help_has_examples_and_imports_no_heavy_package() -> None:
     answer = subprocess.run([sys.executable, "-c", HELP, "", *COMMANDS], capture_output=True, text=True, check=True)
     *helps, imported = answer.stdout.split("=====\n")
     assert imported.strip() == "[]"
@@ -462,7 +462,7 @@ def test_help_teaches_by_example_and_imports_nothing_heavy() -> None:
         assert max(map(len, text.splitlines())) <= 80
 
 
-def test_entry_points() -> None:
+def test_entry_points_of_the_command_line() -> None:
     answer = subprocess.run(
         [sys.executable, "-m", "ood_scores", "inspect", "absent.h5"], capture_output=True, text=True, check=False
     )
@@ -471,20 +471,20 @@ def test_entry_points() -> None:
     assert answer.stderr == "error: there is no file absent.h5.\n"
 
 
-def test_usage_errors_are_exit_code_2() -> None:
+def test_usage_errors_exit_with_code_2() -> None:
     assert call("score").exit_code == 2
     assert call("nonsense").exit_code == 2
     assert call("extract", "a", "b", "c", "--amp", "int8").exit_code == 2
 
 
-def test_bad_data_is_told_before_a_model_is_made(tmp_path: Path) -> None:
+def test_extract_reports_bad_data_before_creating_a_model(tmp_path: Path) -> None:
     message = refused("extract", "no_such_model", "npz:absent.npz", tmp_path / "c.h5")
     assert "there is no absent.npz" in message
     assert "no kind of dataset" in refused("extract", "cifar_resnet20", "nothing:x", tmp_path / "c.h5")
     assert "cannot read 'a,b'" in refused("extract", "x", "digits", tmp_path / "c.h5", "--mean", "a,b")
 
 
-def test_warnings_are_one_line_on_standard_error(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_of_commands_are_one_line(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
     def score(*_: Any, **__: Any) -> Tensor:

@@ -30,13 +30,13 @@ def by_loops(feats: FeatureSet, columns: bool = False, against_label: bool = Fal
     z, labels, weight = feats.features.double().numpy(), feats.labels.numpy(), feats.head.weight.double().numpy()
     classes, width = weight.shape
     mean = [np.mean([row for row, label in zip(z, labels, strict=True) if label == c], axis=0) for c in range(classes)]
-    centre = sum(mean) / classes
+    center = sum(mean) / classes
     within = sum(np.outer(z[n] - mean[labels[n]], z[n] - mean[labels[n]]) for n in range(len(z))) / len(z)
-    between = sum(np.outer(mean[c] - centre, mean[c] - centre) for c in range(classes)) / classes
+    between = sum(np.outer(mean[c] - center, mean[c] - center) for c in range(classes)) / classes
     values, vectors = np.linalg.eigh(between)
     rank = min(classes - 1, width)
     inverse = sum(np.outer(vectors[:, -k], vectors[:, -k]) / values[-k] for k in range(1, rank + 1))
-    means = [mean[c] - centre for c in range(classes)]
+    means = [mean[c] - center for c in range(classes)]
 
     def unequal_norms(vectors: Any) -> float:
         norms = [float(np.sqrt(vector @ vector)) for vector in vectors]
@@ -146,9 +146,9 @@ def test_nc1_truncates_the_pseudo_inverse() -> None:
     twins = FeatureSet(values, None, labels, Head(np.eye(4, 6)))
     means = np.stack([values[labels == c].mean(axis=0) for c in range(4)])
     within = sum(np.outer(row - means[c], row - means[c]) for row, c in zip(values, labels, strict=True)) / 40
-    centred = means - means.mean(axis=0)
-    expected = np.trace(within @ np.linalg.pinv(centred.T @ centred / 4, rcond=1e-10)) / 4
-    assert np.linalg.matrix_rank(centred, tol=1e-10) == 2
+    centered = means - means.mean(axis=0)
+    expected = np.trace(within @ np.linalg.pinv(centered.T @ centered / 4, rcond=1e-10)) / 4
+    assert np.linalg.matrix_rank(centered, tol=1e-10) == 2
     assert neural_collapse(twins).nc1 == pytest.approx(expected, rel=1e-10)
 
 
@@ -214,9 +214,9 @@ def test_singular_values_are_those_of_the_matrix(shape: tuple[int, int]) -> None
     assert table["rank"].tolist() == list(range(1, 9))
     np.testing.assert_allclose(table["value"], expected, atol=1e-7 * expected[0])
     np.testing.assert_allclose(singular_values(FeatureSet(values))["value"] * shape[0] ** 0.5, table["value"])
-    centred = np.linalg.svd(values - values.mean(axis=0), compute_uv=False)
+    centered = np.linalg.svd(values - values.mean(axis=0), compute_uv=False)
     found = singular_values(FeatureSet(values), center=True, per_row=False)["value"][: min(shape)]
-    np.testing.assert_allclose(found, centred, atol=1e-7 * expected[0])
+    np.testing.assert_allclose(found, centered, atol=1e-7 * expected[0])
 
 
 def test_singular_values_of_other_sets_use_the_directions_of_the_first() -> None:
@@ -227,8 +227,8 @@ def test_singular_values_of_other_sets_use_the_directions_of_the_first() -> None
     found = table.loc[table["set"] == "svhn", "value"]
     np.testing.assert_allclose(found, np.linalg.norm(other @ directions.T, axis=0), rtol=1e-10)
     shifted = singular_values(FeatureSet(train), {"svhn": FeatureSet(other)}, center=True)
-    centred = train - train.mean(axis=0)
-    reach = np.linalg.norm((other - train.mean(axis=0)) @ np.linalg.svd(centred)[2].T, axis=0) / 40**0.5
+    centered = train - train.mean(axis=0)
+    reach = np.linalg.norm((other - train.mean(axis=0)) @ np.linalg.svd(centered)[2].T, axis=0) / 40**0.5
     np.testing.assert_allclose(shifted.loc[shifted["set"] == "svhn", "value"], reach, rtol=1e-10)
 
 
