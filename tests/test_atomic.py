@@ -15,7 +15,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_file_is_replaced_when_the_context_ends(tmp_path: Path) -> None:
+def test_file_is_replaced_when_the_context_ends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.bin"
     for content in (b"first", b"2"):
         before = path.read_bytes() if path.exists() else None
@@ -26,7 +26,7 @@ def test_a_file_is_replaced_when_the_context_ends(tmp_path: Path) -> None:
         assert files(path.parent) == {"a.bin": content}
 
 
-def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
+def test_error_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"old")
     with pytest.raises(TypeError), replacing(tmp_path / "a.bin") as file:
         file.write("text is no bytes")
@@ -35,7 +35,7 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_disk_that_refuses_leaves_the_old_file(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_write_leaves_the_old_file(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.bin").write_bytes(b"old")
 
     def refuse(*_: object) -> None:
@@ -48,7 +48,7 @@ def test_a_disk_that_refuses_leaves_the_old_file(step: str, tmp_path: Path, monk
     assert files(tmp_path) == {"a.bin": b"old"}
 
 
-def test_an_exclusive_file_replaces_none(tmp_path: Path) -> None:
+def test_exclusive_file_replaces_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     with replacing(path, exclusive=True) as file:
         file.write(b"first")
@@ -58,7 +58,7 @@ def test_an_exclusive_file_replaces_none(tmp_path: Path) -> None:
     assert files(tmp_path) == {"a.bin": b"first"}
 
 
-def test_a_file_that_stays_open_stays_locked(tmp_path: Path) -> None:
+def test_open_file_stays_locked(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     with replacing(path, keep_open=True) as file:
         file.write(b"first")
@@ -69,7 +69,7 @@ def test_a_file_that_stays_open_stays_locked(tmp_path: Path) -> None:
     assert files(tmp_path) == {"a.bin": b"first and more"}
 
 
-def test_what_killed_processes_left_behind_is_removed(tmp_path: Path) -> None:
+def test_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     for name in (".a.bin.01234567.part", ".a.bin.89abcdef.part", ".b.bin.01234567.part"):
         (tmp_path / name).write_bytes(b"")
     with LockedFile(tmp_path / ".a.bin.89abcdef.part", "r+"), replacing(tmp_path / "a.bin"):

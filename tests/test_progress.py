@@ -12,7 +12,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def test_a_kept_bar_shows_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bar_shows_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar("digits[rows=0:9] → features", 9, "rows", done=2, keep=True) as bar:
         bar.advance(3)
         bar.describe("digits[rows=0:9] → again", "loss 0.5")
@@ -25,7 +25,7 @@ def test_a_kept_bar_shows_what_is_done(capsys: pytest.CaptureFixture[str]) -> No
     assert "loss 0.5" in shown.err
 
 
-def test_an_invisible_bar_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invisible_bar_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar("training", None, "steps", visible=False, keep=True) as bar:
         bar.advance()
     assert capsys.readouterr() == ("", "")

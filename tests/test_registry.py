@@ -25,7 +25,7 @@ def test_names_are_looked_up_and_listed(animals: Registry[Any]) -> None:
     assert animals.matching("c*") == ["cat", "cow"]
 
 
-def test_an_unknown_name_is_refused_with_the_closest_one(animals: Registry[Any]) -> None:
+def test_unknown_name_suggests_the_closest_one(animals: Registry[Any]) -> None:
     with pytest.raises(UnknownName) as error:
         animals["hoarse"]
     assert str(error.value) == "there is no animal 'hoarse' (did you mean 'horse'?): choose from cat, cow, horse."
@@ -33,7 +33,7 @@ def test_an_unknown_name_is_refused_with_the_closest_one(animals: Registry[Any])
         animals["x"]
 
 
-def test_a_class_is_registered_under_its_name(animals: Registry[Any]) -> None:
+def test_class_is_registered_under_its_name(animals: Registry[Any]) -> None:
     @animals.register("dog")
     class Dog:
         name: str
@@ -42,7 +42,7 @@ def test_a_class_is_registered_under_its_name(animals: Registry[Any]) -> None:
     assert Dog.name == "dog"
 
 
-def test_a_name_belongs_to_one_class(animals: Registry[Any]) -> None:
+def test_name_belongs_to_one_class(animals: Registry[Any]) -> None:
     def define() -> type:
         class Dog:
             pass
@@ -60,7 +60,7 @@ def test_a_name_belongs_to_one_class(animals: Registry[Any]) -> None:
         animals.register("dog")(Wolf)
 
 
-def test_the_closest_name() -> None:
+def test_closest_name() -> None:
     assert did_you_mean("enrgy", ["energy", "msp"]) == " (did you mean 'energy'?)"
     assert did_you_mean("zzz", ["energy", "msp"]) == ""
     assert str(unknown("x has no", "y", [])) == "x has no 'y': there are none."
@@ -75,7 +75,7 @@ class Settings:
     layers: tuple[str, ...] | None = None
 
 
-def test_texts_become_the_types_of_the_defaults() -> None:
+def test_texts_are_converted_to_the_types_of_the_defaults() -> None:
     texts = ["size=4", "share=1", "strict=True", "kind=deep", "layers=('a', 'b')"]
     params = from_texts(Settings, texts, "key=value")
     assert params == {"size": 4, "share": 1.0, "strict": True, "kind": "deep", "layers": ("a", "b")}
@@ -90,7 +90,7 @@ def test_texts_become_the_types_of_the_defaults() -> None:
         ("strict=1", "strict is a value such as false, got '1'."),
     ],
 )
-def test_texts_that_cannot_be_read(text: str, message: str) -> None:
+def test_invalid_texts(text: str, message: str) -> None:
     with pytest.raises(BadInput) as error:
         from_texts(Settings, [text], "--param key=value")
     assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""Caches that must not be used, caches that must not be overwritten, and caches that are continued."""
+"""Caches that must not be used, caches that must not be overwritten, and caches that are resumed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ood_scores.models.running import weights_sha256
 
 
 class Classifier(nn.Sequential):
-    """Counts how often it is run."""
+    """A model that counts its runs."""
 
     def __init__(self, seed: int = 0) -> None:
         with torch.random.fork_rng():
@@ -53,7 +53,7 @@ class Renamed(Classifier):
 
 
 class Data(Dataset):
-    """Notes which rows are read; ``stop_at`` is a row at which the reading process is interrupted."""
+    """A dataset that records which rows are read and interrupts the reading process at the row ``stop_at``."""
 
     name = "data"
 
@@ -83,7 +83,7 @@ def extract(
 
 
 def interrupted(path: Path, row: int = 24, **options: Any) -> None:
-    """Leaves a cache whose extraction was interrupted when ``row`` was read."""
+    """Write a cache whose extraction was interrupted when ``row`` was read."""
     data = options.pop("data", None) or Data()
     data.stop_at = row
     with pytest.raises(KeyboardInterrupt):
@@ -129,17 +129,17 @@ def test_extraction_to_a_cache_equals_extraction_to_memory(path: Path) -> None:
     assert (on_disk.file, in_memory.file) == (path, None)
 
 
-def test_cache_folder_is_made(tmp_path: Path) -> None:
+def test_cache_folder_is_created(tmp_path: Path) -> None:
     assert len(extract(tmp_path / "a" / "b" / "feats.h5")) == 40
 
 
-def test_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_cache_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CacheWriteFailed, match="could not write"):
         extract(tmp_path / "file" / "feats.h5")
 
 
-def test_provenance_says_what_made_the_file(path: Path) -> None:
+def test_provenance_of_the_file(path: Path) -> None:
     model = Classifier()
     extract(path, model)
     made_by = ood_scores.load(path).provenance
@@ -214,7 +214,7 @@ def test_stale_message_names_both_weights(path: Path) -> None:
     assert str(refusal.value).count("\n") == 2  # one difference and what to do
 
 
-def test_labels_that_changed_are_noticed(path: Path) -> None:
+def test_changed_labels_are_detected(path: Path) -> None:
     extract(path)
     data = Data()
     assert data.labels is not None
@@ -223,7 +223,7 @@ def test_labels_that_changed_are_noticed(path: Path) -> None:
         extract(path, data=data)
 
 
-def test_file_without_provenance_is_not_taken_for_an_extraction(path: Path) -> None:
+def test_file_without_provenance_is_not_resumed(path: Path) -> None:
     FeatureSet(torch.ones(3, 2)).save(path)
     with pytest.raises(StaleCache, match=r"does not say what made it.*ood_scores\.load"):
         extract(path)
@@ -263,7 +263,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("make", "message"), FOREIGN.values(), ids=FOREIGN)
-def test_foreign_file_is_refused_and_left_alone(path: Path, make: Callable[[Path], None], message: str) -> None:
+def test_foreign_file_is_refused_and_not_replaced(path: Path, make: Callable[[Path], None], message: str) -> None:
     make(path)
     before = path.read_bytes() if path.is_file() else None
     with pytest.raises(ForeignFile, match=message):
@@ -277,7 +277,7 @@ def test_foreign_file_is_refused_and_left_alone(path: Path, make: Callable[[Path
     assert path.is_dir() if before is None else path.read_bytes() == before
 
 
-def test_damaged_file_of_someone_else_is_left_alone(path: Path) -> None:
+def test_damaged_foreign_file_is_not_replaced(path: Path) -> None:
     _truncated_hdf5_of_someone_else(path)
     before = path.read_bytes()
     with pytest.raises(DamagedCache, match="truncated or damaged"):
@@ -303,7 +303,7 @@ def test_truncated_cache_is_refused_and_replaced_on_request(path: Path, kept: fl
 
 
 @pytest.mark.parametrize("missing", ["progress", "features"])
-def test_cache_without_its_parts_is_damaged(path: Path, missing: str) -> None:
+def test_cache_with_missing_parts_is_damaged(path: Path, missing: str) -> None:
     extract(path)
     with h5py.File(path, "r+") as h5:
         del h5[missing]
@@ -312,7 +312,7 @@ def test_cache_without_its_parts_is_damaged(path: Path, missing: str) -> None:
     assert len(extract(path, overwrite=True)) == 40
 
 
-def test_missing_file_is_a_missing_file(path: Path) -> None:
+def test_missing_file_raises_file_not_found(path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         ood_scores.load(path)
 
@@ -320,7 +320,7 @@ def test_missing_file_is_a_missing_file(path: Path) -> None:
 # --- unfinished -------------------------------------------------------------------------------------------------------
 
 
-def test_unfinished_cache_is_not_opened_and_is_continued(path: Path) -> None:
+def test_unfinished_cache_is_refused_by_load_and_resumed_by_extract(path: Path) -> None:
     interrupted(path)
     with pytest.raises(UnfinishedCache, match=r"holds 24 rows .* run the same extract\(\.\.\.\) again"):
         ood_scores.load(path)
@@ -328,7 +328,7 @@ def test_unfinished_cache_is_not_opened_and_is_continued(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_continuing_loads_only_what_is_missing(path: Path) -> None:
+def test_resuming_reads_only_the_missing_rows(path: Path) -> None:
     interrupted(path)
     model, data = Classifier(), Data()
     extract(path, model, data)
@@ -337,26 +337,26 @@ def test_continuing_loads_only_what_is_missing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 16, 24, 64])
-def test_continuing_with_another_batch_size_gives_every_row_once(path: Path, batch: int) -> None:
+def test_resuming_with_another_batch_size_writes_every_row_once(path: Path, batch: int) -> None:
     interrupted(path)
     continued = extract(path, batch=batch)
     assert_same(continued, extract(None), exactly=False)
     assert continued.features[:24].equal(extract(None).features[:24])
 
 
-def test_continuing_with_workers(path: Path) -> None:
+def test_resuming_with_workers(path: Path) -> None:
     interrupted(path)
     assert_same(extract(path, num_workers=2), extract(None))
 
 
-def test_continuing_without_the_last_incomplete_batch(path: Path) -> None:
+def test_resuming_without_the_last_incomplete_batch(path: Path) -> None:
     whole = extract(None, data=Data(rows=43), drop_last=True)
     assert len(whole) == 40
     interrupted(path, data=Data(rows=43), drop_last=True)
     assert_same(extract(path, data=Data(rows=43), drop_last=True), whole)
 
 
-def test_continuing_a_loader_that_iterates_in_its_own_way_runs_through_it(path: Path) -> None:
+def test_resuming_a_custom_loader_iterates_over_all_of_it(path: Path) -> None:
     class Doubling(DataLoader):
         def __iter__(self) -> Any:
             return ((2 * x, y) for x, y in super().__iter__())
@@ -370,7 +370,7 @@ def test_continuing_a_loader_that_iterates_in_its_own_way_runs_through_it(path: 
     assert_same(ood_scores.extract(Classifier(), Doubling(data, batch_size=8), cache=path, progress=False), whole)
 
 
-def test_continuing_a_loader_of_unknown_length(path: Path) -> None:
+def test_resuming_a_loader_of_unknown_length(path: Path) -> None:
     def batches(data: Data) -> Any:
         return (batch for batch in DataLoader(data, batch_size=8))
 
@@ -437,7 +437,7 @@ def test_loader_whose_length_is_wrong(path: Path, promised: int, message: str, t
 # --- random order -----------------------------------------------------------------------------------------------------
 
 
-def test_shuffling_loader_is_warned_about_then_refused(path: Path) -> None:
+def test_shuffling_loader_warns_first_and_is_refused_later(path: Path) -> None:
     with pytest.warns(UserWarning, match="random order: .* can neither be resumed nor compared"):
         made = extract(path, shuffle=True)
     assert len(made) == 40
@@ -458,7 +458,7 @@ def test_shuffling_loader_cannot_resume(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_shuffling_in_memory_is_nobodys_business() -> None:
+def test_shuffling_in_memory_does_not_warn() -> None:
     assert extract(None, shuffle=True).features.shape == (40, 8)
 
 
@@ -493,7 +493,7 @@ def test_writer_appends_and_grows(path: Path, monkeypatch: pytest.MonkeyPatch) -
         (rows(1, 2, 3, 4, 5), BadInput),
     ],
 )
-def test_writer_refuses_rows_that_do_not_fit(path: Path, bad: dict[str, Tensor], error: type[Exception]) -> None:
+def test_writer_refuses_mismatched_rows(path: Path, bad: dict[str, Tensor], error: type[Exception]) -> None:
     with caches.CacheWriter.create(path, SHAPES, 4, None, None) as writer:
         writer.append(rows(7))
         with pytest.raises(error):
@@ -518,7 +518,7 @@ def test_two_writers_in_one_process(path: Path) -> None:
         assert writer.rows == 1
 
 
-def test_writer_does_not_continue_what_another_has_continued(path: Path) -> None:
+def test_writer_does_not_resume_a_file_that_another_has_resumed(path: Path) -> None:
     with caches.CacheWriter.create(path, SHAPES, 4, None, None) as writer:
         writer.append(rows(1, 2))
     with pytest.raises(CacheBusy, match=r"another process has just written .* run the same call again"):
@@ -538,7 +538,7 @@ def test_file_that_appears_during_the_first_batch_is_not_replaced(path: Path) ->
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_numbers_lie_in_the_file_as_any_hdf5_reader_expects(path: Path) -> None:
+def test_other_hdf5_readers_can_read_the_file(path: Path) -> None:
     made = extract(path)
     with h5py.File(path, "r") as h5:
         assert h5["features"].dtype == np.float32
@@ -547,7 +547,7 @@ def test_numbers_lie_in_the_file_as_any_hdf5_reader_expects(path: Path) -> None:
         np.testing.assert_array_equal(h5["progress"][()], [40, 1])
         assert h5.attrs["format"] == "ood_scores features"
         assert h5["features"].chunks is None
-        assert h5["progress"].id.get_offset() % 8 == 0  # no counter is half written
+        assert h5["progress"].id.get_offset() % 8 == 0  # an aligned counter is never half written
 
 
 def test_extras_keep_their_order(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ensembles: the same data by several models."""
+"""Ensembles: the outputs of several models for the same data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MEMBERS = [member(0), member(1, 7), member(2)]
 JOINT = ensemble(MEMBERS)
 
 
-def test_features_and_head_give_the_mean_logits() -> None:
+def test_features_and_head_reproduce_the_mean_logits() -> None:
     expected = torch.stack([feats.logits for feats in MEMBERS]).double().mean(0)  # type: ignore[misc]
     assert torch.equal(JOINT.features, torch.cat([feats.features for feats in MEMBERS], dim=1))
     torch.testing.assert_close(JOINT.logits, expected)
@@ -109,6 +109,6 @@ PROVENANCE = Provenance(
         ([member(0, provenance=dataclasses.replace(PROVENANCE, shuffled=True))], BadInput, "random order"),
     ],
 )
-def test_what_is_not_an_ensemble(members: Any, error: type[Exception], message: str) -> None:
+def test_invalid_ensembles(members: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ensemble(members)

@@ -1,4 +1,4 @@
-"""FeatureSet, Block and Head: the same in memory and on disk."""
+"""FeatureSet, Block, and Head behave the same in memory and on disk."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def assert_same(one: FeatureSet | Block, other: FeatureSet | Block) -> None:
 # --- construction -----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_set_says() -> None:
+def test_attributes_of_a_set() -> None:
     feats = in_memory()
     assert len(feats) == ROWS
     assert (feats.num_features, feats.num_classes) == (4, 3)
@@ -99,7 +99,7 @@ def test_numpy_and_lists() -> None:
     assert from_lists.labels.equal(LABELS)
 
 
-def test_numpy_arrays_are_shared_and_odd_ones_are_copied() -> None:
+def test_numpy_arrays_are_shared_unless_torch_does_not_support_them() -> None:
     array = FEATURES.numpy().copy()
     feats = FeatureSet(array)
     array[0, 0] = 7
@@ -108,13 +108,13 @@ def test_numpy_arrays_are_shared_and_odd_ones_are_copied() -> None:
     assert FeatureSet(array.astype(">f4")).features.equal(torch.from_numpy(array))
 
 
-def test_gradients_are_left_behind() -> None:
+def test_gradients_are_detached() -> None:
     assert not FeatureSet(FEATURES.clone().requires_grad_()).features.requires_grad
 
 
-def test_h5py_data_sets_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_h5py_datasets_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with h5py.File("mine.h5", "w", userblock_size=512) as h5:  # as MATLAB makes them
+    with h5py.File("mine.h5", "w", userblock_size=512) as h5:  # as MATLAB writes them
         h5["group/z"] = FEATURES.numpy()
         h5["big"] = LOGITS.numpy().astype(">f8")
         h5["y"] = LABELS.numpy().astype(np.uint8)
@@ -132,7 +132,7 @@ def test_h5py_data_sets_are_read_lazily(tmp_path: Path, monkeypatch: pytest.Monk
         feats.features  # noqa: B018
 
 
-def test_closed_h5py_data_set(tmp_path: Path) -> None:
+def test_closed_h5py_dataset(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "mine.h5", "w") as h5:
         h5["z"] = FEATURES.numpy()
         closed = h5["z"]
@@ -167,7 +167,7 @@ def test_closed_h5py_data_set(tmp_path: Path) -> None:
         ({"extras": {"..": FEATURES}}, BadInput, "must be valid in HDF5"),
     ],
 )
-def test_arrays_that_do_not_fit(given_as: dict[str, Any], error: type[OodScoresError], message: str) -> None:
+def test_mismatched_arrays(given_as: dict[str, Any], error: type[OodScoresError], message: str) -> None:
     arguments: dict[str, Any] = {"features": FEATURES, "logits": LOGITS, "labels": LABELS, "head": HEAD}
     with pytest.raises(error, match=message):
         FeatureSet(**arguments | given_as)
@@ -189,7 +189,7 @@ def test_class_labels() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
-def test_labels_are_int64_whatever_they_were(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_labels_of_any_integer_dtype_become_int64(dtype: torch.dtype, tmp_path: Path) -> None:
     feats = FeatureSet(FEATURES, labels=LABELS.to(dtype))
     feats.save(tmp_path / "feats.h5")
     for each in (feats, ood_scores.load(tmp_path / "feats.h5"), next(feats.blocks())):
@@ -253,7 +253,7 @@ def test_slices_of_slices(on_disk: FeatureSet, bounds: list[tuple[int | None, in
     assert part.file == on_disk.file
 
 
-def test_what_stays_on_disk(on_disk: FeatureSet) -> None:
+def test_slices_stay_on_disk(on_disk: FeatureSet) -> None:
     assert on_disk[3:9].file == on_disk.file
     assert on_disk[::2].file is None
     assert on_disk[[1, 2]].file is None
@@ -278,7 +278,7 @@ def test_selection_over_many_runs_of_rows(tmp_path: Path) -> None:
         ("labels", BadInput, "rows must be a slice"),
     ],
 )
-def test_rows_that_cannot_be_chosen(on_disk: FeatureSet, rows: Any, error: type[OodScoresError], message: str) -> None:
+def test_invalid_row_selections(on_disk: FeatureSet, rows: Any, error: type[OodScoresError], message: str) -> None:
     for feats in (in_memory(), on_disk):
         with pytest.raises(error, match=message):
             feats[rows]
@@ -315,7 +315,7 @@ def test_blocks_widen_half_precision(tmp_path: Path) -> None:
     assert next(FeatureSet(FEATURES.double()).blocks()).features.dtype == torch.float64
 
 
-def test_blocks_that_cannot_be(on_disk: FeatureSet) -> None:
+def test_invalid_blocks(on_disk: FeatureSet) -> None:
     for feats in (in_memory(), on_disk):
         with pytest.raises(EmptyInput, match="no rows"):
             list(feats[:0].blocks())
@@ -327,7 +327,7 @@ def test_blocks_that_cannot_be(on_disk: FeatureSet) -> None:
             getattr(block, name)
 
 
-def test_derived_quantities_are_computed_once_and_right() -> None:
+def test_derived_quantities_are_correct_and_computed_once() -> None:
     block = next(in_memory().blocks())
     logits = LOGITS.double()
     torch.testing.assert_close(block.softmax(), logits.softmax(1))
@@ -362,7 +362,7 @@ def test_save_and_load(compress: bool, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["feats.h5", "part.h5"]
 
 
-def test_compressing_makes_a_smaller_file(tmp_path: Path) -> None:
+def test_compressed_file_is_smaller(tmp_path: Path) -> None:
     feats = FeatureSet(torch.zeros(1000, 100))
     feats.save(tmp_path / "plain.h5")
     feats.save(tmp_path / "small.h5", compress=True)
@@ -372,7 +372,7 @@ def test_compressing_makes_a_smaller_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("compress", [False, True])
-def test_precision_survives(dtype: torch.dtype, compress: bool, tmp_path: Path) -> None:
+def test_dtype_survives_saving(dtype: torch.dtype, compress: bool, tmp_path: Path) -> None:
     extras = {"mask": LABELS > 0, "counts": LABELS.to(torch.int16), "phase": FEATURES + 1j}
     feats = FeatureSet(FEATURES.to(dtype), LOGITS.to(dtype), extras=extras, head=Head(HEAD.weight.to(dtype)))
     feats.save(tmp_path / "feats.h5", compress=compress)
@@ -383,7 +383,7 @@ def test_precision_survives(dtype: torch.dtype, compress: bool, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_features_alone_and_no_rows_at_all(compress: bool, tmp_path: Path) -> None:
+def test_features_alone_and_no_rows(compress: bool, tmp_path: Path) -> None:
     for number, feats in enumerate((FeatureSet(FEATURES), FeatureSet(FEATURES[:0], LOGITS[:0], LABELS[:0]))):
         feats.save(tmp_path / f"{number}.h5", compress=compress)
         assert_same(ood_scores.load(tmp_path / f"{number}.h5"), feats)
@@ -400,7 +400,7 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_save_over_the_file_that_is_read(compress: bool, tmp_path: Path) -> None:
+def test_save_over_the_file_being_read(compress: bool, tmp_path: Path) -> None:
     path = tmp_path / "feats.h5"
     in_memory().save(path)
     loaded = ood_scores.load(path)
@@ -412,7 +412,7 @@ def test_save_over_the_file_that_is_read(compress: bool, tmp_path: Path) -> None
     assert len(loaded) == ROWS
 
 
-def test_blocks_go_on_reading_the_file_they_began_with(tmp_path: Path) -> None:
+def test_blocks_keep_reading_a_replaced_file(tmp_path: Path) -> None:
     path = tmp_path / "feats.h5"
     in_memory().save(path)
     blocks = ood_scores.load(path).blocks(10)
@@ -440,13 +440,13 @@ def test_head_maps_features_to_logits() -> None:
     assert Head(HEAD.weight.double())(FEATURES).dtype == torch.float64
 
 
-def test_head_without_bias_has_a_bias_of_zeros() -> None:
+def test_head_without_bias_has_zero_bias() -> None:
     head = Head(HEAD.weight)
     assert head.bias.equal(torch.zeros(3))
     torch.testing.assert_close(head(FEATURES), FEATURES @ HEAD.weight.T)
 
 
-def test_head_of_integers_is_made_floating() -> None:
+def test_integer_head_becomes_floating_point() -> None:
     head = Head([[1, 2], [3, 4]], [1, 0])
     assert head(torch.tensor([[1.0, 1.0]])).tolist() == [[4.0, 7.0]]
 
@@ -469,12 +469,12 @@ def test_head_of_integers_is_made_floating() -> None:
         ([[1.0], [1.0, 2.0]], None, BadInput, "torch tensors or NumPy arrays"),
     ],
 )
-def test_heads_that_cannot_be(weight: Any, bias: Any, error: type[OodScoresError], message: str) -> None:
+def test_invalid_heads(weight: Any, bias: Any, error: type[OodScoresError], message: str) -> None:
     with pytest.raises(error, match=message):
         Head(weight, bias)
 
 
-def test_the_device_of_a_loaded_set_is_that_of_its_blocks(tmp_path: Path) -> None:
+def test_blocks_are_on_the_device_of_a_loaded_set(tmp_path: Path) -> None:
     FeatureSet(torch.ones(3, 2), torch.ones(3, 4)).save(tmp_path / "a.h5")
     feats = load(tmp_path / "a.h5", device="cpu")
     joint = ensemble([feats, feats])
@@ -490,7 +490,7 @@ def test_the_device_of_a_loaded_set_is_that_of_its_blocks(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_blocks_of_a_set_on_disk_arrive_on_the_gpu_in_their_order(tmp_path: Path) -> None:
+def test_blocks_of_a_set_on_disk_arrive_on_the_gpu_in_order(tmp_path: Path) -> None:
     values = torch.arange(60_000.0).reshape(20_000, 3)
     FeatureSet(values).save(tmp_path / "a.h5")
     blocks = list(load(tmp_path / "a.h5", device="cuda").blocks(777))
@@ -498,7 +498,7 @@ def test_blocks_of_a_set_on_disk_arrive_on_the_gpu_in_their_order(tmp_path: Path
     assert torch.equal(torch.cat([block.features.cpu() for block in blocks]), values)
 
 
-def test_a_view_in_blocks_of_some_rows_reads_the_same_set() -> None:
+def test_view_with_other_block_rows_reads_the_same_set() -> None:
     feats = FeatureSet(torch.arange(20.0).reshape(10, 2), labels=torch.arange(10))
     view = feats.in_blocks(4)
     assert [len(block) for block in view.blocks()] == [4, 4, 2]

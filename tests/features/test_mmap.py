@@ -1,4 +1,4 @@
-"""Blocks of a file on disk are the mapped file where that can be, and copies where it cannot."""
+"""Blocks of a file on disk are the mapped file if possible, and copies otherwise."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> h5py.Dataset:
 
 
 @given(places=st.lists(st.tuples(st.integers(0, 40_000), st.integers(0, 5000)), max_size=8))
-def test_rows_in_any_order_are_those_of_the_file(dataset: h5py.Dataset, places: list[tuple[int, int]]) -> None:
+def test_rows_read_in_any_order_equal_those_of_the_file(dataset: h5py.Dataset, places: list[tuple[int, int]]) -> None:
     rows = mapped_rows(dataset)
     assert rows is not None
     for start, count in places:
         np.testing.assert_array_equal(rows.read(start, min(start + count, 40_000)), VALUES[start : start + count])
 
 
-def test_earlier_rows_stay_what_they_were_and_are_no_longer_held(dataset: h5py.Dataset) -> None:
+def test_earlier_rows_stay_valid_and_are_released(dataset: h5py.Dataset) -> None:
     class Pages(mmap.mmap):
         asked: list[tuple[int, int, int]]
 
@@ -58,7 +58,7 @@ def test_earlier_rows_stay_what_they_were_and_are_no_longer_held(dataset: h5py.D
     np.testing.assert_array_equal(early, VALUES[:20_000])
 
 
-def test_what_is_written_to_rows_does_not_reach_the_file(tmp_path: Path) -> None:
+def test_changes_of_rows_do_not_reach_the_file(tmp_path: Path) -> None:
     FeatureSet(VALUES).save(tmp_path / "cache.h5")
     for block in load(tmp_path / "cache.h5").blocks(1000):
         block.features.zero_()
@@ -66,18 +66,18 @@ def test_what_is_written_to_rows_does_not_reach_the_file(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("options", [{"chunks": (100, 3)}, {"compression": "gzip"}], ids=["chunks", "compressed"])
-def test_rows_that_are_not_in_one_piece_are_not_mapped(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_rows_that_are_not_contiguous_are_not_mapped(tmp_path: Path, options: dict[str, Any]) -> None:
     assert mapped_rows(write(tmp_path / "values.h5", **options)) is None
 
 
-def test_nor_are_those_of_a_file_with_a_user_block_or_none(tmp_path: Path) -> None:
+def test_files_with_a_user_block_or_no_rows_are_not_mapped(tmp_path: Path) -> None:
     for name, rows, block in (("user.h5", 3, 512), ("none.h5", 0, 0)):
         with h5py.File(tmp_path / name, "w", userblock_size=block) as h5:
             h5.create_dataset("values", data=VALUES[:rows])
         assert mapped_rows(h5py.File(tmp_path / name, "r")["values"]) is None
 
 
-def test_a_set_read_whole_does_not_depend_on_the_file_any_more(tmp_path: Path) -> None:
+def test_columns_read_as_a_whole_do_not_depend_on_the_file(tmp_path: Path) -> None:
     FeatureSet(VALUES).save(tmp_path / "cache.h5")
     features = load(tmp_path / "cache.h5").features
     with open(tmp_path / "cache.h5", "r+b") as file:

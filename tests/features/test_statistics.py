@@ -1,4 +1,4 @@
-"""Statistics of a feature set: right, in any blocks, from one pass, kept."""
+"""Statistics of a feature set: correct for any blocks, computed in one pass, and kept."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sorted_by_class(rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 def collapsed(rng: np.random.Generator) -> tuple[Array, Array]:
-    """Within-class variance 1e-8 of that between classes."""
+    """Features whose within-class variance is 1e-8 of that between classes."""
     labels = np.arange(200) % 4
     return rng.normal(size=(4, 5))[labels] + 1e-4 * rng.normal(size=(200, 5)), labels
 
@@ -63,7 +63,7 @@ def feature_set(features: Any, labels: Any, classes: int = 4) -> FeatureSet:
 
 
 def moments(feats: FeatureSet, asked: ClassMoments = PER_CLASS, rows: int | None = None) -> Moments:
-    """The moments from blocks of the given size."""
+    """Compute the moments from blocks of the given size."""
     accumulator = asked.start(feats)
     for block in feats.blocks(rows):
         accumulator.update(block)
@@ -71,7 +71,7 @@ def moments(feats: FeatureSet, asked: ClassMoments = PER_CLASS, rows: int | None
 
 
 def two_pass(features: Array, labels: Array, classes: int = 4) -> tuple[Array, Array, Array]:
-    """Counts, means and class scatter the textbook way."""
+    """Compute counts, means, and class scatter by their definition."""
     groups = [features[labels == c] for c in range(classes)]
     means = np.stack([group.mean(axis=0) if len(group) else np.zeros(features.shape[1]) for group in groups])
     scatter = np.stack([(group - mean).T @ (group - mean) for group, mean in zip(groups, means, strict=True)])
@@ -85,7 +85,7 @@ def assert_close(found: Moments, expected: tuple[Array, Array, Array]) -> None:
     np.testing.assert_array_equal(found.counts, counts)
     np.testing.assert_allclose(found.means, means, rtol=1e-13, atol=1e-14)
     scale = np.abs(scatter).max(initial=1e-300)
-    rounding = 1e-14 * np.abs(means).max() ** 2 / scale  # the reference's own: its means are rounded to 1e-16
+    rounding = 1e-14 * np.abs(means).max() ** 2 / scale  # the reference rounds its means to 1e-16
     np.testing.assert_allclose(found.class_scatter / scale, scatter / scale, atol=1e-12 + min(rounding, 1e-10))
     np.testing.assert_allclose(found.scatter / scale, scatter.sum(axis=0) / scale, atol=1e-12 + min(rounding, 1e-10))
 
@@ -106,7 +106,7 @@ def test_float32_features_are_summed_in_float64(case: Case) -> None:
 
 @given(rows=st.integers(1, 130), seed=st.integers(0, 99), case=st.sampled_from(CASES))
 @settings(max_examples=40, deadline=None)
-def test_any_blocks_and_any_order_give_the_same(rows: int, seed: int, case: Case) -> None:
+def test_blocks_and_order_do_not_matter(rows: int, seed: int, case: Case) -> None:
     features, labels = case(np.random.default_rng(2))
     order = np.random.default_rng(seed).permutation(len(features))
     found = moments(feature_set(features[order], labels[order]), rows=rows)
@@ -117,8 +117,8 @@ def test_any_blocks_and_any_order_give_the_same(rows: int, seed: int, case: Case
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 @pytest.mark.parametrize("rows", [1, 10, 1000])
-def test_a_large_offset_costs_no_accuracy(offset: float, rows: int) -> None:
-    """Integers, so that adding the offset is exact and every offset has the very same scatter."""
+def test_large_offset_costs_no_accuracy(offset: float, rows: int) -> None:
+    """The features are integers, so that adding the offset is exact and does not change the scatter."""
     features = np.random.default_rng(3).integers(-8, 9, size=(500, 4)).astype(np.float64)
     labels = np.arange(500) % 3
     expected = two_pass(features, labels, classes=3)[2]
@@ -128,8 +128,8 @@ def test_a_large_offset_costs_no_accuracy(offset: float, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_constants_have_exactly_no_scatter(rows: int) -> None:
-    """Also those that are no short binary fraction, and those constant only within each class."""
+def test_scatter_of_constants_is_exactly_zero(rows: int) -> None:
+    """This includes constants without an exact binary fraction, and features that are constant within each class."""
     rng = np.random.default_rng(4)
     labels = np.arange(31) % 4
     features = np.column_stack([np.full(31, 0.1), np.array([0.1, 1 / 3, 1e6 / 7, 0.0])[labels], rng.normal(size=31)])
@@ -140,7 +140,7 @@ def test_constants_have_exactly_no_scatter(rows: int) -> None:
     assert torch.equal(found.means[:, :2], torch.from_numpy(features[:4, :2]))
 
 
-def test_pooled_scatter_is_the_sum_over_classes_and_is_all_that_is_kept_unless_asked() -> None:
+def test_class_scatter_is_kept_on_request_and_sums_to_the_pooled_scatter() -> None:
     features, labels = imbalanced(np.random.default_rng(5))
     pooled = moments(feature_set(features, labels), ClassMoments())
     per_class = moments(feature_set(features, labels))
@@ -149,7 +149,7 @@ def test_pooled_scatter_is_the_sum_over_classes_and_is_all_that_is_kept_unless_a
     torch.testing.assert_close(pooled.scatter, per_class.class_scatter.sum(dim=0))
 
 
-def test_the_scatter_of_each_class_is_left_out_where_it_takes_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_scatter_is_left_out_if_it_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = np.random.default_rng(0).normal(size=(60, 4)), np.arange(60) % 3
     for spare, is_there in ((0, True), (-1, False)):
         monkeypatch.setattr("ood_scores.features.statistics.moments.CLASS_SCATTER_BYTES", 8 * 4 * 4 * 4 + spare)
@@ -158,11 +158,11 @@ def test_the_scatter_of_each_class_is_left_out_where_it_takes_too_much(monkeypat
         torch.testing.assert_close(found.scatter, moments(feature_set(features, labels), ClassMoments()).scatter)
 
 
-def test_spaces_and_normalisation() -> None:
+def test_spaces_and_normalization() -> None:
     rng = np.random.default_rng(6)
     features, logits, extra = (rng.normal(size=(50, width)) for width in (5, 4, 3))
     labels = np.arange(50) % 4
-    features[7] = 0  # stays zero when normalised
+    features[7] = 0  # stays zero when normalized
     feats = FeatureSet(features, logits, labels, extras={"pooled": extra})
     norms = np.linalg.norm(features, axis=1, keepdims=True)
     normalised = np.divide(features, norms, out=np.zeros_like(features), where=norms > 0)
@@ -171,7 +171,7 @@ def test_spaces_and_normalisation() -> None:
     assert_close(moments(feats, ClassMoments(normalize=True, per_class=True)), two_pass(normalised, labels))
 
 
-def test_without_logits_the_labels_say_how_many_classes_there_are() -> None:
+def test_number_of_classes_follows_from_labels_without_logits() -> None:
     features, labels = balanced(np.random.default_rng(7))
     assert_close(moments(FeatureSet(features, labels=labels)), two_pass(features, labels))
 
@@ -190,7 +190,7 @@ def test_rows(rows: int) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[FeatureSet]:
-    """The sets whose blocks were read, once for each pass."""
+    """The sets whose blocks were read, one entry per pass."""
     passes: list[FeatureSet] = []
     blocks = FeatureSet.blocks
 
@@ -202,7 +202,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[FeatureSet]:
     return passes
 
 
-def test_one_pass_for_all_that_ask_and_none_for_what_is_known(reads: list[FeatureSet]) -> None:
+def test_one_pass_computes_all_statistics_that_are_not_known(reads: list[FeatureSet]) -> None:
     features, labels = balanced(np.random.default_rng(8))
     feats = feature_set(features, labels)
     first = collect(feats, [ClassMoments(), PER_CLASS, Rows(), ClassMoments("logits"), ClassMoments()])
@@ -218,7 +218,7 @@ def test_one_pass_for_all_that_ask_and_none_for_what_is_known(reads: list[Featur
     assert len(reads) == 3
 
 
-def test_nothing_asked_reads_nothing(reads: list[FeatureSet]) -> None:
+def test_no_statistics_read_nothing(reads: list[FeatureSet]) -> None:
     features, labels = balanced(np.random.default_rng(9))
     assert collect(feature_set(features, labels), []) == {}
     assert not reads
@@ -230,7 +230,7 @@ def test_labels_must_be_class_indices(labels: list[int]) -> None:
         collect(feature_set(np.zeros((3, 2)), np.array(labels)), [ClassMoments()])
 
 
-def test_labels_must_be_there() -> None:
+def test_labels_are_required() -> None:
     with pytest.raises(BadLabels, match="no labels"):
         collect(FeatureSet(np.zeros((3, 2))), [ClassMoments()])
 
@@ -242,7 +242,7 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("column", ["features", "logits"])
-def test_what_is_not_finite_is_refused_and_not_kept(value: float, column: str) -> None:
+def test_values_that_are_not_finite_are_refused_and_not_kept(value: float, column: str) -> None:
     columns: dict[str, Any] = {"features": torch.ones(20, 3), "logits": torch.ones(20, 2)}
     columns[column][13, 1] = value
     feats = FeatureSet(**columns)
@@ -266,7 +266,9 @@ class TestMomentsOfAllFromThoseOfTheClasses:
 
     @pytest.mark.parametrize("per_class", [False, True])
     @pytest.mark.parametrize("normalize", [False, True])
-    def test_are_those_of_all(self, per_class: bool, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_equal_the_moments_of_all_rows(
+        self, per_class: bool, normalize: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         wanted = GlobalMoments(normalize=normalize)
         direct = collect(self.feats(), [wanted])[wanted]
         monkeypatch.setattr(GlobalMoments, "start", lambda *_: pytest.fail("they were accumulated"))
@@ -278,12 +280,12 @@ class TestMomentsOfAllFromThoseOfTheClasses:
         )
         assert derived.class_scatter is None
 
-    def test_a_constant_has_no_spread(self) -> None:
+    def test_constant_has_no_scatter(self) -> None:
         derived = collect(self.feats(), [GlobalMoments(), ClassMoments()])[GlobalMoments()]
         assert derived.means[0, 5] == 1000.1
         assert not derived.scatter[5].any()
 
-    def test_moments_that_are_known_are_not_made_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_known_class_moments_are_reused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         feats = self.feats()
         collect(feats, [ClassMoments()])
         monkeypatch.setattr(FeatureSet, "blocks", None)

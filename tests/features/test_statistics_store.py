@@ -1,4 +1,4 @@
-"""Statistics kept beside a cache: the second fit reads nothing, and no file that is wrong is ever believed."""
+"""Stored statistics of a cache: the second fit reads nothing, and a wrong file is never used."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[FeatureSet]:
-    """The sets whose blocks were read, once for each pass."""
+    """The sets whose blocks were read, one entry per pass."""
     seen: list[FeatureSet] = []
     blocks = FeatureSet.blocks
 
@@ -83,7 +83,7 @@ def beside(path: Path) -> Path:
 
 
 def assert_same(one: Any, other: Any) -> None:
-    """Bit for bit, in types, shapes and memory order too."""
+    """Check equality bit for bit, including dtypes, shapes, and memory order."""
     assert type(one) is type(other)
     if is_dataclass(one):
         for field in fields(one):
@@ -94,7 +94,7 @@ def assert_same(one: Any, other: Any) -> None:
         assert torch.equal(one, other)
 
 
-# --- kept -------------------------------------------------------------------------------------------------------------
+# --- stored -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_second_fit_reads_nothing(path: Path, passes: list[FeatureSet]) -> None:
@@ -105,7 +105,7 @@ def test_the_second_fit_reads_nothing(path: Path, passes: list[FeatureSet]) -> N
     assert torch.equal(first.score(ID), second.score(ID))
 
 
-def test_what_is_read_back_is_what_was_computed(path: Path, passes: list[FeatureSet]) -> None:
+def test_stored_results_equal_the_computed_ones(path: Path, passes: list[FeatureSet]) -> None:
     computed = collect(load(path), SUMMARIES)
     recalled = collect(load(path), SUMMARIES)
     assert len(passes) == 1
@@ -130,7 +130,7 @@ SCORERS = [
 ]
 
 
-def test_scores_are_the_same_whether_statistics_were_kept_or_not(path: Path) -> None:
+def test_scores_from_stored_and_computed_statistics_are_equal(path: Path) -> None:
     fresh = {name: create_scorer(name).fit(problem()).score(ID) for name in SCORERS}
     for _ in range(2):
         for name in SCORERS:
@@ -143,7 +143,7 @@ def identity(path: Path) -> str:
         return h5.attrs["identity"]
 
 
-def test_only_what_is_missing_is_computed_and_all_is_kept(path: Path, passes: list[FeatureSet]) -> None:
+def test_only_missing_statistics_are_computed_and_all_are_stored(path: Path, passes: list[FeatureSet]) -> None:
     collect(load(path), [ClassMoments()])
     both = collect(load(path), [ClassMoments(), FeatureMean()])
     assert len(passes) == 2
@@ -154,7 +154,7 @@ def test_only_what_is_missing_is_computed_and_all_is_kept(path: Path, passes: li
     assert statistics_store.names(path, identity(path)) == [repr(ClassMoments()), repr(FeatureMean())]
 
 
-def test_other_parameters_are_another_statistic(path: Path, passes: list[FeatureSet]) -> None:
+def test_other_parameters_make_another_statistic(path: Path, passes: list[FeatureSet]) -> None:
     collect(load(path), [ClassMoments()])
     found = collect(load(path), [ClassMoments(normalize=True)])
     assert len(passes) == 2
@@ -164,7 +164,7 @@ def test_other_parameters_are_another_statistic(path: Path, passes: list[Feature
     )
 
 
-def test_evaluate_reads_the_fit_set_once_and_then_never(path: Path, passes: list[FeatureSet]) -> None:
+def test_evaluate_reads_the_fit_set_only_once(path: Path, passes: list[FeatureSet]) -> None:
     tables = []
     for expected in (1, 0):
         fit = load(path)
@@ -173,7 +173,7 @@ def test_evaluate_reads_the_fit_set_once_and_then_never(path: Path, passes: list
     assert tables[0].equals(tables[1])
 
 
-def test_the_cache_itself_is_not_touched_and_leads_to_its_statistics(path: Path) -> None:
+def test_cache_is_not_changed_and_links_to_its_statistics(path: Path) -> None:
     before = path.read_bytes()
     found = collect(load(path), SUMMARIES)
     assert path.read_bytes() == before
@@ -185,7 +185,7 @@ def test_the_cache_itself_is_not_touched_and_leads_to_its_statistics(path: Path)
         assert "class_scatter" not in h5[f"statistics/{ClassMoments()!r}"]
 
 
-def test_a_compressed_cache(tmp_path: Path, passes: list[FeatureSet]) -> None:
+def test_compressed_cache(tmp_path: Path, passes: list[FeatureSet]) -> None:
     problem().save(tmp_path / "small.h5", compress=True)
     passes.clear()
     found = [collect(load(tmp_path / "small.h5"), [ClassMoments()])[ClassMoments()] for _ in range(2)]
@@ -193,7 +193,7 @@ def test_a_compressed_cache(tmp_path: Path, passes: list[FeatureSet]) -> None:
     assert_same(*found)
 
 
-def test_inspect_names_them(path: Path) -> None:
+def test_inspect_lists_stored_statistics(path: Path) -> None:
     for expected in (False, True):
         shown = CliRunner().invoke(app, ["inspect", str(path)]).output
         assert "features" in shown
@@ -203,18 +203,18 @@ def test_inspect_names_them(path: Path) -> None:
         collect(load(path), [ClassMoments(), Means()])
 
 
-# --- not kept ---------------------------------------------------------------------------------------------------------
+# --- not stored -------------------------------------------------------------------------------------------------------
 
 
-def test_copies_of_the_rows_are_not_kept(path: Path, passes: list[FeatureSet]) -> None:
+def test_copies_of_rows_are_not_stored(path: Path, passes: list[FeatureSet]) -> None:
     for expected in (1, 2):
         collect(load(path), COPIES)
         assert len(passes) == expected
     assert not beside(path).exists()
 
 
-def test_statistics_of_others_are_not_kept(path: Path, passes: list[FeatureSet]) -> None:
-    """What they compute may change from one run to the next without their name."""
+def test_third_party_statistics_are_not_stored(path: Path, passes: list[FeatureSet]) -> None:
+    """Their results may change between runs while their names do not."""
 
     @dataclass(frozen=True)
     class Count:
@@ -238,8 +238,8 @@ def test_statistics_of_others_are_not_kept(path: Path, passes: list[FeatureSet])
     assert not beside(path).exists()
 
 
-def test_what_is_large_against_the_data_is_not_kept(tmp_path: Path, passes: list[FeatureSet]) -> None:
-    """One row more, and the scatter and the mean of 8 features are at most a quarter of the data."""
+def test_large_statistics_are_not_stored(tmp_path: Path, passes: list[FeatureSet]) -> None:
+    """With one more row, the scatter and mean of 8 features are at most a quarter of the data."""
     size = 8 * (1 + 8 + 64)
     rows = 4 * size // (8 * 8)
     for count, expected in ((rows, 2), (rows + 1, 1)):
@@ -259,7 +259,7 @@ PARTS: dict[str, Callable[[FeatureSet], FeatureSet]] = {
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_parts_neither_use_nor_make_kept_statistics(
+def test_parts_of_a_cache_neither_read_nor_write_stored_statistics(
     part: Callable[[FeatureSet], FeatureSet], path: Path, passes: list[FeatureSet]
 ) -> None:
     collect(part(load(path)), [FeatureMean()])
@@ -272,7 +272,7 @@ def test_parts_neither_use_nor_make_kept_statistics(
     assert beside(path).read_bytes() == before
 
 
-def test_shaped_sets_neither_use_nor_make_kept_statistics(path: Path) -> None:
+def test_shaped_sets_neither_read_nor_write_stored_statistics(path: Path) -> None:
     collect(load(path), SUMMARIES)
     before = beside(path).read_bytes()
     scorer = create_scorer("react", q=0.5, base="mahalanobis")
@@ -281,7 +281,7 @@ def test_shaped_sets_neither_use_nor_make_kept_statistics(path: Path) -> None:
     assert beside(path).read_bytes() == before
 
 
-def test_nothing_is_kept_of_what_is_not_finite(tmp_path: Path) -> None:
+def test_nothing_is_stored_for_values_that_are_not_finite(tmp_path: Path) -> None:
     feats = problem()
     features = feats.features.clone()
     features[33, 2] = torch.nan
@@ -291,7 +291,7 @@ def test_nothing_is_kept_of_what_is_not_finite(tmp_path: Path) -> None:
     assert not beside(tmp_path / "bad.h5").exists()
 
 
-# --- never believed ---------------------------------------------------------------------------------------------------
+# --- never used ------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_of_an_overwritten_cache_are_not_used(path: Path, passes: list[FeatureSet]) -> None:
@@ -305,7 +305,7 @@ def test_statistics_of_an_overwritten_cache_are_not_used(path: Path, passes: lis
         assert_same(found[statistic], expected)
 
 
-def test_a_set_loaded_before_its_cache_was_overwritten_leaves_nothing_for_the_new_one(path: Path) -> None:
+def test_set_of_an_overwritten_cache_stores_nothing_for_the_new_one(path: Path) -> None:
     feats = load(path)
     shutil.copy(path, path.with_name("old.h5"))
     problem(seed=7).save(path)
@@ -315,7 +315,7 @@ def test_a_set_loaded_before_its_cache_was_overwritten_leaves_nothing_for_the_ne
     )
 
 
-def test_two_caches_never_share_a_file(tmp_path: Path) -> None:
+def test_two_caches_never_share_statistics(tmp_path: Path) -> None:
     names = ["a.h5", "a.hdf5", "a", "a.b.h5", "b.h5"]
     for seed, name in enumerate(names):
         problem(seed=seed).save(tmp_path / name)
@@ -326,7 +326,7 @@ def test_two_caches_never_share_a_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2 * len(names)
 
 
-def test_a_moved_cache_is_read_again_unless_its_statistics_moved_with_it(path: Path, passes: list[FeatureSet]) -> None:
+def test_moved_cache_needs_its_statistics_moved_too(path: Path, passes: list[FeatureSet]) -> None:
     collect(load(path), [FeatureMean()])
     other = path.with_name("other.h5")
     path.rename(other)
@@ -388,7 +388,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_computed_and_written_again(
+def test_damaged_statistics_are_computed_and_written_again(
     damage: Callable[[Path], None], path: Path, passes: list[FeatureSet]
 ) -> None:
     expected = collect(load(path), [FeatureMean()])[FeatureMean()]
@@ -400,7 +400,7 @@ def test_a_damaged_file_is_computed_and_written_again(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_bytes_anywhere_may_be_wrong(seed: int, path: Path) -> None:
+def test_wrong_bytes_are_never_used(seed: int, path: Path) -> None:
     expected = collect(load(path), SUMMARIES)
     content = np.frombuffer(beside(path).read_bytes(), np.uint8).copy()
     rng = np.random.default_rng(seed)
@@ -412,7 +412,7 @@ def test_bytes_anywhere_may_be_wrong(seed: int, path: Path) -> None:
         assert_same(found[statistic], expected[statistic])
 
 
-def test_an_entry_that_is_damaged_costs_no_other(path: Path, passes: list[FeatureSet]) -> None:
+def test_damaged_entry_does_not_affect_the_others(path: Path, passes: list[FeatureSet]) -> None:
     collect(load(path), [FeatureMean(), ClassMoments()])
     _another_number(beside(path))
     passes.clear()
@@ -428,7 +428,7 @@ def test_an_entry_that_is_damaged_costs_no_other(path: Path, passes: list[Featur
 
 
 @pytest.mark.parametrize("refused", ["open", "write", "replace"])
-def test_a_refused_write_is_no_error(refused: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_write_is_not_an_error(refused: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -453,7 +453,7 @@ def _a_feature_cache(file: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_text, _a_feature_cache, Path.mkdir])
-def test_what_someone_else_put_there_is_left_alone(make: Callable[[Path], None], path: Path) -> None:
+def test_foreign_file_is_not_replaced(make: Callable[[Path], None], path: Path) -> None:
     make(beside(path))
     before = beside(path).read_bytes() if beside(path).is_file() else None
     for _ in range(2):
@@ -464,7 +464,7 @@ def test_what_someone_else_put_there_is_left_alone(make: Callable[[Path], None],
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_is_no_error(path: Path) -> None:
+def test_read_only_folder_is_not_an_error(path: Path) -> None:
     path.parent.chmod(0o500)
     try:
         found = collect(load(path), [FeatureMean()])
@@ -473,8 +473,8 @@ def test_a_folder_that_may_not_be_written_is_no_error(path: Path) -> None:
     assert_same(found[FeatureMean()], collect(problem(), [FeatureMean()])[FeatureMean()])
 
 
-def test_a_full_disk_is_no_error_and_leaves_the_old_file(path: Path) -> None:
-    """As the system itself refuses: the size of files is limited."""
+def test_full_disk_is_not_an_error_and_leaves_the_old_file(path: Path) -> None:
+    """The system refuses the write, because the size of files is limited."""
     collect(load(path), [FeatureMean()])
     before = beside(path).read_bytes()
     code = f"""
@@ -517,7 +517,7 @@ def test_killed_while_writing_leaves_the_old_statistics(instant: str, path: Path
 # --- the link ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_without_statistics_is_read_as_ever(path: Path) -> None:
+def test_cache_without_statistics_can_be_read(path: Path) -> None:
     with h5py.File(path) as h5:
         assert cache.column_names(h5) == ["features", "logits", "labels", "extras/pooled"]
         assert sorted(h5) == ["extras", "features", "head", "labels", "logits", "progress", "statistics"]
@@ -531,7 +531,7 @@ def test_a_cache_without_statistics_is_read_as_ever(path: Path) -> None:
             h5["statistics"]
 
 
-def test_every_way_to_make_a_cache_makes_the_link(tmp_path: Path) -> None:
+def test_every_new_cache_has_the_link(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     batches = [(torch.randn(500, 6), torch.arange(500) % 3) for _ in range(3)]
     ood_scores.extract(model, DataLoader(TensorDataset(*batches[0]), batch_size=50), cache=tmp_path / "sized.h5")
