@@ -1,4 +1,4 @@
-"""Images for tests of datasets: solid colors on disk, numbered arrays, and what a dataset holds."""
+"""Images for the dataset tests, solid colors on disk and numbered arrays, and functions that read datasets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ood_scores.data.images import ImageArrays, ImageDataset
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
-def save(path: Path, colour: Any, mode: str = "RGB", size: tuple[int, int] = (3, 2)) -> None:
+def save(path: Path, color: Any, mode: str = "RGB", size: tuple[int, int] = (3, 2)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
+    Image.new(mode, size, color).save(path)
 
 
 def items(dataset: ImageDataset) -> list[Any]:
@@ -32,7 +32,7 @@ def pixels(dataset: ImageDataset, index: int) -> np.ndarray:
 
 
 def numbered(n: int, labels: Any = None) -> ImageArrays:
-    """The pixels of an image say its row, up to 65,535."""
+    """Create images whose pixels encode their row, up to 65,535."""
     rows = np.arange(n)
     images = np.stack([rows // 256, rows % 256, 0 * rows], axis=1).astype(np.uint8)[:, None, None]
     return ImageArrays(np.ascontiguousarray(np.broadcast_to(images, (n, 2, 2, 3))), labels, name="numbered")

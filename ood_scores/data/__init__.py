@@ -1,1 +1,1 @@
-""""""
+"""Image datasets: how they are named, opened, and obtained."""

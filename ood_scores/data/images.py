@@ -1,4 +1,4 @@
-"""Datasets of images that are held in an array, in files or by torchvision."""
+"""Datasets of images in an array, in files, or in a torchvision dataset."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Transform: TypeAlias = Callable[[Image.Image], Any]
 
 
 class ImageDataset(Dataset[Any], ABC):
-    """Items are `(image, label)`, or `image` where there are no labels; the image is RGB and went through `transform`.
+    """A dataset whose items are ``(image, label)``, or ``image`` if there are no labels.
 
-    Subclasses give `__len__` and `load`.
+    Images are RGB and pass through ``transform``. Subclasses implement ``__len__`` and ``load``.
 
     Attributes:
         name: a short name for tables.
-        transform: applied to the PIL image of every item; None leaves it as it is.
+        transform: function that is applied to the PIL image of every item, or None.
     """
 
     def __init__(self, name: str, transform: Transform | None) -> None:
@@ -33,11 +33,11 @@ class ImageDataset(Dataset[Any], ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of rows."""
+        """Return the number of rows."""
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image.Image, int | None]:
-        """The RGB image of one row and its label."""
+        """Return the RGB image of a row and its label."""
 
     def __getitem__(self, index: int) -> Any:
         image, label = self.load(index)
@@ -46,19 +46,19 @@ class ImageDataset(Dataset[Any], ABC):
 
 
 class ImageArrays(ImageDataset):
-    """Images held in one array.
+    """Images in one array.
 
     Args:
-        images: uint8 [N,H,W,3] in RGB order, or [N,H,W] grey.
-        labels: integers [N], or None.
-        transform: applied to each PIL image.
+        images: RGB images, uint8 ``[N, H, W, 3]``, or gray ones, ``[N, H, W]``.
+        labels: class indices ``[N]``, or None.
+        transform: function that is applied to each PIL image, or None.
         name: a short name for tables.
 
     Raises:
-        BadInput: images that are not uint8.
-        BadLabels: labels that are not integers.
-        ShapeMismatch: images of another shape, or not one label per image.
-        EmptyInput: no images.
+        BadInput: if the images are not uint8.
+        BadLabels: if the labels are not integers.
+        ShapeMismatch: if the images have another shape, or there is not one label per image.
+        EmptyInput: if there are no images.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class ImageArrays(ImageDataset):
     ) -> None:
         super().__init__(name, transform)
         if images.dtype != np.uint8:
-            raise BadInput(f"images have dtype {images.dtype}; give uint8 from 0 to 255")
+            raise BadInput(f"images have dtype {images.dtype}: pass uint8 from 0 to 255.")
         if images.ndim != 3 and not (images.ndim == 4 and images.shape[3] == 3):
-            raise ShapeMismatch(f"images have shape {list(images.shape)}; give [N,H,W,3] or, for grey, [N,H,W]")
+            raise ShapeMismatch(f"images have shape {list(images.shape)}: pass [N, H, W, 3], or [N, H, W] if gray.")
         if len(images) == 0:
-            raise EmptyInput(f"{name} has no images")
+            raise EmptyInput(f"{name} has no images.")
         self.images = images
         self.labels = None if labels is None else checked_labels(labels, len(images))
 
@@ -87,7 +87,7 @@ class ImageArrays(ImageDataset):
 
 
 class ImageFiles(ImageDataset):
-    """Images in files, opened one by one; a file that is missing or cannot be read is a BadInput that names it."""
+    """Images in files, which are opened one by one; an error names the file that is missing or cannot be read."""
 
     def __init__(
         self, paths: Sequence[str], labels: Sequence[int] | None, transform: Transform | None, name: str
@@ -104,17 +104,17 @@ class ImageFiles(ImageDataset):
 
 
 class TorchvisionImages(ImageDataset):
-    """One of torchvision's classification datasets, opened without a transform."""
+    """A classification dataset of torchvision that was created without a transform."""
 
     def __init__(self, dataset: Any, transform: Transform | None, name: str) -> None:
         super().__init__(name, transform)
         if len(dataset) == 0:
-            raise EmptyInput(f"{name} has no images")
+            raise EmptyInput(f"{name} has no images.")
         match dataset[0]:
             case (Image.Image(), int() | np.integer() | None):
                 self.dataset = dataset
             case _:
-                raise BadInput(f"the items of {name} are not an image and its class; name a classification dataset")
+                raise BadInput(f"the items of {name} are not an image and its class: name a classification dataset.")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -125,21 +125,31 @@ class TorchvisionImages(ImageDataset):
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """The image in a file, as RGB. Raises MissingData if there is no such file, BadInput if it cannot be read."""
+    """Read the image in a file as RGB.
+
+    Raises:
+        MissingData: if there is no such file.
+        BadInput: if it cannot be read as an image.
+    """
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
     except FileNotFoundError as error:
         raise MissingData(f"there is no image {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"cannot read the image {path}: {error}") from error
+        raise BadInput(f"cannot read the image {path} ({error}): replace or remove the file.") from error
 
 
 def checked_labels(labels: ArrayLike, n_images: int) -> NDArray[np.int64]:
-    """`labels` as int64 `[n_images]`. Raises BadLabels for other types, ShapeMismatch for other lengths."""
+    """Return labels as int64 ``[n_images]``.
+
+    Raises:
+        BadLabels: if they are not integers.
+        ShapeMismatch: if there is not one label per image.
+    """
     array = np.asarray(labels)
     if array.dtype.kind not in "iu":
-        raise BadLabels(f"labels have dtype {array.dtype}; give integers, one class index per image")
+        raise BadLabels(f"labels have dtype {array.dtype}: pass integers, one class index per image.")
     if array.shape != (n_images,):
-        raise ShapeMismatch(f"labels have shape {list(array.shape)} beside {n_images} images; give one label per image")
+        raise ShapeMismatch(f"labels have shape {list(array.shape)} for {n_images} images: pass one label per image.")
     return array.astype(np.int64)

@@ -1,4 +1,4 @@
-"""How to get datasets in files that are missing, from what the catalog knows: a command or an address."""
+"""How to get missing datasets that consist of files: a command or an address from the catalog."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from ood_scores.data.dataset_spec import parse
 
 
 def remedy_for_path(text: str, root: str | PathLike[str] | None = None) -> str:
-    """How to get a dataset in files: by the path of a known dataset, else by a folder name on the path.
+    """Return how to get a dataset in files, or "" if it is not known.
+
+    A known dataset is recognized by its path, or else by the name of a folder on the path.
 
     Args:
-        text: as `ood_scores.data.sources.open_dataset` takes it; nothing is opened, no variable is expanded.
-        root: where its relative paths start.
+        text: the text that names the dataset; environment variables are not expanded.
+        root: folder where relative paths start.
     """
     target = parse(text).target
     for known in CATALOG:
@@ -24,7 +26,7 @@ def remedy_for_path(text: str, root: str | PathLike[str] | None = None) -> str:
 
 
 def _by_folder(target: str, root: str | PathLike[str] | None) -> str:
-    """For a path that no set has as its own: OpenOOD's layout, else the innermost name that is known."""
+    """Look for OpenOOD's layout in a path, else for the innermost name of a known dataset."""
     path = PurePosixPath(target)
     names = [part.lower().replace("-", "_") for part in (*path.parent.parts, path.stem)]
     for place, name in enumerate(names):
@@ -43,7 +45,7 @@ def _path(known: KnownSet) -> str:
 
 
 def _below(root: str | PathLike[str] | None, folder: str) -> str:
-    """The folder as a command takes it; variables and `~` are left to the shell."""
+    """Return a folder as a word of a shell command, which expands variables and ``~`` itself."""
     start = "" if root is None or folder.startswith(("~", "$")) else fspath(root)
     path = str(PurePosixPath(start, folder))
     return f'"{path}"' if " " in path else path

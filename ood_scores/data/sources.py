@@ -19,29 +19,29 @@ def open_dataset(
 ) -> ImageDataset:
     """Open the dataset that a text names.
 
-    The kinds and their options are those of the modules of ``ood_scores.data.kinds``. Options of every kind, applied
-    in this order whatever the order in which they are written:
+    Each module of ``ood_scores.data.kinds`` documents the options of a kind. Every kind also has the options below.
+    They are applied in this order, regardless of the order in the text, and are part of the name of the dataset.
 
-    - ``scramble=SEED``: each image's pixels in a random order of its own, by the seed and its row in the whole set.
+    - ``scramble=SEED``: the pixels of each image in a random order, which depends on the seed and on the row in the
+      whole dataset.
     - ``rows=0:5000``: a slice as in Python.
-    - ``long_tail=100``: as in ``ood_scores.data.long_tail``; the number is the ratio.
-    - ``take=500``: evenly spaced rows, the first 500 of every (N // 500)-th; all where there are less.
+    - ``long_tail=100``: a long tail with this ratio, see ``ood_scores.data.long_tail``.
+    - ``take=500``: the first 500 of every (N // 500)-th row; all rows if there are fewer.
 
-    The name of the dataset tells these options. In paths and other values, ``$NAME`` and ``${NAME}`` are variables of
-    the environment and ``$$`` is a dollar sign.
+    In paths and other values, ``$NAME`` and ``${NAME}`` are environment variables and ``$$`` is a dollar sign.
 
     Args:
         spec: the text.
-        transform: applied to the PIL image of every item; may be set later, too.
-        root: where relative paths start, by default the current folder.
+        transform: function that is applied to the PIL image of every item. It can also be set later.
+        root: folder where relative paths start; defaults to the current folder.
 
     Raises:
-        UnknownName: a kind, option, column or torchvision dataset that does not exist.
-        MissingData: files that are not there, or a variable that is not set; the message says how to get them, where
-            ``remedy`` knows.
-        BadInput: contents or options that cannot be read.
-        BadLabels: ``long_tail`` of a dataset without labels.
-        EmptyInput: no images.
+        UnknownName: if a kind, option, column, or torchvision dataset does not exist.
+        MissingData: if files do not exist or a variable is not set. The message includes the ``remedy``, if there is
+            one.
+        BadInput: if contents or options cannot be read.
+        BadLabels: if ``long_tail`` is used with a dataset without labels.
+        EmptyInput: if there are no images.
     """
     name, target, options = parse(spec)
     kind = DATASET_KINDS[name]
@@ -62,17 +62,17 @@ def open_dataset(
 
 
 def remedy(spec: str, root: str | PathLike[str] | None = None) -> str:
-    """How to get the data that a text names: a command, an address, or "" where none is known.
+    """Return how to get the data that a text names: a command, an address, or "" if none is known.
 
     Args:
-        spec: as ``open_dataset`` takes it; nothing is opened, no variable is expanded.
-        root: where its relative paths start.
+        spec: the text; nothing is opened, and environment variables are not expanded.
+        root: folder where relative paths start.
     """
     kind = DATASET_KINDS.get(parse(spec).kind)
     return kind.remedy(spec, root) if kind else ""
 
 
 def offline(spec: str) -> str | None:
-    """The text that opens the same dataset without network access; None if it cannot be opened without."""
+    """Return the text that opens the same dataset without network access, or None if there is none."""
     kind = DATASET_KINDS.get(parse(spec).kind)
     return kind.offline(spec) if kind else spec

@@ -1,4 +1,4 @@
-"""What any dataset can be seen through: some of its rows, or its images with their pixels in disorder."""
+"""Options of every dataset: a subset of its rows, or images with scrambled pixels."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ class ChosenImages(ImageDataset):
     """Some rows of a dataset.
 
     Attributes:
-        dataset, indices: the whole dataset, and which of its rows these are.
-        transform: the one that is applied; that of the whole dataset is not.
+        dataset: the whole dataset, whose transform is not applied.
+        indices: the rows of the dataset that belong to the subset.
+        transform: function that is applied to the images.
     """
 
     def __init__(self, dataset: ImageDataset, indices: Sequence[int], name: str) -> None:
         super().__init__(name, dataset.transform)
         if not len(indices):
-            raise EmptyInput(f"{name} has no images; {dataset.name} has {len(dataset)}")
+            raise EmptyInput(f"{name} has no images: {dataset.name} has {len(dataset)}.")
         self.dataset = dataset
         self.indices = indices
 
@@ -36,15 +37,15 @@ class ChosenImages(ImageDataset):
 
 
 class ScrambledImages(ImageDataset):
-    """The images of a dataset, each with its pixels in a random order of its own.
+    """The images of a dataset with the pixels of each image in a random order of its own.
 
-    The order is drawn from the seed and the row's number alone: the same in every process. A pixel keeps its three
-    channels; images are scrambled at their own size, before the transform. Haas et al. (2024, Fig. 5) compare
-    "pixel-wise scrambled" CIFAR-10 and do not say whether all images share one order.
+    The order depends only on the seed and the row, so it is the same in every process. A pixel keeps its three
+    channels. Images are scrambled at their own size, before the transform. Haas et al. (2024, Fig. 5) compare
+    "pixel-wise scrambled" CIFAR-10 and do not state whether all images share one order.
 
     Attributes:
-        dataset: the whole one.
-        transform: the one that is applied; that of the whole dataset is not.
+        dataset: the original dataset, whose transform is not applied.
+        transform: function that is applied to the scrambled images.
     """
 
     def __init__(self, dataset: ImageDataset, seed: int) -> None:
@@ -64,7 +65,7 @@ class ScrambledImages(ImageDataset):
 
 
 def seen_through(dataset: ImageDataset, options: Mapping[str, str]) -> ImageDataset:
-    """The dataset with the options of `VIEWS` applied, in the order of `VIEWS`."""
+    """Apply the options of ``VIEWS`` to a dataset, in the order of ``VIEWS``."""
     for name in VIEWS:
         if name in options:
             dataset = VIEWS[name](dataset, options[name])
@@ -82,7 +83,7 @@ def _rows(dataset: ImageDataset, rows: str) -> ImageDataset:
             raise ValueError("a slice has one colon or two")
         chosen = range(len(dataset))[slice(*(int(bound) if bound else None for bound in bounds))]
     except ValueError as error:
-        raise BadInput(f"cannot read rows={rows}; write a slice: rows=0:5000, rows=5000: or rows=::10") from error
+        raise BadInput(f"cannot read rows={rows}: write a slice, rows=0:5000, rows=5000: or rows=::10.") from error
     return ChosenImages(dataset, chosen, f"{dataset.name}[rows={rows}]")
 
 
@@ -91,7 +92,7 @@ def _long_tail(dataset: ImageDataset, ratio: str) -> ImageDataset:
         number = float(ratio)
     except ValueError as error:
         raise BadInput(
-            f"cannot read long_tail={ratio}; write how many times larger the first class is than the last"
+            f"cannot read long_tail={ratio}: write how many times larger the first class is than the last."
         ) from error
     tail = long_tail(dataset, number)
     return ChosenImages(dataset, tail.indices, tail.name)
@@ -109,4 +110,4 @@ VIEWS: dict[str, Callable[[ImageDataset, str], ImageDataset]] = {
     "long_tail": _long_tail,
     "take": _take,
 }
-"""By name, the options of every dataset, in the order in which they are applied."""
+"""The options of every dataset by name, in the order in which they are applied."""

@@ -1,4 +1,4 @@
-"""What is said to get data that is not there."""
+"""Known datasets, and remedies for missing data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "datasets.md"
 
 
 @pytest.mark.parametrize("known", CATALOG, ids=lambda known: known.name)
-def test_what_every_set_opens_with_is_missing_and_has_a_remedy(known: KnownSet, tmp_path: Path) -> None:
+def test_every_known_dataset_that_is_missing_has_a_remedy(known: KnownSet, tmp_path: Path) -> None:
     spec = known.spec.replace("&download=true", f"&root={tmp_path}")
     with pytest.raises(MissingData) as missing:
         open_dataset(spec, root=tmp_path)
@@ -27,7 +27,7 @@ def test_what_every_set_opens_with_is_missing_and_has_a_remedy(known: KnownSet, 
     assert known.get == "" or str(tmp_path) in missing.value.remedy or "{data}" not in known.get
 
 
-def test_sets_are_told_apart() -> None:
+def test_names_of_known_datasets_are_unique() -> None:
     names = [known.name for known in CATALOG]
     folders = [folder for known in CATALOG for folder in known.folders]
     assert len(set(names)) == len(names)
@@ -58,11 +58,11 @@ def test_sets_are_told_apart() -> None:
         ("torchvision:ImageNet?split=val", None, "https://image-net.org/download.php"),
     ],
 )
-def test_remedies(spec: str, root: str | None, expected: str) -> None:
+def test_remedy_for_a_path(spec: str, root: str | None, expected: str) -> None:
     assert expected in remedy(spec, root)
 
 
-def test_nothing_is_known_of_other_data() -> None:
+def test_remedy_is_empty_for_unknown_datasets() -> None:
     for spec in ["folder:mine", "npz:/x/y.npz", "sheets:/data/cifar10", "digits", "noise:uniform", "folder:"]:
         assert remedy(spec) == ""
     assert remedy("torchvision:SVHN?download=true") == ""
@@ -78,19 +78,19 @@ def test_nothing_is_known_of_other_data() -> None:
         ("torchvision:SVHN?download=false", "torchvision:SVHN?download=true"),
     ],
 )
-def test_torchvision_is_told_to_download(spec: str, expected: str) -> None:
+def test_remedy_of_torchvision_adds_the_download_option(spec: str, expected: str) -> None:
     code = f"from ood_scores.data.sources import open_dataset; open_dataset('{expected}')"
     assert remedy(spec) == f'add download=true to the spec, or run: python -c "{code}"'
     assert remedy(spec, Path("/r")).endswith(f"open_dataset('{expected}', root='/r')\"")
 
 
-def test_the_command_for_torchvision_runs(tmp_path: Path) -> None:
+def test_remedy_of_torchvision_runs(tmp_path: Path) -> None:
     code = remedy(f"torchvision:MNIST?root={tmp_path}").partition('python -c "')[2].removesuffix('"')
     with pytest.raises(MissingData, match=f"cannot open MNIST in {tmp_path}"):
         exec(code.replace("&download=true", ""))
 
 
-def test_the_remedy_survives_a_worker_process() -> None:
+def test_remedy_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(MissingData("there is none.", "fetch it")))
     assert (str(error), error.reason, error.remedy) == (
         "there is none. To get it: fetch it",
@@ -100,7 +100,7 @@ def test_the_remedy_survives_a_worker_process() -> None:
     assert str(MissingData("there is none")) == "there is none"
 
 
-def test_the_page_lists_every_set() -> None:
+def test_docs_page_lists_every_known_dataset() -> None:
     listed = re.findall(r"^\| `(\w+)` \|.*\| `([^`]+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert listed == [(known.name, known.spec) for known in CATALOG]
     assert parse(listed[0][1]).kind == "torchvision"

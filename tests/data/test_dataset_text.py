@@ -1,4 +1,4 @@
-"""The text that names a dataset: kinds, options, variables, relative paths."""
+"""Texts that name datasets: kinds, options, environment variables, relative paths."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ood_scores.errors import BadInput, MissingData, UnknownName
 from ood_scores.registry import Registry
 
 
-def test_a_kind_is_opened_once_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_dataset_kind_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "DATASET_KINDS", Registry("kind of dataset"))
     monkeypatch.setattr(base, "DATASET_KINDS", sources.DATASET_KINDS)
 
-    @register_dataset_kind("grey", remedy=lambda text, root: f"paint {text}")
-    def open_grey(target: str, base: Path, *, level: str = "1") -> ImageArrays:
+    @register_dataset_kind("gray", remedy=lambda text, root: f"paint {text}")
+    def open_gray(target: str, base: Path, *, level: str = "1") -> ImageArrays:
         if not target:
             raise MissingData("there is no paint")
-        return ImageArrays(np.full((int(target), 2, 2), int(level), dtype=np.uint8), name="grey")
+        return ImageArrays(np.full((int(target), 2, 2), int(level), dtype=np.uint8), name="gray")
 
-    dataset = open_dataset("grey:3?level=7&take=2")
-    assert (len(dataset), dataset.name, corner(dataset[1])) == (2, "grey[take=2]", (7, 7, 7))
+    dataset = open_dataset("gray:3?level=7&take=2")
+    assert (len(dataset), dataset.name, corner(dataset[1])) == (2, "gray[take=2]", (7, 7, 7))
     with pytest.raises(UnknownName, match=r"'levle' \(did you mean 'level'\?\): choose from level, scramble"):
-        open_dataset("grey:3?levle=7")
-    with pytest.raises(MissingData, match=r"there is no paint\. To get it: paint grey"):
-        open_dataset("grey")
+        open_dataset("gray:3?levle=7")
+    with pytest.raises(MissingData, match=r"there is no paint\. To get it: paint gray"):
+        open_dataset("gray")
 
 
-def test_specs_that_cannot_be_read() -> None:
+def test_invalid_dataset_texts_are_refused() -> None:
     with pytest.raises(UnknownName, match=r"kind of dataset 'zip': choose from .*folder, .*torchvision"):
         open_dataset("zip:a")
     with pytest.raises(UnknownName, match=r"no option 'class' \(did you mean 'classes'\?\): choose from classes"):
@@ -53,7 +53,7 @@ def test_specs_that_cannot_be_read() -> None:
             open_dataset(spec)
 
 
-def test_importing_the_package_loads_none_of_this() -> None:
+def test_importing_the_package_imports_no_dataset_library() -> None:
     code = "import ood_scores, sys; assert not {'torchvision', 'sklearn', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -67,7 +67,7 @@ def three(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_variables_of_the_environment(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_are_expanded(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_DATA", str(three))
     monkeypatch.setenv("ROWS", "1:")
     for spec in ["folder:$MY_DATA/pictures?rows=$ROWS", "folder:${MY_DATA}/pictures?rows=${ROWS}"]:
@@ -75,7 +75,7 @@ def test_variables_of_the_environment(three: Path, monkeypatch: pytest.MonkeyPat
     assert labels_of(open_dataset("imglist:$MY_DATA/list.txt?root=${MY_DATA}/pictures")).tolist() == [4, 5]
 
 
-def test_a_dollar_sign_is_written_twice(three: Path) -> None:
+def test_two_dollar_signs_are_one(three: Path) -> None:
     (three / "pictures").rename(three / "$x")
     assert len(open_dataset(f"folder:{three}/$$x")) == 3
     with pytest.raises(BadInput, match=r"write \$NAME or \$\{NAME\}, and \$\$ for a dollar sign"):
@@ -83,7 +83,7 @@ def test_a_dollar_sign_is_written_twice(three: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_a_variable_that_is_not_set_is_named(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unset_environment_variable_is_named(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_DATA", raising=False)
     if value is not None:
         monkeypatch.setenv("NO_SUCH_DATA", value)

@@ -1,4 +1,4 @@
-"""Images that need no download."""
+"""Handwritten digits and generated images, which need no download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput
 
 
-def test_digits() -> None:
+def test_digits_are_those_of_scikit_learn() -> None:
     dataset = open_dataset("digits")
     bunch = load_digits()
     assert len(dataset) == 1797
@@ -49,7 +49,7 @@ def test_digits_errors() -> None:
     for classes in ["0-10", "3,3", "6-0"]:
         with pytest.raises(BadInput, match="one or more different digits from 0 to 9"):
             open_dataset(f"digits?classes={classes}")
-    with pytest.raises(BadInput, match="digits takes no path"):
+    with pytest.raises(BadInput, match="digits has no path"):
         open_dataset("digits:0-6")
 
 
@@ -74,7 +74,7 @@ def test_digits_split_is_stratified_complete_and_fixed_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize("make", [photo_patches, uniform_noise, gaussian_noise])
-def test_generated_images(make: Any) -> None:
+def test_generated_images_depend_on_the_seed(make: Any) -> None:
     images = make(500)
     assert images.shape == (500, 8, 8)
     assert images.dtype == np.uint8
@@ -84,7 +84,7 @@ def test_generated_images(make: Any) -> None:
     ImageArrays(images)
 
 
-def test_noise_has_the_distribution_it_says() -> None:
+def test_noise_arrays_have_the_documented_distribution() -> None:
     uniform = uniform_noise(2000).ravel()
     assert (uniform.min(), uniform.max()) == (0, 255)
     assert abs(uniform.mean() - 127.5) < 1
@@ -95,11 +95,11 @@ def test_noise_has_the_distribution_it_says() -> None:
 
 
 def test_photo_patches_have_structure_that_noise_lacks() -> None:
-    def neighbour_difference(images: np.ndarray) -> float:
+    def neighbor_difference(images: np.ndarray) -> float:
         return float(np.abs(np.diff(images.astype(float), axis=2)).mean() / images.std())
 
     patches = photo_patches(1000)
     assert patches.std(axis=(1, 2)).mean() > 15
-    assert neighbour_difference(patches) < 0.4 * neighbour_difference(uniform_noise(1000))
-    with pytest.raises(BadInput, match="give a size from 1 to 54"):
+    assert neighbor_difference(patches) < 0.4 * neighbor_difference(uniform_noise(1000))
+    with pytest.raises(BadInput, match="pass a size from 1 to 54"):
         photo_patches(1, size=55)

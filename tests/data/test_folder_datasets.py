@@ -42,21 +42,21 @@ def test_folder_skips_hidden_subfolders_and_keeps_the_number_of_an_empty_class(t
 
 
 def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    for name, colour in {"2.png": GREEN, "10.png": RED, "3.png": BLUE}.items():
-        save(tmp_path / name, colour)
+    for name, color in {"2.png": GREEN, "10.png": RED, "3.png": BLUE}.items():
+        save(tmp_path / name, color)
     (tmp_path / "list.txt").write_text("no image")
     dataset = open_dataset(f"folder:{tmp_path}")
     assert [corner(image) for image in items(dataset)] == [RED, GREEN, BLUE]
 
 
-def test_transform_gets_the_rgb_image(tmp_path: Path) -> None:
+def test_transform_of_a_folder_receives_rgb_images(tmp_path: Path) -> None:
     save(tmp_path / "a.png", 9, mode="L", size=(5, 4))
     dataset = open_dataset(f"folder:{tmp_path}", transform=pil_to_tensor)
     assert dataset.transform is pil_to_tensor
     assert torch.equal(dataset[0], torch.full((3, 4, 5), 9, dtype=torch.uint8))
 
 
-def test_unreadable_images_are_named(tmp_path: Path) -> None:
+def test_unreadable_images_in_a_folder_are_named(tmp_path: Path) -> None:
     save(tmp_path / "a.png", RED, size=(50, 50))
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[:70])

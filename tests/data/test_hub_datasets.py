@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, with a stand-in for its library."""
+"""Datasets of the Hugging Face hub, with a fake of its library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ClassLabel(Value):
 
 
 class FakeRows:
-    """What the library's `Dataset` does of what is asked of it here; images are decoded by row only."""
+    """A fake of the library's ``Dataset``, whose images are decoded by row only."""
 
     def __init__(self, features: dict[str, Any], columns: dict[str, list[Any]]) -> None:
         self.features = features
@@ -48,7 +48,7 @@ PICTURES = [Image.new("L", (2, 2), value) for value in (10, 20, 30)]
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, features: dict[str, Any], **columns: list[Any]) -> list[Any]:
-    """Lets `datasets.load_dataset` give these columns; the list holds what it is asked for."""
+    """Make ``datasets.load_dataset`` return these columns; return a list that records its calls."""
     asked: list[Any] = []
 
     def load_dataset(path: str, name: str | None = None, *, split: str) -> FakeRows:
@@ -65,7 +65,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, features: dict[str, Any], **columns: 
     return asked
 
 
-def test_columns_of_the_hub_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_columns_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     features = {"id": Value("int64"), "img": PICTURE, "kind": ClassLabel("int64")}
     asked = serve(monkeypatch, features, id=[7, 8, 9], img=PICTURES, kind=[2, -1, 0])
     dataset = open_dataset("hf:owner/pictures")
@@ -81,31 +81,31 @@ def test_columns_of_the_hub_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[-1] == ("pictures", "big", "train")
 
 
-@pytest.mark.parametrize(("dtype", "labelled"), [("int64", True), ("uint8", True), ("string", False)])
-def test_a_column_of_integers_called_label(dtype: str, labelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    values: list[Any] = [1, 0, 1] if labelled else ["b", "a", "b"]
+@pytest.mark.parametrize(("dtype", "labeled"), [("int64", True), ("uint8", True), ("string", False)])
+def test_hub_column_of_integers_called_label(dtype: str, labeled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    values: list[Any] = [1, 0, 1] if labeled else ["b", "a", "b"]
     serve(monkeypatch, {"image": PICTURE, "label": Value(dtype)}, image=PICTURES, label=values)
     dataset = open_dataset("hf:a/b")
-    assert isinstance(dataset[0], tuple) is labelled
-    if not labelled:
+    assert isinstance(dataset[0], tuple) is labeled
+    if not labeled:
         with pytest.raises(BadLabels, match="labels have dtype <U1"):
             open_dataset("hf:a/b?label=label")
 
 
-def test_columns_of_the_hub_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_columns_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     features = {"left": PICTURE, "right": PICTURE, "fine": ClassLabel("int64"), "coarse": ClassLabel("int64")}
     serve(monkeypatch, features, left=PICTURES, right=PICTURES[::-1], fine=[5, 6, 7], coarse=[1, 1, 2])
     image, label = open_dataset("hf:a/b?image=right&label=coarse")[0]
     assert (image.getpixel((0, 0))[0], label) == (30, 1)
-    with pytest.raises(BadInput, match="several columns for image: left, right; write image=NAME"):
+    with pytest.raises(BadInput, match="several columns may be the image, left, right: write image=NAME"):
         open_dataset("hf:a/b?label=fine")
-    with pytest.raises(BadInput, match="several columns for label: fine, coarse; write label=NAME"):
+    with pytest.raises(BadInput, match="several columns may be the label, fine, coarse: write label=NAME"):
         open_dataset("hf:a/b?image=left")
     with pytest.raises(UnknownName, match="no column 'middle': choose from left, right, fine, coarse"):
         open_dataset("hf:a/b?image=middle")
 
 
-def test_what_the_hub_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, {"text": Value("string")}, text=["a"])
     with pytest.raises(BadInput, match="no column of images; it has: text"):
         open_dataset("hf:a/b")
@@ -123,8 +123,8 @@ def test_what_the_hub_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("module", [None, ModuleType("datasets")])
-def test_without_the_library(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", module)  # not there, or a folder of that name in the way
+def test_hub_without_the_datasets_library(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", module)  # not installed, or a folder of that name shadows it
     with pytest.raises(MissingData, match=r"which is not installed\. To get it: pip install datasets && ") as missing:
         open_dataset("hf:owner/pictures?config=big")
     assert missing.value.remedy.endswith("; load_dataset('owner/pictures', 'big')\"")

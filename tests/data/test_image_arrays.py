@@ -26,17 +26,17 @@ def test_image_arrays_in_a_loader() -> None:
 
 def test_image_arrays_are_checked() -> None:
     images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
-    with pytest.raises(BadInput, match="dtype float64; give uint8"):
+    with pytest.raises(BadInput, match="dtype float64: pass uint8"):
         ImageArrays(images / 255)  # type: ignore[arg-type]
-    with pytest.raises(ShapeMismatch, match=r"shape \[3, 3, 8, 8\]; give \[N,H,W,3\]"):
+    with pytest.raises(ShapeMismatch, match=r"shape \[3, 3, 8, 8\]: pass \[N, H, W, 3\]"):
         ImageArrays(images.transpose(0, 3, 1, 2))
     with pytest.raises(ShapeMismatch, match=r"shape \[8, 8\]"):
         ImageArrays(images[0, :, :, 0])
     with pytest.raises(EmptyInput, match="arrays has no images"):
         ImageArrays(images[:0])
-    with pytest.raises(ShapeMismatch, match=r"labels have shape \[2\] beside 3 images"):
+    with pytest.raises(ShapeMismatch, match=r"labels have shape \[2\] for 3 images"):
         ImageArrays(images, [0, 1])
     with pytest.raises(ShapeMismatch, match=r"labels have shape \[3, 2\]"):
         ImageArrays(images, np.zeros((3, 2), dtype=int))
-    with pytest.raises(BadLabels, match="labels have dtype float64; give integers"):
+    with pytest.raises(BadLabels, match="labels have dtype float64: pass integers"):
         ImageArrays(images, [0.0, 1.0, 2.0])

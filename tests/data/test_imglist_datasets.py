@@ -12,7 +12,7 @@ from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, EmptyInput, MissingData
 
 
-def test_imglist(tmp_path: Path) -> None:
+def test_imglist_lines_are_paths_and_labels(tmp_path: Path) -> None:
     save(tmp_path / "images" / "a red one.png", RED)
     save(tmp_path / "images" / "b.png", BLUE)
     lines = "images/b.png 12\r\n\n  images/a red one.png   -1\nimages/b.png 0"
@@ -46,7 +46,7 @@ def test_imglist_errors(tmp_path: Path) -> None:
         open_dataset(f"imglist:{path}")
     path.write_text("a.png 0\n")
     with pytest.raises(
-        MissingData, match=r"the first image of .* is not at .*/a\.png; name the images' folder with \?root=DIR"
+        MissingData, match=r"the first image of .* is not at .*/a\.png: name their folder with \?root=DIR"
     ):
         open_dataset(f"imglist:{path}")
     for line in ["a.png", "a.png cat", "a.png 1.5", "a.png {'sc_label': 1.5}", "a.png {'other': 1}", "a.png {1}"]:

@@ -117,15 +117,15 @@ def test_long_tail_of_a_subset_and_of_torchvision_images() -> None:
 
 
 def test_long_tail_errors() -> None:
-    with pytest.raises(BadLabels, match="Bare says no labels"):
+    with pytest.raises(BadLabels, match="Bare has no labels in"):
         long_tail(Bare(), 10)
-    with pytest.raises(BadLabels, match="unlabelled"):
+    with pytest.raises(BadLabels, match="rows without a class"):
         long_tail(Bare(labels=[-1, *LABELS[1:]]), 10)
     with pytest.raises(BadLabels, match="float64"):
         long_tail(Bare(), 10, labels=np.zeros(8))
-    with pytest.raises(ShapeMismatch, match="beside 8 rows"):
+    with pytest.raises(ShapeMismatch, match="for 8 rows"):
         long_tail(Bare(), 10, labels=LABELS[1:])
-    with pytest.raises(BadInput, match="class 0 has 4 images and should keep 6 of 6"):
+    with pytest.raises(BadInput, match="class 0 has 4 images, but must keep 6"):
         long_tail(Bare(targets=[0, 0, 0, 0, 1, 1, 1, 1]), 1.2, n_max=6)
     with pytest.raises(BadInput, match="class 1 has 0 images"):
         long_tail(Bare(targets=[0, 0, 0, 0, 0, 0, 2, 2]), 3)

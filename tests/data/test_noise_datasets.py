@@ -12,7 +12,7 @@ from ood_scores.errors import BadInput, UnknownName
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "uniform"])
-def test_noise(kind: str) -> None:
+def test_noise_depends_on_the_seed_and_the_row(kind: str) -> None:
     dataset = open_dataset(f"noise:{kind}?n=40&size=12&seed=3")
     assert (len(dataset), dataset.name) == (40, f"{kind}_noise")
     assert isinstance(dataset[0], Image.Image)  # no label
@@ -24,7 +24,7 @@ def test_noise(kind: str) -> None:
     assert pixels(open_dataset(f"noise:{kind}"), 9999).shape == (32, 32, 3)
 
 
-def test_noise_has_the_distribution_it_says_in_every_channel() -> None:
+def test_noise_channels_have_the_documented_distribution() -> None:
     gaussian, uniform = (
         np.stack([pixels(open_dataset(f"noise:{kind}"), row) for row in range(60)]).reshape(-1, 3).astype(float)
         for kind in ("gaussian", "uniform")
@@ -41,5 +41,5 @@ def test_noise_errors() -> None:
     with pytest.raises(UnknownName, match="there is no noise 'pink': choose from gaussian, uniform"):
         open_dataset("noise:pink")
     for option in ["n=0", "size=-1", "seed=a"]:
-        with pytest.raises(BadInput, match=f"cannot read {option}; write a whole number from"):
+        with pytest.raises(BadInput, match=f"cannot read {option}: write a whole number from"):
             open_dataset(f"noise:uniform?{option}")

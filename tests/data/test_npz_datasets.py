@@ -23,7 +23,7 @@ def test_npz_with_labels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack([np.asarray(image) for image, _ in items(dataset)]), images)
 
 
-def test_npz_of_grey_images_without_labels(tmp_path: Path) -> None:
+def test_npz_of_gray_images_without_labels(tmp_path: Path) -> None:
     images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
     np.savez(tmp_path / "ood.npz", images=images, other=np.zeros(1))
     dataset = open_dataset(f"npz:{tmp_path}/ood.npz", transform=pil_to_tensor)

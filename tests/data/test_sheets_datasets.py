@@ -1,4 +1,4 @@
-"""Images on sheets."""
+"""Images packed on sheets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ood_scores.errors import BadInput, MissingData, ShapeMismatch
 
 
 def pack(folder: Path, images: np.ndarray, columns: int, per_file: int, labels: list[int] | None = None) -> Path:
-    """Writes `folder/name.json` and its sheets."""
+    """Write ``folder/name.json`` and its sheets."""
     count, size = images.shape[:2]
     for number, first in enumerate(range(0, count, per_file)):
         part = images[first : first + per_file]
@@ -41,7 +41,7 @@ def pack(folder: Path, images: np.ndarray, columns: int, per_file: int, labels: 
     columns=st.integers(1, 4),
     per_file=st.integers(1, 12),
 )
-def test_sheets_give_back_every_pixel(
+def test_sheets_preserve_every_pixel(
     images: np.ndarray, columns: int, per_file: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = pack(tmp_path_factory.mktemp("sheets"), images, columns, per_file)
@@ -62,7 +62,7 @@ def test_sheets_with_labels(packed: Path) -> None:
     assert len(open_dataset("sheets:name", root=packed.parent)) == 10
 
 
-def test_missing_and_broken_sheets(packed: Path) -> None:
+def test_sheets_that_are_missing_or_broken(packed: Path) -> None:
     with pytest.raises(BadInput, match="write sheets:DIR/NAME"):
         open_dataset("sheets")
     with pytest.raises(MissingData, match=r"there is no .*/other\.json"):
@@ -83,15 +83,15 @@ def test_missing_and_broken_sheets(packed: Path) -> None:
         ({"columns": 4}, BadInput, "12 x 8 pixels, which are not 6 images of 4 x 4 in rows of 4"),
         ({"size": 3}, BadInput, "12 x 8 pixels, which are not 6 images of 3 x 3"),
         ({"per_file": 7}, BadInput, "which are not 7 images"),
-        ({"count": 0}, BadInput, "count of .* is 0; it must be a whole number from 1"),
-        ({"size": 4.0}, BadInput, "size of .* is 4.0; it must be a whole number"),
+        ({"count": 0}, BadInput, "count of .* is 0: it must be a whole number from 1"),
+        ({"size": 4.0}, BadInput, "size of .* is 4.0: it must be a whole number"),
         ({"columns": True}, BadInput, "columns of .* is True"),
-        ({"labels": [0] * 9}, ShapeMismatch, "beside 10 images"),
+        ({"labels": [0] * 9}, ShapeMismatch, "for 10 images"),
         ({"labels": ["cat"] * 10}, BadInput, "labels of .* must be a list of class indices, or null"),
         ({"labels": 3}, BadInput, "labels of .* must be a list"),
     ],
 )
-def test_an_index_that_does_not_fit(packed: Path, changed: Any, error: type[Exception], message: str) -> None:
+def test_sheets_index_that_does_not_fit(packed: Path, changed: Any, error: type[Exception], message: str) -> None:
     path = packed.with_name("name.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     with pytest.raises(error, match=message):
@@ -100,9 +100,9 @@ def test_an_index_that_does_not_fit(packed: Path, changed: Any, error: type[Exce
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "as JSON"), ("[1]", "an object of size, columns, per_file, count, labels"), ('{"size": 4}', "no index")],
+    [("{", "as JSON"), ("[1]", "an object of size, columns, per_file, count, labels"), ('{"size": 4}', "not an index")],
 )
-def test_an_index_that_is_none(packed: Path, text: str, message: str) -> None:
+def test_sheets_index_that_is_not_an_index(packed: Path, text: str, message: str) -> None:
     packed.with_name("name.json").write_text(text)
     with pytest.raises(BadInput, match=message):
         open_dataset(f"sheets:{packed}")
@@ -114,8 +114,8 @@ def test_real_sheets() -> None:
     assert (len(cifar), cifar.name) == (2000, "cifar10_test[take=2000]")
     assert np.bincount(labels_of(cifar)).min() > 150
     assert cifar[0][0].size == (32, 32)
-    grey = open_dataset("sheets:$OOD_SCORES_DATA/images/mnist_test")
-    pixels = np.asarray(grey[9999])
-    assert len(grey) == 10000
+    gray = open_dataset("sheets:$OOD_SCORES_DATA/images/mnist_test")
+    pixels = np.asarray(gray[9999])
+    assert len(gray) == 10000
     assert pixels.max() > 200
     assert (pixels == pixels[:, :, :1]).all()

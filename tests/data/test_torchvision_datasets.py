@@ -1,4 +1,4 @@
-"""torchvision's datasets."""
+"""Classification datasets of torchvision."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def test_torchvision_dataset_with_a_train_argument(
     assert (len(dataset), dataset.name) == (3, name)
 
 
-@pytest.mark.parametrize(("split", "colour"), [("?split=train&", RED), ("?split=test&", BLUE), ("?", BLUE)])
-def test_torchvision_dataset_with_a_split_argument(tmp_path: Path, split: str, colour: Any) -> None:
+@pytest.mark.parametrize(("split", "color"), [("?split=train&", RED), ("?split=test&", BLUE), ("?", BLUE)])
+def test_torchvision_dataset_with_a_split_argument(tmp_path: Path, split: str, color: Any) -> None:
     save(tmp_path / "country211" / "train" / "AD" / "1.png", RED)
     save(tmp_path / "country211" / "test" / "AD" / "1.png", BLUE)
     image, label = open_dataset(f"torchvision:Country211{split}root={tmp_path}")[0]
-    assert (corner(image), label) == (colour, 0)
+    assert (corner(image), label) == (color, 0)
 
 
 def test_torchvision_dataset_without_splits(tmp_path: Path) -> None:
     save(tmp_path / "eurosat" / "2750" / "River" / "1.jpg", 100, mode="L")
     image, label = open_dataset(f"torchvision:EuroSAT?root={tmp_path}")[0]
     assert (corner(image), label) == ((100, 100, 100), 0)
-    with pytest.raises(BadInput, match="EuroSAT is not split; leave split=test away"):
+    with pytest.raises(BadInput, match="EuroSAT has no splits: leave out split=test"):
         open_dataset(f"torchvision:EuroSAT?root={tmp_path}&split=test")
 
 
@@ -95,7 +95,7 @@ def test_torchvision_errors(tmp_path: Path) -> None:
         open_dataset(f"torchvision:CIFAR10?root={tmp_path}&split=val")
     with pytest.raises(BadInput, match=r"cannot open SVHN .*Valid values are"):
         open_dataset(f"torchvision:SVHN?root={tmp_path}&split=val")
-    with pytest.raises(BadInput, match="download=yes; write download=true or download=false"):
+    with pytest.raises(BadInput, match="download=yes: write download=true or download=false"):
         open_dataset(f"torchvision:CIFAR10?root={tmp_path}&download=yes")
     for name in ["CIFAR11", "", "wrap_dataset_for_transforms_v2", "EMNIST"]:
         with pytest.raises(UnknownName, match=r"choose from .*CIFAR10, CIFAR100, .*SVHN"):

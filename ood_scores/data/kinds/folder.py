@@ -1,4 +1,4 @@
-"""Folders of images."""
+"""Folders of images, with one subfolder per class or without labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_folder(target: str, base: Path) -> ImageFiles:
 
     path = existing("folder", target, base)
     if not path.is_dir():
-        raise BadInput(f"{path} is not a folder")
+        raise BadInput(f"{path} is not a folder: write folder:PATH with the path of one.")
     classes = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     paths: list[str]
     labels: list[int] | None
@@ -33,5 +33,5 @@ def open_folder(target: str, base: Path) -> ImageFiles:
     else:
         paths, labels = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS), None
     if not paths:
-        raise EmptyInput(f"there are no images in {path}; known are {', '.join(IMG_EXTENSIONS)}")
+        raise EmptyInput(f"there are no images in {path}: files must end in {', '.join(IMG_EXTENSIONS)}.")
     return ImageFiles(paths, labels, None, path.resolve().name)

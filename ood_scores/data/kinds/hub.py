@@ -1,4 +1,4 @@
-"""Image datasets of the Hugging Face hub, through their library `datasets`, which is imported only here."""
+"""Image datasets of the Hugging Face hub, opened by the library ``datasets``, which is imported only here."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ood_scores.errors import BadInput, EmptyInput, MissingData
 from ood_scores.registry import unknown
 
 LABEL_COLUMNS = ("label", "labels")
-"""Columns of integers that are taken for the labels where no column says what its classes are called."""
+"""Columns of integers that are used as labels if no column has the type ``ClassLabel``."""
 
 
 class HubImages(ImageDataset):
-    """One split of a dataset of the hub, whose images are decoded one by one.
+    """A split of a dataset of the hub, whose images are decoded one by one.
 
     Attributes:
-        rows: the split, without columns other than that of the images.
-        column: the name of that column.
-        labels: int64 `[N]`, or None.
+        rows: the split with only the column of images.
+        column: name of this column.
+        labels: class indices, int64 ``[N]``, or None.
     """
 
     def __init__(self, rows: Any, column: str, labels: Sequence[int] | None, name: str) -> None:
         super().__init__(name, None)
         if len(rows) == 0:
-            raise EmptyInput(f"{name} has no images")
+            raise EmptyInput(f"{name} has no images.")
         self.rows = rows
         self.column = column
         self.labels = None if labels is None else checked_labels(labels, len(rows))
@@ -41,7 +41,9 @@ class HubImages(ImageDataset):
     def load(self, index: int) -> tuple[Image.Image, int | None]:
         image = self.rows[index][self.column]
         if not isinstance(image, Image.Image):
-            raise BadInput(f"column {self.column!r} of {self.name} holds {type(image).__name__}, not images")
+            raise BadInput(
+                f"column {self.column!r} of {self.name} holds {type(image).__name__}, not images: write image=NAME."
+            )
         return image.convert("RGB"), None if self.labels is None else int(self.labels[index])
 
 
@@ -73,7 +75,7 @@ def open_hub(
         BadInput: if there is no such split or configuration, or a column must be named.
     """
     if not target:
-        raise BadInput("hf needs a dataset; write hf:OWNER/NAME")
+        raise BadInput("hf needs a dataset: write hf:OWNER/NAME.")
     try:
         from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
@@ -86,7 +88,7 @@ def open_hub(
         raise MissingData(f"cannot open hf:{target}: {error}") from error
     pictures = _column("image", image, rows.features, _of_type("Image", rows.features))
     if pictures is None:
-        raise BadInput(f"hf:{target} has no column of images; it has: {', '.join(rows.features)}")
+        raise BadInput(f"hf:{target} has no column of images; it has: {', '.join(rows.features)}.")
     classes = _of_type("ClassLabel", rows.features) or [name for name in LABEL_COLUMNS if _is_integer(rows, name)]
     labels = _column("label", label, rows.features, classes)
     name = f"{target.rpartition('/')[2]}[{split if config is None else f'{config},{split}'}]"
@@ -102,9 +104,9 @@ def _is_integer(rows: Any, name: str) -> bool:
 
 
 def _column(option: str, named: str | None, features: Mapping[str, Any], found: list[str]) -> str | None:
-    """The column that is named, or the one that was found."""
+    """Return the column that the user named, or else the one that was found."""
     if named is not None and named not in features:
         raise unknown("there is no column", named, features)
     if named is None and len(found) > 1:
-        raise BadInput(f"there are several columns for {option}: {', '.join(found)}; write {option}=NAME")
+        raise BadInput(f"several columns may be the {option}, {', '.join(found)}: write {option}=NAME.")
     return named or next(iter(found), None)

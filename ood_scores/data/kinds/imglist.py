@@ -30,13 +30,13 @@ def open_imglist(target: str, base: Path, *, root: str | None = None) -> ImageFi
         try:
             file, label = _file_and_label(line.strip())
         except (ValueError, SyntaxError, TypeError, AttributeError) as error:
-            raise BadInput(f"line {number} of {path} is {line!r}; write: relative/path integer-label") from error
+            raise BadInput(f"line {number} of {path} is {line!r}: write relative/path integer-label.") from error
         paths.append(str(folder / file))
         labels.append(label)
     if not paths:
-        raise EmptyInput(f"{path} lists no images")
+        raise EmptyInput(f"{path} lists no images: write relative/path integer-label, one line per image.")
     if not Path(paths[0]).exists():
-        raise MissingData(f"the first image of {path} is not at {paths[0]}; name the images' folder with ?root=DIR")
+        raise MissingData(f"the first image of {path} is not at {paths[0]}: name their folder with ?root=DIR")
     return ImageFiles(paths, labels, None, path.stem)
 
 
@@ -53,4 +53,4 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path} as a text file: {error}") from error
+        raise BadInput(f"cannot read {path} as a text file ({error}): save it as UTF-8.") from error

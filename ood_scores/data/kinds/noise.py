@@ -1,4 +1,4 @@
-"""Images of noise: each pixel of each channel is drawn by itself."""
+"""Images of noise, with independent pixels and channels."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Pixels = Callable[[Generator, tuple[int, ...]], NDArray[np.uint8]]
 
 
 def uniform_pixels(rng: Generator, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Uniform on 0 to 255."""
+    """Draw pixels that are uniform on 0 to 255."""
     return rng.integers(0, 256, shape, dtype=np.uint8)
 
 
 def gaussian_pixels(rng: Generator, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """From N(127.5, 63.75²), rounded and clipped to 0 to 255.
+    """Draw pixels from N(127.5, 63.75²), rounded and clipped to 0 to 255.
 
-    Haas et al. (2024, Fig. 5) use Gaussian noise and do not say its mean or variance. Here they are such that 95% of
-    the pixels lie within the range. Liang et al. (2018, ODIN) draw from N(127.5, 255²), of which 62% are clipped.
+    Haas et al. (2024, Fig. 5) use Gaussian noise and do not state its mean or variance. Here, 95% of the pixels lie
+    within the range before clipping. Liang et al. (2018, ODIN) draw from N(127.5, 255²), where 62% are clipped.
     """
     return np.rint(rng.normal(127.5, 63.75, shape).clip(0, 255)).astype(np.uint8)
 
@@ -36,9 +36,10 @@ DRAWN: Registry[Pixels] = Registry("noise", {"gaussian": gaussian_pixels, "unifo
 
 
 class NoiseImages(ImageDataset):
-    """`n` colour images of noise, `size` x `size`, without labels.
+    """``n`` RGB images of noise, ``size`` x ``size`` pixels, without labels.
 
-    A row is drawn when it is asked for, from the seed and its number alone: the same in every order and process.
+    An image is drawn when it is loaded and depends only on the seed and its row, so it is the same in every order and
+    process.
     """
 
     def __init__(self, kind: str, n: int, size: int, seed: int) -> None:

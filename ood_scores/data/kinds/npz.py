@@ -23,12 +23,12 @@ def open_npz(target: str, base: Path) -> ImageArrays:
     """
     path = existing("npz", target, base)
     if not zipfile.is_zipfile(path):
-        raise BadInput(f"{path} is not a NumPy archive; save the images and labels with np.savez")
+        raise BadInput(f"{path} is not a NumPy archive: save the images and labels with np.savez.")
     with np.load(path, allow_pickle=False) as archive:
         if "images" not in archive:
-            raise BadInput(f"{path} has no array 'images'; it has: {', '.join(archive) or 'none'}")
+            raise BadInput(f"{path} has no array 'images'; it has: {', '.join(archive) or 'none'}.")
         try:
             images, labels = archive["images"], archive.get("labels")
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise BadInput(f"cannot read the arrays of {path}: {error}") from error
+            raise BadInput(f"cannot read the arrays of {path} ({error}): save them again.") from error
     return ImageArrays(images, labels, None, path.stem)

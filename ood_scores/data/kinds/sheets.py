@@ -1,7 +1,7 @@
-"""Many small images on a few large ones: `NAME.json` beside the sheets `NAME.00.webp`, `NAME.01.webp`, …
+"""Many small images packed on a few large ones: the sheets ``NAME.00.webp``, ``NAME.01.webp``, … and ``NAME.json``.
 
-The images stand in rows from left to right, `per_file` of them on a sheet; the last sheet may hold less, and what is
-left of a sheet's last row is blank. Lossless WebP keeps every pixel as it is.
+A sheet holds ``per_file`` images in rows from left to right. The last sheet may hold fewer, and the rest of the last
+row of a sheet is blank. Lossless WebP preserves every pixel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from ood_scores.errors import BadInput, MissingData
 
 @dataclass(frozen=True)
 class Index:
-    """What `NAME.json` says: pixels of an image's side, images in a row, on a sheet and in all, and their classes."""
+    """The content of ``NAME.json``.
+
+    Attributes:
+        size: height and width of an image in pixels.
+        columns: number of images in a row.
+        per_file: number of images on a sheet.
+        count: number of images in total.
+        labels: class indices, or None.
+    """
 
     size: int
     columns: int
@@ -41,7 +49,7 @@ def open_sheets(target: str, base: Path) -> ImageArrays:
         ShapeMismatch: if there is not one label per image.
     """
     if not target:
-        raise BadInput("sheets needs a path; write sheets:DIR/NAME")
+        raise BadInput("sheets needs a path: write sheets:DIR/NAME.")
     path = located(target, base)
     index = _read_index(path.with_name(f"{path.name}.json"))
     images = np.empty((index.count, index.size, index.size, 3), dtype=np.uint8)
@@ -53,21 +61,21 @@ def open_sheets(target: str, base: Path) -> ImageArrays:
 
 def _read_index(path: Path) -> Index:
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MissingData(f"there is no {path}") from error
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path} as JSON: {error}") from error
+        raise BadInput(f"cannot read {path} as JSON ({error}): write the index again.") from error
     names = [field.name for field in fields(Index)]
-    if not isinstance(said, dict) or not set(names) <= set(said):
-        raise BadInput(f"{path} is no index of sheets; it must be an object of {', '.join(names)}")
+    if not isinstance(stored, dict) or not set(names) <= set(stored):
+        raise BadInput(f"{path} is not an index of sheets: it must be an object of {', '.join(names)}.")
     for name in ("size", "columns", "per_file", "count"):
-        if not _is_whole(said[name]) or said[name] < 1:
-            raise BadInput(f"{name} of {path} is {said[name]!r}; it must be a whole number from 1")
-    labels = said["labels"]
+        if not _is_whole(stored[name]) or stored[name] < 1:
+            raise BadInput(f"{name} of {path} is {stored[name]!r}: it must be a whole number from 1.")
+    labels = stored["labels"]
     if labels is not None and not (isinstance(labels, list) and all(map(_is_whole, labels))):
-        raise BadInput(f"labels of {path} must be a list of class indices, or null")
-    return Index(**{name: said[name] for name in names})
+        raise BadInput(f"labels of {path} are not valid: they must be a list of class indices, or null.")
+    return Index(**{name: stored[name] for name in names})
 
 
 def _is_whole(value: Any) -> bool:
@@ -75,13 +83,13 @@ def _is_whole(value: Any) -> bool:
 
 
 def _tiles(path: Path, index: Index, n_images: int) -> NDArray[np.uint8]:
-    """The first images of a sheet, uint8 `[n_images, size, size, 3]`."""
+    """Cut the first images out of a sheet, uint8 ``[n_images, size, size, 3]``."""
     sheet = np.asarray(read_rgb(path))
     height, width, _ = sheet.shape
     rows, size, columns = height // index.size, index.size, index.columns
     if width != columns * size or height != rows * size or rows * columns < n_images:
         raise BadInput(
             f"{path} has {width} x {height} pixels, which are not {n_images} images of {size} x {size} in rows of "
-            f"{columns}, as its index has it"
+            f"{columns}: write the sheet and its index again."
         )
     return sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)[:n_images]

@@ -1,4 +1,4 @@
-"""torchvision's classification datasets, by name."""
+"""Classification datasets of torchvision, by name."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def open_torchvision(
     try:
         dataset = classes[target](root=str(folder), **arguments)
     except ValueError as error:
-        raise BadInput(f"cannot open {target} in {folder}: {error}") from error
+        raise BadInput(f"cannot open {target} in {folder} ({error}): write another split=NAME.") from error
     except (RuntimeError, OSError) as error:
         raise MissingData(f"cannot open {target} in {folder}: {error}") from error
     return TorchvisionImages(dataset, None, f"{target}[{split}]" if split else target)
 
 
 def _classes() -> dict[str, Callable[..., Any]]:
-    """The datasets that `root` is enough to open, but for EMNIST, whose `split` names an alphabet."""
+    """Return the datasets that need no argument but ``root``, without EMNIST, whose ``split`` names an alphabet."""
     from torchvision import datasets
 
     return {
@@ -80,22 +80,22 @@ def _required(function: Callable[..., Any]) -> list[str]:
 def _split_argument(name: str, takes: Iterable[str], split: str | None) -> dict[str, Any]:
     if "train" in takes:
         if split not in ("train", "test", None):
-            raise BadInput(f"{name} has no split {split!r}; there are: train, test")
+            raise BadInput(f"{name} has no split {split!r}; there are: train, test.")
         return {"train": split == "train"}
     if "split" in takes:
         return {"split": split or "test"}
     if split is not None:
-        raise BadInput(f"{name} is not split; leave split={split} away")
+        raise BadInput(f"{name} has no splits: leave out split={split}.")
     return {}
 
 
 def _download_argument(name: str, takes: Iterable[str], download: str) -> dict[str, bool]:
     if download not in ("true", "false"):
-        raise BadInput(f"cannot read download={download}; write download=true or download=false")
+        raise BadInput(f"cannot read download={download}: write download=true or download=false.")
     if download == "false":
         return {}
     if "download" not in takes:
-        raise BadInput(f"torchvision cannot download {name}; get it from its authors and name its folder with root=DIR")
+        raise BadInput(f"torchvision cannot download {name}: get it from its authors and write root=DIR.")
     return {"download": True}
 
 
