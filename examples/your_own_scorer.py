@@ -1,4 +1,4 @@
-"""A scorer of your own, registered by name and compared with others: how far the logits spread.
+"""Register a custom scorer, the spread of the logits, and compare it with others.
 
 python examples/your_own_scorer.py
 """

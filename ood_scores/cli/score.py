@@ -23,14 +23,16 @@ LOWEST = 5
 
 
 def score(
-    scorer: Annotated[str, typer.Argument(help="A scorer's name; ood-scores list shows them.")],
-    cache: Annotated[Path, typer.Argument(help="The features to score, from ood-scores extract.")],
-    fit: Annotated[Path | None, typer.Option(help="In-distribution cache to fit on, usually of training.")] = None,
-    param: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A parameter; repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write every row's score: .csv or .json.")] = None,
+    scorer: Annotated[str, typer.Argument(help="Scorer name; ood-scores list shows all names.")],
+    cache: Annotated[Path, typer.Argument(help="Feature cache to score, written by ood-scores extract.")],
+    fit: Annotated[Path | None, typer.Option(help="Cache to fit on, usually the ID training data.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Scorer parameter as KEY=VALUE; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the score of every row: .csv or .json.")] = None,
     device: options.Device = "auto",
 ) -> None:
-    """Scores every row of a cache; higher = more in-distribution.
+    """Score every row of a cache; higher = more in-distribution.
 
     \b
     [bold]Examples[/]
@@ -57,7 +59,7 @@ def score(
 
 
 def score_table(feats: FeatureSet, scores: Tensor) -> pd.DataFrame:
-    """Row number and score; label and prediction where the set has them."""
+    """Return a table of row numbers and scores, with labels and predictions if the set has them."""
     import pandas as pd
     import torch
 

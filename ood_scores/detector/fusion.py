@@ -114,7 +114,7 @@ class Fusion(Scorer):
         for member, row in zip(members, scores, strict=True):
             if row.isnan().any():
                 first = block.start + int(row.isnan().nonzero()[0])
-                raise NotFinite(f"{member.name!r} gave NaN, first for row {first}, from finite features and logits.")
+                raise NotFinite(f"{member.name!r} returned NaN for finite inputs, first for row {first}.")
         places = torch.searchsorted(self.reference_.to(scores.device), scores, right=True)
         return METHODS[self.method]((1 + places).double() / (self.reference_.shape[1] + 2))
 

@@ -1,4 +1,4 @@
-"""Scorer: the base class, and how several are fitted and scored in one pass."""
+"""The base class of all scorers, and functions that fit and score several of them in one pass."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ from ood_scores.scorers.storage import load_scorer, save_scorer
 from ood_scores.scorers.tags import Tags
 
 IN_A_GRAPH = ("features", "logits", "head")
-"""What a scorer finds in an exported graph."""
+"""The requirements that an exported graph can meet."""
 
 
 def fitted(default: Any = MISSING) -> Any:
-    """A dataclass field for an attribute that the fit sets: neither a parameter nor shown nor compared."""
+    """Return a dataclass field for an attribute that the fit sets: no parameter, not in the repr, not compared."""
     return field(default=default, init=False, repr=False, compare=False)
 
 
 class Scorer(ABC):
-    """Gives every row of a feature set one float64; **higher = more in-distribution**, without exception.
+    """A score for every row of a feature set, as float64; **higher = more in-distribution**, without exception.
 
-    A scorer is a dataclass whose fields are its parameters. What it reads it declares in ``needs``; a scorer that is
-    fitted on in-distribution data says what the fit reads in ``fit_needs`` and keeps the outcome in attributes that end
-    in an underscore. A new scorer writes ``score_block`` and, if it is fitted, ``statistics`` and ``fit_statistics``.
+    A scorer is a dataclass whose fields are its parameters. ``needs`` lists what scoring reads. A scorer that is fitted
+    on in-distribution data lists what the fit reads in ``fit_needs`` and stores the result in attributes whose names
+    end in an underscore. A subclass implements ``score_block`` and, if it is fitted, ``statistics`` and
+    ``fit_statistics``.
     """
 
     name: str
@@ -58,67 +59,71 @@ class Scorer(ABC):
     fitted_on: Provenance | None = None
 
     def __init_subclass__(cls) -> None:
-        """A scorer that is not registered goes by the name of its class."""
+        """Name a scorer that is not registered after its class."""
         cls.name = cls.__dict__.get("name", cls.__name__)
 
     def statistics(self) -> Sequence[Statistic]:
-        """The statistics of the fit set that the fit asks for; collected in one pass for all scorers."""
+        """Return the statistics that the fit requires; they are collected in one pass for all scorers."""
         return ()
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        """Fits from the collected statistics."""
-        raise TypeError(f"{self.name!r} needs no fit.")
+        """Fit from the collected statistics."""
+        raise TypeError(f"{self.name!r} declares fit_needs but does not implement fit_statistics.")
 
     @abstractmethod
     def score_block(self, block: Block) -> Tensor:
-        """Scores ``[B]`` of one block."""
+        """Return the scores ``[B]`` of one block."""
 
     def scored_with(self) -> Hashable:
-        """A key that it has in common with scorers of which one can score all faster; None for a scorer by itself."""
+        """Return a key: scorers with equal keys are scored in one call; None if the scorer is always scored alone."""
         return None
 
     def score_together(self, block: Block, scorers: Sequence[Scorer]) -> Sequence[Tensor]:
-        """What each of the scorers with this one's key, itself among them, gives by itself; some of it done once."""
+        """Return the scores ``[B]`` of each of several scorers with the same key; shared work is done once."""
         return [scorer.score_block(block) for scorer in scorers]
 
     def fit(self, feats: FeatureSet, *, block_rows: int | None = None) -> Scorer:
         """Fit on in-distribution features, in blocks, and return the scorer itself.
 
         Args:
-            feats: the fit set, usually of the training data.
-            block_rows: rows of a block; by default as ``FeatureSet.blocks`` chooses it.
+            feats: the fit set, usually the training data.
+            block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
 
         Raises:
             EmptyInput: if the set has no rows.
             MissingInput: if the set lacks what the fit reads.
             NotFinite: if the set holds NaN or infinite values.
-            BadLabels: if the fit reads labels, and they are not class indices of the model.
+            BadLabels: if the fit reads labels that are not class indices of the model.
         """
         fit_all([self], feats, block_rows=block_rows)
         return self
 
     @property
     def is_fitted(self) -> bool:
-        """True from the start for a scorer that needs no fit."""
+        """Whether the scorer can score; always true for a scorer that needs no fit."""
         return not self.fit_needs or self.fitted_widths is not None
 
     def score(self, feats: FeatureSet, *, block_rows: int | None = None) -> Tensor:
-        """Scores every row: float64 ``[N]`` on the CPU, higher = more in-distribution.
+        """Return a score for every row: float64 ``[N]`` on the CPU, higher = more in-distribution.
+
+        Args:
+            feats: the set to score.
+            block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
 
         Raises:
-            NotFitted: the scorer is fitted on in-distribution features and has not been.
-            MissingInput: the set lacks what the scorer reads.
-            ShapeMismatch: the set has other widths than the one the scorer was fitted on.
-            OtherModel: both sets say which weights they come from, and they are not the same.
-            NotFinite: what the scorer reads holds NaN or infinite values, or a score is NaN.
-            EmptyInput: the set has no rows.
+            NotFitted: if the scorer needs a fit and has not been fitted.
+            MissingInput: if the set lacks something that the scorer reads.
+            ShapeMismatch: if the widths of the set differ from those of the fit set.
+            OtherModel: if the set and the fit set are known to come from different weights.
+            NotFinite: if the data that the scorer reads contain NaN or infinite values, or if a score is NaN.
+            EmptyInput: if the set has no rows.
         """
         self.check_ready(feats)
         (scores,) = score_all([self], feats, block_rows=block_rows)
         return scores
 
     def check_ready(self, feats: FeatureSet) -> None:
-        """Raises what ``score(feats)`` raises before it reads a row."""
+        """Raise the errors that ``score(feats)`` raises before it reads a row."""
         if not self.is_fitted:
             raise NotFitted(f"{self.name!r} is fitted on in-distribution features: {FIT_SET.how_to_get('python')}.")
         self.check_has(feats)
@@ -126,56 +131,56 @@ class Scorer(ABC):
         for name in fitted.keys() & set(self.needs) & found.keys():
             if fitted[name] != found[name]:
                 raise ShapeMismatch(
-                    f"{self.name!r} was fitted on {name} of width {fitted[name]}, here they have {found[name]}: both "
-                    "sets must come from the same model."
+                    f"{self.name!r} was fitted on {name} of width {fitted[name]}, but this set has width "
+                    f"{found[name]}: use sets from the same model."
                 )
         require_same_weights(feats.provenance, self.fitted_on, "this set", f"the set that {self.name!r} was fitted on")
 
     def why_no_graph(self) -> str | None:
-        """The reason why this scorer cannot be exported as a graph, as a clause; None if it can be."""
+        """Return the reason why this scorer cannot be exported as a graph, as a clause, or None if it can."""
         extras = [name for name in self.needs if name not in IN_A_GRAPH]
         if self.tags.no_graph or not extras:
             return self.tags.no_graph
-        return f"it reads {', '.join(extras)}, which the forward pass of the model alone does not give"
+        return f"it reads {', '.join(extras)}, which a plain forward pass of the model does not compute"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the scorer, with what its fit found, as one safetensors file, replacing a scorer already there.
+        """Save the scorer and its fitted state as one safetensors file, replacing a scorer saved there before.
 
         Raises:
-            NotFitted: the scorer is fitted on in-distribution features and has not been.
-            BadInput: its class is not registered, or it holds something that cannot be stored.
-            ForeignFile: something that is not a saved scorer is in the way.
-            CacheWriteFailed: the disk refused; a scorer that was there before is still there.
+            NotFitted: if the scorer needs a fit and has not been fitted.
+            BadInput: if its class is not registered, or if it holds a value that cannot be saved.
+            ForeignFile: if the path holds something other than a saved scorer.
+            CacheWriteFailed: if the disk is full or fails; a scorer saved there before is kept.
         """
         save_scorer(self, path)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Scorer:
-        """The scorer that ``save`` wrote, of whatever class: equal to it, with the same scores bit for bit.
+        """Load a scorer of any class that ``save`` wrote: it is equal to it, with the same scores bit for bit.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ForeignFile: it is not a saved scorer, or was written by a newer version of this package.
-            DamagedCache: it is truncated or unreadable.
-            UnknownName: its scorer is not registered here.
+            FileNotFoundError: if there is no such file.
+            ForeignFile: if it is not a saved scorer, or if a newer version of this package wrote it.
+            DamagedCache: if it is truncated or unreadable.
+            UnknownName: if the class of the scorer is not registered.
         """
         return load_scorer(path)
 
     def fitted_state(self) -> dict[str, Any]:
-        """What a saved file keeps of the fit: by default the attributes that end in an underscore."""
+        """Return the fitted state to save: by default, the attributes whose names end in an underscore."""
         return {name: value for name, value in vars(self).items() if name.endswith("_") and not name.startswith("_")}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what ``fitted_state`` gave."""
+        """Restore the state that ``fitted_state`` returned."""
         for name, value in state.items():
             setattr(self, name, value)
 
     def check_has(self, feats: FeatureSet, fitting: bool = False) -> None:
-        """Check that a set has rows, and what the fit or the scoring reads.
+        """Check that a set has rows and everything that the scoring, or the fit, reads.
 
         Raises:
             EmptyInput: if the set has no rows.
-            MissingInput: if the set lacks what is read.
+            MissingInput: if the set lacks something.
         """
         if len(feats) == 0:
             raise EmptyInput("this feature set has no rows.")
@@ -188,22 +193,22 @@ class Scorer(ABC):
                 )
 
     def require_positive(self, parameter: str) -> None:
-        """Raises BadInput unless the parameter is a positive, finite number."""
+        """Raise BadInput unless a parameter is a positive, finite number."""
         value = getattr(self, parameter)
         self.require(0 < value < math.inf, f"{parameter} must be positive and finite, got {value}")
 
     def require_count(self, parameter: str) -> None:
-        """Raises BadInput unless the parameter is a whole number of at least 1."""
+        """Raise BadInput unless a parameter is a whole number of at least 1."""
         value = getattr(self, parameter)
         whole = isinstance(value, Integral) and int(value) >= 1
         self.require(whole, f"{parameter} must be a whole number of at least 1, got {value}")
 
     def require_choices(self) -> None:
-        """Raises BadInput unless every parameter annotated as ``Literal`` has one of the values listed there."""
+        """Raise BadInput unless every parameter annotated as ``Literal`` has one of the listed values."""
         check_choices(self, self.name)
 
     def require(self, condition: bool, message: str) -> None:
-        """Raises BadInput, naming the scorer, unless the condition holds: for checks of parameters."""
+        """Raise BadInput, with the name of the scorer, unless a condition on its parameters holds."""
         if not condition:
             raise BadInput(f"{self.name}: {message}.")
 
@@ -218,11 +223,11 @@ def fit_all(
     """Fit every scorer that needs a fit, from statistics collected in one pass over the set.
 
     Args:
-        scorers: the scorers; those that need no fit are left as they are.
+        scorers: the scorers; scorers that need no fit are not changed.
         feats: the fit set.
-        block_rows: rows of a block; by default as ``FeatureSet.blocks`` chooses it.
-        spent: receives the seconds of each scorer, 0 for one that needs no fit. A statistic that several scorers share
-            is charged to the first of them, a statistic stored with the cache by an earlier fit to none.
+        block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
+        spent: a list to which the seconds of each scorer are appended, 0 if it needs no fit. A statistic shared by
+            several scorers is charged to the first of them; a statistic stored with the cache is charged to none.
 
     Raises:
         EmptyInput, MissingInput, NotFinite, BadLabels: as ``Scorer.fit``.
@@ -252,7 +257,7 @@ def fit_all(
 def fit_each(
     scorers: Sequence[Scorer], feats: FeatureSet, *, spent: list[float] | None = None
 ) -> list[OodScoresError | None]:
-    """Fit all scorers as ``fit_all`` does, or one by one if that fails, and return the error of each."""
+    """Fit all scorers with ``fit_all``, or one at a time if that fails, and return the error of each, or None."""
     try:
         fit_all(scorers, feats, spent=spent)
         return [None] * len(scorers)
@@ -273,19 +278,19 @@ def _fit_error(scorer: Scorer, feats: FeatureSet, spent: list[float] | None) -> 
 def score_all(
     scorers: Sequence[Scorer], feats: FeatureSet, *, block_rows: int | None = None, spent: list[float] | None = None
 ) -> list[Tensor]:
-    """The scores of each scorer, float64 ``[N]`` on the CPU, from one pass over the set; blocks share what they derive.
+    """Return the scores of each scorer, float64 ``[N]`` on the CPU, from one pass over a set.
 
     Args:
-        scorers: fitted, those that are fitted.
-        feats: the set.
-        block_rows: rows of a block; by default as ``FeatureSet.blocks`` has it.
-        spent: gets the seconds of each scorer, without reading. What several derive from a block counts for the first
-            of them; scorers that are scored together share their time equally.
+        scorers: the scorers, fitted if they need a fit.
+        feats: the set to score.
+        block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
+        spent: a list to which the seconds of each scorer are appended, without the time to read the set. Work shared by
+            several scorers is charged to the first that needs it; scorers scored in one call share its time equally.
 
     Raises:
-        NotFinite: what the scorers read holds NaN or infinite values, or a score is NaN.
-        ShapeMismatch: a scorer does not give one score for each row.
-        EmptyInput: the set has no rows.
+        NotFinite: if the data that the scorers read contain NaN or infinite values, or if a score is NaN.
+        ShapeMismatch: if a scorer does not return one score per row.
+        EmptyInput: if the set has no rows.
     """
     read = {name for scorer in scorers for name in scorer.needs}
     scores = torch.empty(len(scorers), len(feats), dtype=torch.float64)
@@ -300,18 +305,18 @@ def score_all(
                 for number in group:
                     seconds[number] += (perf_counter() - start) / len(group)
         finally:
-            block.require_finite()  # last: what scorers derived makes it cheaper
+            block.require_finite()  # last, because quantities that the scorers derived make the check cheaper
     if spent is not None:
         spent += seconds
     for row, scorer in zip(scores, scorers, strict=True):
         if row.isnan().any():
             first = int(row.isnan().nonzero()[0])
-            raise NotFinite(f"{scorer.name!r} gave NaN, first for row {first}, from finite features and logits.")
+            raise NotFinite(f"{scorer.name!r} returned NaN for finite inputs, first for row {first}.")
     return list(scores)
 
 
 def _scored_together(scorers: Sequence[Scorer]) -> list[list[int]]:
-    """Numbers of the scorers, those together that are to be scored together."""
+    """Group the indices of the scorers that are scored in one call."""
     groups: dict[Hashable, list[int]] = {}
     for number, scorer in enumerate(scorers):
         key = scorer.scored_with()
@@ -320,17 +325,20 @@ def _scored_together(scorers: Sequence[Scorer]) -> list[list[int]]:
 
 
 def _score_group(numbers: Sequence[int], scorers: Sequence[Scorer], block: Block, scores: Tensor) -> None:
-    """Puts what the scorers of these numbers give into their rows of ``scores`` ``[S, B]``."""
+    """Write the scores of the scorers with these indices into their rows of ``scores`` ``[S, B]``."""
     group = [scorers[number] for number in numbers]
     found = group[0].score_together(block, group) if len(group) > 1 else [group[0].score_block(block)]
     for number, scored in zip(numbers, found, strict=True):
         if scored.shape != (len(block),):
-            raise ShapeMismatch(f"{scorers[number].name!r} gave scores {tuple(scored.shape)} for {len(block)} rows.")
+            raise ShapeMismatch(
+                f"{scorers[number].name!r} returned scores of shape {tuple(scored.shape)} for {len(block)} rows: "
+                "score_block must return one score per row."
+            )
         scores[number] = scored
 
 
 def require_same_weights(one: Provenance | None, other: Provenance | None, name: str, other_name: str) -> None:
-    """Raises OtherModel, naming both, if two sets say which weights they come from and these differ."""
+    """Raise OtherModel, with both names, if two sets are known to come from different weights."""
     if one and other and one.weights_sha256 != other.weights_sha256:
         raise OtherModel(
             f"{name} comes from {_model(one)}, {other_name} from {_model(other)}: both must come from the same model, "
@@ -348,13 +356,16 @@ def _widths(feats: FeatureSet) -> dict[str, int]:
 
 
 def as_scorer(scorer: str | Scorer, **params: Any) -> Scorer:
-    """A scorer from its name and parameters, or the given one as it is."""
+    """Create a scorer from a name and parameters, or return a scorer as it is."""
     if isinstance(scorer, str):
         return create_scorer(scorer, **params)
     if not isinstance(scorer, Scorer):
-        raise BadInput(f"a scorer is given by its name or as a Scorer object, got {scorer!r}.")
+        raise BadInput(f"scorer must be a registered name or a Scorer object, got {scorer!r}.")
     if params:
-        raise BadInput(f"parameters {', '.join(params)} go with a scorer's name, not with one that exists already.")
+        raise BadInput(
+            f"{scorer.name!r} exists already, so {', '.join(params)} cannot be set: pass the name of the scorer, or "
+            "set parameters when you create it."
+        )
     return scorer
 
 
@@ -364,16 +375,16 @@ def score(
     fit: FeatureSet | Sequence[FeatureSet] | None = None,
     **params: Any,
 ) -> Tensor:
-    """Scores every row of a feature set; **higher = more in-distribution**.
+    """Score every row of a feature set; **higher = more in-distribution**.
 
     Args:
         scorer: a registered name (see ``list_scorers``) or a Scorer.
         feats: the set to score; a list of sets of the same data is an ensemble (see ``ood_scores.ensemble``).
-        fit: in-distribution features (usually of the training set) for scorers that are fitted; a list likewise.
-        **params: parameters of the scorer, when it is given by name.
+        fit: the fit set, usually the training data, for scorers that need a fit; a list of sets is an ensemble.
+        **params: parameters of the scorer, if it is given by name.
 
     Returns:
-        float64 ``[N]`` on the CPU.
+        The scores, float64 ``[N]`` on the CPU.
 
     Raises:
         UnknownName, BadInput, NotFitted, MissingInput, NotFinite, EmptyInput: see ``Scorer``.

@@ -1,4 +1,4 @@
-"""Scorers by name."""
+"""The registry of scorers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
 
 SCORERS: Registry[type[Scorer]] = Registry("scorer")
-"""The registered classes by name."""
+"""The registered scorer classes by name."""
 
 S = TypeVar("S", bound="type[Scorer]")
 
 
 def register_scorer(name: str) -> Callable[[S], S]:
-    """Class decorator that makes a scorer known by name, as timm does for models."""
+    """Return a class decorator that registers a scorer under a name."""
     return SCORERS.register(name)
 
 
 def list_scorers(pattern: str = "*") -> list[str]:
-    """Names of the registered scorers, sorted; ``pattern`` as in a shell (``"*norm*"``)."""
+    """Return the sorted names of the registered scorers that match a shell pattern, such as ``"*norm*"``."""
     return SCORERS.matching(pattern)
 
 
 def scorer_class(name: str) -> type[Scorer]:
-    """The class registered under a name.
+    """Return the class registered under a name.
 
     Raises:
-        UnknownName: there is none; the message lists the names.
+        UnknownName: if no scorer has this name; the message lists all names.
     """
     return SCORERS[name]
 
@@ -42,11 +42,11 @@ def is_registered(cls: type) -> bool:
 
 
 def create_scorer(name: str, **params: Any) -> Scorer:
-    """A new scorer by name.
+    """Create a scorer by name.
 
     Raises:
-        UnknownName: no such scorer, or no such parameter; the message lists those that exist.
-        BadInput: a parameter out of range.
+        UnknownName: if there is no such scorer or parameter; the message lists the existing ones.
+        BadInput: if a parameter is out of range.
     """
     cls = scorer_class(name)
     require_known(cls, params, f"scorer {name!r}")

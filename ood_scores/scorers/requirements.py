@@ -1,4 +1,4 @@
-"""What scorers need of a feature set, whether a set has it, and how to get it where it is missing."""
+"""Requirements of scorers: whether a feature set meets them, and how to get what is missing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
 
 Has = Callable[[str], bool]
-"""Whether a feature set has what a name stands for, as ``FeatureSet.has``."""
+"""A function such as ``FeatureSet.has``: whether a set has the column or extra of a name."""
 
 Where = Literal["python", "command line", "benchmark"]
-"""Where the user is told what to do: in a call, a command, or a key of a benchmark file."""
+"""The interface for which a remedy is phrased: a call, a command, or a key of a benchmark file."""
 
 COLUMNS = ("features", "logits", "labels", "head")
-"""The parts of a feature set that need no probe."""
+"""The parts of a feature set that are available without a probe."""
 
 HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
     "features": (
@@ -55,17 +55,17 @@ HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
         'fit = "…", a name of [sets]',
     ),
 }
-"""How to get what no probe computes: in each of the places of ``Where``."""
+"""Remedies for requirements that no probe meets, one for each interface of ``Where``."""
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """Something that a scorer reads.
+    """A column or an extra that a scorer reads.
 
     Args:
         name: one of ``COLUMNS``, or an extra such as ``odin``, ``layers`` or ``gradnorm.fc``.
-        fitting: whether the fit reads it, not the scoring.
-        together: all that is read with it, so that the remedy names one probe for all.
+        fitting: whether the fit reads it rather than the scoring.
+        together: the names that are read together with it, so that the remedy names one probe for all of them.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Requirement:
     together: Sequence[str] = ()
 
     def met_by(self, has: Has) -> bool:
-        """Return whether a set has what is needed."""
+        """Return whether a set meets the requirement."""
         return has(self.name)
 
     @property
     def reason(self) -> str:
-        """Why a scorer cannot run without it."""
+        """The reason why a scorer cannot run if the requirement is not met."""
         if self == FIT_SET:
             return "it needs a fit set"
         owner = "the dataset does not have" if self.name == "labels" else "the model does not have"
@@ -88,7 +88,7 @@ class Requirement:
         )
 
     def how_to_get(self, where: Where) -> str:
-        """Return what to do about it, without punctuation at the end."""
+        """Return the remedy, without punctuation at the end."""
         stem = self.name.partition(".")[0]
         if stem in HOW_TO_GET:
             return HOW_TO_GET[stem][get_args(Where).index(where)]
@@ -109,11 +109,11 @@ class Requirement:
 
 
 FIT_SET = Requirement("fit set", fitting=True)
-"""A set to fit on, whatever it has."""
+"""The requirement of a fit set, whatever its columns."""
 
 
 def requirements(scorer: Scorer, fitting: bool) -> list[Requirement]:
-    """Return what the fit of a scorer reads, or what the scoring reads."""
+    """Return the requirements of the fit of a scorer, or those of its scoring."""
     names = tuple(scorer.fit_needs if fitting else scorer.needs)
     return [Requirement(name, fitting, names) for name in names]
 
@@ -123,8 +123,8 @@ def unmet(scorer: Scorer, fit: Has | None, sets: Sequence[Has]) -> Requirement |
 
     Args:
         scorer: the scorer, not fitted.
-        fit: what the fit set has; None if there is no fit set.
-        sets: what each of the sets to be scored has.
+        fit: the columns of the fit set; None if there is no fit set.
+        sets: the columns of each set to score.
     """
     if scorer.fit_needs and fit is None:
         return FIT_SET
@@ -134,7 +134,7 @@ def unmet(scorer: Scorer, fit: Has | None, sets: Sequence[Has]) -> Requirement |
 
 
 def probes_for(needs: Iterable[str]) -> list[Probe]:
-    """Return the probes that compute the extras among the names that a scorer needs.
+    """Return the probes that compute the extras among some requirements.
 
     Raises:
         BadInput: if no registered probe computes one of them.
@@ -142,12 +142,12 @@ def probes_for(needs: Iterable[str]) -> list[Probe]:
     parts = _parts(name for name in needs if name not in COLUMNS)
     for stem in parts:
         if stem not in PROBES:
-            raise BadInput(f"the scorer reads {stem!r}, which no probe of one model gives: it is for no detector.")
+            raise BadInput(f"the scorer reads {stem!r}, which no registered probe computes: choose another scorer.")
     return [PROBES[stem](**PROBES[stem].parameters_for(below)) for stem, below in parts.items()]
 
 
 def _parts(names: Iterable[str]) -> dict[str, list[str]]:
-    """The parts ``b`` of names ``a.b``, by ``a``."""
+    """Group the parts ``b`` of names ``a.b`` by ``a``."""
     parts: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         stem, _, part = name.partition(".")
@@ -156,7 +156,7 @@ def _parts(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _layers(layers: str | Sequence[str], where: Where) -> str:
-    """How to keep pooled layers, for which ``extract`` has an option of its own."""
+    """Return the remedy for pooled layers, for which ``extract`` has an option of its own."""
     if where == "command line":
         return f"extract it with --layers {layers if isinstance(layers, str) else ','.join(layers)}"
     if where == "benchmark":
@@ -165,13 +165,13 @@ def _layers(layers: str | Sequence[str], where: Where) -> str:
 
 
 def _as_call(stem: str, parameters: Mapping[str, Any]) -> str:
-    """A probe in Python: its name, or a call of its class."""
+    """Return a probe in Python: its name, or a call of its class."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
     return f"{PROBES[stem].__name__}({arguments})" if arguments else repr(stem)
 
 
 def _as_text(stem: str, parameters: Mapping[str, Any]) -> str:
-    """A probe in a command or a benchmark file: ``name:key=value``."""
+    """Return a probe in a command or a benchmark file: ``name:key=value``."""
     arguments = ",".join(f"{key}={_value(value)}" for key, value in parameters.items())
     return f"{stem}:{arguments}" if arguments else stem
 

@@ -1,7 +1,7 @@
-"""Scorers on disk: one safetensors file holds what a fit found and what is needed to make the scorer again.
+"""Saved scorers: a safetensors file holds the parameters and the fitted state of a scorer.
 
-Tensors are stored as they are; everything else is JSON in the file's metadata. Nothing is pickled, so opening a file
-runs no code of it.
+Tensors are stored as they are; everything else is JSON in the metadata of the file. Nothing is pickled, so opening a
+file runs none of its contents.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 FORMAT = "ood_scores scorer"
 VERSION = 1
 KEY = "scorer"
-"""The name under which the description stands in the file's metadata."""
+"""The key of the description in the metadata of the file."""
 
 
 def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
-    """Writes a scorer as one safetensors file, which takes the place of ``path`` once it is complete.
+    """Save a scorer as one safetensors file, which replaces ``path`` once it is complete.
 
     Raises:
-        NotFitted: the scorer is fitted on in-distribution features and has not been.
-        BadInput: its class is not registered, or it holds something that cannot be stored.
-        ForeignFile: something that is not a saved scorer is in the way.
-        CacheWriteFailed: the disk refused; a scorer that was there before is still there.
+        NotFitted: if the scorer needs a fit and has not been fitted.
+        BadInput: if its class is not registered, or if it holds a value that cannot be saved.
+        ForeignFile: if the path holds something other than a saved scorer.
+        CacheWriteFailed: if the disk is full or fails; a scorer saved there before is kept.
     """
     if not scorer.is_fitted:
-        raise NotFitted(f"{scorer.name!r} has nothing to save before it is fitted: call .fit(train_feats) first.")
+        raise NotFitted(f"{scorer.name!r} cannot be saved before it is fitted: call .fit(train_feats) first.")
     tensors: dict[str, Tensor] = {}
     described = {
         "format": FORMAT,
@@ -59,13 +59,13 @@ def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
 
 
 def load_scorer(path: str | os.PathLike[str]) -> Scorer:
-    """Opens what ``Scorer.save`` wrote: a scorer of the same class, equal to it, with the same scores bit for bit.
+    """Load a scorer that ``Scorer.save`` wrote: it is equal to it, with the same scores bit for bit.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ForeignFile: it is not a scorer of this package, or one of a newer version of it.
-        DamagedCache: it is truncated or otherwise unreadable.
-        UnknownName: its scorer is not registered here, or has no such parameters any more.
+        FileNotFoundError: if there is no such file.
+        ForeignFile: if it is not a saved scorer, or if a newer version of this package wrote it.
+        DamagedCache: if it is truncated or unreadable.
+        UnknownName: if the class of the scorer is not registered, or no longer has one of its parameters.
     """
     file = Path(path)
     with _opened(file) as stored:
@@ -75,10 +75,10 @@ def load_scorer(path: str | os.PathLike[str]) -> Scorer:
 
 
 def _describe(scorer: Scorer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A scorer as JSON; its tensors go to ``tensors``, under names that start with the prefix."""
+    """Return a scorer as JSON, and add its tensors to ``tensors`` under names that start with the prefix."""
     if not is_registered(type(scorer)):
         raise BadInput(
-            f"{type(scorer).__name__} is not registered, so no file could say how to make it again: put "
+            f"{type(scorer).__name__} is not registered, so a file of it could not be loaded: put "
             '@register_scorer("a_name") before the class.'
         )
     parameters = {name: getattr(scorer, name) for name in inspect.signature(type(scorer)).parameters}
@@ -95,11 +95,11 @@ def _describe(scorer: Scorer, prefix: str, tensors: dict[str, Tensor]) -> dict[s
 
 
 def _remake(described: Mapping[str, Any], stored: Any) -> Scorer:
-    """The scorer that ``_describe`` described."""
+    """Create the scorer from its description."""
     if described["name"] not in list_scorers():
         raise UnknownName(
             f"the file holds a scorer {described['name']!r}, which is not registered: import the module that "
-            f"registers it first. There are: {', '.join(list_scorers())}."
+            f"registers it first. Registered scorers: {', '.join(list_scorers())}."
         )
     parameters = {name: _decode(value, stored) for name, value in described["parameters"].items()}
     scorer = create_scorer(described["name"], **parameters)
@@ -111,7 +111,7 @@ def _remake(described: Mapping[str, Any], stored: Any) -> Scorer:
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON: what JSON has as it is (floats to the last bit), all else as ``{kind: content}``."""
+    """Return a value as JSON: JSON values as they are (floats to the last bit), others as ``{kind: content}``."""
     match value:
         case None | bool() | int() | str():
             return value
@@ -145,7 +145,7 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _decode(value: Any, stored: Any) -> Any:
-    """What ``_encode`` encoded."""
+    """Return the value that ``_encode`` encoded."""
     match value:
         case {"float": text}:
             return float(text)
@@ -167,9 +167,9 @@ def _decode(value: Any, stored: Any) -> Any:
 
 
 def _keep(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> list[int]:
-    """Keeps a tensor with its dimensions in the order in which they lie in memory, and returns that order.
+    """Add a tensor, with its dimensions in the order of their memory layout, and return that order.
 
-    A transposed matrix comes back transposed: a product with it may otherwise be rounded in another way.
+    A transposed matrix is loaded as a transposed matrix, because products with it may round differently otherwise.
     """
     order = sorted(range(tensor.ndim), key=tensor.stride().__getitem__, reverse=True)
     tensors[name] = tensor.detach().cpu().permute(order).contiguous()
@@ -177,13 +177,13 @@ def _keep(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> list[int]:
 
 
 def _fetch(name: str, order: list[int], stored: Any) -> Tensor:
-    """The tensor in memory of its own: the file is only mapped, and may be replaced, and its alignment is arbitrary."""
+    """Return a copy of a tensor: the file is only mapped, it may be replaced, and its alignment is arbitrary."""
     back = sorted(range(len(order)), key=order.__getitem__)
     return stored.get_tensor(name).clone().permute(back)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, none of which shares memory with another: the format has no way to say so."""
+    """Copy tensors that share memory, which the format cannot represent."""
     storages = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
     return {
         name: tensor.clone() if storages.count(storage) > 1 else tensor
@@ -194,7 +194,7 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _write(path: Path, content: bytes) -> None:
     if path.exists() and not is_marked(path, FORMAT):
         raise ForeignFile(
-            f"{path} is not a scorer that ood_scores saved and is left alone: choose another path, or delete it "
+            f"{path} is not a scorer that ood_scores saved and is not overwritten: choose another path, or delete it "
             "yourself."
         )
     with replacing(path) as file:
@@ -203,11 +203,11 @@ def _write(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The open file; what goes wrong on reading it becomes an error that says what to do."""
+    """Open a file, and turn errors of reading it into errors of this package."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
     if not is_marked(path, FORMAT):
-        raise ForeignFile(f"{path} is not a scorer that ood_scores saved.")
+        raise ForeignFile(f"{path} is not a scorer that ood_scores saved: pass the path of a saved scorer.")
     try:
         with safetensors.safe_open(path, "pt") as stored:
             yield stored
@@ -217,9 +217,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _check_format(described: Mapping[str, Any], path: Path) -> None:
     if described.get("format") != FORMAT:
-        raise ForeignFile(f"{path} is not a scorer that ood_scores saved.")
+        raise ForeignFile(f"{path} is not a scorer that ood_scores saved: pass the path of a saved scorer.")
     if described["version"] > VERSION:
         raise ForeignFile(
-            f"{path} has scorer format {described['version']}; this version of ood_scores reads up to {VERSION}: "
-            "update ood_scores."
+            f"{path} has scorer format {described['version']}, but this version of ood_scores reads formats up to "
+            f"{VERSION}: update ood_scores."
         )

@@ -1,4 +1,4 @@
-"""Checks that a scorer or a probe keeps what all of its kind promise, for tests of your own classes."""
+"""Checks for tests of your own scorers and probes: whether they have the properties that all of them must have."""
 
 from ood_scores.testing.probes import check_probe, probe_checks
 from ood_scores.testing.scorers import check_scorer, scorer_checks

@@ -1,4 +1,4 @@
-"""A small problem to check scorers on."""
+"""A small classification problem on which scorers are checked."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ood_scores.scorers.base import Scorer
 CLASSES, WIDTH = 4, 8
 
 Extras = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
-"""Functions that make extras from features ``[N, D]`` and logits ``[N, C]``, by the names of the extras."""
+"""Functions that create extras from features ``[N, D]`` and logits ``[N, C]``, by the name of the extra."""
 
 
 @dataclass
 class Case:
-    """A scorer class to check, with the parameters to check it with, and the data."""
+    """A scorer class to check, with its parameters and the data."""
 
     cls: type[Scorer]
     parameters: Mapping[str, Any]
@@ -61,12 +61,12 @@ class Case:
 
 
 def problem(rows: int, seed: int, extras: Extras, *, ood: bool = False, classes: int = CLASSES) -> FeatureSet:
-    """Create float64 features as after a ReLU: ID rows are long and near their class mean, OoD rows short and anywhere.
+    """Create features after a ReLU, float64: ID rows are long and near their class mean, OoD rows are short.
 
     Args:
         rows: the number of rows.
         seed: the seed of the noise.
-        extras: how to make the extras of the set.
+        extras: functions that create the extras of the set.
         ood: whether the rows are OoD.
         classes: the number of classes.
     """
@@ -94,21 +94,21 @@ def converted(feats: FeatureSet, convert: Callable[[Tensor], Any]) -> FeatureSet
 
 
 def reduced(feats: FeatureSet, names: list[str]) -> FeatureSet:
-    """Return the set with only the named parts; features that are not named are zeros."""
+    """Return the set with only the named parts; features are zeros if they are not named."""
     parts = {part: getattr(feats, part) if part in names else None for part in ("logits", "labels", "head")}
     features = feats.features if "features" in names else torch.zeros_like(feats.features)
     return changed(feats, features=features, extras=_extras(feats, names, keep=True), **parts)
 
 
 def without(feats: FeatureSet, name: str) -> FeatureSet:
-    """Return the set without ``logits``, ``labels``, ``head``, or an extra and all below it."""
+    """Return the set without ``logits``, ``labels``, ``head``, or an extra and all extras below it."""
     if name in ("logits", "labels", "head"):
         return changed(feats, **{name: None})
     return changed(feats, extras=_extras(feats, [name], keep=False))
 
 
 def _extras(feats: FeatureSet, names: list[str], keep: bool) -> dict[str, Tensor]:
-    """The extras that have one of the names, or are below one, or all others."""
+    """Return the extras with one of the names or below one, or all other extras if ``keep`` is false."""
     return {
         extra: values
         for extra, values in feats.extras.items()

@@ -1,4 +1,4 @@
-"""The properties that every scorer has, each with the check that finds it missing."""
+"""The properties that every scorer must have, each with its check."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ Check = Callable[[Case], None]
 
 @dataclass(frozen=True)
 class Property:
-    """A property of scorers: whether it applies to a case, and the check that raises AssertionError without it."""
+    """A property: its check, which raises AssertionError if it is missing, and whether it applies to a case."""
 
     check: Check
     applies: Callable[[Case], Any]
 
 
 PROPERTIES: dict[str, Property] = {}
-"""All properties by name, as ``tags.exceptions`` and messages name them."""
+"""All properties by name, as in ``tags.exceptions`` and in messages."""
 
 
 def _property(applies: Callable[[Case], Any] = lambda case: True) -> Callable[[Check], Check]:
@@ -67,20 +67,20 @@ def one_finite_float64_per_row(case: Case) -> None:
     for feats in (case.id, case.ood, case.id[:1]):
         scores = case.fitted.score(feats)
         found = (tuple(scores.shape), scores.dtype, scores.device.type, scores.requires_grad)
-        assert found == ((len(feats),), torch.float64, "cpu", False), f"scores of {len(feats)} rows are {found}"
-        assert scores.isfinite().all(), f"row {int((~scores.isfinite()).nonzero()[0])} has the score NaN or infinity"
+        assert found == ((len(feats),), torch.float64, "cpu", False), f"shape, dtype, device, requires_grad are {found}"
+        assert scores.isfinite().all(), f"row {int((~scores.isfinite()).nonzero()[0])} has a NaN or infinite score"
 
 
 @_property()
 def declares_needs(case: Case) -> None:
-    assert case.make().needs, "needs is empty, so that it would read nothing"
+    assert case.make().needs, "needs is empty, so it would read nothing"
 
 
 @_property()
 def needs_nothing_undeclared(case: Case) -> None:
     scorer = case.make()
     scorer.fit(reduced(case.train, list(scorer.fit_needs)))
-    _close(scorer.score(reduced(case.id, list(scorer.needs))), case.expected, "of sets with only what it declares")
+    _close(scorer.score(reduced(case.id, list(scorer.needs))), case.expected, "of sets with only the declared parts")
 
 
 @_property()
@@ -122,7 +122,7 @@ def numpy_arrays(case: Case) -> None:
 
 @_property()
 def stored_precision(case: Case) -> None:
-    """Narrow columns are widened, not computed with: the scores are those of the same numbers stored as float64."""
+    """Scores of narrow columns equal those of the same numbers stored as float64."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         narrow = [converted(feats, partial(Tensor.to, dtype=dtype)) for feats in (case.train, case.id)]
         wide = [converted(feats, Tensor.double) for feats in narrow]
@@ -145,7 +145,7 @@ def inputs_unchanged(case: Case) -> None:
     case.make().fit(train).score(feats)
     for before, after in ((case.train, train), (case.id, feats)):
         for column in (*ARRAYS, "labels"):
-            assert torch.equal(getattr(before, column), getattr(after, column)), f"it changes the {column} of a set"
+            assert torch.equal(getattr(before, column), getattr(after, column)), f"it changes the {column} of the set"
     heads = [feats.head for feats in (case.problem(1, seed=0), case.id) if feats.head]
     assert torch.equal(heads[0].weight, heads[1].weight), "it changes the weight of the head"
 
@@ -164,19 +164,19 @@ def second_fit_replaces_first(case: Case) -> None:
 
 @_property()
 def parameters_and_repr(case: Case) -> None:
-    """The constructor stores parameters as given, a fit leaves them alone, and the repr makes the scorer again."""
+    """The constructor stores parameters as given, a fit does not change them, and the repr creates an equal scorer."""
     scorer = case.make()
     for name, value in case.parameters.items():
         assert getattr(scorer, name) is value, f"{name}={value!r} became {getattr(scorer, name)!r}"
     unfitted = copy.deepcopy(scorer)
-    assert unfitted == scorer, "a copy is not equal to it: make it a dataclass"
+    assert unfitted == scorer, "a copy is not equal to the scorer: make it a dataclass"
     scorer.fit(case.train)
-    assert scorer == unfitted, "after the fit it is not equal to itself before: declare what is fitted with fitted()"
-    assert repr(scorer) == repr(unfitted), f"the fit changes its repr to {scorer!r}"
+    assert scorer == unfitted, "a fitted scorer differs from an unfitted one: declare what the fit sets with fitted()"
+    assert repr(scorer) == repr(unfitted), f"the fit changes the repr to {scorer!r}"
     call = repr(scorer).replace(case.cls.__qualname__, case.cls.__name__)
     remade = eval(call, vars(sys.modules[case.cls.__module__]) | {case.cls.__name__: case.cls, "inf": math.inf})
-    assert remade == scorer, f"its repr {scorer!r} makes another scorer, {remade!r}"
-    _equal(remade.fit(case.train).score(case.id), case.expected, "of a scorer made from its repr")
+    assert remade == scorer, f"the repr {scorer!r} creates another scorer, {remade!r}"
+    _equal(remade.fit(case.train).score(case.id), case.expected, "of a scorer created from its repr")
 
 
 @_property()
@@ -195,9 +195,9 @@ def saved_and_loaded(case: Case) -> None:
             scorer.save(file)
             again = load_scorer(file)
             assert type(again) is type(scorer)
-            assert again == scorer, f"it is loaded as {again!r}"
+            assert again == scorer, f"the loaded scorer is {again!r}"
             assert repr(again) == repr(scorer)
-            assert again.is_fitted, "it is loaded without its fit"
+            assert again.is_fitted, "the loaded scorer is not fitted"
             _equal(again.score(case.id), scorer.score(case.id), "of the loaded scorer")
             refitted = case.make().fit(case.other).score(case.id)
             _equal(again.fit(case.other).score(case.id), refitted, "of the loaded scorer after another fit")
@@ -217,15 +217,15 @@ def saved_as_tensors_and_json(case: Case) -> None:
 
 @_property(_needs_fit)
 def not_saved_before_fit(case: Case) -> None:
-    with _file() as file, _raises(NotFitted, f"{case.cls.name!r} has nothing to save before it is fitted"):
+    with _file() as file, _raises(NotFitted, f"{case.cls.name!r} cannot be saved before it is fitted"):
         case.make().save(file)
-    assert not file.exists(), "a file is left"
+    assert not file.exists(), "a file was written"
 
 
 @_property(_needs_fit)
 def not_scored_before_fit(case: Case) -> None:
     scorer = case.make()
-    assert not scorer.is_fitted, "it is fitted from the start"
+    assert not scorer.is_fitted, "it is fitted before fit is called"
     message = (f"{scorer.name!r} is fitted on in-distribution features", FIT_SET.how_to_get("python"))
     with _raises(NotFitted, *message):
         scorer.score(case.id)
@@ -236,13 +236,13 @@ def not_scored_before_fit(case: Case) -> None:
 @_property()
 def higher_on_id(case: Case) -> None:
     id, ood = float(case.expected.mean()), float(case.fitted.score(case.ood).mean())
-    assert id > ood, f"the mean score of ID rows is {id:.6g}, that of OoD rows {ood:.6g}"
+    assert id > ood, f"the mean score is {id:.6g} for ID rows and {ood:.6g} for OoD rows"
 
 
 @_property()
 def single_class(case: Case) -> None:
     feats = case.problem(30, seed=3, classes=1)
-    assert case.make().fit(feats).score(feats).isfinite().all(), "scores are NaN or infinite"
+    assert case.make().fit(feats).score(feats).isfinite().all(), "some scores are NaN or infinite"
 
 
 @_property(_needs_fit)
@@ -251,12 +251,12 @@ def class_without_fit_rows(case: Case) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         scores = case.make().fit(case.train[case.train.labels != 3]).score(case.id)
-    assert scores.isfinite().all(), "scores are NaN or infinite"
+    assert scores.isfinite().all(), "some scores are NaN or infinite"
 
 
 @_property()
 def missing_parts_named(case: Case) -> None:
-    """What is missing is named, and where to get it."""
+    """Errors name the missing part and how to get it."""
     for scorer, fitting, call in ((case.fitted, False, case.fitted.score), (case.make(), True, case.make().fit)):
         for need in requirements(scorer, fitting):
             if need.name != "features":
@@ -288,7 +288,7 @@ def fit_rows_finite(case: Case) -> None:
             scorer = case.make()
             with _raises(NotFinite, f"{column} hold NaN or infinite values, first in row 33"):
                 scorer.fit(feats)
-            assert not scorer.is_fitted, "it is fitted after a fit that failed"
+            assert not scorer.is_fitted, "it is fitted after a failed fit"
 
 
 @_property(lambda case: "labels" in case.make().fit_needs)
@@ -322,16 +322,16 @@ def other_model_refused(case: Case) -> None:
 @_property(_registered)
 def by_name(case: Case) -> None:
     made = score(case.cls.name, case.id, case.train, **case.parameters)
-    _equal(made, case.expected, "of the scorer by its name")
-    _equal(score(case.make(), case.id, case.train), case.expected, "of the scorer as an object")
-    _equal(score(case.fitted, case.id), case.expected, "of the fitted scorer as an object")
+    _equal(made, case.expected, "of the scorer given by name")
+    _equal(score(case.make(), case.id, case.train), case.expected, "of the scorer given as an object")
+    _equal(score(case.fitted, case.id), case.expected, "of the fitted scorer given as an object")
 
 
 @_property(_registered)
 def unknown_parameters_refused(case: Case) -> None:
     known = inspect.signature(case.cls).parameters or ("none",)
-    with _raises(UnknownName, f"scorer {case.cls.name!r} has no parameter 'colour'", *known):
-        create_scorer(case.cls.name, colour="red")
+    with _raises(UnknownName, f"scorer {case.cls.name!r} has no parameter 'color'", *known):
+        create_scorer(case.cls.name, color="red")
 
 
 def _equal(found: Tensor, expected: Tensor, what: str) -> None:
@@ -341,7 +341,7 @@ def _equal(found: Tensor, expected: Tensor, what: str) -> None:
 
 
 def _close(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-8) -> None:
-    """Check that scores are equal up to a relative error, which is absolute for scores below the largest."""
+    """Check that scores are equal up to a tolerance relative to the largest score."""
     allowed = tolerance * float(expected.abs().max())
     torch.testing.assert_close(
         found, expected, rtol=tolerance, atol=allowed, msg=lambda details: f"the scores {what} differ: {details}"
@@ -350,17 +350,17 @@ def _close(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-8) 
 
 @contextmanager
 def _raises(error: type[Exception], *parts: str) -> Iterator[None]:
-    """Check that an error is raised within this context, and that its message has these parts."""
+    """Check that an error is raised within this context and that its message contains some parts."""
     try:
         yield
     except error as raised:
         message = str(raised)
     except Exception as raised:
-        raise AssertionError(f"{type(raised).__name__} is raised in place of {error.__name__}: {raised}") from raised
+        raise AssertionError(f"{type(raised).__name__} was raised instead of {error.__name__}: {raised}") from raised
     else:
-        raise AssertionError(f"{error.__name__} is not raised")
+        raise AssertionError(f"{error.__name__} was not raised")
     for part in parts:
-        assert part in message, f"{error.__name__} should say {part!r}, it says {message!r}"
+        assert part in message, f"the message of {error.__name__} should contain {part!r}, but is {message!r}"
 
 
 @contextmanager
@@ -370,7 +370,7 @@ def _file() -> Iterator[Path]:
 
 
 def _blocks_and_orders(rows: int) -> Iterator[tuple[int, Tensor]]:
-    """Eight sizes of blocks, and orders of the rows."""
+    """Yield eight block sizes, each with a random order of the rows."""
     generator = torch.Generator().manual_seed(0)
     for size in (1, 2, 5, 11, 23, rows - 1, rows, rows + 10):
         yield size, torch.randperm(rows, generator=generator)

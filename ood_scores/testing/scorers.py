@@ -1,4 +1,4 @@
-"""Checks that a scorer class has the properties that all scorers have."""
+"""Checks that a scorer class has the properties that all scorers must have."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ood_scores.testing.scorer_properties import PROPERTIES, Property
 
 
 def check_scorer(cls: type[Scorer], **parameters: Any) -> None:
-    """Check that a scorer class has all properties that scorers have, on a small problem.
+    """Check, on a small problem, that a scorer class has all properties that scorers must have.
 
-    What a class cannot have it declares in its ``tags``: ``exceptions`` maps the name of a property to the reason,
-    ``small_parameters`` are the parameters to check it with, ``small_extras`` makes the extras that it reads, and
-    ``float32_tolerance`` bounds the error that float32 inputs may cause.
+    The ``tags`` of the class adapt the checks: ``exceptions`` maps the name of a property that it cannot have to the
+    reason, ``small_parameters`` are its parameters in the checks, ``small_extras`` creates the extras that it reads,
+    and ``float32_tolerance`` bounds the error caused by float32 inputs.
 
     Args:
-        cls: the class. Properties of saving and of names are checked only if it is registered.
-        **parameters: parameters to check it with, beyond ``tags.small_parameters``.
+        cls: the class. Saving, loading, and creation by name are checked only if it is registered.
+        **parameters: its parameters in the checks, in addition to ``tags.small_parameters``.
 
     Raises:
-        AssertionError: if it does not have a property; the message names the scorer, the property, and what was found.
+        AssertionError: if a property is missing; the message names the scorer, the property, and what was found.
     """
     for _, check in scorer_checks(cls, **parameters):
         check()
 
 
 def scorer_checks(cls: type[Scorer], **parameters: Any) -> list[tuple[str, Callable[[], None]]]:
-    """Return the checks of ``check_scorer`` by the name of the property, to run each as a test of its own.
+    """Return the checks of ``check_scorer`` by the name of the property, so that each can be a separate test.
 
-    Properties that do not apply to the scorer, or that its tags declare as exceptions, are left out::
+    Properties that do not apply to the scorer, and exceptions declared in its tags, are left out::
 
         @pytest.mark.parametrize(("property", "check"), scorer_checks(MyScorer))
         def test_my_scorer(property, check):
@@ -42,7 +42,9 @@ def scorer_checks(cls: type[Scorer], **parameters: Any) -> list[tuple[str, Calla
         AssertionError: if the tags declare an exception to a property that does not exist.
     """
     unknown = cls.tags.exceptions.keys() - PROPERTIES.keys()
-    assert not unknown, f"{cls.name}: its tags declare exceptions to {sorted(unknown)}, there are {list(PROPERTIES)}"
+    assert not unknown, (
+        f"the tags of {cls.name} except unknown properties {sorted(unknown)}; there are {list(PROPERTIES)}"
+    )
     case = Case(cls, {**cls.tags.small_parameters, **parameters})
     return [
         (name, partial(_checked, known, case))
@@ -52,7 +54,7 @@ def scorer_checks(cls: type[Scorer], **parameters: Any) -> list[tuple[str, Calla
 
 
 def _checked(known: Property, case: Case) -> None:
-    """Run a check; whatever it raises becomes an AssertionError that names scorer and property."""
+    """Run a check, and turn any error into an AssertionError that names the scorer and the property."""
     try:
         known.check(case)
     except Exception as error:

@@ -275,7 +275,7 @@ def test_scorer_parameters_have_the_type_of_their_default(scorer: str, text: str
         (("--param", "bias=maybe"), "bias is a value such as false"),
         (("--param", "q=1"), "has no parameter 'q': choose from p, temperature"),
         (("--param", "p=-1"), r"p must be in \(0, inf\]"),
-        (("--out", "scores.xlsx"), "a table's name ends in .csv or .json"),
+        (("--out", "scores.xlsx"), "use a file name that ends in .csv or .json"),
     ],
 )
 def test_score_refuses_bad_options(caches: dict[str, Path], words: tuple[str, ...], message: str) -> None:
@@ -359,7 +359,7 @@ def test_evaluate_tables_fit_the_terminal(caches: dict[str, Path]) -> None:
 
 def test_evaluate_command_refuses_two_sets_with_one_name(caches: dict[str, Path]) -> None:
     words = ("--ood", caches["near"], "--ood", f"near={caches['far']}")
-    assert "two OoD sets are called 'near'" in refused("evaluate", "--id", caches["id"], *words)
+    assert "two OoD sets are named 'near'" in refused("evaluate", "--id", caches["id"], *words)
 
 
 # ---- inspect

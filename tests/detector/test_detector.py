@@ -334,7 +334,7 @@ def test_refuses_other_weights(sets: dict[str, FeatureSet]) -> None:
 def test_refuses_what_cannot_work(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     with pytest.raises(NotFitted, match="pass fit="):
         calibrate("mahalanobis", model, id=sets["id"])
-    with pytest.raises(BadInput, match="'ensemble', which no probe of one model gives"):
+    with pytest.raises(BadInput, match="'ensemble', which no registered probe computes"):
         calibrate("ensemble", model, id=sets["id"])
     with pytest.raises(MissingInput, match="logits"):
         calibrate("feature_norm", model, id=FeatureSet(torch.rand(30, 16)))

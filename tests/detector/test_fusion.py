@@ -169,7 +169,7 @@ def test_it_is_saved_and_loaded(method: Any, tmp_path: Path) -> None:
 def test_a_member_s_nan_is_an_error() -> None:
     """Among sorted numbers NaN would come last, as if the row were the most ID of all."""
     fusion = Fusion([Column(0), Root()]).fit(columns([[1], [4]]))
-    with pytest.raises(NotFinite, match="'Root' gave NaN, first for row 2"):
+    with pytest.raises(NotFinite, match="'Root' returned NaN for finite inputs, first for row 2"):
         fusion.score(columns([[1], [2], [-1], [-1]]), block_rows=2)
 
 

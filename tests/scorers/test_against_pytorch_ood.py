@@ -1,7 +1,7 @@
-"""Every scorer that pytorch-ood 0.4 has too, on the same tensors; theirs says higher = out-of-distribution.
+"""Scorers compared with those of pytorch-ood 0.4 on the same tensors; its scores are higher for OoD rows.
 
-Where the definitions agree the values do, after the sign; where they differ, the difference is named here, undone, and
-then the values agree. Either way the two rank the rows alike.
+Where the definitions agree, the values agree up to the sign. Where they differ, the difference is described and undone
+here. In both cases, the two rank the rows in the same order.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ CLASSES, WIDTH, ROWS = 5, 8, 30
 
 
 def data(seed: int = 0, rows: int = ROWS) -> tuple[Tensor, nn.Linear, Tensor]:
-    """Features around class means, a linear head, and labels; every class has the same number of rows."""
+    """Return features around class means, a linear head, and labels; all classes have the same number of rows."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(rows) % CLASSES
     means = 2 * torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(99))
     features = (means[labels] + torch.randn(rows, WIDTH, generator=generator)).double()
     layer = nn.Linear(WIDTH, CLASSES, dtype=torch.float64)
     with torch.no_grad():
-        layer.weight.copy_(means / 20)  # no probability below 1e-7, where they clip
+        layer.weight.copy_(means / 20)  # no probability below 1e-7, where pytorch-ood clips
         layer.bias.zero_()
     return features, layer, labels
 
@@ -44,7 +44,7 @@ FEATS = FeatureSet(FEATURES, LOGITS, head=Head(LAYER.weight, LAYER.bias))
 
 @dataclass
 class Pair:
-    """One scorer here and there. ``undo`` maps minus their score to ours; ``why`` names the difference it undoes."""
+    """A scorer in both packages. ``undo`` maps minus their score to ours; ``why`` describes the undone difference."""
 
     name: str
     params: dict[str, Any]
@@ -76,25 +76,32 @@ PAIRS = [
         "entropy",
         {},
         lambda: peer.Entropy.score(LOGITS),
-        why="they clip probabilities at 1e-7, which these do not reach",
+        why="pytorch-ood clips probabilities at 1e-7, which these rows do not reach",
     ),
     Pair(
         "gen",
         {"gamma": 0.5, "top": 100},
         lambda: peer.GEN.score(LOGITS, gamma=0.5),
         lambda score: score * CLASSES,
-        why="they average the terms, here and in the paper they are summed; they clip probabilities at 1e-7",
+        why="pytorch-ood averages the terms, ours and the paper sum them; it clips probabilities at 1e-7",
     ),
     Pair(
         "gen",
         {"gamma": 1.0, "top": 3},
         lambda: peer.GEN.score(LOGITS, gamma=1.0, M=3),
         lambda score: score * 3,
-        why="as above: a mean over M terms",
+        why="pytorch-ood averages M terms",
     ),
-    Pair("gradnorm", {}, lambda: gradnorm("weight"), why="their sign is minus the norm: the paper's sign is ours"),
+    Pair(
+        "gradnorm",
+        {},
+        lambda: gradnorm("weight"),
+        why="the score of pytorch-ood is minus the norm; ours has the sign of the paper",
+    ),
     Pair("gradnorm", {"temperature": 4.0}, lambda: gradnorm("weight", temperature=4.0)),
-    Pair("gradnorm", {"bias": True}, lambda: gradnorm("weight", "bias"), why="bias included, as theirs by default"),
+    Pair(
+        "gradnorm", {"bias": True}, lambda: gradnorm("weight", "bias"), why="pytorch-ood includes the bias by default"
+    ),
     Pair("knn", {"k": 1}, lambda: fitted(peer.KNN(None, k=1)), why="our bank is float32", rtol=1e-5),
     Pair("knn", {"k": 50}, lambda: fitted(peer.KNN(None, k=50)), why="our bank is float32", rtol=1e-5),
     Pair(
@@ -109,7 +116,7 @@ PAIRS = [
         {},
         lambda: fitted(peer.Mahalanobis(None), torch.float32),
         lambda score: 2 * len(FIT) * score,
-        why="theirs is half the squared distance, under a scatter that is not divided by N (plus a ridge of 1e-6), "
+        why="pytorch-ood computes half the squared distance under a scatter not divided by N (plus a ridge of 1e-6), "
         "all in float32",
         rtol=1e-4,
     ),
@@ -123,9 +130,9 @@ def test_equals_pytorch_ood(pair: Pair) -> None:
     assert spearmanr(ours, theirs).statistic > 1 - 1e-9
 
 
-def test_gmm_differs_in_three_ways_and_is_equal_otherwise() -> None:
-    """They divide covariances by n_c (here, as in DDU's code, by n_c - 1), always add a ridge (here only as much jitter
-    as a class needs), and always weight by the class frequency (here ``prior="empirical"``)."""
+def test_gmm_agrees_once_three_differences_are_undone() -> None:
+    """pytorch-ood divides covariances by n_c (ours, as DDU's code, by n_c - 1), always adds a ridge (ours only as much
+    jitter as a class needs), and always weights classes by frequency (ours with ``prior="empirical"``)."""
     count = len(FIT) // CLASSES
     shrink = ((count - 1) / count) ** 0.5  # features spread by this much around each class mean undo the divisor
     means = torch.stack([FIT_FEATURES[FIT_LABELS.eq(c)].mean(dim=0) for c in range(CLASSES)])[FIT_LABELS]
@@ -138,7 +145,7 @@ def test_gmm_differs_in_three_ways_and_is_equal_otherwise() -> None:
 
 
 def test_gmm_with_the_same_jitter_on_singular_classes() -> None:
-    """A dead feature: theirs adds ``reg``, ours the first jitter that is enough."""
+    """For a dead feature, pytorch-ood adds ``reg``, and ours the smallest jitter that suffices."""
     features, rows = FIT_FEATURES.clone(), FEATURES.clone()
     features[:, 0] = rows[:, 0] = 0.5
     detector: Any = peer.GMM(None, reg=np.finfo(float).eps).fit_features(features, FIT_LABELS)
@@ -147,8 +154,8 @@ def test_gmm_with_the_same_jitter_on_singular_classes() -> None:
 
 
 @pytest.mark.parametrize("name", ["entropy", "gen"])
-def test_their_clipping_levels_confident_rows(name: str) -> None:
-    """They clip at 1e-7, so that all rows beyond that are practically equal; here they keep their order."""
+def test_clipping_in_pytorch_ood_levels_confident_rows(name: str) -> None:
+    """pytorch-ood clips at 1e-7, so that more confident rows are practically equal; ours keep their order."""
     logits = torch.tensor([[20.0, 0, 0], [25.0, 0, 0], [30.0, 0, 0]], dtype=torch.float64)
     theirs = {"entropy": peer.Entropy.score, "gen": peer.GEN.score}[name](logits)
     ours = score(name, FeatureSet(torch.ones(3, 1), logits))
@@ -156,14 +163,14 @@ def test_their_clipping_levels_confident_rows(name: str) -> None:
     assert (ours[:-1] / ours[1:] > 1.5).all()  # both negative: the entropy falls
 
 
-def test_both_keep_zero_vectors_zero() -> None:
+def test_zero_vectors_stay_zero_in_both() -> None:
     rows = torch.zeros(1, WIDTH, dtype=torch.float64)
     theirs: Any = peer.KNN(None, k=3).fit_features(FIT_FEATURES, FIT_LABELS)
     torch.testing.assert_close(score("knn", FeatureSet(rows), fit=FIT, k=3), -theirs.predict_features(rows))
 
 
-def test_what_they_have_not() -> None:
-    """Scorers without a counterpart there; one that gains one belongs into PAIRS."""
+def test_scorers_without_a_counterpart() -> None:
+    """pytorch-ood has none of these scorers; a scorer that gains a counterpart belongs in PAIRS."""
     without = {
         "activation_ratio",
         "doctor",

@@ -1,4 +1,4 @@
-"""What every registered scorer must do: ``ood_scores.testing`` has the checks, the scorers' tags their exceptions."""
+"""Every registered scorer has the properties that ``ood_scores.testing`` checks; tags list the exceptions."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def test_scorer(check: Callable[[], None]) -> None:
 @pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer.name)
 def test_is_documented(scorer: type) -> None:
     text = inspect.getdoc(scorer) or ""
-    assert all(part in text for part in ("Source:", "Cost:", "Fails")), "where it comes from, costs and fails"
+    assert all(part in text for part in ("Source:", "Cost:", "Fails")), "source, cost, and failure cases"
     assert all(f"{parameter}: " in text for parameter in inspect.signature(scorer).parameters)

@@ -122,9 +122,9 @@ def test_an_approximate_index_never_finds_nearer_neighbours() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"index": "Nonsense"}, "cannot make the index 'Nonsense'"),
-        ({"index": ""}, "cannot make the index ''"),
-        ({"index": "IVF64,Flat"}, "cannot make the index 'IVF64,Flat' of 40 rows"),
+        ({"index": "Nonsense"}, "cannot create the index 'Nonsense'"),
+        ({"index": ""}, "cannot create the index ''"),
+        ({"index": "IVF64,Flat"}, "cannot create the index 'IVF64,Flat' for 40 rows"),
         ({"k": 41}, "k=41 needs at least as many bank rows, got 40: lower k"),
         ({"k": 30, "index": "IVF8,Flat"}, "found fewer than k=30 neighbors"),
         ({"k": 0}, "k must be a whole number of at least 1"),

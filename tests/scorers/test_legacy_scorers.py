@@ -1,4 +1,4 @@
-"""Scorers that an earlier version saved: they open, are the same, and give the same scores."""
+"""Scorers saved by an earlier version are loaded with the same parameters and scores."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import ood_scores
-from ood_scores.detector import fusion  # noqa: F401  registers the scorer that some files hold
+from ood_scores.detector import fusion  # noqa: F401  registers the scorer of some files
 
 SCORERS: dict[str, Any] = legacy.FACTS["scorers"]
 
 
 @pytest.mark.parametrize("label", SCORERS)
-def test_a_saved_scorer_opens_and_scores_as_before(label: str) -> None:
+def test_a_saved_scorer_returns_the_same_scores(label: str) -> None:
     scorer = ood_scores.load_scorer(legacy.FOLDER / "scorers" / f"{label}.safetensors")
     facts = SCORERS[label]
     assert (scorer.name, repr(scorer)) == (facts["name"], facts["repr"])
@@ -25,7 +25,7 @@ def test_a_saved_scorer_opens_and_scores_as_before(label: str) -> None:
 
 
 @pytest.mark.parametrize("name", legacy.FACTS["statistics"]["fits"])
-def test_a_fit_on_an_earlier_cache_scores_as_before(name: str) -> None:
+def test_a_fit_on_an_earlier_cache_returns_the_same_scores(name: str) -> None:
     feats = ood_scores.load(legacy.FOLDER / "caches" / "probes.h5")
     found = ood_scores.score(name, feats, feats)
     np.testing.assert_allclose(found, legacy.ARRAYS[f"statistics/{name}"], rtol=1e-6, atol=1e-12)

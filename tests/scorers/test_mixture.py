@@ -311,7 +311,7 @@ def test_the_file_has_no_name_and_is_gone_with_the_scorer(
 
 
 def test_no_room_is_an_error_that_says_how_much(tmp_path: Path) -> None:
-    with pytest.raises(CacheWriteFailed, match=rf"take 524,288\.0 GiB, for which there is no room in {tmp_path}"):
+    with pytest.raises(CacheWriteFailed, match=rf"take 524,288\.0 GiB, for which there is no space in {tmp_path}"):
         reserved(2**46, tmp_path)
 
 
@@ -324,7 +324,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     code = f"""
         import re, resource, torch, ood_scores
         from pathlib import Path
-        from ood_scores.features import moments
+        from ood_scores.features.statistics import moments
         torch.linalg.cholesky(torch.eye(300, dtype=torch.float64))
         feats = ood_scores.load({str(tmp_path / "train.h5")!r})
         (data,) = re.findall(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())

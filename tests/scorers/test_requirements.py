@@ -1,4 +1,4 @@
-"""What scorers need, and the remedies for what is missing: each remedy, followed, leads to what was missing."""
+"""Requirements of scorers and their remedies: following a remedy yields what was missing."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_remedies(requirement: Requirement, python: str, command_line: str, benc
     assert requirement.how_to_get("benchmark") == benchmark
 
 
-def test_the_remedy_for_one_of_several_extras_gives_all() -> None:
+def test_the_remedy_for_one_extra_yields_all_extras_of_the_probe() -> None:
     inputs, noise = requirements(create_scorer("gradient_classifier"), fitting=True)
     assert inputs.name == "gradients.inputs"
     assert inputs.how_to_get("command line") == noise.how_to_get("command line")
@@ -84,7 +84,7 @@ def test_the_remedy_for_one_of_several_extras_gives_all() -> None:
 
 @pytest.mark.parametrize("name", list_scorers())
 @pytest.mark.parametrize("fitting", [False, True])
-def test_a_probe_in_a_remedy_is_read_as_the_probe_that_computes_what_is_missing(name: str, fitting: bool) -> None:
+def test_the_probe_in_a_remedy_is_parsed_as_the_probe_that_computes_the_extra(name: str, fitting: bool) -> None:
     needed = requirements(create_scorer(name), fitting)
     texts = [re.search(r"--probe (.*)", requirement.how_to_get("command line")) for requirement in needed]
     read = {probe.name: probe for text in texts if text for probe in map(probe_from, shlex.split(text[1]))}
@@ -103,7 +103,7 @@ def test_a_probe_in_a_remedy_is_read_as_the_probe_that_computes_what_is_missing(
         ("mc_dropout", {"output": "mutual_information"}),
     ],
 )
-def test_the_probes_in_remedies_compute_what_was_missing(name: str, parameters: dict[str, Any]) -> None:
+def test_the_probes_in_remedies_compute_the_missing_extras(name: str, parameters: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3)).eval()
     data = DataLoader(TensorDataset(torch.randn(30, 5), torch.arange(30) % 3), batch_size=10)
@@ -117,7 +117,7 @@ def test_the_probes_in_remedies_compute_what_was_missing(name: str, parameters: 
     assert unmet(scorer, feats.has, [feats.has]) is None
 
 
-def test_the_first_requirement_that_is_not_met() -> None:
+def test_unmet_returns_the_first_unmet_requirement() -> None:
     mahalanobis = create_scorer("mahalanobis")
     assert unmet(mahalanobis, None, [has()]) == FIT_SET
     assert unmet(mahalanobis, has("labels"), [has()]) is None
@@ -133,7 +133,7 @@ def test_the_first_requirement_that_is_not_met() -> None:
     assert missing.reason == "scoring needs 'logits', which the model does not have"
 
 
-def test_scorers_raise_with_the_remedy() -> None:
+def test_errors_of_scorers_contain_the_remedy() -> None:
     feats = FeatureSet(torch.ones(2, 3))
     remedy = re.escape(Requirement("labels").how_to_get("python"))
     with pytest.raises(MissingInput, match=f"'mahalanobis' needs labels to be fitted on this feature set: {remedy}"):
@@ -142,13 +142,13 @@ def test_scorers_raise_with_the_remedy() -> None:
         create_scorer("mahalanobis").score(feats)
 
 
-def test_an_extra_that_no_probe_computes() -> None:
+def test_the_remedy_for_an_extra_without_a_probe() -> None:
     assert Requirement("mine.a").how_to_get("python").endswith("no registered probe computes it")
-    with pytest.raises(BadInput, match="'mine', which no probe of one model gives"):
+    with pytest.raises(BadInput, match="'mine', which no registered probe computes: choose"):
         probes_for(["logits", "mine.a"])
 
 
-def test_probes_of_several_extras_are_made_once() -> None:
+def test_probes_for_creates_one_probe_for_several_extras() -> None:
     assert probes_for(["logits", "gradnorm.fc", "gradnorm.all", "gradients.inputs", "gradients.noise"]) == [
         ParameterGradients(groups=("fc", "all")),
         LayerGradients(noise=True),

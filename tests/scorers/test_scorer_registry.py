@@ -1,4 +1,4 @@
-"""The registry of names, and scorers that a user writes."""
+"""The registry of scorers, and user-defined scorers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def register_mean_distance() -> type[Scorer]:
     @register_scorer("mean_distance")
     @dataclass
     class MeanDistance(Scorer):
-        """Minus the distance to the mean of all class means, times a factor."""
+        """Minus a factor times the distance to the mean of all class means."""
 
         factor: float = 1.0
         mean_: Tensor = field(init=False, repr=False, compare=False)
@@ -49,7 +49,7 @@ def register_mean_distance() -> type[Scorer]:
 
 
 class First(Scorer):
-    """The first logit; not registered, and no dataclass."""
+    """The first logit; neither registered nor a dataclass."""
 
     needs = ("logits",)
 
@@ -57,7 +57,7 @@ class First(Scorer):
         return block.logits[:, 0]
 
 
-def test_a_user_s_scorer_works_everywhere() -> None:
+def test_a_user_defined_scorer_can_be_scored_and_evaluated() -> None:
     register_mean_distance()
     fit, feats = feature_set(0), feature_set(1)
     assert "mean_distance" in list_scorers()
@@ -74,7 +74,7 @@ def test_a_user_s_scorer_works_everywhere() -> None:
         create_scorer("mean_distance", power=2)
 
 
-def test_a_scorer_need_not_be_registered_to_be_used() -> None:
+def test_an_unregistered_scorer_can_be_scored_and_evaluated() -> None:
     feats = feature_set()
     assert feats.logits is not None
     assert torch.equal(score(First(), feats), feats.logits[:, 0].double())
@@ -83,7 +83,7 @@ def test_a_scorer_need_not_be_registered_to_be_used() -> None:
     assert "First" not in list_scorers()
 
 
-def test_a_name_is_given_once() -> None:
+def test_a_registered_name_cannot_be_reused() -> None:
     with pytest.raises(BadInput, match=r"the scorer 'msp' exists already: ood_scores\.scorers\.softmax\.MSP"):
         register_scorer("msp")(First)
     assert create_scorer("msp").name == "msp"
@@ -92,13 +92,13 @@ def test_a_name_is_given_once() -> None:
         register_scorer("msp")(namesake)
 
 
-def test_a_module_can_be_reloaded() -> None:
+def test_a_scorer_can_be_registered_again_on_reload() -> None:
     register_mean_distance()
     again = register_mean_distance()
     assert type(create_scorer("mean_distance")) is again
 
 
-def test_names_and_patterns() -> None:
+def test_list_scorers_matches_patterns() -> None:
     names = list_scorers()
     assert names == sorted(names)
     assert {"msp", "energy", "gradnorm", "knn", "gmm", "mahalanobis"} <= set(names)
@@ -106,7 +106,7 @@ def test_names_and_patterns() -> None:
     assert list_scorers("nothing*") == []
 
 
-def test_unknown_names_list_those_there_are() -> None:
+def test_errors_for_unknown_names_list_the_known_ones() -> None:
     for call in (lambda: create_scorer("gradnrom"), lambda: score("gradnrom", feature_set())):
         with pytest.raises(
             UnknownName,
@@ -121,37 +121,37 @@ def test_unknown_names_list_those_there_are() -> None:
         create_scorer("knn", bank_=torch.ones(1))
 
 
-def test_parameters_go_with_a_name() -> None:
-    with pytest.raises(BadInput, match="parameters temperature go with a scorer's name"):
+def test_parameters_require_a_scorer_name() -> None:
+    with pytest.raises(BadInput, match="'energy' exists already, so temperature cannot be set: pass the name"):
         score(create_scorer("energy"), feature_set(), temperature=2.0)
 
 
-def test_what_is_no_scorer() -> None:
+def test_score_refuses_objects_that_are_not_scorers() -> None:
     for wrong in (First, 3, None):
-        with pytest.raises(BadInput, match="a scorer is given by its name or as a Scorer object"):
+        with pytest.raises(BadInput, match="scorer must be a registered name or a Scorer object"):
             score(wrong, feature_set())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("shape", "index"), [("(24, 3)", slice(None)), ("(24, 1)", slice(0, 1))])
-def test_one_score_for_each_row(shape: str, index: slice) -> None:
+def test_scores_must_be_one_per_row(shape: str, index: slice) -> None:
     class Wide(First):
         def score_block(self, block: Block) -> Tensor:
             return block.logits[:, index]
 
-    with pytest.raises(ShapeMismatch, match=r"'Wide' gave scores \(24, .\) for 24 rows"):
+    with pytest.raises(ShapeMismatch, match=r"'Wide' returned scores of shape \(24, .\) for 24 rows: score_block must"):
         score(Wide(), feature_set())
 
 
-def test_a_scalar_is_not_spread_over_the_rows() -> None:
+def test_a_scalar_score_is_not_broadcast() -> None:
     class Mean(First):
         def score_block(self, block: Block) -> Tensor:
             return block.logits.mean()
 
-    with pytest.raises(ShapeMismatch, match=r"'Mean' gave scores \(\) for 24 rows"):
+    with pytest.raises(ShapeMismatch, match=r"'Mean' returned scores of shape \(\) for 24 rows"):
         evaluate([Mean()], id=feature_set(), ood={"ood": feature_set()})
 
 
-def test_a_nan_of_the_scorer_s_own_making_is_named_but_an_infinity_is_a_score() -> None:
+def test_nan_scores_are_refused_but_infinite_scores_are_not() -> None:
     class Log(First):
         def score_block(self, block: Block) -> Tensor:
             return block.logits[:, 0].log()
@@ -161,11 +161,11 @@ def test_a_nan_of_the_scorer_s_own_making_is_named_but_an_infinity_is_a_score() 
     feats = FeatureSet(torch.ones(5, 2), logits)
     assert score(Log(), feats)[1] == -float("inf")
     logits[3, 0] = -1
-    with pytest.raises(NotFinite, match="'Log' gave NaN, first for row 3"):
+    with pytest.raises(NotFinite, match="'Log' returned NaN for finite inputs, first for row 3"):
         score(Log(), feats)
 
 
-def test_fitting_what_needs_no_fit_changes_nothing() -> None:
+def test_fitting_a_scorer_that_needs_no_fit_has_no_effect() -> None:
     scorer = create_scorer("energy")
     assert scorer.is_fitted
     assert scorer.fit(feature_set()) is scorer

@@ -1,4 +1,4 @@
-"""Scorers on disk: the same scorer comes back, bit for bit, or an error says why not."""
+"""Saved scorers are loaded bit for bit, or an error explains why not."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def description(path: Path) -> dict[str, Any]:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Changes what the file says about its scorer, or of its format."""
+    """Change the description of the scorer, or of the format, in a file."""
     tensors, described = safetensors.torch.load_file(path), description(path)
     for name, value in changes.items():
         where = described if name in described else described["scorer"]
@@ -77,7 +77,7 @@ def rewrite(path: Path, **changes: Any) -> None:
     safetensors.torch.save_file(tensors, path, {"scorer": json.dumps(described)})
 
 
-# --- there and back ---------------------------------------------------------------------------------------------------
+# --- saving and loading -----------------------------------------------------------------------------------------------
 
 COMPOSED: dict[str, Callable[[], Scorer]] = {
     "two shapers": lambda: create_scorer("react", base=create_scorer("ash_s", base="vim")),
@@ -89,7 +89,7 @@ COMPOSED: dict[str, Callable[[], Scorer]] = {
 
 
 @pytest.mark.parametrize("make", COMPOSED.values(), ids=COMPOSED)
-def test_composed_scorers(make: Callable[[], Scorer], path: Path) -> None:
+def test_composed_scorers_are_loaded(make: Callable[[], Scorer], path: Path) -> None:
     scorer = make().fit(TRAIN)
     again = saved(scorer, path)
     assert again == scorer
@@ -98,7 +98,7 @@ def test_composed_scorers(make: Callable[[], Scorer], path: Path) -> None:
     assert torch.equal(again.fit(ID).score(OOD), make().fit(ID).score(OOD))
 
 
-def test_tensors_of_the_inner_scorers_go_by_their_place(path: Path) -> None:
+def test_tensors_of_inner_scorers_are_named_by_their_path(path: Path) -> None:
     create_scorer("react", base=create_scorer("ash_s", base="vim")).fit(TRAIN).save(path)
     tensors = safetensors.torch.load_file(path)
     assert sorted(tensors) == ["base.base.origin_", "base.base.residual_space_"]
@@ -109,7 +109,7 @@ def test_tensors_of_the_inner_scorers_go_by_their_place(path: Path) -> None:
     assert described["fitted_widths"] == {"features": 8, "logits": 4}
 
 
-def test_a_fitted_base_and_the_base_that_is_fitted_anew_are_told_apart(path: Path) -> None:
+def test_the_given_base_and_the_refitted_base_are_saved_separately(path: Path) -> None:
     inner = create_scorer("mahalanobis").fit(ID)
     scorer = create_scorer("react", base=inner).fit(TRAIN)
     again: Any = saved(scorer, path)
@@ -119,13 +119,13 @@ def test_a_fitted_base_and_the_base_that_is_fitted_anew_are_told_apart(path: Pat
 
 
 @pytest.mark.parametrize("index", ["Flat", "IVF4,Flat", "HNSW8", "PCA4,Flat"])
-def test_indexes_give_the_same_neighbours(index: str, path: Path) -> None:
+def test_loaded_indexes_find_the_same_neighbors(index: str, path: Path) -> None:
     scorer = create_scorer("knn", k=2, index=index).fit(TRAIN)
     assert torch.equal(saved(scorer, path).score(ID), scorer.score(ID))
     assert ("index" in safetensors.torch.load_file(path)) == (index != "Flat")
 
 
-def test_what_it_was_fitted_on_is_kept(path: Path) -> None:
+def test_the_provenance_of_the_fit_set_is_saved(path: Path) -> None:
     train = extracted(0)
     scorer = saved(create_scorer("mahalanobis").fit(train), path)
     assert train.provenance is not None
@@ -134,7 +134,7 @@ def test_what_it_was_fitted_on_is_kept(path: Path) -> None:
     assert saved(create_scorer("mahalanobis").fit(TRAIN), path).fitted_on is None
 
 
-def test_as_a_method_and_as_a_function(path: Path) -> None:
+def test_load_scorer_and_scorer_load_are_equivalent(path: Path) -> None:
     create_scorer("energy", temperature=2.0).save(str(path))
     for loaded in (load_scorer(str(path)), Scorer.load(path)):
         assert loaded == create_scorer("energy", temperature=2.0)
@@ -148,12 +148,12 @@ def test_a_loaded_scorer_outlives_its_file(path: Path) -> None:
     assert torch.equal(again.score(ID), scorer.score(ID))
 
 
-# --- what a scorer may hold -------------------------------------------------------------------------------------------
+# --- values that a scorer may hold ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Holder(Scorer):
-    """Keeps whatever it is given; scores with the tensor ``matrix_``."""
+    """A scorer that stores given values and scores with the tensor ``matrix_``."""
 
     setting: Any = None
     contents: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -175,7 +175,7 @@ class Holder(Scorer):
 
 @pytest.fixture
 def holder(registered_scorers: dict[str, type[Scorer]]) -> Iterator[Callable[..., Scorer]]:
-    """Makes a registered scorer that holds what is given."""
+    """A function that creates a registered scorer with given values."""
     register_scorer("holder")(Holder)
     yield lambda setting=None, **contents: Holder(setting, contents).fit(TRAIN)
     Holder.name = "Holder"
@@ -188,7 +188,7 @@ def bits(values: Sequence[float]) -> list[str]:
     return [value.hex() for value in values]
 
 
-def test_floats_come_back_to_the_last_bit(holder: Callable[..., Scorer], path: Path) -> None:
+def test_floats_are_saved_exactly(holder: Callable[..., Scorer], path: Path) -> None:
     again: Any = saved(holder(setting=NUMBERS, numbers_=tuple(NUMBERS), one_=1 / 3), path)
     assert bits(again.setting) == bits(NUMBERS)
     assert bits(again.numbers_) == bits(NUMBERS)
@@ -196,7 +196,7 @@ def test_floats_come_back_to_the_last_bit(holder: Callable[..., Scorer], path: P
     json.loads(json.dumps(description(path)), parse_constant=pytest.fail)  # strict JSON: no bare NaN or Infinity
 
 
-def test_values_of_every_kind(holder: Callable[..., Scorer], path: Path) -> None:
+def test_all_kinds_of_values_are_saved(holder: Callable[..., Scorer], path: Path) -> None:
     kept = {
         "nothing_": None,
         "flag_": True,
@@ -210,7 +210,7 @@ def test_values_of_every_kind(holder: Callable[..., Scorer], path: Path) -> None
     assert [type(vars(again)[name]) for name in kept] == [type(value) for value in kept.values()]
 
 
-def test_numpy_values(holder: Callable[..., Scorer], path: Path) -> None:
+def test_numpy_values_are_saved(holder: Callable[..., Scorer], path: Path) -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3).T
     again = vars(saved(holder(array_=array, number_=np.float64(1 / 3), count_=np.int64(7)), path))
     np.testing.assert_array_equal(again["array_"], array)
@@ -221,7 +221,9 @@ def test_numpy_values(holder: Callable[..., Scorer], path: Path) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 )
-def test_tensors_of_every_type_and_shape(dtype: torch.dtype, holder: Callable[..., Scorer], path: Path) -> None:
+def test_tensors_of_all_types_and_shapes_are_saved(
+    dtype: torch.dtype, holder: Callable[..., Scorer], path: Path
+) -> None:
     shapes = {"scalar_": (), "empty_": (0, 3), "also_empty_": (0,), "row_": (1, 5), "cube_": (2, 3, 4)}
     kept = {name: (torch.randn(shape) * 3).to(dtype) for name, shape in shapes.items()}
     again = vars(saved(holder(**kept), path))
@@ -230,7 +232,7 @@ def test_tensors_of_every_type_and_shape(dtype: torch.dtype, holder: Callable[..
         assert torch.equal(again[name], tensor)
 
 
-def test_tensors_that_share_memory_or_have_gaps(holder: Callable[..., Scorer], path: Path) -> None:
+def test_tensors_that_share_memory_or_are_strided_are_saved(holder: Callable[..., Scorer], path: Path) -> None:
     whole = torch.arange(24.0, dtype=torch.float64).reshape(4, 6)
     kept = {
         "whole_": whole,
@@ -251,29 +253,29 @@ def test_tensors_that_share_memory_or_have_gaps(holder: Callable[..., Scorer], p
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0)])
-def test_dimensions_keep_their_order_in_memory(
+def test_the_memory_order_of_dimensions_is_saved(
     order: tuple[int, int, int], holder: Callable[..., Scorer], path: Path
 ) -> None:
-    """A product with a transposed matrix may be rounded in another way."""
+    """Products with a transposed matrix may round differently."""
     tensor = torch.randn(2, 3, 4).permute(order)
     again = vars(saved(holder(tensor_=tensor), path))["tensor_"]
     assert torch.equal(again, tensor)
     assert again.stride() == tensor.stride()
 
 
-def test_a_transposed_matrix_scores_bit_for_bit(holder: Callable[..., Scorer], path: Path) -> None:
+def test_scores_with_a_transposed_matrix_are_bit_identical(holder: Callable[..., Scorer], path: Path) -> None:
     scorer = holder(matrix_=torch.randn(37, 8, dtype=torch.float64).T)
     assert torch.equal(saved(scorer, path).score(ID), scorer.score(ID))
 
 
-def test_heads(holder: Callable[..., Scorer], path: Path) -> None:
+def test_heads_are_saved(holder: Callable[..., Scorer], path: Path) -> None:
     head = Head(torch.randn(3, 5).T, torch.randn(5))
     again = vars(saved(holder(head_=head), path))["head_"]
     assert torch.equal(again.weight, head.weight)
     assert torch.equal(again.bias, head.bias)
 
 
-def test_scorers_within_lists(holder: Callable[..., Scorer], path: Path) -> None:
+def test_scorers_in_lists_are_saved(holder: Callable[..., Scorer], path: Path) -> None:
     members = [create_scorer("mahalanobis").fit(TRAIN), create_scorer("knn", k=3), create_scorer("energy")]
     again = vars(saved(holder(setting=members), path))["setting"]
     assert again == members
@@ -281,7 +283,7 @@ def test_scorers_within_lists(holder: Callable[..., Scorer], path: Path) -> None
     assert torch.equal(again[0].score(ID), members[0].score(ID))
 
 
-def test_what_cannot_be_stored_is_refused(holder: Callable[..., Scorer], path: Path) -> None:
+def test_values_that_cannot_be_saved_are_refused(holder: Callable[..., Scorer], path: Path) -> None:
     with pytest.raises(BadInput, match=r"secret_ is a object, which cannot be saved: use numbers, strings, tensors"):
         holder(secret_=object()).save(path)
     with pytest.raises(BadInput, match=r"nested_\.1 is a function"):
@@ -289,7 +291,7 @@ def test_what_cannot_be_stored_is_refused(holder: Callable[..., Scorer], path: P
     assert not path.exists()
 
 
-def test_private_attributes_are_no_state(holder: Callable[..., Scorer], path: Path) -> None:
+def test_private_attributes_are_not_saved(holder: Callable[..., Scorer], path: Path) -> None:
     again = vars(saved(holder(_hidden_=object(), cache=object(), kept_=1), path))
     assert again["kept_"] == 1
     assert not {"_hidden_", "cache"} & again.keys()
@@ -298,15 +300,15 @@ def test_private_attributes_are_no_state(holder: Callable[..., Scorer], path: Pa
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_unfitted_scorer_has_nothing_to_save(path: Path) -> None:
-    with pytest.raises(NotFitted, match=r"'vim' has nothing to save before it is fitted: call \.fit\(train_feats\)"):
+def test_an_unfitted_scorer_cannot_be_saved(path: Path) -> None:
+    with pytest.raises(NotFitted, match=r"'vim' cannot be saved before it is fitted: call \.fit\(train_feats\)"):
         create_scorer("vim").save(path)
-    with pytest.raises(NotFitted, match="'react' has nothing to save"):
+    with pytest.raises(NotFitted, match="'react' cannot be saved before"):
         create_scorer("react").save(path)
     assert not path.exists()
 
 
-def test_a_class_that_is_not_registered(path: Path) -> None:
+def test_an_unregistered_scorer_cannot_be_saved(path: Path) -> None:
     scorer = Holder(contents={"one_": 1}).fit(TRAIN)
     with pytest.raises(BadInput, match=r'Holder is not registered.* put @register_scorer\("a_name"\) before the class'):
         scorer.save(path)
@@ -318,7 +320,7 @@ def test_a_class_that_is_not_registered(path: Path) -> None:
         Derived().save(path)
 
 
-def test_a_scorer_that_is_not_known_here(
+def test_an_unregistered_scorer_cannot_be_loaded(
     holder: Callable[..., Scorer], registered_scorers: dict[str, type[Scorer]], path: Path
 ) -> None:
     holder(one_=1).save(path)
@@ -327,21 +329,21 @@ def test_a_scorer_that_is_not_known_here(
         load_scorer(path)
 
 
-def test_a_parameter_that_is_gone(path: Path) -> None:
+def test_a_removed_parameter_is_named(path: Path) -> None:
     create_scorer("energy").save(path)
-    rewrite(path, parameters={"temperature": 1.0, "colour": "red"})
-    with pytest.raises(UnknownName, match="scorer 'energy' has no parameter 'colour': choose from temperature"):
+    rewrite(path, parameters={"temperature": 1.0, "color": "red"})
+    with pytest.raises(UnknownName, match="scorer 'energy' has no parameter 'color': choose from temperature"):
         load_scorer(path)
 
 
-def test_a_newer_format(path: Path) -> None:
+def test_a_newer_format_is_refused(path: Path) -> None:
     create_scorer("energy").save(path)
     rewrite(path, version=storage.VERSION + 1)
-    with pytest.raises(ForeignFile, match="has scorer format 2; this version of ood_scores reads up to 1: update"):
+    with pytest.raises(ForeignFile, match=r"has scorer format 2, .* reads formats up to 1: update"):
         load_scorer(path)
 
 
-def test_no_file(path: Path) -> None:
+def test_a_missing_file_is_refused(path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_scorer(path)
 
@@ -359,24 +361,24 @@ def _mentions_us(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_text, _weights, Path.touch, Path.mkdir])
-def test_foreign_files_are_refused_and_left_alone(make: Callable[[Path], None], path: Path) -> None:
+def test_foreign_files_are_refused_and_not_changed(make: Callable[[Path], None], path: Path) -> None:
     make(path)
     before = path.read_bytes() if path.is_file() else None
     with pytest.raises(ForeignFile, match="is not a scorer that ood_scores saved"):
         load_scorer(path)
-    with pytest.raises(ForeignFile, match="left alone: choose another path, or delete it yourself"):
+    with pytest.raises(ForeignFile, match="not overwritten: choose another path, or delete it yourself"):
         create_scorer("energy").save(path)
     assert path.is_dir() if before is None else path.read_bytes() == before
 
 
-def test_a_file_that_only_mentions_us(path: Path) -> None:
+def test_a_file_that_only_mentions_the_package_is_refused(path: Path) -> None:
     _mentions_us(path)
     with pytest.raises(ForeignFile, match="is not a scorer that ood_scores saved"):
         load_scorer(path)
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.5, 0.9, 0.9999])
-def test_truncated_files_are_refused_and_replaced(kept: float, path: Path) -> None:
+def test_truncated_files_are_refused_and_can_be_replaced(kept: float, path: Path) -> None:
     scorer = create_scorer("mahalanobis").fit(TRAIN)
     scorer.save(path)
     os.truncate(path, int(kept * path.stat().st_size))
@@ -385,7 +387,7 @@ def test_truncated_files_are_refused_and_replaced(kept: float, path: Path) -> No
     assert torch.equal(saved(scorer, path).score(ID), scorer.score(ID))
 
 
-def test_a_tensor_that_is_missing(path: Path) -> None:
+def test_a_missing_tensor_is_named(path: Path) -> None:
     create_scorer("mahalanobis").fit(TRAIN).save(path)
     tensors = safetensors.torch.load_file(path)
     del tensors["means_"]
@@ -394,7 +396,7 @@ def test_a_tensor_that_is_missing(path: Path) -> None:
         load_scorer(path)
 
 
-def test_nothing_in_the_file_is_pickled(path: Path) -> None:
+def test_the_file_holds_no_pickles(path: Path) -> None:
     create_scorer("knn", k=2, index="IVF4,Flat").fit(TRAIN).save(path)
     length = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + length])
@@ -405,7 +407,7 @@ def test_nothing_in_the_file_is_pickled(path: Path) -> None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_file_is_left_and_others_may_read_it_as_usual(path: Path) -> None:
+def test_no_temporary_file_remains_and_permissions_are_the_usual_ones(path: Path) -> None:
     create_scorer("energy").save(path)
     create_scorer("msp").save(path)
     (path.parent / "plain").touch()
@@ -414,13 +416,13 @@ def test_only_the_file_is_left_and_others_may_read_it_as_usual(path: Path) -> No
     assert load_scorer(path) == create_scorer("msp")
 
 
-def test_the_folder_is_made(tmp_path: Path) -> None:
+def test_the_folder_is_created(tmp_path: Path) -> None:
     create_scorer("energy").save(tmp_path / "a" / "b" / "energy.safetensors")
     assert load_scorer(tmp_path / "a" / "b" / "energy.safetensors") == create_scorer("energy")
 
 
 @pytest.mark.parametrize("refused", ["write", "replace"])
-def test_a_refused_write_leaves_the_old_file(refused: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(refused: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create_scorer("energy").save(path)
     before = path.read_bytes()
 
@@ -437,8 +439,8 @@ def test_a_refused_write_leaves_the_old_file(refused: str, path: Path, monkeypat
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_full_disk_leaves_the_old_file(path: Path) -> None:
-    """As the system itself refuses: the size of files is limited."""
+def test_a_full_disk_keeps_the_old_file(path: Path) -> None:
+    """The system itself refuses the write, because the size of files is limited."""
     create_scorer("energy").save(path)
     before = path.read_bytes()
     code = f"""
@@ -459,7 +461,7 @@ def test_a_full_disk_leaves_the_old_file(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_killed_while_writing_leaves_the_old_file(path: Path) -> None:
+def test_a_process_killed_while_writing_keeps_the_old_file(path: Path) -> None:
     create_scorer("energy").save(path)
     before = path.read_bytes()
     code = f"""
@@ -485,7 +487,7 @@ class Classifier(nn.Sequential):
 
 
 def extracted(seed: int, rows: int = 40) -> FeatureSet:
-    """What the classifier of that seed says about some data."""
+    """The feature set of some data by the classifier of a seed."""
     inputs = torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows))
     data = TensorDataset(inputs, torch.arange(rows) % 3)
     return ood_scores.extract(Classifier(seed), DataLoader(data, batch_size=16), progress=False)
@@ -511,33 +513,33 @@ def test_features_of_another_model_of_the_same_shape_are_refused(name: str, path
         assert refusing.score(extracted(0, rows=30)).shape == (30,)
 
 
-def test_a_refit_forgets_the_other_model() -> None:
+def test_a_refit_replaces_the_model() -> None:
     scorer = create_scorer("mahalanobis").fit(extracted(0)).fit(extracted(1))
     assert scorer.score(extracted(1)).shape == (40,)
     with pytest.raises(OtherModel):
         scorer.score(extracted(0))
 
 
-def test_sets_that_do_not_say_where_they_come_from_are_taken() -> None:
+def test_sets_without_provenance_are_accepted() -> None:
     known = extracted(0)
     unknown = FeatureSet(known.features, known.logits, known.labels, known.head)
     for fit, feats in ((known, unknown), (unknown, known), (unknown, unknown)):
         assert create_scorer("mahalanobis").fit(fit).score(feats).shape == (40,)
 
 
-def test_a_scorer_that_needs_no_fit_takes_any_model() -> None:
+def test_a_scorer_without_a_fit_accepts_any_model() -> None:
     scorer = create_scorer("energy").fit(extracted(0))
     assert scorer.score(extracted(1)).shape == (40,)
 
 
-def test_other_widths_are_named_first() -> None:
+def test_different_widths_are_reported_first() -> None:
     scorer = create_scorer("mahalanobis").fit(extracted(0))
     narrow = extracted(1)
-    with pytest.raises(ShapeMismatch, match="features of width 8, here they have 7"):
+    with pytest.raises(ShapeMismatch, match="features of width 8, but this set has width 7"):
         scorer.score(FeatureSet(narrow.features[:, :7], provenance=narrow.provenance))
 
 
-def test_evaluate_takes_sets_of_one_model_only() -> None:
+def test_evaluate_accepts_sets_of_one_model_only() -> None:
     here, there = extracted(0), extracted(1)
     with pytest.raises(OtherModel, match=f"the OoD set 'far' {message(there, here)}"):
         evaluate(["energy"], id=here, ood={"near": extracted(0, 30), "far": there})

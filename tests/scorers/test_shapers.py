@@ -396,7 +396,7 @@ def test_logits_need_not_be_there() -> None:
         ("ash_s", {"percentile": 1.0}, "percentile must be in"),
         ("scale", {"percentile": 85}, "percentile must be in"),
         ("lts", {"top": 0.0}, "top must be in"),
-        ("react", {"base": 3}, "a scorer is given by its name or as a Scorer object"),
+        ("react", {"base": 3}, "scorer must be a registered name or a Scorer object"),
         ("lts", {"base": "react"}, "it changes logits, which base='react' does not read"),
         ("lts", {"base": "scaled_msp"}, "it changes logits, which base='scaled_msp' does not read"),
     ],

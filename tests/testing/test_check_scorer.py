@@ -1,4 +1,4 @@
-"""``check_scorer`` accepts a sound scorer of a third party, and names what a broken one lacks."""
+"""``check_scorer`` accepts a correct third-party scorer and names the property that a broken one lacks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Spread(Scorer):
 
 @dataclass
 class MeanDistance(Scorer):
-    """The length of the features relative to the distance to their mean; fitted."""
+    """Minus the distance of the features to their mean; fitted."""
 
     mean_: Tensor = fitted()
     needs = ("features",)
@@ -53,7 +53,7 @@ class MeanDistance(Scorer):
 
 @dataclass
 class OwnExtra(Scorer):
-    """The mean of an extra that a probe of a third party computes."""
+    """The mean of an extra that a third-party probe computes."""
 
     tags = Tags(small_extras={"mine.a": lambda features, logits: features.square()})
     needs = ("mine.a",)
@@ -66,17 +66,17 @@ def test_a_scorer_in_five_lines() -> None:
     check_scorer(Spread)
 
 
-def test_parameters_are_those_to_check_with() -> None:
+def test_parameters_are_passed_to_the_scorer() -> None:
     check_scorer(Spread, factor=2.0)
-    with pytest.raises(AssertionError, match="'higher_on_id': the mean score of ID rows is -"):
+    with pytest.raises(AssertionError, match="'higher_on_id': the mean score is -"):
         check_scorer(Spread, factor=-1.0)
 
 
-def test_a_registered_and_fitted_scorer_has_more_properties() -> None:
+def test_registered_and_fitted_scorers_have_more_properties() -> None:
     @register_scorer("third_party_mean")
     @dataclass
     class Registered(MeanDistance):
-        """Registered only here."""
+        """Registered in this test only."""
 
     unregistered = {name for name, _ in scorer_checks(MeanDistance)}
     assert {"not_scored_before_fit", "fit_rows_finite", "other_model_refused"} <= unregistered
@@ -150,15 +150,15 @@ class FirstRow(MeanDistance):
         (WithinBlock, "row_alone", "the scores of a row alone and among others differ"),
         (WithinBlock, "blocks_and_order_of_scored_rows", "in blocks of 1 rows"),
         (Undeclared, "needs_nothing_undeclared", "AttributeError: this block has no logits"),
-        (InPlace, "inputs_unchanged", "it changes the logits of a set"),
-        (Infinite, "one_finite_float64_per_row", "row 0 has the score NaN or infinity"),
+        (InPlace, "inputs_unchanged", "it changes the logits of the set"),
+        (Infinite, "one_finite_float64_per_row", "row 0 has a NaN or infinite score"),
         (Stateful, "deterministic", "the scores of the same set again differ"),
         (Converts, "parameters_and_repr", r"factor=2.0 became tensor\(2.\)"),
         (FirstFitOnly, "second_fit_replaces_first", "the scores after one fit and after two differ"),
         (FirstRow, "blocks_and_order_of_fit_rows", "after a fit on shuffled rows in blocks of"),
     ],
 )
-def test_a_broken_scorer_is_told_what_it_lacks(broken: type[Scorer], lacking: str, found: str) -> None:
+def test_the_missing_property_of_a_broken_scorer_is_named(broken: type[Scorer], lacking: str, found: str) -> None:
     parameters = {"factor": 2.0} if broken is Converts else {}
     checks = dict(scorer_checks(broken, **parameters))
     with pytest.raises(AssertionError, match=rf"scorer '{broken.__name__}', property '{lacking}': .*{found}"):
@@ -168,10 +168,10 @@ def test_a_broken_scorer_is_told_what_it_lacks(broken: type[Scorer], lacking: st
 
 
 class Excepted(Spread):
-    tags = Tags(exceptions={"higher_on_id": "its sign is the other way round"})
+    tags = Tags(exceptions={"higher_on_id": "its sign is inverted"})
 
 
-def test_exceptions_are_left_out_and_must_exist() -> None:
+def test_exceptions_are_skipped_and_must_be_known_properties() -> None:
     assert {name for name, _ in scorer_checks(Spread)} - {name for name, _ in scorer_checks(Excepted)} == {
         "higher_on_id"
     }
@@ -180,5 +180,5 @@ def test_exceptions_are_left_out_and_must_exist() -> None:
     class Misspelled(Spread):
         tags = Tags(exceptions={"higher_on_it": "a typing error"})
 
-    with pytest.raises(AssertionError, match=r"exceptions to \['higher_on_it'\], there are .*'higher_on_id'"):
+    with pytest.raises(AssertionError, match=r"unknown properties \['higher_on_it'\]; there are .*'higher_on_id'"):
         check_scorer(Misspelled)

@@ -1,7 +1,8 @@
-"""Factors of class covariances, with the jitter that a singular one needs.
+"""Cholesky factors of class covariances, with the jitter that a singular covariance needs.
 
-A few in memory, as ``[C, D, D]``; or *packed* one after the other into one long row, which may lie in a file: of a
-class with few rows the directions that these span, of any other a triangle without the zeros above it.
+A few factors are held in memory as ``[C, D, D]``. Many are *packed* one after the other into one vector, which may be
+mapped from a file: for a class with few rows, the directions that these rows span; for any other class, the lower
+triangle without the zeros.
 """
 
 from __future__ import annotations
@@ -19,30 +20,35 @@ from torch import Tensor
 from ood_scores.errors import BadInput, CacheWriteFailed
 
 JITTERS = (0.0, torch.finfo(torch.float64).eps, *(10.0**power for power in range(-10, 0)))
-"""What is added to the diagonal of a class covariance, smallest first, until it is positive definite."""
+"""The values added to the diagonal of a class covariance, smallest first, until it is positive definite."""
 
 SOLVED = 128
-"""Features that are solved for at a time. Packed factors that were saved depend on it."""
+"""The number of features solved for at a time. The layout of packed factors in saved scorers depends on it."""
 
-FACTORISED = 8
-"""Covariances of which copies are factorised at a time."""
+FACTORED = 8
+"""The number of covariances that are copied and factored at a time."""
 
 LOW_RANK = 1 / 4
-"""A class of at most this share of D rows is kept as the directions that they span: up to there it takes less memory
-than a triangle, and no more operations."""
+"""A class whose number of rows is at most this share of D is stored as the directions that they span, which takes less
+memory than a triangle and no more operations."""
 
 
 def cholesky_with_jitter(covariances: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Lower factors ``[C, D, D]`` and the jitter ``[C]`` each matrix needed; ``first`` numbers the first of them.
+    """Return the lower factors ``[C, D, D]`` and the jitter ``[C]`` that each matrix needed.
 
-    A matrix counts as positive definite if what the factorisation leaves of every diagonal entry is more than its
-    rounding error: a singular matrix can be factorised by luck, and its determinant is then noise.
+    A matrix counts as positive definite if the factorization leaves more of every diagonal entry than its rounding
+    error: a singular matrix may be factored by luck, and its determinant is then noise.
 
-    Raises BadInput if one is not positive definite even with the largest jitter.
+    Args:
+        covariances: the matrices ``[C, D, D]``.
+        first: the number of the first class, for error messages.
+
+    Raises:
+        BadInput: if a matrix is not positive definite even with the largest jitter.
     """
     factors, jitter = torch.empty_like(covariances), covariances.new_zeros(len(covariances))
     rounding = torch.finfo(covariances.dtype).eps * covariances.shape[1]
-    for pending in torch.arange(len(covariances), device=covariances.device).split(FACTORISED):
+    for pending in torch.arange(len(covariances), device=covariances.device).split(FACTORED):
         for amount in JITTERS:
             jitter[pending] = amount
             candidates = covariances[pending]
@@ -59,9 +65,9 @@ def cholesky_with_jitter(covariances: Tensor, first: int = 0) -> tuple[Tensor, T
 
 
 def inverted_diagonal(factors: Tensor, size: int = SOLVED) -> Tensor:
-    """The inverses ``[C, ceil(D / S), S, S]`` of the diagonal blocks of lower factors, S = ``size`` or D if less.
+    """Return the inverses ``[C, ceil(D / S), S, S]`` of the diagonal blocks of lower factors, with S = min(size, D).
 
-    The last block is filled up with the identity.
+    The last block is padded with the identity.
     """
     width = factors.shape[1]
     size = min(size, width)
@@ -74,7 +80,7 @@ def inverted_diagonal(factors: Tensor, size: int = SOLVED) -> Tensor:
 
 
 def block_rows(factor: Tensor, inverses: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of every ``SOLVED`` rows of a lower factor what is left of the diagonal block, and that block's inverse."""
+    """Yield, for each block of rows of a lower factor, the part before the diagonal block and that block's inverse."""
     size = inverses.shape[-1]
     for inverse, start in zip(inverses, range(0, len(factor), size), strict=True):
         left = factor[start : start + size, :start]
@@ -82,10 +88,14 @@ def block_rows(factor: Tensor, inverses: Tensor) -> Iterator[tuple[Tensor, Tenso
 
 
 def solved_squares(rows: Iterable[tuple[Tensor, Tensor]], columns: Tensor) -> Tensor:
-    """``|L^-1 x|^2`` of every column x of ``[D, B]``, which is overwritten; the ``block_rows`` of L.
+    """Return ``|L^-1 x|^2`` for every column x of ``[D, B]``, which is overwritten.
 
-    Substitution by blocks: nearly all of it is matrix products, which run at more than twice the speed of a triangular
-    solve, and only the small diagonal blocks are inverted, so that it is as accurate as one.
+    The substitution works on blocks: nearly all of it is matrix products, which run more than twice as fast as a
+    triangular solve. Only the small diagonal blocks are inverted, so that it is as accurate as a triangular solve.
+
+    Args:
+        rows: the ``block_rows`` of L.
+        columns: the columns ``[D, B]``.
     """
     solved, start = torch.empty_like(columns), 0
     for left, inverse in rows:
@@ -98,7 +108,7 @@ def solved_squares(rows: Iterable[tuple[Tensor, Tensor]], columns: Tensor) -> Te
 
 
 def all_solved_squares(factors: Tensor, inverses: Tensor, columns: Tensor) -> Tensor:
-    """``solved_squares`` of ``[C, D, B]`` for all factors, ``[C, B]``; overwrites nothing, so that it can be traced."""
+    """Return ``solved_squares`` of ``[C, D, B]`` for all factors, ``[C, B]``, without in-place writes, for tracing."""
     size, solved = inverses.shape[-1], columns[:, :0]
     for number, start in enumerate(range(0, columns.shape[1], size)):
         stop = min(start + size, columns.shape[1])
@@ -112,7 +122,7 @@ def all_solved_squares(factors: Tensor, inverses: Tensor, columns: Tensor) -> Te
 
 
 def packed_size(rank: int, width: int) -> int:
-    """How many numbers the packed factor of a class takes; ``rank`` is its number of rows, or D for a triangle."""
+    """Return the length of the packed factor of a class; ``rank`` is its number of rows, or D for a triangle."""
     if rank < width:
         return rank * (width + rank)
     stops = [min(start + SOLVED, width) for start in range(0, width, SOLVED)]
@@ -120,7 +130,7 @@ def packed_size(rank: int, width: int) -> int:
 
 
 def pack_covariance(covariance: Tensor, number: int) -> tuple[Tensor, float, Tensor]:
-    """The packed triangle of a class covariance ``[D, D]``, its jitter, and the logarithm of its determinant."""
+    """Return the packed triangle of a class covariance ``[D, D]``, its jitter, and the log of its determinant."""
     factors, jitter = cholesky_with_jitter(covariance[None], number)
     parts = block_rows(factors[0], inverted_diagonal(factors)[0])
     packed = torch.cat([torch.cat(part, dim=1).flatten() for part in parts])
@@ -128,11 +138,11 @@ def pack_covariance(covariance: Tensor, number: int) -> tuple[Tensor, float, Ten
 
 
 def pack_rows(rows: Tensor, number: int) -> tuple[Tensor, float, Tensor]:
-    """As ``pack_covariance`` of ``R^T R``, of rows R ``[n, D]``, n < D; that matrix is never formed.
+    """Return ``pack_covariance`` of ``R^T R`` for rows R ``[n, D]``, n < D, without forming that matrix.
 
-    With the orthonormal basis Q ``[D, n]`` of the rows, ``R^T R + j I`` is ``Q K Q^T`` in their span, and ``j I``
-    outside it. Kept are Q and the triangle of ``K = L L^T``; it comes from the rows, not from their products, and so
-    has twice the digits that a factorised covariance has.
+    With the orthonormal basis Q ``[D, n]`` of the rows, ``R^T R + j I`` is ``Q K Q^T`` in their span and ``j I``
+    outside of it. The packed factor holds Q and the triangle of ``K = L L^T``, which is computed from the rows rather
+    than from their products and therefore has twice as many correct digits as a factored covariance.
     """
     count, width = rows.shape
     jitter = _jitter_of(rows, number)
@@ -144,7 +154,7 @@ def pack_rows(rows: Tensor, number: int) -> tuple[Tensor, float, Tensor]:
 
 
 def packed_squares(packed: Tensor, rank: int, jitter: float, columns: Tensor) -> Tensor:
-    """``x^T Sigma^-1 x`` of every column x of ``[D, B]``, which is overwritten, by the packed factor of Sigma."""
+    """Return ``x^T Sigma^-1 x`` for every column x of ``[D, B]``, which is overwritten, given a packed factor."""
     width = len(columns)
     if rank == width:
         return solved_squares(_unpacked(packed, width), columns)
@@ -156,16 +166,16 @@ def packed_squares(packed: Tensor, rank: int, jitter: float, columns: Tensor) ->
 
 
 def reserved(count: int, folder: Path | None) -> Tensor:
-    """Room for float64 in a file without a name, which goes with the tensor.
+    """Return a float64 tensor ``[count]`` in an unnamed file, which is deleted together with the tensor.
 
-    The disk is asked for all of it at once, so that a full one is an error here and not a crash on some later write.
+    The disk space is allocated at once, so that a full disk is an error here rather than a crash on a later write.
 
     Args:
-        count: of numbers.
-        folder: where; the folder for temporary files if it is None or cannot be written to.
+        count: the number of values.
+        folder: the folder of the file; the folder for temporary files if it is None or not writable.
 
     Raises:
-        CacheWriteFailed: there is no such room.
+        CacheWriteFailed: if the disk has not enough space.
     """
     folder = folder if folder and os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
     size = 8 * count
@@ -177,13 +187,13 @@ def reserved(count: int, folder: Path | None) -> Tensor:
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float64)
     except OSError as error:
         raise CacheWriteFailed(
-            f"the factors of the class covariances take {size / 2**30:,.1f} GiB, for which there is no room in {folder}"
-            f" ({error}): make room there, or fit on a set that lies on a larger disk."
+            f"the factors of the class covariances take {size / 2**30:,.1f} GiB, for which there is no space in "
+            f"{folder} ({error}): free some space there, or fit on a set that is stored on a larger disk."
         ) from error
 
 
 def _unpacked(packed: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The ``block_rows`` of a packed triangle."""
+    """Yield the ``block_rows`` of a packed triangle."""
     first = 0
     for start in range(0, width, SOLVED):
         stop = min(start + SOLVED, width)
@@ -193,7 +203,7 @@ def _unpacked(packed: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _jitter_of(rows: Tensor, number: int) -> float:
-    """The jitter that ``cholesky_with_jitter`` finds for ``R^T R``: not 0, since there are fewer rows than features."""
+    """Return the jitter that ``cholesky_with_jitter`` finds for ``R^T R``, which is singular, so never 0."""
     variances, rounding = rows.square().sum(dim=0), torch.finfo(rows.dtype).eps * rows.shape[1]
     for amount in JITTERS[1:]:
         if (pivots(rows, amount) > rounding * (variances + amount)).all():
@@ -206,10 +216,11 @@ def _hopeless(number: int) -> BadInput:
 
 
 def pivots(rows: Tensor, jitter: float, size: int = SOLVED) -> Tensor:
-    """The squared diagonal of the Cholesky factor of ``R^T R + j I``, ``[D]``, without that matrix; NaN where it fails.
+    """Return the squared diagonal ``[D]`` of the Cholesky factor of ``R^T R + j I`` without forming that matrix.
 
-    Given the features before it, what is left of the variance of feature b (a column of R) is
-    ``j (1 + b^T (B B^T + j I)^-1 b)``, with the columns before it in B: matrices of the size of the rows.
+    The variance of feature b (a column of R) that remains given the features before it is
+    ``j (1 + b^T (B B^T + j I)^-1 b)``, where B holds the columns before it: all matrices have the size of the rows.
+    An entry is NaN where the factorization fails.
     """
     within, found = jitter * torch.eye(len(rows), dtype=rows.dtype, device=rows.device), []
     for columns in rows.split(max(size, len(rows)), dim=1):

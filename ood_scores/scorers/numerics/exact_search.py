@@ -1,4 +1,4 @@
-"""Exact search of one bank of unit rows for several scorers at once: its inner products are computed only once."""
+"""Exact search of one bank of unit rows for several scorers: inner products with the bank are computed only once."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 GROUP = 64
-"""Products of which only the largest is looked at first."""
+"""The number of products of which at first only the largest is considered."""
 
 SEARCH_ROWS = 512
-"""Rows that are searched for at a time."""
+"""The number of rows whose neighbors are searched for at a time."""
 
 SEARCH_BANK = 2**16
-"""Rows of the bank that are searched at a time: with ``SEARCH_ROWS``, 128 MiB of products."""
+"""The number of bank rows searched at a time: with ``SEARCH_ROWS`` rows, 128 MiB of products."""
 
 SUB_BANK = 2**10
-"""Rows of the bank in one matrix product, few enough for the caches."""
+"""The number of bank rows in one matrix product, few enough for the caches of the processor."""
 
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """The ``count`` bank rows whose ``weights_i <x, b_i>`` are the largest; without weights, those nearest to x."""
+    """A request for the ``count`` bank rows with the largest ``weights_i <x, b_i>``, or for the nearest ones."""
 
     bank: Tensor
     count: int
@@ -34,9 +34,9 @@ class Wanted:
 
     @cached_property
     def ranking(self) -> tuple[Tensor, Tensor]:
-        """``(w, a)`` ``[N]`` such that ``w_i <x, b_i> + a_i`` ranks the bank.
+        """The weights w and offsets a, both ``[N]``, such that ``w_i <x, b_i> + a_i`` ranks the bank rows.
 
-        To be near x, a is what the rows' lengths add, ``(1 - |b|^2) / 2``: rounding, but for rows of zeros.
+        For the nearest rows, a accounts for their lengths, ``(1 - |b|^2) / 2``: rounding, except for rows of zeros.
         """
         if self.weights is not None:
             return self.weights.float(), torch.zeros(len(self.bank))
@@ -48,9 +48,15 @@ class Wanted:
 def search_unit_rows(
     rows: Tensor, wanted: Sequence[Wanted], rows_at_a_time: int = SEARCH_ROWS, bank_at_a_time: int = SEARCH_BANK
 ) -> list[Tensor]:
-    """For each that is wanted, all from one bank, the numbers of its bank rows, best first, ``[B, count]``.
+    """Return, for each request, the indices of its bank rows ``[B, count]``, best first.
 
-    Rows and bank are float32 and normalised, rows of zeros may be among them. Exact up to the rounding of the products.
+    The search is exact up to the rounding of the products.
+
+    Args:
+        rows: normalized rows ``[B, D]``, float32; rows of zeros are allowed.
+        wanted: the requests, all for the same bank.
+        rows_at_a_time: the number of rows in one step.
+        bank_at_a_time: the number of bank rows in one step, a multiple of ``GROUP``.
     """
     bank, rankings = wanted[0].bank, [want.ranking for want in wanted]
     found = [torch.empty(len(rows), want.count, dtype=torch.int64) for want in wanted]
@@ -74,7 +80,7 @@ def search_unit_rows(
 def _search_piece(
     rows: Tensor, bank: Tensor, rankings: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int], space: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each ranking the largest values ``[B, <= count]`` and their places; the products are left in ``space``."""
+    """Return, for each ranking, the largest values ``[B, <= count]`` and their indices; write products to ``space``."""
     over = -len(bank) % GROUP
     width = len(bank) + over
     grouped = [(pad(weights, (0, over)), pad(added, (0, over), value=-math.inf)) for weights, added in rankings]
@@ -94,7 +100,7 @@ def _search_piece(
 
 
 def _largest(products: Tensor, weights: Tensor, added: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest of ``w p + a``: they lie in the groups with the largest maxima, ties included."""
+    """Return the largest values of ``w p + a``: they lie in the groups with the largest maxima, even with ties."""
     groups = maxima.topk(min(count, maxima.shape[1]), dim=1, sorted=False).indices
     flat = groups.flatten()
     first = torch.arange(0, maxima.numel(), maxima.shape[1])[:, None]

@@ -1,8 +1,8 @@
-"""faiss indexes of a bank: made from a factory string, trained, and kept beside the cache that the bank comes from.
+"""faiss indexes of a bank: created from a factory string, trained, and stored next to the cache of the bank.
 
-An index is kept in a file that faiss reads, followed by a SHA-256 of it, of the cache's identity and of what made it:
-it counts only if that is right, is replaced as a whole, and may be deleted at any time. Where it cannot be written,
-nothing is kept.
+The file of an index can be read by faiss. It ends with a SHA-256 of the index, of the identity of the cache, and of
+the settings; an index with another digest is ignored. The file is replaced as a whole and may be deleted at any time.
+If it cannot be written, the index is not stored.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def trained_index(description: str, bank: Tensor) -> Any:
-    """The faiss index of that factory string, trained on the bank ``[N, D]``, float32, which it holds.
+    """Return the faiss index of a factory string that holds, and is trained on, the bank ``[N, D]``, float32.
 
     Raises:
-        BadInput: faiss knows no such index, or cannot train it on such a bank.
+        BadInput: if faiss has no such index, or cannot train it on this bank.
     """
     import faiss
 
@@ -42,21 +42,21 @@ def trained_index(description: str, bank: Tensor) -> Any:
     except RuntimeError as error:
         reason = re.sub(r"^Error in .* at \S+:\d+: (Error: '.*' failed: )?", "", str(error)).strip()
         raise BadInput(
-            f"knn: faiss cannot make the index {description!r} of {rows} rows of {width} features ({reason}): use "
-            "another factory string, or 'Flat', or more rows."
+            f"knn: faiss cannot create the index {description!r} for {rows} rows of {width} features ({reason}): use "
+            "another factory string, such as 'Flat', or more rows."
         ) from error
     index.add(bank.numpy())
     return index
 
 
 def kept_index(description: str, bank: Tensor, feats: FeatureSet, bank_of: str) -> Any:
-    """The ``trained_index`` of a bank of the set; read from beside the set's cache, or kept there, if it is one.
+    """Return the ``trained_index`` of a bank, stored next to the cache of its feature set if the set has one.
 
     Args:
         description: the factory string.
-        bank: ``[N, D]``, float32.
-        feats: the set that the bank comes from.
-        bank_of: how it comes from it.
+        bank: the bank ``[N, D]``, float32.
+        feats: the set from which the bank was taken.
+        bank_of: a description of how it was taken.
     """
     import faiss
 
@@ -66,35 +66,35 @@ def kept_index(description: str, bank: Tensor, feats: FeatureSet, bank_of: str) 
     file, identity = cache
     made_by = [description, bank_of]
     place = file.with_name(f"{file.name}.{_sha256(made_by).hexdigest()[:16]}.faiss")
-    made_of = [identity, *made_by, faiss.__version__, importlib.metadata.version("ood_scores")]
+    settings = [identity, *made_by, faiss.__version__, importlib.metadata.version("ood_scores")]
     with suppress(OSError, RuntimeError):
-        if _is_whole(place, made_of):
+        if _is_whole(place, settings):
             return faiss.read_index(str(place))
     index = trained_index(description, bank)
     with suppress(OSError, RuntimeError, CacheError):
-        _keep(index, place, made_of)
+        _keep(index, place, settings)
     return index
 
 
-def _keep(index: Any, place: Path, made_of: list[str]) -> None:
+def _keep(index: Any, place: Path, settings: list[str]) -> None:
     import faiss
 
     with replacing(place) as file:
         faiss.write_index(index, str(file.name))
         size = os.stat(file.name).st_size
-        file.write_at(size, np.frombuffer(_of_file(file, size, made_of), np.uint8))
+        file.write_at(size, np.frombuffer(_of_file(file, size, settings), np.uint8))
 
 
-def _is_whole(place: Path, made_of: list[str]) -> bool:
+def _is_whole(place: Path, settings: list[str]) -> bool:
     with open(place, "rb", buffering=0) as file:
         size = os.stat(place).st_size - DIGEST_BYTES
-        digest = _of_file(file, size, made_of)
+        digest = _of_file(file, size, settings)
         return file.read(DIGEST_BYTES) == digest
 
 
-def _of_file(file: io.FileIO, size: int, made_of: list[str]) -> bytes:
-    """The digest of the first bytes of a file and of what made it."""
-    digest = _sha256(made_of)
+def _of_file(file: io.FileIO, size: int, settings: list[str]) -> bytes:
+    """Return the digest of the first ``size`` bytes of a file and of the settings."""
+    digest = _sha256(settings)
     file.seek(0)
     for done in range(0, size, COPY_BYTES):
         digest.update(file.read(min(COPY_BYTES, size - done)))
