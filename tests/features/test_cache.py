@@ -237,13 +237,13 @@ def _text(path: Path) -> None:
     path.write_text("notes, not features")
 
 
-def _hdf5_of_someone_else(path: Path) -> None:
+def _another_hdf5_file(path: Path) -> None:
     with h5py.File(path, "w") as h5:
         h5["features"] = np.ones((3, 2))
 
 
-def _truncated_hdf5_of_someone_else(path: Path) -> None:
-    _hdf5_of_someone_else(path)
+def _truncated_another_hdf5_file(path: Path) -> None:
+    _another_hdf5_file(path)
     os.truncate(path, path.stat().st_size - 1)
 
 
@@ -257,7 +257,7 @@ FOREIGN = {
     "text": (_text, "is not an HDF5 file"),
     "zero bytes": (Path.touch, "is not an HDF5 file"),
     "directory": (Path.mkdir, "is not an HDF5 file"),
-    "HDF5 of someone else": (_hdf5_of_someone_else, "but not a feature cache"),
+    "another HDF5 file": (_another_hdf5_file, "but not a feature cache"),
     "newer format": (_newer_format, "has cache format 2, .* reads up to 1: update ood_scores"),
 }
 
@@ -278,7 +278,7 @@ def test_foreign_file_is_refused_and_not_replaced(path: Path, make: Callable[[Pa
 
 
 def test_damaged_foreign_file_is_not_replaced(path: Path) -> None:
-    _truncated_hdf5_of_someone_else(path)
+    _truncated_another_hdf5_file(path)
     before = path.read_bytes()
     with pytest.raises(DamagedCache, match="truncated or damaged"):
         ood_scores.load(path)

@@ -41,20 +41,20 @@ def test_rows_read_in_any_order_equal_those_of_the_file(dataset: h5py.Dataset, p
 
 def test_earlier_rows_stay_valid_and_are_released(dataset: h5py.Dataset) -> None:
     class Pages(mmap.mmap):
-        asked: list[tuple[int, int, int]]
+        advised: list[tuple[int, int, int]]
 
         def madvise(self, *advice: int) -> None:
-            self.asked.append(advice)  # type: ignore[arg-type]
+            self.advised.append(advice)  # type: ignore[arg-type]
             super().madvise(*advice)
 
     mapped = mapped_rows(dataset)
     assert mapped is not None
     pages = Pages(mapped.descriptor, len(mapped.pages), access=mmap.ACCESS_COPY)
-    pages.asked = []
+    pages.advised = []
     rows = MappedRows(pages, mapped.descriptor, mapped.offset, mapped.dtype, mapped.width)
     early = rows.read(0, 20_000)
     rows.read(20_000, 40_000)
-    assert (mmap.MADV_DONTNEED, 0, (mapped.offset + 20_000 * 12) // mmap.PAGESIZE * mmap.PAGESIZE) in pages.asked
+    assert (mmap.MADV_DONTNEED, 0, (mapped.offset + 20_000 * 12) // mmap.PAGESIZE * mmap.PAGESIZE) in pages.advised
     np.testing.assert_array_equal(early, VALUES[:20_000])
 
 

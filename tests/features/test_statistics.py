@@ -62,9 +62,9 @@ def feature_set(features: Any, labels: Any, classes: int = 4) -> FeatureSet:
     return FeatureSet(features, np.zeros((len(features), classes)), labels)
 
 
-def moments(feats: FeatureSet, asked: ClassMoments = PER_CLASS, rows: int | None = None) -> Moments:
+def moments(feats: FeatureSet, statistic: ClassMoments = PER_CLASS, rows: int | None = None) -> Moments:
     """Compute the moments from blocks of the given size."""
-    accumulator = asked.start(feats)
+    accumulator = statistic.start(feats)
     for block in feats.blocks(rows):
         accumulator.update(block)
     return accumulator.result()

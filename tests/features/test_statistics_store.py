@@ -78,7 +78,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[FeatureSet]:
     return seen
 
 
-def beside(path: Path) -> Path:
+def statistics_path(path: Path) -> Path:
     return path.with_name(path.name + ".statistics")
 
 
@@ -210,7 +210,7 @@ def test_copies_of_rows_are_not_stored(path: Path, passes: list[FeatureSet]) -> 
     for expected in (1, 2):
         collect(load(path), COPIES)
         assert len(passes) == expected
-    assert not beside(path).exists()
+    assert not statistics_path(path).exists()
 
 
 def test_third_party_statistics_are_not_stored(path: Path, passes: list[FeatureSet]) -> None:
@@ -235,7 +235,7 @@ def test_third_party_statistics_are_not_stored(path: Path, passes: list[FeatureS
     for expected in (1, 2):
         assert int(collect(load(path), [Count()])[Count()]) == 600
         assert len(passes) == expected
-    assert not beside(path).exists()
+    assert not statistics_path(path).exists()
 
 
 def test_large_statistics_are_not_stored(tmp_path: Path, passes: list[FeatureSet]) -> None:
@@ -263,22 +263,22 @@ def test_parts_of_a_cache_neither_read_nor_write_stored_statistics(
     part: Callable[[FeatureSet], FeatureSet], path: Path, passes: list[FeatureSet]
 ) -> None:
     collect(part(load(path)), [FeatureMean()])
-    assert not beside(path).exists()
+    assert not statistics_path(path).exists()
     collect(load(path), [FeatureMean()])
-    before = beside(path).read_bytes()
+    before = statistics_path(path).read_bytes()
     passes.clear()
     collect(part(load(path)), [FeatureMean(), Means()])
     assert len(passes) == 1
-    assert beside(path).read_bytes() == before
+    assert statistics_path(path).read_bytes() == before
 
 
 def test_shaped_sets_neither_read_nor_write_stored_statistics(path: Path) -> None:
     collect(load(path), SUMMARIES)
-    before = beside(path).read_bytes()
+    before = statistics_path(path).read_bytes()
     scorer = create_scorer("react", q=0.5, base="mahalanobis")
     expected = create_scorer("react", q=0.5, base="mahalanobis").fit(problem()).score(ID)
     assert torch.equal(scorer.fit(load(path)).score(ID), expected)
-    assert beside(path).read_bytes() == before
+    assert statistics_path(path).read_bytes() == before
 
 
 def test_nothing_is_stored_for_values_that_are_not_finite(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_nothing_is_stored_for_values_that_are_not_finite(tmp_path: Path) -> Non
     FeatureSet(features, feats.logits, feats.labels).save(tmp_path / "bad.h5")
     with pytest.raises(NotFinite):
         collect(load(tmp_path / "bad.h5"), [FeatureMean()])
-    assert not beside(tmp_path / "bad.h5").exists()
+    assert not statistics_path(tmp_path / "bad.h5").exists()
 
 
 # --- never used ------------------------------------------------------------------------------------------------------
@@ -330,10 +330,10 @@ def test_moved_cache_needs_its_statistics_moved_too(path: Path, passes: list[Fea
     collect(load(path), [FeatureMean()])
     other = path.with_name("other.h5")
     path.rename(other)
-    beside(path).rename(beside(other))
+    statistics_path(path).rename(statistics_path(other))
     collect(load(other), [FeatureMean()])
     assert len(passes) == 1
-    beside(other).unlink()
+    statistics_path(other).unlink()
     collect(load(other), [FeatureMean()])
     assert len(passes) == 2
 
@@ -392,7 +392,7 @@ def test_damaged_statistics_are_computed_and_written_again(
     damage: Callable[[Path], None], path: Path, passes: list[FeatureSet]
 ) -> None:
     expected = collect(load(path), [FeatureMean()])[FeatureMean()]
-    damage(beside(path))
+    damage(statistics_path(path))
     passes.clear()
     for _ in range(2):
         assert_same(collect(load(path), [FeatureMean()])[FeatureMean()], expected)
@@ -402,11 +402,11 @@ def test_damaged_statistics_are_computed_and_written_again(
 @pytest.mark.parametrize("seed", range(20))
 def test_wrong_bytes_are_never_used(seed: int, path: Path) -> None:
     expected = collect(load(path), SUMMARIES)
-    content = np.frombuffer(beside(path).read_bytes(), np.uint8).copy()
+    content = np.frombuffer(statistics_path(path).read_bytes(), np.uint8).copy()
     rng = np.random.default_rng(seed)
     places = rng.integers(0, len(content), 40)
     content[places] ^= rng.integers(1, 256, 40, dtype=np.uint8)
-    beside(path).write_bytes(content.tobytes())
+    statistics_path(path).write_bytes(content.tobytes())
     found = collect(load(path), SUMMARIES)
     for statistic in SUMMARIES:
         assert_same(found[statistic], expected[statistic])
@@ -414,7 +414,7 @@ def test_wrong_bytes_are_never_used(seed: int, path: Path) -> None:
 
 def test_damaged_entry_does_not_affect_the_others(path: Path, passes: list[FeatureSet]) -> None:
     collect(load(path), [FeatureMean(), ClassMoments()])
-    _another_number(beside(path))
+    _another_number(statistics_path(path))
     passes.clear()
     collect(load(path), [ClassMoments()])
     assert not passes
@@ -454,12 +454,12 @@ def _a_feature_cache(file: Path) -> None:
 
 @pytest.mark.parametrize("make", [_text, _a_feature_cache, Path.mkdir])
 def test_foreign_file_is_not_replaced(make: Callable[[Path], None], path: Path) -> None:
-    make(beside(path))
-    before = beside(path).read_bytes() if beside(path).is_file() else None
+    make(statistics_path(path))
+    before = statistics_path(path).read_bytes() if statistics_path(path).is_file() else None
     for _ in range(2):
         found = collect(load(path), [FeatureMean()])
         assert_same(found[FeatureMean()], collect(problem(), [FeatureMean()])[FeatureMean()])
-    assert beside(path).is_dir() if before is None else beside(path).read_bytes() == before
+    assert statistics_path(path).is_dir() if before is None else statistics_path(path).read_bytes() == before
     assert len(list(path.parent.iterdir())) == 2
 
 
@@ -476,7 +476,7 @@ def test_read_only_folder_is_not_an_error(path: Path) -> None:
 def test_full_disk_is_not_an_error_and_leaves_the_old_file(path: Path) -> None:
     """The system refuses the write, because the size of files is limited."""
     collect(load(path), [FeatureMean()])
-    before = beside(path).read_bytes()
+    before = statistics_path(path).read_bytes()
     code = f"""
         import resource, ood_scores
         from ood_scores.features.statistics.moments import ClassMoments
@@ -489,14 +489,14 @@ def test_full_disk_is_not_an_error_and_leaves_the_old_file(path: Path) -> None:
     assert float(done.stdout) == pytest.approx(
         float(collect(problem(), [ClassMoments()])[ClassMoments()].scatter.sum())
     )
-    assert beside(path).read_bytes() == before
+    assert statistics_path(path).read_bytes() == before
     assert len(list(path.parent.iterdir())) == 2
 
 
 @pytest.mark.parametrize("instant", ["h5py.File.create_group", "os.fsync", "os.replace"])
 def test_killed_while_writing_leaves_the_old_statistics(instant: str, path: Path, passes: list[FeatureSet]) -> None:
     collect(load(path), [FeatureMean()])
-    before = beside(path).read_bytes()
+    before = statistics_path(path).read_bytes()
     code = f"""
         import h5py, os, signal, ood_scores
         from ood_scores.features.statistics.moments import ClassMoments
@@ -506,7 +506,7 @@ def test_killed_while_writing_leaves_the_old_statistics(instant: str, path: Path
         collect(feats, [ClassMoments()])
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == -signal.SIGKILL
-    assert beside(path).read_bytes() == before
+    assert statistics_path(path).read_bytes() == before
     passes.clear()
     collect(load(path), [FeatureMean()])
     assert not passes
