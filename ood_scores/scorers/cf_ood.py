@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.base import Accumulator, Found, Statistic
+from ood_scores.features.statistics.base import Accumulator, Found
 from ood_scores.features.statistics.row_samples import HashedSample
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_ranks import PIECE
@@ -85,11 +85,11 @@ class CFOOD(Scorer):
             value = getattr(self, share)
             self.require(0 < value <= 1, f"{share} must be in (0, 1], got {value}")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[HashedRows]:
         return (HashedRows(self.share, self.seed),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (self.bank_,) = (found[statistic] for statistic in self.statistics())
+        self.bank_ = found[self.statistics()[0]]
         count = len(self.bank_)
         if count < 2:
             raise BadInput("cf_ood: the bank needs at least two rows: fit on more rows or raise share.")
@@ -186,5 +186,5 @@ class HashedRows:
     seed: int = 0
     reads: ClassVar[Sequence[str]] = ("features",)
 
-    def start(self, feats: FeatureSet) -> Accumulator:
+    def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
         return HashedSample(lambda block: block.space("features", True), feats, self.share, self.seed, least=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import by_pieces, entropy, row_norm
-from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.papers import HENDRYCKS_2022
@@ -46,11 +45,11 @@ class KLMatching(Scorer):
     needs = ("logits",)
     fit_needs = ("logits",)
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[Means]:
         return (Means("softmax", "predicted"),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (typical,) = (found[statistic] for statistic in self.statistics())
+        typical = found[self.statistics()[0]]
         means = typical.means[typical.counts > 0]
         self.log_means_ = means.clamp_min(torch.finfo(means.dtype).tiny).log()
 
@@ -96,11 +95,11 @@ class SHE(Scorer):
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "labels")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[Means]:
         return (Means("features", "correct"),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (correct,) = (found[statistic] for statistic in self.statistics())
+        correct = found[self.statistics()[0]]
         warn_of_classes_without_rows("she", correct.counts)
         self.means_ = correct.means
 
@@ -148,7 +147,7 @@ class NCI(Scorer):
     def __post_init__(self) -> None:
         self.require(0 <= self.alpha < math.inf, f"alpha must be at least 0 and finite, got {self.alpha}")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[Means]:
         return (Means("features"),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:

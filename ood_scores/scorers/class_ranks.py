@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.base import Accumulator, Found, Statistic
+from ood_scores.features.statistics.base import Accumulator, Found
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -76,11 +76,11 @@ class ExCeL(Scorer):
         if self.ranks is not None:
             self.require_count("ranks")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[RankLevels]:
         return (RankLevels(self.upper, self.ranks),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (self.levels_,) = (found[statistic] for statistic in self.statistics())
+        self.levels_ = found[self.statistics()[0]]
 
     def score_block(self, block: Block) -> Tensor:
         logits = block.logits64()
@@ -108,7 +108,7 @@ class RankLevels:
     ranks: int | None = None
     reads: ClassVar[Sequence[str]] = ("logits",)
 
-    def start(self, feats: FeatureSet) -> Accumulator:
+    def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
         return _RankLevelsAccumulator(self)
 
 

@@ -235,7 +235,7 @@ class MeanConfidence:
     confidence: str
     reads: ClassVar[Sequence[str]] = ("logits",)
 
-    def start(self, feats: FeatureSet) -> Accumulator:
+    def start(self, feats: FeatureSet) -> Accumulator[float]:
         return _MeanConfidenceAccumulator(self.confidence)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.cholesky import SOLVED
@@ -54,11 +53,11 @@ class Mahalanobis(Scorer):
     needs = ("features",)
     fit_needs = ("features", "labels")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[ClassMoments]:
         return (ClassMoments("features", self.normalize),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (moments,) = (found[statistic] for statistic in self.statistics())
+        moments = found[self.statistics()[0]]
         means = moments.means[classes_present(moments.counts, self.name)]
         self.centre_ = means.mean(dim=0)
         self.whitening_ = whitening(moments.scatter / moments.counts.sum())
@@ -149,11 +148,11 @@ class RelativeMahalanobis(Scorer):
     needs = ("features",)
     fit_needs = ("features", "labels")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[ClassMoments]:
         return (ClassMoments("features", self.normalize),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (moments,) = (found[statistic] for statistic in self.statistics())
+        moments = found[self.statistics()[0]]
         present = classes_present(moments.counts, self.name)
         means, weights = moments.means[present], moments.counts[present] / moments.counts.sum().double()
         root = whitening(moments.scatter / moments.counts.sum())

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
@@ -300,11 +300,11 @@ class GROOD(Scorer):
             self.require(all(math.isfinite(value) for value in self.prototype), "prototype must be finite")
         self.fit_needs = ("features", "labels") if self.by == "norm" else ("features", "logits", "labels")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[Means]:
         return (Means("features", "label"),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (groups,) = (found[statistic] for statistic in self.statistics())
+        groups = found[self.statistics()[0]]
         means = groups.means[classes_present(groups.counts, self.name)]
         self.prototypes_ = torch.cat([means, self._of_ood(means)[None]])
         self.bank_ = self._gradients_of_correct(feats) if self.by == "nearest" else None

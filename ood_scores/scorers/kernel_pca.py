@@ -14,8 +14,8 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.base import Accumulator, Found, Statistic
-from ood_scores.features.statistics.moments import GlobalMoments, Moments
+from ood_scores.features.statistics.base import Accumulator, Found
+from ood_scores.features.statistics.moments import GlobalMoments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.subspace import principal_axes, rank_of
@@ -113,11 +113,11 @@ class CoP(_KernelPCA):
     tags = Tags(paper=FANG_2024, search_space={"variance": (0.7, 0.85, 0.99)})
     variance: float = 0.85
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[GlobalMoments]:
         return (GlobalMoments("features", normalize=True),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        moments: Moments = found[self.statistics()[0]]
+        moments = found[self.statistics()[0]]
         self.fit_axes(Axes(moments.means[0], *principal_axes(moments.scatter / moments.counts.sum())))
 
     def mapped(self, rows: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class CoRP(_KernelPCA):
         self.require_positive("gamma")
         self.require_count("directions")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[FourierAxes]:
         return (FourierAxes(self.gamma, self.directions, self.seed),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
@@ -186,7 +186,7 @@ class FourierAxes:
     seed: int
     reads: ClassVar[Sequence[str]] = ("features",)
 
-    def start(self, feats: FeatureSet) -> Accumulator:
+    def start(self, feats: FeatureSet) -> Accumulator[Axes]:
         kind = _FewFourierRows if len(feats) < self.directions else _ManyFourierRows
         return kind(*fourier_map(feats.num_features, self.gamma, self.directions, self.seed))
 

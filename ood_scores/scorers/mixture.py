@@ -14,7 +14,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics import moments as of
-from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import classes_present
@@ -100,11 +100,11 @@ class GMM(Scorer):
         self.needs = (self.space,)
         self.fit_needs = (self.space, "labels")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[ClassMoments]:
         return (ClassMoments(self.space, self.normalize, per_class=True),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (moments,) = (found[statistic] for statistic in self.statistics())
+        moments = found[self.statistics()[0]]
         present = classes_present(moments.counts, self.name)
         counts = moments.counts[present]
         if (counts == 1).any():

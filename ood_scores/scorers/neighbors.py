@@ -13,7 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.row_samples import Energies, Rows
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import squared_distances
@@ -149,11 +149,11 @@ class KNN(_BankScorer):
         self.require_count("k")
         self.require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[Rows]:
         return (Rows(self.normalize, self.share, self.seed if self.share < 1 else 0),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (self.bank_,) = (found[statistic] for statistic in self.statistics())
+        self.bank_ = found[self.statistics()[0]]
         if len(self.bank_) < self.k:
             raise BadInput(
                 f"knn: k={self.k} needs at least as many bank rows, got {len(self.bank_)}: lower k or fit more."
@@ -286,12 +286,13 @@ class NNGuide(_BankScorer):
         self.require_count("k")
         self.require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[Rows, Energies]:
         draw = (self.share, self.seed if self.share < 1 else 0)
         return Rows(True, *draw), Energies(*draw)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        self.bank_, self.energies_ = (found[statistic] for statistic in self.statistics())
+        rows, energies = self.statistics()
+        self.bank_, self.energies_ = found[rows], found[energies]
         if len(self.bank_) < self.k:
             raise BadInput(
                 f"nnguide: k={self.k} needs at least as many bank rows, got {len(self.bank_)}: lower k or fit more."

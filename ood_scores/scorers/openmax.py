@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
-from ood_scores.features.statistics.base import Found, Statistic
+from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.row_samples import Logits
 from ood_scores.scorers.base import Scorer, fitted
@@ -91,11 +90,12 @@ class OpenMax(Scorer):
         valid = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
         self.require(valid, f"euclidean and cosine must be at least 0 and not both 0, got {weights}")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[Means, Logits]:
         return (Means("logits", "correct"), Logits())
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        means, all_logits = (found[statistic] for statistic in self.statistics())
+        of_classes, of_rows = self.statistics()
+        means, all_logits = found[of_classes], found[of_rows]
         self.means_, self.present_ = means.means, means.counts > 0
         if not self.present_.any():
             raise BadInput("openmax: no row of the fit set is predicted correctly: check the labels.")

@@ -206,11 +206,11 @@ class NECO(Scorer):
         self.require(0 < self.variance <= 1, f"variance must be in (0, 1], got {self.variance}")
         self.needs = ("features", "logits") if self.max_logit else ("features",)
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[GlobalMoments]:
         return (GlobalMoments("features"),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (moments,) = (found[statistic] for statistic in self.statistics())
+        moments = found[self.statistics()[0]]
         self.mean_ = moments.means[0]
         self.scale_ = deviations(moments) if self.standardize else torch.ones_like(self.mean_)
         covariance = moments.scatter / moments.counts.sum() / self.scale_ / self.scale_[:, None]
@@ -274,11 +274,11 @@ class PNML(Scorer):
     needs = ("features", "head")
     fit_needs = ("features",)
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[GlobalMoments]:
         return (GlobalMoments("features", normalize=True),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
-        (moments,) = (found[statistic] for statistic in self.statistics())
+        moments = found[self.statistics()[0]]
         count = moments.counts.sum()
         zero = torch.zeros_like(moments.means[0])
         self.root_ = whitening(moments_about(moments, zero)) / count.double().sqrt()

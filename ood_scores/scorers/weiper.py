@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool1d, normalize, pad
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, Head
-from ood_scores.features.statistics.base import Accumulator, Found, Statistic
+from ood_scores.features.statistics.base import Accumulator, Found
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -108,12 +108,12 @@ class WeiPer(Scorer):
             value = getattr(self, weight)
             self.require(0 <= value < math.inf, f"{weight} must be at least 0 and finite, got {value}")
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> tuple[PerturbedRange]:
         return (PerturbedRange(self.repeats, self.distance, self.seed),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
-        (ranges,) = (found[statistic] for statistic in self.statistics())
+        ranges = found[self.statistics()[0]]
         self.weight_, self.bias_ = ranges.weight, feats.head.bias.double()
         self.range_, self.perturbed_range_ = ranges.features, ranges.perturbed
         total = torch.zeros(2, self.bins, dtype=torch.float64)
@@ -160,7 +160,7 @@ class PerturbedRange:
     seed: int
     reads: ClassVar[Sequence[str]] = ("features",)
 
-    def start(self, feats: FeatureSet) -> Accumulator:
+    def start(self, feats: FeatureSet) -> Accumulator[Ranges]:
         assert feats.head is not None
         weight = perturbed_weight(feats.head, self.repeats, self.distance, self.seed)
         return _RangesAccumulator(weight, feats.head.bias.double())
