@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ood_scores
 from ood_scores import FeatureSet, load
 from ood_scores.errors import BadInput, NotFinite, ShapeMismatch, StaleCache, UnknownName
-from ood_scores.extraction.probes import as_probes
+from ood_scores.extraction.probes import PROBES, as_probes, register_probe
 from ood_scores.probes import FGSM, ODIN, GramSums, LayerNorms, Pass, PooledLayers, Probe
 
 ROWS = 20
@@ -385,6 +385,17 @@ def test_an_unknown_probe() -> None:
         match=r"there is no probe 'godin' \(did you mean 'odin'\?\).*fgsm, .*gram, .*layers, .*odin",
     ):
         extract(probes=["godin"])
+
+
+def test_name_belongs_to_one_probe() -> None:
+    with pytest.raises(BadInput, match=r"the probe 'odin' exists already: ood_scores\..*\.ODIN"):
+
+        @register_probe
+        @dataclass(frozen=True)
+        class Other(ODIN):
+            pass
+
+    assert PROBES["odin"] is ODIN
 
 
 @pytest.mark.parametrize("probes", ["odin", ODIN()])

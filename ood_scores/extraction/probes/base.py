@@ -119,9 +119,12 @@ class LayerProbe(Probe):
 
 
 def register_probe(cls: P) -> P:
-    """Makes a probe known by its default name."""
-    PROBES[cls.name] = cls
-    return cls
+    """Register a probe under its default name.
+
+    Raises:
+        BadInput: if the name belongs to another probe.
+    """
+    return PROBES.register(cls.name)(cls)
 
 
 def probe_from(text: str) -> Probe:
