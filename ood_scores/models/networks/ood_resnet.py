@@ -16,8 +16,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .classifier import PooledClassifier, cifar_cfg
-from .l2_head import L2Head
+from .classifier import cifar_cfg
+from .l2_head import PooledL2Classifier
 from .spectral import SpectralConv2d
 
 __all__ = ["OodResNet"]
@@ -123,7 +123,7 @@ class Bottleneck(nn.Module):
         return self.act(out + self.shortcut(x))
 
 
-class OodResNet(PooledClassifier):
+class OodResNet(PooledL2Classifier):
     """ResNet for 32x32 images: 3x3 stem of stride 1, no max-pooling, four stages of 64 to 512 channels.
 
     Args:
@@ -156,9 +156,7 @@ class OodResNet(PooledClassifier):
         shortcut_affine: bool = False,
         width: int = 64,
     ) -> None:
-        super().__init__(in_chans, num_features=8 * width * block.expansion)
-        self.l2_head = l2_head
-        self.normalize_eval = normalize_eval
+        super().__init__(in_chans, 8 * width * block.expansion, l2_head, normalize_eval)
         parts = Parts(negative_slope, pooled_shortcut, spectral_norm, bn_affine, shortcut_affine)
         self.conv1 = parts.conv(in_chans, width, 3)
         self.bn1 = parts.norm(width)
@@ -168,11 +166,6 @@ class OodResNet(PooledClassifier):
         self.layer3 = _stage(block, parts, depths[2], 2 * width * block.expansion, 4 * width, stride=2)
         self.layer4 = _stage(block, parts, depths[3], 4 * width * block.expansion, 8 * width, stride=2)
         self.reset_classifier(num_classes)
-
-    def make_head(self, num_classes: int) -> nn.Linear:
-        if self.l2_head:
-            return L2Head(self.num_features, num_classes, normalize_eval=self.normalize_eval)
-        return super().make_head(num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
         out = self.act(self.bn1(self.conv1(images)))
