@@ -1,1 +1,1 @@
-"""Models: opened by name or from a checkpoint, run without leaving a trace, and the networks of the literature."""
+"""Models: opening them by name or from a checkpoint, running them unchanged, and networks of the literature."""

@@ -1,4 +1,4 @@
-"""Models by timm's names, with timm's weights or those of a checkpoint; opening a checkpoint never runs its code."""
+"""Opening timm models with pretrained weights or a checkpoint, without running code that a checkpoint contains."""
 
 from __future__ import annotations
 
@@ -18,52 +18,53 @@ from timm.models import PretrainedCfg, clean_state_dict
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Grayscale
 
-import ood_scores.models.networks  # noqa: F401  makes timm know the CIFAR networks
+import ood_scores.models.networks  # noqa: F401  registers the CIFAR networks
 from ood_scores.errors import BadInput, CheckpointError, UnknownName
 from ood_scores.models.running import architecture
 from ood_scores.registry import did_you_mean
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Where training scripts put the weights; averaged weights first, as timm takes them."""
+"""Keys under which training scripts store the weights; averaged weights come first, as in timm."""
 
 
 def load_model(
     name: str, checkpoint: str | os.PathLike[str] | None = None, num_classes: int | None = None, **arguments: Any
 ) -> nn.Module:
-    """A timm model in eval mode.
+    """Open a timm model in eval mode.
 
-    A checkpoint that this package trained also says the arguments that its network was made with.
+    A checkpoint that this package trained also contains the arguments of its network.
 
     Args:
-        name: timm's name, with or without a tag (``"resnet50"``, ``"resnet50.a1_in1k"``); the CIFAR networks of
-            ``ood_scores.models.networks`` are known too.
-        checkpoint: a ``.safetensors`` file or one of ``torch.save``; without it the pretrained weights are fetched.
-        num_classes: of the checkpoint; by default as many as its classifier has.
-        **arguments: further ones of ``timm.create_model``.
+        name: Name that timm knows, with or without a tag (``"resnet50"``, ``"resnet50.a1_in1k"``), including the
+            networks of ``ood_scores.models.networks``.
+        checkpoint: A ``.safetensors`` file or one of ``torch.save``; defaults to the pretrained weights, which are
+            downloaded.
+        num_classes: Number of classes of the checkpoint; defaults to the size of its classifier.
+        **arguments: Other arguments of ``timm.create_model``.
 
     Raises:
-        UnknownName: timm has no such model.
-        CheckpointError: the checkpoint is missing, unsafe, damaged or of another architecture; or there is none, and
-            the pretrained weights do not exist or cannot be fetched.
-        BadInput: ``num_classes`` without a checkpoint; or an argument that the model does not take.
+        UnknownName: if timm has no such model.
+        CheckpointError: if the checkpoint is missing, unsafe, damaged or of another architecture; or if there is none,
+            and the pretrained weights do not exist or cannot be downloaded.
+        BadInput: if ``num_classes`` is given without a checkpoint, or the model does not accept an argument.
     """
     config = _weights_config(name)
     if checkpoint is not None:
         return _from_checkpoint(name, config, Path(checkpoint), num_classes, arguments).eval()
     if num_classes is not None:
-        raise BadInput("num_classes goes with a checkpoint; pretrained weights have their own classes.")
+        raise BadInput("num_classes needs a checkpoint, since pretrained weights have their own classes: pass both.")
     return _pretrained(name, arguments).eval()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights in a checkpoint by name, without the wrappers and prefixes that training scripts add.
+    """Return the weights of a checkpoint by name, without the wrappers and prefixes that training scripts add.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds something else than weights, or would run code if opened.
+        CheckpointError: if the file is missing or damaged, contains no weights, or would run code when opened.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}.")
+        raise CheckpointError(f"there is no checkpoint {path}: check the path.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -71,7 +72,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             break
     if not (isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values())):
         raise CheckpointError(
-            f"{path} holds no weights by name: save model.state_dict(), alone or under one of {', '.join(WRAPPERS)}."
+            f"{path} contains no weights by name: save model.state_dict(), alone or under {' or '.join(WRAPPERS)}."
         )
     return clean_state_dict(dict(content))
 
@@ -79,18 +80,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def preprocessing(
     model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, **changes: Any
 ) -> Callable[[Any], Any]:
-    """The evaluation transform of a timm model, from a PIL image to its input.
+    """Return the evaluation transform of a timm model, from a PIL image to its input.
 
     Args:
-        model: decides size, crop, interpolation and normalisation. One that takes grey images gets them grey,
-            normalised with the means of the three channels' values.
-        mean: in place of the model's own, for pixels in 0 .. 1: one number, or one for each channel.
-        std: likewise.
-        **changes: in place of other entries of timm's data configuration: ``input_size`` (height, width),
-            ``crop_pct``, ``crop_mode``, ``interpolation``.
+        model: Model that determines size, crop, interpolation and normalization. A model for gray images gets gray
+            images, normalized with the averages over the three channels.
+        mean: Mean for pixels in [0, 1], one number or one per channel; defaults to the model's.
+        std: Standard deviation for pixels in [0, 1], one number or one per channel; defaults to the model's.
+        **changes: Other entries of timm's data configuration: ``input_size`` (height, width), ``crop_pct``,
+            ``crop_mode``, ``interpolation``.
 
     Raises:
-        BadInput: another number of values, or a standard deviation that is not positive.
+        BadInput: if the number of values is wrong, or a standard deviation is not positive.
     """
     channels = _channels(model)
     config = resolve_model_data_config(model) | changes
@@ -166,12 +167,14 @@ def fill(
 
 
 def _weights_config(name: str) -> PretrainedCfg | None:
-    """What timm knows of a model's weights; None for a model that is registered without any."""
+    """Return timm's configuration of a model's weights, or None if it has none."""
     require_known(name)
     try:
         return timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UnknownName(f"timm has no model {name!r}: {_first_sentence(error)}.") from error
+        raise UnknownName(
+            f"timm has no model {name!r} ({_first_sentence(error)}): see timm.list_pretrained()."
+        ) from error
 
 
 def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -179,8 +182,8 @@ def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         return make(name, pretrained=True, **arguments)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"timm gives no pretrained weights for {name!r} ({_first_sentence(error)}). Try again where the "
-            "network is reachable, or pass a checkpoint file."
+            f"timm returned no pretrained weights for {name!r} ({_first_sentence(error)}): try again where the network "
+            "is reachable, or pass a checkpoint file."
         ) from error
 
 
@@ -199,7 +202,7 @@ def _from_checkpoint(
 
 
 def arguments_of(path: Path, name: str) -> dict[str, Any]:
-    """What a checkpoint of ``ood_scores.training`` says that its network was made with; nothing for another's."""
+    """Return the arguments of the network in a checkpoint of ``ood_scores.training``; none for other checkpoints."""
     if path.suffix != ".safetensors":
         return {}
     from safetensors import safe_open
@@ -211,7 +214,7 @@ def arguments_of(path: Path, name: str) -> dict[str, Any]:
 
 
 def _size(state: Mapping[str, Tensor], module: str | Sequence[str] | None, axis: int) -> int | None:
-    """The size of a module's weight along an axis, where the state has it; of several modules the first counts."""
+    """Return the size of a module's weight along an axis, or None; the first of several modules counts."""
     first = module if isinstance(module, str) else next(iter(module or ()), None)
     weight = state.get(f"{first}.weight")
     return None if weight is None or weight.ndim <= axis else weight.shape[axis]
@@ -224,25 +227,27 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({_first_sentence(error)}).") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({_first_sentence(error)}): restore it."
+        ) from error
 
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data: timm keeps its options in one
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in which timm stores its options
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
-            raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint.") from error
+            raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint: restore it.") from error
         raise CheckpointError(
-            f"{path} holds more than weights: opening it would call {wanted[1]}, so it is not opened. If you trust it, "
-            "save its state_dict alone, best as safetensors."
+            f"{path} was not opened because that would call {wanted[1]}: if you trust the file, save only its "
+            "state_dict, preferably as safetensors."
         ) from error
 
 
 def _channels(model: nn.Module) -> int:
-    """1 if the first convolution takes grey images, else 3 (a stem may have folded pixels into further channels)."""
+    """Return 1 if the first convolution takes gray images, else 3 (a stem may fold pixels into more channels)."""
     config: Any = getattr(model, "pretrained_cfg", {})
     return 1 if _size(model.state_dict(), config.get("first_conv"), axis=1) == 1 else 3
 
@@ -253,7 +258,7 @@ def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[flo
     if channels == 1 and len(values) == 3:
         return (sum(values) / 3,)
     if len(values) != channels:
-        raise BadInput(f"{name} has {len(values)} values, the model takes {channels} channels.")
+        raise BadInput(f"{name} has {len(values)} values, but the model takes {channels} channels: pass one each.")
     return tuple(values)
 
 

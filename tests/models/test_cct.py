@@ -45,6 +45,6 @@ def test_transformer_drops_in_training_only() -> None:
 
 
 def test_transformer_says_which_images_it_takes() -> None:
-    with pytest.raises(ShapeMismatch, match=r"24x24 pixels give 144 tokens.*256 positions"):
+    with pytest.raises(ShapeMismatch, match=r"24x24 pixels have 144 tokens.*256 positions"):
         small("haas_cct7_3x1")(images(1, size=24))
     assert small("haas_cct7_3x1", img_size=24).eval()(images(1, size=24)).shape == (1, 10)

@@ -148,7 +148,7 @@ def test_with_l2_head_says_what_it_cannot_wrap(name: str, kwargs: dict[str, Any]
     model = create(name, num_classes=5, **kwargs)
     before = list(model.state_dict())
     with pytest.raises(
-        HeadNotFound, match=rf"{type(model).__name__}.get_classifier\(\) gives {found}, not an nn.Linear"
+        HeadNotFound, match=rf"{type(model).__name__}.get_classifier\(\) returns {found}, not an nn.Linear"
     ):
         with_l2_head(model)
     assert list(model.state_dict()) == before

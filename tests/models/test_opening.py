@@ -55,7 +55,7 @@ def test_bad_checkpoints_say_what_is_wrong(checkpoints: dict[str, Path], tmp_pat
         with pytest.raises(CheckpointError, match="damaged"):
             read_checkpoint(tmp_path / name)
     torch.save({"epoch": 3}, tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="holds no weights by name"):
+    with pytest.raises(CheckpointError, match="contains no weights by name"):
         read_checkpoint(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         read_checkpoint(tmp_path / "absent.pth")
@@ -70,7 +70,7 @@ def test_models_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, checkpoints:
         load_model("cifar_resnet21")
     with pytest.raises(UnknownName, match="nonsense"):
         load_model("resnet18.nonsense", checkpoints["plain.pth"])
-    with pytest.raises(BadInput, match="goes with a checkpoint"):
+    with pytest.raises(BadInput, match="needs a checkpoint"):
         load_model("resnet18", num_classes=10)
     with pytest.raises(CheckpointError, match="pass a checkpoint"):
         load_model("cifar_resnet20")
@@ -82,7 +82,7 @@ def test_models_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, checkpoints:
 
 def test_normalisation_is_checked() -> None:
     model = resnet()
-    with pytest.raises(BadInput, match="2 values, the model takes 3"):
+    with pytest.raises(BadInput, match="2 values, but the model takes 3"):
         preprocessing(model, mean=[0.5, 0.5])
     with pytest.raises(BadInput, match="positive"):
         preprocessing(model, std=[0.0])

@@ -1,4 +1,4 @@
-"""CIFAR-sized networks of the out-of-distribution literature. Importing this package registers them with timm:
+"""CIFAR-sized networks of the OoD detection literature. Importing this package registers them with timm:
 
 >>> import timm
 >>> import ood_scores.models.networks

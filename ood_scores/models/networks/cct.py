@@ -1,8 +1,8 @@
-"""Compact Convolutional Transformer CCT-7/3x1 for 32x32 images, which Haas et al. (2024) train with an L2 head.
+"""Compact Convolutional Transformer CCT-7/3x1 for 32x32 images, trained by Haas et al. (2024) with an L2 head.
 
 Source: Hassani, Walton, Shah, Abuduweili, Li & Shi, "Escaping the Big Data Paradigm with Compact Transformers" (2021);
-what the paper leaves open (order of the norms, dropout, initialisation) is as in the authors' repository
-SHI-Labs/Compact-Transformers, to which Haas et al. refer for model and training.
+details that the paper does not state (order of the norms, dropout, initialization) follow the authors' repository
+SHI-Labs/Compact-Transformers, which Haas et al. cite for model and training.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ default_cfgs = generate_default_cfgs(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, `[N, L, dim]` to the same; queries, keys and values have no bias."""
+    """Multi-head self-attention of tokens ``[N, L, dim]``; queries, keys and values have no bias."""
 
     def __init__(self, dim: int, heads: int, drop: float) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention and a GELU perceptron, each with a residual connection: `[N, L, dim]` to the same.
+    """Attention and a GELU perceptron on tokens ``[N, L, dim]``, each with a residual connection.
 
-    The second LayerNorm is in the residual stream itself: the perceptron's output is added to the normalised tokens.
-    The usual pre-norm layer adds it to those before; the authors' code does not, nor do we.
+    The second LayerNorm is part of the residual stream: the perceptron's output is added to the normalized tokens, as
+    in the authors' code. A standard pre-norm layer adds it to the tokens before normalization.
     """
 
     def __init__(self, dim: int, heads: int, hidden: int, attn_drop: float, drop_path: float) -> None:
@@ -69,24 +69,24 @@ class EncoderLayer(nn.Module):
 
 
 class CompactTransformer(PooledL2Classifier):
-    """CCT with one 3x3 convolution as its tokenizer, learnt positions, and sequence pooling in place of a class token.
+    """CCT with one 3x3 convolution as tokenizer, learned positions, and sequence pooling instead of a class token.
 
-    Images `[N, in_chans, S, S]` become (S/2)² tokens `[N, (S/2)², dim]` (`forward_features`, after the last LayerNorm)
-    and, their average under learnt weights, features `[N, dim]`.
+    Images ``[N, in_chans, S, S]`` become tokens ``[N, (S/2)^2, dim]`` (``forward_features``, after the last LayerNorm).
+    Features ``[N, dim]`` are their average with learned weights.
 
-    The last LayerNorm is before the pooling, so the norm of the features is not fixed by it: it is the larger the more
-    the tokens agree.
+    The last LayerNorm precedes the pooling and therefore does not fix the norm of the features, which increases with
+    the agreement of the tokens.
 
     Args:
-        img_size: S. The learnt positions make the weights fit this size only.
+        img_size: Image size S. Because of the learned positions, weights fit only this size.
         dim: Width of the tokens.
         depth: Number of encoder layers.
-        heads: Of each attention.
-        mlp_ratio: Width of the perceptrons over `dim`.
-        attn_drop_rate: Dropout of attention weights.
-        drop_path_rate: Stochastic depth of the last layer, rising linearly from 0 in the first.
-        l2_head: The classifier is an `L2Head`: while training it sees z/‖z‖.
-        normalize_eval: The `L2Head` also normalises in eval mode.
+        heads: Number of heads of each attention.
+        mlp_ratio: Ratio of the width of the perceptrons to ``dim``.
+        attn_drop_rate: Dropout rate of attention weights.
+        drop_path_rate: Stochastic depth rate of the last layer, which rises linearly from 0 in the first.
+        l2_head: Whether the classifier is an ``L2Head``, which sees z/‖z‖ in training.
+        normalize_eval: Whether the ``L2Head`` also normalizes in eval mode.
     """
 
     def __init__(
@@ -115,9 +115,9 @@ class CompactTransformer(PooledL2Classifier):
         self.norm = nn.LayerNorm(dim)
         self.attention_pool = nn.Linear(dim, 1)
         self.reset_classifier(num_classes)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.trunc_normal_(self.positional_emb, std=0.2)
         for module in self.modules():
@@ -127,18 +127,18 @@ class CompactTransformer(PooledL2Classifier):
                     nn.init.zeros_(module.bias)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """What the tokenizer makes of images, before the positions are added: `[N, L, dim]`."""
+        """Return the tokens ``[N, L, dim]`` of images before the positions are added."""
         tokens = self.pool(F.relu(self.conv1(images))).flatten(2).transpose(1, 2)
         if tokens.shape[1:] != self.positional_emb.shape[1:]:
             raise ShapeMismatch(
-                f"images of {images.shape[-2]}x{images.shape[-1]} pixels give {tokens.shape[1]} tokens, but this model "
-                f"has {self.positional_emb.shape[1]} positions. Resize the images, or create the model with their "
+                f"images of {images.shape[-2]}x{images.shape[-1]} pixels have {tokens.shape[1]} tokens, but this model "
+                f"has {self.positional_emb.shape[1]} positions: resize the images, or create the model with their "
                 "img_size."
             )
         return tokens
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The tokens `[N, L, dim]` of images `[N, in_chans, S, S]`, after the last LayerNorm."""
+        """Return the tokens ``[N, L, dim]`` of images ``[N, in_chans, S, S]`` after the last LayerNorm."""
         return self.norm(self.blocks(self.tokens(images) + self.positional_emb))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -149,5 +149,5 @@ class CompactTransformer(PooledL2Classifier):
 
 @register_model
 def haas_cct7_3x1(pretrained: bool = False, **kwargs: Any) -> CompactTransformer:
-    """Haas's CCT-7/3x1, the authors' network with an L2 head: 256 features, 3,760,139 parameters with 10 classes."""
+    """CCT-7/3x1 of the authors with the L2 head of Haas et al.: 256 features, 3,760,139 parameters with 10 classes."""
     return build_model_with_cfg(CompactTransformer, "haas_cct7_3x1", pretrained, **{"l2_head": True, **kwargs})

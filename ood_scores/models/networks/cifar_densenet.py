@@ -17,7 +17,7 @@ default_cfgs = generate_default_cfgs(
 
 
 class Bottleneck(nn.Module):
-    """BN-ReLU-1x1 convolution, BN-ReLU-3x3 convolution, appended: `[N, in, H, W]` to `[N, in+growth, H, W]`."""
+    """BN-ReLU-1x1 convolution, BN-ReLU-3x3 convolution, concatenated: ``[N, in, H, W]`` to ``[N, in+growth, H, W]``."""
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Bottleneck(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """A run of bottlenecks, each of which sees all that came before it."""
+    """A sequence of bottlenecks, each of which receives the outputs of all previous ones."""
 
     def __init__(self, bottlenecks: int, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Transition(nn.Module):
 
 
 class CifarDenseNet(PooledClassifier):
-    """DenseNet-BC with three dense blocks, reduction 0.5, of depth 6·bottlenecks + 4."""
+    """DenseNet-BC with three dense blocks, reduction 0.5, with depth ``6 * bottlenecks + 4``."""
 
     def __init__(self, bottlenecks: int, growth: int, num_classes: int = 10, in_chans: int = 3) -> None:
         stem = 2 * growth

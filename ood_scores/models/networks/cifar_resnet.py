@@ -15,10 +15,10 @@ default_cfgs = generate_default_cfgs({"cifar_resnet20": _CFG, "cifar_resnet56": 
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters: `[N, in, H, W]` to `[N, out, H/stride, W/stride]`.
+    """Two 3x3 convolutions and a shortcut without parameters: ``[N, in, H, W]`` to ``[N, out, H/stride, W/stride]``.
 
-    The shortcut keeps every stride-th pixel and fills new channels with zeros (the paper's option A), half of them
-    before and half after the old ones. The paper does not say where; published checkpoints have them so.
+    The shortcut keeps every stride-th pixel and adds channels of zeros (the paper's option A), half of them before and
+    half after the existing ones. The paper does not state their position; this is that of published checkpoints.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(PooledClassifier):
-    """He's CIFAR network of 6n+2 layers: three stages of n basic blocks with 16, 32 and 64 channels; 64 features."""
+    """CIFAR ResNet of 6n+2 layers: three stages of n basic blocks with 16, 32 and 64 channels; 64 features."""
 
     classifier_name = "linear"
 

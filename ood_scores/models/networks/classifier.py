@@ -1,4 +1,4 @@
-"""What networks share: timm's classifier methods, the default configuration, He's initialisation."""
+"""Shared parts of networks: timm's classifier methods, the default configuration, and He initialization."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -10,13 +10,13 @@ from ood_scores.errors import HeadNotFound
 
 
 class PooledClassifier(nn.Module, ABC):
-    """Feature map, global average pooling, linear classifier, with the methods timm expects.
+    """Feature map, global average pooling, and linear classifier, with the methods that timm expects.
 
-    Images `[N, in_chans, H, W]` become a map `[N, num_features, h, w]` (`forward_features`), features
-    `[N, num_features]` (`forward_head(..., pre_logits=True)`) and logits `[N, num_classes]`.
+    Images ``[N, in_chans, H, W]`` become a map ``[N, num_features, h, w]`` (``forward_features``), features
+    ``[N, num_features]`` (``forward_head(..., pre_logits=True)``) and logits ``[N, num_classes]``.
 
-    A subclass names its classifier attribute, defines `forward_features`, and ends its constructor with
-    `reset_classifier(num_classes)`; 0 classes make the model return the features.
+    A subclass names its classifier attribute, defines ``forward_features``, and ends its constructor with
+    ``reset_classifier(num_classes)``. With 0 classes the model returns the features.
     """
 
     classifier_name: ClassVar[str] = "fc"
@@ -34,14 +34,14 @@ class PooledClassifier(nn.Module, ABC):
         return self.get_submodule(self.classifier_name)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one, or by the identity if there are no classes."""
+        """Replace the classifier by a new one, or by the identity if there are no classes."""
         self.num_classes = num_classes
         head = self.make_head(num_classes) if num_classes else nn.Identity()
         setattr(self, self.classifier_name, head)
 
     @abstractmethod
     def forward_features(self, images: Tensor) -> Tensor:
-        """The feature map ``[N, num_features, h, w]`` of images ``[N, in_chans, H, W]``."""
+        """Return the feature map ``[N, num_features, h, w]`` of images ``[N, in_chans, H, W]``."""
 
     def forward_head(self, feature_map: Tensor, pre_logits: bool = False) -> Tensor:
         features = feature_map.mean(dim=(2, 3))
@@ -52,23 +52,27 @@ class PooledClassifier(nn.Module, ABC):
 
 
 def linear_classifier(model: nn.Module) -> nn.Linear:
-    """The one linear classifier of a timm-style model."""
+    """Return the linear classifier of a timm-style model.
+
+    Raises:
+        HeadNotFound: if the model has none, or several.
+    """
     head = getattr(model, "get_classifier", lambda: None)()
     if not isinstance(head, nn.Linear):
         raise HeadNotFound(
-            f"{type(model).__name__}.get_classifier() gives {type(head).__name__}, not an nn.Linear. "
-            "Use a timm-style model with one linear classifier."
+            f"{type(model).__name__}.get_classifier() returns {type(head).__name__}, not an nn.Linear: use a "
+            "timm-style model with one linear classifier."
         )
     return head
 
 
 def batchnorms(model: nn.Module) -> list[nn.Module]:
-    """The BatchNorm layers of a model."""
+    """Return the BatchNorm layers of a model."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def cifar_cfg(mean: tuple[float, ...], std: tuple[float, ...], classifier: str = "fc") -> dict[str, Any]:
-    """timm's pretrained configuration for whole 32x32 images and 10 classes."""
+    """Return timm's pretrained configuration for uncropped 32x32 images and 10 classes."""
     return {
         "input_size": (3, 32, 32),
         "num_classes": 10,
@@ -82,7 +86,7 @@ def cifar_cfg(mean: tuple[float, ...], std: tuple[float, ...], classifier: str =
 
 
 def init_he(model: nn.Module) -> None:
-    """He's normal initialisation (2015), fan-out, of every convolution."""
+    """Apply He normal initialization (2015), fan-out, to every convolution."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""ConvNeXt-Tiny for 32x32 images, as Haas et al. (2024) modified it."""
+"""ConvNeXt-Tiny for 32x32 images, as modified by Haas et al. (2024)."""
 
 from typing import Any
 
@@ -24,28 +24,28 @@ default_cfgs = generate_default_cfgs(
 class OodConvNeXt(ConvNeXt):
     """timm's ConvNeXt (Liu et al. 2022) with a 3x3 stem of stride 2 and 3x3 depthwise convolutions.
 
-    Images `[N, in_chans, H, W]` become a map of a sixteenth of their size (`forward_features`), features `[N, 768]`
-    and logits. Depths, widths, stochastic depth, layer scale and initialisation are those of ConvNeXt-Tiny.
+    Images ``[N, in_chans, H, W]`` become a map of 1/16 of their size (``forward_features``), features ``[N, 768]`` and
+    logits. Depths, widths, stochastic depth, layer scale and initialization are those of ConvNeXt-Tiny.
 
     Source: Haas, Yolland & Rabus (TMLR 2024), A.1: in PyTorch's default implementation "the kernel size of the first
     layer was lowered from 4 to 3, the stride was lowered from 4 to 2. All other kernel sizes were lowered from 7 to
-    3". The 2x2 convolutions between the stages stay. The first layer has no padding there, and none is said to be
-    added, so maps of 32x32 images are 15, 7, 3 and 1 wide.
+    3". The 2x2 convolutions between the stages stay. The first layer has no padding in that implementation, and the
+    paper mentions none, so maps of 32x32 images are 15, 7, 3 and 1 wide.
 
-    Departure: ConvNeXt has a LayerNorm between the pooled map and the classifier. It divides out the norm of what it
-    gets, so after it ‖z‖ says almost nothing; and before it there is no head whose input z is. The paper does not say
-    which z it took. Here there is none, and the classifier, plain or `L2Head`, reads the pooled map itself: the z that
-    is normalised in training is the one that extraction keeps, and logits are affine in it. `head_norm=True` puts
-    the LayerNorm back; features are then those after it.
+    Departure: ConvNeXt has a LayerNorm between the pooled map and the classifier. It removes the norm of its input, so
+    ‖z‖ of its output is nearly constant, and its input is not the input of a linear head. The paper does not state
+    which z it uses. This network has no such LayerNorm, and its classifier, plain or ``L2Head``, reads the pooled map
+    directly: the z normalized in training is the one that extraction stores, and logits are affine in it.
+    ``head_norm=True`` restores the LayerNorm; features are then its outputs.
 
     Args:
-        num_classes: 0 makes the model return the features.
-        in_chans: Channels of the images.
-        l2_head: The classifier is an `L2Head`: while training it sees z/‖z‖.
-        normalize_eval: The `L2Head` also normalises in eval mode.
-        head_norm: Keep ConvNeXt's LayerNorm before the classifier.
-        stem_padding: Of the first convolution; 1 makes maps of 32x32 images 16, 8, 4 and 2 wide.
-        kwargs: timm's, as `drop_path_rate`.
+        num_classes: Number of classes; with 0 the model returns the features.
+        in_chans: Number of channels of the images.
+        l2_head: Whether the classifier is an ``L2Head``, which sees z/‖z‖ in training.
+        normalize_eval: Whether the ``L2Head`` also normalizes in eval mode.
+        head_norm: Whether to keep ConvNeXt's LayerNorm before the classifier.
+        stem_padding: Padding of the first convolution; 1 makes maps of 32x32 images 16, 8, 4 and 2 wide.
+        kwargs: Arguments of timm's ConvNeXt, such as ``drop_path_rate``.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class OodConvNeXt(ConvNeXt):
             with_l2_head(self, self.normalize_eval)
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        """Replace the classifier by a fresh one, or by the identity if there are no classes."""
+        """Replace the classifier by a new one, or by the identity if there are no classes."""
         super().reset_classifier(num_classes, *args, **kwargs)
         self._wrap_head()
 
 
 def _first_conv(in_chans: int, width: int, padding: int) -> nn.Conv2d:
-    """timm's patch stem has its stride for a kernel; this one overlaps."""
+    """Return a convolution whose kernel exceeds its stride, unlike that of timm's patch stem."""
     conv = nn.Conv2d(in_chans, width, 3, stride=2, padding=padding)
     nn.init.trunc_normal_(conv.weight, std=0.02)
     assert conv.bias is not None
@@ -89,6 +89,6 @@ def _first_conv(in_chans: int, width: int, padding: int) -> nn.Conv2d:
 
 @register_model
 def haas_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> OodConvNeXt:
-    """Haas's ConvNeXt-Tiny with an L2 head: 768 features, 27,559,306 parameters with 10 classes."""
+    """ConvNeXt-Tiny of Haas et al. with an L2 head: 768 features, 27,559,306 parameters with 10 classes."""
     settings = {"l2_head": True, "drop_path_rate": 0.1, **kwargs}
     return build_model_with_cfg(OodConvNeXt, "haas_convnext_tiny", pretrained, **settings)

@@ -1,4 +1,4 @@
-"""The L2-normalising classifier of Haas et al. (2022, 2024)."""
+"""The L2-normalizing classifier of Haas et al. (2022, 2024)."""
 
 from typing import TypeVar
 
@@ -11,15 +11,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class L2Head(nn.Linear):
-    """Linear classifier that is trained on normalised features: W·z/max(‖z‖₂, eps) + b, one norm per row of z [..., D].
+    """Linear classifier of normalized features: ``W z/max(||z||_2, eps) + b``, one norm per row of ``[..., D]``.
 
     Source: Haas, Yolland & Rabus, "Linking Neural Collapse and L2 Normalization with Improved Out-of-Distribution
-    Detection in Deep Neural Networks" (TMLR 2022), Eq. 2. The paper's snippet takes one norm over the whole batch;
-    its equation, followed here, takes one per sample.
+    Detection in Deep Neural Networks" (TMLR 2022), Eq. 2. The paper's snippet uses one norm of the whole batch;
+    its equation, which this class follows, uses one per sample.
 
-    In eval mode it is the plain affine map W·z + b, so that the classifier's input is the unnormalised z, whose norm
-    is the score of Haas et al. (2024). With a bias the two differ in accuracy; `normalize_eval=True` normalises in
-    eval mode too.
+    In eval mode the classifier is the affine map ``W z + b`` of the unnormalized z, whose norm is the score of Haas et
+    al. (2024). With a bias the two differ in accuracy; ``normalize_eval=True`` normalizes in eval mode too.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class L2Head(nn.Linear):
 
 
 class PooledL2Classifier(PooledClassifier):
-    """A `PooledClassifier` whose classifier is an `L2Head` if `l2_head`, else a plain linear one."""
+    """A ``PooledClassifier`` whose classifier is an ``L2Head`` if ``l2_head``, else a plain linear one."""
 
     def __init__(self, in_chans: int, num_features: int, l2_head: bool, normalize_eval: bool) -> None:
         super().__init__(in_chans, num_features)
@@ -55,17 +54,17 @@ class PooledL2Classifier(PooledClassifier):
 
 
 def with_l2_head(model: Model, normalize_eval: bool = False) -> Model:
-    """Replace the classifier of a timm-style `model` by an `L2Head` on the same weights, in place, and return it.
+    """Replace the classifier of a timm-style model by an ``L2Head`` with the same weights, in place, and return it.
 
-    Names of weights stay, so a checkpoint of the wrapped model opens with plain `timm.create_model`, whose classifier
-    is what an `L2Head` is in eval mode. With `normalize_eval` it is not: wrap the opened model again.
+    The names of the weights stay, so a checkpoint of the wrapped model opens with plain ``timm.create_model``, whose
+    classifier equals an ``L2Head`` in eval mode. With ``normalize_eval`` it does not: wrap the opened model again.
 
-    What is normalised is what the classifier gets. Where that is the output of a LayerNorm (ConvNeXt, ViT), its norm
-    hardly varies and is a poor score; `haas_convnext_tiny` leaves the LayerNorm out.
+    The head normalizes its input. If that is the output of a LayerNorm (ConvNeXt, ViT), its norm hardly varies and is a
+    poor score; ``haas_convnext_tiny`` omits the LayerNorm.
 
     Raises:
-        HeadNotFound: `model.get_classifier()` is not one `nn.Linear`, as in distilled models (two classifiers) and BiT
-            (a 1x1 convolution).
+        HeadNotFound: if ``model.get_classifier()`` is not a single ``nn.Linear``, as in distilled models (two
+            classifiers) and BiT (a 1x1 convolution).
     """
     linear = linear_classifier(model)
     head = L2Head(linear.in_features, linear.out_features, linear.bias is not None, normalize_eval=normalize_eval)

@@ -1,12 +1,12 @@
-"""ResNet-18 and ResNet-50 for CIFAR as the papers on feature norms train them.
+"""ResNet-18 and ResNet-50 for CIFAR, as trained in the papers on feature norms.
 
-`haas_*`: DDU's network (Mukhoti et al., "Deep Deterministic Uncertainty", 2021) with the L2 head of Haas et al. (TMLR
-2022; 2024). LeakyReLU, pooled shortcuts, spectral normalisation; `l2_head=False` gives the DDU baseline.
+``haas_*``: the network of DDU (Mukhoti et al., "Deep Deterministic Uncertainty", 2021) with the L2 head of Haas et al.
+(TMLR 2022; 2024), with LeakyReLU, pooled shortcuts, and spectral normalization; ``l2_head=False`` is the DDU baseline.
 
-`rna_*`: Shin et al., "Representation Norm Amplification for Out-of-Distribution Detection in Long-Tail Learning"
-(2024). ReLU, convolutional shortcuts, BatchNorm without scale and offset, images not standardised. The authors' CIFAR
-code keeps scale and offset in the BatchNorm of its shortcuts, which `shortcut_affine=True` does here; their text turns
-them off everywhere, and so do we by default.
+``rna_*``: Shin et al., "Representation Norm Amplification for Out-of-Distribution Detection in Long-Tail Learning"
+(2024). It has ReLU, convolutional shortcuts, and BatchNorm without scale and offset; images are not standardized. The
+authors' CIFAR code keeps scale and offset in the BatchNorm of its shortcuts, as ``shortcut_affine=True`` does; their
+text removes them everywhere, which is the default.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ default_cfgs = generate_default_cfgs(
 
 
 class PooledShortcut(nn.Module):
-    """Average pooling over stride x stride pixels, new channels zero: `[N, in, H, W]` to `[N, out, H/stride, …]`."""
+    """Average pooling by the stride, then channels of zeros: ``[N, in, H, W]`` to ``[N, out, H/stride, W/stride]``."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class PooledShortcut(nn.Module):
 
 @dataclass(frozen=True)
 class Parts:
-    """Makes the layers of a block as the switches of `OodResNet` say."""
+    """Factory of the layers of a block; the fields are arguments of ``OodResNet``."""
 
     negative_slope: float
     pooled_shortcut: bool
@@ -80,7 +80,7 @@ class Parts:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions: `[N, in, H, W]` to `[N, width, H/stride, W/stride]`."""
+    """Two 3x3 convolutions: ``[N, in, H, W]`` to ``[N, width, H/stride, W/stride]``."""
 
     expansion: ClassVar[int] = 1
 
@@ -100,7 +100,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions: `[N, in, H, W]` to `[N, 4·width, H/stride, W/stride]`."""
+    """1x1, 3x3 and 1x1 convolutions: ``[N, in, H, W]`` to ``[N, 4*width, H/stride, W/stride]``."""
 
     expansion: ClassVar[int] = 4
 
@@ -127,18 +127,18 @@ class OodResNet(PooledL2Classifier):
     """ResNet for 32x32 images: 3x3 stem of stride 1, no max-pooling, four stages of 64 to 512 channels.
 
     Args:
-        block: `BasicBlock` (512 features) or `Bottleneck` (2,048 features).
-        depths: Blocks in each of the four stages.
-        l2_head: The classifier is an `L2Head`: while training it sees z/‖z‖.
-        normalize_eval: The `L2Head` also normalises in eval mode.
-        negative_slope: Of the LeakyReLU; 0 is ReLU.
-        pooled_shortcut: Shortcuts that change shape average and pad with zero channels, without parameters, instead
-            of a 1x1 convolution and BatchNorm.
-        spectral_norm: Bound on the spectral norm of each convolution, see `SpectralConv2d`; 0 is none (timm drops
-            keyword arguments that are None). BatchNorm and the classifier stay unbounded.
-        bn_affine: BatchNorm learns a scale and an offset.
-        shortcut_affine: That of convolutional shortcuts does, also without `bn_affine`.
-        width: Channels of the first stage; the later ones and the features have as many times more as above.
+        block: ``BasicBlock`` (512 features) or ``Bottleneck`` (2,048 features).
+        depths: Number of blocks in each of the four stages.
+        l2_head: Whether the classifier is an ``L2Head``, which sees z/‖z‖ in training.
+        normalize_eval: Whether the ``L2Head`` also normalizes in eval mode.
+        negative_slope: Slope of the LeakyReLU for negative inputs; 0 is ReLU.
+        pooled_shortcut: Whether shortcuts that change the shape average pixels and add zero channels, without
+            parameters, instead of a 1x1 convolution and BatchNorm.
+        spectral_norm: Bound on the spectral norm of each convolution, see ``SpectralConv2d``; 0 is none (timm drops
+            keyword arguments that are None). BatchNorm and the classifier are not bounded.
+        bn_affine: Whether BatchNorm learns a scale and an offset.
+        shortcut_affine: Whether the BatchNorm of convolutional shortcuts does so even without ``bn_affine``.
+        width: Number of channels of the first stage; those of the other stages and the features scale with it.
     """
 
     def __init__(
@@ -187,23 +187,23 @@ _RNA: dict[str, Any] = {"bn_affine": False}
 
 @register_model
 def haas_resnet18(pretrained: bool = False, **kwargs: Any) -> OodResNet:
-    """Haas's ResNet-18: DDU's network with an L2 head; 512 features."""
+    """ResNet-18 of Haas et al., the network of DDU with an L2 head; 512 features."""
     return build_model_with_cfg(OodResNet, "haas_resnet18", pretrained, **{**_RESNET18, **_HAAS, **kwargs})
 
 
 @register_model
 def haas_resnet50(pretrained: bool = False, **kwargs: Any) -> OodResNet:
-    """Haas's ResNet-50: DDU's network with an L2 head; 2,048 features."""
+    """ResNet-50 of Haas et al., the network of DDU with an L2 head; 2,048 features."""
     return build_model_with_cfg(OodResNet, "haas_resnet50", pretrained, **{**_RESNET50, **_HAAS, **kwargs})
 
 
 @register_model
 def rna_resnet18(pretrained: bool = False, **kwargs: Any) -> OodResNet:
-    """RNA's ResNet-18, BatchNorm without scale and offset; 512 features."""
+    """ResNet-18 of RNA, BatchNorm without scale and offset; 512 features."""
     return build_model_with_cfg(OodResNet, "rna_resnet18", pretrained, **{**_RESNET18, **_RNA, **kwargs})
 
 
 @register_model
 def rna_resnet50(pretrained: bool = False, **kwargs: Any) -> OodResNet:
-    """RNA's ResNet-50, BatchNorm without scale and offset; 2,048 features."""
+    """ResNet-50 of RNA, BatchNorm without scale and offset; 2,048 features."""
     return build_model_with_cfg(OodResNet, "rna_resnet50", pretrained, **{**_RESNET50, **_RNA, **kwargs})

@@ -8,16 +8,16 @@ from torch.nn import functional as F
 
 
 class SpectralConv2d(nn.Conv2d):
-    """Convolution with W / max(1, sigma/coefficient), sigma the largest singular value of W as `[out, in·kh·kw]`.
+    """Convolution with ``W / max(1, sigma/coefficient)``, sigma the largest singular value of W ``[out, in*kh*kw]``.
 
-    Weights whose sigma is below the coefficient are used as they are. Every training forward improves the buffer `u`,
-    the estimate of W's left singular vector `[out]`, by one power iteration; eval mode leaves it alone, so outputs
-    are deterministic and survive a checkpoint. `weight` keeps its name and is the unconstrained parameter.
+    Weights with sigma below the coefficient are used unchanged. Every forward pass in training improves the buffer
+    ``u``, the estimate of W's left singular vector ``[out]``, by one power iteration. Eval mode does not change it, so
+    outputs are deterministic and the same after a checkpoint. ``weight`` is the unconstrained parameter.
 
     Source: Miyato et al. 2018, with the soft bound of Gouk et al. 2018 as in SNGP (Liu et al. 2020) and DDU (Mukhoti
-    et al. 2021). DDU's code bounds the matrix of 1x1 convolutions but, for 3x3, the norm of the whole operator on
-    images of one size, which is up to 3 times larger, so its bound is tighter. The matrix is used throughout here, as
-    in SNGP: it does not tie the weights to an image size.
+    et al. 2021). DDU's code bounds the matrix for 1x1 convolutions but, for 3x3, the norm of the whole operator on
+    images of one size, which is up to 3 times larger, so its bound is tighter. This class always uses the matrix, as
+    SNGP does, which does not tie the weights to an image size.
     """
 
     u: Tensor
@@ -33,8 +33,8 @@ class SpectralConv2d(nn.Conv2d):
         self.u.copy_(F.normalize(matrix @ (matrix.T @ self.u), dim=0))
 
     def constrained_weight(self) -> Tensor:
-        """The weight that the convolution uses, `[out, in, kh, kw]`."""
-        u = self.u.clone()  # the next forward changes the buffer, perhaps before this one's backward
+        """Return the weight that the convolution uses, ``[out, in, kh, kw]``."""
+        u = self.u.clone()  # the next forward pass may change the buffer before this one's backward pass
         sigma = (self.weight.flatten(1).T @ u).norm()
         return self.weight / (sigma / self.coefficient).clamp(min=1)
 

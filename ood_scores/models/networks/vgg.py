@@ -1,4 +1,4 @@
-"""VGG-16 with BatchNorm for 32x32 images, as DDU shaped it and Haas et al. (2024) trained it."""
+"""VGG-16 with BatchNorm for 32x32 images, in the form of DDU, trained by Haas et al. (2024)."""
 
 from typing import Any
 
@@ -21,24 +21,24 @@ default_cfgs = generate_default_cfgs(
 )
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Output channels of the 3x3 convolutions between one max-pooling and the next: configuration D."""
+"""Output channels of the 3x3 convolutions between max-poolings: configuration D."""
 
 
 class OodVgg(PooledL2Classifier):
     """3x3 convolutions, each with BatchNorm and activation, 2x2 max-pooling after every stage; one linear classifier.
 
-    Images `[N, in_chans, 32, 32]` become a map `[N, 512, 1, 1]`; the pooling averages larger ones.
+    Images ``[N, in_chans, 32, 32]`` become a map ``[N, 512, 1, 1]``; larger maps are averaged.
 
     Source: Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (2015),
-    configuration D. In place of its three fully connected layers there is one classifier on 512 features and the
-    convolutions have no bias, as in the network of DDU (Mukhoti et al. 2021), whose names of layers are kept.
+    configuration D. One classifier on 512 features replaces the three fully connected layers, and convolutions have no
+    bias, as in the network of DDU (Mukhoti et al. 2021), whose layer names this class uses.
 
     Args:
         stages: Output channels of the convolutions in each stage.
-        l2_head: The classifier is an `L2Head`: while training it sees z/‖z‖.
-        normalize_eval: The `L2Head` also normalises in eval mode.
-        negative_slope: Of the LeakyReLU; 0 is ReLU. DDU has 0.01.
-        spectral_norm: Bound on the spectral norm of each convolution, see `SpectralConv2d`; 0 is none. DDU has 3.
+        l2_head: Whether the classifier is an ``L2Head``, which sees z/‖z‖ in training.
+        normalize_eval: Whether the ``L2Head`` also normalizes in eval mode.
+        negative_slope: Slope of the LeakyReLU for negative inputs; 0 is ReLU. DDU uses 0.01.
+        spectral_norm: Bound on the spectral norm of each convolution, see ``SpectralConv2d``; 0 is none. DDU uses 3.
     """
 
     classifier_name = "classifier"
@@ -79,10 +79,10 @@ def _layers(parts: Parts, stages: tuple[tuple[int, ...], ...], in_channels: int)
 
 @register_model
 def haas_vgg16(pretrained: bool = False, **kwargs: Any) -> OodVgg:
-    """Haas's VGG-16 with an L2 head: 512 features, 14,724,042 parameters with 10 classes.
+    """VGG-16 of Haas et al. with an L2 head: 512 features, 14,724,042 parameters with 10 classes.
 
-    Source: Haas, Yolland & Rabus (TMLR 2024), A.1. It gives spectral normalisation and LeakyReLU to "all ResNet
-    models" and says of VGG only how it was trained, so here they are off. DDU's own VGG-16 has both:
-    `spectral_norm=3.0, negative_slope=0.01`.
+    Source: Haas, Yolland & Rabus (TMLR 2024), A.1. It uses spectral normalization and LeakyReLU in "all ResNet models"
+    and describes only the training of VGG, so they are off here. DDU's own VGG-16 has both:
+    ``spectral_norm=3.0, negative_slope=0.01``.
     """
     return build_model_with_cfg(OodVgg, "haas_vgg16", pretrained, **{"l2_head": True, **kwargs})
