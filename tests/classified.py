@@ -1,4 +1,4 @@
-"""Features around class means with a linear head, some of them predicted wrongly, for tests of scorers."""
+"""Features around class means with a linear head, some of them predicted incorrectly, for tests of scorers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES, WIDTH = 5, 8
 
 
 def rows(count: int, seed: int) -> tuple[Array, NDArray[np.int64]]:
-    """Features around class means, some predicted wrongly, and labels."""
+    """Features around class means, some predicted incorrectly, and labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % CLASSES
     return MEANS[labels] + rng.normal(size=(count, WIDTH)), labels
@@ -51,6 +51,6 @@ def same(found: Array, theirs: Tensor, rtol: float = 1e-9) -> None:
 
 
 def float32(detector: Any) -> Any:
-    """fDBD and NCI cast features to float32, so their head must be it too."""
+    """Fit and predict with a float32 head: fDBD and NCI of pytorch-ood cast features to float32."""
     detector.head.float()
     return detector.fit_features(torch.tensor(FIT)).predict_features(torch.tensor(ROWS))

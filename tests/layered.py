@@ -14,7 +14,7 @@ WIDTHS = {"stem": 4, "block.1": 6}
 
 
 def problem(rows: int = ROWS, seed: int = 0, shift: float = 0.0, classes: int = CLASSES, **extras: Any) -> FeatureSet:
-    """Layers with classes apart; the perturbed ones are off in one layer more than in the other."""
+    """Layers with separated classes; perturbed copies deviate more in one layer than in the other."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.arange(rows) % classes
     layers, perturbed = {}, {}

@@ -1,4 +1,4 @@
-"""ora, caref, cadref and core, each held to a plain float64 reference: one row, one class and one feature at a time."""
+"""ora, caref, cadref, and core against plain float64 references that handle one row, class, and feature at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 CLASSES, WIDTH = 12, 9
 MEANS = 1.5 * np.random.default_rng(99).normal(size=(CLASSES, WIDTH))
 WEIGHT, BIAS = MEANS / 2, np.linspace(-0.2, 0.2, CLASSES)
-WEIGHT[:, 4] = 0  # neither raises nor lowers a logit
+WEIGHT[:, 4] = 0  # no effect on any logit
 
 
 def rows(count: int, seed: int) -> Array:
@@ -36,7 +36,7 @@ def ours(name: str, feats: FeatureSet = FEATS, fit: FeatureSet = TRAIN, **params
 
 
 def relative_angles(features: Array, weight: Array, bias: Array, mu: Array) -> list[list[float]]:
-    """Every feature's angles to its projections onto the boundaries, as the paper draws them."""
+    """Angles of each feature to its projections onto the boundaries, as drawn in the paper."""
     found = []
     for z in features:
         f = weight @ z + bias
@@ -66,7 +66,7 @@ def test_ora_is_the_largest_angle_by_default() -> None:
 
 @pytest.mark.parametrize("aggregate", ["max", "mean"])
 def test_ora_with_equal_weights_and_large_offsets(aggregate: str) -> None:
-    """A boundary between equal weights does not exist; one between weights far from 0 does."""
+    """There is no boundary between equal weights, but there is one between weights far from 0."""
     weight = WEIGHT + 100
     weight[3] = weight[1]
     angles = relative_angles(ROWS, weight, BIAS, FIT.mean(axis=0))
@@ -133,7 +133,7 @@ def test_cadref(name: str) -> None:
 
 
 def test_cadref_of_a_constant_confidence_is_caref() -> None:
-    """Where the weights have no zero, the two parts are the whole."""
+    """If no weight is zero, the two parts add up to the whole."""
     weight = np.where(WEIGHT == 0, 0.1, WEIGHT)
     ones = FeatureSet(FIT, np.ones_like(FIT_LOGITS), head=Head(weight, BIAS))
     feats = FeatureSet(ROWS, np.ones_like(LOGITS))
@@ -181,7 +181,7 @@ def test_core() -> None:
 
 
 def test_core_of_features_along_their_weights_is_the_energy() -> None:
-    """They have no residual, and so no direction."""
+    """These features have no residual and therefore no direction."""
     labels = torch.arange(30) % CLASSES
     features = torch.from_numpy(WEIGHT)[labels] * torch.linspace(1, 3, 30, dtype=torch.float64)[:, None]
     feats = FeatureSet(features, features @ torch.from_numpy(WEIGHT).T, head=Head(WEIGHT))
@@ -193,7 +193,7 @@ def test_core_of_features_along_their_weights_is_the_energy() -> None:
 
 
 def test_cadref_where_confidences_are_not_positive() -> None:
-    """Less confidence never scores higher: 0 is as far as it goes."""
+    """A lower confidence never raises the score; confidences below 0 count as 0."""
     low = FeatureSet(FIT, FIT_LOGITS - 100, head=Head(WEIGHT, BIAS))
     with pytest.warns(UserWarning, match=r"'energy' is -.* on average over the fit set, but must be positive"):
         create_scorer("cadref").fit(low)

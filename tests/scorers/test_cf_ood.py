@@ -30,13 +30,13 @@ def cfof(bank: Array, features: Array, rho: float) -> list[float]:
         if not positions or int(share * count - 1) > positions[-1]:
             shares.append(share)
             positions.append(int(share * count - 1))
-    neighbours = [np.sort([np.sum((b - other) ** 2) for other in bank]) for b in bank]
+    neighbors = [np.sort([np.sum((b - other) ** 2) for other in bank]) for b in bank]
     found = []
     for z in features / np.linalg.norm(features, axis=1, keepdims=True):
         distances = [np.sum((z - b) ** 2) for b in bank]
         kappa = 1.0
         for share, position in zip(shares, positions, strict=True):
-            near = [d <= ordered[position + 1] + 1e-12 for d, ordered in zip(distances, neighbours, strict=True)]
+            near = [d <= ordered[position + 1] + 1e-12 for d, ordered in zip(distances, neighbors, strict=True)]
             if np.mean(near) >= rho - 1e-12:
                 kappa = share
                 break
@@ -52,7 +52,7 @@ def test_cf_ood(share: float, rho: float) -> None:
 
 
 def test_cf_ood_of_rows_of_the_bank() -> None:
-    """Their distances are equal to those that were sorted, whatever the block they are computed in."""
+    """The distances of bank rows equal those that the fit sorted, whatever block they are computed in."""
     scorer: Any = create_scorer("cf_ood", share=1.0, rho=0.02).fit(TRAIN)
     expected = cfof(scorer.bank_.numpy(), FIT, 0.02)
     for block_rows in (400, 7):
@@ -62,7 +62,7 @@ def test_cf_ood_of_rows_of_the_bank() -> None:
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 @pytest.mark.parametrize("width", [3, 100])
 def test_cf_ood_decides_in_float32_only_where_float64_agrees(spread: float, width: int) -> None:
-    """Of rows of the bank, whose distances are equal to some of those that they are compared with, too."""
+    """This includes bank rows, some of whose distances equal those that they are compared with."""
     rng = np.random.default_rng(7)
     means = 1 + rng.normal(size=(4, width))
     fit = means[np.arange(800) % 4] + spread * rng.normal(size=(800, width))
@@ -76,7 +76,7 @@ def test_cf_ood_decides_in_float32_only_where_float64_agrees(spread: float, widt
     assert torch.equal(scorer.score(FeatureSet(rows)), -torch.cat([scorer.shares_, torch.ones(1)])[expected])
 
 
-def test_bisection_counts_what_is_reached() -> None:
+def test_bisection_counts_reached_limits() -> None:
     values, limits = (
         torch.tensor([[1.0, 5.0, 3.0], [0.0, 0.0, 0.0], [9.0, 9.0, 9.0]]),
         torch.tensor([8.0, 4.0, 3.0, 1.0]),
@@ -121,7 +121,7 @@ def test_hashed_rows_are_a_fair_seeded_sample_of_the_rows() -> None:
     assert abs(np.corrcoef(times, np.arange(len(FIT)))[0, 1]) < 0.2
 
 
-def test_cf_ood_needs_two_rows_and_sound_parameters() -> None:
+def test_cf_ood_needs_two_rows_and_valid_parameters() -> None:
     with pytest.raises(BadInput, match="at least two rows"):
         create_scorer("cf_ood").fit(FeatureSet(FIT[:1]))
     assert math.isfinite(score("cf_ood", FEATS, fit=FeatureSet(FIT[:2])).sum())
@@ -130,7 +130,7 @@ def test_cf_ood_needs_two_rows_and_sound_parameters() -> None:
             create_scorer("cf_ood", **params)
 
 
-def test_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_pieces_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score("cf_ood", FEATS, fit=TRAIN)
     monkeypatch.setattr(cf_ood, "PIECE", 500)
     monkeypatch.setattr(cf_ood, "NARROW_PIECE", 300)

@@ -1,4 +1,4 @@
-"""kl_matching, she and nci against plain float64 references and pytorch-ood."""
+"""kl_matching, she, and nci against plain float64 references and pytorch-ood."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_she() -> None:
     )
 
 
-def test_she_of_a_class_never_predicted_rightly_is_0() -> None:
+def test_she_of_a_class_never_predicted_correctly_is_0() -> None:
     """pytorch-ood refuses such a fit set."""
     wrong = TRAIN[(labels_of_fit != 3) | (predicted_of_fit != 3)]
     with pytest.warns(UserWarning, match="she: 1 of 5 classes have no correctly predicted row in the fit set"):
@@ -100,16 +100,16 @@ def test_a_row_at_the_mean(name: str) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.01])
 def test_nci(alpha: float) -> None:
-    centre = FIT.mean(axis=0)
+    center = FIT.mean(axis=0)
     expected = [
-        (z - centre) @ WEIGHT[c] / np.linalg.norm(z - centre) + alpha * np.abs(z).sum()
+        (z - center) @ WEIGHT[c] / np.linalg.norm(z - center) + alpha * np.abs(z).sum()
         for z, c in zip(ROWS, PREDICTED, strict=True)
     ]
     np.testing.assert_allclose(ours("nci", alpha=alpha), expected, rtol=1e-9)
     same(ours("nci", alpha=alpha), float32(peer.NCI(None, layer(), alpha=alpha)), rtol=1e-4)
 
 
-def test_statistics_in_any_blocks() -> None:
+def test_statistics_do_not_depend_on_blocks() -> None:
     wanted = [Means(s, g) for s in ("features", "logits", "softmax") for g in ("all", "predicted", "correct")]
     found = collect(TRAIN[:].in_blocks(17), [*wanted, Logits(), Rows(True, 0.5, 1)])
     spaces = {"features": FIT, "logits": FIT_LOGITS, "softmax": softmax(FIT_LOGITS, axis=1)}

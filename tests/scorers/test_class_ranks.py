@@ -44,7 +44,7 @@ def test_excel(alpha: float, upper: float, reward: float, top: int | None) -> No
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_excels_defaults_are_the_authors() -> None:
+def test_excel_defaults_are_those_of_the_authors() -> None:
     np.testing.assert_allclose(score("excel", FEATS, fit=TRAIN), excel(FIT_LOGITS, LOGITS, 0.8, 5, 10, CLASSES))
 
 
@@ -55,7 +55,7 @@ def test_all_levels_occur() -> None:
 
 
 def test_excel_where_a_class_is_never_predicted_and_on_many_rows() -> None:
-    """From 32,768 rows predicted as a class on, counts need more than 16 bits."""
+    """From 32,768 rows predicted as one class on, counts need more than 16 bits."""
     kept = FIT_LOGITS[FIT_LOGITS.argmax(axis=1) != 3]
     expected = excel(kept, LOGITS, 0.8, 5, 10, CLASSES)
     np.testing.assert_allclose(score("excel", FEATS, fit=FeatureSet(kept, kept)), expected, rtol=1e-12)
@@ -66,7 +66,7 @@ def test_excel_where_a_class_is_never_predicted_and_on_many_rows() -> None:
 
 
 def test_a_share_at_the_threshold_is_not_above_it() -> None:
-    """Of ten rows predicted as class 0 of 5, the second place is class 1 for five, 2 for two and 3 for three."""
+    """Of ten rows predicted as class 0 of 5, class 1 is second for five, class 2 for two, and class 3 for three."""
     second = [1] * 5 + [2] * 2 + [3] * 3
     logits = np.array([[10.0, *(9.0 if c == s else -c for c in range(1, 5))] for s in second])
     levels = collect(FeatureSet(logits, logits), [RankLevels(2.5)])[RankLevels(2.5)]
@@ -85,7 +85,7 @@ def test_bad_parameters_of_excel_are_named() -> None:
             create_scorer("excel", **params)
 
 
-def test_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_pieces_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score("excel", FEATS, fit=TRAIN)
     monkeypatch.setattr(class_ranks, "PIECE", 500)
     assert torch.equal(score("excel", FEATS, fit=FeatureSet(FIT, FIT_LOGITS)), whole)

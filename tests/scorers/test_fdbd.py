@@ -25,22 +25,22 @@ from ood_scores.errors import BadInput
 
 
 def fdbd(weight: Array, logits: Array) -> list[float]:
-    found, centre = [], FIT.mean(axis=0)
+    found, center = [], FIT.mean(axis=0)
     for z, f in zip(ROWS, logits, strict=True):
         best = f.argmax()
         apart = [c for c in range(len(f)) if np.linalg.norm(weight[best] - weight[c]) > 1e-12]
         gaps = [abs(f[best] - f[c]) / np.linalg.norm(weight[best] - weight[c]) for c in apart]
-        found.append(float(np.mean(gaps or [0.0]) / np.linalg.norm(z - centre)))
+        found.append(float(np.mean(gaps or [0.0]) / np.linalg.norm(z - center)))
     return found
 
 
 def test_fdbd() -> None:
     np.testing.assert_allclose(ours("fdbd"), fdbd(WEIGHT, LOGITS), rtol=1e-9)
-    same(ours("fdbd"), float32(peer.fDBD(None, layer())), rtol=1e-4)  # theirs is float32
+    same(ours("fdbd"), float32(peer.fDBD(None, layer())), rtol=1e-4)  # pytorch-ood computes in float32
 
 
 def test_fdbd_leaves_out_classes_with_equal_weights() -> None:
-    """pytorch-ood divides by their distance, 0."""
+    """pytorch-ood divides by their distance of 0."""
     weight = WEIGHT.copy()
     weight[3] = weight[1]
     logits = ROWS @ weight.T + BIAS

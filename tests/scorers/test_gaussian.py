@@ -1,4 +1,4 @@
-"""Mahalanobis and GMM against float64 references written plainly, SciPy's normal density and scikit-learn."""
+"""Mahalanobis and GMM against plain float64 references, SciPy's normal density, and scikit-learn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLASSES, WIDTH = 4, 6
 
 
 def train(seed: int = 0, rows: int = 200, width: int = WIDTH) -> FeatureSet:
-    """Correlated features around class means; logits of another width."""
+    """Correlated features around class means, and logits of another width."""
     rng = np.random.default_rng(seed)
     labels = np.arange(rows) % CLASSES
     features = 3 * rng.normal(size=(CLASSES, width))[labels] + rng.normal(size=(rows, width)) @ rng.normal(
@@ -60,8 +60,8 @@ def groups(rows: Array, feats: FeatureSet) -> list[Array]:
 def mahalanobis(fitted: list[Array], rows: Array) -> Array:
     """-min_c (z - mu_c)^T pinv(Sigma) (z - mu_c), Sigma pooled within the classes and divided by N."""
     means = [group.mean(axis=0) for group in fitted]
-    centred = np.concatenate([group - mean for group, mean in zip(fitted, means, strict=True)])
-    precision = np.linalg.pinv(centred.T @ centred / len(centred), hermitian=True)
+    centered = np.concatenate([group - mean for group, mean in zip(fitted, means, strict=True)])
+    precision = np.linalg.pinv(centered.T @ centered / len(centered), hermitian=True)
     distances = [[(row - mean) @ precision @ (row - mean) for mean in means] for row in rows]
     return -np.min(distances, axis=1)
 
@@ -71,8 +71,8 @@ def log_densities(fitted: list[Array], rows: Array, prior: str = "none", jitter:
     columns = []
     for group in fitted:
         covariance = np.cov(group, rowvar=False, ddof=1) + jitter * np.eye(group.shape[1])
-        centred = rows - group.mean(axis=0)
-        distances = (centred * np.linalg.solve(covariance, centred.T).T).sum(axis=1)
+        centered = rows - group.mean(axis=0)
+        distances = (centered * np.linalg.solve(covariance, centered.T).T).sum(axis=1)
         columns.append(-0.5 * (distances + np.linalg.slogdet(2 * np.pi * covariance).logabsdet))
     weights = np.log([len(group) / sum(map(len, fitted)) for group in fitted]) if prior == "empirical" else 0
     return np.stack(columns, axis=1) + weights
@@ -86,11 +86,11 @@ class TestMahalanobis:
         np.testing.assert_allclose(score("mahalanobis", feats, fit=fit, normalize=normalize), expected, rtol=1e-10)
 
     def test_equals_scikit_learn(self) -> None:
-        """EmpiricalCovariance divides by N, as here."""
+        """EmpiricalCovariance also divides by N."""
         fit, feats = train(), rows_to_score()
         fitted = groups(values(fit), fit)
-        centred = np.concatenate([group - group.mean(axis=0) for group in fitted])
-        covariance = EmpiricalCovariance(assume_centered=True).fit(centred)
+        centered = np.concatenate([group - group.mean(axis=0) for group in fitted])
+        covariance = EmpiricalCovariance(assume_centered=True).fit(centered)
         distances = [covariance.mahalanobis(values(feats) - group.mean(axis=0)) for group in fitted]
         np.testing.assert_allclose(score("mahalanobis", feats, fit=fit), -np.min(distances, axis=0), rtol=1e-9)
 
@@ -129,7 +129,7 @@ class TestMahalanobis:
             score("mahalanobis", fit, fit=fit)
 
     def test_nearly_collapsed_classes(self) -> None:
-        """Within-class variance 1e-8 of that between."""
+        """The within-class variance is 1e-8 of the variance between classes."""
         rng = np.random.default_rng(2)
         labels = np.arange(200) % CLASSES
         features = rng.normal(size=(CLASSES, WIDTH))[labels] + 1e-4 * rng.normal(size=(200, WIDTH))
@@ -151,7 +151,7 @@ class TestGMM:
     @pytest.mark.parametrize("normalize", [False, True])
     @pytest.mark.parametrize("prior", ["none", "empirical"])
     def test_equals_the_plain_definition(self, space: str, normalize: bool, prior: str) -> None:
-        fit, feats = train()[:151], rows_to_score()  # 38, 38, 38 and 37 rows
+        fit, feats = train()[:151], rows_to_score()  # 38, 38, 38, and 37 rows
         fitted, rows = groups(values(fit, space, normalize), fit), values(feats, space, normalize)
         expected = log_densities(fitted, rows, prior)
         params = {"space": space, "normalize": normalize, "prior": prior}
@@ -174,7 +174,7 @@ class TestGMM:
             expected = special.logsumexp(log_densities(fitted, values(feats), prior), axis=1)
             np.testing.assert_allclose(score("gmm", feats, fit=rare, prior=prior), expected, rtol=1e-9)
 
-    def test_densities_far_below_what_can_be_exponentiated(self) -> None:
+    def test_densities_too_small_to_exponentiate(self) -> None:
         fit = train()
         far = FeatureSet(values(rows_to_score()) * 1e4)
         expected = special.logsumexp(log_densities(groups(values(fit), fit), values(far)), axis=1)
@@ -189,9 +189,12 @@ class TestGMM:
         ("kind", "jitter"),
         [("dead feature", JITTERS[1]), ("copied feature", 1e-10), ("sum of features", 1e-10), ("few rows", 1e-10)],
     )
-    def test_the_smallest_jitter_that_is_enough_is_chosen_for_each_class(self, kind: str, jitter: float) -> None:
-        """A dead feature leaves an exact zero, which any jitter mends; other singular matrices need one that is more
-        than their rounding error: a factorisation that succeeds by luck has a random determinant."""
+    def test_the_smallest_sufficient_jitter_is_chosen_for_each_class(self, kind: str, jitter: float) -> None:
+        """A dead feature leaves an exact zero, which any jitter fixes.
+
+        Other singular matrices need a jitter above their rounding error: a factorization that succeeds by chance has a
+        random determinant.
+        """
         fit = train()
         assert fit.labels is not None
         features, first = values(fit), fit.labels.numpy() == 0
@@ -221,8 +224,8 @@ class TestGMM:
         assert fitted_gmm(FeatureSet(values(fit) * units, labels=fit.labels)).jitter_.tolist() == [0.0] * CLASSES
 
     @pytest.mark.parametrize("rows", [3, 5, 17, 1000])
-    def test_singular_classes_score_alike_in_any_blocks(self, rows: int) -> None:
-        """Five rows of six features in each class: the score must not hang on the rounding of a null direction."""
+    def test_singular_classes_score_the_same_in_any_blocks(self, rows: int) -> None:
+        """Five rows of six features in each class: the score must not depend on the rounding of a null direction."""
         fit, feats = train(rows=20), rows_to_score()
         expected = score("gmm", feats, fit=fit)
         anew = FeatureSet(fit.features, labels=fit.labels)
@@ -251,7 +254,7 @@ class TestGMM:
         expected = log_densities(groups(values(kept), kept), values(feats), "empirical")
         np.testing.assert_allclose(found, special.logsumexp(expected, axis=1), rtol=1e-9)
 
-    def test_no_warning_where_there_is_nothing_to_warn_of(self) -> None:
+    def test_a_sound_fit_warns_of_nothing(self) -> None:
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
             score("gmm", rows_to_score(), fit=train())
@@ -314,7 +317,9 @@ def test_cholesky_with_jitter() -> None:
 @pytest.mark.parametrize("condition", [1e2, 1e10])
 @pytest.mark.parametrize("size", [1, 7, 16, 100])
 def test_solved_squares_are_as_accurate_as_substitution(condition: float, size: int) -> None:
-    """Against substitution in long double, of vectors that the covariance makes likely and of any."""
+    """The reference is substitution in long double, for vectors that are likely under the covariance and for arbitrary
+    ones.
+    """
     rng = np.random.default_rng(0)
     width = 40
     axes = np.linalg.qr(rng.normal(size=(width, width))).Q
@@ -331,7 +336,7 @@ def test_solved_squares_are_as_accurate_as_substitution(condition: float, size: 
 
 @pytest.mark.parametrize("name", ["mahalanobis", "relative_mahalanobis"])
 def test_a_nearly_singular_covariance_is_whitened_in_float64(name: str) -> None:
-    """A direction 1e-7 times as wide as the others: in float32, rounding of the product would fill it with noise."""
+    """One direction is 1e-7 times as wide as the others: in float32, rounding would fill it with noise."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(400) % 4
     rows = torch.randn(400, 12, generator=generator, dtype=torch.float64) + labels[:, None]

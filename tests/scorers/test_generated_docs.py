@@ -27,7 +27,7 @@ def test_every_scorer_of_the_package_is_on_the_pages() -> None:
             assert f".. autoclass:: {cls.__module__}.{cls.__qualname__}\n" in reference
 
 
-def test_a_page_without_the_marks_of_a_part_is_named() -> None:
+def test_a_page_without_the_markers_of_a_part_is_named() -> None:
     SCRIPT["PARTS"]["README.md"]["nowhere"] = str
     try:
         with pytest.raises(ValueError, match=r"README\.md has no part 'nowhere'"):

@@ -1,4 +1,4 @@
-"""gradient_classifier: its regression, its split, and what it stores."""
+"""Tests of gradient_classifier: its regression, its split, and its saved state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 
 def gradients(rows: int, seed: int, shift: float = 0.6) -> FeatureSet:
-    """Norms of inputs and of noise that overlap: log-normal, with other means in two of four columns."""
+    """Norms of inputs and of noise that overlap: log-normal, with different means in two of four columns."""
     generator = torch.Generator().manual_seed(seed)
     inputs, noise = torch.randn(2, rows, 4, generator=generator, dtype=torch.float64)
     noise[:, :2] += torch.tensor([shift, -2 * shift])
@@ -31,7 +31,7 @@ def classifier(train: FeatureSet, **params: Any) -> Any:
 
 
 def test_log_odds() -> None:
-    """Standardised normal columns of shift d have the log odds of Gaussians: the direction is that of the shift."""
+    """Standardized normal columns with a shift d have the log odds of Gaussians, in the direction of the shift."""
     fitted = classifier(gradients(20_000, seed=0))
     direction = fitted.weight_ / fitted.scale_
     expected = torch.tensor([-0.6, 1.2, 0.0, 0.0], dtype=torch.float64)
@@ -46,7 +46,9 @@ def test_log_odds() -> None:
 
 
 def test_the_logistic_regression_is_at_its_optimum() -> None:
-    """The gradient of the penalised likelihood of the training part vanishes; the strength is the likeliest one."""
+    """The gradient of the penalized likelihood of the training part vanishes, and the chosen strength is the most
+    likely one.
+    """
     train = gradients(400, seed=2)
     fitted = classifier(train)
     rows = fitted._shuffled(train)

@@ -1,4 +1,4 @@
-"""GradNorm against what it stands for: the gradient of the last layer, sample by sample, by autograd."""
+"""GradNorm against the gradient of the last layer, computed sample by sample by autograd."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def example(dtype: torch.dtype, rows: int = 12, width: int = 7, classes: int = 5
         layer.weight.copy_(torch.randn(classes, width, generator=generator) / 2)
         layer.bias.copy_(torch.randn(classes, generator=generator))
     features = torch.rand(rows, width, generator=generator).to(dtype)
-    features[:, 2] = 0  # a unit that never fires
-    features[3:6] *= 2  # confident rows, but not so that float32 autograd cancels in softmax - onehot
+    features[:, 2] = 0  # a unit that is never active
+    features[3:6] *= 2  # confident rows, but not so confident that float32 autograd cancels in softmax - onehot
     return layer, FeatureSet(features, layer(features), head=Head(layer.weight, layer.bias))
 
 
@@ -64,7 +64,7 @@ def test_equals_autograd(dtype: torch.dtype, target: str, temperature: float, p:
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("temperature", [0.5, 1, 4])
 def test_parts(p: float, temperature: float) -> None:
-    """U = ||z||_p; V = ||1 - C softmax(f/T)||_p, or minus ||softmax(f/T) - onehot||_p; no constant factors."""
+    """U = ||z||_p; V = ||1 - C softmax(f/T)||_p, or -||softmax(f/T) - onehot||_p; no constant factors."""
     _, feats = example(torch.float64)
     assert feats.logits is not None
     z, softmax = feats.features.numpy(), torch.softmax(feats.logits / temperature, dim=1).numpy()
@@ -83,7 +83,7 @@ def test_parts(p: float, temperature: float) -> None:
 
 
 def test_predicted_target_does_not_saturate() -> None:
-    """1 - p is computed as the sum of the others: it stays right where p rounds to 1."""
+    """1 - p is computed as the sum of the other probabilities and stays correct where p rounds to 1."""
     logits = torch.tensor([[60.0, 0.0, 0.0], [80.0, 0.0, 0.0]], dtype=torch.float64)
     feats = FeatureSet(torch.ones(2, 1, dtype=torch.float64), logits)
     expected = -4 * np.exp([-60.0, -80.0])

@@ -17,7 +17,7 @@ from ood_scores.scorers.gram import deviation
 
 
 def gram_deviation(row: np.ndarray, others: np.ndarray) -> float:
-    """Sum over orders and channels of how far the row is outside what the others have."""
+    """Sum over orders and channels of how far the row is outside the range of the others."""
     total = 0.0
     for order in range(row.shape[0]):
         for channel in range(row.shape[1]):
@@ -63,7 +63,7 @@ def test_gram_by_loops(confidence: bool, block: int) -> None:
 
 
 def test_equal_extremes_are_in_the_range_without_one_of_them() -> None:
-    """Values that occur twice: leaving one row out leaves the other."""
+    """If a value occurs twice, one of them stays when the other is left out."""
     coarse = {name: (2 * TRAIN.extras[name]).round() for name in TRAIN.extras if name.startswith("gram")}
     fit = without(TRAIN, "gram", **coarse)
     np.testing.assert_allclose(create_scorer("gram").fit(fit).score(FAR), gram_by_loops(FAR, fit), rtol=1e-9)

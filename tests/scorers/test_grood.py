@@ -1,4 +1,4 @@
-"""grood, held to the gradient that autograd computes, row by row, and to a search in plain float64."""
+"""grood against the gradient that autograd computes row by row, and against a search in plain float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prototypes(ood: Tensor | None = None) -> Tensor:
 
 
 def gradients(feats: FeatureSet, known: Tensor) -> Tensor:
-    """Of the loss of each row, with respect to the last prototype."""
+    """Gradients of the loss of each row with respect to the last prototype."""
     found = []
     for row, logits in zip(feats.features, feats.logits, strict=True):  # type: ignore[arg-type]
         ood = known[-1].clone().requires_grad_()
@@ -46,13 +46,13 @@ def gradients(feats: FeatureSet, known: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("given", [None, [0.5, -1.0, 2.0, 0.0, 0.3, 1.0]])
-def test_is_the_size_of_the_gradient(given: list[float] | None) -> None:
+def test_grood_is_the_norm_of_the_gradient(given: list[float] | None) -> None:
     known = prototypes(None if given is None else torch.tensor(given, dtype=torch.float64))
     expected = -gradients(ROWS, known).abs().sum(dim=1).log()
     torch.testing.assert_close(score("grood", ROWS, fit=FIT, prototype=given), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_is_the_distance_to_the_nearest_gradient_of_a_row_that_is_predicted_right() -> None:
+def test_grood_is_the_distance_to_the_nearest_gradient_of_a_correct_row() -> None:
     assert FIT.logits is not None
     assert FIT.labels is not None
     right = FIT.logits.argmax(dim=1) == FIT.labels
@@ -63,7 +63,7 @@ def test_is_the_distance_to_the_nearest_gradient_of_a_row_that_is_predicted_righ
 
 
 def test_rows_near_a_prototype_keep_their_order() -> None:
-    """Gradients of 1e-400 are no numbers any more."""
+    """Gradients of 1e-400 cannot be represented."""
     far = FeatureSet(1000 * torch.eye(2, 3, dtype=torch.float64), labels=torch.tensor([0, 1]))
     steps = torch.tensor([[1.0], [0.9], [0.8], [0.7]], dtype=torch.float64)
     rows = FeatureSet(steps * far.features[:1])
@@ -87,12 +87,12 @@ def test_a_row_at_the_prototype_has_no_direction() -> None:
         ({"prototype": [1.0] * 3}, "prototype must have 6 numbers, one for each feature, got 3"),
     ],
 )
-def test_what_cannot_be(params: dict[str, object], message: str) -> None:
+def test_bad_parameters_of_grood(params: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         create_scorer("grood", **params).fit(FIT)
 
 
-def test_a_fit_set_that_is_predicted_wrongly() -> None:
+def test_grood_refuses_a_fit_set_without_correct_rows() -> None:
     assert FIT.labels is not None
     wrong = FeatureSet(FIT.features, torch.eye(CLASSES)[(FIT.labels + 1) % CLASSES], FIT.labels)
     with pytest.raises(BadInput, match="no row of the fit set is predicted correctly"):

@@ -1,4 +1,4 @@
-"""cop and corp, held to the authors' definition: principal components, and what they do not reconstruct."""
+"""cop and corp against the authors' definition: principal components and their reconstruction error."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_map_is_seeded() -> None:
 
 @pytest.mark.parametrize("directions", [30, 299, 300, 301])
 def test_fourier_axes_of_few_and_many_rows_in_any_blocks(directions: int) -> None:
-    """Of fewer rows than directions, the axes that have no variance are left out."""
+    """With fewer rows than directions, axes without variance are left out."""
     asked = FourierAxes(2.0, directions, 0)
     features = fourier_features(torch.tensor(unit(FIT)), *fourier_map(WIDTH, 2.0, directions, 0)).numpy()
     covariance = np.cov(features.T, bias=True)
@@ -90,13 +90,13 @@ def test_fourier_axes_of_few_and_many_rows_in_any_blocks(directions: int) -> Non
         assert vectors.shape == (directions, directions if directions <= 300 else 299)
 
 
-def test_length_does_not_count() -> None:
+def test_the_length_of_features_does_not_matter() -> None:
     for name, params in (("cop", {}), ("corp", {"directions": 50})):
         found = score(name, FeatureSet(5 * ROWS), fit=TRAIN, **params)
         np.testing.assert_allclose(found, score(name, FEATS, fit=TRAIN, **params), rtol=1e-9)
 
 
-def test_what_has_no_residual_is_refused() -> None:
+def test_a_fit_set_without_residual_is_refused() -> None:
     with pytest.raises(BadInput, match="cop: the features do not vary"):
         create_scorer("cop").fit(FeatureSet(np.ones((5, 3))))
     with pytest.raises(BadInput, match="corp: the features do not vary"):
@@ -114,7 +114,7 @@ def test_what_has_no_residual_is_refused() -> None:
 def test_float32_features_cost_no_more_than_their_rounding(
     name: str, params: dict[str, Any], variance: float, spread: float
 ) -> None:
-    """Also of a collapsed network, whose residuals are a thousandth of the features and less."""
+    """This includes a collapsed network, whose residuals are at most a thousandth of the features."""
     rng = np.random.default_rng(5)
     fit, values = (MEANS[np.arange(count) % CLASSES] + spread * rng.normal(size=(count, WIDTH)) for count in (300, 40))
     narrow = FeatureSet(values.astype(np.float32))
@@ -125,7 +125,7 @@ def test_float32_features_cost_no_more_than_their_rounding(
 
 @pytest.mark.parametrize("name", ["cop", "corp"])
 @pytest.mark.parametrize(("variance", "outside"), [(0.05, False), (0.99, True)])
-def test_the_space_that_is_kept_is_the_smaller_one(name: str, variance: float, outside: bool) -> None:
+def test_the_smaller_space_is_kept(name: str, variance: float, outside: bool) -> None:
     params = {"directions": 40} if name == "corp" else {}
     scorer: Any = create_scorer(name, variance=variance, **params).fit(TRAIN)
     width = len(scorer.mean_)

@@ -28,7 +28,7 @@ def unit(values: Array) -> Array:
 
 
 def brute_force(bank: Array, values: Array, k: int, normalize: bool = True) -> Array:
-    """Minus the distance to the k-th neighbour."""
+    """The negative distance to the k-th neighbor."""
     if normalize:
         bank, values = unit(bank), unit(values)
     return -np.sort(cdist(values, bank), axis=1)[:, k - 1]
@@ -38,7 +38,7 @@ def brute_force(bank: Array, values: Array, k: int, normalize: bool = True) -> A
 @pytest.mark.parametrize("k", [1, 5, 50, 200])
 @pytest.mark.parametrize("width", [1, 8, 100])
 def test_equals_brute_force(k: int, normalize: bool, width: int) -> None:
-    """Tolerance: the bank is float32."""
+    """The tolerance is for the bank, which is float32."""
     bank, values = rows(200, width), rows(60, width, seed=1)
     found = score("knn", FeatureSet(values), fit=FeatureSet(bank), k=k, normalize=normalize)
     np.testing.assert_allclose(found, brute_force(bank, values, k, normalize), rtol=1e-5, atol=1e-6)
@@ -46,7 +46,7 @@ def test_equals_brute_force(k: int, normalize: bool, width: int) -> None:
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6, 1e-9])
 def test_tiny_distances(distance: float) -> None:
-    """Where faiss' own expanded distances are noise: |x|^2 + |y|^2 - 2xy has a float32 error of 1e-5 here."""
+    """The expanded distances of faiss are noise here: |x|^2 + |y|^2 - 2xy has a float32 error of 1e-5."""
     bank = np.round(rows(50) * 8)  # exact in float32
     values = bank[:30] + distance * unit(rows(30, seed=2))
     found = score("knn", FeatureSet(values), fit=FeatureSet(bank), k=1, normalize=False)
@@ -54,7 +54,7 @@ def test_tiny_distances(distance: float) -> None:
 
 
 def test_tiny_angles() -> None:
-    """Normalised: the bank's own rounding to float32 is what is left, 3e-8 in each coordinate."""
+    """With normalized rows, only the rounding of the bank to float32 remains, 3e-8 in each coordinate."""
     bank = rows(50)
     values = bank[:30] * 7 + 1e-4 * rows(30, seed=2)
     found = score("knn", FeatureSet(values), fit=FeatureSet(bank), k=1)
@@ -63,7 +63,7 @@ def test_tiny_angles() -> None:
 
 @pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 1e-5])
 def test_collapsed_classes(spread: float) -> None:
-    """Many neighbours within what float32 cannot tell apart: the right one is found, in blocks of any size."""
+    """Many neighbors are too close for float32 to separate: the right one is found, in blocks of any size."""
     means, labels = unit(rows(4, 64)), np.arange(400) % 4
     bank = unit(means[labels] + spread / 8 * rows(400, 64, seed=1)).astype(np.float32)
     values = FeatureSet(means[labels[:40]] + spread / 8 * rows(40, 64, seed=2))
@@ -75,13 +75,13 @@ def test_collapsed_classes(spread: float) -> None:
 
 @pytest.mark.parametrize("k", [1, 20])
 @pytest.mark.parametrize("piece", [13, 64, 4096])
-def test_the_kth_neighbour_in_pieces_of_the_bank(k: int, piece: int) -> None:
+def test_the_kth_neighbor_in_pieces_of_the_bank(k: int, piece: int) -> None:
     bank, values = torch.from_numpy(rows(400, 8)), torch.from_numpy(rows(30, 8, seed=1))
     expected = np.argsort(cdist(values, bank), axis=1)[:, k - 1]
     np.testing.assert_array_equal(kth_neighbors(values, bank, k, piece), expected)
 
 
-def test_a_row_of_the_bank_is_its_own_first_neighbour() -> None:
+def test_a_row_of_the_bank_is_its_own_first_neighbor() -> None:
     bank = FeatureSet(rows(40).astype(np.float32))
     assert score("knn", bank, fit=bank, k=1, normalize=False).count_nonzero() == 0
     assert (score("knn", bank, fit=bank, k=2, normalize=False) < -0.1).all()
@@ -97,7 +97,7 @@ def test_zero_vectors_stay_zero() -> None:
     np.testing.assert_allclose(without[2], -1)
 
 
-def test_only_directions_count_when_normalised() -> None:
+def test_only_directions_count_when_normalized() -> None:
     bank, values = rows(30), rows(10, seed=1)
     factors = np.random.default_rng(0).uniform(0.01, 100, size=(10, 1))
     found = score("knn", FeatureSet(values * factors), fit=FeatureSet(bank), k=3)
@@ -105,13 +105,13 @@ def test_only_directions_count_when_normalised() -> None:
 
 
 @pytest.mark.parametrize("index", ["Flat", "IVF1,Flat", "HNSW16"])
-def test_indices_that_find_the_exact_neighbours_here(index: str) -> None:
+def test_indexes_that_find_the_exact_neighbors_here(index: str) -> None:
     bank, values = rows(100), rows(20, seed=1)
     found = score("knn", FeatureSet(values), fit=FeatureSet(bank), k=5, index=index)
     np.testing.assert_allclose(found, brute_force(bank, values, 5), rtol=1e-5)
 
 
-def test_an_approximate_index_never_finds_nearer_neighbours() -> None:
+def test_an_approximate_index_never_finds_nearer_neighbors() -> None:
     bank, values = rows(400), rows(50, seed=1)
     found = score("knn", FeatureSet(values), fit=FeatureSet(bank), k=3, index="IVF4,Flat").numpy()
     exact = brute_force(bank, values, 3)
@@ -170,7 +170,7 @@ def banked(bank: Array, values: Array, energies: Array) -> tuple[FeatureSet, Fea
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0])
-def test_scorers_of_one_bank_are_scored_together_as_alone(spread: float) -> None:
+def test_scorers_of_one_bank_score_the_same_together_as_alone(spread: float) -> None:
     means = rows(5, 16)
     bank, values = means[np.arange(700) % 5] + spread * rows(700, 16), means[np.arange(60) % 5] + rows(60, 16, seed=1)
     bank[3] = values[2] = 0
@@ -186,10 +186,10 @@ def test_scorers_of_one_bank_are_scored_together_as_alone(spread: float) -> None
     ]
     alone = [scorer.fit(fit).score(feats) for scorer in together]
     for found, expected in zip(score_all(together, feats), alone, strict=True):
-        torch.testing.assert_close(found[2], expected[2], rtol=1e-7, atol=0)  # zeros: all unit rows are equally near
+        torch.testing.assert_close(found[2], expected[2], rtol=1e-7, atol=0)  # zeros are equally near to all unit rows
         assert torch.equal(found[3:], expected[3:])
         assert torch.equal(found[:2], expected[:2])
-    assert len({scorer.scored_with() for scorer in together}) == 3  # the shared bank, that of the half, None
+    assert len({scorer.scored_with() for scorer in together}) == 3  # the shared bank, the bank of one half, None
     np.testing.assert_allclose(alone[5], brute_force(bank, values, 20), atol=1e-6)
 
 
@@ -198,7 +198,7 @@ def test_scorers_of_one_bank_are_scored_together_as_alone(spread: float) -> None
 @pytest.mark.parametrize("rows_at_a_time", [7, 512])
 @pytest.mark.parametrize("bank_at_a_time", [64, 192, 2**16])
 def test_the_shared_search_is_exact_with_ties(count: int, size: int, rows_at_a_time: int, bank_at_a_time: int) -> None:
-    """Small whole numbers, of which many products are equal, and exact."""
+    """Small whole numbers have many equal products, which are exact."""
     bank = torch.from_numpy(np.round(rows(size, 6))).float()
     values = torch.from_numpy(np.round(rows(40, 6, seed=1))).float()
     weights = torch.from_numpy(np.random.default_rng(0).integers(-2, 3, size=size)).double()
@@ -211,7 +211,7 @@ def test_the_shared_search_is_exact_with_ties(count: int, size: int, rows_at_a_t
         assert torch.equal(ranked.gather(1, numbers), ranked.sort(dim=1, descending=True).values[:, :count])
 
 
-def test_a_search_index_is_built_only_where_it_is_needed_and_again_after_a_refit() -> None:
+def test_a_search_index_is_built_only_if_needed_and_again_after_a_refit() -> None:
     first, second, values = FeatureSet(rows(40)), FeatureSet(rows(50, seed=3)), FeatureSet(rows(6, seed=1))
     scorer = create_scorer("knn", k=3).fit(first)
     before = scorer.score(values)

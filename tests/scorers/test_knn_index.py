@@ -1,4 +1,4 @@
-"""KNN with faiss indexes other than the exact one, on a share of the rows, and what is kept of them beside a cache."""
+"""KNN with approximate faiss indexes, on a share of the rows, and the index files beside a cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH = 16
 
 
 def rows(count: int, seed: int = 0) -> Array:
-    """Around 20 centres."""
+    """Rows around 20 centers."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(9).normal(size=(20, WIDTH))
     return (centres[np.arange(count) % 20] + 0.2 * rng.normal(size=(count, WIDTH))).astype(np.float32)
@@ -33,7 +33,7 @@ BANK, VALUES = rows(1000), rows(100, seed=1)
 
 
 @pytest.mark.parametrize("index", ["IVF16,Flat", "HNSW8", "PCA8,Flat", "PCA8,IVF4,SQ8", "LSH"])
-def test_the_neighbours_are_those_of_faiss(index: str) -> None:
+def test_the_neighbors_are_those_of_faiss(index: str) -> None:
     """Their distances are computed again from the features."""
     reference = faiss.index_factory(WIDTH, index)
     reference.train(BANK)
@@ -45,7 +45,7 @@ def test_the_neighbours_are_those_of_faiss(index: str) -> None:
 
 
 def test_recall_of_a_coarse_index() -> None:
-    """Of as many cells as there are centres, one is searched: nearly all rows find their fifth neighbour in it."""
+    """There are as many cells as centers, and one is searched: nearly all rows find their fifth neighbor in it."""
     exact, coarse = (
         score("knn", FeatureSet(VALUES), fit=FeatureSet(BANK), k=5, index=index) for index in ("Flat", "IVF20,Flat")
     )
@@ -80,7 +80,7 @@ def test_a_share_is_the_same_in_any_blocks(at_once: int) -> None:
 
 
 def test_a_share_is_fair() -> None:
-    """Each row is in the bank of one seed in four, independently of its place and of its length."""
+    """Each row is in the bank of one seed in four, independently of its position and its length."""
     lengths = np.linspace(0.1, 10, 400)
     feats = FeatureSet(rows(400) * lengths[:, None].astype(np.float32))
     banks = [vars(create_scorer("knn", k=1, share=0.25, seed=seed, normalize=False).fit(feats)) for seed in range(60)]
@@ -105,24 +105,24 @@ def test_one_search_serves_all_scorers_of_a_share() -> None:
     [
         (
             {"index": "Nonsense"},
-            r"the index 'Nonsense' of 40 rows of 16 features \(could not parse index string Nonsen",
+            r"the index 'Nonsense' for 40 rows of 16 features \(could not parse index string Nonsen",
         ),
         ({"index": "IVF64,Flat"}, r"\(Number of training points \(40\) should be at least as large as number of clust"),
         (
             {"index": "PCA64,Flat"},
-            r"\(PCA matrix cannot output 64 dimensions from 16\): use another factory string, or",
+            r"\(PCA matrix cannot output 64 dimensions from 16\): use another factory string, such as",
         ),
         ({"share": 0.1, "k": 5}, "k=5 needs at least as many bank rows, got 4: lower k"),
         ({"share": 0.0}, "share must be in \\(0, 1\\], got 0.0"),
         ({"share": 1.5}, "share must be in \\(0, 1\\], got 1.5"),
     ],
 )
-def test_errors_say_what_faiss_says(params: dict[str, Any], message: str) -> None:
+def test_bad_indexes_and_shares_are_named(params: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=f"knn: .*{message}"):
         create_scorer("knn", **({"k": 2} | params)).fit(FeatureSet(rows(40)))
 
 
-# --- kept beside the cache --------------------------------------------------------------------------------------------
+# --- index files beside the cache -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def knn_in_memory(index: str) -> Any:
     return create_scorer("knn", k=5, index=index).fit(FeatureSet(BANK))
 
 
-def test_each_has_a_file_of_its_own(path: Path, trained: list[str]) -> None:
+def test_each_index_has_its_own_file(path: Path, trained: list[str]) -> None:
     different: list[dict[str, Any]] = [
         {},
         {"index": "HNSW8"},
@@ -179,7 +179,7 @@ def test_each_has_a_file_of_its_own(path: Path, trained: list[str]) -> None:
     assert len(trained) == len(kept(path)) == len(different)
     for params, expected in zip(different, scores, strict=True):
         assert torch.equal(knn(path, **params).score(FeatureSet(VALUES)), expected)
-    knn(path, seed=7)  # of all rows the seed says nothing
+    knn(path, seed=7)  # the seed does not matter for all rows
     assert len(trained) == len(different)
 
 
@@ -188,14 +188,14 @@ def test_the_exact_index_is_not_kept(path: Path) -> None:
     assert not kept(path)
 
 
-def test_only_that_of_a_whole_cache_is_kept(path: Path, trained: list[str]) -> None:
+def test_only_the_index_of_a_whole_cache_is_kept(path: Path, trained: list[str]) -> None:
     for feats in (FeatureSet(BANK), load(path)[:500]):
         create_scorer("knn", k=5, index="IVF4,Flat").fit(feats)
     assert trained == ["IVF4,Flat"] * 2
     assert not kept(path)
 
 
-def test_that_of_another_cache_is_replaced(path: Path, trained: list[str]) -> None:
+def test_the_index_of_another_cache_is_replaced(path: Path, trained: list[str]) -> None:
     knn(path)
     FeatureSet(rows(1000, seed=5)).save(path)
     found = knn(path)
@@ -206,7 +206,7 @@ def test_that_of_another_cache_is_replaced(path: Path, trained: list[str]) -> No
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut", "empty", "other"])
-def test_what_is_damaged_is_trained_again(damage: str, path: Path, trained: list[str]) -> None:
+def test_a_damaged_index_is_trained_again(damage: str, path: Path, trained: list[str]) -> None:
     expected = knn(path).score(FeatureSet(VALUES))
     (file,) = kept(path)
     content = bytearray(file.read_bytes())
@@ -221,7 +221,7 @@ def test_what_is_damaged_is_trained_again(damage: str, path: Path, trained: list
 
 
 @pytest.mark.parametrize("refused", ["fsync", "replace"])
-def test_where_it_cannot_be_written_nothing_is_kept(refused: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_cannot_be_written_is_not_kept(refused: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Scorers saved by an earlier version are loaded with the same parameters and scores."""
+"""Scorers saved by an earlier version open, are equal, and return the same scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of the logits, each held to a plain float64 reference and to pytorch-ood where it has it."""
+"""Scores of the logits against plain float64 references and, where it has them, pytorch-ood."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES = 6
 
 
 def rows(count: int, seed: int, sharpness: float = 4.0) -> tuple[Array, NDArray[np.int64]]:
-    """Logits of a model that is right four times in five or so, and labels."""
+    """Logits of a model that is right for about four in five rows, and labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(CLASSES, size=count)
     return sharpness * (np.eye(CLASSES)[labels] + 0.6 * rng.normal(size=(count, CLASSES))), labels
@@ -45,7 +45,7 @@ def nll(temperature: float) -> float:
     return float(-log_softmax(FIT_LOGITS / temperature, axis=1)[np.arange(len(FIT_LABELS)), FIT_LABELS].mean())
 
 
-def test_temperature_is_that_of_least_loss() -> None:
+def test_temperature_minimizes_the_loss() -> None:
     scorer: Any = create_scorer("temperature").fit(feats(FIT_LOGITS, FIT_LABELS))
     best = minimize_scalar(nll, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-10})
     assert scorer.temperature_ == pytest.approx(best.x, rel=1e-6)
@@ -55,14 +55,14 @@ def test_temperature_is_that_of_least_loss() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.05, 0.3, 7.0, 40.0])
-def test_scaled_logits_have_a_temperature_scaled_alike(factor: float) -> None:
+def test_temperature_scales_with_the_logits(factor: float) -> None:
     scorer: Any = create_scorer("temperature")
     first = scorer.fit(feats(FIT_LOGITS, FIT_LABELS)).temperature_
     assert scorer.fit(feats(factor * FIT_LOGITS, FIT_LABELS)).temperature_ == pytest.approx(factor * first, rel=1e-9)
 
 
-def test_temperature_is_pytorch_oods_which_stops_short() -> None:
-    """Theirs takes 50 steps of L-BFGS at a rate of .01 in float32; given our T the scores are equal."""
+def test_pytorch_ood_stops_before_the_best_temperature() -> None:
+    """Its fit takes 50 steps of L-BFGS with a learning rate of .01 in float32; at our T, the scores are equal."""
     scorer: Any = create_scorer("temperature").fit(feats(FIT_LOGITS, FIT_LABELS))
     theirs: Any = peer.TemperatureScaling(None).fit_logits(torch.tensor(FIT_LOGITS), torch.tensor(FIT_LABELS))
     temperature = theirs.t.item()
@@ -73,7 +73,7 @@ def test_temperature_is_pytorch_oods_which_stops_short() -> None:
     np.testing.assert_allclose(ours("temperature"), equal, rtol=1e-9)
 
 
-def test_temperature_stays_1_where_none_is_best() -> None:
+def test_temperature_stays_1_without_a_minimum() -> None:
     for labels in (FIT_LOGITS.argmax(axis=1), FIT_LOGITS.argmin(axis=1)):
         with pytest.warns(
             UserWarning, match="temperature: no T between 0.01 and 100.0 minimizes the loss on these rows"
@@ -173,5 +173,5 @@ def test_parameters_out_of_range(name: str, params: dict[str, Any]) -> None:
 
 
 def test_the_reference_is_stable() -> None:
-    """Energy as a sanity check of the tools of this file."""
+    """Energy serves as a sanity check of the helpers of this file."""
     np.testing.assert_allclose(ours("energy"), logsumexp(LOGITS, axis=1))

@@ -1,4 +1,4 @@
-"""GMM where its covariances are more than memory should hold: the same scores, from less memory."""
+"""GMM with covariances that exceed the memory bound: the same scores with less memory."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from ood_scores.scorers.numerics.cholesky import (
 Array = NDArray[Any]
 WIDTH = 20
 FULL, SINGULAR, FEW = 60, 12, 5
-"""Rows of a class: more than the features; fewer; at most a quarter of them."""
+"""Numbers of rows of a class: more than the features, fewer, and at most a quarter of them."""
 
 
 def train(*counts: int, width: int = WIDTH, seed: int = 0) -> FeatureSet:
-    """Correlated features, sorted by class, that many rows of each; logits as many as features."""
+    """Correlated features, sorted by class, with these numbers of rows; as many logits as features."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(len(counts)), counts)
     mix = rng.normal(size=(width, width)) / width**0.5
@@ -54,7 +54,7 @@ def rows_to_score(width: int = WIDTH, classes: int = 4) -> FeatureSet:
 
 
 def fitted(feats: FeatureSet, most: int, **params: Any) -> GMM:
-    """With that many bytes for the scatter of all classes."""
+    """Fit with this many bytes for the scatter of all classes."""
     feats.statistics.clear()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(moments, "CLASS_SCATTER_BYTES", most)
@@ -70,13 +70,16 @@ def dense(feats: FeatureSet, **params: Any) -> GMM:
 
 
 def packed(feats: FeatureSet, most: int = 8 * WIDTH * WIDTH - 1, **params: Any) -> GMM:
-    """By default with room for less than one triangle at a time."""
+    """By default, there is room for less than one triangle at a time."""
     return fitted(feats, most, **params)
 
 
 CASES = {
     "full rank": ((FULL, FULL, FULL, FULL), 1e-10),
-    "fewer rows than features": ((SINGULAR, SINGULAR, SINGULAR + 1, SINGULAR), 1e-5),  # 1e-16 / 1e-10, as dense
+    "fewer rows than features": (
+        (SINGULAR, SINGULAR, SINGULAR + 1, SINGULAR),
+        1e-5,
+    ),  # 1e-16 / 1e-10, as in the dense fit
     "a quarter": ((FEW, FEW, FEW - 1, 2), 1e-5),
     "all kinds": ((FULL, FEW, SINGULAR, 1), 1e-5),
     "a class without rows": ((FULL, 0, FEW, SINGULAR), 1e-5),
@@ -101,9 +104,9 @@ def test_on_logits() -> None:
 
 
 def exact_log_density(rows: Array, jitter: float, values: Array) -> Array:
-    """Of the Gaussian with the mean and covariance of the rows, in long double throughout."""
-    centred = rows.astype(np.longdouble) - rows.astype(np.longdouble).mean(axis=0)
-    covariance = centred.T @ centred / (len(rows) - 1) + np.longdouble(jitter) * np.eye(rows.shape[1])
+    """Log density of the Gaussian with the mean and covariance of the rows, in long double throughout."""
+    centered = rows.astype(np.longdouble) - rows.astype(np.longdouble).mean(axis=0)
+    covariance = centered.T @ centered / (len(rows) - 1) + np.longdouble(jitter) * np.eye(rows.shape[1])
     lower = np.zeros_like(covariance)
     for i in range(len(lower)):
         lower[i, i] = np.sqrt(covariance[i, i] - lower[i, :i] @ lower[i, :i])
@@ -117,7 +120,7 @@ def exact_log_density(rows: Array, jitter: float, values: Array) -> Array:
 
 @pytest.mark.parametrize("rows", [2, FEW])
 def test_few_rows_keep_their_digits(rows: int) -> None:
-    """Against long double, which has three digits more, where the dense fit keeps 5 or 6 (jitter is 1e-10)."""
+    """Compare with long double, which has three more digits; the dense fit keeps 5 or 6 (its jitter is 1e-10)."""
     fit, feats = train(rows), rows_to_score()
     inside = fit.features[:1] * 0.7 + fit.features[1:2] * 0.3
     values = np.concatenate([feats.features.numpy(), inside.numpy()])
@@ -129,7 +132,7 @@ def test_few_rows_keep_their_digits(rows: int) -> None:
 @pytest.mark.parametrize("spread", [0.0, 3.0, 6.0])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
 def test_the_jitter_is_that_of_the_dense_matrix(spread: float, scale: float) -> None:
-    """Features whose scales differ by so many powers of ten, a dead one or a copied one among them."""
+    """The scales of the features differ by this many powers of ten, and a dead or a copied feature is among them."""
     generator = torch.Generator().manual_seed(0)
     for count in range(2, 42, 2):
         width = 4 * count + int(torch.randint(0, 40, (1,), generator=generator))
@@ -150,12 +153,12 @@ def test_pivots(size: int) -> None:
 @pytest.mark.parametrize(("rows", "width"), [(300, 5), (300, 200), (400, 256), (30, 256)])
 def test_a_packed_factor_is_the_inverse(rows: int, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    centred = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    centered = torch.randn(rows, width, generator=generator, dtype=torch.float64)
     columns = torch.randn(width, 9, generator=generator, dtype=torch.float64)
     few = rows < width
-    flat, jitter, log_determinant = pack_rows(centred, 0) if few else pack_covariance(centred.T @ centred, 0)
+    flat, jitter, log_determinant = pack_rows(centered, 0) if few else pack_covariance(centered.T @ centered, 0)
     assert len(flat) == packed_size(rows if few else width, width)
-    covariance = centred.T @ centred + jitter * torch.eye(width, dtype=torch.float64)
+    covariance = centered.T @ centered + jitter * torch.eye(width, dtype=torch.float64)
     expected = (columns * torch.linalg.solve(covariance, columns)).sum(dim=0)
     rtol = 1e-3 if few else 1e-10  # of the reference
     found = packed_squares(flat, rows if few else width, jitter, columns.clone())
@@ -163,7 +166,7 @@ def test_a_packed_factor_is_the_inverse(rows: int, width: int) -> None:
     torch.testing.assert_close(log_determinant, torch.logdet(covariance), rtol=rtol, atol=0)
 
 
-def test_what_cannot_be_mended_is_named() -> None:
+def test_covariances_that_no_jitter_fixes_are_named() -> None:
     with pytest.raises(BadInput, match=r"class covariance 7 is not positive definite even with 0\.1"):
         pack_rows(1e12 * torch.randn(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 7)
     with pytest.raises(BadInput, match="class covariance 7 is not"):
@@ -175,7 +178,7 @@ def test_what_cannot_be_mended_is_named() -> None:
 
 @pytest.fixture
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each pass read."""
+    """The number of rows that each pass read."""
     read: list[int] = []
     blocks = FeatureSet.blocks
 
@@ -200,7 +203,7 @@ def test_sorted_rows_are_read_twice_and_others_once_for_each_group(order: str, r
         "sorted the other way": torch.arange(len(fit)).flip(0),
         "shuffled": torch.randperm(len(fit), generator=torch.Generator().manual_seed(0)),
     }[order]
-    scorer = packed(fit[rows], most=8 * WIDTH * 2 * WIDTH)  # two triangles, or one and its neighbours with few rows
+    scorer = packed(fit[rows], most=8 * WIDTH * 2 * WIDTH)  # two triangles, or one and its neighbors with few rows
     groups = len(rows_read) - 1
     assert rows_read[0] == len(fit)
     assert groups >= 3
@@ -218,7 +221,7 @@ def test_blocks_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_of_few_rows_in_each_class_the_order_changes_rounding_only() -> None:
+def test_with_few_rows_in_each_class_the_order_changes_only_rounding() -> None:
     fit, feats = train(FEW, FEW, FEW, FEW), rows_to_score()
     shuffled = fit[torch.randperm(len(fit), generator=torch.Generator().manual_seed(0))]
     np.testing.assert_allclose(packed(shuffled).score(feats), packed(fit).score(feats), rtol=1e-9)
@@ -234,7 +237,7 @@ def test_shaped_features() -> None:
     np.testing.assert_allclose(scorer.score(feats), expected, rtol=1e-9)
 
 
-def test_from_a_cache_and_from_what_is_kept_beside_it(tmp_path: Path, rows_read: list[int]) -> None:
+def test_from_a_cache_and_from_the_statistics_beside_it(tmp_path: Path, rows_read: list[int]) -> None:
     fit, feats = train(*COUNTS), rows_to_score(classes=6)
     fit.save(tmp_path / "train.h5")
     for passes in (2, 1):
@@ -245,7 +248,7 @@ def test_from_a_cache_and_from_what_is_kept_beside_it(tmp_path: Path, rows_read:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["train.h5", "train.h5.statistics"]
 
 
-def test_a_refit_is_dense_or_packed_as_its_own_set_asks() -> None:
+def test_a_refit_chooses_dense_or_packed_for_its_own_set() -> None:
     small, large, feats = train(FULL, FULL, FULL, FULL), train(*COUNTS[:4]), rows_to_score()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments, "CLASS_SCATTER_BYTES", 10**4)
@@ -256,7 +259,7 @@ def test_a_refit_is_dense_or_packed_as_its_own_set_asks() -> None:
     assert torch.equal(scorer.score(feats), dense(small).score(feats))
 
 
-def test_a_graph_of_the_dense_scorer_leaves_it_as_it_was_and_there_is_none_of_the_packed() -> None:
+def test_a_graph_leaves_the_dense_scorer_unchanged_and_the_packed_one_has_none() -> None:
     class Scored(torch.nn.Module):
         def __init__(self, scorer: GMM) -> None:
             super().__init__()
@@ -277,7 +280,7 @@ def test_a_graph_of_the_dense_scorer_leaves_it_as_it_was_and_there_is_none_of_th
 # --- keeping ----------------------------------------------------------------------------------------------------------
 
 
-def test_is_saved_where_it_fits_in_memory(tmp_path: Path) -> None:
+def test_packed_scorers_are_saved_if_they_fit_in_memory(tmp_path: Path) -> None:
     fit, feats = train(FEW, FEW, FEW, SINGULAR), rows_to_score()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments, "CLASS_SCATTER_BYTES", 8 * 3 * WIDTH**2)
@@ -317,7 +320,7 @@ def test_no_room_is_an_error_that_says_how_much(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on data is Linux's")
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """40 classes at D = 512: 84 MB of covariances, four times that to factorise them, in 128 MiB above the import."""
+    """40 classes at D = 512: 84 MB of covariances, four times that to factorize them, in 128 MiB above the import."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(40), 150)
     FeatureSet(rng.normal(size=(len(labels), 512)).astype(np.float32), labels=labels).save(tmp_path / "train.h5")

@@ -1,4 +1,4 @@
-"""mahalanobis_layers against the formulas written out as loops, and what all scorers of several layers do."""
+"""mahalanobis_layers against the formulas written out as loops, and the shared behavior of multi-layer scorers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def layer_score(row: np.ndarray, values: np.ndarray, labels: np.ndarray) -> floa
     means = np.stack([values[labels == c].mean(axis=0) for c in classes])
     covariance = np.zeros((values.shape[1], values.shape[1]))
     for c, mean in zip(classes, means, strict=True):
-        centred = values[labels == c] - mean
-        covariance += centred.T @ centred / len(values)
+        centered = values[labels == c] - mean
+        covariance += centered.T @ centered / len(values)
     inverse = np.linalg.inv(covariance)
     return max(-0.5 * (row - mean) @ inverse @ (row - mean) for mean in means)
 
@@ -41,7 +41,7 @@ def layer_scores(feats: FeatureSet, fit: FeatureSet, names: list[str]) -> np.nda
 
 
 def scores_left_out(fit: FeatureSet, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of every row and its perturbed copy, from a fit to all other rows."""
+    """Scores of each row and its perturbed copy, from a fit to all other rows."""
     assert fit.labels is not None
     labels = fit.labels.numpy()
     found: dict[str, list[list[float]]] = {"layers": [], "fgsm": []}
@@ -70,7 +70,7 @@ def test_one_layer_is_mahalanobis_on_it() -> None:
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-def test_the_regression_tells_rows_from_perturbed_rows_by_gaussians_without_them(uneven: bool) -> None:
+def test_the_regression_separates_rows_from_perturbed_rows_by_gaussians_without_them(uneven: bool) -> None:
     fit = TRAIN[[*range(20), *range(21, 60, 3)]] if uneven else TRAIN
     names = list(WIDTHS)
     rows, perturbed = scores_left_out(fit, names)
@@ -86,7 +86,7 @@ def test_the_regression_tells_rows_from_perturbed_rows_by_gaussians_without_them
 
 @pytest.mark.parametrize("sizes", [[30, 20, 1], [1, 30], [2, 40]])
 def test_small_classes_left_out(sizes: list[int]) -> None:
-    """The only row of a class leaves a fit without that class."""
+    """If the only row of a class is left out, the fit lacks that class."""
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     feats = problem(len(labels), classes=len(sizes))
     fit = FeatureSet(feats.features, feats.logits, labels, extras=dict(feats.extras))
@@ -96,7 +96,7 @@ def test_small_classes_left_out(sizes: list[int]) -> None:
         np.testing.assert_allclose(ours, expected, rtol=1e-8)
 
 
-def test_rows_that_took_part_would_look_better() -> None:
+def test_rows_in_the_fit_score_higher() -> None:
     few = TRAIN[:24]
     scorer: Any = create_scorer("mahalanobis_layers").fit(few)
     left_out, _ = scorer._scores_left_out(few, torch.tensor([8, 8, 8]))
@@ -134,7 +134,7 @@ def test_a_channel_that_does_not_vary_is_left_out() -> None:
 
 
 def test_a_row_that_is_alone_in_a_direction_is_not_in_the_regression() -> None:
-    """Without it nothing is known of that direction, so it cannot be scored by what the others say."""
+    """The other rows do not determine that direction, so they cannot score the row."""
     alone = torch.zeros(ROWS, 1)
     alone[7] = 5.0
     wide = {f"{of}.stem": torch.cat([TRAIN.extras[f"{of}.stem"], alone], dim=1) for of in ("layers", "fgsm")}
@@ -203,7 +203,7 @@ class TestLayers:
         with pytest.raises(MissingInput, match=rf"'{name}' needs {extra}\.stem to score this .* {extra}\.stem\.0"):
             scorer.score(without(TEST, f"{extra}.stem", **below))
 
-    def test_a_layer_that_the_fit_set_has_not(self, name: str, extra: str) -> None:
+    def test_a_layer_missing_in_the_fit_set(self, name: str, extra: str) -> None:
         with pytest.raises(MissingInput, match=rf"needs {extra}\.body to be fitted on .*layers=\('body',\)"):
             create_scorer(name, layers=["stem", "body"]).fit(TRAIN)
 
@@ -218,7 +218,7 @@ class TestLayers:
         with pytest.raises(ShapeMismatch, match=rf"{extra}\.stem of shape \[.*4\], here they have \[.*3\]"):
             scorer.score(without(TEST, f"{extra}.stem", **narrow))
 
-    def test_extras_of_another_kind(self, name: str, extra: str) -> None:
+    def test_extras_of_another_shape(self, name: str, extra: str) -> None:
         odd = {f"{extra}.stem": torch.zeros(ROWS, 2, 2, 2)}
         with pytest.raises(
             ShapeMismatch,
@@ -236,7 +236,7 @@ class TestLayers:
         scorer = create_scorer(name).fit(TRAIN)
         assert scorer.score(without(TEST, "nothing", **more)).equal(scorer.score(TEST))
 
-    def test_is_loaded_with_what_it_reads(self, name: str, extra: str, tmp_path: Any) -> None:
+    def test_a_loaded_scorer_reads_the_same_layers(self, name: str, extra: str, tmp_path: Any) -> None:
         scorer = create_scorer(name).fit(TRAIN)
         scorer.save(tmp_path / "scorer.safetensors")
         again: Any = ood_scores.load_scorer(tmp_path / "scorer.safetensors")
@@ -281,7 +281,7 @@ def test_from_extraction_to_a_table(tmp_path: Any) -> None:
     }
     names = ["mahalanobis_layers", "gram", "msp"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the model is not trained: there are classes that no row has
+        warnings.simplefilter("ignore", UserWarning)  # the model is untrained: some classes have no row
         table = ood_scores.evaluate(names, id=sets["id"], ood={"noise": sets["ood"]}, fit=sets["fit"])
     auroc = table.set_index("scorer").auroc
     assert (auroc[["mahalanobis_layers", "gram"]] > 0.9).all()

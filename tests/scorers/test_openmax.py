@@ -32,7 +32,7 @@ from ood_scores.scorers.openmax import TRANSLATION, largest_by_class, weibull_fi
 
 
 def weibull(tail: Array) -> tuple[float, float]:
-    """Shape and scale of greatest likelihood: a root of the derivative."""
+    """Most likely shape and scale, from a root of the derivative."""
     logs = np.log(tail)
 
     def derivative(shape: float) -> float:
@@ -78,8 +78,8 @@ def test_openmax(tail: int, alpha: int, euclidean: float, cosine: float) -> None
 
 
 @pytest.mark.parametrize("alpha", [3, 10])
-def test_openmax_is_pytorch_oods_on_the_rows_that_are_right(alpha: int) -> None:
-    """Theirs leaves the choice of rows to the caller, fits by a simplex search, and gives p_unknown itself."""
+def test_openmax_is_pytorch_oods_on_correct_rows(alpha: int) -> None:
+    """pytorch-ood leaves the choice of rows to the caller, fits by a simplex search, and returns p_unknown itself."""
     right = predicted_of_fit == labels_of_fit
     detector: Any = peer.OpenMax(None, tailsize=20, alpha=alpha)
     detector.fit_logits(torch.tensor(FIT_LOGITS[right]), torch.tensor(labels_of_fit[right]))
@@ -93,8 +93,8 @@ def test_openmax_is_pytorch_oods_on_the_rows_that_are_right(alpha: int) -> None:
     np.testing.assert_allclose(-torch.expm1(scorer.score(FEATS)), theirs, rtol=1e-6)
 
 
-def test_openmax_of_classes_that_are_not_or_hardly_there() -> None:
-    """A class without right rows is unknown altogether; one with a single row is a step at it."""
+def test_openmax_of_classes_with_no_or_few_rows() -> None:
+    """A class without correct rows is unknown; the distribution of a class with a single row is a step at that row."""
     right = np.flatnonzero((predicted_of_fit == labels_of_fit) & (labels_of_fit == 1))
     few = np.setdiff1d(np.arange(len(labels_of_fit)), np.concatenate([right[1:], np.flatnonzero(labels_of_fit == 3)]))
     with pytest.warns(UserWarning, match="openmax: 1 of 5 classes have no correctly predicted row"):
@@ -110,7 +110,7 @@ def test_openmax_of_classes_that_are_not_or_hardly_there() -> None:
     assert np.isfinite(scorer.score(own).numpy()).all()
 
 
-def test_openmax_needs_a_right_row_and_sound_parameters() -> None:
+def test_openmax_needs_a_correct_row_and_valid_parameters() -> None:
     with pytest.raises(BadInput, match="no row of the fit set is predicted correctly"):
         create_scorer("openmax").fit(TRAIN[predicted_of_fit != labels_of_fit])
     for params in ({"tail": 0}, {"alpha": 0}, {"euclidean": 0.0}, {"cosine": -1.0}, {"euclidean": math.inf}):
@@ -118,7 +118,7 @@ def test_openmax_needs_a_right_row_and_sound_parameters() -> None:
             create_scorer("openmax", **params)
 
 
-def test_weibull_fit_is_scipys() -> None:
+def test_weibull_fit_equals_scipy() -> None:
     rng = np.random.default_rng(5)
     tails = [weibull_min.rvs(shape, scale=scale, size=40, random_state=rng) for shape, scale in ((0.7, 3), (9, 0.01))]
     tails.append(TRANSLATION + rng.exponential(size=25))

@@ -1,4 +1,4 @@
-"""optfs, held to a plain reference that follows the authors' code one bin at a time."""
+"""optfs against a plain reference that follows the authors' code one bin at a time."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_odin(temperature: float) -> None:
     np.testing.assert_allclose(found, softmax(LOGITS / temperature).max(axis=1), rtol=1e-12)
 
 
-def test_odin_keeps_apart_what_a_large_temperature_brings_together() -> None:
+def test_odin_distinguishes_rows_at_a_large_temperature() -> None:
     logits = torch.zeros(2, 1000)
     logits[0, 0], logits[1, 0] = 1.0, 1.0001
     low, high = score("odin", FeatureSet(logits, logits, extras={"odin": logits}))
@@ -85,7 +85,7 @@ def test_gradnorm_params() -> None:
         score("gradnorm_params", kept, group="fc")
 
 
-def test_groups_below_the_one_wanted_are_named() -> None:
+def test_groups_below_the_requested_one_are_named() -> None:
     kept = feats(**{"gradnorm.fc.weight": FEATURES[:, 0], "gradnorm.fc.bias": FEATURES[:, 1]})
     with pytest.raises(MissingInput, match=r"needs gradnorm\.fc .* only gradnorm\.fc\.weight, gradnorm\.fc\.bias"):
         score("gradnorm_params", kept, group="fc")
@@ -126,7 +126,7 @@ def test_bad_parameters_are_named() -> None:
 
 
 def test_from_extraction_to_score(tmp_path: Any) -> None:
-    """A small network trained to tell orientations of stripes; what it has not seen is noise."""
+    """A small network is trained to classify orientations of stripes; noise is OoD."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -138,12 +138,12 @@ def test_from_extraction_to_score(tmp_path: Any) -> None:
             nn.Dropout(0.3),
             nn.Linear(128, 2),
         )
-        optimiser = torch.optim.Adam(model.parameters(), 0.01)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
         for step in range(150):
             images, labels = stripes(64, step)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
-            optimiser.step()
+            optimizer.step()
     probes: list[str | Probe] = [
         "odin",
         ParameterGradients(groups=("2", "all")),
@@ -184,7 +184,7 @@ def test_from_extraction_to_score(tmp_path: Any) -> None:
 
 
 def stripes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images ``[count, 1, 8, 8]`` of stripes of any phase, across or along, with a little noise."""
+    """Images ``[count, 1, 8, 8]`` of horizontal or vertical stripes of any phase, with a little noise."""
     generator = torch.Generator().manual_seed(seed)
     phase = 6.28 * torch.rand(count, 1, 1, generator=generator)
     waves = (torch.arange(8.0).view(1, 8, 1) * 1.6 + phase).sin().expand(count, 8, 8)

@@ -1,4 +1,4 @@
-"""Relative Mahalanobis and Mahalanobis++ against float64 references written plainly, and pytorch-ood."""
+"""Relative Mahalanobis and Mahalanobis++ against plain float64 references and pytorch-ood."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES, WIDTH = 4, 6
 
 
 def train(rows: int = 200, width: int = WIDTH, classes: int = CLASSES) -> FeatureSet:
-    """Correlated features around class means; class c has fewer rows the larger c is."""
+    """Correlated features around class means; larger class indices have fewer rows."""
     rng = np.random.default_rng(0)
     labels = np.minimum(rng.geometric(0.4, size=rows) - 1, classes - 1)
     labels[:classes] = np.arange(classes)
@@ -39,7 +39,7 @@ def unit(values: Array) -> Array:
 
 
 def relative(fitted: Array, labels: Array, rows: Array) -> Array:
-    """-min_c (d_c - d_0), both covariances divided by N; a singular one in the range of that within classes."""
+    """-min_c (d_c - d_0), both covariances divided by N; a singular one is restricted to the range within classes."""
     means = {c: fitted[labels == c].mean(axis=0) for c in np.unique(labels)}
     within = fitted - np.stack([means[c] for c in labels])
     sizes, axes = np.linalg.eigh(within.T @ within / len(fitted))
@@ -61,7 +61,7 @@ class TestRelativeMahalanobis:
     @pytest.mark.parametrize("normalize", [False, True])
     @pytest.mark.parametrize("classes", [2, 4, 12])
     def test_equals_the_plain_definition(self, normalize: bool, classes: int) -> None:
-        """Twelve classes are more than the features can tell apart linearly."""
+        """Twelve classes are more than the features can separate linearly."""
         fit, feats = train(classes=classes), to_score()
         fitted, rows = fit.features.numpy(), feats.features.numpy()
         if normalize:
@@ -70,14 +70,14 @@ class TestRelativeMahalanobis:
         found = score("relative_mahalanobis", feats, fit=fit, normalize=normalize)
         np.testing.assert_allclose(found, expected, rtol=1e-8)
 
-    def test_is_mahalanobis_less_the_background(self) -> None:
+    def test_is_mahalanobis_minus_the_background(self) -> None:
         fit, feats = train(), to_score()
         background = EmpiricalCovariance().fit(fit.features.numpy()).mahalanobis(feats.features.numpy())
         expected = score("mahalanobis", feats, fit=fit).numpy() + background
         np.testing.assert_allclose(score("relative_mahalanobis", feats, fit=fit), expected, rtol=1e-8)
 
     def test_equals_pytorch_ood(self) -> None:
-        """Theirs divides neither scatter by N, and adds a ridge of 1e-6 to both, all in float32."""
+        """pytorch-ood divides neither scatter by N and adds a ridge of 1e-6 to both, all in float32."""
         fit, feats = train(), to_score()
         detector: Any = peer.RMD(None).fit_features(fit.features.float(), fit.labels)
         theirs = -detector.predict_features(feats.features.float()).double()
@@ -85,7 +85,7 @@ class TestRelativeMahalanobis:
         torch.testing.assert_close(ours, len(fit) * theirs, rtol=1e-3, atol=1e-3)
         assert spearmanr(ours, theirs).statistic > 1 - 1e-9
 
-    def test_takes_no_more_than_mahalanobis_collects(self) -> None:
+    def test_needs_only_the_statistics_of_mahalanobis(self) -> None:
         assert RelativeMahalanobis().statistics() == Mahalanobis().statistics() == (ClassMoments("features"),)
 
     def test_affine_maps_of_feature_space_change_nothing(self) -> None:
@@ -96,7 +96,7 @@ class TestRelativeMahalanobis:
         found = score("relative_mahalanobis", FeatureSet(feats.features.numpy() @ matrix + offset), fit=moved)
         torch.testing.assert_close(found, score("relative_mahalanobis", feats, fit=fit), rtol=1e-7, atol=1e-7)
 
-    def test_directions_that_tell_no_classes_apart_count_nothing(self) -> None:
+    def test_directions_that_do_not_separate_classes_do_not_count(self) -> None:
         fit, feats = train(), to_score()
         rng = np.random.default_rng(4)
         noise = [rng.normal(size=(len(part), 3)) for part in (fit, feats)]
@@ -109,10 +109,10 @@ class TestRelativeMahalanobis:
         torch.testing.assert_close(found, score("relative_mahalanobis", feats, fit=fit), rtol=1e-7, atol=1e-7)
 
     def test_far_from_the_data_no_digits_are_lost(self) -> None:
-        """d_c and d_0 grow with the square of a common direction, and their difference does not."""
+        """d_c and d_0 grow with the square of a common direction, but their difference does not."""
         scorer = RelativeMahalanobis()
         scorer.fit(train())
-        unseen = torch.linalg.svd(scorer.directions_.T).Vh[-1]  # of the directions kept, C - 1 are more than rounding
+        unseen = torch.linalg.svd(scorer.directions_.T).Vh[-1]  # C - 1 of the directions kept exceed rounding
         assert (unseen @ scorer.directions_).abs().max() < 1e-12
         near = to_score().features
         torch.testing.assert_close(
@@ -153,7 +153,7 @@ class TestRelativeMahalanobis:
 
 
 class TestMahalanobisPP:
-    def test_is_mahalanobis_of_normalised_features(self) -> None:
+    def test_is_mahalanobis_of_normalized_features(self) -> None:
         fit, feats = train(), to_score()
         by_hand = FeatureSet(unit(fit.features.numpy()), labels=fit.labels)
         expected = score("mahalanobis", FeatureSet(unit(feats.features.numpy())), fit=by_hand)
@@ -162,8 +162,8 @@ class TestMahalanobisPP:
             score("mahalanobis_pp", feats, fit=fit), score("mahalanobis", feats, fit=fit, normalize=True)
         )
 
-    def test_equals_pytorch_ood_on_normalised_features(self) -> None:
-        """Theirs is half the squared distance under a scatter not divided by N, with a ridge, in float32."""
+    def test_equals_pytorch_ood_on_normalized_features(self) -> None:
+        """Its score is half the squared distance under a scatter not divided by N, with a ridge, in float32."""
         fit, feats = train(), to_score()
         features, rows = (torch.from_numpy(unit(part.features.numpy())).float() for part in (fit, feats))
         detector: Any = peer.Mahalanobis(None).fit_features(features, fit.labels)
@@ -177,6 +177,6 @@ class TestMahalanobisPP:
         longer = FeatureSet(feats.features * 50)
         torch.testing.assert_close(score("mahalanobis_pp", longer, fit=fit), score("mahalanobis_pp", feats, fit=fit))
 
-    def test_stays_a_mahalanobis(self) -> None:
+    def test_is_an_instance_of_mahalanobis(self) -> None:
         assert repr(MahalanobisPP()) == "MahalanobisPP(normalize=True)"
         assert isinstance(MahalanobisPP(), Mahalanobis)

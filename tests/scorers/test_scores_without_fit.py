@@ -1,4 +1,4 @@
-"""Scores that need no fit, and the prior scores, against their definitions written plainly in float64."""
+"""Scores that need no fit, and the prior scores, against plain float64 definitions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def example(dtype: torch.dtype = torch.float64, rows: int = 40, width: int = 9, 
 
 
 def arrays(feats: FeatureSet) -> tuple[Array, Array, Array]:
-    """Features, logits and softmax."""
+    """Features, logits, and softmax."""
     assert feats.logits is not None
     logits = feats.logits.double().numpy()
     return feats.features.double().numpy(), logits, special.softmax(logits, axis=1)
@@ -106,7 +106,7 @@ def test_prior_msp() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_prior_energy(temperature: float) -> None:
-    """The temperature is the energy's; the cosine is of the plain softmax and the prior, as in the authors' code."""
+    """The temperature applies to the energy; the cosine is that of the plain softmax, as in the authors' code."""
     feats = example()
     _, logits, softmax = arrays(feats)
     energy = temperature * special.logsumexp(logits / temperature, axis=1)
@@ -127,8 +127,8 @@ def test_prior_is_of_the_fit_set_not_of_the_scored_set() -> None:
     np.testing.assert_allclose(score("prior_msp", other, fit=feats), expected, rtol=1e-12)
 
 
-def test_msp_precision_is_the_logits_own_unless_asked() -> None:
-    """By default float32 logits saturate at 1 as in published numbers; in float64 they keep their order."""
+def test_msp_has_the_precision_of_the_logits_by_default() -> None:
+    """By default, float32 logits saturate at 1 as in published numbers; in float64, they keep their order."""
     logits = torch.tensor([[20.0, 0.0], [25.0, 0.0], [30.0, 0.0]])
     feats = FeatureSet(torch.ones(3, 1), logits)
     assert score("msp", feats).tolist() == [1.0, 1.0, 1.0]
@@ -139,8 +139,8 @@ def test_msp_precision_is_the_logits_own_unless_asked() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_confidence_keeps_the_digits_of_what_is_left(dtype: torch.dtype) -> None:
-    """At and around every place where its formula changes, and where one class has nearly all."""
+def test_confidence_keeps_the_digits_of_the_remaining_probability(dtype: torch.dtype) -> None:
+    """The rows are at and around each change of its formula, and include one class with nearly all probability."""
     gaps = [0.0, 1e-7, 1e-3, *(np.log(odds) for odds in (1.0001, 2.9999, 3.0, 3.0001)), 2.0, 8.0, 16.0, 30.0]
     logits = torch.tensor([[gap, 0.0, -60.0] for gap in gaps], dtype=dtype)
     found = 1 - score("msp", FeatureSet(torch.ones(len(gaps), 1), logits), double=True).numpy()
@@ -149,7 +149,7 @@ def test_confidence_keeps_the_digits_of_what_is_left(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("name", ["msp", "energy", "entropy", "gradnorm"])
-def test_pieces_that_fit_the_caches_change_nothing(name: str) -> None:
+def test_the_size_of_cache_pieces_does_not_matter(name: str) -> None:
     logits = torch.randn(2500, 600, generator=torch.Generator().manual_seed(0))
     feats = FeatureSet(logits[:, :5], logits)
     assert logits.numel() > PIECE
@@ -158,7 +158,7 @@ def test_pieces_that_fit_the_caches_change_nothing(name: str) -> None:
 
 
 def test_gen_does_not_saturate() -> None:
-    """(1 - p) is right where p rounds to 1 in float64: against 200 decimal digits."""
+    """(1 - p) is correct where p rounds to 1 in float64; the reference has 200 decimal digits."""
     gaps = [5, 30, 36, 37, 40, 80, 300]
     logits = torch.tensor([[gap, 0.0, -1.0] for gap in gaps], dtype=torch.float64)
     expected = []
@@ -188,7 +188,7 @@ def test_norm_of_zeros_is_zero(name: str, p: float) -> None:
 
 @pytest.mark.parametrize("p", [0.3, 3, 10])
 def test_norms_of_large_and_small_rows(p: float) -> None:
-    """A power would overflow float32: rows are scaled first."""
+    """A power would overflow float32, so rows are scaled first."""
     rows = torch.tensor([[1e20, 2e20, 0.0], [1e-20, 2e-20, 0.0]])
     expected = np.linalg.norm(rows.double().numpy(), ord=p, axis=1)
     np.testing.assert_allclose(score("feature_norm", FeatureSet(rows), p=p), expected, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Activation shapers: against float64 references, pytorch-ood 0.4, and themselves, composed and at neutral settings."""
+"""Activation shapers against float64 references and pytorch-ood 0.4, composed and at neutral settings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Z, FIT_Z = FEATS.features.numpy(), FIT.features.numpy()
 
 
 def top(z: Array, count: int) -> Array:
-    """Which values are among the ``count`` largest of their row."""
+    """Mask of the ``count`` largest values of each row."""
     order = np.argsort(-z, axis=1, kind="stable")
     kept = np.zeros(z.shape, dtype=bool)
     np.put_along_axis(kept, order[:, :count], True, axis=1)
@@ -119,7 +119,7 @@ REFERENCES: dict[str, Callable[..., tuple[Array, Array]]] = {name: globals()[f"r
 
 
 def shaped(name: str, feats: FeatureSet, **params: Any) -> FeatureSet:
-    """The shaped set, by the reference."""
+    """The set as shaped by the reference."""
     z, logits = REFERENCES[name](feats.features.numpy(), **params)
     sparse = Head(sparse_weight(**params), B) if name == "dice" else HEAD
     return FeatureSet(z, logits, feats.labels, sparse)
@@ -153,11 +153,11 @@ def test_equals_the_reference_on_features_of_both_signs(name: str) -> None:
     assert_close(score(name, feats, fit=FIT), logsumexp(logits, axis=1))
 
 
-# --- pytorch-ood 0.4: theirs says higher = out-of-distribution ---
+# --- pytorch-ood 0.4, where higher = out-of-distribution ---
 
 
 def maps(features: Tensor) -> Tensor:
-    """Pooled features as the feature maps that they want."""
+    """Pooled features as the feature maps that pytorch-ood expects."""
     return features[:, :, None, None]
 
 
@@ -180,7 +180,7 @@ def their_lts(p: float) -> Tensor:
 PAIRS: list[tuple[str, dict[str, Any], Callable[[], Tensor], float]] = [
     ("react", {}, lambda: on_maps(peer.ReAct, fit=True), 1e-9),
     ("react", {"q": 0.7}, lambda: on_maps(peer.ReAct, fit=True, percentile=0.7), 1e-9),
-    # their default is 0.65, OpenOOD's and here 0.90
+    # their default is 0.65; OpenOOD's and ours is 0.90
     *(
         (
             f"ash_{kind}",
@@ -191,9 +191,9 @@ PAIRS: list[tuple[str, dict[str, Any], Callable[[], Tensor], float]] = [
         for kind in "pbs"
         for p in (0.65, 0.9)
     ),
-    # their default is 0.65, the paper's and here 0.85
+    # their default is 0.65; the paper's and ours is 0.85
     *(("scale", {"percentile": p}, lambda p=p: on_maps(peer.SCALE, percentile=p), 1e-9) for p in (0.65, 0.85)),
-    # they raise low activations to the low quantile, where the authors, as here by default, set them to zero; their
+    # they raise low activations to the low quantile, while the authors, and our default, set them to zero; their
     # thresholds are rounded to float32
     ("vra", {"low": 0.01, "high": 0.99, "below": "clip"}, lambda: on_maps(peer.VRA, fit=True), 1e-6),
     (
@@ -211,7 +211,7 @@ PAIRS: list[tuple[str, dict[str, Any], Callable[[], Tensor], float]] = [
 @pytest.mark.parametrize(("name", "params", "theirs", "rtol"), PAIRS, ids=[f"{p[0]} {p[1]}" for p in PAIRS])
 def test_equals_pytorch_ood(name: str, params: dict[str, Any], theirs: Callable[[], Tensor], rtol: float) -> None:
     rows = torch.ones(len(FEATS), dtype=torch.bool)
-    if name == "ash_b":  # of a row's zeros, where it must raise some, they raise any, here the first are raised
+    if name == "ash_b":  # if some zeros of a row must be raised, they raise any of them, while we raise the first
         rows = (FEATS.features > 0).sum(dim=1) >= WIDTH - round(WIDTH * params["percentile"])
         assert rows.double().mean() > 0.9
     ours, others = score(name, FEATS, fit=FIT, **params)[rows], theirs()[rows]
@@ -219,7 +219,7 @@ def test_equals_pytorch_ood(name: str, params: dict[str, Any], theirs: Callable[
     assert spearmanr(ours, others).statistic > 1 - 1e-9
 
 
-def test_a_row_of_zeros_is_nan_there_and_the_bias_here() -> None:
+def test_a_row_of_zeros_is_nan_in_pytorch_ood_and_the_bias_here() -> None:
     zeros = torch.zeros(1, WIDTH, dtype=torch.float64)
     feats, theirs = FeatureSet(zeros, HEAD(zeros), head=HEAD), peer.LTS(None, LAYER).predict_features(zeros)
     assert theirs.isnan().all()
@@ -228,7 +228,7 @@ def test_a_row_of_zeros_is_nan_there_and_the_bias_here() -> None:
 
 
 def test_pruning_everything_keeps_one_here() -> None:
-    """Where rounding leaves none, they sum over nothing."""
+    """Where rounding leaves none, pytorch-ood sums over nothing."""
     detector = peer.SCALE(None, lambda z: LAYER(z.flatten(1)), percentile=0.99)
     assert not detector.predict_feature_maps(maps(FEATS.features)).isfinite().any()
     _, logits = ref_scale(Z, percentile=0.95)
@@ -266,7 +266,7 @@ def reads_what_is_shaped(name: str, base: Scorer) -> bool:
 @pytest.mark.parametrize("name", SHAPERS)
 @pytest.mark.parametrize(("base", "params"), BASES, ids=str)
 def test_any_base_scores_the_shaped_rows(name: str, base: str, params: dict[str, Any]) -> None:
-    """A fitted one is fitted on the shaped fit set."""
+    """A base that must be fitted is fitted on the shaped fit set."""
     inner = create_scorer(base, **params)
     if not reads_what_is_shaped(name, inner):
         with pytest.raises(BadInput, match=f"{name}: it changes .*, which base='{base}' does not read"):
@@ -279,7 +279,7 @@ def test_any_base_scores_the_shaped_rows(name: str, base: str, params: dict[str,
         assert_close(found, expected, rtol=1e-9)
 
 
-def test_nesting_shapes_from_the_outside_in() -> None:
+def test_nested_shapers_apply_from_the_outside_in() -> None:
     clipped = np.minimum(Z, np.quantile(FIT_Z, 0.9))
     _, logits = ref_ash_s(clipped)
     expected = score("msp", FeatureSet(clipped, logits))
@@ -289,7 +289,7 @@ def test_nesting_shapes_from_the_outside_in() -> None:
     assert_close(score("react", FEATS, fit=FIT, base="lts"), logsumexp(logits, axis=1))
 
 
-def test_nesting_fitted_shapers_fits_each_on_what_it_sees() -> None:
+def test_nested_shapers_are_fitted_on_their_own_input() -> None:
     clip = np.quantile(FIT_Z, 0.9)
     clipped = np.minimum(Z, clip)
     contributions = W * np.minimum(FIT_Z, clip).mean(axis=0)
@@ -312,7 +312,7 @@ def test_the_given_base_is_neither_fitted_nor_changed() -> None:
 
 
 def test_a_fitted_base_is_fitted_anew() -> None:
-    """A base that was fitted on rows as they come has seen nothing shaped."""
+    """A base that was fitted on unshaped rows has seen no shaped ones."""
     scorer = create_scorer("ash_s", base=create_scorer("mahalanobis").fit(FIT))
     with pytest.raises(NotFitted, match="'ash_s' is fitted on in-distribution features"):
         scorer.score(FEATS)
@@ -334,23 +334,23 @@ def test_a_fitted_base_is_fitted_anew() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("base", ["energy", "gradnorm", "msp"])
-def test_neutral_settings_leave_the_base_s_score(name: str, params: dict[str, Any], base: str) -> None:
+def test_neutral_settings_keep_the_score_of_the_base(name: str, params: dict[str, Any], base: str) -> None:
     if name == "lts" and base == "gradnorm":
         base = "max_logit"
     assert_close(score(name, FIT, fit=FIT, base=base, **params), score(base, FIT))
 
 
 @pytest.mark.parametrize("name", ["ash_s", "scale"])
-def test_scaling_without_pruning_is_by_e(name: str) -> None:
+def test_scaling_without_pruning_multiplies_by_e(name: str) -> None:
     assert_close(score(name, FEATS, percentile=0.0), logsumexp(head(Z * np.e), axis=1))
 
 
-def test_ash_b_without_pruning_levels_a_row() -> None:
+def test_ash_b_without_pruning_makes_all_activations_equal() -> None:
     level = np.repeat(Z.mean(axis=1, keepdims=True), WIDTH, axis=1)
     assert_close(score("ash_b", FEATS, percentile=0.0), logsumexp(head(level), axis=1))
 
 
-def test_what_is_needed_follows_from_the_base() -> None:
+def test_needs_follow_from_the_base() -> None:
     assert set(create_scorer("react").needs) == {"features", "head"}
     assert set(create_scorer("react").fit_needs) == {"features"}
     assert set(create_scorer("react", base="knn").needs) == {"features"}
@@ -379,7 +379,7 @@ def test_a_missing_head_at_fit() -> None:
         create_scorer("react", base="mahalanobis").fit(FeatureSet(FIT.features))
 
 
-def test_logits_need_not_be_there() -> None:
+def test_logits_are_not_needed() -> None:
     bare = FeatureSet(FEATS.features, head=HEAD)
     for name in (*FEATURE_SHAPERS, "dice"):
         assert torch.equal(score(name, bare, fit=FIT), score(name, FEATS, fit=FIT))
@@ -406,7 +406,7 @@ def test_parameters_out_of_range(name: str, params: dict[str, Any], message: str
         create_scorer(name, **params)
 
 
-def test_two_of_a_kind_in_one_table() -> None:
+def test_two_settings_of_a_shaper_in_one_table() -> None:
     table = evaluate(
         [create_scorer("react"), create_scorer("react", base="gradnorm")], id=FEATS, ood={"ood": FIT}, fit=FIT
     )
@@ -421,11 +421,11 @@ def test_the_command_line_takes_a_base_by_name() -> None:
     assert_close(score("react", FEATS, fit=FIT, **params), score("react", FEATS, fit=FIT, base="gradnorm", q=0.8))
 
 
-# --- ties, zeros and extremes ---
+# --- ties, zeros, and extremes ---
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=5), st.integers(1, 6))
-def test_the_largest_with_ties_are_the_first_of_them(rows: list[list[int]], count: int) -> None:
+def test_of_tied_values_the_first_are_the_largest(rows: list[list[int]], count: int) -> None:
     values = torch.tensor(rows, dtype=torch.float64)
     np.testing.assert_array_equal(largest(values, count / 6).numpy(), top(values.numpy(), count))
 
@@ -437,7 +437,7 @@ def test_the_ratio_is_bounded_and_one_for_rows_without_positive_activations() ->
 
 @pytest.mark.parametrize("name", ["ash_p", "ash_b", "ash_s", "scale"])
 def test_extreme_rows_stay_finite(name: str) -> None:
-    """Float32 has no exp(100), which 200 equal activations of which 1% are kept ask for."""
+    """Float32 has no exp(100), the factor for 200 equal activations of which 1% are kept."""
     features = torch.stack([torch.zeros(200), torch.full((200,), 3.0), -torch.ones(200), 1e-30 * torch.ones(200)])
     feats = FeatureSet(features, head=Head(torch.randn(3, 200, generator=torch.Generator().manual_seed(0))))
     for base in ("energy", "msp", "gradnorm"):
@@ -445,7 +445,9 @@ def test_extreme_rows_stay_finite(name: str) -> None:
 
 
 def test_dice_drops_contributions_at_the_threshold() -> None:
-    """Four equal ones, of which the median is one: all go, as with the authors; without sparsity all stay."""
+    """Four equal contributions, one of which is the median, are all removed, as in the authors' code; sparsity=0 keeps
+    all.
+    """
     feats = FeatureSet(torch.ones(3, 2), head=Head(torch.tensor([[1.0, 1.0], [1.0, 2.0]]), torch.tensor([0.5, 0.0])))
     assert_close(score("dice", feats, fit=feats, base="max_logit", sparsity=0.5), [2.0] * 3)
     assert_close(score("dice", feats, fit=feats, base="max_logit", sparsity=0.0), [3.0] * 3)
@@ -464,7 +466,7 @@ def test_vra_sets_low_activations_to_zero_or_to_the_quantile() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 7, 150, 1000])
-def test_all_rows_are_sampled_where_they_fit(dtype: torch.dtype, rows: int) -> None:
+def test_all_rows_are_sampled_if_they_fit(dtype: torch.dtype, rows: int) -> None:
     features = FIT.features.to(dtype)
     found = collect(FeatureSet(features).in_blocks(rows), [SampledRows()])[SampledRows()]
     assert torch.equal(found, features.float() if dtype == torch.float16 else features)
@@ -479,13 +481,13 @@ def test_rows_beyond_the_budget_are_evenly_spaced(values: int, numbers: list[int
 
 
 @pytest.mark.parametrize("shares", [[0.9], [0.0, 1.0], [0.25, 0.6, 0.95]])
-def test_quantiles_are_numpy_s(shares: list[float]) -> None:
+def test_quantiles_equal_numpy(shares: list[float]) -> None:
     found = collect(FeatureSet(FIT.features), [SampledRows()])[SampledRows()]
     np.testing.assert_array_equal(quantiles(found, shares).numpy(), np.quantile(FIT_Z, shares, axis=0))
     np.testing.assert_array_equal(quantiles(found.flatten(), shares).numpy(), np.quantile(FIT_Z, shares))
 
 
-def test_quantiles_of_more_values_than_torch_takes() -> None:
+def test_quantiles_of_more_values_than_torch_accepts() -> None:
     values = torch.arange(2**24 + 3, dtype=torch.float32)
     assert float(quantiles(values, [1.0])) == float(values[-1])
 
@@ -513,7 +515,7 @@ def test_one_pass_serves_all_statistics(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(fit.statistics) == {SampledRows(), FeatureMean(), ClassMoments(), Rows(True)}
     passes.clear()
     create_scorer("react", base="mahalanobis").fit(fit)
-    assert sum(feats is fit for feats in passes) == 1  # the shaped rows; the quantiles are known by now
+    assert sum(feats is fit for feats in passes) == 1  # the shaped rows; the quantiles are known already
     assert ClassMoments() in fit.statistics
 
 

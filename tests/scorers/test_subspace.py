@@ -1,4 +1,4 @@
-"""ViM, residual, NECO and pNML against float64 references written plainly, scikit-learn and pytorch-ood."""
+"""ViM, residual, NECO, and pNML against plain float64 references, scikit-learn, and pytorch-ood."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def feature_set(features: Array, given_head: Head | None = None, labels: Any = N
 
 
 def train(rows: int = ROWS, width: int = WIDTH, offset: Any = 0.0) -> FeatureSet:
-    """Features around class means that give large logits, with noise of unequal variance."""
+    """Features around class means with large logits, and noise of unequal variance."""
     rng = np.random.default_rng(0)
     labels = np.arange(rows) % CLASSES
     noise = rng.normal(size=(rows, width)) * np.geomspace(2, 0.1, width)
@@ -60,7 +60,7 @@ def parts(feats: FeatureSet) -> tuple[Array, Array, Array, Array]:
 
 
 def residuals(fit: FeatureSet, feats: FeatureSet, dimension: int) -> tuple[Array, Array]:
-    """Norms outside the principal space, of the fit set and of the other; by the SVD of the fit set itself."""
+    """Norms outside the principal space, of the fit set and of the other set, by the SVD of the fit set itself."""
     fitted, _, weight, bias = parts(fit)
     origin = -np.linalg.pinv(weight) @ bias
     _, _, axes = np.linalg.svd(fitted - origin)
@@ -101,7 +101,7 @@ class TestViMAndResidual:
         assert {width: default_dimension(width) for width in widths} == widths
 
     def test_rank_as_pytorch_ood_does(self) -> None:
-        """The same score with the sign turned; theirs is computed in float32."""
+        """pytorch-ood computes the same score with the opposite sign, in float32."""
         fit, feats = train(), to_score()
         features, _, weight, bias = (torch.from_numpy(part) for part in parts(fit))
         detector: Any = peer.ViM(None, 4, weight, bias).fit_features(features, fit.labels)
@@ -111,7 +111,7 @@ class TestViMAndResidual:
         assert spearmanr(ours, theirs).statistic > 1 - 1e-9
 
     def test_the_covariance_is_about_the_origin_and_not_about_the_mean(self) -> None:
-        """A fit set far from the origin: its mean is what the first principal direction points at."""
+        """The fit set is far from the origin, so the first principal direction points at its mean."""
         offset = 30 * head().weight.numpy()[0]
         fit, feats = train(offset=offset), to_score()
         np.testing.assert_allclose(score("vim", feats, fit=fit), vim(fit, feats, WIDTH // 2), rtol=1e-8)
@@ -129,7 +129,7 @@ class TestViMAndResidual:
         fit, feats = (feature_set(parts(part)[0] @ rotation, turned) for part in (train(), to_score()))
         torch.testing.assert_close(score(name, feats, fit=fit), score(name, to_score(), fit=train()))
 
-    def test_the_principal_space_counts_nothing(self) -> None:
+    def test_the_principal_space_does_not_count(self) -> None:
         fit, feats = train(), to_score()
         scorer = create_scorer("residual").fit(fit)
         space = scorer.residual_space_  # type: ignore[attr-defined]
@@ -163,14 +163,14 @@ class TestViMAndResidual:
         with pytest.raises(BadInput, match=f"{name}: the fit rows span {rank} dimensions.* space of {space} leaves no"):
             create_scorer(name, dimension=dimension).fit(train(rows=rows))
 
-    def test_negative_logits_are_warned_of(self) -> None:
+    def test_negative_logits_warn(self) -> None:
         fit = train()
         assert fit.logits is not None
         low = FeatureSet(fit.features, fit.logits - 100, fit.labels, fit.head)
         with pytest.warns(UserWarning, match=r"largest logits of the fit set are -.* on average"):
             ViM().fit(low)
 
-    def test_tell_rows_outside_the_principal_space(self) -> None:
+    def test_rows_outside_the_principal_space_score_lower(self) -> None:
         fit = train()
         outside = feature_set(parts(fit)[0] + 5 * np.eye(WIDTH)[-1])
         for name in ("residual", "vim"):
@@ -181,7 +181,7 @@ class TestNECO:
     @pytest.mark.parametrize("dimension", [1, 4, WIDTH])
     @pytest.mark.parametrize("max_logit", [False, True])
     def test_equals_scikit_learn(self, dimension: int, max_logit: bool) -> None:
-        """StandardScaler and PCA, as the authors' code calls them."""
+        """The reference is StandardScaler and PCA, as in the authors' code."""
         fit, feats = train(), to_score()
         scaler = StandardScaler().fit(parts(fit)[0])
         rows = scaler.transform(parts(feats)[0])
@@ -210,7 +210,7 @@ class TestNECO:
         assert held[dimension - 1] > variance - 1e-12
         assert dimension == 1 or held[dimension - 2] < variance
 
-    def test_a_share_is_a_share(self) -> None:
+    def test_the_ratio_is_between_0_and_1(self) -> None:
         shares = score("neco", to_score(), fit=train(), max_logit=False)
         assert ((shares > 0) & (shares < 1)).all()
         whole = score("neco", to_score(), fit=train(), max_logit=False, dimension=WIDTH)
@@ -223,7 +223,7 @@ class TestNECO:
             score("neco", feats, fit=fit), score("neco", to_score(), fit=train()), rtol=1e-6, atol=0
         )
 
-    def test_a_dead_feature_is_only_centred(self) -> None:
+    def test_a_dead_feature_is_only_centered(self) -> None:
         features = parts(train())[0].copy()
         features[:, 2] = 0.1
         scaler = StandardScaler().fit(features)
@@ -235,11 +235,11 @@ class TestNECO:
 
     def test_the_mean_itself_scores_zero(self) -> None:
         mean = train().features.mean(dim=0, keepdim=True)
-        centre = FeatureSet(NECO().fit(train()).mean_[None], torch.ones(1, CLASSES))  # type: ignore[attr-defined]
-        assert score("neco", centre, fit=train()).tolist() == [0.0]
+        center = FeatureSet(NECO().fit(train()).mean_[None], torch.ones(1, CLASSES))  # type: ignore[attr-defined]
+        assert score("neco", center, fit=train()).tolist() == [0.0]
         assert score("neco", FeatureSet(mean, torch.ones(1, CLASSES)), fit=train()).isfinite().all()
 
-    def test_needs_no_logits_without_them(self) -> None:
+    def test_needs_no_logits_without_max_logit(self) -> None:
         bare = FeatureSet(to_score().features)
         assert torch.equal(
             score("neco", bare, fit=train(), max_logit=False), score("neco", to_score(), fit=train(), max_logit=False)
@@ -264,7 +264,7 @@ class TestPNML:
 
     @pytest.mark.parametrize("rows", [ROWS, 20])
     def test_equals_pytorch_ood(self, rows: int) -> None:
-        """The same regret, theirs in float32 with probabilities clipped at 1e-12, which none here reaches."""
+        """The same regret, but in float32 with probabilities clipped at 1e-12, which none reaches here."""
         fit, feats = train(rows=rows), to_score()
         layer = nn.Linear(WIDTH, CLASSES)
         with torch.no_grad():
@@ -292,7 +292,7 @@ class TestPNML:
         torch.testing.assert_close(score("pnml", feats, fit=fit), score("pnml", to_score(), fit=train()))
 
     @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3, 1e6])
-    def test_the_regret_is_a_share_for_any_confidence(self, scale: float) -> None:
+    def test_the_regret_is_between_0_and_1_for_any_confidence(self, scale: float) -> None:
         confident = FeatureSet(to_score().features, head=Head(head().weight * scale, head().bias))
         regret = -score("pnml", confident, fit=train())
         assert regret.isfinite().all()
@@ -313,7 +313,7 @@ def test_a_dimension_is_a_positive_whole_number(name: str, dimension: Any) -> No
 
 
 @pytest.mark.parametrize("variance", [0.0, -0.5, 1.1, float("nan")])
-def test_a_variance_is_a_share(variance: float) -> None:
+def test_the_variance_is_between_0_and_1(variance: float) -> None:
     with pytest.raises(BadInput, match=r"neco: variance must be in \(0, 1\]"):
         create_scorer("neco", variance=variance)
 
@@ -327,8 +327,8 @@ def test_global_moments_are_those_of_all_rows(rows: int, offset: float, normaliz
     values = values / np.linalg.norm(values, axis=1, keepdims=True) if normalize else values
     assert found.counts.tolist() == [57]
     np.testing.assert_allclose(found.means[0], values.mean(axis=0), rtol=1e-12, atol=1e-12)
-    centred = values - values.mean(axis=0)
-    expected = centred.T @ centred
+    centered = values - values.mean(axis=0)
+    expected = centered.T @ centered
     np.testing.assert_allclose(found.scatter, expected, rtol=1e-6, atol=1e-10 * np.abs(expected).max())
 
 

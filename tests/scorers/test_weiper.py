@@ -1,4 +1,4 @@
-"""weiper, held to a plain float64 reference of the authors' definition, one row, one copy and one bin at a time."""
+"""weiper against a plain float64 reference of the authors' definition, one row, copy, and bin at a time."""
 
 from __future__ import annotations
 
@@ -107,20 +107,20 @@ def test_the_noise_is_seeded() -> None:
     assert not torch.equal(scores[0], scores[2])
 
 
-def test_without_distance_the_copies_are_the_head() -> None:
+def test_with_distance_0_the_copies_are_the_head() -> None:
     found = score("weiper", FEATS, fit=TRAIN, distance=0.0, lambda_1=0.0, lambda_2=1.0, **SMALL)
     without = score("weiper", FEATS, fit=TRAIN, distance=0.0, lambda_1=0.0, lambda_2=0.0, **SMALL)
     msp = score("msp", FeatureSet(ROWS, ROWS @ WEIGHT.T + BIAS))
     np.testing.assert_allclose(found - without, msp, rtol=1e-5)
 
 
-def test_copies_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_copies_at_a_time_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score("weiper", FEATS, fit=TRAIN, **SMALL)
     monkeypatch.setattr(weiper_module, "PIECE", 300)
     np.testing.assert_allclose(score("weiper", FEATS, fit=FeatureSet(FIT, head=HEAD), **SMALL), whole, rtol=1e-12)
 
 
-def test_float32_features_cost_no_more_than_logits_at_the_edges_of_bins() -> None:
+def test_float32_features_change_only_logits_at_bin_edges() -> None:
     narrow = FeatureSet(ROWS.astype(np.float32), head=HEAD)
     scorer = create_scorer("weiper").fit(TRAIN)
     found, expected = scorer.score(narrow), scorer.score(FeatureSet(narrow.features.double(), head=HEAD))
