@@ -92,13 +92,6 @@ class _Correct(Scorer):
         return (block.prediction() == block.labels).double()
 
 
-def accuracy(feats: FeatureSet) -> float | None:
-    """Share of rows whose label has the largest logit; None without labels or logits."""
-    if not _knows_accuracy(feats):
-        return None
-    return float(_Correct().score(feats).mean())
-
-
 def _knows_accuracy(feats: FeatureSet) -> bool:
     if not (feats.has("labels") and feats.has("logits")):
         return False

@@ -22,7 +22,6 @@ from ood_scores.errors import (
     ShapeMismatch,
     UnknownName,
 )
-from ood_scores.evaluation.evaluate import accuracy
 from ood_scores.features import Block, Provenance
 
 COLUMNS = ["scorer", "ood", "auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "n_id", "n_ood"]
@@ -114,10 +113,8 @@ def test_id_accuracy_of_evaluate() -> None:
     expected = float((ID.logits.argmax(dim=1) == ID.labels).double().mean())
     assert 0 < expected < 1
     assert evaluate(["msp"], id=ID, ood=OOD).attrs["id_accuracy"] == expected
-    assert accuracy(ID) == expected
     assert evaluate(["msp"], id=feature_set(1, labels=None), ood=OOD).attrs["id_accuracy"] is None
     assert evaluate(["feature_norm"], id=feature_set(1, logits=None), ood=OOD).attrs["id_accuracy"] is None
-    assert accuracy(feature_set(1, labels=None)) is None
 
 
 def test_evaluate_returns_the_name_of_the_id_dataset() -> None:
