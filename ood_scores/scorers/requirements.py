@@ -93,7 +93,7 @@ class Requirement:
         if stem in HOW_TO_GET:
             return HOW_TO_GET[stem][get_args(Where).index(where)]
         if stem not in PROBES:
-            return "pass it to FeatureSet in extras={...}: no registered probe computes it"
+            return "pass it to FeatureSet in extras={...}, because no registered probe computes it"
         default = PROBES[stem]()
         asked = PROBES[stem].parameters_for(_parts([self.name, *self.together])[stem])
         parameters = {key: value for key, value in asked.items() if value != getattr(default, key)}
