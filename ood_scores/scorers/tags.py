@@ -16,12 +16,12 @@ class Paper:
     """The publication that introduced a score.
 
     Args:
-        title: the full title.
-        authors: all authors, as "First Last, First Last".
-        venue: the conference or journal, abbreviated where that is usual; "arXiv" for a preprint.
-        year: the year of publication at the venue.
-        url: a page with the text or its abstract.
-        code: the authors' own repository; None if there is none or it is not known.
+        title: The full title.
+        authors: All authors, as "First Last, First Last".
+        venue: The conference or journal, abbreviated where that is usual; "arXiv" for a preprint.
+        year: The year of publication at the venue.
+        url: A page with the text or its abstract.
+        code: The authors' own repository; None if there is none or it is not known.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Paper:
 
     @property
     def key(self) -> str:
-        """The BibTeX key: family name of the first author, year, and first word of the title that says something."""
+        """The BibTeX key: family name of the first author, year, and first word of the title that is no article."""
         family = self.authors.split(",")[0].split()[-1]
         word = next(word for word in re.findall(r"\w+", self.title) if word.lower() not in {"a", "an", "on", "the"})
         ascii_only = unicodedata.normalize("NFKD", f"{family}{self.year}{word}").encode("ascii", "ignore")
@@ -58,14 +58,14 @@ class Tags:
     """Facts about a scorer class, kept in its attribute ``tags``.
 
     Args:
-        paper: the source of the formula; None where no publication introduced it.
-        no_graph: why the scorer cannot be exported as a graph, as a clause ("it ranks all logits"); None if it can.
-        small_parameters: parameters that make the scorer small and fast, for tests.
-        small_extras: functions of features ``[N, D]`` and logits ``[N, C]`` that make the extras it reads, for tests.
-        exceptions: conformance properties that the scorer does not have, each with the reason.
-        float32_tolerance: relative error of the scores that may come from float32 inputs.
-        search_space: values to try for each parameter when the scorer is tuned on validation data.
-        experimental: why results may not be those of the paper, for instance because only its abstract was available.
+        paper: The source of the formula; None if no single publication introduced it.
+        no_graph: Why the scorer cannot be exported as a graph, as a clause ("it ranks all logits"); None if it can.
+        small_parameters: Parameters that make the scorer small and fast, for tests.
+        small_extras: Functions of features ``[N, D]`` and logits ``[N, C]`` that create the extras it reads, for tests.
+        exceptions: Conformance properties that the scorer does not have, each with the reason.
+        float32_tolerance: The relative error of scores that float32 inputs may cause.
+        search_space: Values to try for each parameter when the scorer is tuned on validation data.
+        experimental: Why scores may not be those of the paper, for instance because only its abstract was available.
     """
 
     paper: Paper | None = None
