@@ -1,4 +1,4 @@
-"""The demo: real handwritten digits, a small network trained twice, every scorer; offline, in half a minute."""
+"""The demo: handwritten digits, a small network trained in two ways, and every scorer; offline, in half a minute."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAR_IMAGES = 500
 NEAR, FAR = ("unseen",), ("photo", "noise")
 OOD = (*NEAR, *FAR)
 DRAWN = ("msp", "energy", "gradnorm", "feature_norm", "mahalanobis", "knn")
-"""The picture shows one scorer of each family."""
+"""Scorers in the figure, one of each family."""
 
 TRAININGS = ("cross_entropy", "l2_norm")
 """Training objectives. Both minimize the cross-entropy; in the second, the classifier sees only the direction of the
@@ -45,7 +45,7 @@ default_cfgs = generate_default_cfgs({"digit_net": cifar_cfg(mean=_HALF, std=_HA
 
 
 class DigitNet(PooledClassifier):
-    """Images ``[N, 1, 8, 8]`` to logits ``[N, 7]``: three convolutions, the mean over the map, a linear classifier."""
+    """Three convolutions, global average pooling, and a linear classifier: ``[N, 1, 8, 8]`` to ``[N, 7]``."""
 
     def __init__(self, num_classes: int = len(ID_CLASSES), in_chans: int = 1) -> None:
         super().__init__(in_chans, num_features=64)
@@ -71,11 +71,11 @@ def digit_net(pretrained: bool = False, **kwargs: Any) -> DigitNet:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found.
+    """The results of the demo.
 
     Attributes:
-        results: of the benchmark; ``model`` is the training.
-        caches: the file of features by training and set.
+        results: Results of the benchmark; the column ``model`` names the training.
+        caches: Path of the feature cache by training and dataset.
     """
 
     results: Results
@@ -83,8 +83,7 @@ class Demo:
 
 
 def run(out: Path, seed: int = 0, epochs: int = 30, progress: bool = True) -> Demo:
-    """Trains two networks and compares every scorer on them: a folder with the benchmark's caches, tables and report,
-    its images and weights, and the picture scores.png."""
+    """Train two networks, compare all scorers on them, and write caches, tables, a report, and a figure to a folder."""
     data = image_sets(seed)
     inputs = out / "inputs" / f"seed{seed}"
     inputs.mkdir(parents=True, exist_ok=True)
@@ -106,7 +105,7 @@ def run(out: Path, seed: int = 0, epochs: int = 30, progress: bool = True) -> De
 
 
 def benchmark() -> Spec:
-    """What is compared, as a benchmark file would say it."""
+    """Return the comparison as a benchmark specification."""
     part = Part(
         title="Handwritten digits",
         models=tuple(ModelTable("digit_net", training, f"{training}/{LAST}") for training in TRAININGS),
@@ -121,7 +120,7 @@ def benchmark() -> Spec:
 
 
 def image_sets(seed: int) -> dict[str, ImageArrays]:
-    """Digits 0 to 6 for training and test; digits 7 to 9, patches of photographs, and noise, without labels."""
+    """Return digits 0 to 6 for training and test; digits 7 to 9, photograph patches, and noise, without labels."""
     split = digits_split(ID_CLASSES, seed)
     unlabelled = {
         "unseen": digits(UNSEEN_CLASSES)[0],
@@ -137,7 +136,7 @@ def image_sets(seed: int) -> dict[str, ImageArrays]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: the networks are too small to gain from more."""
+    """Compute on one thread, because the networks are too small to gain from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -147,7 +146,7 @@ def one_thread() -> Iterator[None]:
 
 
 def recipe(training: str, images: Path, seed: int, epochs: int) -> Recipe:
-    """The recipe of one of ``TRAININGS`` on a file of images."""
+    """Return the recipe of one of ``TRAININGS`` on a file of images."""
     return recipe_from(
         {
             "epochs": epochs,
@@ -162,7 +161,7 @@ def recipe(training: str, images: Path, seed: int, epochs: int) -> Recipe:
 
 
 def panels(results: Results) -> dict[str, Panel]:
-    """The scores of the drawn scorers on the test set and on each OoD set, by scorer and training."""
+    """Return the scores in the figure, on the test set and each OoD dataset, by scorer and training."""
     drawn = {
         f"{name}, {scored.model}": Panel(scored.scores[name]["id"], {ood: scored.scores[name][ood] for ood in OOD})
         for scored in results.scored

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from ood_scores.evaluation.metrics import Metric
 
 INTRODUCTION = """\
-[bold]Handwritten digits[/]: a small network learns 0 to 6, twice; then it is shown what it has never seen.
+[bold]Handwritten digits[/]: two small networks learn 0 to 6 and are then tested on images they have never seen.
 [dim]unseen: digits 7 to 9 · photo: patches of two photographs · noise: uniform noise[/]"""
 LEGEND = "CE: trained with cross-entropy. L2: the same network trained on L2-normalized features."
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the caches, the table and the picture.")] = Path(
+    out: Annotated[Path, typer.Option(help="Output folder for caches, tables, and the figure.")] = Path(
         "ood_scores_demo"
     ),
-    seed: Annotated[int, typer.Option(help="Of the split, the networks and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the networks, and the noise.")] = 0,
 ) -> None:
-    """Trains, extracts, scores and compares on real handwritten digits: offline, in half a minute.
+    """Train, extract, score, and compare on real handwritten digits; offline, in half a minute.
 
     \b
     [bold]Examples[/]
@@ -56,7 +56,7 @@ SHORT = {"cross_entropy": "CE", "l2_norm": "L2"}
 
 
 def _columns(table: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
-    """A scorer per row, best mean AUROC first; columns ``(OoD set, training, metric)``."""
+    """Return a table with a scorer per row, best mean AUROC first, and columns ``(OoD dataset, training, metric)``."""
     import pandas as pd
 
     values = table.pivot(index="scorer", columns=["ood", "model"], values=[metric.name for metric in metrics])

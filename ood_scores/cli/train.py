@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The TOML file that says what is trained, on what and how.")],
+    recipe: Annotated[Path, typer.Argument(help="TOML file of the recipe.")],
     set: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="In place of what the recipe says; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Key of the recipe to override; may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for what comes out. Default: runs/ and the recipe.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop what another training left in it.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Output folder; defaults to runs/ and the recipe's name.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard a previous run in this folder.")] = False,
     device: options.Device = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="Neither a bar nor a line per epoch.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show neither a progress bar nor a line per epoch.")] = False,
 ) -> None:
-    """Trains what a recipe says; an interrupted run continues when the same command is given again.
+    """Train a network by a recipe, or resume an interrupted run when the same command is given again.
 
-    The folder gets last.safetensors, which timm and extract open; log.csv; and the state to continue from.
+    The output folder contains last.safetensors, which timm and extract open, log.csv, and the state to resume from.
 
     \b
     [bold]Examples[/]
@@ -42,7 +42,7 @@ def train(
     [bold]A recipe[/]
       epochs = 60
       \\[model]
-      name = "cifar_resnet20"          # timm's names too
+      name = "cifar_resnet20"          # or any other timm model
       \\[data]
       train = "torchvision:CIFAR10?split=train&download=true"
       validation = 0.1
@@ -64,7 +64,7 @@ def train(
     try:
         trained = run(read, folder, device=device, overwrite=overwrite, progress=not quiet)
     except KeyboardInterrupt:
-        console().print(f"[yellow]stopped[/]: the same command continues from what is saved in [bold]{folder}[/]")
+        console().print(f"[yellow]stopped[/]: run the same command to resume from [bold]{folder}[/]")
         raise typer.Exit(130) from None
     if Ranks.here().first:
         _say_where(read, trained)

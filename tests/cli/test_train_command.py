@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trainer, "train_step", interrupted)
     result = call("train", recipe, "--device", "cpu")
     assert result.exit_code == 130
-    assert "stopped: the same command continues from what is saved in runs/small" in result.output
+    assert "stopped: run the same command to resume from runs/small" in result.output
     monkeypatch.setattr(trainer, "train_step", honest)
     output = ok("train", recipe, "--device", "cpu")
     assert "epoch 1 " not in output
