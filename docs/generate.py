@@ -84,7 +84,7 @@ def known_datasets() -> str:
     for known in CATALOG:
         images = f"{known.images:,}" if known.images else ""
         description = f"{known.what} ([page]({known.page}))"
-        rows.append(f"| `{known.name}` | {description} | {images} | {known.licence} | `{known.spec}` |")
+        rows.append(f"| `{known.name}` | {description} | {images} | {known.license} | `{known.spec}` |")
     return "\n".join(rows)
 
 

@@ -1,4 +1,4 @@
-"""The datasets of the field by which OoD scores are compared: what they are, where they are, and what opens them."""
+"""The datasets on which papers compare OoD scores: what they show, where they are, and what opens them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ class KnownSet:
     """A dataset that papers use.
 
     Attributes:
-        name: a short one.
-        what: what it shows, and what to know of it.
-        images: how many; 0 where that depends on the release or the list.
+        name: a short name.
+        what: what the images show, and other facts about the dataset.
+        images: number of images; 0 if it depends on the release or the list.
         page: the authors' page, or that of the paper's code.
-        get: the command that puts it into the folder `{data}`, or what to do by hand; "" where torchvision does it.
-        spec: opens it afterwards, as `open_dataset(spec, root=data)`.
-        folders: names of files and folders by which a path to it is known, in lower case and with `_` for `-`.
-        licence: where its authors say one.
+        get: the command that puts the dataset into the folder ``{data}``, or what to do by hand; "" if torchvision
+            downloads it.
+        spec: the text that opens the dataset afterwards, with ``open_dataset(spec, root=data)``.
+        folders: names of files and folders that identify a path to it, in lower case and with ``_`` for ``-``.
+        license: the license, if the authors state one.
     """
 
     name: str
@@ -27,11 +28,11 @@ class KnownSet:
     get: str
     spec: str
     folders: tuple[str, ...] = ()
-    licence: str = ""
+    license: str = ""
 
 
 def _openood(*names: str) -> str:
-    """OpenOOD's script, for the image lists and the sets of these names, or for those of version 1.5."""
+    """Return the command of OpenOOD's script for the image lists and some datasets; by default all of version 1.5."""
     which = f"--dataset_mode dataset --datasets {' '.join(names)}" if names else "--datasets ood_v1.5"
     return (
         "git clone https://github.com/Jingkang50/OpenOOD && pip install gdown && "
@@ -60,7 +61,7 @@ _IMAGENET_TERMS = "ImageNet's terms of access: non-commercial research and educa
 OPENOOD = KnownSet(
     "openood",
     "OpenOOD v1.5 (Zhang et al. 2023): image lists for CIFAR-10, CIFAR-100, ImageNet-200 and ImageNet-1k, and the test "
-    "images they name. The training images of ImageNet are not among them.",
+    "images in these lists. The training images of ImageNet are not included.",
     0,
     _OPENOOD_PAGE,
     _openood(),
@@ -98,7 +99,7 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     KnownSet(
         "mnist",
-        "handwritten digits, 28 x 28, grey (LeCun et al. 1998): 60,000 for training, 10,000 for test",
+        "handwritten digits, 28 x 28, gray (LeCun et al. 1998): 60,000 for training, 10,000 for test",
         70000,
         "http://yann.lecun.com/exdb/mnist/",
         "",
@@ -136,7 +137,7 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     KnownSet(
         "inaturalist",
-        "plants, 110 classes that ImageNet-1k has not (Huang & Li 2021, MOS)",
+        "plants, 110 classes that are not in ImageNet-1k (Huang & Li 2021, MOS)",
         10000,
         _MOS,
         _unpacked(f"{_MOS_FILES}/iNaturalist.tar.gz"),
@@ -145,7 +146,7 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     KnownSet(
         "sun",
-        "scenes, 50 classes that ImageNet-1k has not (Huang & Li 2021, MOS)",
+        "scenes, 50 classes that are not in ImageNet-1k (Huang & Li 2021, MOS)",
         10000,
         _MOS,
         _unpacked(f"{_MOS_FILES}/SUN.tar.gz"),
@@ -154,7 +155,7 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     KnownSet(
         "places",
-        "scenes, 50 classes that ImageNet-1k has not (Huang & Li 2021, MOS)",
+        "scenes, 50 classes that are not in ImageNet-1k (Huang & Li 2021, MOS)",
         10000,
         _MOS,
         _unpacked(f"{_MOS_FILES}/Places.tar.gz"),
@@ -208,8 +209,8 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     KnownSet(
         "tinyimagenet",
-        "200 of ImageNet's classes, 64 x 64 (Le & Yang 2015): 100,000 for training, 10,000 for validation, which the "
-        "command makes an image list of, and 10,000 for test, without labels",
+        "200 of ImageNet's classes, 64 x 64 (Le & Yang 2015): 100,000 for training, 10,000 for validation, for which "
+        "the command writes an image list, and 10,000 for test, without labels",
         120000,
         "https://www.kaggle.com/c/tiny-imagenet",
         _unpacked("http://cs231n.stanford.edu/tiny-imagenet-200.zip")
@@ -220,8 +221,8 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     KnownSet(
         "imagenet",
-        "ImageNet-1k, ILSVRC 2012 (Russakovsky et al. 2015): 1,281,167 for training, 50,000 for validation; opened "
-        "for the first time, the archives are unpacked",
+        "ImageNet-1k, ILSVRC 2012 (Russakovsky et al. 2015): 1,281,167 for training, 50,000 for validation; "
+        "the archives are unpacked when the dataset is first opened",
         1331167,
         _IMAGENET,
         "register, then put ILSVRC2012_img_val.tar, ILSVRC2012_img_train.tar and ILSVRC2012_devkit_t12.tar.gz into "
@@ -271,7 +272,7 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     KnownSet(
         "imagenet_c",
-        "corrupted validation images of ImageNet (Hendrycks & Dietterich 2019), as OpenOOD v1.5 samples them; all are "
+        "corrupted validation images of ImageNet (Hendrycks & Dietterich 2019), as sampled by OpenOOD v1.5; all are "
         "at https://zenodo.org/record/2235448",
         0,
         "https://github.com/hendrycks/robustness",
@@ -282,7 +283,7 @@ CATALOG: tuple[KnownSet, ...] = (
     KnownSet(
         "imagenet_r",
         "renditions of 200 classes of ImageNet: art, toys, sketches (Hendrycks et al. 2021); the authors' archive is "
-        "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
+        "at https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
         30000,
         "https://github.com/hendrycks/imagenet-r",
         _openood("imagenet_r"),
@@ -292,7 +293,7 @@ CATALOG: tuple[KnownSet, ...] = (
     KnownSet(
         "imagenet_v2",
         "new test images of ImageNet's classes (Recht et al. 2019). The folders of the authors' archive are named 0, "
-        "1, 2, …, which folder: sorts as text: use the list",
+        "1, 2, …, which folder: sorts as text; use the list instead",
         10000,
         "https://github.com/modestyachts/ImageNetV2",
         _openood("imagenet_v2"),
@@ -310,8 +311,8 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     KnownSet(
         "scood",
-        "SC-OOD (Yang et al. 2021): OoD sets for CIFAR-10 and -100 whose lists give images of ID classes their class, "
-        "and others -1",
+        "SC-OOD (Yang et al. 2021): OoD datasets for CIFAR-10 and -100 whose lists label images of ID classes with "
+        "their class, and others with -1",
         0,
         "https://jingkang50.github.io/projects/scood",
         "pip install gdown && gdown 1cbLXZ39xnJjxXnDM7g2KODHIjE0Qj4gu -O {data}/scood_benchmark.zip && "
@@ -322,7 +323,7 @@ CATALOG: tuple[KnownSet, ...] = (
     KnownSet(
         "300k_random_images",
         "from 80 Million Tiny Images, 32 x 32, without CIFAR's and Places' classes; auxiliary OoD images (Hendrycks et "
-        "al. 2019). Published as one array, which the command makes an archive of",
+        "al. 2019). Published as one array, which the command converts to an archive",
         300000,
         "https://github.com/hendrycks/outlier-exposure",
         "cd {data} && wget https://people.eecs.berkeley.edu/~hendrycks/300K_random_images.npy && python -c "
@@ -332,7 +333,7 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     KnownSet(
         "imagenet_lt",
-        "long-tailed list of ImageNet's training images (Liu et al. 2019), from 1,280 to 5 of a class; the images are "
+        "long-tailed list of ImageNet's training images (Liu et al. 2019), with 1,280 to 5 per class; the images are "
         "ImageNet's",
         115846,
         "https://liuziwei7.github.io/projects/LongTail.html",
@@ -367,4 +368,4 @@ CATALOG: tuple[KnownSet, ...] = (
     ),
     OPENOOD,
 )
-"""The sets by which OoD scores are compared. Figures are the papers'; addresses are those that their authors give."""
+"""The datasets on which OoD scores are compared. Figures come from the papers, addresses from the authors."""
