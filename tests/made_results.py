@@ -1,4 +1,4 @@
-"""Benchmark results of random scores, with every number computed from them."""
+"""Benchmark results with random scores, and all other numbers computed from them."""
 
 from __future__ import annotations
 
@@ -33,20 +33,23 @@ SCORERS = {
     "mahalanobis": 0.35,
     "<script>alert('ash_s')</script>|`": 0.2,
 }
-"""Correlation of each scorer with the variable that separates the sets."""
+"""Correlation of each scorer with the variable that separates the datasets."""
 MODELS = {
     "ResNet-20": (1.0, 0.9173, 2),
     "DenseNet-100 (k=12)": (1.15, 0.9454, 1),
     "ViT-B/16 <ünïcode>": (0.75, 0.7444, 1),
 }
-"""Separation of the sets, ID accuracy and number of checkpoints of each model."""
+"""Separation of the datasets, ID accuracy and number of checkpoints of each model."""
 
 
 NOTES = "Rows & columns <made> up.\n\n- *first*\n- ![picture](https://example.org/a.png)"
 
 
 def make_results(folder: Path, n_id: int = 300, n_ood: int = 200, parts: tuple[str, ...] = (PART,)) -> Results:
-    """Three models, twelve scorers and five sets; two scorers are equal, and the first model has two checkpoints."""
+    """Create results of three models, twelve scorers and five datasets.
+
+    Two scorers are equal, and the first model has two checkpoints.
+    """
     rng = np.random.default_rng(0)
     units = [
         _unit(rng, part, model, checkpoint, n_id, n_ood)
@@ -97,7 +100,7 @@ def make_results(folder: Path, n_id: int = 300, n_ood: int = 200, parts: tuple[s
 
 
 def _unit(rng: np.random.Generator, part: str, model: str, checkpoint: int, n_id: int, n_ood: int) -> Scored:
-    """Scores are weighted sums of the variable that separates the sets and of noise of each scorer."""
+    """Draw scores: weighted sums of the variable that separates the datasets and of noise for each scorer."""
     seen = {"id": rng.standard_normal(n_id)}
     seen |= {name: rng.standard_normal(n_ood) - MODELS[model][0] * shift for name, shift in SHIFTS.items()}
     rows = {name: len(values) for name, values in seen.items()}
@@ -120,7 +123,7 @@ def _unit(rng: np.random.Generator, part: str, model: str, checkpoint: int, n_id
 
 
 def table_rows(unit: Scored) -> list[dict[str, Any]]:
-    """Rows of the table for the scores of a unit."""
+    """Compute the rows of the table for the scores of a unit."""
     made = []
     for i, (scorer, scores) in enumerate(unit.scores.items()):
         for ood, group in GROUPS.items():
@@ -157,7 +160,7 @@ ENDS = (("low", -0.02), ("high", 0.02))
 
 
 def _comparison(table: pd.DataFrame) -> pd.DataFrame:
-    """Published numbers of a model that was run and of one that was not, and an accuracy."""
+    """Create published numbers of a model that ran and of one that did not, and an accuracy."""
     part = table["part"].iloc[0]
     ours = (
         table[(table["part"] == part) & (table["checkpoint"] == 0)].set_index(["model", "scorer", "ood"]).sort_index()

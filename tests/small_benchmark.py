@@ -1,4 +1,4 @@
-"""A benchmark that runs in two seconds: random images of 8 by 8 pixels, and a network that is not trained."""
+"""A benchmark that runs in two seconds: random images of 8 x 8 pixels and an untrained network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = {"fits": 60, "test": 40, "cousins": 30, "dark": 25, "shifted": 20, "val_i
 
 
 def write_data(folder: Path, checkpoints: int = 1) -> None:
-    """NPZ files of labelled images, and checkpoints 0.safetensors, 1.safetensors, …"""
+    """Write NPZ files of labeled images, and checkpoints 0.safetensors, 1.safetensors, …"""
     rng = np.random.default_rng(0)
     for number, (name, rows) in enumerate(ROWS.items()):
         labels = np.arange(rows) % CLASSES
@@ -35,7 +35,7 @@ def write_data(folder: Path, checkpoints: int = 1) -> None:
 
 
 def part(**changes: Any) -> Part:
-    """Paths are relative to the folder of the data."""
+    """Create a part with some fields changed; paths are relative to the folder of the data."""
     given: dict[str, Any] = {
         "title": "Small",
         "models": (ModelTable("cifar_resnet20", "Net", "0.safetensors"),),

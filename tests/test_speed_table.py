@@ -1,4 +1,4 @@
-"""The speed table: every line is there, and what is not measured again is kept."""
+"""The speed table: it has every line, and keeps lines that are not measured again."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from benchmarks.speed.lines import GROUPS, training
 
 SMALL = ["--scale", "0.01", "--threads", "1"]
 LIGHT = {"gradnorm": 2, "mahalanobis": 1, "knn": 2, "metrics": 1}
-"""Groups that take a second or two, and how many lines they have."""
+"""Groups that take a second or two, and their numbers of lines."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def records(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_every_line_has_a_ratio_and_a_bound(table):
+def test_speed_lines_have_a_ratio_and_a_bound(table):
     found = records(table)
     assert [record["group"] for record in found] == [group for group in GROUPS for _ in range(LIGHT.get(group, 0))]
     assert all(0 < record["ratio"] < math.inf for record in found)
@@ -37,7 +37,7 @@ def test_every_line_has_a_ratio_and_a_bound(table):
     assert readme.count("at least") + readme.count("at most") == len(found)
 
 
-def test_a_second_run_replaces_its_groups_and_keeps_the_others(table):
+def test_second_speed_run_replaces_its_groups_only(table):
     before = records(table)
     main(["gradnorm", *SMALL, "--out", str(table)])
     after = records(table)
@@ -46,23 +46,21 @@ def test_a_second_run_replaces_its_groups_and_keeps_the_others(table):
     assert changed == {"gradnorm"}
 
 
-def test_a_group_that_finds_nothing_keeps_what_is_there(table, monkeypatch):
+def test_speed_group_without_lines_keeps_earlier_ones(table, monkeypatch):
     before = records(table)
     monkeypatch.setitem(GROUPS, "gradnorm", lambda scale: [])
     main(["gradnorm", *SMALL, "--out", str(table)])
     assert records(table) == before
 
 
-def test_an_unknown_group_is_refused_before_anything_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_speed_group_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["exponents", "imports", "--out", str(tmp_path)])
     assert "there is no group 'imports'; there are: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_training_is_measured_beside_the_bare_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_speed_is_measured_against_the_bare_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     small = ["model.width=4", "batch_size=128", "data.validation=0"]
     rna = training.Epoch("rna_cifar10_lt", 256, [*small, "data.long_tail=1"], auxiliary=True)

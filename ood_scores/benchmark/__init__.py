@@ -1,4 +1,4 @@
-"""Benchmarks: a file that says which models, sets and scorers are compared; tables and a report.
+"""Benchmarks: a file names models, datasets, and scorers; the results are tables and a report.
 
 >>> import ood_scores
 >>> results = ood_scores.benchmark.run("benchmarks/suites/real.toml")  # doctest: +SKIP
@@ -30,7 +30,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: reading a spec needs no model."""
+    """Import a name when it is first used."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -1,4 +1,4 @@
-"""What can be wrong with a spec, found before anything is run."""
+"""Find problems of a spec before anything runs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ood_scores.toml_tables import KeyPath
 
 GROUPS = ("near", "far", "mean")
 STATISTICS = ("_sd", "_min", "_max")
-"""After the name of a published figure: that over the model's checkpoints, in place of their mean."""
+"""Suffixes of published figures: statistics over the checkpoints of a model other than the mean."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a part.
+    """A problem of a part.
 
     Attributes:
-        part: its number, from 0.
-        path: the key, with the tables around it in a spec file.
-        message: what, and what to do.
+        part: number of the part, from 0.
+        path: the key and the tables that contain it.
+        message: what is wrong, and what to do.
         error: BadInput, or UnknownName for a name that does not exist.
     """
 
@@ -40,13 +40,13 @@ class Problem:
 
 
 def figure_of(metric: str) -> tuple[str, str]:
-    """A published figure without its statistic, and the statistic; "" is the mean."""
+    """Split the name of a published figure into the metric and the suffix of the statistic, "" for the mean."""
     statistic = next((end for end in STATISTICS if metric.endswith(end)), "")
     return metric.removesuffix(statistic), statistic
 
 
 def check(spec: Spec) -> None:
-    """Raises the first problem of a spec that was made in Python."""
+    """Raise the first problem of a spec that was created in Python."""
     for problem in problems(spec):
         raise problem.error(f"{spec.parts[problem.part].title}: {problem.message}")
 
@@ -55,7 +55,7 @@ def problems(spec: Spec) -> Iterator[Problem]:
     titles = Counter(part.title for part in spec.parts)
     for number, part in enumerate(spec.parts):
         if titles[part.title] > 1:
-            yield Problem(number, ("title",), f"two parts are called {part.title!r}: each needs a title of its own.")
+            yield Problem(number, ("title",), f"two parts are called {part.title!r}: give each its own title.")
         for path, message, error in _of_part(part):
             yield Problem(number, path, message, error)
 
@@ -71,7 +71,7 @@ def _of_part(part: Part) -> Found:
 
 
 def _unknown(path: KeyPath, what: str, name: str, known: Iterable[str]) -> Found:
-    """That a name is not among the known ones, if it is not."""
+    """Yield a problem if a name is unknown."""
     known = list(known)
     if name not in known:
         yield path, str(unknown(f"there is no {what}", name, known)), UnknownName
@@ -84,7 +84,7 @@ def _wrong(condition: bool, path: KeyPath, message: str) -> Found:
 
 def _twice(path: KeyPath, names: Iterable[str], what: str) -> Found:
     for name, times in Counter(names).items():
-        yield from _wrong(times > 1, path, f"{what} {name!r} is there {times} times; each has a name of its own.")
+        yield from _wrong(times > 1, path, f"{what} {name!r} is listed {times} times: give each its own name.")
 
 
 def _models(part: Part) -> Found:
@@ -98,14 +98,14 @@ def _models(part: Part) -> Found:
         except UnknownName as error:
             yield (*path, "name"), str(error), UnknownName
         both = model.recipe is not None and model.checkpoint is not None
-        yield from _wrong(both, (*path, "recipe"), "a model has a checkpoint, or a recipe that makes it; not both.")
+        yield from _wrong(both, (*path, "recipe"), "a model has a checkpoint or a recipe: remove one of them.")
         alone = bool(model.seeds) and model.recipe is None
-        yield from _wrong(alone, (*path, "seeds"), "seeds are those of a recipe; a checkpoint may be a list.")
+        yield from _wrong(alone, (*path, "seeds"), "seeds belong to a recipe: list several checkpoints instead.")
     for label, members in part.ensembles.items():
         for member in members:
             titles = [model.title for model in part.models]
             yield from _unknown(("ensembles", label), "model", member, titles)
-        yield from _wrong(not members, ("ensembles", label), f"the ensemble {label!r} has no members.")
+        yield from _wrong(not members, ("ensembles", label), f"the ensemble {label!r} has no members: list models.")
 
 
 def _sets(part: Part) -> Found:
@@ -113,13 +113,13 @@ def _sets(part: Part) -> Found:
     named |= {"fit": [part.fit]} if part.fit is not None else {}
     for key, names in named.items():
         for name in names:
-            yield from _unknown((key,), "set", name, part.sets)
+            yield from _unknown((key,), "dataset", name, part.sets)
     for name in part.ood:
-        yield from _wrong(name in (*GROUPS, "id"), ("sets", name), f"an OoD set cannot be called {name!r}.")
+        yield from _wrong(name in (*GROUPS, "id"), ("sets", name), f"{name!r} cannot be an OoD dataset: rename it.")
         known = name in (part.id, *part.covariate)
         key = "near" if name in part.near else "far"
-        yield from _wrong(known, (key,), f"{name!r} is in-distribution and OoD at the same time.")
-    yield from _twice(("far",), part.ood, "the OoD set")
+        yield from _wrong(known, (key,), f"{name!r} is both in-distribution and OoD: remove it from one of the lists.")
+    yield from _twice(("far",), part.ood, "the OoD dataset")
 
 
 def _scorers(part: Part) -> Found:
@@ -150,13 +150,13 @@ def _extraction(part: Part) -> Found:
     for key, least in (("batch_size", 1), ("workers", 0), ("rows", 1)):
         value = getattr(extraction, key)
         small = value is not None and value < least
-        yield from _wrong(small, ("extraction", key), f"{key} = {value} is out of range; give at least {least}.")
+        yield from _wrong(small, ("extraction", key), f"{key} = {value} is out of range: give at least {least}.")
 
 
 def _measures(part: Part) -> Found:
     for name in part.measures:
         yield from _unknown(("measures",), "measure", name, MEASURES)
-        yield from _wrong(part.fit is None, ("measures",), f"{name} is measured with the fit set: write fit = ….")
+        yield from _wrong(part.fit is None, ("measures",), f"{name} needs a fit set: write fit = ….")
 
 
 def _searches(part: Part) -> Found:
@@ -166,18 +166,18 @@ def _searches(part: Part) -> Found:
     reported = {part.sets.get(name): name for name in (part.id, *part.ood, *part.covariate)}
     for key, names in (("id", (search.id,)), ("ood", search.ood)):
         for name in names:
-            yield from _unknown(("search", key), "set", name, part.sets)
+            yield from _unknown(("search", key), "dataset", name, part.sets)
             same = reported.get(part.sets.get(name, ""))
-            message = f"{name!r} is reported as {same!r}: choose parameters on images that no result is shown of."
+            message = f"{name!r} is reported as {same!r}: choose parameters on a dataset that is not reported."
             yield from _wrong(same is not None, ("search", key), message)
-    yield from _wrong(not search.ood, ("search", "ood"), "the search has no OoD set.")
+    yield from _wrong(not search.ood, ("search", "ood"), "the search has no OoD dataset: write ood = […].")
     yield from _unknown(("search", "metric"), "metric", search.metric, [metric.name for metric in headline_metrics()])
     tables = {table.label: table for table in part.scorer_tables}
     for label, grid in search.grid.items():
         path = ("search", "grid", label)
         yield from _unknown(path, "scorer", label, tables)
         for parameter, values in grid.items() if label in tables else ():
-            yield from _wrong(not values, (*path, parameter), f"{parameter} has no values to try.")
+            yield from _wrong(not values, (*path, parameter), f"{parameter} has no values to try: list at least one.")
             for value in values:
                 yield from _raised(
                     (*path, parameter),
@@ -193,7 +193,7 @@ def _published(part: Part, number: Published) -> Found:
     if number.scorer is not None:
         yield from _unknown(path, "scorer", number.scorer, [table.label for table in part.scorer_tables])
         yield from _unknown(("published", "metrics"), "metric", figure_of(number.metric)[0], METRICS)
-        yield from _unknown(("published", "ood"), "OoD set", str(number.ood), [*part.ood, *GROUPS])
+        yield from _unknown(("published", "ood"), "OoD dataset", str(number.ood), [*part.ood, *GROUPS])
     else:
         figure = figure_of(number.metric)[0]
         yield from _unknown(("published", "metrics"), "figure of a model", figure, FIGURES)

@@ -1,4 +1,4 @@
-"""Digests that name files after everything that decides what is in them."""
+"""Digests that name files after everything that determines their content."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def digest(*facts: Any) -> str:
-    """SHA-256 of dataclasses and plain data, as hexadecimal text.
+    """Return the SHA-256 of dataclasses and plain data as hexadecimal text.
 
-    Every field of a dataclass counts, except those that its class lists in ``NOT_IN_DIGEST``: fields that only present,
-    and fields that enter in another form.
+    All fields of a dataclass are included, except those that its class lists in ``NOT_IN_DIGEST``: fields that only
+    affect the presentation, and fields that are included in another form.
     """
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_plain).encode()).hexdigest()
 

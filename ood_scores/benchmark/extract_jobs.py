@@ -1,4 +1,4 @@
-"""Runs the extractions that a plan waits for, several at a time on a CPU."""
+"""Run the pending extractions of a plan, several at a time on a CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_JOBS = 4
 
 @dataclass(frozen=True)
 class Done:
-    """How an extraction ended; ``reason`` and ``remedy`` where it failed."""
+    """The outcome of an extraction; ``reason`` and ``remedy`` are empty unless it failed."""
 
     rows: int = 0
     seconds: float = 0.0
@@ -37,11 +37,11 @@ class Done:
 
 
 def extract_all(jobs: Sequence[Job], device: str, at_once: int | None, say: Callable[[str], None]) -> Failures:
-    """Makes every cache; those that could not be made, and why.
+    """Extract all features, and return the extractions that failed and why.
 
     Raises:
-        CacheError: a cache that another process writes; a disk that refuses.
-        WorkerDied: a process was killed. What was written is kept, as after a kill of the whole.
+        CacheError: if another process writes a cache, or the disk refuses a write.
+        WorkerDied: if a process was killed. Rows that it wrote are kept.
     """
     cores = _cores()
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -79,8 +79,8 @@ def _in_processes(jobs: Sequence[Job], device: str, at_once: int, threads: int) 
             pool.shutdown()
         except BrokenProcessPool as error:
             raise WorkerDied(
-                "a process that ran a model was killed, perhaps for want of memory. What it wrote is kept: run the "
-                "same command again to continue, with --jobs 1 if memory is short."
+                "a process that ran a model was killed, perhaps because memory ran out, but the rows that it wrote are "
+                "kept: run the same command again to continue, with --jobs 1 if memory is short."
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -96,7 +96,7 @@ def _submit(pool: ProcessPoolExecutor, jobs: Sequence[Job], device: str) -> dict
 
 @contextmanager
 def _ended_together() -> Iterator[None]:
-    """Processes started within the context are ended with it, whatever they are at: caches survive that."""
+    """Terminate processes that were started within the context when it ends; their caches survive."""
     before = {process.pid for process in multiprocessing.active_children()}
     try:
         yield
@@ -120,7 +120,7 @@ def _end_with_parent() -> None:
 
 
 def run_job(job: Job, device: str, workers: int) -> Done:
-    """Makes the cache of a job. What goes wrong with the model or the data is returned, the rest is raised."""
+    """Write the cache of a job; errors of the model or the data are returned, all others are raised."""
     start = time.perf_counter()
     try:
         feats = _extract(job, device, workers)
@@ -149,7 +149,7 @@ def _extract(job: Job, device: str, workers: int) -> FeatureSet:
 
 
 _opened: dict[tuple[str, str], tuple[Any, Any]] = {}
-"""The model that this process has opened last, and its transform."""
+"""The last model that this process opened, and its transform."""
 
 
 def _open(job: Job) -> tuple[Any, Any]:

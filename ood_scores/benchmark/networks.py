@@ -1,4 +1,4 @@
-"""The networks of a part: which weights each model stands for, where they are, and how images become their inputs."""
+"""The networks of a part: their weights and their preprocessing."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 RECIPES = "benchmarks/recipes"
 RUNS = "runs"
 TRAINED = "last.safetensors"
-"""The file of weights that a training leaves in its folder."""
+"""The file of weights in the folder of a training."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """One set of weights.
+    """A model with one of its checkpoints.
 
     Attributes:
-        table: the model that it belongs to.
-        checkpoint: the file of its weights; None for timm's own.
-        weights_sha256: of that file; "" for timm's own.
+        table: the model.
+        checkpoint: file of the weights; None for the weights of timm.
+        weights_sha256: SHA-256 of this file; "" for the weights of timm.
     """
 
     table: ModelTable
@@ -41,11 +41,11 @@ class Network:
 
     @property
     def key(self) -> str:
-        """A file name that tells the network from every other."""
+        """A file name that identifies the network."""
         return f"{file_name(self.table.title)}-{digest(self)[:8]}"
 
     def open(self, preprocessing: Preprocessing) -> tuple[nn.Module, Callable[[Any], Any]]:
-        """The model in eval mode, and the transform from a PIL image to its input."""
+        """Create the model, in eval mode, and the transform from a PIL image to its input."""
         from ood_scores.models import opening
 
         table = self.table
@@ -55,7 +55,7 @@ class Network:
 
 
 def checkpoints_of(model: ModelTable) -> tuple[str | None, ...]:
-    """The files of a model's weights, one for each seed; None for timm's own."""
+    """Return the checkpoint files of a model, one for each seed; None for the weights of timm."""
     if model.recipe is not None:
         folders = [f"{model.recipe}_seed{seed}" for seed in model.seeds] or [model.recipe]
         return tuple(f"{RUNS}/{folder}/{TRAINED}" for folder in folders)
@@ -63,10 +63,10 @@ def checkpoints_of(model: ModelTable) -> tuple[str | None, ...]:
 
 
 def find(model: ModelTable, number: int, data: Path) -> Network:
-    """The network of a model with one of its checkpoints.
+    """Return the network of a model with one of its checkpoints.
 
     Raises:
-        MissingData: the checkpoint is not there, or a variable of its path is not set.
+        MissingData: if the checkpoint does not exist, or an environment variable in its path is not set.
     """
     text = checkpoints_of(model)[number]
     if text is None:
@@ -90,5 +90,5 @@ def _how_to_train(model: ModelTable, number: int, data: Path) -> str:
 
 
 def file_name(text: str) -> str:
-    """A text as a name that every file system takes."""
+    """Turn a text into a name that is valid on every file system."""
     return re.sub(r"[^\w.=+-]+", "_", text).strip("_.") or "unnamed"

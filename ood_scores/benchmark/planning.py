@@ -1,4 +1,4 @@
-"""What a benchmark has to do: which networks see which sets, what is there already, and what is missing."""
+"""The plan of a benchmark: which network runs on which dataset, what exists already, and what is missing."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ CACHES = "caches"
 
 @dataclass(frozen=True)
 class Job:
-    """One extraction: a network on a set.
+    """The extraction of one dataset with one network.
 
     Attributes:
-        set: its name.
-        source: what ``open_dataset`` opens.
-        options: with the probes of this set's role.
-        loading: how the set is loaded.
-        data: where relative paths start.
+        set: name of the dataset in the spec.
+        source: the text that ``open_dataset`` opens.
+        options: options of ``extract``, with the probes for the role of this dataset.
+        loading: batch size and workers of the loader.
+        data: folder where relative paths start.
         out: folder of the run.
     """
 
@@ -46,15 +46,15 @@ class Job:
     out: Path
 
     NOT_IN_DIGEST: ClassVar = frozenset({"loading", "data", "out"})
-    """What changes speed and memory alone, and where files are."""
+    """Fields that only change speed and memory, and the locations of files."""
 
     @cached_property
     def cache(self) -> Path:
-        """The file of features, named after everything that decides what comes out."""
+        """The file of features, named after everything that determines its content."""
         return self.out / CACHES / self.network.key / f"{file_name(self.set)}-{digest(self)[:8]}.h5"
 
     def features(self) -> FeatureSet | None:
-        """The finished cache, or None if there is none."""
+        """Open the cache; return None if it does not exist or is not finished."""
         try:
             return load(self.cache)
         except (CacheError, FileNotFoundError):
@@ -66,9 +66,11 @@ class Unit:
     """The scorers of a part on one checkpoint of a model, or on an ensemble.
 
     Attributes:
-        part, model, checkpoint: title or label, and number, as results have them.
-        sets: by name of each set that is scored, the job of every network; an ensemble has several.
-        fit: likewise for the fit set; empty if there is none.
+        part: the part.
+        model: label of the model or the ensemble.
+        checkpoint: number of the checkpoint among those of the model, from 0.
+        sets: the job of every network, by name of each dataset that is scored; an ensemble has several networks.
+        fit: the jobs for the fit set; empty if there is none.
     """
 
     part: Part
@@ -90,14 +92,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class SetFacts:
-    """What is known of a data set before a model has seen it; None for rows that are not known yet."""
+    """Facts about a dataset that need no model; ``rows`` is None if the number is not known yet."""
 
     rows: int | None
-    labelled: bool
+    labeled: bool
 
 
 Failures = dict[Path, tuple[str, str]]
-"""By the cache that an extraction would have made: why it did not, and the remedy."""
+"""The reason and the remedy of failed extractions, by the cache that they would have written."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,10 @@ class Plan:
     """What a benchmark has to do.
 
     Attributes:
-        units: those that can be run, as far as is known.
-        pending: the extractions that they wait for, longest first.
-        facts: of the sets of these, by source.
-        not_run: what cannot be run.
+        units: the units that can run, as far as is known.
+        pending: the extractions that the units need, longest first.
+        facts: facts about the datasets of these extractions, by source.
+        not_run: what cannot run.
     """
 
     units: tuple[Unit, ...]
@@ -118,18 +120,18 @@ class Plan:
 
 
 def plan(spec: Spec, out: Path, data: Path, download: bool = True) -> Plan:
-    """Looks for checkpoints, caches and data; opens the data that a model still has to see.
+    """Find checkpoints and caches, and open the datasets that still have to be extracted.
 
     Args:
         spec: the benchmark.
         out: folder of the run.
-        data: where relative paths start.
-        download: False leaves away what the spec says about downloading, so that nothing is written.
+        data: folder where relative paths start.
+        download: whether datasets may be downloaded, if the spec says so.
     """
     units, not_run = _units(spec, out, data)
     unfinished = {job.cache: job for unit in units for job in unit.jobs if job.features() is None}
-    facts, missing = _look_at_all({job.source: job.set for job in unfinished.values()}, data, download)
-    not_run += _missing_beside_models(spec, units, data)
+    facts, missing = _inspect_all({job.source: job.set for job in unfinished.values()}, data, download)
+    not_run += _missing_with_all_models(spec, units, data)
     failures = {cache: missing[job.source] for cache, job in unfinished.items() if job.source in missing}
     units, more = without(units, failures)
     wanted = {job.cache: job for unit in units for job in unit.jobs if job.cache in unfinished}
@@ -138,14 +140,15 @@ def plan(spec: Spec, out: Path, data: Path, download: bool = True) -> Plan:
 
 
 def without(units: Iterable[Unit], failures: Failures) -> tuple[list[Unit], list[NotRun]]:
-    """The units without the sets whose extraction failed; a unit without its ID or fit set is left out."""
+    """Remove the datasets whose extraction failed from the units, and the units that lack a required dataset."""
     kept, not_run = [], []
     for unit in units:
         lost = {job.cache: job for job in unit.jobs if job.cache in failures}
         not_run += [NotRun(unit.part.title, job.set, *failures[job.cache]) for job in lost.values()]
         basis = [name for name, jobs in _basis(unit).items() if any(job.cache in lost for job in jobs)]
         if basis:
-            reason = f"its set {' and '.join(map(repr, basis))} could not be had"
+            names = " and ".join(map(repr, basis))
+            reason = f"required dataset{'s' * (len(basis) > 1)} {names} {'are' if len(basis) > 1 else 'is'} unavailable"
             not_run.append(NotRun(unit.part.title, unit.title, reason, _remedy(lost.values(), failures)))
             continue
         sets = {name: jobs for name, jobs in unit.sets.items() if not any(job.cache in lost for job in jobs)}
@@ -154,7 +157,7 @@ def without(units: Iterable[Unit], failures: Failures) -> tuple[list[Unit], list
 
 
 def _basis(unit: Unit) -> dict[str, tuple[Job, ...]]:
-    """The jobs without which nothing of the unit can be run, by set."""
+    """The jobs without which a unit cannot run, by dataset."""
     part = unit.part
     searched = (part.search.id, *part.search.ood) if part.search else ()
     basis = {name: unit.sets[name] for name in (part.id, *searched)}
@@ -185,7 +188,7 @@ def _units(spec: Spec, out: Path, data: Path) -> tuple[list[Unit], list[NotRun]]
             all_of = {m.title: len(networks.checkpoints_of(m)) for m in part.models}
             lost = [member for member in members if len(found[member]) < all_of[member]]
             if lost:
-                not_run.append(NotRun(part.title, label, f"its member {lost[0]!r} is not there"))
+                not_run.append(NotRun(part.title, label, f"its member {lost[0]!r} is not available"))
             else:
                 joint = [network for member in members for network in found[member]]
                 units.append(_unit(part, label, 0, joint, out, data))
@@ -208,41 +211,41 @@ def _job(network: Network, part: Part, name: str, probes: Iterable[str | Probe],
 
 
 def limited(source: str, rows: int | None) -> str:
-    """A source with at most so many rows, evenly spaced."""
+    """Limit a source to a number of evenly spaced rows."""
     taken = parse(source).options.get("take")
     if rows is None or (taken and taken.isdecimal() and int(taken) <= rows):
         return source
     return f"{source}{'&' if '?' in source else '?'}take={rows}"
 
 
-def _missing_beside_models(spec: Spec, units: Iterable[Unit], data: Path) -> Iterator[NotRun]:
-    """The missing sets of parts that miss all of their models too."""
+def _missing_with_all_models(spec: Spec, units: Iterable[Unit], data: Path) -> Iterator[NotRun]:
+    """List the missing datasets of parts that have none of their models."""
     alive = {unit.part.title for unit in units}
     for part in spec.parts:
         if part.title not in alive:
             names = {part.sets[name]: name for name in (*part.scored, *([part.fit] if part.fit else ()))}
-            _, missing = _look_at_all(names, data, download=False)
+            _, missing = _inspect_all(names, data, download=False)
             yield from (NotRun(part.title, names[source], *why) for source, why in missing.items())
 
 
-def _look_at_all(
+def _inspect_all(
     names: Mapping[str, str], data: Path, download: bool
 ) -> tuple[dict[str, SetFacts], dict[str, tuple[str, str]]]:
-    """The facts of the sources that are there, and reason and remedy of the others."""
+    """Return the facts about the sources that can be opened, and reason and remedy for the others."""
     facts, missing = {}, {}
     for source, name in names.items():
         try:
-            facts[source] = _look_at(source, data, download)
+            facts[source] = _inspect(source, data, download)
         except MissingData as error:
             missing[source] = error.reason, error.remedy
         except UnknownName as error:
-            raise UnknownName(f"the set {name!r}: {error}") from error
+            raise UnknownName(f"dataset {name!r}: {error}") from error
         except OodScoresError as error:
             missing[source] = str(error), ""
     return facts, missing
 
 
-def _look_at(source: str, data: Path, download: bool) -> SetFacts:
+def _inspect(source: str, data: Path, download: bool) -> SetFacts:
     from ood_scores.data.sources import offline, open_dataset
 
     text = source if download else offline(source)
@@ -253,12 +256,12 @@ def _look_at(source: str, data: Path, download: bool) -> SetFacts:
 
 
 def _cost(job: Job, facts: SetFacts) -> float:
-    """Roughly: a probe runs the model again, some several times."""
+    """Estimate the cost of a job: a probe runs the model again, some several times."""
     return (facts.rows or 0) * (1 + 3 * len(job.options.all_probes))
 
 
 def runnable(part: Part, fit: Has | None, sets: Sequence[Has]) -> tuple[dict[str, ScorerTable], dict[str, Requirement]]:
-    """The scorers of a part that can run, by label, and the first thing that each of the others lacks."""
+    """Return the scorers of a part that can run, by label, and the first requirement that each of the others lacks."""
     tables = {table.label: table for table in part.scorer_tables}
     unmets = {label: unmet(table.create(), fit, sets) for label, table in tables.items()}
     lacking = {label: missing for label, missing in unmets.items() if missing}
@@ -268,21 +271,21 @@ def runnable(part: Part, fit: Has | None, sets: Sequence[Has]) -> tuple[dict[str
 def runnable_after_extraction(
     unit: Unit, facts: Mapping[str, SetFacts]
 ) -> tuple[dict[str, ScorerTable], dict[str, Requirement]]:
-    """``runnable``, as far as it is known before the extraction."""
+    """Return ``runnable`` for a unit, as far as it is known before the extraction."""
     fit = _has(unit.fit, facts) if unit.fit else None
     return runnable(unit.part, fit, [_has(jobs, facts) for jobs in unit.sets.values()])
 
 
 def _has(jobs: tuple[Job, ...], facts: Mapping[str, SetFacts]) -> Has:
-    """Whether a scorer will find what it needs in a set, or in the sets of an ensemble's members."""
+    """Return a function that tells what a dataset will have, or the datasets of all members of an ensemble."""
     if len(jobs) > 1:
-        labelled = _has(jobs[:1], facts)("labels")
-        there = {"features", "logits", "head", "ensemble"} | ({"labels"} if labelled else set())
+        labeled = _has(jobs[:1], facts)("labels")
+        there = {"features", "logits", "head", "ensemble"} | ({"labels"} if labeled else set())
         return lambda name: name.partition(".")[0] in there
     (job,) = jobs
     feats = job.features()
     if feats is not None:
         return feats.has
     there = {"features", "logits", "head", *(probe.name for probe in job.options.all_probes)}
-    there |= {"labels"} if facts[job.source].labelled else set()
+    there |= {"labels"} if facts[job.source].labeled else set()
     return lambda name: name.partition(".")[0] in there

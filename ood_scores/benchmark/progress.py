@@ -1,4 +1,4 @@
-"""A bar that follows caches while processes fill them."""
+"""A progress bar for extractions in other processes, which reads their caches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ood_scores.features.storage.reading import open_to_read
 from ood_scores.progress import ProgressBar
 
 SECONDS = 1.0
-"""Between two looks."""
+"""Time between two updates."""
 
 
 @contextmanager
 def watching(caches: Sequence[Path], rows: int, visible: bool) -> Iterator[None]:
-    """Shows how many of so many rows are in the caches by now, as their own counters say, on a terminal."""
+    """Show how many rows are in the caches, out of a total of ``rows``."""
     with ProgressBar("extracting", rows, "rows", visible=visible) as bar:
         over = threading.Event()
         look = threading.Thread(target=_follow, args=(caches, over, bar.update))

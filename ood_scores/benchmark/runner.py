@@ -1,4 +1,4 @@
-"""run: a spec in; caches, scores, tables and a report out."""
+"""Run a benchmark: extract features, fit and score, and write tables and a report."""
 
 from __future__ import annotations
 
@@ -45,28 +45,29 @@ def run(
     jobs: int | None = None,
     progress: bool = True,
 ) -> Results:
-    """Runs what a benchmark file says, or what is not yet done of it, and writes tables and a report.
+    """Run a benchmark, or continue it, and write tables and a report.
 
-    Every model sees every set once; its features are kept in ``<out>/caches``. All scorers of a part are then fitted
-    and score from one pass over each set; the scores are kept in ``<out>/scores``. The same call continues a run that
-    was stopped, or killed, at any moment, and reads again what is there. What the machine lacks, data or weights, is
-    not run and listed with the way to get it; the rest goes on.
+    Each model processes each dataset once; the features are kept in ``<out>/caches``. All scorers of a part are then
+    fitted and scored in one pass over each dataset; the scores are kept in ``<out>/scores``. The same call continues a
+    run that was interrupted or killed at any moment, and reuses what exists. What needs missing data or weights does
+    not run and is listed with the way to get it.
 
     Args:
-        spec: a TOML file, or a ``Spec`` made in Python.
-        out: folder of the run; by default ``runs/`` and the spec's name.
-        data: where relative paths of sets and checkpoints start; by default the current folder.
-        overrides: ``key=value`` texts that win over the file, as in ``load_spec``.
-        device: where models run; ``"auto"`` takes a GPU if there is one.
-        jobs: extractions at the same time, in processes of their own; by default one on a GPU, else as many as there
-            are cores, at most four.
-        progress: one line on standard error for each step.
+        spec: a TOML file, or a ``Spec``.
+        out: folder of the run; defaults to ``runs/`` and the name of the spec.
+        data: folder where relative paths of datasets and checkpoints start; defaults to the current folder.
+        overrides: ``key=value`` texts that override the file, see ``load_spec``.
+        device: where models run; ``"auto"`` selects a GPU if there is one.
+        jobs: number of extractions at the same time, each in its own process; defaults to one on a GPU, and to the
+            number of cores, but at most four, on a CPU.
+        progress: whether to print a line to standard error for each step.
 
     Raises:
-        BadInput, UnknownName: the spec is wrong; see ``load_spec``.
-        CacheBusy: another run is at work in the folder.
-        CacheWriteFailed: the disk is full.
-        WorkerDied: a process that ran a model was killed.
+        BadInput: if the spec is invalid, see ``load_spec``.
+        UnknownName: if the spec names something that does not exist, see ``load_spec``.
+        CacheBusy: if another run uses the folder.
+        CacheWriteFailed: if the disk is full.
+        WorkerDied: if a process that ran a model was killed.
     """
     start = time.perf_counter()
     chosen = as_spec(spec, overrides)
@@ -92,17 +93,17 @@ def run(
 
 
 def as_spec(spec: str | os.PathLike[str] | Spec, overrides: Iterable[str]) -> Spec:
-    """A spec that is right."""
+    """Load and check a spec."""
     if not isinstance(spec, Spec):
         return load_spec(spec, overrides)
     if list(overrides):
-        raise BadInput("overrides go with a file: change the Spec itself, dataclasses.replace(spec, ...).")
+        raise BadInput("overrides apply to a file only: change the Spec with dataclasses.replace(spec, ...).")
     checks.check(spec)
     return spec
 
 
 def places(spec: Spec, out: str | os.PathLike[str] | None, data: str | os.PathLike[str] | None) -> tuple[Path, Path]:
-    """The folder of a run, and where relative paths start."""
+    """Return the folder of a run, and the folder where relative paths start."""
     return Path(out) if out is not None else Path(RUNS) / spec.name, Path(data) if data is not None else Path()
 
 
@@ -112,7 +113,7 @@ def _speaker(progress: bool) -> Callable[[str], None]:
 
 
 def _say_plan(planned: Plan, say: Callable[[str], None]) -> None:
-    todo = f"{len(planned.pending)} to do, {_rows_to_do(planned):,} rows" if planned.pending else "all are there"
+    todo = f"{len(planned.pending)} to do, {_rows_to_do(planned):,} rows" if planned.pending else "all done"
     say(f"extractions: {todo}")
 
 
@@ -122,12 +123,12 @@ def _rows_to_do(planned: Plan) -> int:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Raises CacheBusy if another run is at work in the folder."""
+    """Lock the folder of a run; raise CacheBusy if another run uses it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = LockedFile(folder / LOCK, "a+")
     except CacheBusy as error:
-        raise CacheBusy(f"another run is at work in {folder}: wait for it, or choose another --out.") from error
+        raise CacheBusy(f"another run uses {folder}: wait for it, or choose another --out.") from error
     with lock:
         yield
 
@@ -176,7 +177,7 @@ def _report(results: Results, spec: Spec, data: Path, say: Callable[[str], None]
 
 
 def images_of(spec: Spec, data: Path) -> Callable[[str, str], ImageDataset | None]:
-    """Opens the images that a part calls by a name, untransformed, the rows as they were scored; None if not there."""
+    """Return a function that opens a dataset of a part with the scored rows, untransformed; None if it is missing."""
     from ood_scores.data.sources import open_dataset
 
     parts = {part.title: part for part in spec.parts}

@@ -1,4 +1,4 @@
-"""What a benchmark compares: models, sets and scorers. ``ood_scores.benchmark.spec_file`` reads it from a file."""
+"""The spec of a benchmark: models, datasets, and scorers. ``ood_scores.benchmark.spec_file`` reads it from a file."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ ALL: Literal["all"] = "all"
 
 @dataclass(frozen=True)
 class ModelTable:
-    """`[[model]]`: a classifier, or several of one kind that differ in their seed.
+    """A ``[[model]]`` table: a classifier with one checkpoint, or with several that differ in the seed.
 
     Attributes:
-        name: timm's name, or that of a CIFAR network of this package.
-        label: shown in tables; the name by default.
-        checkpoint: a file of weights, or a list of them: the same network trained with several seeds, whose results
-            are shown as mean and SD. Without it timm's pretrained weights are fetched.
-        recipe: in its place, a recipe of ``benchmarks/recipes`` that makes the checkpoint: ``runs/RECIPE`` then holds
-            it, or ``runs/RECIPE_seedN`` for each of ``seeds``.
-        seeds: with ``recipe``, the seeds that it is trained with.
-        num_classes: of the checkpoint, where they cannot be read off it.
-        head: the last linear layer, where it cannot be found.
-        arguments: every other key of the table goes to `timm.create_model`.
+        name: name in timm, or of a network of this package.
+        label: label in tables; defaults to the name.
+        checkpoint: file of weights, or a list of files for the same network trained with several seeds, whose results
+            are shown as mean and SD. By default, timm downloads its pretrained weights.
+        recipe: recipe in ``benchmarks/recipes`` that creates the checkpoint, instead of ``checkpoint``. The file is in
+            ``runs/RECIPE``, or in ``runs/RECIPE_seedN`` for each of ``seeds``.
+        seeds: seeds of the trainings with ``recipe``.
+        num_classes: number of classes, if it cannot be inferred from the checkpoint.
+        head: name of the last linear layer, if it cannot be found.
+        arguments: all other keys of the table, which are passed to ``timm.create_model``.
     """
 
     name: str
@@ -40,24 +40,25 @@ class ModelTable:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     NOT_IN_DIGEST: ClassVar = frozenset({"label", "checkpoint", "recipe", "seeds"})
-    """What only presents, and where the weights are, whose own digest counts instead."""
+    """The label is only presented; the digest of the weights replaces the fields that locate them."""
 
     @property
     def title(self) -> str:
-        """As tables show it."""
+        """The label of the model in tables."""
         return self.label or self.name
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """`[preprocessing]`: what the model's own (timm's data configuration) is replaced with.
+    """The ``[preprocessing]`` table: values that replace those of the model's data configuration in timm.
 
     Attributes:
         input_size: height and width in pixels.
-        crop_pct: share of the resized image that the centre crop keeps; 1 with ``crop_mode = "squash"`` crops nothing.
-        crop_mode: timm's ``center``, ``squash`` or ``border``.
+        crop_pct: share of the resized image that the center crop keeps; 1 with ``crop_mode = "squash"`` crops nothing.
+        crop_mode: ``center``, ``squash`` or ``border``, as in timm.
         interpolation: ``bilinear``, ``bicubic``, …
-        mean, std: of each channel, of pixels in 0 to 1.
+        mean: normalization mean of each channel, for pixels in [0, 1].
+        std: normalization standard deviation of each channel.
     """
 
     input_size: tuple[int, ...] | None = None
@@ -70,12 +71,13 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Loading:
-    """The keys of `[extraction]` that are no options of ``ood_scores.extract``.
+    """The keys of ``[extraction]`` that are not options of ``ood_scores.extract``.
 
     Attributes:
-        batch_size, workers: of the loader.
-        fit_probes: ``probes`` of the fit set, in place of those of the test sets.
-        rows: number of rows of each set to use, evenly spaced, the fit set included; all by default.
+        batch_size: batch size of the loader.
+        workers: number of worker processes of the loader.
+        fit_probes: probes of the fit set; ``probes`` are those of the test sets.
+        rows: number of evenly spaced rows to use of each dataset, including the fit set; all by default.
     """
 
     batch_size: int = 64
@@ -86,16 +88,17 @@ class Loading:
 
 @dataclass(frozen=True)
 class Extraction(ExtractionOptions, Loading):
-    """`[extraction]`: how the models are run. ``head`` is a key of `[[model]]` instead."""
+    """The ``[extraction]`` table: how models run. ``head`` is a key of ``[[model]]`` instead."""
 
     def __post_init__(self) -> None:
-        """Leaves the checks to those of the whole spec, which know the place of each key."""
+        """Leave validation to the checks of the whole spec, which know the line of each key."""
 
     def options(self, probes: Iterable[str | Probe], head: str | None = None) -> ExtractionOptions:
-        """The options for a set with its own probes.
+        """Return the options of ``extract`` with the probes of a dataset and the head of a model.
 
         Raises:
-            BadInput, UnknownName: as ``ExtractionOptions``.
+            BadInput: see ``ExtractionOptions``.
+            UnknownName: see ``ExtractionOptions``.
         """
         given = {each.name: getattr(self, each.name) for each in fields(ExtractionOptions)}
         return ExtractionOptions(**{**given, "probes": probes, "head": head})
@@ -103,17 +106,18 @@ class Extraction(ExtractionOptions, Loading):
 
 @dataclass(frozen=True)
 class ScorerTable:
-    """A scorer of `scorers`, by the label that tables show: a name and its parameters."""
+    """A scorer of ``scorers``: its label in tables, its name, and its parameters."""
 
     label: str
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def create(self, changes: Mapping[str, Any] | None = None) -> Scorer:
-        """A new scorer, with some parameters changed; where one is a table with a name, it is a scorer itself.
+        """Create the scorer with some parameters changed. A parameter that is a table with a name is a scorer itself.
 
         Raises:
-            UnknownName, BadInput: as ``ood_scores.create_scorer``.
+            UnknownName: see ``ood_scores.create_scorer``.
+            BadInput: see ``ood_scores.create_scorer``.
         """
         return _created(self.name, {**self.parameters, **(changes or {})})
 
@@ -130,12 +134,13 @@ def _parameter(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Search:
-    """`[search]`: parameters of scorers chosen on validation sets, which are named here and not reported.
+    """The ``[search]`` table: parameters of scorers are tuned on validation sets, which are not reported.
 
     Attributes:
-        id, ood: names of ``sets``; they must not be among those reported.
-        metric: the headline metric whose mean over ``ood`` is best.
-        grid: by label of a scorer, the values to try of its parameters: ``[search.grid.knn] k = [1, 10, 50]``.
+        id: name of the ID validation set in ``sets``.
+        ood: names of the OoD validation sets in ``sets``.
+        metric: headline metric to optimize, averaged over ``ood``.
+        grid: values to try for each parameter, by label of the scorer: ``[search.grid.knn] k = [1, 10, 50]``.
     """
 
     id: str
@@ -151,10 +156,10 @@ class Published:
     Attributes:
         model: label of a model.
         scorer: label of a scorer, or None for a figure of the model itself, such as its accuracy.
-        ood: an OoD set, or a group of them: ``near``, ``far``, ``mean``; None for a figure of the model itself.
-        metric: a metric of ``METRICS``, ``accuracy``, …: the mean over the checkpoints; with ``_sd``, ``_min`` or
-            ``_max`` behind it, that of them.
-        value: as printed, in percent.
+        ood: an OoD dataset or a group (``near``, ``far``, ``mean``); None for a figure of the model itself.
+        metric: a metric of ``METRICS``, ``accuracy``, …, averaged over checkpoints; the suffixes ``_sd``, ``_min`` and
+            ``_max`` name the standard deviation, minimum and maximum instead.
+        value: the printed value, in percent.
         source: paper and table.
     """
 
@@ -168,22 +173,27 @@ class Published:
 
 @dataclass(frozen=True)
 class Part:
-    """One table of a benchmark: some models on one choice of sets. A `[[part]]` table, over what stands above it.
+    """A ``[[part]]`` table: one table of the report, with some models and datasets.
 
     Attributes:
         title: heading of the table.
-        notes: what a reader has to know, in Markdown.
-        models: at least one.
-        fit: ID set that scorers are fitted on, usually of training.
-        id: ID test set.
-        near, far: OoD test sets, by how much they resemble the ID data.
-        covariate: sets of ID classes under a shift (ImageNet-C, -R, …): counted as ID beside ``id`` ("full-spectrum").
-        sets: by name, the text that ``ood_scores.data.sources.open_dataset`` opens.
-        scorers: ``"all"`` that can read what is extracted, or those named.
-        ensembles: by label, the models whose outputs are averaged and scored as one.
-        relabel: rows of OoD sets that carry a label (0 and above) show an ID class and are counted as ID (SC-OOD).
-        measures: figures of each model beside its scores: ``neural_collapse`` (on the fit set), ``long_tail``.
-        published: numbers to put beside ours.
+        notes: remarks for the reader, in Markdown.
+        models: at least one model.
+        fit: name of the ID dataset that scorers are fitted on, usually the training set.
+        id: name of the ID test set.
+        near: names of near-OoD test sets, which resemble the ID data.
+        far: names of far-OoD test sets.
+        covariate: names of datasets with ID classes under a covariate shift (ImageNet-C, -R, …), which count as ID in
+            addition to ``id`` ("full-spectrum").
+        sets: the texts that ``ood_scores.data.sources.open_dataset`` opens, by name.
+        scorers: the scorers, or ``"all"`` for every registered scorer whose requirements are met.
+        ensembles: the models whose outputs are averaged and scored as one, by label.
+        relabel: whether rows of OoD datasets with a label of 0 or above show an ID class and count as ID (SC-OOD).
+        measures: other figures of each model: ``neural_collapse`` (on the fit set), ``long_tail``.
+        preprocessing: changes of the models' preprocessing.
+        extraction: options of the extraction.
+        search: parameters of scorers to tune on validation sets.
+        published: published numbers to compare with.
     """
 
     title: str
@@ -207,7 +217,7 @@ class Part:
     NOT_IN_DIGEST: ClassVar = frozenset(
         {"notes", "published", "models", "ensembles", "sets", "preprocessing", "extraction", "scorers"}
     )
-    """What only presents, and what a unit has resolved: its jobs, and the tables of its scorers."""
+    """Notes and published numbers are only presented; the jobs and scorer tables of a unit replace the other fields."""
 
     @property
     def ood(self) -> tuple[str, ...]:
@@ -215,26 +225,26 @@ class Part:
 
     @property
     def scorer_tables(self) -> tuple[ScorerTable, ...]:
-        """The scorers that the part names, or every one that is registered."""
+        """The scorers of the part; all registered ones for ``"all"``."""
         if isinstance(self.scorers, tuple):
             return self.scorers
         return tuple(ScorerTable(name, name) for name in list_scorers())
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """The names of all sets that scores are computed of, each once."""
+        """The names of all datasets that are scored, without duplicates."""
         searched = (self.search.id, *self.search.ood) if self.search else ()
         return tuple(dict.fromkeys((self.id, *self.ood, *self.covariate, *searched)))
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A benchmark: its parts, in the order of the report.
+    """A benchmark.
 
     Attributes:
-        name: of the file, without suffix.
+        name: name of the file, without suffix.
         title: heading of the report.
-        parts: at least one.
+        parts: at least one part, in the order of the report.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Benchmark specs from TOML files; ``ood_scores.toml_tables`` says how they are read."""
+"""Read benchmark specs from TOML files; see ``ood_scores.toml_tables``."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ TABLES = ("models", "sets", "scorers", "ensembles", "preprocessing", "extraction
 
 
 def _option_hint(default: Any) -> Any:
-    """The type of an option of ``extract`` in a file; the options check more."""
+    """Return the TOML type of an option of ``extract``; ``ExtractionOptions`` validates the value."""
     if isinstance(default, bool):
         return bool
     return tuple[str, ...] if isinstance(default, tuple) else str | tuple[str, ...]
 
 
 NO_NUMBER = "-"
-"""Stands in a row of published values where the paper prints none."""
+"""The cell of a row of published values for which the paper prints no number."""
 OF_THE_MODEL = "model"
-"""Stands in the place of a scorer's label, for figures of the model itself."""
+"""The label for figures of the model itself, in place of the label of a scorer."""
 
 _PART_KEYS = hints_of(Part, TABLES)
 _EXTRACTION_KEYS = hints_of(Loading) | {
@@ -82,21 +82,21 @@ _SPEC = Table({**_PART, "extends": str, "part": [Table(_PART)]})
 
 
 def load_spec(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Spec:
-    """The benchmark in a TOML file.
+    """Read a benchmark from a TOML file.
 
-    ``extends = "base/openood.toml"`` at its top takes what it does not say from another file, beside it: tables are
-    merged key by key, and a list takes the place of the other. What stands above the ``[[part]]`` tables is said for
-    each of them; without any, the file is one part.
+    ``extends = "base/openood.toml"`` at the top inherits from another file, relative to this one: tables are merged
+    key by key, and lists are replaced. Keys above the ``[[part]]`` tables apply to all of them. A file without
+    ``[[part]]`` tables is one part.
 
     Args:
         path: the file.
-        overrides: ``key=value`` texts such as ``extraction.rows=500`` or ``part.2.fit=cifar10_train``, which win over
-            the file.
+        overrides: ``key=value`` texts that override the file, such as ``extraction.rows=500`` or
+            ``part.2.fit=cifar10_train``.
 
     Raises:
-        BadInput: the file is not there, not TOML, lacks a key or says something that does not go together.
-        UnknownName: a key, or the name of a set, model, scorer, probe or measure, that does not exist. Both name the
-            file and, where it can be found, the line.
+        BadInput: if the file does not exist, is not TOML, lacks a key, or has contradicting values.
+        UnknownName: if a key, or the name of a dataset, model, scorer, probe or measure, does not exist. Messages name
+            the file and, if it is known, the line.
     """
     path = Path(path)
     raw, sources = read(path, _SPEC, "spec")
@@ -111,7 +111,7 @@ def load_spec(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Sp
 
 
 def _place(problem: Problem, sources: Iterable[Source], in_parts: bool) -> str:
-    """Where the key of a problem stands: in its part, else above the parts, in the file or in one that it extends."""
+    """Return the file and line of a problem: in its part, else above the parts, in the file or in one it extends."""
     sources = list(sources)
     paths: list[KeyPath] = [problem.path]
     if in_parts:
@@ -131,12 +131,12 @@ def _spec(raw: Raw, name: str) -> Spec:
     parts = raw.get("part") or [{"title": title}]
     for number, part in enumerate(parts, start=1):
         if "title" not in part:
-            raise BadInput(f"[[part]] number {number} has no title; write title = … in it.")
+            raise BadInput(f"[[part]] number {number} has no title: write title = … in it.")
     return Spec(name, title, tuple(_part(_over(above, part)) for part in parts))
 
 
 def _over(above: Raw, part: Raw) -> Raw:
-    """A part over what stands above the parts; its scorers take the place of those."""
+    """Merge a part into the keys above the parts; its scorers replace those above."""
     if "scorers" in part:
         above = {key: value for key, value in above.items() if key != "scorers"}
     return merged(above, part)
@@ -145,7 +145,7 @@ def _over(above: Raw, part: Raw) -> Raw:
 def _part(raw: Raw) -> Part:
     for key in ("id", "sets", "model"):
         if not raw.get(key):
-            raise BadInput(f"the part {raw['title']!r} has no {key}; write {_HOW[key]}.")
+            raise BadInput(f"the part {raw['title']!r} has no {key}: write {_HOW[key]}.")
     return Part(
         **{key: converted(raw[key], hint) for key, hint in _PART_KEYS.items() if key in raw},
         models=tuple(filled(ModelTable, model, "[model]", "arguments") for model in raw["model"]),
@@ -171,7 +171,7 @@ _HOW = {
 def _scorers(given: Any) -> tuple[ScorerTable, ...] | Literal["all"]:
     if isinstance(given, str):
         if given != ALL:
-            raise UnknownName(f'scorers is {given!r}; write scorers = "all", or a list of names.')
+            raise UnknownName(f'scorers is {given!r}: write scorers = "all", or a list of names.')
         return ALL
     if isinstance(given, Mapping):
         return tuple(_scorer(label, dict(table)) for label, table in given.items())
@@ -191,10 +191,10 @@ def _search(table: Raw) -> Search:
 
 
 def _published(table: Raw) -> Iterator[Published]:
-    """The numbers of a compact table, those that are printed."""
+    """Yield the printed numbers of a ``[[published]]`` table."""
     for key in ("source", "model", "metrics", "values"):
         if key not in table:
-            raise BadInput(f"[[published]] has no {key}; write {key} = … in it.")
+            raise BadInput(f"[[published]] has no {key}: write {key} = … in it.")
     sets = table.get("ood")
     for label, rows in table["values"].items():
         of_model = label == OF_THE_MODEL and sets is None
@@ -206,7 +206,10 @@ def _published(table: Raw) -> Iterator[Published]:
 
 
 def _rows(table: Raw, label: str, rows: list[Any]) -> list[list[Any]]:
-    """One row of cells for each OoD set, or a single one for figures of the model; of one metric, bare numbers too."""
+    """Return one row of cells for each OoD dataset, or a single row for figures of the model.
+
+    With a single metric, rows may be bare numbers.
+    """
     sets, metrics = table.get("ood"), table["metrics"]
     if sets is None:
         rows = [rows]
@@ -218,7 +221,7 @@ def _rows(table: Raw, label: str, rows: list[Any]) -> list[list[Any]]:
     if not fits:
         wanted = f"{len(metrics)} numbers" if sets is None else f"{len(sets)} lists of {len(metrics)} numbers"
         where = f"published.values.{label} ({table['source']})"
-        raise BadInput(f'{where} is {rows}; give {wanted}, "-" where none is printed.')
+        raise BadInput(f'{where} is {rows}: give {wanted}, with "-" where none is printed.')
     return rows
 
 

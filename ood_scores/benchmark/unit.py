@@ -1,4 +1,4 @@
-"""A unit of a benchmark: all scorers of a part on one checkpoint, fitted in one pass, every set scored once."""
+"""Evaluate a unit of a benchmark: all scorers of a part on one checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ID = "id"
 
 
 def evaluated(unit: Unit, out: Path) -> tuple[Path, dict[str, Any]]:
-    """File and facts of what the unit finds; computed if it is missing, damaged, or of other features or scorers."""
+    """Return the file of a unit and its facts; evaluate the unit if the file is missing, damaged or outdated."""
     key = key_of(unit)
     path = out / unit_files.FOLDER / f"{key[:16]}.h5"
     facts = unit_files.read(path, key)
@@ -40,7 +40,7 @@ def evaluated(unit: Unit, out: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def find(unit: Unit) -> Found:
-    """Fits, scores and compares. What goes wrong with one scorer is noted, and the others go on."""
+    """Fit, score and compare. The failure of a scorer is recorded and does not affect the others."""
     found = Found(unit.part.title, unit.model, unit.checkpoint)
     try:
         _find(unit, found)
@@ -70,7 +70,7 @@ def _find(unit: Unit, found: Found) -> None:
 
 
 def _id_and_ood(part: Part, by_set: Mapping[str, SetScores], found: Found) -> dict[str, SetScores]:
-    """The rows that count as ID, under ``"id"``, and the other rows of each OoD set."""
+    """Return the rows that count as ID, under ``"id"``, and the other rows of each OoD dataset."""
     inside = [by_set[name] for name in (part.id, *part.covariate) if name in by_set]
     outside = {}
     for name in part.ood:
@@ -78,14 +78,14 @@ def _id_and_ood(part: Part, by_set: Mapping[str, SetScores], found: Found) -> di
             shows_id = (by_set[name].labels >= 0) & part.relabel
             inside += [_rows(by_set[name], shows_id)] if shows_id.any() else []
             if shows_id.all():
-                found.not_run.append(_not_run(name, "all of its rows are labelled as ID classes"))
+                found.not_run.append(_not_run(name, "all of its rows are labeled as ID classes"))
             else:
                 outside[name] = _rows(by_set[name], ~shows_id)
     return {ID: _joined(inside), **outside}
 
 
 def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, found: Found) -> dict[str, ScorerRun]:
-    """The scorers that can run, fitted, with the parameters that the search has chosen."""
+    """Create the scorers that can run, with the parameters that the search selected, and fit them."""
     part = unit.part
     fit_has = fit.has if fit is not None else None
     tables, lacking = runnable(part, fit_has, [feats.has for feats in sets.values()])
@@ -120,7 +120,7 @@ def _features(jobs: Sequence[Job]) -> FeatureSet:
     found = [job.features() for job in jobs]
     there = [feats for feats in found if feats is not None]
     if len(there) < len(found):
-        raise EmptyInput(f"the features of {jobs[0].set!r} are not there any more: run the same command again.")
+        raise EmptyInput(f"the features of {jobs[0].set!r} were removed: run the same command again.")
     return there[0] if len(there) == 1 else ensemble(there)
 
 
@@ -144,7 +144,7 @@ def _rows(whole: SetScores, mask: Tensor) -> SetScores:
 
 
 def _joined(parts: Sequence[SetScores]) -> SetScores:
-    """Rows of several data sets, one set after the other."""
+    """Concatenate the rows of several datasets."""
     arrays = {name: torch.cat([getattr(each, name) for each in parts], dim=-1) for name in unit_files.ARRAYS}
     arrays["origins"] = torch.cat([torch.full_like(each.origins, number) for number, each in enumerate(parts)])
     return SetScores(**arrays, names=[each.names[0] for each in parts])
@@ -183,7 +183,7 @@ def _table(
 
 
 def _sides(part: Part, sets: Mapping[str, SetScores], ood: str) -> tuple[SetScores, SetScores]:
-    """ID and OoD rows for one OoD set: of the rows that SC-OOD counts as ID, those of this set."""
+    """Return ID and OoD rows for one OoD dataset. Of relabeled ID rows, only those of this dataset are used."""
     inside = sets[ID]
     ours = {part.id, *part.covariate, ood}
     return _rows(inside, torch.tensor([name in ours for name in inside.names])[inside.origins]), sets[ood]
@@ -198,7 +198,7 @@ def _compared(inside: np.ndarray, outside: np.ndarray) -> dict[str, Any]:
 
 
 def described(value: Any) -> Any:
-    """The name and all parameters of a scorer, as JSON has them."""
+    """Return the name and all parameters of a scorer as plain data for JSON."""
     if isinstance(value, Scorer):
         names: list[str] = [each.name for each in fields(value) if each.init] if is_dataclass(value) else []
         return {"name": value.name} | {name: described(getattr(value, name)) for name in names}
@@ -234,6 +234,6 @@ def _not_run(what: str, reason: str, remedy: str = "") -> dict[str, str]:
 
 
 def key_of(unit: Unit) -> str:
-    """A digest of everything that decides what the unit finds."""
+    """Return a digest of everything that determines the results of a unit."""
     features = [_made_by([job]) for job in unit.jobs]
     return digest(unit, unit.part.scorer_tables, features, list(metrics.METRICS), version("ood_scores"))

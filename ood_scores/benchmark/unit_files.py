@@ -1,4 +1,4 @@
-"""What a unit found, in an HDF5 file that takes its place in one step: figures, scores, labels and predictions."""
+"""HDF5 files with the results of a unit: figures, scores, labels and predictions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from torch import Tensor
 from ood_scores.atomic import replacing
 
 FOLDER = "scores"
-"""Of the files, in the folder of a run."""
+"""Folder of the files in the folder of a run."""
 FORMAT = "ood_scores benchmark"
 ARRAYS = ("scores", "labels", "predictions", "rows", "origins")
 UNUSABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError)
-"""What h5py and json raise on damaged files."""
+"""Errors that h5py and json raise for damaged files."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SetScores:
-    """The scores of a set: float64 ``[S, N]``, and int64 ``[N]``: labels (-1 for none), predictions, rows, origins.
+    """The results for the rows of a dataset, or for ID rows of several datasets.
 
-    ``origins`` are numbers of ``names``: of the data sets that the rows come from.
+    Attributes:
+        scores: one row per scorer, float64 ``[S, N]``.
+        labels: class indices, -1 for none, int64 ``[N]``.
+        predictions: predicted classes, -1 for none, int64 ``[N]``.
+        rows: row of each item in its dataset, int64 ``[N]``.
+        origins: index in ``names`` of the dataset of each item, int64 ``[N]``.
+        names: names of the datasets.
     """
 
     scores: Tensor
@@ -41,18 +47,21 @@ class SetScores:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of one checkpoint on the sets of a part.
+    """The scores of one checkpoint on the datasets of a part.
+
+    All arrays are read from the folder of the run when they are accessed, by the name of the OoD dataset, or ``"id"``
+    for the ID rows.
 
     Attributes:
         part: title of the part.
         model: label of the model.
-        checkpoint: its number among those of the model, from 0.
-        scores: float64 ``[N]`` by scorer and set; ``scores["msp"]["id"]`` of the ID rows, the others by the OoD
-            set's name. Read from the run's folder when they are asked for.
-        labels, predictions: int64 ``[N]`` by set, ``"id"`` among them; -1 for rows without a label.
-        rows: int64 ``[N]`` by set: which row of the data set each one is. With ``relabel`` or ``covariate`` the ID rows
-            come from several sets: ``origins`` then names the set of each.
-        origins: names of the sets, ``[N]`` by set.
+        checkpoint: number of the checkpoint among those of the model, from 0.
+        scores: float64 ``[N]`` by scorer and dataset, such as ``scores["msp"]["id"]``.
+        labels: int64 ``[N]`` by dataset; -1 for rows without a label.
+        predictions: int64 ``[N]`` by dataset; -1 if the model has no logits.
+        rows: row of each item in its dataset, int64 ``[N]``. With ``relabel`` or ``covariate``, ID rows come from
+            several datasets.
+        origins: name of the dataset of each item, ``[N]`` by dataset.
     """
 
     part: str
@@ -67,13 +76,18 @@ class Scored:
 
 @dataclass
 class Found:
-    """What a unit found.
+    """The results of a unit.
 
     Attributes:
-        part, model, checkpoint: as in ``Scored``.
-        scorers: labels of those that ran.
-        sets: ``"id"``, and the OoD sets by name.
-        table, measures, searched, not_run: rows, as ``Results`` has them.
+        part: see ``Scored``.
+        model: see ``Scored``.
+        checkpoint: see ``Scored``.
+        scorers: labels of the scorers that ran.
+        sets: results for the ID rows, ``"id"``, and for each OoD dataset by name.
+        table: rows of the table of ``Results``.
+        measures: rows of its measures.
+        searched: rows of its parameter search.
+        not_run: what could not run, and why.
     """
 
     part: str
@@ -88,7 +102,7 @@ class Found:
 
 
 def write(path: Path, digest: str, found: Found) -> dict[str, Any]:
-    """Writes what a unit found and returns its facts, as ``read`` does; raises CacheWriteFailed if the disk refuses."""
+    """Write the results of a unit and return its facts, like ``read``; raise CacheWriteFailed if the disk refuses."""
     facts = {key: value for key, value in vars(found).items() if key != "sets"}
     facts |= {"sets": list(found.sets), "names": [list(each.names) for each in found.sets.values()]}
     with (
@@ -107,7 +121,7 @@ def write(path: Path, digest: str, found: Found) -> dict[str, Any]:
 
 
 def read(path: Path, digest: str | None = None) -> dict[str, Any] | None:
-    """The facts of a file, all of whose checksums are right; None if it is damaged, or of another digest."""
+    """Verify all checksums of a file and return its facts; None if it is damaged or has another digest."""
     try:
         with h5py.File(path, "r") as h5:
             if h5.attrs["format"] != FORMAT or digest not in (None, h5.attrs["digest"]):
@@ -122,7 +136,7 @@ def read(path: Path, digest: str | None = None) -> dict[str, Any] | None:
 
 
 def scored(path: Path, facts: Mapping[str, Any]) -> Scored:
-    """The arrays of a file, read when they are asked for."""
+    """Return the arrays of a file, which are read when they are accessed."""
     numbers = {name: number for number, name in enumerate(facts["sets"])}
     rows = {label: row for row, label in enumerate(facts["scorers"])}
 
@@ -150,7 +164,7 @@ def scored(path: Path, facts: Mapping[str, Any]) -> Scored:
 
 
 class Lazy(Mapping[str, T]):
-    """A mapping whose values are read each time they are asked for."""
+    """A mapping whose values are read at each access."""
 
     def __init__(self, names: Mapping[str, Any], read: Callable[[str], T]) -> None:
         self._names, self._read = names, read

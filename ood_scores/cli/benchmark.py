@@ -21,32 +21,32 @@ if TYPE_CHECKING:
     from ood_scores.benchmark.planning import Plan, Unit
     from ood_scores.benchmark.results import NotRun
 
-LEGEND = "near, far, mean: unweighted means over the OoD sets. The report has intervals, the other metrics, and costs."
+LEGEND = "near, far, mean: unweighted means over OoD datasets. The report has intervals, all other metrics, and costs."
 SHOWN = 8
-"""Names in a line about what was not run."""
+"""Number of names in a line about what did not run."""
 
 
 def benchmark(
-    spec: Annotated[Path, typer.Argument(help="The TOML file that says which models, sets and scorers.")],
+    spec: Annotated[Path, typer.Argument(help="TOML file of models, datasets, and scorers.")],
     set: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="In place of what the file says; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Value that overrides the file; may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/ and the file's name.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Where relative paths start. Default: the current folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; defaults to runs/NAME.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder where relative paths start.")] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Extractions at the same time. Default: 1 on a GPU, else a core each.")
+        int | None, typer.Option(min=1, help="Extractions at the same time; defaults to 1 on a GPU, else to the cores.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be done, and what is missing.")
+        bool, typer.Option("--dry-run", help="Only print what would be done and what is missing.")
     ] = False,
     device: options.Device = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No line per step.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not print a line for each step.")] = False,
 ) -> None:
-    """Compares scorers on models and sets, from one file to tables and a report.
+    """Compare scorers on models and datasets; write tables and a report.
 
-    Each model sees each set once. An interrupted run continues when the same command is given again; a finished one is
-    read again. What is missing here is listed with the way to get it, and the rest is run.
+    Each model processes each dataset once. The same command continues an interrupted run, and shows a finished one
+    again. What needs missing data or weights does not run and is listed with the way to get it.
 
     \b
     [bold]Examples[/]
@@ -56,7 +56,7 @@ def benchmark(
       ood-scores benchmark mine.toml --data /data --jobs 2
 
     \b
-    [bold]A file[/]
+    [bold]Example of a file[/]
       id = "cifar10_test"
       near = \\["cifar100_test"]
       far = \\["mine"]
@@ -81,7 +81,7 @@ def benchmark(
     try:
         results = run(spec, out=out, data=data, overrides=set or (), device=device, jobs=jobs, progress=not quiet)
     except KeyboardInterrupt:
-        screen.print("[yellow]stopped[/]: the same command continues from what is there")
+        screen.print("[yellow]stopped[/]: run the same command again to continue")
         raise typer.Exit(130) from None
     _show(screen, results)
     if results.table.empty and results.measures.empty:
@@ -89,7 +89,7 @@ def benchmark(
 
 
 def _show(screen: Console, results: Results) -> None:
-    """The first two headline metrics; means over checkpoints where there are several."""
+    """Print the first two headline metrics, averaged over checkpoints."""
     from ood_scores.evaluation.metrics import headline_metrics
 
     metrics = headline_metrics()[:2]
@@ -118,7 +118,7 @@ def _accuracy(table: pd.DataFrame) -> str:
 
 
 def _groups(table: pd.DataFrame) -> dict[str, list[str]]:
-    """OoD sets by the title of their column: averages first, then each set."""
+    """Return the OoD datasets of each column by its title: averages first, then each dataset."""
     sets = {name: [name] for name in dict.fromkeys(table["ood"])}
     groups = {group: list(dict.fromkeys(table[table["group"] == group]["ood"])) for group in ("near", "far")}
     averages = {"mean": list(sets)} | groups
@@ -127,7 +127,7 @@ def _groups(table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _show_not_run(screen: Console, not_run: Iterable[NotRun]) -> None:
-    """Grouped by reason."""
+    """Print what did not run, grouped by reason."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for entry in not_run:
         by_reason.setdefault((entry.reason, entry.remedy), []).append(entry.what)
@@ -158,17 +158,17 @@ def _caches(planned: Plan, folder: Path) -> Iterator[str]:
         what = escape(f"{job.network.table.title} · {job.set}")
         place = escape(str(job.cache.relative_to(folder)))
         if job.cache not in pending:
-            yield f"[green]there[/]    {what} [dim]{place}[/]"
+            yield f"[green]exists[/]   {what} [dim]{place}[/]"
             continue
         rows = planned.facts[job.source].rows
-        size = "rows not known yet" if rows is None else f"{rows:,} rows"
+        size = "number of rows unknown" if rows is None else f"{rows:,} rows"
         computed = ", ".join(map(str, job.options.probes))
         probes = f", probes {computed}" if computed else ""
         yield f"[cyan]extract[/]  {what}: {size}{escape(probes)} [dim]{place}[/]"
 
 
 def _scorers(unit: Unit, planned: Plan) -> Iterator[str]:
-    """What would be scored, as far as can be told before the extraction."""
+    """Yield lines about the scorers that would run, as far as it is known before the extraction."""
     from ood_scores.benchmark.planning import runnable_after_extraction
 
     run, lacking = runnable_after_extraction(unit, planned.facts)

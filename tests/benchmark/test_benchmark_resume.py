@@ -1,4 +1,4 @@
-"""A benchmark that is stopped at any moment continues to the same results."""
+"""A benchmark that is interrupted at any moment continues to the same results."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_results(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_benchmark_killed_at_random_finds_the_same_results(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     started: list[int] = []
     for _ in range(KILLS):
@@ -72,7 +72,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(data: Path, undi
 
 
 @pytest.mark.parametrize("alive", [1, 2], ids=["while-the-next-starts", "at-work"])
-def test_a_killed_process_is_told_and_processes_find_the_same(
+def test_benchmark_reports_a_killed_process_and_continues(
     data: Path, undisturbed: Path, tmp_path: Path, alive: int
 ) -> None:
     def kill_the_first() -> None:
@@ -92,7 +92,7 @@ def test_a_killed_process_is_told_and_processes_find_the_same(
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "other"])
-def test_a_damaged_file_of_scores_is_made_again(data: Path, undisturbed: Path, tmp_path: Path, harm: str) -> None:
+def test_damaged_scores_are_computed_again(data: Path, undisturbed: Path, tmp_path: Path, harm: str) -> None:
     out = tmp_path / "copy"
     shutil.copytree(undisturbed, out)
     path = sorted(out.glob("scores/*.h5"))[0]
@@ -113,7 +113,7 @@ def test_a_damaged_file_of_scores_is_made_again(data: Path, undisturbed: Path, t
     load_results(out)
 
 
-def test_other_scorers_other_weights_other_options_are_not_mixed_up(data: Path, tmp_path: Path) -> None:
+def test_runs_with_other_weights_or_preprocessing_do_not_share_files(data: Path, tmp_path: Path) -> None:
     def found(**changes: Any) -> pd.DataFrame:
         return run(spec(part(scorers=SCORERS, **changes)), out=tmp_path, data=data, jobs=1, progress=False).table
 
@@ -126,6 +126,6 @@ def test_other_scorers_other_weights_other_options_are_not_mixed_up(data: Path, 
     assert len(list(tmp_path.glob("caches/*/*.h5"))) == 12
 
 
-def test_one_run_at_a_time(data: Path, tmp_path: Path) -> None:
-    with LockedFile(tmp_path / ".lock", "a+"), pytest.raises(CacheBusy, match="another run is at work"):
+def test_benchmark_folder_is_locked(data: Path, tmp_path: Path) -> None:
+    with LockedFile(tmp_path / ".lock", "a+"), pytest.raises(CacheBusy, match="another run uses"):
         whole_run(data, tmp_path)

@@ -1,4 +1,4 @@
-"""What a benchmark finds is what the package finds piece by piece; a second run reads it again."""
+"""Benchmark results equal those of the single functions; a second run reuses them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def results(data: Path, out: Path, *parts: Part) -> Results:
 
 
 def caches(out: Path) -> dict[str, ood_scores.FeatureSet]:
-    """By the name of the set, of a run with one cache for each."""
+    """Return the caches by dataset, for a run with one cache per dataset."""
     return {path.name.rsplit("-", 1)[0]: ood_scores.load(path) for path in out.glob("caches/*/*.h5")}
 
 
@@ -62,7 +62,7 @@ def everything(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return results(data, out, part(measures=("neural_collapse", "long_tail"), published=published))
 
 
-def test_the_table_is_what_evaluate_gives_on_the_caches(everything: Results) -> None:
+def test_benchmark_table_equals_evaluate_on_the_caches(everything: Results) -> None:
     feats = caches(everything.folder)
     assert {name: len(each) for name, each in feats.items()} == {
         n: ROWS[n] for n in ("fits", "test", "cousins", "dark")
@@ -81,7 +81,7 @@ def test_the_table_is_what_evaluate_gives_on_the_caches(everything: Results) -> 
     }
 
 
-def test_intervals_and_scores(everything: Results) -> None:
+def test_benchmark_intervals_and_scores(everything: Results) -> None:
     (scored,) = everything.scored
     feats = caches(everything.folder)
     assert_allclose(scored.scores["energy"]["id"], ood_scores.score("energy", feats["test"]), rtol=0)
@@ -97,7 +97,7 @@ def test_intervals_and_scores(everything: Results) -> None:
     assert (list(scored.origins["dark"]), scored.rows["dark"].tolist()) == (["dark"] * 25, list(range(25)))
 
 
-def test_costs_parameters_and_provenance(everything: Results) -> None:
+def test_benchmark_costs_parameters_and_provenance(everything: Results) -> None:
     table: Any = everything.table.set_index("scorer")
     assert (table["score_microseconds"] > 0).all()
     assert (table.loc["msp", "fit_seconds"] == 0).all()
@@ -109,7 +109,7 @@ def test_costs_parameters_and_provenance(everything: Results) -> None:
     assert json.loads(table.loc["knn", "parameters"].iloc[0])["k"] == 50
 
 
-def test_measures_and_what_was_published(everything: Results) -> None:
+def test_benchmark_measures_and_published_numbers(everything: Results) -> None:
     feats = caches(everything.folder)
     measures = everything.measures.set_index("measure")["value"]
     assert measures["nc4"] == neural_collapse(feats["fits"]).nc4
@@ -122,7 +122,7 @@ def test_measures_and_what_was_published(everything: Results) -> None:
     assert everything.comparison["sd"].isna().all()
 
 
-def test_scorers_that_cannot_run_say_why(everything: Results) -> None:
+def test_scorers_that_cannot_run_are_listed_with_reasons(everything: Results) -> None:
     reasons = {entry.what: (entry.reason, entry.remedy) for entry in everything.not_run}
     assert set(reasons) | set(everything.table["scorer"]) == set(ood_scores.list_scorers())
     assert reasons["odin"] == ("scoring needs 'odin', which was not extracted", '[extraction] probes = ["odin"]')
@@ -143,13 +143,13 @@ def assert_same(one: Results, other: Results, *, times: bool = True) -> None:
                 assert torch.equal(here.scores[label][name], there.scores[label][name])
 
 
-def test_a_folder_is_read_without_models_and_images(everything: Results) -> None:
+def test_benchmark_results_load_from_the_folder_alone(everything: Results) -> None:
     assert_same(everything, load_results(everything.folder))
     written = pd.read_csv(everything.folder / "results.csv")
     pd.testing.assert_frame_equal(written, everything.table, check_dtype=False)
 
 
-def test_a_second_run_only_reads(everything: Results, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_benchmark_run_only_reads(everything: Results, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("a model was opened, or images were")
 
@@ -165,7 +165,7 @@ def test_a_second_run_only_reads(everything: Results, data: Path, monkeypatch: p
 # ---- several parts, checkpoints, networks
 
 
-def test_parts_share_caches_and_roles_have_their_own(data: Path, tmp_path: Path) -> None:
+def test_benchmark_parts_share_caches_with_equal_options(data: Path, tmp_path: Path) -> None:
     probing = Extraction(batch_size=8, workers=0, rows=10, probes=("norms",), fit_probes=("gram",))
     found = results(
         data,
@@ -177,12 +177,12 @@ def test_parts_share_caches_and_roles_have_their_own(data: Path, tmp_path: Path)
     names = sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.glob("caches/*/*.h5"))
     assert names == ["cousins", "cousins", "dark", "fits", "test", "test", "test"]
     assert list(found.table.groupby("part", sort=False).size()) == [2, 2, 1]
-    assert [entry.what for entry in found.not_run] == ["gram"]  # its test sets lack what it reads
+    assert [entry.what for entry in found.not_run] == ["gram"]  # the test sets lack what it needs
     (row,) = found.table[found.table["part"] == "Probed"].to_dict("records")
     assert (row["n_id"], row["n_ood"]) == (10, 10)
 
 
-def test_several_checkpoints_and_an_ensemble(data: Path, tmp_path: Path) -> None:
+def test_benchmark_with_several_checkpoints_and_an_ensemble(data: Path, tmp_path: Path) -> None:
     seeds = ModelTable("cifar_resnet20", "Net", tuple(f"{seed}.safetensors" for seed in range(3)))
     published = (
         Published("Net", "msp", "dark", "auroc", 50.0, "Nobody"),
@@ -208,7 +208,7 @@ def test_several_checkpoints_and_an_ensemble(data: Path, tmp_path: Path) -> None
 # ---- other protocols
 
 
-def test_relabelled_rows_are_id_for_their_own_set(data: Path, tmp_path: Path) -> None:
+def test_relabeled_rows_count_as_id_for_their_own_dataset(data: Path, tmp_path: Path) -> None:
     found = results(data, tmp_path, part(scorers=named("msp"), relabel=True, far=("val_ood",)))
     feats = caches(tmp_path)
     inside, near = (ood_scores.score("msp", feats[name]) for name in ("test", "cousins"))
@@ -218,14 +218,14 @@ def test_relabelled_rows_are_id_for_their_own_set(data: Path, tmp_path: Path) ->
     assert {key: row[key] for key in METRICS} == dict(expected)
     assert (row["n_id"], row["n_ood"]) == (50, 20)
     assert [(entry.what, entry.reason) for entry in found.not_run] == [
-        ("val_ood", "all of its rows are labelled as ID classes")
+        ("val_ood", "all of its rows are labeled as ID classes")
     ]
     (scored,) = found.scored
     assert scored.origins["id"] == ["test"] * 40 + ["cousins"] * 10 + ["val_ood"] * 24
     assert scored.rows["id"].tolist()[40:50] == list(range(0, 30, 3))
 
 
-def test_covariate_sets_are_id(data: Path, tmp_path: Path) -> None:
+def test_covariate_shifted_datasets_count_as_id(data: Path, tmp_path: Path) -> None:
     found = results(data, tmp_path, part(scorers=named("energy"), covariate=("shifted",), near=()))
     feats = caches(tmp_path)
     inside = torch.cat([ood_scores.score("energy", feats[name]) for name in ("test", "shifted")])
@@ -239,7 +239,7 @@ def test_covariate_sets_are_id(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["auroc", "fpr95_id"])
-def test_search_chooses_on_validation_sets_only(data: Path, tmp_path: Path, metric: Any) -> None:
+def test_search_uses_validation_sets_only(data: Path, tmp_path: Path, metric: Any) -> None:
     search = Search("val_id", ("val_ood",), metric, {"knn": {"k": (1, 5, 20, 10_000)}})
     found = results(data, tmp_path, part(scorers=named("knn", "msp"), search=search))
     feats = caches(tmp_path)
@@ -260,7 +260,7 @@ def test_search_chooses_on_validation_sets_only(data: Path, tmp_path: Path, metr
     assert set(found.table["ood"]) == {"cousins", "dark"}
 
 
-def test_one_scorer_that_fails_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
+def test_failing_scorer_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
     scorers = (ScorerTable("too many", "knn", {"k": 10_000}), *named("knn", "msp"))
     found = results(data, tmp_path, part(scorers=scorers))
     assert list(dict.fromkeys(found.table["scorer"])) == ["knn", "msp"]

@@ -1,4 +1,4 @@
-"""Digests of benchmark jobs and units: every field counts, but those that only present."""
+"""Digests of benchmark jobs and units include every field, except those that only affect the presentation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def unit_of(data: Path, **changes: Any) -> Unit:
 
 
 def with_field(instance: Any, value: Any) -> Any:
-    """The instance as its class would be with one more field."""
+    """Copy an instance to a class with one more field."""
     cls = type(instance)
     added = ("added", int, field(metadata={"choices": ()}))
     wider = make_dataclass(cls.__name__, [added], bases=(cls,), frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ WIDER: dict[str, Callable[[Unit, Any], Unit]] = {
 
 
 @pytest.mark.parametrize("where", WIDER)
-def test_a_field_that_is_added_to_a_dataclass_changes_the_digest_of_a_unit(data: Path, where: str) -> None:
+def test_added_field_changes_the_digest_of_a_unit(data: Path, where: str) -> None:
     unit = unit_of(data)
     one, other = WIDER[where](unit, 1), WIDER[where](unit, 2)
     assert len({key_of(unit), key_of(one), key_of(other)}) == 3
@@ -69,7 +69,7 @@ def test_a_field_that_is_added_to_a_dataclass_changes_the_digest_of_a_unit(data:
 
 
 @pytest.mark.parametrize("where", ["job", "options", "preprocessing", "network", "model"])
-def test_a_field_that_is_added_to_a_dataclass_changes_the_cache_of_a_job(data: Path, where: str) -> None:
+def test_added_field_changes_the_cache_of_a_job(data: Path, where: str) -> None:
     unit = unit_of(data)
     caches = {WIDER[where](unit, value).sets["test"][0].cache for value in (1, 2)} | {unit.sets["test"][0].cache}
     assert len(caches) == 3
@@ -84,7 +84,7 @@ def test_a_field_that_is_added_to_a_dataclass_changes_the_cache_of_a_job(data: P
     ],
     ids=["notes", "published", "speed"],
 )
-def test_what_only_presents_does_not_change_the_digest_of_a_unit(data: Path, changes: dict[str, Any]) -> None:
+def test_presentation_does_not_change_the_digest_of_a_unit(data: Path, changes: dict[str, Any]) -> None:
     assert key_of(unit_of(data, **changes)) == key_of(unit_of(data))
 
 
@@ -107,22 +107,22 @@ def test_what_only_presents_does_not_change_the_digest_of_a_unit(data: Path, cha
     ],
     ids=str,
 )
-def test_what_decides_the_scores_changes_the_digest_of_a_unit(data: Path, changes: dict[str, Any]) -> None:
+def test_inputs_of_the_scores_change_the_digest_of_a_unit(data: Path, changes: dict[str, Any]) -> None:
     assert key_of(unit_of(data, **changes)) != key_of(unit_of(data))
 
 
-def test_other_models_of_a_part_do_not_change_the_digest_of_a_unit(data: Path) -> None:
+def test_other_models_do_not_change_the_digest_of_a_unit(data: Path) -> None:
     both = (*part().models, ModelTable("cifar_resnet20", "Other", "1.safetensors"))
     first, second = plan(spec(part(models=both)), data, data).units
     (alone,) = plan(spec(part()), data, data).units
     assert key_of(first) == key_of(alone) != key_of(second)
 
 
-def test_the_label_of_a_model_does_not_change_its_digest() -> None:
+def test_label_does_not_change_the_digest_of_a_model() -> None:
     assert digest(ModelTable("cifar_resnet20", "Net")) == digest(ModelTable("cifar_resnet20", "Other"))
     assert digest(ModelTable("cifar_resnet20")) != digest(ModelTable("cifar_resnet20", arguments={"width": 2}))
 
 
 @pytest.mark.parametrize("cls", [ModelTable, Part, Job, Network])
-def test_fields_that_are_left_out_of_digests_exist(cls: Any) -> None:
+def test_fields_excluded_from_digests_exist(cls: Any) -> None:
     assert {known.name for known in fields(cls)} > cls.NOT_IN_DIGEST

@@ -1,4 +1,4 @@
-"""What a benchmark cannot run is listed with the way to get it; the command line says so before and after."""
+"""Missing inputs of a benchmark are listed with the way to get them, in the results and on the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def missing() -> Part:
     return part(models=models, sets=sets, far=("dark", "gone", "elsewhere"), scorers=SCORERS)
 
 
-def test_what_is_missing_is_listed_and_the_rest_is_run(data: Path, tmp_path: Path) -> None:
+def test_missing_inputs_are_listed_and_the_rest_runs(data: Path, tmp_path: Path) -> None:
     found = run(spec(missing()), out=tmp_path, data=data, jobs=1, progress=False)
     assert set(found.table["ood"]) == {"cousins", "dark"}
     assert set(found.table["model"]) == {"Net"}
@@ -39,16 +39,16 @@ def test_what_is_missing_is_listed_and_the_rest_is_run(data: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("role", ["id", "fit"])
-def test_without_its_id_or_fit_set_a_model_is_not_run(data: Path, tmp_path: Path, role: str) -> None:
+def test_model_without_its_id_or_fit_set_does_not_run(data: Path, tmp_path: Path, role: str) -> None:
     sets = {**part().sets, "gone": "npz:gone.npz"}
     gone = part(title="Gone", sets=sets, scorers=SCORERS, **{role: "gone"})
     found = run(spec(part(scorers=SCORERS), gone), out=tmp_path, data=data, jobs=1, progress=False)
     assert set(found.table["part"]) == {"Small"}
     assert [(entry.part, entry.what) for entry in found.not_run] == [("Gone", "gone"), ("Gone", "Net")]
-    assert found.not_run[1].reason == "its set 'gone' could not be had"
+    assert found.not_run[1].reason == "required dataset 'gone' is unavailable"
 
 
-def test_a_model_that_cannot_run_is_not_run(data: Path, tmp_path: Path) -> None:
+def test_model_with_a_wrong_checkpoint_does_not_run(data: Path, tmp_path: Path) -> None:
     wrong = ModelTable("cifar_resnet56", "Wrong", "0.safetensors")
     found = run(
         spec(part(models=(*part().models, wrong), scorers=SCORERS)), out=tmp_path, data=data, jobs=1, progress=False
@@ -88,7 +88,7 @@ def command(data: Path, out: Path, *words: str, text: str = FILE) -> Any:
     return CliRunner().invoke(app, ["benchmark", str(path), *places, *words], env={"COLUMNS": "120"})
 
 
-def test_dry_run_says_what_would_be_done_and_does_nothing(data: Path, tmp_path: Path) -> None:
+def test_dry_run_prints_the_plan_and_does_nothing(data: Path, tmp_path: Path) -> None:
     before = sorted(data.rglob("*"))
     result = command(data, tmp_path / "out", "--dry-run", "--set", "extraction.rows=20")
     assert result.exit_code == 0, result.output
@@ -103,7 +103,7 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(data: Path, tmp_path: 
     assert "not run gone (" in result.output
 
 
-def test_the_command_shows_percent_and_what_was_not_run(data: Path, tmp_path: Path) -> None:
+def test_benchmark_command_prints_percent_and_what_did_not_run(data: Path, tmp_path: Path) -> None:
     text = FILE.replace("&download=true", "")
     result = command(data, tmp_path / "out", text=text)
     assert result.exit_code == 0, result.output
@@ -116,10 +116,10 @@ def test_the_command_shows_percent_and_what_was_not_run(data: Path, tmp_path: Pa
     assert "not run gone (" in result.output
     assert "→ " in result.output
     again = command(data, tmp_path / "out", "--dry-run", text=text)
-    assert "there    Net · test caches/Net-" in again.output
+    assert "exists   Net · test caches/Net-" in again.output
 
 
-def test_exit_code_when_nothing_can_be_run(data: Path, tmp_path: Path) -> None:
+def test_benchmark_command_exits_with_1_if_nothing_runs(data: Path, tmp_path: Path) -> None:
     assert command(data, tmp_path / "out", text=FILE.replace("0.safetensors", "7.safetensors")).exit_code == 1
     result = command(data, tmp_path / "out", "--set", "near=cosins")
     assert result.exit_code == 1

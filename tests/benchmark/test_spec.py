@@ -1,4 +1,4 @@
-"""Benchmark files: what they say, what they may not say, and where the mistake is."""
+"""Benchmark specs: reading them, and reporting mistakes with their place."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def refused(path: Path, *overrides: str, error: type[OodScoresError] = BadInput)
     return str(caught.value)
 
 
-def test_a_file_without_parts_is_one(tmp_path: Path) -> None:
+def test_spec_without_parts_is_one_part(tmp_path: Path) -> None:
     spec = load_spec(toml(tmp_path))
     assert (spec.name, spec.title) == ("small", "Small")
     (only,) = spec.parts
@@ -69,7 +69,7 @@ def test_a_file_without_parts_is_one(tmp_path: Path) -> None:
     assert only.ood == ("cousins", "noise")
 
 
-def test_every_table(tmp_path: Path) -> None:
+def test_spec_with_every_table(tmp_path: Path) -> None:
     only = part(
         toml(
             tmp_path,
@@ -126,7 +126,7 @@ temperature = [1, 2]
     assert (only.fit, only.measures, only.relabel, only.notes) == ("fits", ("long_tail",), True, "so")
 
 
-def test_published_numbers(tmp_path: Path) -> None:
+def test_spec_with_published_numbers(tmp_path: Path) -> None:
     more = """
 [[published]]
 source = "Table 1"
@@ -159,7 +159,7 @@ model = [92.6, 0.5]
     )
 
 
-def test_parts_say_what_is_different(tmp_path: Path) -> None:
+def test_spec_parts_override_the_keys_above_them(tmp_path: Path) -> None:
     more = """
 [scorers]
 msp = {}
@@ -192,7 +192,7 @@ noise = "noise:gaussian"
     assert (first.sets["noise"], second.sets["noise"]) == ("noise:uniform", "noise:gaussian")
 
 
-def test_extends(tmp_path: Path) -> None:
+def test_spec_extends_another_file(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     toml(tmp_path / "base", SMALL + '[scorers]\nmsp = {}\nA = { name = "gradnorm", temperature = 2 }\n', "all")
     child = 'extends = "base/all.toml"\ntitle = "Child"\nfar = []\n[scorers]\nA = { name = "knn", k = 3 }\n'
@@ -213,13 +213,13 @@ def test_extends(tmp_path: Path) -> None:
         ("[scorers]\nR = { name = 'react', base = 'ensrgy' }", 15, "there is no scorer 'ensrgy'"),
         ("[extraction]\nprobes = ['odn']", 15, "there is no probe 'odn' (did you mean 'odin'?)"),
         ("[ensembles]\nE = ['cifar_resnet']", 15, "no model 'cifar_resnet' (did you mean 'cifar_resnet20'?)"),
-        ("[search]\nid = 'fitz'\nood = ['fits']", 15, "there is no set 'fitz' (did you mean 'fits'?)"),
+        ("[search]\nid = 'fitz'\nood = ['fits']", 15, "there is no dataset 'fitz' (did you mean 'fits'?)"),
         ("[search]\nid = 'fits'\nood = ['fits']\n[search.grid.kn]\nk = [1]", 17, "there is no scorer 'kn'"),
-        ("[[part]]\ntitle = 'a'\n[[part]]\ntitle = 'b'\nnear = ['cosins']", 18, "no set 'cosins' (did you mean"),
+        ("[[part]]\ntitle = 'a'\n[[part]]\ntitle = 'b'\nnear = ['cosins']", 18, "no dataset 'cosins' (did you mean"),
         ("[[model]]\nlabel = 'b'\nname = 'cifar_resnt20'", 16, "timm has no model 'cifar_resnt20' (did you mean"),
     ],
 )  # fmt: skip
-def test_unknown_names_are_named_with_their_place(tmp_path: Path, wrong: str, line: int, words: str) -> None:
+def test_unknown_names_in_a_spec_are_reported(tmp_path: Path, wrong: str, line: int, words: str) -> None:
     message = refused(toml(tmp_path, f"{SMALL}\n{wrong}\n"), error=UnknownName)
     assert message.startswith(f"{tmp_path}/small.toml, line {line}: ")
     assert words in message
@@ -237,7 +237,7 @@ def test_unknown_names_are_named_with_their_place(tmp_path: Path, wrong: str, li
         ("layers = 3", 16, "extraction.layers is 3: give a string in quotes or a list, each a string in quotes"),
     ],
 )
-def test_wrong_options_of_an_extraction_are_named_with_their_place(
+def test_invalid_extraction_options_are_reported_with_their_line(
     tmp_path: Path, wrong: str, line: int, words: str
 ) -> None:
     message = refused(toml(tmp_path, f"{SMALL}\n[extraction]\nrows = 3\n{wrong}\n"))
@@ -245,7 +245,7 @@ def test_wrong_options_of_an_extraction_are_named_with_their_place(
     assert words in message
 
 
-def test_the_options_of_extract_are_keys_of_a_spec(tmp_path: Path) -> None:
+def test_options_of_extract_are_keys_of_a_spec(tmp_path: Path) -> None:
     keys = {"amp": "bf16", "channels_last": True, "compile": True, "dtype": "float16"}
     lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
     assert part(toml(tmp_path, f"{SMALL}\n[extraction]\n{lines}\n")).extraction == Extraction(**keys)  # type: ignore[arg-type]
@@ -255,44 +255,44 @@ def test_the_options_of_extract_are_keys_of_a_spec(tmp_path: Path) -> None:
         assert option.name == "head" or f" {option.name}," in str(error.value) or f" {option.name}." in str(error.value)
 
 
-def test_a_mistake_in_the_base_is_of_the_base(tmp_path: Path) -> None:
+def test_mistake_in_an_extended_spec_is_reported_there(tmp_path: Path) -> None:
     toml(tmp_path, SMALL.replace('far = ["noise"]', 'far = ["nose"]'), "base")
     child = toml(tmp_path, 'extends = "base.toml"\ntitle = "c"\n', "child")
-    assert refused(child, error=UnknownName).startswith(f"{tmp_path}/base.toml, line 5: there is no set 'nose'")
-    assert refused(child, "far=[]", "fit=fitz", error=UnknownName).startswith(f"{child}: there is no set 'fitz'")
+    assert refused(child, error=UnknownName).startswith(f"{tmp_path}/base.toml, line 5: there is no dataset 'nose'")
+    assert refused(child, "far=[]", "fit=fitz", error=UnknownName).startswith(f"{child}: there is no dataset 'fitz'")
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
         ("[extraction]\nrows = 'all'", "extraction.rows is 'all': give a whole number"),
-        ("[extraction]\nrows = 0", "rows = 0 is out of range; give at least 1"),
+        ("[extraction]\nrows = 0", "rows = 0 is out of range: give at least 1"),
         ("scorers = 3", "scorers is 3: give a string in quotes or a list, each a string in quotes, or a table"),
         ("[[published]]\nsource = 's'\nmodel = 'm'", "[[published]] has no metrics"),
         (
             "[[published]]\nsource = 's'\nmodel = 'm'\nmetrics = ['auroc']\nood = ['noise']\nvalues = {msp = [1, 2]}",
-            "published.values.msp (s) is [[1], [2]]; give 1 lists of 1 numbers",
+            "published.values.msp (s) is [[1], [2]]: give 1 lists of 1 numbers",
         ),
         ("[[part]]\nid = 'test'", "[[part]] number 1 has no title"),
         ("[[part]]\ntitle = 'a'\n[[part]]\ntitle = 'a'", "two parts are called 'a'"),
-        ("[[model]]\nname = 'cifar_resnet20'", "the model 'cifar_resnet20' is there 2 times"),
-        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nrecipe = 'r'\ncheckpoint = 'c'", "not both"),
-        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nseeds = [1]", "seeds are those of a recipe"),
-        ("measures = ['long_tail']", "long_tail is measured with the fit set"),
+        ("[[model]]\nname = 'cifar_resnet20'", "the model 'cifar_resnet20' is listed 2 times"),
+        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nrecipe = 'r'\ncheckpoint = 'c'", "checkpoint or a recipe"),
+        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nseeds = [1]", "seeds belong to a recipe"),
+        ("measures = ['long_tail']", "long_tail needs a fit set"),
         ("[search]\nid = 'fits'\nood = ['cousins']", "'cousins' is reported as 'cousins'"),
         ("[search]\nid = 'again'\nood = ['fits']\n[[part]]\ntitle = 'a'\nsets = {again = 'digits?classes=0-6'}",
          "'again' is reported as 'test'"),
-        ("covariate = ['noise']", "'noise' is in-distribution and OoD at the same time"),
+        ("covariate = ['noise']", "'noise' is both in-distribution and OoD"),
     ],
 )  # fmt: skip
-def test_what_does_not_go_together(tmp_path: Path, wrong: str, words: str) -> None:
+def test_contradictions_in_a_spec_are_reported(tmp_path: Path, wrong: str, words: str) -> None:
     text = SMALL + wrong if wrong.startswith("[") else f"{wrong}\n{SMALL}"
     message = refused(toml(tmp_path, text))
     assert message.startswith(f"{tmp_path}/small.toml")
     assert words in message
 
 
-def test_published_numbers_are_of_something(tmp_path: Path) -> None:
+def test_published_numbers_of_unknown_things_are_reported(tmp_path: Path) -> None:
     def with_table(**changes: Any) -> Path:
         table = {"model": "cifar_resnet20", "metrics": ["auroc"], "ood": ["noise"], "scorer": "msp"} | changes
         head = "\n".join(f"{key} = {table[key]!r}" for key in ("model", "metrics", "ood"))
@@ -303,19 +303,19 @@ def test_published_numbers_are_of_something(tmp_path: Path) -> None:
     assert len(part(with_table()).published) == 1
     assert "no model 'm'" in refused(with_table(model="m"), error=UnknownName)
     assert "no metric 'aurok' (did you mean 'auroc'?)" in refused(with_table(metrics=["aurok"]), error=UnknownName)
-    assert "no OoD set 'nois' (did you mean 'noise'?)" in refused(with_table(ood=["nois"]), error=UnknownName)
+    assert "no OoD dataset 'nois' (did you mean 'noise'?)" in refused(with_table(ood=["nois"]), error=UnknownName)
     assert "no scorer 'MSP'" in refused(with_table(scorer="MSP"), error=UnknownName)
 
 
-def test_files_that_are_missing_or_no_specs(tmp_path: Path) -> None:
+def test_missing_and_invalid_spec_files_are_reported(tmp_path: Path) -> None:
     assert refused(tmp_path / "none.toml") == f"there is no spec {tmp_path}/none.toml."
     assert "cannot read the spec" in refused(toml(tmp_path, "a = = 3"))
-    assert "has no id; write id = " in refused(toml(tmp_path, SMALL.replace('id = "test"', "")))
-    assert "has no model; write [[model]]" in refused(toml(tmp_path, SMALL.split("[[model]]")[0]))
+    assert "has no id: write id = " in refused(toml(tmp_path, SMALL.replace('id = "test"', "")))
+    assert "has no model: write [[model]]" in refused(toml(tmp_path, SMALL.split("[[model]]")[0]))
     assert "[[model]] has no name" in refused(toml(tmp_path, SMALL.replace('name = "cifar_resnet20"', 'label = "a"')))
 
 
-def test_a_spec_made_in_python_is_checked_too() -> None:
+def test_spec_created_in_python_is_checked() -> None:
     made = Part("P", (ModelTable("cifar_resnet20"),), {"test": "digits"}, "test", near=("tset",))
-    with pytest.raises(UnknownName, match=r"P: there is no set 'tset' \(did you mean 'test'\?\)"):
+    with pytest.raises(UnknownName, match=r"P: there is no dataset 'tset' \(did you mean 'test'\?\)"):
         check(Spec("s", "S", (made,)))

@@ -1,4 +1,4 @@
-"""The benchmark files of this repository: they load, what they name exists, and what they say was published."""
+"""The benchmark specs of this repository: they load, the names in them exist, and published numbers are right."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ every_file = pytest.mark.parametrize("name", [f"{path.parent.name}/{path.stem}" 
 every_paper = pytest.mark.parametrize("name", [f"papers/{path.stem}" for path in PAPERS])
 
 
-def test_the_suites_and_papers_are_there() -> None:
+def test_suites_and_papers_exist() -> None:
     openood = {"cifar10", "cifar100", "imagenet200", "imagenet"}
     others = {"gradnorm_imagenet", "gradnorm_cifar", "scood_cifar10_lt", "scood_cifar100_lt", "imagenet_lt", "haas"}
     assert {path.stem for path in SUITES} == openood | others | {"real", "shortened"}
@@ -46,14 +46,14 @@ def test_the_suites_and_papers_are_there() -> None:
     assert {path.stem for path in PAPERS} == {"gradnorm", "gradnorm_cifar", "haas2022", "haas2024"} | rna
 
 
-def test_every_base_is_extended() -> None:
+def test_every_base_spec_is_extended() -> None:
     text = "".join(path.read_text() for path in (*SUITES, *PAPERS))
     for base in (BENCHMARKS / "suites" / "base").glob("*.toml"):
         assert f'base/{base.name}"' in text
 
 
 @every_file
-def test_what_a_spec_names_exists(name: str) -> None:
+def test_names_in_shipped_specs_exist(name: str) -> None:
     for part in spec(name).parts:
         assert {part.id, *part.ood, *part.covariate, *filter(None, [part.fit])} <= part.sets.keys()
         for text in part.sets.values():
@@ -63,7 +63,7 @@ def test_what_a_spec_names_exists(name: str) -> None:
 
 
 @every_file
-def test_a_recipe_makes_the_network_that_the_model_names(name: str) -> None:
+def test_recipe_trains_the_network_of_its_model(name: str) -> None:
     for model in (model for part in spec(name).parts for model in part.models):
         files = (model.checkpoint,) if isinstance(model.checkpoint, str) else model.checkpoint or ()
         kept = [match.groups() for match in map(EPOCH.fullmatch, files) if match]
@@ -76,8 +76,8 @@ def test_a_recipe_makes_the_network_that_the_model_names(name: str) -> None:
 
 
 @every_paper
-def test_a_paper_says_what_was_published(name: str) -> None:
-    """Every number of a table is read, and there are as many as its axes promise."""
+def test_paper_specs_have_all_published_numbers(name: str) -> None:
+    """Every number of a table is read, and their count is the product of the axes."""
     with open(BENCHMARKS / f"{name}.toml", "rb") as file:
         parts = tomllib.load(file)["part"]
     for raw, part in zip(parts, spec(name).parts, strict=True):
@@ -95,7 +95,7 @@ def of(part: Part, **wanted: str | None) -> list[float]:
 
 
 def means(part: Part) -> Iterator[tuple[Published, float]]:
-    """The printed means of sets that are printed too, beside the means of these."""
+    """Return the published means over datasets, and the means of the published values."""
     for number in part.published:
         if number.ood == "mean" and not number.metric.endswith("_sd"):
             same = {"model": number.model, "scorer": number.scorer, "metric": number.metric, "source": number.source}
@@ -107,8 +107,8 @@ def means(part: Part) -> Iterator[tuple[Published, float]]:
 @pytest.mark.parametrize(
     ("name", "count"), [("gradnorm", 80), ("gradnorm_cifar", 20), ("rna_cifar10_lt", 21), ("rna_cifar100_lt", 21)]
 )
-def test_printed_means_are_those_of_the_printed_sets(name: str, count: int) -> None:
-    """A figure that was mistyped would show in the mean, but for what rounding hides."""
+def test_published_means_match_the_published_datasets(name: str, count: int) -> None:
+    """A mistyped figure would change the mean, unless rounding hides it."""
     found = [pair for part in spec(f"papers/{name}").parts for pair in means(part)]
     assert len(found) == count
     assert [number.value for number, _ in found] == pytest.approx([mean for _, mean in found], abs=0.009)
@@ -158,7 +158,7 @@ def test_printed_means_are_those_of_the_printed_sets(name: str, count: int) -> N
         ("rna_imagenet_lt", "Table 17", "RNA, LA then LA", "RN", "imagenet1k_ood", "auroc", 72.20),
     ],
 )
-def test_cells_of_the_papers(
+def test_cells_of_the_paper_specs(
     name: str, start: str, model: str, scorer: str | None, ood: str | None, metric: str, value: float
 ) -> None:
     (printed, *_) = (
@@ -170,8 +170,8 @@ def test_cells_of_the_papers(
     assert printed == value
 
 
-def test_the_conventions_of_the_papers() -> None:
-    """FPR95 has ID positive in GradNorm and Haas, OoD positive in RNA; so has AUPR there."""
+def test_positive_class_of_the_paper_specs() -> None:
+    """The positive class of FPR95 is ID in GradNorm and Haas, and OoD in RNA, where it is also that of AUPR."""
     used = {
         path.stem: {n.metric for part in spec(f"papers/{path.stem}").parts for n in part.published} for path in PAPERS
     }
@@ -182,14 +182,14 @@ def test_the_conventions_of_the_papers() -> None:
         assert all(part.relabel for part in spec(f"suites/{name}").parts)
 
 
-def test_gradnorm_sees_squashed_images_of_480_pixels() -> None:
+def test_gradnorm_suite_squashes_images_to_480_pixels() -> None:
     for part in spec("papers/gradnorm").parts:
         chosen = part.preprocessing
         assert (chosen.input_size, chosen.crop_mode, chosen.crop_pct) == ((480, 480), "squash", 1.0)
     assert spec("suites/gradnorm_imagenet").parts[0].preprocessing.mean == (0.5, 0.5, 0.5)
 
 
-def test_openood_has_near_far_and_full_spectrum() -> None:
+def test_openood_suites_have_near_far_and_full_spectrum() -> None:
     for name, near, far in (("imagenet", 2, 3), ("imagenet200", 2, 3), ("cifar10", 2, 4)):
         plain, full = spec(f"suites/{name}").parts
         assert (len(plain.near), len(plain.far), plain.covariate) == (near, far, ())
@@ -199,7 +199,7 @@ def test_openood_has_near_far_and_full_spectrum() -> None:
         assert not {plain.search.id, *plain.search.ood} & {plain.id, *plain.ood, *full.covariate}
 
 
-def test_the_real_benchmark() -> None:
+def test_real_suite() -> None:
     parts = {part.title: part for part in spec("suites/real").parts}
     first, probed, hundred = (
         parts[title] for title in ("CIFAR-10", "CIFAR-10: scores that run the model again", "CIFAR-100")
@@ -208,7 +208,10 @@ def test_the_real_benchmark() -> None:
     assert (first.fit, hundred.fit, hundred.id) == ("cifar10_train", "cifar100_first_half", "cifar100_second_half")
     assert [model.title for model in first.models] == ["ResNet-20", "DenseNet-100"]
     assert [tuple(members) for members in first.ensembles.values()] == [("ResNet-20", "DenseNet-100")]
-    assert of(first, scorer="energy", ood="textures", metric="fpr95_id") == [54.83, 56.12]  # reference, DICE's paper
+    assert of(first, scorer="energy", ood="textures", metric="fpr95_id") == [
+        54.83,
+        56.12,
+    ]  # the reference, and the paper of DICE
     assert of(first, scorer="msp", ood="cifar100_test", metric="auroc") == [88.438]
     names = {table.name for table in probed.scorer_tables}
     again = {"odin", "rankfeat", "gram", "gradnorm_params", "gradient_classifier", "mahalanobis_layers"}
@@ -216,7 +219,7 @@ def test_the_real_benchmark() -> None:
 
 
 @pytest.mark.skipif("OOD_SCORES_DATA" not in os.environ, reason="OOD_SCORES_DATA names no folder of real images")
-def test_the_real_benchmark_finds_its_files() -> None:
+def test_real_suite_finds_its_files() -> None:
     for part in spec("suites/real").parts:
         for text in part.sets.values():
             assert Path(os.path.expandvars(parse(text).target) + ".json").is_file()
@@ -224,7 +227,7 @@ def test_the_real_benchmark_finds_its_files() -> None:
             assert Path(os.path.expandvars(str(model.checkpoint))).is_file()
 
 
-def test_the_files_in_the_readme_load(tmp_path: Path) -> None:
+def test_specs_in_the_readme_load(tmp_path: Path) -> None:
     text = (BENCHMARKS / "README.md").read_text()
     blocks = [block.partition("```")[0] for block in text.split("```toml\n")[1:]]
     assert len(blocks) >= 3
