@@ -15,8 +15,8 @@ from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
-from ood_scores.scorers.class_means import CLOSEST, inner
-from ood_scores.scorers.gaussian import squared_distances
+from ood_scores.scorers.class_means import CLOSEST
+from ood_scores.scorers.numerics.distances import inner, squares_between
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
@@ -156,19 +156,9 @@ def angle(aside: Tensor, along: Tensor) -> Tensor:
     return torch.atan2(aside, along)
 
 
-def squares_between(rows: Tensor) -> Tensor:
-    """Squared distances between all rows, ``[C, C]``; exactly 0 for rows that differ by rounding only."""
-    rows = rows - rows.mean(dim=0)
-    squares = squared_distances(rows, rows)
-    rounding = torch.finfo(rows.dtype).eps * rows.shape[1] * rows.square().sum(dim=1)
-    return torch.where(squares > rounding[:, None] + rounding, squares, 0)
-
-
 def _inverse_distances(rows: Tensor) -> Tensor:
     """Inverse distance of each pair of rows, divided by the row's number of distinct partners; 0 for equal rows."""
-    rows = rows - rows.mean(dim=0)
-    squares = squared_distances(rows, rows)
-    rounding = torch.finfo(rows.dtype).eps * rows.shape[1] * rows.square().sum(dim=1)
-    apart = squares > rounding[:, None] + rounding
+    squares = squares_between(rows)
+    apart = squares > 0
     inverse = torch.where(apart, squares.clamp_min(CLOSEST**2).rsqrt(), 0)
     return inverse / apart.sum(dim=1, keepdim=True).clamp_min(1)

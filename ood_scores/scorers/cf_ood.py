@@ -17,7 +17,7 @@ from ood_scores.features.statistics.base import Accumulator, Found
 from ood_scores.features.statistics.row_samples import HashedSample
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_ranks import PIECE
-from ood_scores.scorers.gaussian import squared_distances
+from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 

@@ -14,6 +14,7 @@ from ood_scores.features.block import by_pieces, entropy, row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
+from ood_scores.scorers.numerics.distances import inner
 from ood_scores.scorers.papers import HENDRYCKS_2022
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -160,11 +161,6 @@ class NCI(Scorer):
         along = inner(centered, self.weight_.to(centered)[block.prediction()])
         scores = along / row_norm(centered, 2.0).clamp_min(CLOSEST)
         return scores + self.alpha * block.feature_norm(1.0) if self.alpha else scores
-
-
-def inner(left: Tensor, right: Tensor) -> Tensor:
-    """The inner products of paired rows, float64 ``[B]``."""
-    return torch.bmm(left[:, None], right[:, :, None])[:, 0, 0].double()
 
 
 def warn_of_classes_without_rows(name: str, counts: Tensor) -> None:

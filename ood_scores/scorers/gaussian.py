@@ -14,6 +14,7 @@ from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.cholesky import SOLVED
+from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.papers import LEE_2018
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -210,12 +211,6 @@ def whitened(rows: Tensor, root: Tensor, size: int = SOLVED) -> Tensor:
         stop = min(start + size, root.shape[1])
         torch.mm(rows[:, :stop], root[:stop, start:stop], out=found[:, start:stop])
     return found
-
-
-def squared_distances(rows: Tensor, centers: Tensor) -> Tensor:
-    """``||x_i - c_j||^2`` for every pair, ``[B, C]``, never negative."""
-    products = torch.addmm(rows.square().sum(dim=1, keepdim=True), rows, centers.T, alpha=-2)
-    return (products + centers.square().sum(dim=1)).clamp_min(0)
 
 
 def classes_present(counts: Tensor, name: str) -> Tensor:

@@ -19,8 +19,9 @@ from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
-from ood_scores.scorers.gaussian import classes_present, squared_distances
+from ood_scores.scorers.gaussian import classes_present
 from ood_scores.scorers.neighbors import kth_neighbors, why_no_graph_of
+from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.papers import HUANG_2021
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags

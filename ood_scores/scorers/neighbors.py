@@ -16,7 +16,7 @@ from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.row_samples import Energies, Rows
 from ood_scores.scorers.base import Scorer, fitted
-from ood_scores.scorers.gaussian import squared_distances
+from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
 from ood_scores.scorers.numerics.faiss_index import kept_index, trained_index
 from ood_scores.scorers.registry import register_scorer

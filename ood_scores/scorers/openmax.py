@@ -16,7 +16,7 @@ from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.row_samples import Logits
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_means import CLOSEST, warn_of_classes_without_rows
-from ood_scores.scorers.gaussian import squared_distances
+from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
