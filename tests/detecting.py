@@ -1,4 +1,4 @@
-"""Small networks, their inputs and what else tests of detectors have in common."""
+"""Small networks and their inputs for the tests of detectors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def loader(rows: int, seed: int) -> DataLoader[Any]:
 
 
 def network(seed: int = 0) -> nn.Module:
-    """A network with random features, whose head predicts the class with the nearest mean of these."""
+    """Create a network with random features whose head predicts the class with the nearest mean of the features."""
     torch.manual_seed(seed)
     model: Any = timm.create_model("tiny_net", num_classes=4).eval()
     rows = Rows(200, seed)
@@ -55,7 +55,7 @@ def extracted(model: nn.Module, rows: int, seed: int, **options: Any) -> Feature
 
 
 class Plain(nn.Sequential):
-    """A classifier that timm knows nothing of."""
+    """A classifier that is unknown to timm."""
 
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))

@@ -30,12 +30,12 @@ zipfile.ZipFile(Path(__file__).parent / "legacy" / "files.zip").extractall(FOLDE
 
 FACTS: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
 ARRAYS: dict[str, np.ndarray] = dict(np.load(FOLDER / "expected.npz"))
-"""What the version that wrote the files read from them."""
+"""The values that the version that wrote the files read from them."""
 
 CLASSES, WIDTH, BATCH = 3, 8, 5
 CLASS_NAMES = ("äpfel", "b", "c")
 ARGUMENTS: dict[str, Any] = {"width": 5}
-"""Of ``timm.create_model("legacy_net", num_classes=3, ...)`` for the network ``narrow``."""
+"""Arguments of ``timm.create_model("legacy_net", num_classes=3, ...)`` for the network ``narrow``."""
 
 _CFG = {
     "input_size": (3, 8, 8), "num_classes": CLASSES, "crop_pct": 1.0, "interpolation": "bilinear",
@@ -79,8 +79,8 @@ def legacy_net(pretrained: bool = False, **kwargs: Any) -> LegacyNet:
 
 
 def bare_network(name: str) -> nn.Module:
-    """``plain`` (nn.Sequential with dropout), ``legacy_net`` (known to timm) or ``narrow`` (the same made with
-    ``ARGUMENTS``), without the weights."""
+    """Create ``plain`` (nn.Sequential with dropout), ``legacy_net`` (known to timm), or ``narrow`` (the same with
+    ``ARGUMENTS``), without their weights."""
     if name == "plain":
         parts = {
             "stage1": nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()),
@@ -95,19 +95,19 @@ def bare_network(name: str) -> nn.Module:
 
 
 def network(name: str) -> nn.Module:
-    """The network of that name with its weights, in eval mode."""
+    """Return the network of that name with its weights, in eval mode."""
     model = bare_network(name)
     model.load_state_dict(load_file(FOLDER / "weights" / f"{name}.safetensors"))
     return model.eval()
 
 
 def pixels(name: str) -> np.ndarray:
-    """Images uint8 ``[N, 8, 8, 3]`` of ``fit`` (32), ``id`` (24) or ``ood`` (16)."""
+    """Return the images uint8 ``[N, 8, 8, 3]`` of ``fit`` (32), ``id`` (24), or ``ood`` (16)."""
     return np.load(FOLDER / "inputs.npz")[f"{name}_images"]
 
 
 def inputs(name: str) -> Tensor:
-    """The same as what the networks take, float32 ``[N, 3, 8, 8]``: exact, whatever the machine."""
+    """Return the same as inputs of the networks, float32 ``[N, 3, 8, 8]``, exact on every machine."""
     return torch.from_numpy(pixels(name)).permute(0, 3, 1, 2).float().contiguous() / 64 - 2
 
 
@@ -116,7 +116,7 @@ def labels(name: str) -> Tensor:
 
 
 class Images(Dataset[Any]):
-    """The inputs of a set; ``broken_at`` is a row at which reading fails, as a bad disk would."""
+    """The inputs of a set; reading fails at row ``broken_at``, as with a bad disk."""
 
     def __init__(self, name: str, labelled: bool = True, broken_at: int | None = None) -> None:
         self.name = f"legacy {name}"
@@ -133,7 +133,7 @@ class Images(Dataset[Any]):
 
 
 def loader(name: str, labelled: bool = True, broken_at: int | None = None, kind: str = "loader") -> Iterable[Any]:
-    """Batches of 5 of a set: a ``loader``, a ``shuffled`` one, or a ``generator``, whose length nobody knows."""
+    """Return batches of 5 of a set: a ``loader``, a ``shuffled`` loader, or a ``generator`` of unknown length."""
     data = Images(name, labelled, broken_at)
     if kind == "shuffled":
         return DataLoader(data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(3))
@@ -142,7 +142,7 @@ def loader(name: str, labelled: bool = True, broken_at: int | None = None, kind:
 
 
 def probes(name: str) -> list[Any]:
-    """Lists of probes: ``all`` of them with parameters of every kind, ``odd`` with values as users also give them."""
+    """Return a list of probes: ``all`` of them with parameters of every kind, or some with ``odd`` values."""
     from ood_scores.probes import (
         FGSM,
         ODIN,
@@ -202,12 +202,12 @@ EXTRACTIONS: dict[str, dict[str, Any]] = {
     },
     "joined": {"network": "plain", "loader": {"name": "id"}},
 }  # fmt: skip
-"""What makes each cache: to call ``extract`` with it again must open the cache and run nothing (``unfinished`` is
-continued). ``joined`` is of two processes of torchrun, ``headless`` of a loader of unknown length."""
+"""The settings of each cache: calling ``extract`` with them again must open the cache without running the model
+(``unfinished`` is continued). ``joined`` was written by two processes, ``headless`` from a loader of unknown length."""
 
 
 def options(cache: str) -> dict[str, Any]:
-    """The keyword arguments of ``extract`` for a cache."""
+    """Return the keyword arguments of ``extract`` for a cache."""
     entry = EXTRACTIONS[cache]
     chosen = {"device": "cpu", "progress": False, **entry.get("options", {})}
     return chosen | ({"probes": probes(entry["probes"])} if "probes" in entry else {})

@@ -23,32 +23,38 @@ CACHES = (".h5", ".hdf5")
 def calibrate(
     model: options.Model,
     id: Annotated[
-        str, typer.Option("--id", metavar="DATA", help="Held-out ID data for the threshold: a cache, or a dataset.")
+        str, typer.Option("--id", metavar="DATA", help="Held-out ID data for the threshold: cache or dataset.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write the detector into.")],
-    scorer: Annotated[str, typer.Option(help="A scorer's name; ood-scores list shows them.")] = "energy",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the detector to.")],
+    scorer: Annotated[str, typer.Option(help="Name of a scorer; ood-scores list shows them.")] = "energy",
     fit: Annotated[
-        str | None, typer.Option(metavar="DATA", help="ID data to fit the scorer on, usually of training.")
+        str | None,
+        typer.Option(metavar="DATA", help="ID data to fit the scorer on, usually the training set: cache or dataset."),
     ] = None,
-    keep: Annotated[float, typer.Option(help="The share of ID images to keep.")] = 0.95,
+    keep: Annotated[float, typer.Option(help="Share of ID images to keep.")] = 0.95,
     delta: Annotated[
-        float | None, typer.Option(help="How often the share may be missed; without it, it holds on average.")
+        float | None,
+        typer.Option(help="Share of calibration sets for which less may be kept; without it, --keep is an average."),
     ] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="A threshold for each predicted class.")] = False,
-    param: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the scorer; repeatable.")] = None,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Compute a threshold for each predicted class.")
+    ] = False,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Scorer parameter as KEY=VALUE; may be repeated.")
+    ] = None,
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
-    classes: Annotated[Path | None, typer.Option(help="A text file of the classes' names, one a line.")] = None,
-    mean: options.OfChannels = None,
-    std: options.OfChannels = None,
+    classes: Annotated[Path | None, typer.Option(help="Text file with the names of the classes, one per line.")] = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     batch_size: options.BatchSize = 64,
     workers: options.Workers = 2,
     device: options.Device = "auto",
     **extraction: Any,
 ) -> None:
-    """Makes a detector: a model and a scorer with the threshold that keeps a share of in-distribution images.
+    """Create a detector: a model and a scorer with the threshold that keeps a share of in-distribution images.
 
-    The threshold holds for images like those of --id, which must be new to the model: neither trained nor fitted on.
+    The threshold is valid for images like those of --id, which must be used neither in training nor in the fit.
 
     \b
     [bold]Examples[/]
@@ -88,7 +94,7 @@ def calibrate(
 
 
 def _opener(transform: Any, batch_size: int, workers: int) -> Callable[[str], Any]:
-    """A function that opens a cache, or a dataset as a loader, by the text that names it."""
+    """Return a function that opens a cache, or a dataset as a loader, from its text."""
     from torch.utils.data import DataLoader
 
     import ood_scores
@@ -98,7 +104,7 @@ def _opener(transform: Any, batch_size: int, workers: int) -> Callable[[str], An
         if Path(text).suffix in CACHES:
             return ood_scores.load(text)
         if ":" not in text and Path(text).exists():
-            raise BadInput(f"{text} is no cache: write folder:{text} for a folder of images.")
+            raise BadInput(f"{text} is not a cache: write folder:{text} for a folder of images.")
         return DataLoader(open_dataset(text, transform), batch_size, num_workers=workers)
 
     return opened

@@ -14,24 +14,28 @@ from ood_scores.cli.printing import console
 @options.takes_extraction_options
 def extract(
     model: options.Model,
-    data: Annotated[str, typer.Argument(help="The dataset, as folder:, npz:, imglist:, torchvision:, hf:, …")],
-    cache: Annotated[Path, typer.Argument(help="The HDF5 file to write.")],
+    data: Annotated[str, typer.Argument(help="Dataset, as folder:, npz:, imglist:, torchvision:, hf:, …")],
+    cache: Annotated[Path, typer.Argument(help="HDF5 file to write.")],
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
     batch_size: options.BatchSize = 64,
     workers: options.Workers = 2,
     device: options.Device = "auto",
-    mean: options.OfChannels = None,
-    std: options.OfChannels = None,
-    name: Annotated[str | None, typer.Option(help="The dataset's name, if not its own.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache, whatever made it.")] = False,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted extraction.")] = True,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    name: Annotated[str | None, typer.Option(help="Name to record for the dataset; defaults to its own.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing cache, whatever created it.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Continue an interrupted extraction, or start it again.")
+    ] = True,
     **extraction: Any,
 ) -> None:
-    """Runs a model once over a dataset and keeps features, logits, labels and the last layer in an HDF5 file.
+    """Run a model once over a dataset and store its features, logits, labels, and last layer in an HDF5 file.
 
-    An interrupted run continues where it stopped; a cache that something else made is refused. Under torchrun the
-    processes share the rows.
+    An interrupted run continues where it stopped; a cache that was created with different settings is refused. Under
+    torchrun, the processes share the rows.
 
     \b
     [bold]Examples[/]
@@ -50,14 +54,14 @@ def extract(
       imglist:PATH?root=DIR          lines "relative/path label"
       sheets:DIR/NAME                images packed on a few large ones
       torchvision:CIFAR10?split=test&root=DIR&download=true
-      hf:OWNER/NAME?split=test       of the Hugging Face hub
+      hf:OWNER/NAME?split=test       from the Hugging Face hub
       noise:gaussian?n=10000&size=32&seed=0     or noise:uniform
       digits?classes=0-6             scikit-learn's handwritten digits
       options of all: rows=0:5000, take=500, long_tail=100, scramble=SEED
-      $NAME is a variable of the environment
+      $NAME is replaced by the environment variable NAME
 
     \b
-    [bold]Probes[/] are kept as extras of the cache; most run the model again
+    [bold]Probes[/] add extras to the cache; most run the model again
       odin, fgsm, gradnorm, gradients, rankfeat, mc_dropout, gram, norms
       with parameters: odin:epsilon=0.004,std=(0.2,0.2,0.2)
     """

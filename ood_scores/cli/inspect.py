@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ood_scores.features.storage.cache import CacheState
 
 
-def inspect(cache: Annotated[Path, typer.Argument(help="A file from ood-scores extract, finished or not.")]) -> None:
-    """Shows what a cache holds, whether it is finished, and what made it.
+def inspect(cache: Annotated[Path, typer.Argument(help="File from ood-scores extract, finished or not.")]) -> None:
+    """Show the contents of a cache, whether it is finished, and how it was created.
 
     \b
     [bold]Examples[/]
@@ -38,7 +38,7 @@ def inspect(cache: Annotated[Path, typer.Argument(help="A file from ood-scores e
     if statistics:
         screen.print(f"statistics kept: {', '.join(statistics)}", soft_wrap=True, markup=False, highlight=False)
     if found.provenance is None:
-        screen.print("It does not say what made it.", style="dim")
+        screen.print("It has no provenance.", style="dim")
     else:
         screen.print(facts(_readable(found.provenance)))
 
@@ -70,6 +70,6 @@ def _readable(provenance: Provenance) -> dict[str, str]:
         **probes,
         "precision": provenance.precision,
         "device": f"{provenance.device}, {provenance.batch_size or '?'} images at a time",
-        "made": provenance.created,
+        "created": provenance.created,
         "with": ", ".join(f"{package} {version}" for package, version in provenance.versions.items()),
     }

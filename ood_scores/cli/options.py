@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,17 +15,26 @@ import typer
 from ood_scores.cli import parsing
 from ood_scores.extraction.options import ExtractionOptions
 
-Model = Annotated[str, typer.Argument(help="timm's name of the model, or one of this package's CIFAR networks.")]
+Model = Annotated[str, typer.Argument(help="Name of a timm model or of one of this package's CIFAR networks.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Weights, .safetensors or .pth; without it timm's pretrained ones.")
+    Path | None, typer.Option(help="File with weights, .safetensors or .pth; defaults to timm's pretrained weights.")
 ]
 NumClasses = Annotated[
-    int | None, typer.Option(min=1, help="Classes of the checkpoint, where they cannot be read off it.")
+    int | None, typer.Option(min=1, help="Number of classes of the checkpoint, if it cannot be inferred.")
 ]
-OfChannels = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0 to 1, if not the model's own.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+Mean = Annotated[
+    str | None,
+    typer.Option(metavar="R,G,B", help="Normalization mean for pixels in [0, 1]; defaults to the model's."),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B", help="Normalization standard deviation for pixels in [0, 1]; defaults to the model's."
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of images per batch.")]
+Workers = Annotated[int, typer.Option(min=0, help="Number of processes that load images.")]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, …; auto uses a GPU if there is one.")]
 
 
 def takes_extraction_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -50,7 +59,7 @@ def takes_extraction_options(command: Callable[..., None]) -> Callable[..., None
 
 
 def _parameter(field: Field[Any]) -> inspect.Parameter:
-    """The option of the command line for a field."""
+    """Return the command-line option for a field."""
     name, default = _name(field), field.default
     kind: Any = str | None
     if field.metadata["choices"]:
@@ -67,12 +76,12 @@ def _parameter(field: Field[Any]) -> inspect.Parameter:
 
 
 def _name(field: Field[Any]) -> str:
-    """The name of a field; in the singular where the option may be repeated."""
+    """Return the name of a field, in the singular if the option may be repeated."""
     return field.name.removesuffix("s") if isinstance(field.default, tuple) else field.name
 
 
 def _value(field: Field[Any], given: Any) -> Any:
-    """The value of a field from what the command line gave."""
+    """Return the value of a field from that of its command-line option."""
     if isinstance(given, Enum):
         return given.value
     if isinstance(field.default, tuple):

@@ -25,21 +25,21 @@ SOME_OOD, SOME_UNREADABLE = 3, 4
 """Exit codes."""
 
 SHOWN = 5
-"""How many rows the screen shows."""
+"""Number of rows to show on the screen."""
 
 
 def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES…", help="Files, folders or quoted patterns.")],
-    detector: Annotated[Path, typer.Option(metavar="DIR", help="A folder from ood-scores calibrate.")],
-    out: Annotated[Path | None, typer.Option(help="Write a row for every image: .csv or .json.")] = None,
-    fail_on_ood: Annotated[bool, typer.Option("--fail-on-ood", help="Exit with 3 if an image is OoD.")] = False,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES…", help="Files, folders, or quoted patterns.")],
+    detector: Annotated[Path, typer.Option(metavar="DIR", help="Folder from ood-scores calibrate.")],
+    out: Annotated[Path | None, typer.Option(help="Table to write, with a row per image: .csv or .json.")] = None,
+    fail_on_ood: Annotated[bool, typer.Option("--fail-on-ood", help="Exit with code 3 if an image is OoD.")] = False,
     batch_size: options.BatchSize = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes that decode images.")] = 2,
     device: options.Device = "auto",
 ) -> None:
-    """Says of every image what it shows, and whether it is out of distribution.
+    """Classify images and flag those that are out of distribution.
 
-    Folders are searched with all that is below them. An image that cannot be read is a row with its error.
+    Folders are searched recursively. An image that cannot be read is a row with its error.
 
     \b
     [bold]Examples[/]
@@ -50,9 +50,9 @@ def predict(
     \b
     [bold]Exit codes[/]
       0  every image was read
-      1  nothing was done: the message says why
-      3  some image is OoD, with --fail-on-ood
-      4  some image could not be read, whatever the others are
+      1  nothing was done, for the reason in the message
+      3  an image is OoD, with --fail-on-ood
+      4  an image could not be read, whatever the others are
     """
     from ood_scores.detector import Detector
 
@@ -70,9 +70,12 @@ def predict(
 
 
 def image_files(texts: Iterable[str]) -> list[str]:
-    """The image files that files, folders and patterns stand for, in this order, each once.
+    """Return the image files in files, folders, and patterns, in this order and without repetition.
 
-    A file that is named is taken even if it is not there. Raises MissingData for a pattern or folder without images.
+    A file that is named is included even if it does not exist.
+
+    Raises:
+        MissingData: if a pattern or a folder contains no images.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -85,7 +88,7 @@ def image_files(texts: Iterable[str]) -> list[str]:
         else:
             found = [text]
         if not found:
-            raise MissingData(f"there is no image in {text}; known are {', '.join(IMG_EXTENSIONS)}.")
+            raise MissingData(f"there is no image in {text}: image files end in {', '.join(IMG_EXTENSIONS)}.")
         files |= dict.fromkeys(found)
     return list(files)
 
@@ -109,12 +112,14 @@ class Decoded:
 
 
 def results(detector: Detector, files: Sequence[str], batch_size: int, workers: int) -> pd.DataFrame:
-    """A row for each file: ``image``, what the detector says of it, and ``error`` where it cannot be read."""
+    """Return a row per file: ``image``, the detector's predictions, and ``error`` if the file cannot be read."""
     import pandas as pd
     from torch.utils.data import DataLoader
 
     if detector.transform is None:
-        raise BadInput("this detector takes tensors only: calibrate it with preprocessing={...}, or call it in Python.")
+        raise BadInput(
+            "this detector only accepts tensors: calibrate it with preprocessing={...}, or call it in Python."
+        )
     loader: Any = DataLoader(
         Decoded(files, detector.transform),  # type: ignore[arg-type]
         batch_size,
@@ -133,7 +138,7 @@ def results(detector: Detector, files: Sequence[str], batch_size: int, workers: 
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns in order, whole numbers and truth values as such though some are missing."""
+    """Return the columns in order, with types for integers and booleans that allow missing values."""
     kinds = {"label": "Int64", "probability": "float64", "score": "float64", "p_value": "float64", "is_ood": "boolean"}
     names = ["image", "label", *(["class_name"] if "class_name" in table else []), *list(kinds)[1:], "error"]
     return table.reindex(columns=names).astype(kinds)

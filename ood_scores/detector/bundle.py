@@ -1,4 +1,4 @@
-"""Detectors on disk: a folder of safetensors and JSON. Nothing is pickled, so opening one runs no code of it."""
+"""Detectors on disk: a folder of safetensors and JSON. Nothing is pickled, so that loading one runs no code from it."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ DESCRIPTION, SCORER, CALIBRATION, MODEL = (
 
 
 def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model: bool) -> None:
-    """Writes a detector into a folder, which takes the place of ``path`` once it is complete; see ``Detector.save``."""
+    """Write a detector to a folder, whose files replace those in ``path`` once complete; see ``Detector.save``."""
     folder = Path(path)
     _check_replaceable(folder)
     if weights_sha256(detector.model) != detector.weights:
-        raise OtherModel("the model's weights have changed since it was calibrated: calibrate again.")
+        raise OtherModel("the model's weights have changed since the calibration: calibrate again.")
     with disk_errors(folder), _folder_for_writing(folder) as temporary:
         detector.scorer.save(temporary / SCORER)
         _write_calibration(detector.calibration, temporary / CALIBRATION)
@@ -67,13 +67,13 @@ def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model
 
 
 def load_parts(path: str | os.PathLike[str], model: nn.Module | None = None) -> DetectorParts:
-    """Opens what ``save_parts`` wrote; see ``Detector.load``."""
+    """Load a detector that ``save_parts`` wrote; see ``Detector.load``."""
     folder = Path(path)
     with _damage_named(folder):
         described = _read_description(folder)
         for name, digest in described["files"].items():
             if not (folder / name).is_file() or _sha256(folder / name) != digest:
-                raise DamagedCache(f"{folder / name} is missing, truncated or altered: save the detector again.")
+                raise DamagedCache(f"{folder / name} is missing, truncated, or altered: save the detector again.")
         if model is None:
             model = _model_in(folder, described["model"])
         else:
@@ -91,7 +91,7 @@ def load_parts(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
 
 
 def _describe(detector: DetectorParts) -> dict[str, Any]:
-    """What is no tensor, as JSON; some of it only for the reader."""
+    """Describe everything but tensors as JSON; some entries are only information for the reader."""
     calibration = detector.calibration
     return {
         "format": FORMAT,
@@ -120,13 +120,13 @@ def _describe(detector: DetectorParts) -> dict[str, Any]:
 
 
 def _describe_options(options: ExtractionOptions) -> dict[str, Any]:
-    """The fields of the options as JSON."""
+    """Return the fields of the options as JSON."""
     probes = [asdict(record_of(probe)) for probe in options.all_probes]
     return {each.name: getattr(options, each.name) for each in fields(options)} | {"layers": None, "probes": probes}
 
 
 def _read_options(described: Mapping[str, Any]) -> ExtractionOptions:
-    """The options that ``_describe_options`` described, or an earlier version did."""
+    """Return the options that ``_describe_options``, or an earlier version, described."""
     known = migrated(described)
     return ExtractionOptions(**known | {"probes": [probe_of(ProbeRecord(**record)) for record in known["probes"]]})
 
@@ -151,7 +151,7 @@ def _read_calibration(file: Path, keep: float, delta: float | None) -> Calibrati
 
 
 def _write_model(detector: DetectorParts, file: Path) -> None:
-    """The weights, in the format of checkpoints of ``ood_scores.training``, if ``load_model`` gives the model back."""
+    """Write the weights as a checkpoint of ``ood_scores.training``, if ``load_model`` restores the model from it."""
     model, name = detector.model, architecture(detector.model)
     if not (hasattr(model, "pretrained_cfg") and timm.is_model(name)):
         return
@@ -162,28 +162,28 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
     if reason:
         file.unlink()
         warnings.warn(
-            f"the model is not saved with the detector: {reason}. If it was made with arguments of timm.create_model, "
-            "pass save(..., arguments={...}); else Detector.load needs the model, load(path, model).",
+            f"the model is not saved with the detector, because {reason}: if it was created with arguments of "
+            "timm.create_model, pass save(..., arguments={...}); else pass the model to Detector.load(path, model).",
             stacklevel=4,
         )
 
 
 def _difference(detector: DetectorParts, file: Path) -> str:
-    """What the saved model does not have of the detector's; "" where it is the same."""
+    """Return how the saved model differs from the detector's; "" if it does not."""
     model = detector.model
     try:
         again = _load_network(file, architecture(model), _is_channels_last(model)).to(model_device(model))
     except OodScoresError as error:
         return str(error).rstrip(".")
     if weights_sha256(again) != detector.weights:
-        return f"timm makes {architecture(model)} with other weights or buffers from its checkpoint"
+        return f"timm creates {architecture(model)} with other weights or buffers from its checkpoint"
     if not torch.equal(_logits(detector, model), _logits(detector, again)):
-        return f"timm makes {architecture(model)} so that it gives other logits"
+        return f"timm creates {architecture(model)} with other logits"
     return ""
 
 
 def _logits(detector: DetectorParts, model: nn.Module) -> Tensor:
-    """The logits of two images of noise by the model, or by one like it."""
+    """Return the logits of two images of noise, computed by the model or by a copy."""
     noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     (inputs,) = input_batches(noise, detector.transform)
     options = replace(detector.forward.options, compile=False, dtype="float64", probes=())
@@ -198,7 +198,7 @@ def _load_network(file: Path, name: str, channels_last: bool) -> nn.Module:
 
 
 def _is_channels_last(model: nn.Module) -> bool:
-    """Whether weights lie in memory with channels last: sums in another order are rounded in another way."""
+    """Whether weights are in the channels-last memory format, which changes the order, and so the rounding, of sums."""
     weights = [values for values in model.parameters() if values.ndim == 4 and not values.is_contiguous()]
     return any(values.is_contiguous(memory_format=torch.channels_last) for values in weights)
 
@@ -206,14 +206,14 @@ def _is_channels_last(model: nn.Module) -> bool:
 def _model_in(folder: Path, described: Mapping[str, Any]) -> nn.Module:
     if not (folder / MODEL).is_file():
         raise BadInput(
-            f"{folder} holds no model: pass the {described['architecture']} that it was calibrated with, "
+            f"{folder} contains no model: pass the {described['architecture']} that it was calibrated with, "
             "Detector.load(path, model)."
         )
     model = _load_network(folder / MODEL, described["architecture"], described["channels_last"])
     if weights_sha256(model) != described["weights_sha256"]:
         raise DamagedCache(
-            f"timm {timm.__version__} makes another {described['architecture']} of {folder / MODEL} than the one that "
-            "was saved: pass the model, Detector.load(path, model)."
+            f"timm {timm.__version__} creates a different {described['architecture']} from {folder / MODEL} than the "
+            "one that was saved: pass the model, Detector.load(path, model)."
         )
     return model
 
@@ -223,7 +223,7 @@ def _require_weights(model: nn.Module, described: Mapping[str, Any], folder: Pat
     if found != described["weights_sha256"]:
         raise OtherModel(
             f"{folder} was calibrated with {described['architecture']} with weights "
-            f"{described['weights_sha256'][:12]}…, the model given is {architecture(model)} with weights "
+            f"{described['weights_sha256'][:12]}…, but the model passed is {architecture(model)} with weights "
             f"{found[:12]}…: pass the same model, or calibrate again."
         )
 
@@ -247,14 +247,14 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 def _check_replaceable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ForeignFile(f"{folder} is a file: a detector is saved in a folder.")
+        raise ForeignFile(f"{folder} is a file, but a detector is saved in a folder: choose another path.")
     if folder.exists() and any(folder.iterdir()) and not is_marked(folder / DESCRIPTION, FORMAT):
-        raise ForeignFile(f"{folder} holds something else than a detector and is left alone: choose another folder.")
+        raise ForeignFile(f"{folder} contains other files than a detector and is not replaced: choose another folder.")
 
 
 @contextmanager
 def _folder_for_writing(folder: Path) -> Iterator[Path]:
-    """A hidden folder on the same disk, gone afterwards."""
+    """Provide a hidden folder on the same disk, which is removed afterwards."""
     home = folder if folder.exists() else folder.parent
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=home) as temporary:
@@ -262,7 +262,7 @@ def _folder_for_writing(folder: Path) -> Iterator[Path]:
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Files that are not a detector's stay; the description, without which there is none, goes first and comes last."""
+    """Move a detector's files into the folder. The description, which marks it, is removed first and moved last."""
     folder.mkdir(exist_ok=True)
     for name in (DESCRIPTION, MODEL):
         (folder / name).unlink(missing_ok=True)
@@ -273,7 +273,7 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def _damage_named(folder: Path) -> Iterator[None]:
-    """What a description lacks becomes an error that says what to do."""
+    """Turn errors caused by a damaged description into DamagedCache."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""calibrate: from a scorer, a model and in-distribution data to a detector."""
+"""``calibrate``: create a detector from a scorer, a model, and in-distribution data."""
 
 from __future__ import annotations
 
@@ -41,47 +41,47 @@ def calibrate(
     device: str | torch.device = "auto",
     **options: Any,
 ) -> Detector:
-    """A detector whose threshold keeps the asked share of in-distribution images.
+    """Create a detector whose threshold keeps a requested share of in-distribution images.
 
-    The threshold is that of split conformal prediction: for images exchangeable with those of ``id`` it keeps a share
+    The threshold is that of split conformal prediction: for images exchangeable with those of ``id``, it keeps a share
     of at least ``keep`` in expectation, whatever the model and the scorer; with ``delta``, at least ``keep`` with
     probability 1 - delta over the choice of ``id``. See ``ood_scores.detector.conformal``.
 
     Args:
-        scorer: a registered name, or a Scorer, which is copied. One that is fitted already needs no ``fit``.
+        scorer: a registered name, or a Scorer, which is copied. A scorer that is already fitted needs no ``fit``.
         model: the classifier. It is moved to ``device`` and stays there.
-        fit: ID data that a fitted scorer is fitted on, usually the training set: a feature set, or a loader, which is
+        fit: the ID data on which the scorer is fitted, usually the training set: a feature set, or a loader, which is
             run through the model.
-        id: held-out ID data for the threshold, likewise: neither ``fit`` nor what the model was trained on. A feature
-            set that does not say from which weights it comes is taken to be of this model.
+        id: held-out ID data for the threshold, a feature set or a loader; neither ``fit`` nor the data that the model
+            was trained on. A feature set without provenance is assumed to come from this model.
         keep: the share of ID images to keep, in (0, 1).
-        delta: the share of calibration sets that may give less than that; None for the guarantee in expectation.
-        per_class: a threshold, and p-values, for each predicted class, so that the share is kept in each.
-        preprocessing: entries of timm's data configuration in place of the model's own (``input_size``, ``mean``,
-            ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``). A model that is not timm's has none: without them
-            its detector takes tensors only.
-        classes: names of the classes, in the order of the logits.
-        device: where the detector runs; ``"auto"`` takes a GPU if there is one, else the model's own device.
-        **options: how loaders are run through the model, as for ``extract``; the probes that the scorer reads are added
-            where they are missing. The detector runs the model in the way that the ``id`` set was extracted.
+        delta: the share of calibration sets for which less may be kept; None for the guarantee in expectation.
+        per_class: whether each predicted class has its own threshold and p-values, so that the share is kept in each.
+        preprocessing: entries of timm's data configuration that replace the model's own (``input_size``, ``mean``,
+            ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``). A model that is not from timm has none: without
+            this argument its detector accepts only tensors.
+        classes: the names of the classes, in the order of the logits.
+        device: the device of the detector; ``"auto"`` uses a GPU if there is one, else the model's own device.
+        **options: how loaders are run through the model: the options of ``extract``. Probes that the scorer needs are
+            added if they are missing. The detector runs the model with the options of the ``id`` set.
 
     Raises:
-        OtherModel: a set, or the fit of the scorer, comes from other weights than the model's.
-        NotFitted: the scorer is to be fitted, and there is no ``fit``.
-        MissingInput: the sets lack what the scorer reads.
-        BadInput: the scorer reads what no single model gives; a share out of range; as many names as there are not
-            classes.
-        EmptyInput, NotFinite, HeadNotFound: as ``extract`` and ``Scorer.score``.
+        OtherModel: if a set, or the fit of the scorer, comes from other weights than the model's.
+        NotFitted: if the scorer needs a fit, and there is no ``fit``.
+        MissingInput: if the sets lack something that the scorer needs.
+        BadInput: if the scorer needs something that a single model cannot compute, a share is out of range, the number
+            of names is not the number of classes, or there are options but no loader.
+        EmptyInput, NotFinite, HeadNotFound: as in ``extract`` and ``Scorer.score``.
     """
     ready = copy.deepcopy(as_scorer(scorer))
     names = [probe.name for probe in probes_for(ready.needs)]
     if not ready.is_fitted and fit is None:
-        raise NotFitted(f"{ready.name!r} is fitted on in-distribution data: pass fit=, a feature set or a loader.")
+        raise NotFitted(f"{ready.name!r} needs to be fitted on ID data: pass fit=, a feature set or a loader.")
     model = uncompiled(model)
     weights = weights_sha256(model)
 
     def as_set(data: Data, name: str, needs: Iterable[str]) -> FeatureSet:
-        """A feature set as it is, if it comes from the model; a loader run through it."""
+        """Return a feature set unchanged, if it comes from the model; run a loader through the model."""
         if isinstance(data, FeatureSet):
             require_weights(model, weights, data, name)
             return data
@@ -91,7 +91,7 @@ def calibrate(
         return extract(model, data, device=device, **options | {"probes": [*given.probes, *missing]})
 
     if options and isinstance(id, FeatureSet) and isinstance(fit, FeatureSet | None):
-        raise BadInput(f"{', '.join(options)} decide how loaders are run, and there are only feature sets.")
+        raise BadInput(f"{', '.join(options)} apply to loaders, but there are only feature sets: leave them out.")
     if fit is not None and ready.fit_needs:
         fit_set = as_set(fit, "fit", (*ready.fit_needs, *ready.needs))
         ready.fit(fit_set)
@@ -104,7 +104,7 @@ def calibrate(
     label, _ = predictions_of(id_set)
     num_classes = id_set.num_classes or 0
     if classes is not None and len(classes) != num_classes:
-        raise BadInput(f"the model has {num_classes} classes, and there are names for {len(classes)}.")
+        raise BadInput(f"the model has {num_classes} classes, but there are {len(classes)} names.")
     detector = Detector(
         forward=Forward(model, _options_of(id_set, names)),
         scorer=ready,
@@ -119,41 +119,42 @@ def calibrate(
 
 
 def _options_of(feats: FeatureSet, probes: Sequence[str]) -> ExtractionOptions:
-    """The options with which a set was extracted, with the named probes alone.
+    """Return the options with which a set was extracted, with only the named probes.
 
-    Raises BadInput if the set does not describe one of these probes.
+    Raises:
+        BadInput: if the provenance of the set does not describe one of these probes.
     """
     known = {record.parameters["name"] for record in feats.provenance.probes} if feats.provenance else set()
     for name in probes:
         if name not in known:
             raise BadInput(
-                f"the set of ID data holds {name}, but not how it was computed: make it with ood_scores.extract(..., "
-                f"probes=[{name!r}]) and leave its provenance with it."
+                f"the ID set contains {name}, but its provenance does not describe how it was computed: create it with "
+                f"ood_scores.extract(..., probes=[{name!r}])."
             )
     return ExtractionOptions.of(feats.provenance, probes) if feats.provenance else ExtractionOptions()
 
 
 def _warn_of_same_data(scorer: Scorer, same: bool, fit_rows: int, id_set: FeatureSet) -> None:
-    """Warns where rows of the calibration set must have been among those that the scorer was fitted on."""
+    """Warn if rows of the calibration set must have been among those that the scorer was fitted on."""
     fitted, found = scorer.fitted_on, id_set.provenance
     if fitted and found and fitted.data_sha256 == found.data_sha256:
         rows = found.dataset_rows or max(fit_rows, len(id_set))
         same = same or fit_rows + len(id_set) > rows
     if same and scorer.fit_needs:
         warnings.warn(
-            f"the threshold is calibrated on rows that {scorer.name!r} was fitted on. New images have other scores, so "
-            "that it keeps another share of them: pass held-out data as id=.",
+            f"the threshold is calibrated on rows that {scorer.name!r} was fitted on, whose scores differ from those "
+            "of new images, so that it keeps a different share of these: pass held-out data as id=.",
             stacklevel=3,
         )
 
 
 def _warn_of_other_preprocessing(detector: Detector) -> None:
-    """Warns where images would not be treated as those of the calibration set were, as far as that is known."""
+    """Warn if the preprocessing is known to differ from that of the calibration set."""
     known = detector.data.preprocessing if detector.data else ""
     own = " ".join(repr(detector.transform).split())
     if known and detector.transform is not None and known != own:
         warnings.warn(
-            f"the calibration images went through {known}, and images given to predict will go through {own}. Unless "
-            "both do the same, the threshold does not hold: pass preprocessing={...}, or tensors.",
+            f"the preprocessing of the calibration images was {known}, but that of images passed to predict is {own}; "
+            "unless both are equivalent, the threshold is not valid: pass preprocessing={...}, or tensors.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""What a detector keeps of its calibration: sorted scores, and the thresholds that follow from them."""
+"""The calibration of a detector: sorted scores, and the thresholds that follow from them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ood_scores.detector.conformal import Threshold, class_thresholds, p_values,
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The scores of held-out ID data and the thresholds that keep the asked share of it.
+    """The scores of held-out ID data, and the thresholds that keep a requested share of it.
 
     Attributes:
         scores: float64 ``[n]``, ascending.
-        thresholds: one; or one for each predicted class.
-        predicted: int64 ``[n]``, the predicted class of each row where there is a threshold for each; else None.
+        thresholds: one threshold, or one per predicted class.
+        predicted: int64 ``[n]``, the predicted class of each row if there is a threshold per class, else None.
     """
 
     scores: NDArray[np.float64]
@@ -35,7 +35,7 @@ class Calibration:
         delta: float | None,
         per_class: bool,
     ) -> Calibration:
-        """From the scores and the predicted classes of ID rows; raises what ``conformal.threshold`` raises."""
+        """Calibrate on the scores and predicted classes of ID rows; raises the errors of ``conformal.threshold``."""
         order = np.argsort(scores, kind="stable")
         if per_class:
             found = class_thresholds(scores, predicted, classes, keep, delta=delta)
@@ -44,17 +44,17 @@ class Calibration:
 
     @property
     def keep(self) -> float:
-        """The share of ID rows that was asked for."""
+        """The requested share of ID rows."""
         return self.thresholds[0].keep
 
     @property
     def delta(self) -> float | None:
-        """How often over calibration sets the kept share may lie below ``keep``; None where it is meant on average."""
+        """The share of calibration sets for which less than ``keep`` may be kept; None if ``keep`` is an average."""
         return self.thresholds[0].delta
 
     @property
     def guarantee(self) -> str:
-        """What holds for new rows that are exchangeable with the calibration rows."""
+        """The guarantee, in words, for new rows that are exchangeable with the calibration rows."""
         if self.predicted is None:
             return self.thresholds[0].guarantee
         of = (
@@ -65,14 +65,14 @@ class Calibration:
         return f"at least {self.keep:.2%} of the ID rows predicted as each class are kept {of}"
 
     def rejects(self, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which rows ``[m]`` lie below the threshold, that of their predicted class where each has its own."""
+        """Return which rows ``[m]`` are below the threshold, or that of their predicted class if each has its own."""
         limits = np.array([each.value for each in self.thresholds])
         return scores < (limits[0] if self.predicted is None else limits[labels])
 
     def p_values(self, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Conformal p-values ``[m]``, among the rows of the same predicted class where each has its own threshold.
+        """Return conformal p-values ``[m]``, within each predicted class if each has its own threshold.
 
-        A class for which there is no calibration row has p-values of 1.
+        The p-values of a class without calibration rows are 1.
         """
         if self.predicted is None:
             return p_values(self.scores, scores)

@@ -27,26 +27,24 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Detector(DetectorParts):
-    """A classifier that says of every image whether it is out of distribution; made by ``calibrate`` or ``load``.
+    """A classifier that flags images that are out of distribution; created by ``calibrate`` or ``load``.
 
-    Calls of detectors of one model from several threads take turns at it; copies in other processes (by pickle) are
-    independent.
-
-    Attributes: see ``DetectorParts``.
+    If several threads call detectors of one model, they wait for each other; copies in other processes (by pickle) are
+    independent. The attributes are those of ``DetectorParts``.
     """
 
     def predict(self, images: Any) -> Prediction:
-        """What each image shows, and whether it is out of distribution.
+        """Classify images and flag those that are out of distribution.
 
         Args:
-            images: a batch, in any of the forms that ``ood_scores.detector.inputs.input_batches`` lists: tensors
-                ``[B, C, H, W]`` of floating point are what the model takes; uint8 arrays and tensors, PIL images, paths
-                and bytes are images that still go through the model's preprocessing.
+            images: a batch in any of the forms that ``ood_scores.detector.inputs.input_batches`` lists: floating-point
+                tensors ``[B, C, H, W]`` are inputs of the model; uint8 arrays and tensors, PIL images, paths, and bytes
+                are images to which the model's preprocessing is applied.
 
         Raises:
-            EmptyInput: no image.
-            BadInput, MissingData, ShapeMismatch: not images, or not of a shape that the model takes.
-            NotFinite: an image, a feature or a logit is NaN or infinite.
+            EmptyInput: if there is no image.
+            BadInput, MissingData, ShapeMismatch: if these are not images, or the model cannot take their shape.
+            NotFinite: if an image, a feature, or a logit is NaN or infinite.
         """
         parts: list[Prediction] = []
         for inputs in input_batches(images, self.transform):
@@ -54,10 +52,10 @@ class Detector(DetectorParts):
         return parts[0] if len(parts) == 1 else Prediction.joined(parts)
 
     def decide(self, feats: FeatureSet) -> Prediction:
-        """The same for a feature set of this model, without running it.
+        """Return the same as ``predict`` for a feature set of this model, without running the model.
 
         Raises:
-            OtherModel: the set comes from other weights.
+            OtherModel: if the set was extracted with other weights.
             MissingInput, ShapeMismatch, NotFinite, EmptyInput: see ``Scorer.score``.
         """
         require_weights(self.model, self.weights, feats, "this set")
@@ -73,17 +71,17 @@ class Detector(DetectorParts):
         )
 
     def __call__(self, batch: Any) -> Any:
-        """The predictions for a batch of columns, for functions that map over batches.
+        """Predict a batch of columns, for functions that map over batches.
 
-        A dict (Ray Data) comes back with the columns added, a pandas frame (Spark's mapInPandas, Ray Data) too. Other
-        mappings, such as the lazy batches of ``datasets.map(det, batched=True)``, and arrays (Spark's
-        ``predict_batch_udf``) give a dict of the new columns alone. They are called as in ``Prediction``, but for
-        ``predicted_label``: many data sets have the truth under ``label``.
+        For a dict (Ray Data) or a pandas frame (Spark's mapInPandas, Ray Data), the columns are added to the batch. For
+        other mappings, such as the lazy batches of ``datasets.map(det, batched=True)``, and for arrays (Spark's
+        ``predict_batch_udf``), a dict of the new columns is returned. The columns have the names of the attributes of
+        ``Prediction``, except for ``predicted_label``: many datasets store the true label under ``label``.
 
-        Images are looked for under ``ood_scores.extraction.loaders.IMAGE_KEYS``: ``pixel_values``, ``image``, …
+        The images must be under one of ``ood_scores.extraction.loaders.IMAGE_KEYS``: ``pixel_values``, ``image``, …
 
         Raises:
-            BadInput: no such key; and whatever ``predict`` raises.
+            BadInput: if there is no such key. Other errors are those of ``predict``.
         """
         is_frame = hasattr(batch, "assign")
         named = isinstance(batch, Mapping) or is_frame
@@ -94,17 +92,17 @@ class Detector(DetectorParts):
         return batch | columns if type(batch) is dict else columns
 
     def to(self, device: str | torch.device) -> Detector:
-        """Moves the model, and returns the detector. ``"auto"`` as in ``ood_scores.extract``."""
+        """Move the model, and return the detector. ``"auto"`` has the same meaning as in ``ood_scores.extract``."""
         self.model.to(choose_device(self.model, device))
         return self
 
     def monitor(self, *, seed: int = 0) -> Monitor:
-        """A fresh watch over a stream, to be fed ``prediction.score``: has it drifted from the calibration data?
+        """Create a monitor that detects whether a stream of ``prediction.score`` drifts from the calibration data.
 
-        It watches the share of all images that a single threshold rejects, also where each class has its own.
+        It monitors the share of all images that a single threshold rejects, even if each class has its own threshold.
 
         Raises:
-            BadInput: there are too few calibration rows for any to be rejected.
+            BadInput: if there are too few calibration rows for any row to be rejected.
         """
         from ood_scores.detector.monitor import Monitor
 
@@ -112,17 +110,19 @@ class Detector(DetectorParts):
         return Monitor.of(calibration.scores, calibration.keep, delta=calibration.delta, seed=seed)
 
     def export_onnx(self, path: str | os.PathLike[str], images: Any = None) -> None:
-        """One ONNX file from images to ``logits``, ``score`` and ``is_ood``: see ``ood_scores.detector.export``.
+        """Write an ONNX file that maps images to ``logits``, ``score``, and ``is_ood``.
+
+        See ``ood_scores.detector.export``.
 
         Args:
-            path: of the file, replaced in one step.
-            images: some, as ``predict`` takes them: what onnxruntime says of them is compared with what is said here.
-                Noise where there are none, on which scores are less like those of real images.
+            path: the file, which is replaced atomically.
+            images: images in any form that ``predict`` accepts, for which the outputs of onnxruntime and of this
+                detector are compared. By default noise, whose scores are less similar to those of real images.
 
         Raises:
-            MissingInput: onnx, onnxscript or onnxruntime is not installed.
-            BadInput: the model or the scorer cannot be exported, which the message says by name, or differs.
-            CacheWriteFailed: the disk refused.
+            MissingInput: if onnx, onnxscript, or onnxruntime is not installed.
+            BadInput: if the model or the scorer, named in the message, cannot be exported, or the outputs differ.
+            CacheWriteFailed: if the file cannot be written.
         """
         from ood_scores.detector.export import export_onnx
 
@@ -135,10 +135,10 @@ class Detector(DetectorParts):
         export_onnx(graph, inputs, path, facts | ({"classes": json.dumps(self.classes)} if self.classes else {}))
 
     def export(self, images: Any = None) -> torch.export.ExportedProgram:
-        """The same graph by ``torch.export``, for batches of any size; ``torch.export.save`` writes it.
+        """Return the same graph from ``torch.export``, for batches of any size; ``torch.export.save`` writes it.
 
         Raises:
-            BadInput: the model or the scorer cannot be exported, which the message says by name.
+            BadInput: if the model or the scorer, named in the message, cannot be exported.
         """
         from ood_scores.detector.export import export_program
 
@@ -150,8 +150,8 @@ class Detector(DetectorParts):
         options = self.forward.options
         if options.amp is not None:
             raise BadInput(
-                f"the detector runs in mixed precision ({options.amp}), as its calibration data were extracted; a "
-                "graph does not: calibrate it on sets extracted without amp."
+                f"a graph cannot run in mixed precision ({options.amp}), as the calibration data were extracted: "
+                "calibrate on sets extracted without amp."
             )
         given = noise(self.preprocessing) if images is None else next(input_batches(images, self.transform))
         inputs = given.to(model_dtype(self.model))
@@ -163,21 +163,21 @@ class Detector(DetectorParts):
     def save(
         self, path: str | os.PathLike[str], *, with_model: bool = True, arguments: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes the detector into a folder, replacing a detector that is already there.
+        """Write the detector to a folder, replacing a detector that is already there.
 
-        ``detector.json``, ``scorer.safetensors``, ``calibration.safetensors`` and, for a timm model that ``load`` can
-        make again, ``model.safetensors``. Nothing is pickled.
+        The files are ``detector.json``, ``scorer.safetensors``, ``calibration.safetensors``, and, for a timm model that
+        ``load`` can create again, ``model.safetensors``. Nothing is pickled.
 
         Args:
-            path: the folder, new, empty or of a detector.
-            with_model: also the model, so that ``load`` needs none. One that timm does not make again as it is, which
-                is tried, is left out with a warning.
-            arguments: of ``timm.create_model``, where the model was made with some beyond ``num_classes``.
+            path: the folder, which must be new, empty, or contain a detector.
+            with_model: whether to save the model, so that ``load`` does not need it. If timm cannot create the model
+                again exactly, it is left out with a warning.
+            arguments: the arguments of ``timm.create_model`` with which the model was created, beyond ``num_classes``.
 
         Raises:
-            ForeignFile: the folder holds something else.
-            BadInput: the scorer is not registered, or holds something that cannot be stored.
-            CacheWriteFailed: the disk refused; a detector that was there before is still there.
+            ForeignFile: if the folder contains other files.
+            BadInput: if the scorer is not registered, or contains something that cannot be stored.
+            CacheWriteFailed: if the files cannot be written; a previous detector is then still there.
         """
         if arguments is not None:
             self.arguments = _as_json(arguments)
@@ -187,20 +187,20 @@ class Detector(DetectorParts):
     def load(
         path: str | os.PathLike[str], model: nn.Module | None = None, *, device: str | torch.device = "auto"
     ) -> Detector:
-        """Opens what ``save`` wrote: a detector with the same predictions, bit for bit.
+        """Load a detector that ``save`` wrote; its predictions are the same, bit for bit.
 
         Args:
             path: the folder.
-            model: the classifier; None where the folder has it.
-            device: as in ``calibrate``.
+            model: the classifier; None to use the one in the folder.
+            device: the device to run on, with the same meaning as in ``calibrate``.
 
         Raises:
-            FileNotFoundError: there is no such folder.
-            ForeignFile: it is not a detector, or was written by a newer version of this package.
-            DamagedCache: a file is missing, truncated or altered.
-            BadInput: the folder has no model and none is given.
-            OtherModel: the given model has other weights.
-            UnknownName: its scorer or its timm model is not known here.
+            FileNotFoundError: if there is no such folder.
+            ForeignFile: if it is not a detector, or was written by a newer version of this package.
+            DamagedCache: if a file is missing, truncated, or altered.
+            BadInput: if the folder contains no model and none is passed.
+            OtherModel: if the model that is passed has other weights.
+            UnknownName: if the scorer or the timm model is not known.
         """
         found = load_parts(path, model)
         return Detector(**{each.name: getattr(found, each.name) for each in fields(found) if each.init}).to(device)
@@ -214,13 +214,19 @@ def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(dict(arguments)))
     except TypeError as error:
         raise BadInput(
-            f"arguments are what JSON can hold: {error}. Leave them out, and pass the model to load."
+            f"arguments cannot be stored as JSON ({error}): leave them out, and pass the model to load."
         ) from error
 
 
 def require_weights(model: nn.Module, weights: str, feats: FeatureSet, name: str) -> None:
+    """Check that a feature set, if it has provenance, was extracted with these weights.
+
+    Raises:
+        OtherModel: if it was not.
+    """
     if feats.provenance and feats.provenance.weights_sha256 != weights:
         raise OtherModel(
-            f"{name} comes from {feats.provenance.architecture} with weights {feats.provenance.weights_sha256[:12]}…, "
-            f"the model is {architecture(model)} with weights {weights[:12]}…: extract it again with this model."
+            f"{name} was extracted with {feats.provenance.architecture} with weights "
+            f"{feats.provenance.weights_sha256[:12]}…, but the model is {architecture(model)} with weights "
+            f"{weights[:12]}…: extract it again with this model."
         )

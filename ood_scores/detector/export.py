@@ -1,4 +1,4 @@
-"""A detector in one file, for ``torch.export`` or ONNX, that runs without this package."""
+"""Export a detector with ``torch.export`` or to ONNX, to run it without this package."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ood_scores.detector.graph import DetectorGraph
 from ood_scores.errors import BadInput, MissingInput
 
 FORMAT_VERSION = 1
-"""Of inputs, outputs and metadata of the ONNX file."""
+"""Version of the inputs, outputs, and metadata of the ONNX file."""
 
 LARGEST_FILE = 2**31 - 2**20
-"""Bytes of parameters and constants: a file in ONNX's format holds less than 2 GiB."""
+"""Maximum bytes of parameters and constants: an ONNX file is limited to 2 GiB."""
 
 CLOSE = 1e-4
-"""How far, relative to the largest, logits and scores of the graph may be from those computed here."""
+"""Maximum difference between logits, or scores, of the graph and those computed here, relative to the largest."""
 
 SAFETY = 4.0
-"""How many times the differences seen on some images rounding may make on others."""
+"""Factor by which the differences caused by rounding may be larger on other images than on the compared ones."""
 
 PLACEHOLDER = 7.3890560989306495e-3
-"""The margin before it is known: a number that no scorer has, for equal constants become one when a graph is made."""
+"""The margin before it is known. No scorer contains this number: equal constants are merged when a graph is created."""
 
 ROWS = 16
-"""How many images are compared where none are given."""
+"""Number of images of noise to compare if no images are passed."""
 
 OUTPUTS = ("logits", "score", "is_ood")
 
@@ -40,25 +40,25 @@ OUTPUTS = ("logits", "score", "is_ood")
 def export_onnx(
     graph: DetectorGraph, images: Tensor, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one ONNX file, after onnxruntime has given with it what the graph gives here.
+    """Write an ONNX file, after comparing its outputs in onnxruntime with those of the graph.
 
-    Input: ``images``, the batch of any size. Outputs: ``logits``, ``score`` (float64), ``is_ood``. The metadata have
-    ``ood_scores_format``, ``scorer``, ``threshold``, ``margin`` and what else is given.
+    The input is ``images``, a batch of any size. The outputs are ``logits``, ``score`` (float64), and ``is_ood``. The
+    metadata contain ``ood_scores_format``, ``scorer``, ``threshold``, ``margin``, and the ``metadata`` argument.
 
-    onnxruntime rounds otherwise than torch. So that a row whose score is the threshold, as that of a calibration row
-    is, is decided as in Python, a row is OoD where its score is more than ``margin`` below the threshold: ``SAFETY``
-    times the largest difference of scores that the comparison found.
+    onnxruntime rounds differently from torch. A row is therefore OoD if its score is more than ``margin`` below the
+    threshold, so that a row whose score equals the threshold, such as a calibration row, is decided as in Python. The
+    margin is ``SAFETY`` times the largest difference of scores in the comparison.
 
     Args:
-        graph: a detector's.
-        images: what is compared, at least one; some real ones are best.
-        path: of the file, replaced in one step.
-        metadata: more of it, for instance the hash of the weights.
+        graph: the graph of a detector.
+        images: the inputs to compare, at least one; real images are best.
+        path: the file, which is replaced atomically.
+        metadata: further metadata, such as the hash of the weights.
 
     Raises:
-        MissingInput: onnx, onnxscript or onnxruntime is not installed.
-        BadInput: the model cannot be traced, or onnxruntime gives something else.
-        CacheWriteFailed: the disk refused; a file that was there before is still there.
+        MissingInput: if onnx, onnxscript, or onnxruntime is not installed.
+        BadInput: if the model cannot be traced, or the outputs in onnxruntime differ.
+        CacheWriteFailed: if the file cannot be written; a previous file is then still there.
     """
     onnx = _require_onnx()
     images = images.cpu()
@@ -74,23 +74,23 @@ def export_onnx(
     }
     onnx.helper.set_model_props(proto, {**(metadata or {}), **about})
     content = proto.SerializeToString()
-    _margin_onnx(graph, images, content)  # what is written is what was compared
+    _margin_onnx(graph, images, content)  # the written content is also compared
     with replacing(Path(path)) as file:
         file.write(content)
 
 
 def export_program(graph: DetectorGraph, images: Tensor) -> torch.export.ExportedProgram:
-    """The graph traced by ``torch.export``, for batches of any size.
+    """Trace the graph with ``torch.export``, for batches of any size.
 
-    ``torch.export.save`` writes it, ``torch.export.load(path).module()`` runs it, without this package.
+    ``torch.export.save`` writes the result; ``torch.export.load(path).module()`` runs it without this package.
 
     Args:
-        graph: a detector's.
-        images: an example, of which the sizes matter and not the values.
+        graph: the graph of a detector.
+        images: example inputs, whose values do not matter.
 
     Raises:
-        BadInput: the model cannot be traced for any size of batch, a scorer that is not of this package cannot, or the
-            traced graph gives something else.
+        BadInput: if the model, or a scorer of another package, cannot be traced for batches of any size, or the outputs
+            of the traced graph differ.
     """
     images = images.cpu()
     program = _trace(graph, images)
@@ -101,17 +101,18 @@ def export_program(graph: DetectorGraph, images: Tensor) -> torch.export.Exporte
 
 
 def noise(preprocessing: Mapping[str, Any] | None) -> Tensor:
-    """Something to compare where there are no images: float32 ``[ROWS, *input_size]``.
+    """Return noise to compare if there are no images: float32 ``[ROWS, *input_size]``.
 
-    Raises BadInput where the size is not known.
+    Raises:
+        BadInput: if the size is unknown.
     """
     if preprocessing is None:
-        raise BadInput("the detector does not know the size of its images: pass some as images=.")
+        raise BadInput("the size of the detector's images is unknown: pass some as images=.")
     return torch.randn(ROWS, *preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
 
 
 def run_onnx(model: str | os.PathLike[str] | bytes, images: Tensor) -> dict[str, NDArray[Any]]:
-    """What onnxruntime gives on the CPU for a batch, by name of the output; ``model`` is a file's path or its bytes."""
+    """Return the outputs of onnxruntime on the CPU for a batch, by name; ``model`` is a path or the bytes of a file."""
     import onnxruntime
 
     source = model if isinstance(model, bytes) else os.fspath(model)
@@ -120,43 +121,44 @@ def run_onnx(model: str | os.PathLike[str] | bytes, images: Tensor) -> dict[str,
 
 
 def _trace(graph: DetectorGraph, images: Tensor) -> torch.export.ExportedProgram:
-    example = images[:1].repeat(2, *[1] * (images.ndim - 1))  # sizes 0 and 1 would be taken for constants
+    example = images[:1].repeat(2, *[1] * (images.ndim - 1))  # sizes 0 and 1 would become constants
     try:
         with torch.no_grad():
-            graph(example)  # what scorers keep from their first call is then made of numbers, not of a trace
+            graph(example)  # values that scorers cache on their first call are then numbers, not traced
             return torch.export.export(graph, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    except Exception as error:  # whatever the code of the model or the scorer raises under tracing
+    except Exception as error:  # anything that the code of the model or the scorer raises under tracing
         raise BadInput(f"torch.export cannot trace {graph}: {_root_of(error)}") from error
 
 
 def _to_onnx(graph: DetectorGraph, program: torch.export.ExportedProgram) -> Any:
     held = sum(values.nbytes for values in {**program.state_dict, **program.constants}.values())
     if held > LARGEST_FILE:
-        raise BadInput(f"{graph} holds {held / 2**30:.1f} GiB, and an ONNX file less than 2: use torch.export.")
+        raise BadInput(f"{graph} has {held / 2**30:.1f} GiB, but an ONNX file is limited to 2 GiB: use torch.export.")
     try:
         program.state_dict["margin"] = torch.tensor(PLACEHOLDER, dtype=torch.float64)
         found = torch.onnx.export(
             program, input_names=["images"], output_names=list(OUTPUTS), dynamo=True, verbose=False
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise BadInput(f"{graph} has no ONNX graph: {_root_of(error)}") from error
+        raise BadInput(f"cannot convert {graph} to ONNX: {_root_of(error)}") from error
     assert found is not None
     return found.model_proto
 
 
 def _margin_onnx(graph: DetectorGraph, images: Tensor, content: bytes) -> float:
-    """``_margin`` of a file's content in onnxruntime; BadInput if it does not run there."""
+    """Return the ``_margin`` of a file's content in onnxruntime; raises BadInput if it does not run there."""
     try:
         found = run_onnx(content, images)
-    except Exception as error:  # onnxruntime's have no class in common
+    except Exception as error:  # the errors of onnxruntime have no common class
         raise BadInput(f"{graph} does not run in onnxruntime: {_root_of(error)}") from error
     return _margin(graph, images, found, "onnxruntime")
 
 
 def _margin(graph: DetectorGraph, images: Tensor, found: Mapping[str, NDArray[Any]], where: str) -> float:
-    """``SAFETY`` times how far the scores found are from those of the graph here.
+    """Return ``SAFETY`` times the largest difference between the scores found and those of the graph here.
 
-    Raises BadInput if they, or the logits, are not close.
+    Raises:
+        BadInput: if the scores, or the logits, are not close.
     """
     with torch.no_grad():
         here = dict(zip(OUTPUTS, graph(images), strict=True))
@@ -166,14 +168,14 @@ def _margin(graph: DetectorGraph, images: Tensor, found: Mapping[str, NDArray[An
         differences[name], largest = float(np.abs(found[name] - expected).max()), float(np.abs(expected).max())
         if not differences[name] <= CLOSE * largest:
             raise BadInput(
-                f"{graph} gives {name} in {where} that differ by {differences[name]:.3g} from those here, of which the "
-                f"largest is {largest:.3g}: not exported."
+                f"{graph} was not exported: its values of {name} in {where} differ by {differences[name]:.3g} from "
+                f"those here, whose largest is {largest:.3g}."
             )
     return SAFETY * differences["score"]
 
 
 def _root_of(error: BaseException) -> str:
-    """The first line of what was raised first."""
+    """Return the first line of the error that was raised first."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().split("\n")[0]
@@ -185,5 +187,5 @@ def _require_onnx() -> Any:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingInput(f"an ONNX file needs {error.name}: pip install 'ood_scores[export]'") from error
+        raise MissingInput(f"ONNX export needs {error.name}: pip install 'ood_scores[export]'.") from error
     return onnx

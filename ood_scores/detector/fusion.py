@@ -19,17 +19,17 @@ from ood_scores.scorers.tags import Tags
 
 
 def fisher(p: Tensor) -> Tensor:
-    """``sum log p`` of p-values ``[M, B]``: one very small p-value is enough for a low score."""
+    """Return ``sum log p`` of p-values ``[M, B]``: a single very small p-value results in a low score."""
     return p.log().sum(dim=0)
 
 
 def stouffer(p: Tensor) -> Tensor:
-    """The sum of the normal quantiles of p-values ``[M, B]``, over sqrt(M): a high p-value makes up for a low one."""
+    """Return the sum of the normal quantiles of p-values ``[M, B]``, over sqrt(M): high and low p-values cancel."""
     return torch.special.ndtri(p).sum(dim=0) / len(p) ** 0.5
 
 
 def smallest(p: Tensor) -> Tensor:
-    """The smallest of p-values ``[M, B]``: an input that any of the members finds odd is odd."""
+    """Return the smallest of p-values ``[M, B]``: a low score of any member is enough for a low score."""
     return p.amin(dim=0)
 
 
@@ -44,28 +44,29 @@ class Fusion(Scorer):
     ``p_i = (1 + #{reference scores of member i <= score}) / (n + 2)``, in (0, 1); ``fisher``: ``sum_i log p_i``;
     ``stouffer``: ``sum_i Phi^-1(p_i) / sqrt(M)``; ``min``: ``min_i p_i``.
 
-    The fit keeps the members' scores of the reference rows. Members that are fitted already stay as they are, and all
-    rows are reference rows. Where some are not, these are fitted on every second row, from the first on, and the others
-    are the reference rows: a member says too much good about rows that it was fitted on. Best are fitted members and
-    reference rows that neither they nor the model have seen: half of a validation set, the other half of which
-    calibrates the detector.
+    The fit stores the members' scores of the reference rows. If all members are already fitted, they are not changed,
+    and all rows are reference rows. Otherwise the members that are not fitted are fitted on every second row, starting
+    with the first, and the other rows are the reference rows: the scores of rows that a member was fitted on are too
+    high. Fitted members, and reference rows that neither they nor the model have seen, are best: half of a validation
+    set, the other half of which calibrates the detector.
 
-    The members are dependent, so no table of chi-squared or normal quantiles says how low a combined score must be.
-    None is used: the combined score is calibrated as any other, on rows that are not among those of the fit, and
-    what ``ood_scores.detector.conformal`` says holds for it whatever the dependence.
+    The members are dependent, so that quantiles of a chi-squared or normal distribution cannot serve as thresholds for
+    the combined score. It is calibrated like any other score, on rows that are not used in the fit, and the guarantees
+    of ``ood_scores.detector.conformal`` are valid whatever the dependence.
 
     Source: Fisher 1925, "Statistical Methods for Research Workers"; Stouffer et al. 1949, "The American Soldier";
-    Tippett 1931, "The Methods of Statistics" (min). Departure: n + 2 in place of n + 1, so that no p-value is 1, whose
+    Tippett 1931, "The Methods of Statistics" (min). Departure: n + 2 instead of n + 1, so that no p-value is 1, whose
     normal quantile is infinite.
 
-    Fails to tell apart rows that all members find odder than every reference row: they have the same score.
+    Fails to distinguish rows whose scores are below those of all reference rows for every member: they have the same
+    score.
 
     Args:
-        scorers: the members: names, or Scorers, which are copied, never changed.
-        method: ``"fisher"``, ``"stouffer"`` or ``"min"``.
+        scorers: the members, as names or Scorers, which are copied and never changed.
+        method: ``"fisher"``, ``"stouffer"``, or ``"min"``.
 
-    Cost: that of the members, and a search among n numbers for each; keeps ``[M, n]`` numbers in float64. A fit that
-    splits holds the fit set in memory.
+    Cost: that of the members, and a binary search among n numbers for each; stores ``[M, n]`` numbers in float64. A fit
+    of members keeps the fit set in memory.
     """
 
     tags = Tags(
@@ -77,7 +78,7 @@ class Fusion(Scorer):
     reference_: Tensor = fitted()
 
     def __post_init__(self) -> None:
-        self.require(not isinstance(self.scorers, str), f"scorers is a list of scorers, got {self.scorers!r}")
+        self.require(not isinstance(self.scorers, str), f"scorers must be a list of scorers, got {self.scorers!r}")
         self.require(len(self.scorers) > 0, "at least one scorer is needed")
         self.require_choices()
         self._given = [copy.deepcopy(as_scorer(scorer)) for scorer in self.scorers]
@@ -91,7 +92,7 @@ class Fusion(Scorer):
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         reference = feats
         if self._unfitted():
-            self.require(len(feats) >= 2, "one row to fit members on leaves no reference row: at least 2 are needed")
+            self.require(len(feats) >= 2, "fitting members needs at least 2 rows, one of them a reference row")
             rows, reference = feats[::2], feats[1::2]
             self._trained = {
                 number: copy.deepcopy(member).fit(rows)

@@ -1,7 +1,7 @@
 """A detector as one module, from images to logits, score and decision, that can be traced into a graph.
 
-The graph is the model and the scorer's own ``score_block``: there is no second definition of any score. Scorers that
-are not tensor expressions after their fit are refused by name.
+The graph contains the model and the scorer's own ``score_block``: no score is defined a second time. Scorers that are
+not tensor expressions after their fit are refused by name.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ from ood_scores.scorers.registry import create_scorer, list_scorers
 
 
 class DetectorGraph(nn.Module):
-    """Images ``[B, ...]``, as the model takes them, to logits ``[B, C]``, score float64 ``[B]``, is_ood bool ``[B]``.
+    """Maps inputs ``[B, ...]`` to logits ``[B, C]``, scores float64 ``[B]``, and decisions ``is_ood`` bool ``[B]``.
 
-    Holds a copy of the model, on the CPU and in eval mode. Called as it is, it scores as the Python detector does; a
-    traced one does without what a graph cannot hold (an index, looking at values). A score that is NaN is OoD.
+    It contains a copy of the model, on the CPU and in eval mode. Without tracing, it computes the scores of the Python
+    detector; when traced, it omits everything that a graph cannot contain (an index, branches on values). A row whose
+    score is NaN is OoD.
 
-    A row is OoD where its score is more than ``margin`` below the threshold. The margin is 0 here; a traced graph,
-    which rounds otherwise, gets one, so that rows at the threshold itself, as calibration rows are, are decided alike.
+    A row is OoD if its score is more than ``margin`` below the threshold. The margin is 0 here; a traced graph, whose
+    rounding differs, has a positive margin, so that rows at the threshold, such as calibration rows, are decided in the
+    same way.
 
     Args:
         model: the classifier.
-        scorer: fitted, if it is one that is fitted.
-        threshold: of the score; ``[C]`` has one for each predicted class.
-        images: a batch on which the head is found.
-        head: which module is the head, as ``extract`` takes it.
-        stored: what features and logits are rounded to, where the scorer was fitted on such.
+        scorer: the scorer, fitted if it needs a fit.
+        threshold: the threshold of the score; ``[C]`` for one threshold per predicted class.
+        images: a batch of inputs on which the head is found.
+        head: the head, as in ``extract``.
+        stored: the type to which features and logits are rounded: that of the sets the scorer was fitted on.
 
     Raises:
-        NotFitted: the scorer is one that is fitted, and has not been.
-        BadInput: the scorer has no graph; the message says why.
-        MissingInput: the scorer reads the head's weights, and ``head=False``.
-        HeadNotFound, HeadMismatch: as ``extract``.
+        NotFitted: if the scorer needs a fit and has none.
+        BadInput: if the scorer has no graph; the message names the reason.
+        MissingInput: if the scorer needs the head's weights, and ``head=False``.
+        HeadNotFound, HeadMismatch: as in ``extract``.
     """
 
     threshold: Tensor
@@ -58,17 +60,17 @@ class DetectorGraph(nn.Module):
     ) -> None:
         super().__init__()
         if not scorer.is_fitted:
-            raise NotFitted(f"{scorer.name!r} is fitted on in-distribution features before it is exported.")
+            raise NotFitted(f"{scorer.name!r} is not fitted: fit it on ID features before exporting it.")
         reason = scorer.why_no_graph()
         if reason:
-            raise BadInput(f"{scorer.name!r} cannot be exported: {reason}. Those that can: {', '.join(exportable())}.")
+            raise BadInput(f"cannot export {scorer.name!r}, because {reason}: choose one of {', '.join(exportable())}.")
         self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.scorer, self.stored = scorer, stored
         requested, module = heads.resolve_module(self.model, head)
         with torch.no_grad(), heads.record_calls(self.model, module) as calls:
             self.found = heads.find_head(calls, heads.logits_of(self.model(images.cpu())), requested)
         if "head" in scorer.needs and self.found.head is None:
-            raise MissingInput(f"{scorer.name!r} reads the head's weights: export with its head.")
+            raise MissingInput(f"{scorer.name!r} needs the head's weights: export the model with its head.")
         self.register_buffer("threshold", torch.as_tensor(threshold, dtype=torch.float64).cpu())
         self.register_buffer("margin", torch.zeros((), dtype=torch.float64))
 
@@ -87,7 +89,7 @@ class DetectorGraph(nn.Module):
 
 
 def exportable() -> list[str]:
-    """Names of the scorers of this package that have a graph, with their default parameters."""
+    """Return the names of the scorers of this package that have a graph with their default parameters."""
     scorers = [create_scorer(name) for name in list_scorers()]
     return [
         one.name for one in scorers if type(one).__module__.startswith("ood_scores.") and one.why_no_graph() is None

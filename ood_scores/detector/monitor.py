@@ -1,4 +1,4 @@
-"""Watching a stream: has it drifted from the calibration rows, whenever one cares to look?"""
+"""Monitor a stream of scores for drift from the calibration rows, with a test that may be read at any time."""
 
 from __future__ import annotations
 
@@ -21,51 +21,52 @@ FORMAT = "ood_scores monitor"
 VERSION = 1
 
 ODDS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
-"""How many times the odds of a rejection the bettors expect after a drift, one each."""
+"""Factors by which each of the bettors expects the odds of a rejection to rise after a drift."""
 
 POINTS = 1000
-"""Most points of a curve in the picture."""
+"""Maximum number of points of a curve in the figure."""
 
 
 @dataclass
 class Monitor:
-    """A running rejection rate, and a test of drift that may be read after every row; made by ``Monitor.of``.
+    """A running rejection rate, and a test for drift that may be read after every row; created by ``Monitor.of``.
 
-    **What is tested.** That calibration rows and rows of the stream are exchangeable, as independent draws from one
-    distribution are. Then a new row is as likely to take any of the n + 1 + t places among the n calibration rows and
-    the t rows seen, so that it lies below the threshold, the ``rank``-th smallest calibration score, with a
-    probability of exactly
+    **Null hypothesis.** Calibration rows and rows of the stream are exchangeable, as independent draws from one
+    distribution are. A new row is then equally likely to have any of the n + 1 + t ranks among the n calibration rows
+    and the t rows seen, so that the probability that it is below the threshold, the ``rank``-th smallest calibration
+    score, is exactly
 
         c = (rank + rows seen below it) / (n + 1 + t),
 
-    whatever the distribution. The calibration set is accounted for, and so is what the stream has taught since.
+    whatever the distribution. This accounts for the size of the calibration set and for the rows seen since.
 
-    **How.** Bettors start with 1 in all. A row below multiplies their stakes by q / c, another by (1 - q) / (1 - c).
-    These bets are fair, so that the wealth is a martingale and reaches 1 / alpha at any time with a probability of at
-    most alpha (Ville's inequality): ``drifted(alpha)`` may be read after every row, and the stream stopped for any
-    reason. Each bettor has a rate q of its own, of 1.25 to 30 times the odds rank : n + 1 - rank, and bets nothing
-    where c exceeds it. After t rows 1 / sqrt(t + 2) of what they started with has not yet been staked, so that there is
-    something to bet on a drift that begins late.
+    **Test.** Bettors start with a total wealth of 1. A row below the threshold multiplies their stakes by q / c, any
+    other row by (1 - q) / (1 - c). These bets are fair, so that the wealth is a martingale and ever reaches 1 / alpha
+    with a probability of at most alpha (Ville's inequality): ``drifted(alpha)`` may be read after every row, and the
+    stream may be stopped for any reason. Each bettor has its own rate q, of 1.25 to 30 times the odds
+    rank : n + 1 - rank, and does not bet if c exceeds it. After t rows, a share of 1 / sqrt(t + 2) of the initial
+    wealth has not yet been staked, so that there is something left to bet on a drift that starts late.
 
-    **What it does not see:** a drift that leaves the share of rows below the threshold as it is, or lowers it. Rows
-    that depend on each other, such as frames of one video, are not exchangeable: pass one of each. A drift right at
-    the start can be told from an unlucky calibration set only as far as n rows allow.
+    **Limits.** A drift that does not change the share of rows below the threshold, or lowers it, is not detected. Rows
+    that depend on each other, such as frames of one video, are not exchangeable: pass one frame per video. A drift at
+    the very start can be distinguished from an unlucky calibration set only as far as n rows allow.
 
-    Rows with exactly the threshold's score are above or below by lot, as the calibration rows tied with it are; the
-    lots follow from ``seed`` and the row's number. That is for the test; the rejection rate does not count these rows.
+    For the test, rows whose score equals the threshold are randomly counted as above or below it, like the calibration
+    rows tied with it; the random numbers are determined by ``seed`` and the row's number. The rejection rate does not
+    count these rows.
 
     Sources: Vovk, Nouretdinov & Gammerman 2003, Testing exchangeability on-line (conformal martingales); Vovk 2021,
     Testing randomness online; Herbster & Warmuth 1998, Tracking the best expert (stakes set aside for a late change).
 
     Attributes:
         value: the threshold.
-        n: calibration rows.
-        rank: the threshold's place among them, the smallest being 1.
-        cut: share of the rows tied with the threshold that lie below it.
-        seed: of the lots.
-        seen: rows of the stream.
-        rejected: those with a score less than the threshold.
-        below: the same and those tied with it that lie below by lot.
+        n: the number of calibration rows.
+        rank: the rank of the threshold among them; the smallest score has rank 1.
+        cut: the share of the rows tied with the threshold that are counted as below it.
+        seed: the seed of the random numbers that break ties.
+        seen: the number of rows of the stream.
+        rejected: the number of rows with a score below the threshold.
+        below: the same, plus the rows tied with the threshold that were counted as below it.
         stakes: the logarithm of each bettor's stakes.
         peak: the logarithm of the highest wealth so far.
     """
@@ -86,23 +87,24 @@ class Monitor:
 
     @classmethod
     def of(cls, calibration: Scores, keep: float = 0.95, *, delta: float | None = None, seed: int = 0) -> Monitor:
-        """A monitor of the rows below ``threshold(calibration, keep, delta=delta)``.
+        """Create a monitor of the rows below ``threshold(calibration, keep, delta=delta)``.
 
         Args:
-            calibration: [n] calibration scores, as in ``threshold``.
-            keep, delta: as in ``threshold``.
-            seed: of the lots that break ties.
+            calibration: the calibration scores ``[n]``, as in ``threshold``.
+            keep, delta: the same as in ``threshold``.
+            seed: the seed of the random numbers that break ties.
 
         Raises:
-            BadInput: too few rows for that threshold to reject anything. Besides, what ``threshold`` raises.
+            BadInput: if there are too few rows for that threshold to reject any. Other errors are those of
+                ``threshold``.
         """
         check_shares(keep=keep, delta=delta)
         scores = checked_scores(calibration, "calibration")
         found = threshold_of(scores, keep, delta)
         if found.rank == 0:
             raise BadInput(
-                f"with {found.n} calibration rows no row can be rejected, so that there is nothing to watch: calibrate "
-                f"with more, or with a lower keep than {keep:g}."
+                f"with {found.n} calibration rows no row can be rejected, so that there is nothing to monitor: "
+                f"calibrate with more rows, or with a lower keep than {keep:g}."
             )
         places = found.rank - np.count_nonzero(scores < found.value)
         tied = np.count_nonzero(scores == found.value)
@@ -110,11 +112,12 @@ class Monitor:
         return cls(found.value, found.n, found.rank, float(cut), seed)
 
     def update(self, scores: Scores) -> None:
-        """Takes in the scores [m] of the next rows, in their order: ``monitor.update(prediction.score)``.
+        """Add the scores ``[m]`` of the next rows, in their order: ``monitor.update(prediction.score)``.
 
-        How the stream is cut into updates does not matter. A row takes half a kilobyte until the update is done.
+        It does not matter how the stream is divided into updates. During an update, each row takes half a kilobyte.
 
-        Raises: what ``threshold`` raises for scores; the monitor is then as it was.
+        Raises:
+            BadInput: the errors of ``threshold`` for scores; the monitor is then unchanged.
         """
         rows = checked_scores(scores, "stream")
         is_rejected = rows < self.value
@@ -132,7 +135,7 @@ class Monitor:
 
     @property
     def rejection_rate(self) -> float:
-        """The share of rows rejected so far; NaN before the first."""
+        """The share of rows rejected so far; NaN before the first row."""
         return self.rejected / self.seen if self.seen else math.nan
 
     @property
@@ -142,67 +145,69 @@ class Monitor:
 
     @property
     def e_value(self) -> float:
-        """The bettors' wealth now: 1 at the start, and without drift on average 1, even if one stops by it."""
+        """The current wealth of the bettors: 1 at the start; without drift 1 on average, even when stopping by it."""
         return _exp(self._wealth())
 
     @property
     def p_value(self) -> float:
-        """1 / the highest wealth so far; without drift it is ever at most alpha with a probability of at most alpha."""
+        """1 / the highest wealth so far; without drift, it ever falls to alpha with a probability of at most alpha."""
         return math.exp(-self.peak)
 
     def drifted(self, alpha: float = 0.01) -> bool:
-        """Whether the stream has drifted; says so of a stream without drift with a probability of at most ``alpha``.
+        """Return whether the stream has drifted, with a probability of a false alarm of at most ``alpha``.
 
-        Once true it stays true: after the cause is removed, start a new monitor.
+        Once true, it stays true: start a new monitor after removing the cause.
 
         Raises:
-            BadInput: alpha outside (0, 1).
+            BadInput: if alpha is not in (0, 1).
         """
         check_shares(alpha=alpha)
         return self.p_value <= alpha
 
     def to_json(self) -> str:
-        """The state as one line of JSON, from which ``from_json`` goes on."""
+        """Return the state as one line of JSON, from which ``from_json`` continues."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)})
 
     @classmethod
     def from_json(cls, line: str) -> Monitor:
-        """The monitor that ``to_json`` wrote; it goes on with the same values bit for bit. Its picture starts anew.
+        """Restore a monitor from ``to_json``; it continues with the same values, bit for bit. Its figure starts anew.
 
         Raises:
-            BadInput: the line is not the state of a monitor, or a newer version of this package wrote it.
+            BadInput: if the line is not the state of a monitor, or was written by a newer version of this package.
         """
         try:
             state = json.loads(line)
         except json.JSONDecodeError as error:
-            raise BadInput(f"this line is not the state of a monitor, or not all of it ({error}).") from error
+            raise BadInput(
+                f"this line is not the complete state of a monitor ({error}): pass a line from to_json()."
+            ) from error
         if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
-            raise BadInput("this line is not the state of a monitor: pass what to_json() gave.")
+            raise BadInput("this line is not the state of a monitor: pass a line from to_json().")
         if (version := state.pop("version", None)) != VERSION:
             raise BadInput(
-                f"this state of a monitor is of version {version}, this package reads version {VERSION}: use the "
+                f"this state of a monitor has version {version}, but this package reads version {VERSION}: use the "
                 "package that wrote it, or start a new monitor."
             )
         if state.keys() != {each.name for each in fields(cls)}:
-            raise BadInput("this line is not the state of a monitor, or not all of it: start a new monitor.")
+            raise BadInput("this line is not the complete state of a monitor: start a new monitor.")
         return cls(**state)
 
     def plot(self, alpha: float = 0.01) -> Figure:
-        """The rejection rate (above) and the e-value (below) over the rows, and when it reached 1 / alpha.
+        """Plot the rejection rate (top) and the e-value (bottom) over the rows, and mark when it reached 1 / alpha.
 
-        The points, a thousand at most, are those since the monitor was made or loaded. The figure belongs to no window:
-        ``monitor.plot().savefig("monitor.png", dpi=150)``.
+        The curves have at most a thousand points and start when the monitor was created or loaded. The figure has no
+        window: ``monitor.plot().savefig("monitor.png", dpi=150)``.
 
         Raises:
-            EmptyInput: there has been no row since.
-            BadInput: alpha outside (0, 1).
+            EmptyInput: if there are no rows since then.
+            BadInput: if alpha is not in (0, 1).
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         check_shares(alpha=alpha)
         if self.seen == self._curve[0, 0]:
-            raise EmptyInput("there has been no row since this monitor was made or loaded: update it first.")
+            raise EmptyInput("no row was added since this monitor was created or loaded: update it first.")
         now = [[self.seen], [self.rejected], [self._wealth()]]
         curve = np.concatenate([self._curve, now], axis=1)
         figure = Figure(figsize=(7, 4.4), layout="constrained")
@@ -216,7 +221,7 @@ class Monitor:
     def _stakes_after(
         self, is_below: NDArray[np.bool_], chance: NDArray[np.float64], seen: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """The logarithm of the stakes [G, m] after each row: what it made of those before, and what is added."""
+        """Return the logarithm of the stakes ``[G, m]`` after each row: earlier stakes after the bet, plus new ones."""
         odds = np.array(ODDS)[:, None] * self.rank / (self.n + 1 - self.rank)
         rates = np.maximum(odds / (1 + odds), chance)
         pays = np.where(is_below, np.log(rates / chance), np.log((1 - rates) / (1 - chance)))
@@ -230,18 +235,18 @@ class Monitor:
 
 
 def _reserve(seen: Any) -> Any:
-    """The share that is not staked after so many rows."""
+    """Return the share of the initial wealth that is not staked after so many rows."""
     return 1 / np.sqrt(seen + 2)
 
 
 def _wealth(stakes: NDArray[np.float64], seen: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The logarithm of the wealth [m]: the mean of the stakes [G, m], and what is not staked."""
+    """Return the logarithm of the wealth ``[m]``: the mean of the stakes ``[G, m]``, plus what is not staked."""
     staked = np.logaddexp.reduce(stakes, axis=0) - math.log(len(stakes))
     return np.logaddexp(staked, np.log(_reserve(seen)))
 
 
 def _thinned(curve: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The first point, and those at multiples of the smallest power of 2 that leaves at most ``POINTS``."""
+    """Return the first point, and those at multiples of the smallest power of 2 that leaves at most ``POINTS``."""
     seen = curve[0]
     stride = 2 ** max(0, math.ceil(math.log2((seen[-1] - seen[0]) / POINTS)))
     chosen = seen % stride == 0
@@ -254,7 +259,7 @@ def _exp(logarithm: float) -> float:
 
 
 def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None:
-    """The rate so far, and that of the last rows: a twentieth of all."""
+    """Draw the rate so far, and the rate of the last rows: a twentieth of all."""
     from ood_scores.plotting.style import ID_COLOR, OOD_COLORS
 
     seen, rejected, _ = curve
@@ -272,7 +277,7 @@ def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None
 
 
 def _draw_wealth(axes: Axes, curve: NDArray[np.float64], alpha: float) -> None:
-    """The wealth in powers of ten: it may be too large or too small for a float."""
+    """Draw the wealth in powers of ten: it may be too large or too small for a float."""
     from ood_scores.plotting.style import OOD_COLORS
 
     seen, _, wealth = curve

@@ -1,4 +1,4 @@
-"""The parts of a detector: all that is saved of it, and what follows from that alone."""
+"""The parts of a detector that are saved, and the properties that follow from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DetectorParts:
         preprocessing: how an image becomes an input of the model, as timm's data configuration; None if unknown.
         classes: the names of the classes, or None.
         data: where the calibration data came from, or None.
-        arguments: arguments of ``timm.create_model`` beyond ``num_classes``, as far as ``save`` was told.
+        arguments: the arguments of ``timm.create_model`` beyond ``num_classes``, if they were passed to ``save``.
         transform: the preprocessing, from a PIL image to ``[C, H, W]``, or None.
     """
 
@@ -56,17 +56,17 @@ class DetectorParts:
 
     @property
     def passes(self) -> str:
-        """How often a batch goes through the model: ``one forward pass``, and what the scorer's probes add to it."""
+        """The passes of a batch through the model: ``one forward pass``, and those that the scorer's probes add."""
         return _cost(self.forward.options.all_probes)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and runs. Scores are computed on the CPU."""
+        """The device that the model is, and runs, on. Scores are computed on the CPU."""
         return model_device(self.model)
 
 
 def _cost(probes: Iterable[Probe]) -> str:
-    """How often a batch goes through the model."""
+    """Return the passes of a batch through the model, in words."""
     again = [probe for probe in probes if type(probe).columns is not LayerProbe.columns]
     backward = [probe.name for probe in again if probe.gradients]
     forward = [probe.name for probe in again if not probe.gradients]

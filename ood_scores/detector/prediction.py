@@ -1,4 +1,4 @@
-"""Prediction: what a detector says about some images."""
+"""The predictions of a detector."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a detector says about each of B images, as NumPy arrays ``[B]``.
+    """The predictions of a detector for B images, as NumPy arrays ``[B]``.
 
     Attributes:
         label: the predicted class, int64.
         probability: its softmax probability, float64.
-        score: of the detector's scorer, float64; higher = more in-distribution.
-        p_value: the conformal p-value of "this image is in-distribution", float64; small = OoD.
+        score: the score of the detector's scorer, float64; higher means more in-distribution.
+        p_value: the conformal p-value of "this image is in-distribution", float64; small means OoD.
         is_ood: whether the score is below the threshold.
-        class_name: the name of the predicted class; None where the detector knows no names.
+        class_name: the name of the predicted class; None if the detector has no names.
     """
 
     label: NDArray[np.int64]
@@ -41,27 +41,31 @@ class Prediction:
         return len(self.label)
 
     def columns(self) -> dict[str, NDArray[Any]]:
-        """The arrays by name, those that there are."""
+        """Return the arrays by name, except for those that are None."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: values for name, values in columns.items() if values is not None}
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each image, a column for each array."""
+        """Return a frame with a row per image and a column per array."""
         import pandas as pd
 
         return pd.DataFrame(self.columns())
 
     @classmethod
     def joined(cls, parts: Sequence[Prediction]) -> Prediction:
-        """Several predictions of one detector as one, in their order."""
+        """Concatenate several predictions of one detector."""
         columns = [part.columns() for part in parts]
         return cls(**{name: np.concatenate([column[name] for column in columns]) for name in columns[0]})
 
 
 def predictions_of(feats: FeatureSet) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The predicted class of every row and its probability, both ``[N]``. Raises MissingInput without logits."""
+    """Return the predicted class of every row and its probability, both ``[N]``.
+
+    Raises:
+        MissingInput: if the feature set has no logits.
+    """
     if not feats.has("logits"):
-        raise MissingInput("a detector says which class it predicts: the feature set needs logits.")
+        raise MissingInput("a detector predicts classes, but the feature set has no logits: extract them.")
     parts = [(block.prediction(), block.confidence()) for block in feats.blocks(device="cpu", only=["logits"])]
     label, probability = (torch.cat(part) for part in zip(*parts, strict=True))
     return label.numpy(), probability.numpy()

@@ -1,4 +1,4 @@
-"""Extraction by several processes of ``torchrun``: each writes its shard, and the first one joins them."""
+"""Extraction by several processes of ``torchrun``: each writes its shard, and the first one joins the shards."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ood_scores.runtime import Ranks
 Value = TypeVar("Value")
 
 LONGEST_WAIT = timedelta(days=1)
-"""For the slowest process, once this one has written its rows."""
+"""Time to wait for the slowest process once this one has written its rows."""
 
 
 def extract_shards(task: Task, path: Path, provenance: Provenance, ranks: Ranks, resume: bool, overwrite: bool) -> None:
-    """Writes the cache at ``path``, which is not there or to be replaced, together with the other processes.
+    """Write the cache at ``path``, which does not exist or is to be replaced, together with the other processes.
 
     Raises:
-        BadInput, ShuffledLoader: the loader's rows cannot be shared, or another process would extract something else.
-        StaleCache: the shards that are there were made by something else, or by another number of processes.
-        WorkerDied: another process is gone.
+        BadInput, ShuffledLoader: if the loader's rows cannot be shared, or another process has different settings.
+        StaleCache: if existing shards were created with different settings, or by another number of processes.
+        WorkerDied: if another process has ended.
     """
     rows = shares(task.batches.loader, ranks.count)
     parts = {shards.shard_path(path, rank, ranks.count): part for rank, part in enumerate(rows)}
@@ -63,31 +63,34 @@ def _require_alike(provenances: Sequence[Provenance], ranks: Ranks) -> None:
         what = [line.partition(":")[0] for line in provenances[ranks.rank].differences(other)]
         if what:
             raise BadInput(
-                f"process {rank} would extract something else than process {ranks.rank}: {'; '.join(what)}. All "
-                "processes must load the same checkpoint and the same data."
+                f"process {rank} and process {ranks.rank} have different settings ({'; '.join(what)}): load the same "
+                "checkpoint and the same data in all processes."
             )
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """What processes tell each other. Raises WorkerDied where one of them is gone."""
+    """Communication between the processes.
+
+    Its methods raise WorkerDied if a process has ended.
+    """
 
     group: Any
 
     def gather(self, value: Value) -> list[Value]:
-        """The value of every process, by rank."""
+        """Return the value of every process, by rank."""
         values: list[Any] = [None] * dist.get_world_size(self.group)
         _unless_one_died(lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have reached this call."""
         _unless_one_died(lambda: dist.monitored_barrier(self.group, LONGEST_WAIT))
 
 
 @contextmanager
 def meeting() -> Iterator[Meeting]:
-    """Brings the processes of `torchrun` together, by gloo, whatever device they compute on."""
+    """Connect the processes of ``torchrun`` by gloo, whatever device they compute on."""
     started_here = not dist.is_initialized()
     if started_here:
         _unless_one_died(lambda: dist.init_process_group("gloo"))
@@ -103,26 +106,26 @@ def _unless_one_died(call: Callable[[], Any]) -> None:
         call()
     except RuntimeError as error:
         raise WorkerDied(
-            "another process of torchrun has ended, or did not come: look at its error, then run the same command "
-            f"again, which continues. ({str(error).splitlines()[0]})"
+            f"another process of torchrun has ended, or did not start ({str(error).splitlines()[0]}): check its error, "
+            "then run the same command again to continue."
         ) from error
 
 
 def shares(loader: Any, count: int) -> list[range]:
-    """The rows of each of ``count`` processes: contiguous, whole batches, as many for one as for another.
+    """Return the rows of each of ``count`` processes: contiguous whole batches, equally many where possible.
 
     Raises:
-        ShuffledLoader: the order is random: each process would have its own.
-        BadInput: the loader's rows cannot be counted and skipped, or are a share already.
+        ShuffledLoader: if the order is random, so that each process would have its own.
+        BadInput: if the loader's rows cannot be counted and skipped, or are one process's share already.
     """
     if loaders.is_shuffled(loader):
-        raise ShuffledLoader("the loader gives its rows in random order, each process another: use shuffle=False.")
+        raise ShuffledLoader("the order of the loader is random and differs between processes: use shuffle=False.")
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-        raise BadInput("the loader gives each process its share already: leave the DistributedSampler out.")
+        raise BadInput("the loader already yields one process's share of the rows: remove the DistributedSampler.")
     if not isinstance(loader, DataLoader) or not loaders.can_jump(loader):
         raise BadInput(
-            f"several processes share the rows of a DataLoader with a batch_size over a dataset of known length; got "
-            f"{type(loader).__name__} over {type(getattr(loader, 'dataset', loader)).__name__}: run it in one process."
+            f"several processes can only share a DataLoader with a batch_size over a dataset of known length, got "
+            f"{type(loader).__name__} over {type(getattr(loader, 'dataset', loader)).__name__}: use one process."
         )
     rows, size = loaders.row_count(loader) or 0, loader.batch_sampler.batch_size  # type: ignore[union-attr]
     batches = -(-rows // size)

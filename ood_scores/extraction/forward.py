@@ -50,7 +50,7 @@ class Forward:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Prepares the model for calls, and restores it afterwards. Other threads that run it wait meanwhile."""
+        """Prepare the model for calls, and restore it afterwards. Other threads that run the model wait until then."""
         device = self.device or model_device(self.model)
         differentiates = any(probe.gradients for probe in self.options.all_probes)
         with (
@@ -65,12 +65,12 @@ class Forward:
             yield
 
     def __call__(self, batch: Any, start: int = 0) -> Arriving:
-        """The rows of a batch, the first of which is row ``start``.
+        """Return the rows of a batch, the first of which is row ``start``.
 
         Raises:
             BadInput: if the model cannot take the batch.
             BadLabels, ShapeMismatch: if the batch has other columns than the first one.
-            HeadNotFound, HeadMismatch, NotFinite: if no affine map gives the logits of the first batch.
+            HeadNotFound, HeadMismatch, NotFinite: if no affine map computes the logits of the first batch.
         """
         inputs, labels = self._unpack(batch)
         with _naming(inputs, start):
@@ -81,9 +81,10 @@ class Forward:
             return self._rows(inputs, labels, start)
 
     def feature_set(self, batch: Any, start: int = 0) -> FeatureSet:
-        """The rows of one batch as a feature set; prepares the model itself.
+        """Prepare the model, and return the rows of one batch as a feature set.
 
-        Raises NotFinite, besides the errors of a call, if a column holds NaN or infinite values.
+        Raises:
+            NotFinite: if a column contains NaN or infinite values. Other errors are those of a call.
         """
         with self.ready():
             columns = self(batch, start).wait()
@@ -91,26 +92,26 @@ class Forward:
         return feature_set(columns, self.found.head if self.found else None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the parts that a copy in another process creates again."""
+        """Return the state without the parts that a copy in another process recreates."""
         return {"model": self.model, "options": self.options, "device": self.device}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Inputs on the device, in the model's floating-point type and memory format, and labels."""
+        """Return the inputs on the device, in the model's floating-point type and memory format, and the labels."""
         inputs, labels = loaders.unpack(batch)
         inputs = self._transfers.to_device({"inputs": inputs}).on_device()["inputs"]
         if inputs.is_floating_point():
             inputs = inputs.to(model_dtype(self.model, inputs.dtype))
         if self.options.channels_last:
             if inputs.ndim != 4:
-                raise BadInput(f"channels_last is for inputs [batch, channels, height, width], got {inputs.ndim}-D.")
+                raise BadInput(f"channels_last requires inputs [batch, channels, height, width], got {inputs.ndim}-D.")
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, labels
 
     def _first_rows(self, inputs: Tensor, labels: Tensor | None, start: int) -> Arriving:
-        """Finds and checks the head on the first batch, without ``torch.compile``."""
+        """Find and check the head on the first batch, without ``torch.compile``."""
         requested, module = heads.resolve_module(self.model, self.options.head)
         self._probes: list[Probe] = [probe.for_model(self.model, inputs) for probe in self.options.all_probes]
         with heads.record_calls(self.model, module) as calls, watch_all(self._probes, self.model) as seen:
@@ -127,22 +128,22 @@ class Forward:
 
     def _rows(self, inputs: Tensor, labels: Tensor | None, start: int) -> Arriving:
         if (labels is None) == ("labels" in self._shapes):
-            raise BadLabels(f"some batches have labels and some have none, first at row {start}.")
+            raise BadLabels(f"some batches have labels and others have none, first at row {start}.")
         self._capture.forget()
         with watch_all(self._probes, self.model) as seen:
             output = self._run(inputs)
             if self.options.compile and any(values is None for values in self._capture.received):
-                torch.compiler.reset()  # it had been compiled before the hooks were there
+                torch.compiler.reset()  # it was compiled before the hooks were registered
                 output = self._run(inputs)
         features = heads.features_of(self._capture.received)
         rows = self._columns(features, Pass(self.model, inputs, heads.logits_of(output), labels, start), seen)
         if rows.columns.keys() != self._shapes.keys():
             names = ", ".join(sorted(rows.columns.keys() ^ self._shapes.keys()))
-            raise ShapeMismatch(f"the batch at row {start} has other extras than the first: {names}.")
+            raise ShapeMismatch(f"the batch at row {start} has different extras than the first batch: {names}.")
         for name, values in rows.columns.items():
             if values.shape[1:] != self._shapes[name]:
                 expected = (len(values), *self._shapes[name])
-                raise ShapeMismatch(f"{name} are {tuple(values.shape)} at row {start}, {expected} before.")
+                raise ShapeMismatch(f"{name} have shape {tuple(values.shape)} at row {start}, but {expected} before.")
         return rows
 
     def _columns(self, features: Tensor, done: Pass, seen: Sequence[Mapping[str, Tensor]]) -> Arriving:
@@ -152,7 +153,7 @@ class Forward:
         for name, values in found.items():
             if len(values) != len(done.inputs):
                 raise ShapeMismatch(
-                    f"{len(done.inputs)} inputs gave {len(values)} rows of {name}: the model mixes its inputs."
+                    f"the model mixes its inputs: {len(done.inputs)} inputs resulted in {len(values)} rows of {name}."
                 )
         dtype = getattr(torch, self.options.dtype)
         columns = {name: (values.detach(), dtype) for name, values in found.items()}
@@ -162,7 +163,7 @@ class Forward:
 
 
 def _cloned(found: heads.FoundHead) -> heads.FoundHead:
-    """The same with a head of its own: tensors made in inference mode are of no use under autograd."""
+    """Return the same with a copy of the head: tensors created in inference mode cannot be used under autograd."""
     if found.head is None:
         return found
     with torch.inference_mode(False):
@@ -171,7 +172,7 @@ def _cloned(found: heads.FoundHead) -> heads.FoundHead:
 
 @contextmanager
 def _naming(inputs: Tensor, start: int) -> Iterator[None]:
-    """Turns an error of the model into one that names the batch."""
+    """Turn an error of the model into one that names the batch."""
     try:
         yield
     except (OodScoresError, torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""Finding the last affine map of any classifier, by what it computes and not by what it is called."""
+"""Find the last affine map of any classifier by what it computes, not by its name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ood_scores.extraction.hooks import hooked
 from ood_scores.features import Head
 
 HOW_TO_NAME = (
-    "Name the affine map that gives the logits with head='module.name' (see model.named_modules()), or pass head=False "
-    "to keep logits and the input of the last layer without a head; scores that need a head will then say so"
+    "Name the affine map that computes the logits with head='module.name' (see model.named_modules()), or pass "
+    "head=False to keep logits and the input of the last layer without a head, which some scorers need"
 )
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits ``[B, C]`` in what a model returned: a tensor, or an object or dict with ``logits``."""
+    """Return the logits ``[B, C]`` from the output of a model: a tensor, or an object or dict with ``logits``."""
     logits = output
     if isinstance(output, dict):
         logits = output.get("logits")
@@ -29,21 +29,21 @@ def logits_of(output: Any) -> Tensor:
         logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise HeadNotFound(
-            f"the model returned {type(output).__name__}; a classifier returns a tensor of logits [batch, classes] or "
-            "an object with .logits. Wrap the model so that it does."
+            f"the model returned {type(output).__name__}, but a classifier returns a tensor of logits [batch, classes] "
+            "or an object with .logits: wrap the model so that it does."
         )
     if logits.ndim != 2:
         raise HeadNotFound(
-            f"the model returned a tensor of shape {tuple(logits.shape)}, not logits [batch, classes]: it has no "
-            "classifier (timm: num_classes=0?) or is not an image classifier. Build it with num_classes, or wrap it so "
-            "that it returns logits."
+            f"the model returned a tensor of shape {tuple(logits.shape)}, not logits [batch, classes]; it has no "
+            "classifier (timm: num_classes=0?) or is not an image classifier: create it with num_classes, or wrap it "
+            "so that it returns logits."
         )
     return logits
 
 
 @dataclass
 class _Call:
-    """What a module last received and gave, flattened to rows; None where it does not flatten."""
+    """The last input and output of a module, flattened to rows; None if they cannot be flattened."""
 
     name: str
     module: nn.Module
@@ -52,7 +52,7 @@ class _Call:
 
     @property
     def is_affine(self) -> bool:
-        """Whether the module has a weight that could map each received row to the given one."""
+        """Whether the module has a weight that could map each input row to its output row."""
         weight = getattr(self.module, "weight", None)
         if self.gave is None or not isinstance(weight, Tensor) or weight.ndim < 2:
             return False
@@ -61,7 +61,7 @@ class _Call:
 
 @contextmanager
 def record_calls(model: nn.Module, only: nn.Module | None = None) -> Iterator[list[_Call]]:
-    """Lists, in order of execution, the calls of leaf modules (of those in ``only``) that received single rows."""
+    """List, in order of execution, the calls of leaf modules (in ``only``) whose input is one vector per sample."""
     calls: list[_Call] = []
     among = set((only or model).modules())
     leaves = [
@@ -85,7 +85,7 @@ def _recorder(name: str, calls: list[_Call]) -> Any:
 
 
 def _rows(values: Any) -> Tensor | None:
-    """``[B, K]`` of a tensor that has one vector for each of B samples, wherever its dimensions of size 1 are."""
+    """Return ``[B, K]`` for a tensor with one vector per sample, wherever its dimensions of size 1 are, else None."""
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim < 2:
         return None
     rows = values.flatten(1)
@@ -94,37 +94,37 @@ def _rows(values: Any) -> Tensor | None:
 
 @dataclass
 class FoundHead:
-    """The modules whose inputs are the penultimate features, and the head they make together (None: no head)."""
+    """The modules whose inputs are the penultimate features, and the head that they form (None: no head)."""
 
     names: list[str]
     modules: list[nn.Module]
     head: Head | None
 
     def features_in(self, calls: list[_Call]) -> Tensor:
-        """The features ``[B, D]`` among recorded calls."""
+        """Return the features ``[B, D]`` from recorded calls."""
         last = {id(call.module): call.received for call in calls}
         return features_of([last[id(module)] for module in self.modules])
 
 
 def features_of(received: Sequence[Tensor | None]) -> Tensor:
-    """Features ``[B, D]`` of the captured inputs; several are concatenated."""
+    """Return the features ``[B, D]`` from captured inputs; several are concatenated."""
     rows = [_rows(values) for values in received]
     present = [row for row in rows if row is not None]
     if len(present) < len(rows):
-        raise HeadNotFound("the head was not called with one feature vector for each input in this batch.")
+        raise HeadNotFound("the head did not receive one feature vector per input in this batch.")
     return torch.cat(present, dim=1) if len(present) > 1 else present[0]
 
 
 def find_head(calls: list[_Call], logits: Tensor, requested: str | bool | None) -> FoundHead:
-    """The head among the recorded calls.
+    """Find the head among recorded calls.
 
-    Taken is the affine module whose output *is* the logits; else all affine modules with that many outputs if the mean
-    of their outputs is the logits (distilled models: features are concatenated and weights divided). That the map
-    reproduces the logits from the features is then checked.
+    The head is the affine module whose output *is* the logits; otherwise all affine modules with that many outputs, if
+    the mean of their outputs is the logits (distilled models: features are concatenated and weights divided). The map
+    is then checked to reproduce the logits from the features.
 
     Raises:
-        HeadNotFound: no affine map gives the logits.
-        HeadMismatch: the named module does not.
+        HeadNotFound: if no affine map computes the logits.
+        HeadMismatch: if the named module does not.
     """
     if requested is False:
         return _without_head(calls)
@@ -145,7 +145,7 @@ def find_head(calls: list[_Call], logits: Tensor, requested: str | bool | None) 
 def resolve_module(
     model: nn.Module, requested: str | nn.Module | bool | None
 ) -> tuple[str | bool | None, nn.Module | None]:
-    """The name and the module of a requested head; (request, None) where none is named."""
+    """Return the name and the module of a requested head; (request, None) if none is named."""
     if requested is None or requested is False:
         return requested, None
     for name, module in model.named_modules():
@@ -154,14 +154,12 @@ def resolve_module(
     leaves = [
         name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
     ]
-    raise BadInput(f"the model has no module {requested!r}; its last ones with weights are {', '.join(leaves[-5:])}.")
+    raise BadInput(f"the model has no module {requested!r}; its last modules with weights: {', '.join(leaves[-5:])}.")
 
 
 def _without_head(calls: list[_Call]) -> FoundHead:
     if not calls:
-        raise HeadNotFound(
-            "no layer of the model receives one vector for each input, so there are no features to keep."
-        )
+        raise HeadNotFound("no layer of the model receives one vector per input, so there are no features to keep.")
     last = calls[-1]
     return FoundHead([last.name], [last.module], None)
 
@@ -175,7 +173,7 @@ def _checked(chosen: list[_Call], logits: Tensor) -> FoundHead:
     features = torch.cat([call.received for call in chosen], dim=1).float()
     if not _close(head(features).to(logits.device), logits, _tolerance(chosen, logits)):
         raise HeadMismatch(
-            f"{' + '.join(names)} gives the logits, but not as weight @ input + bias (largest difference "
+            f"{' + '.join(names)} outputs the logits, but not as weight @ input + bias (largest difference "
             f"{float((head(features).to(logits.device) - logits).abs().max()):.3g}). {HOW_TO_NAME}."
         )
     return FoundHead(names, [call.module for call in chosen], head)
@@ -188,7 +186,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _tolerance(chosen: list[_Call], logits: Tensor) -> float:
-    """What rounding may do: autocast and TF32 compute float32 inputs in less precision."""
+    """The relative error that rounding may cause: autocast and TF32 compute float32 inputs with less precision."""
     if any(_is_half(values) for call in chosen for values in (call.received, call.gave, logits)):
         return 2e-2
     return 5e-3 if logits.is_cuda else 1e-4
@@ -204,7 +202,7 @@ def _is_mean(outputs: list[Tensor], logits: Tensor) -> bool:
 
 
 def _close(values: Tensor | None, logits: Tensor, tolerance: float = 1e-6) -> bool:
-    """Equal within a tolerance relative to the largest logit."""
+    """Whether values are equal within a tolerance relative to the largest logit."""
     if values is None or not logits.isfinite().all():
         return False
     scale = logits.abs().max().clamp_min(1e-6).double()
@@ -216,15 +214,15 @@ def _not_found(
 ) -> HeadNotFound:
     if not logits.isfinite().all():
         return HeadNotFound(
-            "the logits of the first batch hold NaN or infinite values: look at the weights and inputs."
+            "the logits of the first batch contain NaN or infinite values: check the weights and inputs."
         )
     if isinstance(requested, str):
         return HeadMismatch(f"the module {requested!r} is not an affine map whose output is the logits. {HOW_TO_NAME}.")
     if not candidates:
         last = ", ".join(call.name for call in calls[-3:]) or "none"
         return HeadNotFound(
-            f"no affine module (Linear or 1x1 convolution) gives {logits.shape[1]} values for each input (timm: "
-            f"num_classes=0?); the last layers that receive one vector for each input: {last}. {HOW_TO_NAME}."
+            f"no affine module (Linear or 1x1 convolution) outputs {logits.shape[1]} values per input (timm: "
+            f"num_classes=0?); the last layers that receive one vector per input: {last}. {HOW_TO_NAME}."
         )
     found = ", ".join(
         f"{call.name} (differs by up to {float((call.gave - logits).abs().max()):.3g})"
@@ -232,6 +230,6 @@ def _not_found(
         if call.gave is not None
     )
     return HeadNotFound(
-        f"the logits are not the output of an affine module, nor the mean of several; those with {logits.shape[1]} "
-        f"outputs: {found}. {HOW_TO_NAME}."
+        f"the logits are neither the output of an affine module nor the mean of several; modules with "
+        f"{logits.shape[1]} outputs: {found}. {HOW_TO_NAME}."
     )

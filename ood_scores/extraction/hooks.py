@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], before: bool = False) -> Iterator[None]:
-    """Registers forward hooks, or with ``before`` forward pre-hooks, and removes them at the end of the context."""
+    """Register forward hooks, or with ``before`` forward pre-hooks, and remove them at the end of the context."""
     with ExitStack() as stack:
         for module, hook in hooks:
             register = module.register_forward_pre_hook if before else module.register_forward_hook
@@ -43,7 +43,7 @@ class Capture:
             self.forget()
 
     def forget(self) -> None:
-        """Drops the inputs of an earlier pass."""
+        """Discard the inputs of an earlier pass."""
         self.received[:] = [None] * len(self.received)
 
 

@@ -1,4 +1,4 @@
-"""Layers of any model: which ones end a stage, and their outputs as channels and positions."""
+"""The layers of any model: which of them end a stage, and their outputs as channels and positions."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ood_scores.errors import BadInput
 from ood_scores.extraction.hooks import hooked
 
 Layers = Literal["stages"] | Sequence[str]
-"""Names of modules, or ``"stages"`` for those that ``stages`` finds."""
+"""Names of modules, or ``"stages"`` for the modules that ``stages`` finds."""
 
 MOST_STAGES = 6
-"""Models that name more stages than this (transformers name every block) get four of them, evenly spaced."""
+"""If a model names more stages than this (transformers name every block), four are chosen, evenly spaced."""
 
 
 def resolve_layers(model: nn.Module, layers: Layers, inputs: Tensor) -> tuple[str, ...]:
-    """Names of the layers, checked to be modules of the model.
+    """Return the names of the layers, after checking that they are modules of the model.
 
-    Raises BadInput for a name that the model does not have, and where ``"stages"`` finds none.
+    Raises:
+        BadInput: if the model has no module of that name, or no stages are found.
     """
     if layers == "stages":
         return stages(model, inputs)
@@ -36,31 +37,31 @@ def resolve_layers(model: nn.Module, layers: Layers, inputs: Tensor) -> tuple[st
 
 
 def stages(model: nn.Module, inputs: Tensor) -> tuple[str, ...]:
-    """Names of the modules that end the stages of a model, from the input to the output.
+    """Return the names of the modules that end the stages of a model, from the input to the output.
 
-    What timm says of the model (``feature_info``); else, from one input run through the model: for every size of the
-    feature maps, the last module that gives it, inner parts of blocks that change the size left
-    out; else, for models of tokens, four of the largest group of like blocks, evenly spaced.
+    They are taken from timm's ``feature_info``, if the model has it. Otherwise one input is run through the model: for
+    every size of the feature maps, the last module that outputs it, except for inner parts of blocks that change the
+    size; for models of tokens, four of the largest group of blocks of one class, evenly spaced.
     """
     names = _timm_stages(model)
     if not names:
         outputs = _outputs_of_modules(model, inputs[:1])
         names = _ends_of_sizes(model, outputs) or _token_blocks(model, outputs)
     if not names:
-        raise BadInput("no stages were found in the model: name its layers, layers=['layer1', ...].")
+        raise BadInput("no stages were found in the model: name layers with layers=['layer1', ...].")
     return names if len(names) <= MOST_STAGES else tuple(names[len(names) * (i + 1) // 4 - 1] for i in range(4))
 
 
 def as_maps(output: Any) -> Tensor:
-    """The output of a layer as channels and positions, ``[B, C, P]``: of maps ``[B, C, H, W]`` or ``[B, H, W, C]``,
-    tokens ``[B, T, C]`` or vectors ``[B, C]``; of several tensors the first.
+    """Return the output of a layer as channels and positions, ``[B, C, P]``.
 
-    Maps count as channels-last where their second and third dimensions are equal and the last is another: square maps
-    are meant.
+    The output may be maps ``[B, C, H, W]`` or ``[B, H, W, C]``, tokens ``[B, T, C]``, or vectors ``[B, C]``; the first
+    of several tensors is used. Maps are taken to be channels-last if their second and third dimensions are equal and
+    the last one differs: this assumes square maps.
     """
     values = _tensor(output)
     if values is None or values.ndim < 2:
-        raise BadInput("a layer gives no tensor [batch, ...] of floating point: choose another layer.")
+        raise BadInput("a layer does not output a floating-point tensor [batch, ...]: choose another layer.")
     if values.ndim == 2:
         return values[:, :, None]
     if values.ndim == 3 or _is_channels_last(values):
@@ -72,7 +73,7 @@ def as_maps(output: Any) -> Tensor:
 def watching(
     model: nn.Module, layers: Sequence[str], reduce: Callable[[Tensor], Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that every pass of the model fills: for each layer, what ``reduce`` makes of its ``[B, C, P]``."""
+    """Provide a dictionary that every pass of the model fills with ``reduce`` of each layer's output ``[B, C, P]``."""
     seen: dict[str, Tensor] = {}
     with hooked((model.get_submodule(name), _keeper(name, seen, reduce)) for name in layers):
         yield seen
@@ -108,7 +109,7 @@ def _timm_stages(model: nn.Module) -> tuple[str, ...]:
 
 @dataclass
 class _Output:
-    """What a module received and gave: the shape of feature maps, of tokens, or neither."""
+    """The shapes of the feature maps that a module received and returned, and whether it returned tokens."""
 
     name: str
     received: tuple[int, ...] | None
@@ -117,7 +118,7 @@ class _Output:
 
 
 def _outputs_of_modules(model: nn.Module, inputs: Tensor) -> list[_Output]:
-    """Of every module that runs once, in the order in which they end; of others one name would mean several outputs."""
+    """Return the outputs of all modules that run exactly once, in the order in which they finish."""
     outputs: list[_Output] = []
 
     def recorder(name: str) -> Any:
@@ -141,7 +142,7 @@ def _map_size(values: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _ends_of_sizes(model: nn.Module, outputs: list[_Output]) -> tuple[str, ...]:
-    """For each size of maps, the last module that gives it; none where there are fewer than two sizes."""
+    """For each size of maps, return the last module that outputs it; none if there are fewer than two sizes."""
     containers = {name for name, module in model.named_modules() if type(module) is nn.Sequential}
     changing = {
         (output.name, output.received)
@@ -164,7 +165,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _token_blocks(model: nn.Module, outputs: list[_Output]) -> tuple[str, ...]:
-    """Four, evenly spaced, of the largest group of sister modules of one class that give tokens."""
+    """Return four, evenly spaced, of the largest group of sibling modules of one class that output tokens."""
     known = dict(model.named_modules())
     groups: dict[tuple[str, type], list[str]] = {}
     for output in outputs:

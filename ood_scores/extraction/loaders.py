@@ -1,4 +1,4 @@
-"""What a loader gives: batches, their number, their order, and a checksum of the first of them."""
+"""Loaders: their batches, number of rows, and order, and a checksum of the first rows."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ood_scores.errors import BadInput, BadLabels, EmptyInput
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "inputs", "input", "x")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 CHECKSUM_ROWS = 16
-"""How many of the first inputs and labels identify the data."""
+"""Number of inputs and labels at the start that identify the data."""
 
 
 def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Inputs ``[B, ...]`` and labels ``[B]`` (or None) of a batch: ``x``, ``(x,)``, ``(x, y)`` or a dict."""
+    """Return inputs ``[B, ...]`` and labels ``[B]`` (or None) of a batch: ``x``, ``(x,)``, ``(x, y)``, or a dict."""
     if isinstance(batch, Mapping):
         inputs, labels = _from_mapping(batch)
     elif isinstance(batch, (tuple, list)):
@@ -40,8 +40,8 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
     if not isinstance(inputs, Tensor) or inputs.ndim < 2:
         got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
         raise BadInput(
-            f"a batch must hold a tensor of inputs [batch, ...], got {got}: pass a DataLoader(dataset, batch_size=...) "
-            "whose batches are x, (x, y) or a dict."
+            f"a batch must contain a tensor of inputs [batch, ...], got {got}: pass a DataLoader(dataset, "
+            "batch_size=...) whose batches are x, (x, y), or a dict."
         )
     return inputs, None if labels is None else _as_labels(labels, len(inputs))
 
@@ -50,7 +50,7 @@ def _from_mapping(batch: Mapping[str, Any]) -> tuple[Any, Any]:
     image_key = next((key for key in IMAGE_KEYS if key in batch), None)
     if image_key is None:
         raise BadInput(
-            f"a batch has the keys {', '.join(map(str, batch))}; inputs are looked for under {', '.join(IMAGE_KEYS)}."
+            f"no inputs in a batch with the keys {', '.join(map(str, batch))}: use one of {', '.join(IMAGE_KEYS)}."
         )
     label_key = next((key for key in LABEL_KEYS if key in batch), None)
     return batch[image_key], None if label_key is None else batch[label_key]
@@ -60,17 +60,16 @@ def _as_labels(labels: Any, rows: int) -> Tensor:
     try:
         tensor = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
     except (TypeError, ValueError) as error:
-        raise BadLabels(f"labels must be integer class indices [{rows}], one for each input: {error}") from error
+        raise BadLabels(f"labels must be integer class indices [{rows}], one per input: {error}") from error
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.shape != (rows,):
         raise BadLabels(
-            f"labels must be integer class indices [{rows}], one for each input; got {tensor.dtype} "
-            f"{tuple(tensor.shape)}."
+            f"labels must be integer class indices [{rows}], one per input, got {tensor.dtype} {tuple(tensor.shape)}."
         )
     return tensor.long()
 
 
 def row_count(loader: Iterable[Any]) -> int | None:
-    """How many rows the loader will give, or None where only running it tells."""
+    """Return the number of rows that the loader will yield, or None if it is not known in advance."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     if type(loader.batch_sampler) is not BatchSampler:
@@ -83,7 +82,7 @@ def row_count(loader: Iterable[Any]) -> int | None:
 
 
 def is_shuffled(loader: Iterable[Any]) -> bool:
-    """Whether the loader is known to give its rows in random order."""
+    """Return whether the loader is known to yield its rows in random order."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(batch_sampler, "sampler", None) or getattr(loader, "sampler", None)
     as_they_come = getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "in_order", True)
@@ -91,20 +90,20 @@ def is_shuffled(loader: Iterable[Any]) -> bool:
 
 
 def dataset_name(loader: Iterable[Any]) -> str:
-    """The dataset's own ``name``, or its class."""
+    """Return the dataset's own ``name``, or the name of its class."""
     dataset = getattr(loader, "dataset", loader)
     return str(getattr(dataset, "name", None) or type(dataset).__name__)
 
 
 def preprocessing(loader: Iterable[Any]) -> str:
-    """The transform of the loader's dataset in one line, or "" where it cannot be read."""
+    """Return the transform of the loader's dataset in one line, or "" if it cannot be read."""
     transform = getattr(getattr(loader, "dataset", None), "transform", None)
     return " ".join(repr(transform).split()) if transform is not None else ""
 
 
 @dataclass
 class Batches:
-    """A loader that has been looked into: its first rows are known, and none is lost."""
+    """A loader whose first rows have been read, without losing them."""
 
     loader: Iterable[Any]
     first: list[Any]
@@ -112,9 +111,13 @@ class Batches:
 
     @classmethod
     def look_into(cls, loader: Iterable[Any]) -> Batches:
-        """Reads batches until ``CHECKSUM_ROWS`` rows are known. Raises EmptyInput if there is none."""
+        """Read batches until ``CHECKSUM_ROWS`` rows are known.
+
+        Raises:
+            EmptyInput: if there is no row.
+        """
         if isinstance(loader, Dataset):
-            raise BadInput("extract takes batches: pass DataLoader(dataset, batch_size=...), not the dataset itself.")
+            raise BadInput("extract needs batches, got a dataset: pass DataLoader(dataset, batch_size=...).")
         rest = iter(loader)
         first: list[Any] = []
         rows = 0
@@ -125,12 +128,13 @@ class Batches:
                 rows += len(inputs)
         if not rows:
             raise EmptyInput(
-                "the loader gave no batch: is the dataset empty, or drop_last=True with less than a batch?"
+                "the loader yields no batch: check whether the dataset is empty, or smaller than a batch with "
+                "drop_last=True."
             )
         return cls(loader, first, rest)
 
     def checksum(self) -> str:
-        """SHA-256 of the first ``CHECKSUM_ROWS`` inputs, as the model sees them, and of their labels."""
+        """Return the SHA-256 of the first ``CHECKSUM_ROWS`` inputs, as the model sees them, and of their labels."""
         digest = hashlib.sha256()
         pairs = [unpack(batch) for batch in self.first]
         for x in itertools.islice(itertools.chain.from_iterable(x for x, _ in pairs), CHECKSUM_ROWS):
@@ -142,14 +146,14 @@ class Batches:
         return digest.hexdigest()
 
     def after(self, rows: int, stop: int | None = None) -> Iterator[tuple[int, Any]]:
-        """Pairs of first row and batch, for every batch that has rows after the first ``rows``, up to row ``stop``.
+        """Yield the first row's number and the batch, for every batch with rows after ``rows``, up to row ``stop``.
 
-        A plain DataLoader jumps there without loading what comes before; other loaders are run through. ``stop`` is for
-        those that can jump.
+        A plain DataLoader skips earlier batches without loading them; other loaders are iterated over. ``stop``
+        requires a loader that can skip.
         """
         loader = self.loader
         if (rows or stop is not None) and isinstance(loader, DataLoader) and can_jump(loader):
-            self.rest = iter(())  # the workers that looked into the loader stop
+            self.rest = iter(())  # stops the workers of the first iterator
             size = loader.batch_sampler.batch_size  # type: ignore[union-attr]
             first, last = rows // size, None if stop is None else -(-stop // size)
             return _numbered(iter(_some_of(loader, first, last)), first * size)
@@ -166,12 +170,12 @@ def _numbered(batches: Iterable[Any], start: int) -> Iterator[tuple[int, Any]]:
 
 
 def can_jump(loader: DataLoader[Any]) -> bool:
-    """Whether batches can be skipped without loading them."""
+    """Return whether batches can be skipped without loading them."""
     return row_count(loader) is not None and type(loader).__iter__ is DataLoader.__iter__
 
 
 def _some_of(loader: DataLoader[Any], first: int, last: int | None) -> DataLoader[Any]:
-    """The same loader with its batches ``first .. last``."""
+    """Return the same loader with only its batches ``first`` to ``last``."""
     return DataLoader(
         loader.dataset,
         batch_sampler=list(itertools.islice(loader.batch_sampler, first, last)),  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from ood_scores.progress import ProgressBar
 
 @dataclass(frozen=True)
 class Task:
-    """What runs over which batches."""
+    """What to run, over which batches."""
 
     forward: Forward
     batches: Batches
@@ -31,14 +31,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Target:
-    """Where rows go.
+    """Where rows are written.
 
     Attributes:
-        provenance: of the rows.
+        provenance: the provenance of the rows.
         path: the file; None for memory.
-        rows: which of the loader's; None for all, however many come.
-        state: of the file that is continued; None for a new one.
-        replace: whether a new file may take the place of another.
+        rows: which rows of the loader to write; None for all, however many there are.
+        state: the state of the file to continue; None for a new file.
+        replace: whether a new file may replace another.
     """
 
     provenance: Provenance
@@ -49,12 +49,12 @@ class Target:
 
     @property
     def promised(self) -> int | None:
-        """How many rows there will be, where that is known."""
+        """The number of rows that there will be, if it is known."""
         return self.provenance.dataset_rows if self.rows is None else len(self.rows)
 
 
 def run(task: Task, target: Target) -> FeatureSet:
-    """Runs the model over the rows that the target has not got, and opens the target."""
+    """Run the model over the rows that the target lacks, and open the target."""
     forward, first = task.forward, 0 if target.rows is None else target.rows.start
     done = target.state.rows if target.state else 0
     stop = None if target.rows is None else target.rows.stop
@@ -77,7 +77,7 @@ def run(task: Task, target: Target) -> FeatureSet:
 
 
 def state_of(path: Path, provenance: Provenance, resume: bool, overwrite: bool) -> caches.CacheState | None:
-    """The state of the cache to open or to continue; None where a new file is to be written."""
+    """Return the state of the cache to open or continue; None if a new file is to be written."""
     if not path.exists():
         return None
     if overwrite:
@@ -85,13 +85,13 @@ def state_of(path: Path, provenance: Provenance, resume: bool, overwrite: bool) 
         return None
     if provenance.shuffled:
         raise ShuffledLoader(
-            f"{path} exists, but the loader gives its rows in random order, so they cannot be compared with it: use "
+            f"{path} exists, but the order of the loader is random, so that its rows cannot be compared: use "
             "shuffle=False, or overwrite=True to extract again."
         )
     with caches.open_to_read(path) as h5:
         state = caches.state(h5)
     if state.provenance is None:
-        raise StaleCache(f"{path} does not say what made it, so it cannot be compared: open it with ood_scores.load.")
+        raise StaleCache(f"{path} has no provenance, so it cannot be compared: open it with ood_scores.load.")
     state.provenance.require_same(provenance, str(path))
     return state if state.finished or resume else None
 
@@ -99,8 +99,8 @@ def state_of(path: Path, provenance: Provenance, resume: bool, overwrite: bool) 
 def _require_length(promised: int | None, rows: int, ended: bool) -> None:
     if promised is not None and (rows > promised or (ended and rows < promised)):
         raise BadInput(
-            f"the loader {'ended after' if ended else 'gave at least'} {rows:,} rows; its length promised "
-            f"{promised:,}: correct the length of its sampler, or pass (batch for batch in loader), which has none."
+            f"the loader {'ended after' if ended else 'yielded at least'} {rows:,} rows, but its length is {promised:,}"
+            ": correct the length of its sampler, or pass (batch for batch in loader), which has none."
         )
 
 
@@ -114,8 +114,8 @@ def _open_sink(
         return
     if provenance.shuffled:
         warnings.warn(
-            f"the loader gives its rows in random order: {target.path} can neither be resumed nor compared with "
-            "another run. Use shuffle=False.",
+            f"the order of the loader is random, so that {target.path} can neither be resumed nor compared with "
+            "another run: use shuffle=False.",
             stacklevel=6,
         )
     if target.state:

@@ -1,4 +1,4 @@
-"""The options of an extraction: what decides which numbers come out, apart from the model and the data."""
+"""The options of an extraction: everything but the model and the data that decides the numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = ("float16", "float32", "float64")
 
 
 def _shown(help: str, *, choices: Sequence[str] = (), metavar: str | None = None) -> dict[str, Any]:
-    """The metadata of a field: its help text, the values that it may have besides its default, and a placeholder."""
+    """The metadata of a field: its help text, its allowed values (besides the default), and a placeholder."""
     return {"help": help, "choices": choices, "metavar": metavar}
 
 
@@ -32,22 +32,22 @@ def _shown(help: str, *, choices: Sequence[str] = (), metavar: str | None = None
 class ExtractionOptions:
     """The options of an extraction.
 
-    They decide how numbers are rounded and which columns there are. All are part of the identity of a cache, and a
-    detector applies those of its calibration set.
+    They decide how numbers are rounded and which columns there are. All are part of a cache's identity, and a detector
+    applies the options of its calibration set.
 
     Args:
         amp: ``"bf16"`` or ``"fp16"`` for automatic mixed precision.
-        channels_last: run with weights and inputs ``[B, C, H, W]`` in the channels-last memory format, which tensor
-            cores prefer.
-        compile: run the model through ``torch.compile``, which takes about a minute to start and needs a C++ compiler.
-            Not available with ``layers`` or ``probes``.
-        dtype: type in which features, logits and extras are stored: ``"float16"``, ``"float32"`` or ``"float64"``.
+        channels_last: whether to use the channels-last memory format for weights and inputs ``[B, C, H, W]``, which
+            tensor cores prefer.
+        compile: whether to run the model through ``torch.compile``, which takes about a minute to start and needs a C++
+            compiler. Not available with ``layers`` or ``probes``.
+        dtype: the type in which features, logits and extras are stored: ``"float16"``, ``"float32"`` or ``"float64"``.
         head: None to find the last affine map; a module or its name to choose it; False to keep the logits and the
             input of the last layer with weights, without a head.
-        layers: names of modules whose outputs are pooled and kept as extras ``layers.<module>``, read off the same
+        layers: names of modules whose outputs are pooled and kept as extras ``layers.<module>``, computed in the same
             pass; ``"stages"`` for the modules that end the stages of the model.
-        probes: what else to compute for every input and keep as extras, as objects of ``ood_scores.probes``, names, or
-            names with parameters: ``[ODIN(epsilon=0.004), "gram", "odin:epsilon=0.004"]``. Most run the model again.
+        probes: further extras to compute for every input, as objects of ``ood_scores.probes``, names, or names with
+            parameters: ``[ODIN(epsilon=0.004), "gram", "odin:epsilon=0.004"]``. Most run the model again.
 
     Raises:
         BadInput: if a value is not one of those above, or two probes have the same name.
@@ -83,18 +83,20 @@ class ExtractionOptions:
                 allowed = [*(["None"] if each.default is None else []), *map(repr, choices)]
                 raise BadInput(f"{each.name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}.")
         if self.all_probes and self.compile:
-            raise BadInput("compile=True is for a pass without layers and probes, which reach into the model.")
+            raise BadInput(
+                "compile=True cannot be combined with layers or probes, whose hooks compiled code does not see."
+            )
 
     @cached_property
     def all_probes(self) -> tuple[Probe, ...]:
-        """The probe of ``layers``, if there are any, and those of ``probes``."""
+        """The probe of ``layers``, if there are any, and the ``probes``."""
         from ood_scores.extraction.probes import as_probes
 
         return tuple(as_probes(self.layers, self.probes))
 
     @classmethod
     def of(cls, provenance: Provenance, probes: Sequence[str] = ()) -> ExtractionOptions:
-        """The options that a feature set was extracted with; of its probes, those with the given names."""
+        """Return the options that a feature set was extracted with, and of its probes those with the given names."""
         from ood_scores.extraction.probes.base import probe_of
 
         return cls(
@@ -108,7 +110,7 @@ class ExtractionOptions:
 
 
 def takes_options(function: F) -> F:
-    """Shows the fields of ``ExtractionOptions`` in the signature of a function, in place of its ``**options``."""
+    """Show the fields of ``ExtractionOptions`` in the signature of a function, in place of its ``**options``."""
     signature = inspect.signature(function)
     own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
     options = [

@@ -1,4 +1,4 @@
-"""extract: one forward pass over a loader, kept."""
+"""``extract``: run a model once over a loader and keep what it computes."""
 
 from __future__ import annotations
 
@@ -41,43 +41,44 @@ def extract(
     name: str | None = None,
     **options: Any,
 ) -> FeatureSet:
-    """Runs a classifier once over a loader and keeps penultimate features, logits, labels and the head.
+    """Run a classifier once over a loader and keep its penultimate features, logits, labels, and head.
 
-    The model may be any ``nn.Module`` (timm, torchvision, Hugging Face, your own) whose logits are an affine map of
-    something: that something is what is kept, exactly as the map received it. The model's device, its modes and its
-    gradients setting are as before when this returns.
+    The model may be any ``nn.Module`` (timm, torchvision, Hugging Face, your own) whose logits are an affine map of a
+    vector: that vector is kept as the features, exactly as the map received it. The model's device, modes, and gradient
+    settings are restored afterwards.
 
-    Under ``torchrun`` and with a ``cache``, each process writes the rows of its share of the batches to a shard beside
-    the cache, and the cache joins the shards; the result is what one process gives. ``loader`` is then a ``DataLoader``
-    of all rows, in order, and all processes call this alike.
+    Under ``torchrun`` and with a ``cache``, each process writes its share of the rows to a shard next to the cache, and
+    the cache joins the shards; the result is the same as with one process. ``loader`` must then be a ``DataLoader``
+    over all rows, in order, and all processes must make the same call.
 
     Args:
-        model: returns logits ``[B, C]``, or an object or dict with ``logits``. Of one that ``torch.compile`` made, the
-            original is run.
-        loader: an iterable of batches ``(x, y)``, ``x`` or dicts; of known or unknown length, with or without labels.
-        cache: an HDF5 file to write. If it exists and was made by the same weights, data, preprocessing and precision
-            it is opened and the model is not run; if its extraction was interrupted, it is continued.
-        device: where to run; ``"auto"`` takes a GPU if the model is on the CPU and there is one, else the model's own;
-            under ``torchrun`` that of the process.
-        progress: show a progress bar (on standard error).
-        resume: continue an interrupted extraction; False starts it again.
-        overwrite: replace an existing cache, whatever made it.
+        model: a module that returns logits ``[B, C]``, or an object or dict with ``logits``. If it was returned by
+            ``torch.compile``, the original module is run.
+        loader: an iterable of batches ``(x, y)``, ``x``, or dicts, of known or unknown length, with or without labels.
+        cache: the HDF5 file to write. If it exists and was created with the same weights, data, preprocessing, and
+            options, it is opened and the model is not run; if its extraction was interrupted, it is continued.
+        device: the device to run on; ``"auto"`` uses a GPU if the model is on the CPU and there is one, else the
+            model's own device; under ``torchrun``, the device of the process.
+        progress: whether to show a progress bar (on standard error).
+        resume: whether to continue an interrupted extraction; False starts it again.
+        overwrite: whether to replace an existing cache, whatever created it.
         name: the dataset's name, part of the cache's identity; by default the dataset's own ``name`` or its class.
-        **options: how the model is run and what is computed, as listed in ``ExtractionOptions``: ``amp``,
-            ``channels_last``, ``compile``, ``dtype``, ``head``, ``layers`` and ``probes``.
+        **options: how the model is run and what is computed: the fields of ``ExtractionOptions``, which are ``amp``,
+            ``channels_last``, ``compile``, ``dtype``, ``head``, ``layers``, and ``probes``.
 
     Returns:
-        The feature set, lazily on the cache if there is one, else in memory.
+        The feature set: read lazily from the cache if there is one, else in memory.
 
     Raises:
-        HeadNotFound, HeadMismatch: no affine map gives the logits, or the named one does not; says what was found.
-        EmptyInput: the loader gave nothing.
-        NotFinite: an activation is NaN or infinite; names the row. Batches before it are kept in the cache.
-        BadLabels, ShapeMismatch, BadInput: batches that cannot be worked with; a layer that does not exist.
-        UnknownName: there is no probe of that name.
-        StaleCache: the cache was made by something else; names both fingerprints.
-        ShuffledLoader: a loader in random order cannot resume a cache or be compared with one.
-        WorkerDied: another process of ``torchrun`` is gone.
+        HeadNotFound, HeadMismatch: if no affine map computes the logits, or the named one does not; the message lists
+            the candidates.
+        EmptyInput: if the loader yields nothing.
+        NotFinite: if an activation is NaN or infinite; the message names the row. The cache keeps earlier batches.
+        BadLabels, ShapeMismatch, BadInput: if a batch or an option cannot be used, or the model cannot take a batch.
+        UnknownName: if there is no probe of that name.
+        StaleCache: if the cache was created with different settings; the message lists both.
+        ShuffledLoader: if the loader's order is random and a cache exists, which then cannot be resumed or compared.
+        WorkerDied: if another process of ``torchrun`` has ended.
         ForeignFile, DamagedCache, CacheBusy, CacheWriteFailed: see ``ood_scores.errors``.
     """
     chosen = ExtractionOptions(**options)
@@ -96,15 +97,15 @@ def extract(
     if ranks.count > 1:
         if state:
             raise UnfinishedCache(
-                f"{path} holds {state.rows:,} rows of an extraction by one process: continue it without torchrun, or "
-                "pass overwrite=True to extract again."
+                f"{path} contains {state.rows:,} rows of an extraction by one process: continue it without torchrun, "
+                "or pass overwrite=True to extract again."
             )
         extract_shards(task, path, provenance, ranks, resume, overwrite)
         return load(path)
     if not (state or overwrite):
         shards.require_no_others(path)
     feats = run(task, Target(provenance, path, state=state, replace=overwrite or not resume))
-    shards.remove(path)  # those of the cache whose place it took
+    shards.remove(path)  # of the cache that was replaced
     return feats
 
 

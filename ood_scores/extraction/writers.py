@@ -1,4 +1,4 @@
-"""Writing rows to memory, or to a cache, in a thread beside the model."""
+"""Write rows to memory or to a cache, in a thread of their own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ood_scores.features.finite import require_finite
 from ood_scores.runtime import Arriving
 
 AHEAD = 2
-"""Most batches that wait to be written; the model waits when there are as many."""
+"""Maximum number of batches waiting to be written; the model waits when it is reached."""
 
 
 class Sink(Protocol):
-    """Where rows go: a cache or memory."""
+    """Where rows are appended: a cache or memory."""
 
     rows: int
 
@@ -27,7 +27,7 @@ class Sink(Protocol):
 
 
 class MemorySink:
-    """Collects rows in preallocated arrays; where the length is unknown they double as they fill."""
+    """Collects rows in preallocated arrays, which are doubled when full if the number of rows is unknown."""
 
     def __init__(self, rows: int | None, head: Head | None, provenance: Provenance) -> None:
         self._capacity = rows or 0
@@ -44,11 +44,11 @@ class MemorySink:
         self.rows = stop
 
     def finish(self) -> None:
-        """Cuts the arrays to the rows that came."""
+        """Cut the arrays to the number of rows."""
         self._arrays = {name: array[: self.rows] for name, array in self._arrays.items()}
 
     def feature_set(self) -> FeatureSet:
-        """What was collected."""
+        """Return the rows as a feature set."""
         return feature_set(self._arrays, self._head, self._provenance)
 
     def _grow(self, capacity: int, like: Mapping[str, Tensor]) -> None:
@@ -64,21 +64,21 @@ class MemorySink:
 def feature_set(
     columns: Mapping[str, Tensor], head: Head | None = None, provenance: Provenance | None = None
 ) -> FeatureSet:
-    """Columns by the names that they have in a cache as a feature set in memory."""
+    """Return columns, by the names that they have in a cache, as a feature set in memory."""
     extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
     return FeatureSet(columns["features"], columns["logits"], columns.get("labels"), head, extras, provenance)
 
 
 class BackgroundWriter:
-    """Writes batches to a sink while the next ones are computed. A context: leaving it waits until all is written.
+    """Writes batches to a sink while the next ones are computed. Use it as a context manager, which waits for the end.
 
-    What goes wrong with a batch is raised by the next call or on leaving, and later batches are dropped: the sink is
-    left as if each batch had been written before the next was begun.
+    An error in a batch is raised by the next call or at the end of the context, and later batches are dropped: the sink
+    is in the same state as if each batch had been written before the next one was started.
 
     Args:
-        sink: rows are appended to it by the thread alone.
-        first: number of the sink's first row in the dataset.
-        advance: told the sink's rows after every batch.
+        sink: the sink, to which only the thread appends rows.
+        first: the number of the sink's first row in the dataset.
+        advance: a function to call with the sink's number of rows after every batch.
     """
 
     def __init__(self, sink: Sink, first: int, advance: Callable[[int], None]) -> None:
@@ -88,7 +88,7 @@ class BackgroundWriter:
         self._thread = Thread(target=self._run, name="ood_scores writer", daemon=True)
 
     def put(self, start: int, rows: Arriving) -> None:
-        """A batch whose first row is row ``start`` of the dataset; of those the sink has already, none is written."""
+        """Write a batch whose first row is row ``start`` of the dataset, except for rows that the sink already has."""
         if self._error:
             raise self._error
         self._waiting.put((start, rows))
@@ -101,7 +101,7 @@ class BackgroundWriter:
         self._waiting.put(None)
         self._thread.join()
         if self._error and error is not self._error and (error is None or isinstance(error, Exception)):
-            raise self._error  # it concerns earlier rows than what went wrong since
+            raise self._error  # it concerns earlier rows than the other error
 
     def _run(self) -> None:
         while (batch := self._waiting.get()) is not None:

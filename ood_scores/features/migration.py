@@ -1,4 +1,4 @@
-"""Reading descriptions that earlier versions wrote: precision as a sentence, probes as the ``repr`` of objects."""
+"""Read descriptions that earlier versions wrote: precision as a sentence, probes as the ``repr`` of objects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADS = {"found": None, "none": False}
 
 
 def migrated(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of a provenance, or the ``run`` entry of a detector, in the form that is written now."""
+    """Return the attributes of a provenance, or the ``run`` entry of a detector, in the current form."""
     found = dict(described)
     if "precision" in found:
         found |= _precision(found.pop("precision"))
@@ -44,7 +44,7 @@ def _precision(text: str) -> dict[str, Any]:
 
 
 def _record(probe: Any) -> Any:
-    """The record of a probe that may be described by its ``repr``; nothing is evaluated."""
+    """Return the record of a probe that may be described by its ``repr``, without evaluating it."""
     if not isinstance(probe, str):
         return probe
     kind, _, arguments = probe.partition("(")
@@ -58,7 +58,7 @@ def _record(probe: Any) -> Any:
 
 
 def _value(node: ast.expr, text: str) -> Any:
-    """A parameter encoded as ``provenance.to_json`` does."""
+    """Encode a parameter like ``provenance.to_json``."""
     match node:
         case ast.Constant(value=None | bool() | int() | float() | str() as value):
             return value

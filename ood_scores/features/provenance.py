@@ -1,4 +1,4 @@
-"""Provenance: what created a feature set, enough to refuse it for anything else and to create it again."""
+"""Provenance: how a feature set was created, in enough detail to compare it and to create it again."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Provenance:
     """Where a feature set comes from.
 
     The *fingerprint* (weights, architecture, requested head, data, precision, probes) decides whether a cache may be
-    used; the rest is for the reader. ``data_sha256`` covers the first inputs exactly as the model saw them, and their
-    labels, so that a changed resize, crop or normalization is noticed; ``preprocessing`` describes the transform where
-    it can be read. ``head``, ``amp``, ``channels_last``, ``compiled`` and ``dtype`` are the options of ``extract``.
-    ``shard`` names the rows of the dataset in a file that is one of several.
+    used; the rest is information for the reader. ``data_sha256`` covers the first inputs exactly as the model saw them,
+    and their labels, so that a changed resize, crop, or normalization is noticed; ``preprocessing`` describes the
+    transform, if it can be read. ``head``, ``amp``, ``channels_last``, ``compiled``, and ``dtype`` are the options of
+    ``extract``. ``shard`` names the rows of the dataset in a file that is one of several.
     """
 
     architecture: str
@@ -77,7 +77,7 @@ class Provenance:
 
     @property
     def requested_head(self) -> str:
-        """The requested head in words: ``found``, ``none`` or the name of a module."""
+        """The requested head in words: ``found``, ``none``, or the name of a module."""
         return self.head if isinstance(self.head, str) else ("found" if self.head is None else "none")
 
     @property
@@ -94,28 +94,32 @@ class Provenance:
         return tuple(map(str, self.probes))
 
     def differences(self, other: Provenance) -> Iterable[str]:
-        """One line for each part of the fingerprint in which the other differs."""
+        """Yield one line for each part of the fingerprint in which the other provenance differs."""
         for name, title in self.FINGERPRINT:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 yield f"{title}: cache {_short(mine)}, now {_short(theirs)}"
 
     def require_same(self, other: Provenance, file: str) -> None:
-        """Raises StaleCache, naming both sides, if ``other`` would give other numbers."""
+        """Check that ``other`` has the same fingerprint.
+
+        Raises:
+            StaleCache: if it has not; the message lists both sides of every difference.
+        """
         differences = list(self.differences(other))
         if differences:
             lines = "".join(f"\n  {line}" for line in differences)
-            raise StaleCache(f"{file} was made by something else than what is asked for now:{lines}\n{WHAT_TO_DO}.")
+            raise StaleCache(f"{file} was created with different settings than those requested:{lines}\n{WHAT_TO_DO}.")
 
     def to_attributes(self) -> dict[str, Any]:
-        """Plain HDF5 attributes: strings, integers and booleans; nothing for None."""
+        """Return plain HDF5 attributes: strings, integers, and booleans; None is left out."""
         values = asdict(self)
         values |= {name: json.dumps(values[name]) for name in ("versions", "probes")}
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Provenance | None:
-        """None where a file holds features without provenance."""
+        """Return the provenance in the attributes of a file; None if it has none."""
         if "weights_sha256" not in attributes:
             return None
         known = migrated(attributes)
@@ -125,9 +129,9 @@ class Provenance:
 
 
 def to_json(value: Any) -> Any:
-    """A parameter as plain JSON: sequences as lists, other values that JSON lacks as ``{kind: content}``.
+    """Encode a parameter as plain JSON: sequences as lists, other values that JSON lacks as ``{kind: content}``.
 
-    A value that cannot be restored is kept as its text, ``{"repr": ...}``, for comparison only.
+    A value that cannot be restored is stored as its text, ``{"repr": ...}``, for comparison only.
     """
     match value:
         case None | bool():
@@ -148,21 +152,25 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The parameter that ``to_json`` encoded, with tuples for sequences. Raises ValueError for a mere text."""
+    """Decode a parameter that ``to_json`` encoded; sequences become tuples.
+
+    Raises:
+        ValueError: if only the text of the value is known.
+    """
     match value:
         case {"float": text}:
             return float(text)
         case {"mapping": pairs}:
             return {from_json(key): from_json(part) for key, part in pairs}
         case {"repr": text}:
-            raise ValueError(f"{text} is known by its text only")
+            raise ValueError(f"only the text of {text} is known")
         case list():
             return tuple(map(from_json, value))
     return value
 
 
 def _literal(value: Any) -> str:
-    """The Python text of an encoded parameter."""
+    """Return the Python text of an encoded parameter."""
     match value:
         case {"float": text} | {"repr": text}:
             return text

@@ -1,4 +1,4 @@
-"""Running somebody's model without leaving a trace: device, mode, precision, identity."""
+"""Run a model and leave it unchanged: device, modes, precision, and identity."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(model: nn.Module, device: str | torch.device, local_rank: int = 0) -> torch.device:
-    """``"auto"``: the model's own device if it is not the CPU, else as ``find_device`` has it."""
+    """Return the device to run on; ``"auto"`` is the model's own, or on the CPU the choice of ``find_device``."""
     return find_device(device, model_device(model), local_rank)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """What ``torch.compile`` was given, whose hooks run and whose weights have their own names; else the model."""
+    """Return the original of a model from ``torch.compile``, whose hooks run and whose weights keep their names."""
     return getattr(model, "_orig_mod", model)
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer; the CPU for a model without any."""
+    """Return the device of the first parameter or buffer; the CPU for a model without any."""
     tensors = (*model.parameters(), *model.buffers())
     return tensors[0].device if tensors else torch.device("cpu")
 
 
 def model_dtype(model: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
-    """The type of the first floating-point parameter; ``default`` for a model without any."""
+    """Return the type of the first floating-point parameter; ``default`` for a model without any."""
     return next((values.dtype for values in model.parameters() if values.is_floating_point()), default)
 
 
@@ -40,10 +40,16 @@ def model_dtype(model: nn.Module, default: torch.dtype = torch.float32) -> torch
 def evaluating(
     model: nn.Module, device: torch.device, differentiable: bool = False, channels_last: bool = False
 ) -> Iterator[None]:
-    """In eval mode, on the device, without gradients; every module's mode, the device and the layout of the weights are
-    restored afterwards.
+    """Put a model in eval mode, on the device, and disable gradients.
 
-    What a ``differentiable`` run makes may be used where gradients are enabled again; otherwise it is made faster.
+    Every module's mode, the device, and the memory format of the weights are restored afterwards.
+
+    Args:
+        model: the model.
+        device: the device to run on.
+        differentiable: whether tensors that the model returns can be used in computations with gradients; otherwise
+            inference mode is used, which is faster.
+        channels_last: whether to use the channels-last memory format for the weights of convolutions.
     """
     home = model_device(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -61,7 +67,7 @@ def evaluating(
     finally:
         for module, mode in modes:  # parents come before their children
             if module.training != mode:
-                module.train(mode)  # some models drop what they kept for evaluation here
+                module.train(mode)  # some models discard values cached for evaluation here
         for module, mode in modes:
             module.training = mode
         if home != device:
@@ -70,7 +76,7 @@ def evaluating(
 
 @contextmanager
 def _laid_out(model: nn.Module, channels_last: bool) -> Iterator[None]:
-    """With the weights of convolutions in the order of channels-last inputs."""
+    """Use the channels-last memory format for the weights of convolutions, if requested."""
     weights = [weight for weight in model.parameters() if weight.ndim == 4 and channels_last]
     before = [weight.data for weight in weights]
     for weight in weights:
@@ -83,19 +89,19 @@ def _laid_out(model: nn.Module, channels_last: bool) -> Iterator[None]:
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """With a GPU being the one that kernels are started on."""
+    """Make a GPU the current one, on which kernels are launched."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
 def autocasting(device: torch.device, amp: str | None) -> Iterator[None]:
-    """Mixed precision: ``"bf16"``, ``"fp16"`` or None for the model's own."""
+    """Use mixed precision: ``"bf16"``, ``"fp16"``, or None for the model's own."""
     with torch.autocast(device.type, dtype=AMP_DTYPES.get(amp or ""), enabled=amp is not None):
         yield
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, those that are not saved included."""
+    """Return the SHA-256 of names, dtypes, shapes, and bytes of all parameters and buffers, also those not saved."""
     digest = hashlib.sha256()
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -108,7 +114,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def architecture(model: nn.Module) -> str:
-    """timm's name of the architecture, or the model's class."""
+    """Return timm's name of the architecture, or the name of the model's class."""
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
     return str(name or type(model).__name__)

@@ -383,7 +383,7 @@ def test_inspect_of_finished_caches(caches: dict[str, Path], tmp_path: Path) -> 
     for array in ("features", "logits", "labels", "head/weight", "head/bias"):
         assert array in output
     assert re.search(r"features +│ 90 × 6 +│ float32", output)
-    assert "does not say what made it" in output
+    assert "It has no provenance" in output
 
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     rows = DataLoader(torch.utils.data.TensorDataset(torch.rand(20, 3)), 8)

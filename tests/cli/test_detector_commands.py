@@ -1,4 +1,4 @@
-"""calibrate and predict on the command line, against the functions behind them."""
+"""The commands calibrate and predict, compared with the functions that they call."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def refused(*words: object) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, caches, images in folders, one of which cannot be read, and a detector."""
+    """A folder with a checkpoint, caches, images, one of which cannot be read, and a detector."""
     folder = tmp_path_factory.mktemp("cli")
     model = network()
     save_file(model.state_dict(), folder / "weights.safetensors")
@@ -70,7 +70,7 @@ def expected_detector(home: Path) -> Detector:
     return calibrate("mahalanobis", model, fit=fit, id=id, keep=0.9, classes=NAMES)
 
 
-def test_calibrate_saves_what_the_function_gives(home: Path) -> None:
+def test_calibrate_saves_the_detector_of_the_function(home: Path) -> None:
     files = image_files([str(home / "photos")])
     assert same(Detector.load(home / "detector").predict(files), expected_detector(home).predict(files))
 
@@ -83,7 +83,7 @@ def test_calibrate_takes_the_options_of_extract(home: Path) -> None:
     probe = ODIN(epsilon=0.1, std=(0.5, 0.5, 0.5))
     expected = ExtractionOptions(channels_last=True, dtype="float16", probes=[probe])
     assert Detector.load(home / "odin").forward.options == expected
-    assert "channels_last decide how loaders are run" in refused(
+    assert "channels_last apply to loaders" in refused(
         *words, "--id", home / "id.h5", "--out", home / "energy", "--scorer", "energy", "--channels-last"
     )
 
@@ -106,7 +106,7 @@ def test_predict_writes_a_row_for_every_image(home: Path) -> None:
     assert f"30 images: {30 - n_ood} in-distribution, {n_ood} OoD ({n_ood / 30:.1%})" in result.output
 
 
-def test_workers_change_nothing(home: Path) -> None:
+def test_workers_do_not_change_the_results(home: Path) -> None:
     tables = []
     for workers in (0, 2):
         out = home / f"workers{workers}.csv"
@@ -132,7 +132,7 @@ def test_an_unreadable_image_is_a_row_with_its_error(home: Path, suffix: str) ->
     assert list(table["is_ood"].dropna()) == list(expected.is_ood)
 
 
-def test_nothing_but_unreadable_images(home: Path) -> None:
+def test_only_unreadable_images(home: Path) -> None:
     result = call("predict", home / "broken", "--detector", home / "detector", "--out", home / "none.csv")
     assert result.exit_code == 4
     assert "0 images: 0 in-distribution, 0 OoD\n" in result.output
@@ -176,7 +176,7 @@ def test_errors_are_one_line(home: Path) -> None:
     assert "no.h5" in refused("calibrate", *checkpoint, "--id", home / "no.h5")
     assert not (home / "new").exists()
     words = ("calibrate", *checkpoint[:-1], home / "photos", "--id", home / "id.h5", "--scorer", "energy")
-    assert "holds something else than a detector" in refused(*words)
+    assert "contains other files than a detector" in refused(*words)
     assert "is not a detector" in refused("predict", home / "photos", "--detector", home / "photos")
     assert "there is no image in" in refused("predict", home / "no*.png", "--detector", home / "detector")
     to_text = ("--detector", home / "detector", "--out", home / "results.txt")
@@ -184,7 +184,7 @@ def test_errors_are_one_line(home: Path) -> None:
 
 
 def test_calibrate_on_images_and_with_other_arguments(home: Path) -> None:
-    """A dataset in place of a cache, and a checkpoint of the trainer that says what its network was made with."""
+    """A dataset instead of a cache, and a checkpoint of the trainer, which stores the arguments of its network."""
     torch.manual_seed(0)
     facts = {"architecture": '"tiny_net"', "arguments": '{"norm": false}'}
     save_file(timm.create_model("tiny_net", norm=False, num_classes=4).state_dict(), home / "plain.safetensors", facts)

@@ -1,4 +1,4 @@
-"""Detectors on disk: the same predictions bit for bit, other models refused, nothing lost and nothing run."""
+"""Detectors on disk: the same predictions bit for bit, refused models, and damaged files."""
 
 import errno
 import json
@@ -75,7 +75,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.filterwarnings("ignore:200 calibration rows are too few")
 @pytest.mark.parametrize("case", CASES)
-def test_a_loaded_detector_predicts_the_same_bits(
+def test_a_loaded_detector_has_the_same_predictions(
     case: str, tmp_path: Path, model: nn.Module, sets: dict[str, FeatureSet]
 ) -> None:
     scorer, options = CASES[case]
@@ -109,7 +109,7 @@ def test_the_description_is_plain_json(folder: Path, model: nn.Module) -> None:
     assert stored.keys() == model.state_dict().keys()
 
 
-def test_channels_last_weights_come_back_so(tmp_path: Path) -> None:
+def test_channels_last_weights_are_restored(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("cifar_resnet20").to(memory_format=torch.channels_last)
     inputs = torch.randn(96, 3, 32, 32)
@@ -121,7 +121,7 @@ def test_channels_last_weights_come_back_so(tmp_path: Path) -> None:
     assert same(loaded.predict(inputs), detector.predict(inputs))
 
 
-def test_another_process_predicts_the_same_bits(tmp_path: Path) -> None:
+def test_another_process_has_the_same_predictions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("cifar_resnet20")
     inputs = torch.randn(64, 3, 32, 32)
@@ -141,21 +141,21 @@ def test_another_process_predicts_the_same_bits(tmp_path: Path) -> None:
 # ---- models
 
 
-def test_refuses_another_models_weights(folder: Path, model: nn.Module) -> None:
-    with pytest.raises(OtherModel, match=r"calibrated with tiny_net with weights .*the model given is tiny_net"):
+def test_refuses_a_model_with_other_weights(folder: Path, model: nn.Module) -> None:
+    with pytest.raises(OtherModel, match=r"calibrated with tiny_net with weights .*the model passed is tiny_net"):
         Detector.load(folder, network(1))
-    with pytest.raises(OtherModel, match="the model given is Plain"):
+    with pytest.raises(OtherModel, match="the model passed is Plain"):
         Detector.load(folder, Plain())
     assert Detector.load(folder, network(0)).weights == Detector.load(folder, model).weights
 
 
-def test_a_model_that_is_not_timms_is_passed_to_load(tmp_path: Path) -> None:
+def test_a_model_that_is_not_from_timm_is_passed_to_load(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = Plain()
     detector = calibrate("energy", plain, id=[Rows(64, 2).inputs])
     detector.save(tmp_path / "detector")
     assert names(tmp_path / "detector") == [name for name in FILES if name != "model.safetensors"]
-    with pytest.raises(BadInput, match=r"holds no model: pass the Plain .*Detector.load\(path, model\)"):
+    with pytest.raises(BadInput, match=r"contains no model: pass the Plain .*Detector.load\(path, model\)"):
         Detector.load(tmp_path / "detector")
     inputs = Rows(20, 3).inputs
     assert same(Detector.load(tmp_path / "detector", plain).predict(inputs), detector.predict(inputs))
@@ -164,28 +164,28 @@ def test_a_model_that_is_not_timms_is_passed_to_load(tmp_path: Path) -> None:
 def test_the_model_can_be_left_out(folder: Path, model: nn.Module) -> None:
     Detector.load(folder).save(folder, with_model=False)
     assert "model.safetensors" not in names(folder)
-    with pytest.raises(BadInput, match="holds no model"):
+    with pytest.raises(BadInput, match="contains no model"):
         Detector.load(folder)
     assert len(Detector.load(folder, model).predict(PIXELS)) == 5
 
 
-def test_a_model_that_timm_makes_otherwise_is_left_out(tmp_path: Path) -> None:
+def test_a_model_that_timm_creates_differently_is_left_out(tmp_path: Path) -> None:
     inputs = Rows(64, 2).inputs
     changed = network()
     changed.get_submodule("bn1").eps = 0.5  # type: ignore[assignment]
-    with pytest.warns(UserWarning, match=r"not saved with the detector: .*other logits.*load\(path, model\)"):
+    with pytest.warns(UserWarning, match=r"not saved with the detector, because .*other logits.*load\(path, model\)"):
         calibrate("energy", changed, id=[inputs]).save(tmp_path / "detector")
     assert "model.safetensors" not in names(tmp_path / "detector")
     with pytest.warns(UserWarning, match="other weights or buffers"):
         calibrate("energy", network().double(), id=[inputs.double()]).save(tmp_path / "detector")
 
 
-def test_arguments_that_timm_made_the_model_with(tmp_path: Path) -> None:
+def test_arguments_of_the_timm_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     detector = calibrate("energy", timm.create_model("tiny_net", norm=False, in_chans=1), id=[torch.rand(64, 1, 8, 8)])
-    with pytest.warns(UserWarning, match=r"not saved with the detector: .* is missing.*arguments=\{"):
+    with pytest.warns(UserWarning, match=r"not saved with the detector, because .* is missing.*arguments=\{"):
         detector.save(tmp_path / "detector")
-    with pytest.raises(BadInput, match="arguments are what JSON can hold"):
+    with pytest.raises(BadInput, match="arguments cannot be stored as JSON"):
         detector.save(tmp_path / "detector", arguments={"norm": nn.Identity})
     detector.save(tmp_path / "detector", arguments={"norm": False})
     loaded = Detector.load(tmp_path / "detector")
@@ -199,7 +199,7 @@ def test_a_model_that_has_changed_is_not_saved(tmp_path: Path) -> None:
     detector = calibrate("energy", model, id=[Rows(64, 2).inputs])
     with torch.no_grad():
         model.get_submodule("fc").bias.add_(1)  # type: ignore[operator]
-    with pytest.raises(OtherModel, match="have changed since it was calibrated"):
+    with pytest.raises(OtherModel, match="have changed since the calibration"):
         detector.save(tmp_path / "detector")
 
 
@@ -231,7 +231,7 @@ def test_replaces_a_detector_and_nothing_else(folder: Path, tmp_path: Path, mode
     assert names(tmp_path / "empty") == names(tmp_path / "a" / "b" / "c") == FILES
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
-    with pytest.raises(ForeignFile, match="holds something else than a detector"):
+    with pytest.raises(ForeignFile, match="contains other files than a detector"):
         detector.save(tmp_path / "photos")
     assert names(tmp_path / "photos") == ["cat.png"]
     with pytest.raises(ForeignFile, match="is a file"):
@@ -256,7 +256,7 @@ def test_a_full_disk_leaves_the_old_detector(
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written(tmp_path: Path, model: nn.Module) -> None:
+def test_a_read_only_folder(tmp_path: Path, model: nn.Module) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CacheWriteFailed, match="could not write"):
         calibrate("energy", model, id=[Rows(64, 2).inputs]).save(tmp_path / "detector")
@@ -301,7 +301,7 @@ DAMAGES: dict[str, tuple[Any, type[OodScoresError], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_not_a_whole_detector(damage: str, folder: Path) -> None:
+def test_a_damaged_or_foreign_detector(damage: str, folder: Path) -> None:
     break_it, error, message = DAMAGES[damage]
     break_it(folder)
     with pytest.raises(error, match=message):

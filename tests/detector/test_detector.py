@@ -1,4 +1,4 @@
-"""Detectors: every column against its definition, the model left alone, and what may go wrong."""
+"""Detectors: every column compared with its definition, the model not changed, and errors."""
 
 import importlib.util
 import json
@@ -95,14 +95,14 @@ def test_predict_is_extract_score_and_compare(name: str, model: nn.Module, sets:
     assert [values.dtype for values in found.columns().values()] == [np.int64, *[np.float64] * 3, np.bool_]
 
 
-def test_loaders_give_the_detector_that_feature_sets_give(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+def test_loaders_and_feature_sets_result_in_the_same_detector(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     from_sets = calibrate("mahalanobis", model, fit=sets["fit"], id=sets["id"])
     from_loaders = calibrate("mahalanobis", model, fit=loader(200, 1), id=loader(199, 2))
     inputs = Rows(64, 3).inputs
     assert same(from_sets.predict(inputs), from_loaders.predict(inputs))
 
 
-def test_the_shares_are_those_asked_for(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+def test_the_requested_shares_are_used(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     scores = ood_scores.score("energy", sets["id"])
     for keep, delta in ((0.8, None), (0.9, 0.05)):
         found = calibrate("energy", model, id=sets["id"], keep=keep, delta=delta).calibration.thresholds
@@ -140,11 +140,11 @@ def test_names_of_classes(model: nn.Module, sets: dict[str, FeatureSet]) -> None
     frame = detector.decide(sets["new"]).to_pandas()
     assert list(frame) == ["label", "probability", "score", "p_value", "is_ood", "class_name"]
     assert list(frame["class_name"]) == [["ant", "bee", "cow", "dog"][label] for label in frame["label"]]
-    with pytest.raises(BadInput, match="4 classes, and there are names for 1"):
+    with pytest.raises(BadInput, match="4 classes, but there are 1 names"):
         calibrate("energy", model, id=sets["id"], classes=["ant"])
 
 
-def test_kept_precision_is_that_of_the_calibration_set(model: nn.Module) -> None:
+def test_precision_is_that_of_the_calibration_set(model: nn.Module) -> None:
     halves = extracted(model, 199, 2, amp="bf16", dtype="float16")
     detector = calibrate("energy", model, id=halves)
     assert (detector.forward.options.amp, detector.forward.options.dtype) == ("bf16", "float16")
@@ -201,7 +201,7 @@ def test_compile_is_applied_as_in_extraction(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("gradient_classifier", {}), ("gradnorm_params", {"group": "fc"})])
-def test_loaders_are_run_with_the_probes_that_compute_what_the_scorer_reads(
+def test_loaders_are_run_with_the_probes_that_the_scorer_needs(
     name: str, parameters: dict[str, Any], model: nn.Module
 ) -> None:
     scorer = create_scorer(name, **parameters)
@@ -209,8 +209,8 @@ def test_loaders_are_run_with_the_probes_that_compute_what_the_scorer_reads(
     assert np.isfinite(detector.predict(Rows(5, 3).inputs).score).all()
 
 
-def test_options_of_loaders_go_with_loaders(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
-    with pytest.raises(BadInput, match="amp decide how loaders are run, and there are only feature sets"):
+def test_options_require_loaders(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    with pytest.raises(BadInput, match="amp apply to loaders, but there are only feature sets"):
         calibrate("mahalanobis", model, fit=sets["fit"], id=sets["id"], amp="bf16")
     found = calibrate("odin", model, id=loader(150, 2), probes=[ODIN(epsilon=0.2)], amp="bf16")
     assert found.forward.options == ExtractionOptions(amp="bf16", probes=[ODIN(epsilon=0.2)])
@@ -226,7 +226,7 @@ def test_a_model_that_mixes_its_inputs_is_refused() -> None:
     model.halves = False  # type: ignore[assignment]
     detector = calibrate("energy", model, id=loader(100, 2))
     model.halves = True  # type: ignore[assignment]
-    with pytest.raises(BadInput, match="8 inputs gave 4 rows of features: the model mixes its inputs"):
+    with pytest.raises(BadInput, match="the model mixes its inputs: 8 inputs resulted in 4 rows of features"):
         detector.predict(Rows(8, 3).inputs)
 
 
@@ -235,12 +235,12 @@ def test_probes_are_those_of_the_calibration_set(model: nn.Module) -> None:
     detector = calibrate("odin", model, id=extracted(model, 150, 2, probes=[probe]))
     assert detector.forward.options.probes == (probe,)
     by_hand = FeatureSet(torch.rand(30, 3), torch.rand(30, 4), extras={"odin": torch.rand(30, 4)})
-    with pytest.raises(BadInput, match="holds odin, but not how it was computed"):
+    with pytest.raises(BadInput, match="contains odin, but its provenance does not describe how it was computed"):
         calibrate("odin", model, id=by_hand)
 
 
 @pytest.mark.parametrize("name", sorted(PROBES))
-def test_every_probe_is_made_again_from_its_description(name: str) -> None:
+def test_every_probe_is_restored_from_its_description(name: str) -> None:
     assert probe_of(record_of(PROBES[name]())) == PROBES[name]()
 
 
@@ -253,11 +253,11 @@ def test_a_description_of_a_probe_runs_no_code() -> None:
         ("Missing", {"name": "x"}),
         ("ODIN", {"wrong": 1}),
     ):
-        with pytest.raises(BadInput, match="cannot be made again"):
+        with pytest.raises(BadInput, match=r"cannot create the probe .* again"):
             probe_of(ProbeRecord(kind, parameters))
 
 
-def test_says_what_a_scorer_costs(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+def test_passes_name_the_cost_of_a_scorer(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     passes = {
         name: calibrate(name, model, fit=sets["fit"], id=sets["id"]).passes for name in ("energy", "gram", "rankfeat")
     }
@@ -288,7 +288,7 @@ def test_the_model_is_left_as_it_was(sets: dict[str, FeatureSet]) -> None:
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_the_given_scorer_is_copied(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+def test_the_scorer_is_copied(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     scorer = create_scorer("mahalanobis")
     detector = calibrate(scorer, model, fit=sets["fit"], id=sets["id"])
     assert not scorer.is_fitted
@@ -299,7 +299,7 @@ def test_the_given_scorer_is_copied(model: nn.Module, sets: dict[str, FeatureSet
     assert same(detector.decide(sets["new"]), expected)
 
 
-def test_threads_take_turns_at_a_model(sets: dict[str, FeatureSet]) -> None:
+def test_threads_wait_for_each_other(sets: dict[str, FeatureSet]) -> None:
     model = network()
     model.get_submodule("fc").register_forward_hook(lambda *_: time.sleep(0.001))  # others come between
     detectors = [calibrate(name, model, fit=sets["fit"], id=sets["id"]) for name in ("mahalanobis", "gradnorm")]
@@ -320,9 +320,9 @@ def test_copies_are_independent(model: nn.Module, sets: dict[str, FeatureSet]) -
 
 def test_refuses_other_weights(sets: dict[str, FeatureSet]) -> None:
     other = network(1)
-    with pytest.raises(OtherModel, match="id comes from tiny_net with weights"):
+    with pytest.raises(OtherModel, match="id was extracted with tiny_net with weights"):
         calibrate("energy", other, id=sets["id"])
-    with pytest.raises(OtherModel, match="fit comes from tiny_net"):
+    with pytest.raises(OtherModel, match="fit was extracted with tiny_net"):
         calibrate("mahalanobis", other, fit=sets["fit"], id=loader(150, 2))
     with pytest.raises(OtherModel, match="was fitted on"):
         calibrate(create_scorer("mahalanobis").fit(sets["fit"]), other, id=loader(150, 2))
@@ -331,7 +331,7 @@ def test_refuses_other_weights(sets: dict[str, FeatureSet]) -> None:
         detector.decide(sets["new"])
 
 
-def test_refuses_what_cannot_work(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+def test_errors_of_calibrate(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     with pytest.raises(NotFitted, match="pass fit="):
         calibrate("mahalanobis", model, id=sets["id"])
     with pytest.raises(BadInput, match="'ensemble', which no registered probe computes"):
@@ -345,7 +345,7 @@ def test_refuses_what_cannot_work(model: nn.Module, sets: dict[str, FeatureSet])
     assert not detector.decide(sets["new"]).is_ood.any()
 
 
-def test_warns_of_calibrating_on_the_rows_of_the_fit(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+def test_warns_of_calibrating_on_rows_of_the_fit_set(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     fit = sets["fit"]
     for part, id in ((fit, fit), (fit[:150], fit[100:])):
         with pytest.warns(UserWarning, match="rows that 'mahalanobis' was fitted on"):
@@ -358,13 +358,15 @@ def test_warns_of_calibrating_on_the_rows_of_the_fit(model: nn.Module, sets: dic
         calibrate("energy", model, fit=fit, id=fit)
 
 
-def test_warns_of_other_preprocessing(model: nn.Module) -> None:
+def test_warns_of_different_preprocessing(model: nn.Module) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
     own = DataLoader(ImageArrays(pixels, transform=preprocessing(model)), 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calibrate("energy", model, id=own)
-    with pytest.warns(UserWarning, match=r"went through Compose.*will go through Compose"):
+    with pytest.warns(
+        UserWarning, match=r"preprocessing of the calibration images was Compose.* passed to predict is Compose"
+    ):
         detector = calibrate("energy", model, id=own, preprocessing={"mean": (0.1, 0.1, 0.1)})
     inputs = torch.stack([preprocessing(model, mean=(0.1, 0.1, 0.1))(Image.fromarray(image)) for image in PIXELS])
     assert same(detector.predict(PIXELS), detector.predict(inputs))

@@ -1,4 +1,4 @@
-"""Detectors as files: what onnxruntime and torch.export say of images is what is said here."""
+"""Exported detectors: onnxruntime and torch.export have the outputs of the Python detector."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 @pytest.fixture(scope="module")
 def energy_file(tmp_path_factory):
-    """A graph whose threshold is the score of one of the images, and its file."""
+    """A graph whose threshold is the score of one of the images, and its ONNX file."""
     model = tiny_model()
     scores = here(DetectorGraph(model, create_scorer("energy"), 0.0, images()), images())["score"]
     graph = DetectorGraph(model, create_scorer("energy"), float(np.sort(scores)[4]), images())
@@ -56,7 +56,7 @@ def energy_file(tmp_path_factory):
     return graph, path
 
 
-def test_the_file_decides_as_the_detector_on_batches_of_any_size_and_on_a_row_at_the_threshold(energy_file):
+def test_the_file_has_the_decisions_of_the_detector_for_any_batch_size_and_at_the_threshold(energy_file):
     graph, path = energy_file
     expected = here(graph, images())
     assert expected["is_ood"].sum() == 4
@@ -69,7 +69,7 @@ def test_the_file_decides_as_the_detector_on_batches_of_any_size_and_on_a_row_at
     assert found["is_ood"].dtype == bool
 
 
-def test_what_the_file_says_of_itself(energy_file):
+def test_metadata_of_the_file(energy_file):
     graph, path = energy_file
     model = onnx.load(path)
     assert [value.name for value in model.graph.input] == ["images"]
@@ -83,13 +83,13 @@ def test_what_the_file_says_of_itself(energy_file):
     assert [file.name for file in path.parent.iterdir()] == ["energy.onnx"]  # no weights beside it, no temporary file
 
 
-def test_the_margin_is_no_other_constant(tmp_path):
+def test_the_margin_is_not_merged_with_another_constant(tmp_path):
     graph = DetectorGraph(tiny_model(), create_scorer("doctor"), -0.5, images())  # has constants 0 and 1
     export_onnx(graph, images(), tmp_path / "det.onnx")
     assert_same(run_onnx(tmp_path / "det.onnx", images()), here(graph, images()))
 
 
-def test_a_score_that_is_not_a_number_is_ood(energy_file):
+def test_a_row_whose_score_is_nan_is_ood(energy_file):
     graph, path = energy_file
     batch = images(3)
     batch[1] = float("nan")
@@ -155,7 +155,7 @@ def test_other_kinds_of_heads(tmp_path, model, size, heads):
     np.testing.assert_allclose(found["logits"], feats.logits.numpy(), rtol=1e-4, atol=1e-6)
 
 
-def test_the_users_model_is_left_as_it_was(tmp_path):
+def test_the_model_is_not_changed_by_export(tmp_path):
     model = tiny_model().train()
     before = {name: values.clone() for name, values in model.state_dict().items()}
     graph = DetectorGraph(model, create_scorer("energy"), 0.0, images())
@@ -172,11 +172,11 @@ def test_scorers_without_a_graph_are_refused_by_name_and_reason(name):
     assert name not in exportable()
     scorer = create_scorer(name)
     scorer.fitted_widths = {}
-    with pytest.raises(BadInput, match=rf"^'{name}' cannot be exported: its? .*Those that can: activation_ratio, "):
+    with pytest.raises(BadInput, match=rf"^cannot export '{name}', because its? .*: choose one of activation_ratio, "):
         DetectorGraph(tiny_model(), scorer, 0.0, images())
 
 
-def test_what_depends_on_parameters_and_fit():
+def test_whether_there_is_a_graph_may_depend_on_parameters_and_fit():
     assert create_scorer("knn").why_no_graph() is None
     assert "HNSW32" in create_scorer("knn", index="HNSW32").why_no_graph()
     assert create_scorer("feature_norm").why_no_graph() is None
@@ -195,9 +195,9 @@ def test_what_depends_on_parameters_and_fit():
 
 
 def test_errors_say_what_to_do(tmp_path):
-    with pytest.raises(NotFitted, match="'knn' is fitted"):
+    with pytest.raises(NotFitted, match="'knn' is not fitted"):
         DetectorGraph(tiny_model(), create_scorer("knn"), 0.0, images())
-    with pytest.raises(MissingInput, match="'scaled_msp' reads the head's weights"):
+    with pytest.raises(MissingInput, match="'scaled_msp' needs the head's weights"):
         DetectorGraph(tiny_model(), create_scorer("scaled_msp"), 0.0, images(), head=False)
     with pytest.raises(BadInput, match="pass some as images="):
         noise(None)
@@ -206,7 +206,7 @@ def test_errors_say_what_to_do(tmp_path):
 
 @dataclass
 class Branching(Scorer):
-    """A scorer of a user, who looks at values."""
+    """A custom scorer that branches on values."""
 
     needs = ("logits",)
 
@@ -216,7 +216,7 @@ class Branching(Scorer):
 
 @dataclass
 class SortsStably(Scorer):
-    """A scorer of a user for which ONNX has no operation."""
+    """A custom scorer for which ONNX has no operation."""
 
     needs = ("logits",)
 
@@ -226,7 +226,7 @@ class SortsStably(Scorer):
 
 @dataclass
 class Unlike(Scorer):
-    """A scorer of a user that gives something else where it is traced."""
+    """A custom scorer with different results when traced."""
 
     needs = ("logits",)
 
@@ -234,19 +234,19 @@ class Unlike(Scorer):
         return block.logits64().amax(dim=1) * (1.001 if torch.compiler.is_compiling() else 1)
 
 
-def test_scorers_of_users_are_exported_or_refused_by_name(tmp_path):
+def test_custom_scorers_are_exported_or_refused_by_name(tmp_path):
     path = tmp_path / "det.onnx"
     path.write_bytes(b"before")
     for scorer, message in (
         (Branching(), "torch.export cannot trace TinyNet with 'Branching'"),
-        (SortsStably(), "TinyNet with 'SortsStably' has no ONNX graph: .*aten.sort"),
-        (Unlike(), "TinyNet with 'Unlike' gives score in onnxruntime that differ by"),
+        (SortsStably(), "cannot convert TinyNet with 'SortsStably' to ONNX: .*aten.sort"),
+        (Unlike(), "TinyNet with 'Unlike' was not exported: its values of score in onnxruntime differ by"),
     ):
         graph = DetectorGraph(tiny_model(), scorer, 0.0, images())
         with pytest.raises(BadInput, match=message):
             export_onnx(graph, images(), path)
     assert path.read_bytes() == b"before"
-    with pytest.raises(BadInput, match=r"gives score in torch\.export that differ"):
+    with pytest.raises(BadInput, match=r"its values of score in torch\.export differ by"):
         export_program(DetectorGraph(tiny_model(), Unlike(), 0.0, images()), images())
 
 
@@ -271,7 +271,7 @@ def test_without_onnxruntime_the_message_names_what_to_install(tmp_path, monkeyp
         export_onnx(graph, images(), tmp_path / "det.onnx")
 
 
-def test_a_disk_that_refuses_leaves_the_old_file(tmp_path, energy_file, monkeypatch):
+def test_a_full_disk_leaves_the_old_file(tmp_path, energy_file, monkeypatch):
     graph, _ = energy_file
     path = tmp_path / "det.onnx"
     path.write_bytes(b"before")

@@ -1,4 +1,4 @@
-"""Every scorer that has a graph: onnxruntime and a traced graph give its scores; on real images, its decisions."""
+"""Every scorer with a graph: onnxruntime and a traced graph have its scores and, on real images, its decisions."""
 
 import os
 from dataclasses import dataclass
@@ -43,12 +43,12 @@ ISSUE = {
     *("gradnorm", "feature_norm", "logit_norm", "activation_ratio", "mahalanobis", "mahalanobis_pp"),
     *("relative_mahalanobis", "gmm", "vim", "react", "ash_p", "ash_b", "ash_s", "scale", "dice", "knn"),
 }
-"""Scorers that have a graph by promise."""
+"""Scorers that are documented to have a graph."""
 
 
 @dataclass
 class Together(Scorer):
-    """The scores of several scorers, ``[B, S]``, so that one graph is made for all."""
+    """The scores of several scorers, ``[B, S]``, so that one graph is created for all."""
 
     scorers: list[Scorer]
     needs = ("features", "logits", "head")
@@ -59,7 +59,7 @@ class Together(Scorer):
 
 @cache
 def problem():
-    """A network that has learnt some digits, their feature set, and images of others."""
+    """A network trained on some digits, their feature set, and images of other digits."""
     torch.manual_seed(0)
     split, model = digits_split(), tiny.tiny_net()
     train, test = (
@@ -98,12 +98,12 @@ def test_every_scorer_in_onnxruntime_and_traced(tmp_path):
         torch.testing.assert_close(found[:, number], column, atol=1e-5 * size, **close)
 
 
-def test_those_promised_are_among_those_that_have_a_graph():
+def test_documented_scorers_have_a_graph():
     assert set(exportable()) >= ISSUE
     assert not [name for name in exportable() if scorer_class(name).tags.no_graph]
 
 
-def test_the_docs_name_exactly_those_that_have_a_graph():
+def test_the_docs_name_exactly_the_scorers_with_a_graph():
     page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
     _, _, rest = page.partition("<!-- exportable -->")
     named, _, _ = rest.partition("<!-- /exportable -->")
@@ -117,7 +117,7 @@ class Largest(nn.Module):
         return largest(values, 0.3)
 
 
-def test_of_equal_activations_a_traced_graph_keeps_the_first_too():
+def test_a_traced_graph_keeps_the_first_of_equal_activations():
     values = torch.randint(0, 4, (50, 20), generator=torch.Generator().manual_seed(0)).float()
     program = torch.export.export(Largest(), (values,))
     expected = largest(values, 0.3)
@@ -140,7 +140,7 @@ def test_a_mixture_of_wide_features_is_solved_for_block_by_block():
     torch.testing.assert_close(found, torch.stack(each), rtol=1e-12, atol=0)
 
 
-def test_tracing_leaves_numbers_in_a_mixture_that_was_never_asked_before():
+def test_tracing_a_mixture_that_never_scored_caches_numbers():
     model, fit, batch = problem()
     scorer = create_scorer("gmm").fit(fit)
     expected = create_scorer("gmm").fit(fit).score_block(Block(fit.features[:5]))

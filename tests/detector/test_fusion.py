@@ -1,4 +1,4 @@
-"""Fusion of scorers: what it computes, what it keeps of its members, and that its guarantee needs no independence."""
+"""Fusion of scorers: its scores, its members, and its guarantee, which needs no independence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SURE = 1e-4
 
 @dataclass
 class Column(Scorer):
-    """One feature, as it is."""
+    """A scorer that returns one feature."""
 
     number: int = 0
     needs = ("features",)
@@ -64,7 +64,7 @@ BOTH = (Column(0), Column(1))
         ("min", lambda p: p.min(axis=1)),
     ],
 )
-def test_scores_are_combined_places_among_the_reference_rows(method: Any, combine: Any) -> None:
+def test_scores_combine_ranks_among_the_reference_rows(method: Any, combine: Any) -> None:
     reference = [[3, 10], [1, 30], [2, 20]]
     new = [[2, 5], [0, 99], [9, 25], [-9e9, 9e9]]
     p = np.array([[3, 1], [1, 4], [4, 3], [1, 4]]) / 5
@@ -87,8 +87,8 @@ def pairs(dependence: str, rng: np.random.Generator, rows: int) -> Any:
 
 
 @pytest.mark.parametrize(("dependence", "method"), list(product(["same", "opposite", "tied"], METHODS)))
-def test_the_guarantee_holds_whatever_the_dependence(dependence: str, method: Any) -> None:
-    """Half of the ID rows is the reference, the other half calibrates; one new row for each of a thousand draws."""
+def test_the_guarantee_is_valid_whatever_the_dependence(dependence: str, method: Any) -> None:
+    """Half of the ID rows are reference rows, the other half calibrates; one new row in each of a thousand draws."""
     rng = np.random.default_rng(1)
     kept = 0
     for _ in range(TRIALS):
@@ -101,8 +101,8 @@ def test_the_guarantee_holds_whatever_the_dependence(dependence: str, method: An
         assert kept <= binom.isf(SURE, TRIALS, 0.96), "ties of the reference's places keep more, but not all"
 
 
-def test_a_table_of_quantiles_holds_nothing_for_dependent_scores() -> None:
-    """Why the combined score is calibrated again: Fisher's own test rejects 9.3% of two equal p-values at 5%."""
+def test_standard_quantiles_are_invalid_for_dependent_scores() -> None:
+    """The reason to calibrate the combined score: Fisher's own test at 5% rejects 9.3% of pairs of equal p-values."""
     rng = np.random.default_rng(1)
     rows = pairs("same", rng, 500 + TRIALS)
     p = np.stack([p_values(column[:500], column[500:]) for column in rows.T])
@@ -110,7 +110,7 @@ def test_a_table_of_quantiles_holds_nothing_for_dependent_scores() -> None:
     assert rejected > binom.isf(SURE, TRIALS, 0.05)
 
 
-def test_fitted_members_stay_and_all_rows_are_reference_rows() -> None:
+def test_with_fitted_members_all_rows_are_reference_rows() -> None:
     knn = create_scorer("knn", k=3).fit(TRAIN)
     fusion = Fusion([knn, "energy"]).fit(HELD_OUT)
     assert isinstance(fusion, Fusion)
@@ -128,11 +128,11 @@ def test_members_that_are_not_fitted_are_fitted_on_every_second_row() -> None:
     assert torch.equal(
         refitted.score(NEW), Fusion(["energy", create_scorer("knn", k=3), "mahalanobis"]).fit(HELD_OUT).score(NEW)
     )
-    with pytest.raises(BadInput, match="at least 2 are needed"):
+    with pytest.raises(BadInput, match="needs at least 2 rows"):
         Fusion(["energy", "knn"]).fit(TRAIN[:1])
 
 
-def test_given_scorers_are_copied_never_changed() -> None:
+def test_members_are_copied_and_never_changed() -> None:
     knn = create_scorer("knn", k=3)
     fusion = Fusion([knn]).fit(TRAIN)
     assert not knn.is_fitted
@@ -145,7 +145,7 @@ def test_given_scorers_are_copied_never_changed() -> None:
     assert torch.equal(of_fitted.score(NEW), expected)
 
 
-def test_it_needs_what_its_members_need() -> None:
+def test_fusion_needs_what_its_members_need() -> None:
     fusion = Fusion(["energy", "mahalanobis"])
     assert fusion.needs == ("logits", "features")
     assert fusion.fit_needs == ("logits", "features", "labels")
@@ -157,7 +157,7 @@ def test_it_needs_what_its_members_need() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_is_saved_and_loaded(method: Any, tmp_path: Path) -> None:
+def test_saving_and_loading(method: Any, tmp_path: Path) -> None:
     fusion = Fusion([create_scorer("knn", k=3).fit(TRAIN), "mahalanobis", "energy"], method).fit(HELD_OUT)
     fusion.save(tmp_path / "fusion.safetensors")
     again = load_scorer(tmp_path / "fusion.safetensors")
@@ -166,8 +166,8 @@ def test_it_is_saved_and_loaded(method: Any, tmp_path: Path) -> None:
     assert torch.equal(again.fit(TRAIN).score(NEW), fusion.fit(TRAIN).score(NEW))
 
 
-def test_a_member_s_nan_is_an_error() -> None:
-    """Among sorted numbers NaN would come last, as if the row were the most ID of all."""
+def test_nan_of_a_member_is_an_error() -> None:
+    """When sorted, NaN would come last, as if the row were the most ID of all."""
     fusion = Fusion([Column(0), Root()]).fit(columns([[1], [4]]))
     with pytest.raises(NotFinite, match="'Root' returned NaN for finite inputs, first for row 2"):
         fusion.score(columns([[1], [2], [-1], [-1]]), block_rows=2)
@@ -176,7 +176,7 @@ def test_a_member_s_nan_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"scorers": "energy"}, "scorers is a list of scorers, got 'energy'"),
+        ({"scorers": "energy"}, "scorers must be a list of scorers, got 'energy'"),
         ({"scorers": []}, "at least one scorer is needed"),
         ({"method": "mean"}, "method must be 'fisher' or 'stouffer' or 'min', got 'mean'"),
     ],

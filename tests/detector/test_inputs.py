@@ -1,4 +1,4 @@
-"""What a detector takes: images in every form, batches of columns, and what is neither."""
+"""Inputs of a detector: images in every form, batches of columns, and errors."""
 
 import io
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def detector(model: nn.Module) -> Detector:
 
 
 def forms(folder: Path) -> Iterator[tuple[str, Any]]:
-    """The same five pictures in every form that they may come in, each a batch."""
+    """Return batches of the same five images in every form."""
     pictures = [Image.fromarray(pixels) for pixels in PIXELS]
     encoded = []
     for number, picture in enumerate(pictures):
@@ -65,7 +65,7 @@ def test_an_image_is_the_same_in_every_form(tmp_path: Path, model: nn.Module, de
     assert detector.predict(tmp_path / "3.png").score == pytest.approx(expected.score[3], rel=1e-5)
 
 
-def test_grey_images_and_long_lists(detector: Detector) -> None:
+def test_gray_images_and_long_lists(detector: Detector) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (150, 8, 8, 1), dtype=np.uint8)
     found = detector.predict(grey)
     assert len(found) == 150
@@ -79,16 +79,16 @@ def test_grey_images_and_long_lists(detector: Detector) -> None:
     [
         (torch.zeros(0, 3, 8, 8), EmptyInput, "no image"),
         ([], EmptyInput, "no image"),
-        (torch.zeros(3, 8, 8), ShapeMismatch, r"\[3, 8, 8\]: put a single one in a batch, images\[None\]"),
+        (torch.zeros(3, 8, 8), ShapeMismatch, r"\[3, 8, 8\]: pass a single image as a batch, images\[None\]"),
         (torch.zeros(2, 8), ShapeMismatch, r"\[B, C, H, W\], got \[2, 8\]"),
-        (torch.zeros(2, 1, 8, 8), BadInput, r"cannot take a batch of shape \[2, 1, 8, 8\] .*.*3 channels"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), BadInput, "int64: pixels are uint8"),
-        (np.zeros((2, 8, 8, 3), dtype=np.int32), BadInput, "int32: pixels are uint8"),
+        (torch.zeros(2, 1, 8, 8), BadInput, r"cannot take a batch of shape \[2, 1, 8, 8\] .*3 channels"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), BadInput, "int64, pixels must be uint8"),
+        (np.zeros((2, 8, 8, 3), dtype=np.int32), BadInput, "int32, pixels must be uint8"),
         (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ShapeMismatch, "channels first"),
         (np.zeros((2, 3, 8, 8), dtype=np.uint8), ShapeMismatch, "channels last"),
         (np.zeros((8, 8, 3), dtype=np.uint8), ShapeMismatch, "put a single one in a list"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], ShapeMismatch, "different shapes"),
-        ([torch.zeros(8, 8)], ShapeMismatch, r"an image among several is \[C, H, W\], got \[8, 8\]"),
+        ([torch.zeros(8, 8)], ShapeMismatch, r"an image in a list must be \[C, H, W\], got \[8, 8\]"),
         ([[[1.0, 2.0], [3.0]]], BadInput, "lists of different lengths"),
         (
             [torch.full((3, 8, 8), 1.0), torch.full((3, 8, 8), torch.nan)],
@@ -99,12 +99,14 @@ def test_grey_images_and_long_lists(detector: Detector) -> None:
         (torch.full((1, 3, 8, 8), 3e38), NotFinite, "hold NaN or infinite values, first in row 0"),
         ("missing.png", MissingData, "there is no image missing.png"),
         ([b"no image"], BadInput, "cannot read an image from bytes"),
-        ([3], BadInput, "an image is given as int"),
-        (3, BadInput, "images are a batch, got int"),
-        ({"image": []}, BadInput, "images are a batch, got dict"),
+        ([3], BadInput, "an image cannot be of type int"),
+        (3, BadInput, "a batch of images cannot be of type int"),
+        ({"image": []}, BadInput, "a batch of images cannot be of type dict"),
     ],
 )
-def test_what_is_no_batch_of_images(images: Any, error: type[OodScoresError], message: str, detector: Detector) -> None:
+def test_errors_of_batches_of_images(
+    images: Any, error: type[OodScoresError], message: str, detector: Detector
+) -> None:
     with pytest.raises(error, match=message):
         detector.predict(images)
     assert len(detector.predict(torch.zeros(1, 3, 8, 8))) == 1
@@ -120,21 +122,21 @@ def test_a_truncated_file_is_named(tmp_path: Path, detector: Detector) -> None:
         detector.predict([lazy])
 
 
-def test_models_that_are_not_timms() -> None:
+def test_models_that_are_not_from_timm() -> None:
     torch.manual_seed(0)
     plain = Plain().eval()
     feats = extracted(plain, 100, 2)
     detector = calibrate("energy", plain, id=feats)
     assert same(detector.predict(Rows(64, 3).inputs), detector.decide(extracted(plain, 64, 3)))
-    with pytest.raises(BadInput, match="nothing says how an image becomes"):
+    with pytest.raises(BadInput, match="the preprocessing of images for this model is unknown"):
         detector.predict(PIXELS)
     entries = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "crop_pct": 1.0}
     detector = calibrate("energy", plain, id=feats, preprocessing=entries)
     inputs = (torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255 - 0.5) / 0.2
     assert np.allclose(detector.predict(PIXELS).score, detector.predict(inputs).score, rtol=1e-5)
-    with pytest.raises(BadInput, match="needs std, too"):
+    with pytest.raises(BadInput, match="pass std in preprocessing, too"):
         calibrate("energy", plain, id=feats, preprocessing={"input_size": (3, 8, 8), "mean": (0.5,)})
-    with pytest.raises(BadInput, match=r"preprocessing has input_size.*; got size"):
+    with pytest.raises(BadInput, match=r"preprocessing has no size: choose from input_size"):
         calibrate("energy", plain, id=feats, preprocessing={"size": 8})
 
 
@@ -158,7 +160,7 @@ def test_a_batch_of_columns(model: nn.Module, detector: Detector) -> None:
     assert list(frame) == ["image", "row", *new]
     assert np.array_equal(frame["p_value"], expected.p_value)
     assert np.array_equal(detector(PIXELS)["score"], expected.score)
-    with pytest.raises(BadInput, match="the keys picture; images are looked for under pixel_values, image"):
+    with pytest.raises(BadInput, match="the keys picture: use one of pixel_values, image"):
         detector({"picture": PIXELS})
 
 

@@ -1,4 +1,4 @@
-"""The monitor of a stream: fair bets, exactly; few false alarms however one stops; drifts found."""
+"""The monitor of a stream: exactly fair bets, few false alarms with any stopping rule, and detected drifts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SURE = 1e-4
 
 
 def watched(below: Any, n: int, rank: int) -> Monitor:
-    """A monitor after rows that lie below the threshold, or not."""
+    """Create a monitor and update it with rows below the threshold, or not."""
     monitor = Monitor(value=0.0, n=n, rank=rank, cut=0.5)
     monitor.update(np.where(np.asarray(below), -1.0, 1.0))
     return monitor
@@ -35,7 +35,7 @@ def watched(below: Any, n: int, rank: int) -> Monitor:
 
 @pytest.mark.parametrize(("n", "rank"), [(1, 1), (3, 1), (19, 1), (20, 5)])
 def test_bets_are_fair(n: int, rank: int) -> None:
-    """The mean wealth over all 2^9 streams, each as likely as n + 9 exchangeable rows make it, is 1 exactly."""
+    """The mean wealth over all 2^9 streams, weighted by their probability for exchangeable rows, is exactly 1."""
     streams = list(product([False, True], repeat=9))
     counts = [sum(stream) for stream in streams]
     chances = [math.exp(betaln(rank + k, n + 1 - rank + 9 - k) - betaln(rank, n + 1 - rank)) for k in counts]
@@ -45,8 +45,8 @@ def test_bets_are_fair(n: int, rank: int) -> None:
     assert max(wealth) > 2
 
 
-def test_the_wealth_is_what_the_bettors_made_of_it() -> None:
-    """The same, row by row and without logarithms."""
+def test_the_wealth_matches_a_plain_computation() -> None:
+    """The plain computation goes row by row, without logarithms."""
     stream = np.random.default_rng(0).random(60) < 0.3
     n, rank, below, peak = 19, 2, 0, 1.0
     stakes, reserve = np.full(len(ODDS), 1 - 1 / math.sqrt(2)), 1 / math.sqrt(2)
@@ -67,7 +67,7 @@ def test_the_wealth_is_what_the_bettors_made_of_it() -> None:
 
 
 def lowest_p_values(draw: Callable[..., Array], n: int, keep: float, delta: float | None) -> Array:
-    """Of 1,000 streams of 1,000 rows without drift, each with its own calibration set."""
+    """Monitor 1,000 streams of 1,000 rows without drift, each with its own calibration set."""
     rng = np.random.default_rng(7)
     found = []
     for seed in range(1000):
@@ -95,18 +95,18 @@ def tied(rng: np.random.Generator, rows: int) -> Array:
         (tied, 200, 0.9, None),
     ],
 )
-def test_false_alarms_are_rare_however_one_stops(
+def test_false_alarms_are_rare_with_any_stopping_rule(
     draw: Callable[..., Array], n: int, keep: float, delta: float | None
 ) -> None:
-    """To stop at the highest wealth is the worst way to stop, and the p-value is that of the highest wealth so far."""
+    """The p-value is that of the highest wealth so far: stopping there is the worst stopping rule."""
     found = lowest_p_values(draw, n, keep, delta)
     for alpha in (0.01, 0.05, 0.2):
         assert (found <= alpha).sum() <= binom.isf(SURE, 1000, alpha)
     assert (found <= 0.5).sum() > 50, "the test is not empty"
 
 
-def test_a_threshold_taken_for_known_would_raise_false_alarms() -> None:
-    """The simulation does feel the calibration: with a rate that is taken for exact more than alpha are alarmed."""
+def test_ignoring_the_size_of_the_calibration_set_would_raise_false_alarms() -> None:
+    """The simulation is sensitive to calibration: if the rate is assumed to be exact, more than alpha raise alarms."""
     rng = np.random.default_rng(7)
     count = 0
     for _ in range(300):
@@ -118,8 +118,8 @@ def test_a_threshold_taken_for_known_would_raise_false_alarms() -> None:
 
 
 @pytest.mark.parametrize(("before", "within"), [(0, 250), (1000, 250), (100_000, 400)])
-def test_a_drift_is_found_whenever_it_begins(before: int, within: int) -> None:
-    """Scores fall by one standard deviation: 26% are rejected in place of 5%."""
+def test_a_drift_is_detected_whenever_it_starts(before: int, within: int) -> None:
+    """Scores fall by one standard deviation: 26% are rejected instead of 5%."""
     rng = np.random.default_rng(3)
     found = 0
     for _ in range(20):
@@ -133,8 +133,8 @@ def test_a_drift_is_found_whenever_it_begins(before: int, within: int) -> None:
     assert found >= 19
 
 
-def test_a_slight_drift_is_found_in_time() -> None:
-    """9% in place of 5%, after 1,000 rows."""
+def test_a_slight_drift_is_detected_in_time() -> None:
+    """9% are rejected instead of 5%, after 1,000 rows."""
     rng = np.random.default_rng(4)
     monitor = Monitor.of(rng.normal(size=10_000))
     monitor.update(rng.normal(size=1000))
@@ -142,7 +142,7 @@ def test_a_slight_drift_is_found_in_time() -> None:
     assert monitor.drifted()
 
 
-def test_how_the_stream_is_cut_does_not_matter() -> None:
+def test_the_division_into_updates_does_not_matter() -> None:
     rng = np.random.default_rng(0)
     calibration, stream = tied(rng, 50), tied(rng, 3000)
     whole, parts = Monitor.of(calibration, 0.8), Monitor.of(calibration, 0.8)
@@ -166,9 +166,9 @@ def test_rates() -> None:
     assert 2 < monitor.below < 8, "but for the test they are above or below by lot"
 
 
-def test_rows_tied_with_the_threshold_lie_below_as_often_as_calibration_rows() -> None:
-    """All scores equal: the threshold's place among n tied rows is rank, so that a share Beta(rank, n + 1 - rank) lies
-    below."""
+def test_rows_tied_with_the_threshold_are_below_as_often_as_calibration_rows() -> None:
+    """All scores are equal: the threshold has rank ``rank`` among n tied rows, so that a share Beta(rank, n + 1 - rank)
+    is below it."""
     cuts = [Monitor.of(np.zeros(99), 0.9, seed=seed).cut for seed in range(300)]
     assert np.mean(cuts) == pytest.approx(0.1, abs=4 * 0.03 / math.sqrt(300))
     assert np.std(cuts) == pytest.approx(0.03, rel=0.2)
@@ -178,14 +178,14 @@ def test_rows_tied_with_the_threshold_lie_below_as_often_as_calibration_rows() -
     assert monitor.below / 20_000 == pytest.approx(monitor.cut, abs=0.01)
 
 
-def test_what_is_beyond_a_float_is_still_said() -> None:
+def test_values_beyond_the_range_of_floats() -> None:
     monitor = watched(np.ones(2000), n=10**6, rank=10**4)
     assert monitor.e_value == math.inf
     assert monitor.p_value == 0
     assert monitor.drifted(1e-300)
 
 
-def test_its_state_is_one_line_with_which_it_goes_on() -> None:
+def test_the_state_is_one_line_from_which_the_monitor_continues() -> None:
     rng = np.random.default_rng(0)
     monitor = Monitor.of(rng.normal(size=50))
     for _ in range(3):
@@ -204,14 +204,14 @@ def test_its_state_is_one_line_with_which_it_goes_on() -> None:
 def test_other_lines_are_refused() -> None:
     line = Monitor.of(range(30)).to_json()
     for bad in ("", line[:-5], "[]", "3", "{}", '{"format": "something else"}'):
-        with pytest.raises(BadInput, match="this line is not the state of a monitor"):
+        with pytest.raises(BadInput, match=r"this line is not the (complete )?state of a monitor"):
             Monitor.from_json(bad)
     parts = json.loads(line)
     parts.pop("cut")
-    with pytest.raises(BadInput, match="not the state of a monitor, or not all of it"):
+    with pytest.raises(BadInput, match="not the complete state of a monitor"):
         Monitor.from_json(json.dumps(parts))
     newer = json.loads(line) | {"version": 2}
-    with pytest.raises(BadInput, match="of version 2, this package reads version 1"):
+    with pytest.raises(BadInput, match="has version 2, but this package reads version 1"):
         Monitor.from_json(json.dumps(newer))
 
 
@@ -228,11 +228,11 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
             monitor.update(bad)
     assert monitor.to_json() == before
     for alpha in (0, 1, math.nan):
-        with pytest.raises(BadInput, match="alpha is a share above 0 and below 1"):
+        with pytest.raises(BadInput, match=r"alpha must be in \(0, 1\)"):
             monitor.drifted(alpha)
     with pytest.raises(BadInput, match="with 18 calibration rows no row can be rejected"):
         Monitor.of(range(18))
-    with pytest.raises(BadInput, match="keep is a share"):
+    with pytest.raises(BadInput, match="keep must be in"):
         Monitor.of(range(18), 1.0)
 
 
@@ -240,10 +240,10 @@ def points(line: Line2D) -> Array:
     return np.asarray(line.get_xydata())
 
 
-def test_the_picture(tmp_path: Path) -> None:
+def test_the_figure(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     monitor = Monitor.of(rng.normal(size=500))
-    with pytest.raises(EmptyInput, match="there has been no row"):
+    with pytest.raises(EmptyInput, match="no row was added"):
         monitor.plot()
     for shift in [0.0] * 40 + [1.0] * 10:
         monitor.update(rng.normal(size=64) - shift)
@@ -262,7 +262,7 @@ def test_the_picture(tmp_path: Path) -> None:
     assert imread(tmp_path / "monitor.png").std() > 0.05
 
 
-def test_the_picture_keeps_few_points_of_a_long_stream() -> None:
+def test_the_figure_has_few_points_for_a_long_stream() -> None:
     rng = np.random.default_rng(0)
     monitor = Monitor.of(rng.normal(size=500))
     for rows in (1, 30_000, 7, 50_000):

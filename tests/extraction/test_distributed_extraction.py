@@ -1,4 +1,4 @@
-"""Several processes, as `torchrun` starts them, against one: the same rows, the same bits, every row once."""
+"""Extraction by several processes, as `torchrun` starts them: the same bits as by one, and every row once."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ INPUTS = torch.randn(ROWS, 12, generator=GENERATOR)
 LABELS = torch.randint(5, (ROWS,), generator=GENERATOR)
 
 children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["ood_scores.extraction", "rich.progress", "hypothesis", "timm"])
+children.set_forkserver_preload(["ood_scores.extraction.run", "rich.progress", "hypothesis", "timm"])
 
 
 class Rows(Dataset):
-    """A batch at a time, with a pause before each."""
+    """Yield one batch at a time, with a pause before each."""
 
     def __init__(self, rows: int = ROWS, pause: float = 0.0) -> None:
         self.rows, self.pause = rows, pause
@@ -84,7 +84,7 @@ def work(path: Path, options: dict[str, Any], environment: dict[str, str], said:
 
 
 class Launch:
-    """The processes of one `torchrun`, without its watch over them."""
+    """The processes of one `torchrun`, without its monitoring."""
 
     def __init__(self, path: Path, count: int, **options: Any) -> None:
         with socket.socket() as free:
@@ -102,7 +102,7 @@ class Launch:
         return [process.exitcode for process in self.processes]
 
     def errors(self) -> list[str]:
-        """What those that failed said."""
+        """Return the error messages of the processes that failed."""
         return [self._said.get() for code in self.exits() if code == 1]
 
 
@@ -111,7 +111,7 @@ def launch(path: Path, count: int, **options: Any) -> None:
 
 
 def contents(path: Path) -> dict[str, tuple[Any, ...]]:
-    """Type, shape and bytes of every data set but the list of shards, as any HDF5 reader sees them."""
+    """Return type, shape, and bytes of every HDF5 dataset except the list of shards, as any HDF5 reader sees them."""
     found: dict[str, tuple[Any, ...]] = {}
 
     def note(name: str, item: Any) -> None:
@@ -152,7 +152,7 @@ def copied(pair: Path, tmp_path: Path) -> Path:
 # --- the same as one process ------------------------------------------------------------------------------------------
 
 
-def test_two_processes_give_what_one_gives(single: Path, pair: Path) -> None:
+def test_two_processes_have_the_result_of_one(single: Path, pair: Path) -> None:
     assert contents(pair) == contents(single)
     assert contents(pair).keys() > {"features", "logits", "labels", "extras/layers.0", "head/weight", "progress"}
     assert sorted(file.name for file in pair.parent.iterdir()) == [
@@ -170,7 +170,7 @@ def test_two_processes_give_what_one_gives(single: Path, pair: Path) -> None:
     assert feats[[332, 0, 160, 159]].features.equal(one.features[[332, 0, 160, 159]])
 
 
-def test_shards_hold_contiguous_rows_and_none_is_in_the_joined_file(single: Path, pair: Path) -> None:
+def test_shards_contain_contiguous_rows_and_the_joined_file_none(single: Path, pair: Path) -> None:
     first, second = (ood_scores.load(shard_path(pair, rank, 2)) for rank in (0, 1))
     assert (len(first), len(second)) == (10 * BATCH, ROWS - 10 * BATCH)
     assert torch.cat([first.features, second.features]).equal(ood_scores.load(single).features)
@@ -187,7 +187,7 @@ def test_three_processes(count: int, rows: int, tmp_path: Path) -> None:
     assert contents(tmp_path / "joined 50%b.h5") == contents(tmp_path / "single.h5")
 
 
-def test_statistics_of_the_joined_file_are_those_of_one(single: Path, copied: Path) -> None:
+def test_statistics_of_the_joined_file_equal_those_of_one_process(single: Path, copied: Path) -> None:
     wanted: list[Statistic] = [
         ClassMoments(),
         ClassMoments(per_class=True),
@@ -210,7 +210,7 @@ def _bits(result: Any) -> list[bytes]:
     return [part.numpy().tobytes() for part in parts if part is not None]
 
 
-def test_scores_of_the_joined_file_are_those_of_one(single: Path, pair: Path) -> None:
+def test_scores_of_the_joined_file_equal_those_of_one_process(single: Path, pair: Path) -> None:
     one, joined = ood_scores.load(single), ood_scores.load(pair)
     assert np.array_equal(ood_scores.score("gradnorm", joined), ood_scores.score("gradnorm", one))
 
@@ -229,7 +229,7 @@ def test_a_finished_cache_is_opened_by_any_number_of_processes(
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
-def test_killed_in_the_middle_and_run_again(single: Path, tmp_path: Path) -> None:
+def test_killed_midway_and_run_again(single: Path, tmp_path: Path) -> None:
     path = tmp_path / "feats.h5"
     killed = shard_path(path, 1, 2)
     started = Launch(path, 2, pause=0.05)
@@ -279,7 +279,7 @@ def test_an_extraction_by_one_process_is_not_continued_by_two(tmp_path: Path, mo
             extract(path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(UnfinishedCache, match="holds 64 rows of an extraction by one process: continue it without"):
+    with pytest.raises(UnfinishedCache, match="contains 64 rows of an extraction by one process: continue it without"):
         extract(path)
 
 
@@ -288,7 +288,7 @@ def test_an_extraction_by_one_process_is_not_continued_by_two(tmp_path: Path, mo
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("harm", ["missing", "truncated", "replaced", "emptied"])
-def test_shards_that_are_not_as_they_were(harm: str, rank: int, copied: Path) -> None:
+def test_changed_shards_are_noticed(harm: str, rank: int, copied: Path) -> None:
     feats, shard = ood_scores.load(copied), shard_path(copied, rank, 2)
     if harm == "missing":
         shard.rename(shard.with_name("elsewhere.h5"))
@@ -307,7 +307,7 @@ def test_shards_that_are_not_as_they_were(harm: str, rank: int, copied: Path) ->
         ood_scores.score("energy", feats)
 
 
-def test_what_the_error_advises(copied: Path, single: Path) -> None:
+def test_the_advice_of_the_error_works(copied: Path, single: Path) -> None:
     shard_path(copied, 1, 2).unlink()
     copied.unlink()
     kept = identity(shard_path(copied, 0, 2))
@@ -320,7 +320,7 @@ def test_what_the_error_advises(copied: Path, single: Path) -> None:
 
 
 @given(rows=st.integers(1, 200), size=st.integers(1, 40), count=st.integers(1, 12), drop=st.booleans())
-def test_shares_are_whole_batches_and_hold_every_row_once(rows: int, size: int, count: int, drop: bool) -> None:
+def test_shares_are_whole_batches_and_contain_every_row_once(rows: int, size: int, count: int, drop: bool) -> None:
     loader = DataLoader(TensorDataset(torch.zeros(rows, 1)), batch_size=size, drop_last=drop)
     found = shares(loader, count)
     assert [row for part in found for row in part] == list(range(rows // size * size if drop else rows))
@@ -341,14 +341,14 @@ DATA = TensorDataset(INPUTS, LABELS)
 @pytest.mark.parametrize(
     ("loader", "error", "message"),
     [
-        (DataLoader(Stream(), batch_size=8), BadInput, "got DataLoader over Stream: run it in one process"),
-        ([(INPUTS, LABELS)], BadInput, "of known length; got list over list"),
+        (DataLoader(Stream(), batch_size=8), BadInput, "got DataLoader over Stream: use one process"),
+        ([(INPUTS, LABELS)], BadInput, "of known length, got list over list"),
         (DataLoader(DATA, batch_sampler=[[0, 1]]), BadInput, "a DataLoader with a batch_size"),
-        (DataLoader(DATA, batch_size=8, shuffle=True), ShuffledLoader, "each process another: use shuffle=False"),
+        (DataLoader(DATA, batch_size=8, shuffle=True), ShuffledLoader, "differs between processes: use shuffle=False"),
         (
             DataLoader(DATA, batch_size=8, sampler=DistributedSampler(DATA, 2, 0, shuffle=False)),
             BadInput,
-            "its share already: leave the DistributedSampler out",
+            "one process's share of the rows: remove the DistributedSampler",
         ),
     ],
     ids=["stream", "list", "batch sampler", "shuffled", "distributed sampler"],
@@ -365,16 +365,16 @@ def test_loaders_that_cannot_be_shared(
     assert len(ood_scores.extract(model, loader, progress=False)) > 0  # in memory each process is by itself
 
 
-def test_batch_sampler_of_its_own_is_of_known_batches_only() -> None:
+def test_a_custom_batch_sampler_cannot_be_shared() -> None:
     with pytest.raises(BadInput, match="a DataLoader with a batch_size"):
         shares(DataLoader(DATA, batch_sampler=type("Own", (BatchSampler,), {})(range(4), 2, False)), 2)
 
 
-def test_processes_that_would_extract_different_things(tmp_path: Path) -> None:
+def test_processes_with_different_settings(tmp_path: Path) -> None:
     errors = Launch(tmp_path / "feats.h5", 2, seeds=[1, 2]).errors()
-    assert sorted(error.partition(". ")[0] for error in errors) == [
-        "BadInput: process 0 would extract something else than process 1: weights",
-        "BadInput: process 1 would extract something else than process 0: weights",
+    assert sorted(error.partition(": load")[0] for error in errors) == [
+        "BadInput: process 0 and process 1 have different settings (weights)",
+        "BadInput: process 1 and process 0 have different settings (weights)",
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -411,7 +411,7 @@ def test_torchrun(tmp_path: Path) -> None:
     assert contents(tmp_path / "two.h5") == contents(tmp_path / "one.h5")
 
 
-def test_several_processes_that_were_not_told_where_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_without_a_master_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(BadInput, match="start the processes with torchrun, or unset WORLD_SIZE"):

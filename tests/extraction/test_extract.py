@@ -1,4 +1,4 @@
-"""One forward pass that leaves the model as it was, whatever the loader gives and whatever goes wrong."""
+"""``extract``: one forward pass that does not change the model, with all kinds of loaders and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = torch.arange(ROWS) % 5
 
 
 class Classifier(nn.Module):
-    """Convolution, batch norm, dropout and pooling before the last affine map; notes what it is given."""
+    """A classifier with convolution, batch norm, dropout, and pooling that records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def extract(model: nn.Module | None = None, data: Iterable[Any] | None = None, *
 
 
 def expected(model: Classifier | None = None) -> tuple[Tensor, Tensor]:
-    """Features and logits, by the model's own layers."""
+    """Return features and logits, computed by the model's own layers."""
     model = (model or Classifier()).eval()
     with torch.no_grad():
         features = model.norm(model.conv(INPUTS)).relu().mean((2, 3))
@@ -123,7 +123,7 @@ def test_labels_are_optional(data: Iterable[Any], to_disk: bool, tmp_path: Path)
     assert feats.features.shape == (ROWS, 6)
 
 
-def test_labels_of_another_label_space_are_kept() -> None:
+def test_labels_of_another_label_space_are_stored() -> None:
     labels = LABELS + 1000
     found = extract(data=loader(labels=labels)).labels
     assert found is not None
@@ -171,7 +171,7 @@ def test_autocast_around_the_call_does_not_change_it() -> None:
     torch.testing.assert_close(feats.logits, expected()[1])
 
 
-def test_head_false_keeps_logits_and_features_without_a_head() -> None:
+def test_head_false_stores_logits_and_features_without_a_head() -> None:
     feats = extract(head=False)
     assert feats.head is None
     torch.testing.assert_close(feats.features, expected()[0])
@@ -185,7 +185,7 @@ def test_named_head(name_it: Callable[[Classifier], Any]) -> None:
     assert (feats.provenance.head, feats.provenance.head_modules) == ("fc", "fc")
 
 
-def test_name_of_the_data() -> None:
+def test_name_of_the_dataset() -> None:
     assert extract(name="id").provenance.dataset == "id"  # type: ignore[union-attr]
     assert extract().provenance.dataset == "TensorDataset"  # type: ignore[union-attr]
 
@@ -253,7 +253,7 @@ def test_modes_of_a_module_in_two_places_are_restored() -> None:
     assert before.count(False) == 1
 
 
-def test_training_mode_of_the_model_changes_no_number() -> None:
+def test_training_mode_of_the_model_does_not_change_results() -> None:
     assert extract(Classifier().train()).features.equal(extract(Classifier().eval()).features)
 
 
@@ -265,9 +265,9 @@ def test_model_can_be_trained_afterwards() -> None:
     assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def test_what_a_model_keeps_for_evaluation_is_dropped_when_training_goes_on() -> None:
+def test_values_cached_for_evaluation_are_discarded_when_training_continues() -> None:
     class Remembering(Classifier):
-        """Keeps a product of its weights in eval mode and drops it in ``train``, as timm's LeViT does."""
+        """A layer that caches a product of its weights in eval mode and discards it in ``train``, like timm's LeViT."""
 
         remembered: Tensor | None = None
 
@@ -342,7 +342,7 @@ def test_device_is_restored(fails: bool) -> None:
         ({"device": "meta"}, "the device 'meta' is not available"),
         ({"device": 1.5}, "the device '1.5' is not available"),
         ({"device": "cuda:63"}, "the device 'cuda:63' is not available"),
-        ({"head": "classifier"}, "no module 'classifier'; its last ones with weights are conv, norm, fc"),
+        ({"head": "classifier"}, "no module 'classifier'; its last modules with weights: conv, norm, fc"),
     ],
     ids=str,
 )
@@ -362,7 +362,7 @@ def test_dataset_instead_of_a_loader() -> None:
 
 @pytest.mark.parametrize("to_disk", [True, False])
 def test_empty_loader_leaves_nothing(to_disk: bool, tmp_path: Path) -> None:
-    with pytest.raises(EmptyInput, match="gave no batch"):
+    with pytest.raises(EmptyInput, match="yields no batch"):
         extract(data=[], cache=tmp_path / "feats.h5" if to_disk else None)
     assert list(tmp_path.iterdir()) == []
 
@@ -372,17 +372,17 @@ def test_empty_loader_leaves_nothing(to_disk: bool, tmp_path: Path) -> None:
     [([(INPUTS[:16], LABELS[:16]), INPUTS[16:]], 16), ([INPUTS[:8], (INPUTS[8:], LABELS[8:])], 8)],
 )
 def test_labels_in_some_batches_only(batches: list[Any], row: int) -> None:
-    with pytest.raises(BadLabels, match=f"some batches have labels and some have none, first at row {row}"):
+    with pytest.raises(BadLabels, match=f"some batches have labels and others have none, first at row {row}"):
         extract(data=batches)
 
 
-def test_labels_that_are_no_indices() -> None:
+def test_labels_that_are_not_indices() -> None:
     with pytest.raises(BadLabels, match=r"got torch\.float32"):
         extract(data=loader(labels=LABELS.float()))
 
 
 class Flattening(nn.Module):
-    """Its features are as wide as its inputs, its logits always five."""
+    """A model whose features are as wide as its inputs, with five logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -392,9 +392,9 @@ class Flattening(nn.Module):
         return x.flatten(1)[:, :5] if x.shape[1] > 4 else self.fc(x)
 
 
-def test_inputs_of_changing_width() -> None:
+def test_inputs_of_different_widths() -> None:
     narrow = torch.randn(8, 4)
-    with pytest.raises(HeadNotFound, match="the head was not called"):
+    with pytest.raises(HeadNotFound, match="the head did not receive one feature vector"):
         extract(
             Flattening(), [narrow, narrow, torch.randn(8, 6)]
         )  # the head's input of the batch before must not count
@@ -404,7 +404,7 @@ def test_inputs_of_changing_width() -> None:
 
 
 class Widening(nn.Module):
-    """Gives one more class for every batch."""
+    """A model that returns one more class for every batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -417,8 +417,8 @@ class Widening(nn.Module):
         return logits if self.batches == 1 else torch.cat([logits, logits[:, :1]], dim=1)
 
 
-def test_logits_of_changing_width() -> None:
-    with pytest.raises(ShapeMismatch, match=r"logits are \(8, 6\) at row 8, \(8, 5\) before"):
+def test_logits_of_different_widths() -> None:
+    with pytest.raises(ShapeMismatch, match=r"logits have shape \(8, 6\) at row 8, but \(8, 5\) before"):
         extract(Widening(), [torch.randn(8, 4), torch.randn(8, 4)])
 
 
@@ -427,7 +427,7 @@ def test_model_that_mixes_its_inputs() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x[::2])
 
-    with pytest.raises(ShapeMismatch, match="8 inputs gave 4 rows of features: the model mixes its inputs"):
+    with pytest.raises(ShapeMismatch, match="the model mixes its inputs: 8 inputs resulted in 4 rows of features"):
         extract(Mixing())
 
 
@@ -484,7 +484,7 @@ def _used(norm: nn.BatchNorm1d) -> nn.BatchNorm1d:
     return norm
 
 
-def test_weights_checksum_sees_every_change() -> None:
+def test_weights_checksum_detects_every_change() -> None:
     different = [
         _changed(lambda model: None),
         _changed(lambda model: model.fc.weight[1, 2].add_(1e-6)),

@@ -1,4 +1,4 @@
-"""A run stopped at any instant, by a kill or by a full disk, leaves a cache that continues to the same bits."""
+"""A run that is killed at any time, or stopped by a full disk, leaves a cache that is continued to the same bits."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ ROWS, BATCH, PAUSE = 2560, 32, 0.003
 KILLS = 20
 
 children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["ood_scores.extraction", "rich.progress"])
+children.set_forkserver_preload(["ood_scores.extraction.run", "rich.progress"])
 
 
 class SlowData(Dataset):
-    """Random inputs and labels, a batch at a time and a little slowly."""
+    """Yield random inputs and labels, slowly, one batch at a time."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -49,7 +49,7 @@ class SlowData(Dataset):
 
 
 class FillingDisk(SlowData):
-    """From row ``row`` on, files cannot grow beyond ``size`` bytes."""
+    """Limit files to ``size`` bytes from row ``row`` on."""
 
     def __init__(self, row: int, size: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def start(target: Any, *arguments: Any) -> Any:
 
 
 def contents(path: Path) -> dict[str, tuple[Any, ...]]:
-    """Type, shape and bytes of every data set in an HDF5 file."""
+    """Return type, shape, and bytes of every dataset in an HDF5 file."""
     found: dict[str, tuple[Any, ...]] = {}
 
     def note(name: str, item: Any) -> None:
@@ -122,7 +122,7 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, float]]:
-    """The finished file of a run that was left in peace, and the seconds it took."""
+    """The finished file of an uninterrupted run, and the seconds that it took."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     start(known_length).join()  # the first child waits for the imports
     runs = {}
@@ -139,7 +139,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[P
 
 
 def rows_after_kill(path: Path) -> int | None:
-    """How many rows a killed run has left (None: no file yet), after checking that what it left can be opened."""
+    """Return the number of rows of a killed run (None: no file yet), after checking that its file can be opened."""
     if not path.exists():
         return None
     with h5py.File(path, "r") as h5:
@@ -154,7 +154,7 @@ def rows_after_kill(path: Path) -> int | None:
     return state.rows
 
 
-def test_uninterrupted_run_holds_what_the_model_says(uninterrupted: dict[str, tuple[Path, float]]) -> None:
+def test_an_uninterrupted_run_contains_the_outputs_of_the_model(uninterrupted: dict[str, tuple[Path, float]]) -> None:
     known, unknown = (contents(path) for path, _ in uninterrupted.values())
     assert known == unknown
     assert known.keys() == {"features", "logits", "labels", "head/weight", "head/bias", "progress"}
@@ -192,7 +192,7 @@ def test_killed_at_random_instants(kind: str, tmp_path: Path, uninterrupted: dic
 
 
 def extract_killed_in_write(path: Path, kind: str, number: int) -> None:
-    """Dies in the middle of its ``number``-th write, half of which reaches the file."""
+    """Extract, and die during the ``number``-th write, half of which reaches the file."""
     writes = 0
     whole = atomic.LockedFile.write
 
@@ -211,7 +211,7 @@ def extract_killed_in_write(path: Path, kind: str, number: int) -> None:
 
 @kinds
 @pytest.mark.parametrize("number", [1, 5, 12, 40, 170])
-def test_killed_in_the_middle_of_a_write(
+def test_killed_during_a_write(
     kind: str, number: int, tmp_path: Path, uninterrupted: dict[str, tuple[Path, float]]
 ) -> None:
     path = tmp_path / "killed.h5"
@@ -225,7 +225,7 @@ def test_killed_in_the_middle_of_a_write(
 
 
 def extract_killed_before(path: Path, kind: str, step: str, number: int) -> None:
-    """Dies right before its ``number``-th ``os.link`` or ``os.replace``."""
+    """Extract, and die right before the ``number``-th ``os.link`` or ``os.replace``."""
     calls = 0
     original = getattr(os, step)
 
@@ -244,7 +244,7 @@ def extract_killed_before(path: Path, kind: str, step: str, number: int) -> None
     ("step", "number", "rows"),
     [("link", 1, None), ("unlink", 1, 0), ("replace", 1, 1024), ("replace", 2, 2048), ("replace", 3, ROWS)],
 )
-def test_killed_between_a_file_and_its_place(
+def test_killed_before_a_file_is_put_in_place(
     step: str, number: int, rows: int | None, tmp_path: Path, uninterrupted: dict[str, tuple[Path, float]]
 ) -> None:
     path = tmp_path / "killed.h5"
@@ -299,7 +299,7 @@ def save_on_a_small_disk(path: Path, compress: bool, pipe: Connection) -> None:
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_full_disk_while_saving_leaves_what_was_there(compress: bool, tmp_path: Path) -> None:
+def test_full_disk_while_saving_leaves_the_old_file(compress: bool, tmp_path: Path) -> None:
     path = tmp_path / "saved.h5"
     ood_scores.FeatureSet(torch.ones(3, 2)).save(path)
     mine, theirs = children.Pipe()
@@ -312,7 +312,7 @@ def test_full_disk_while_saving_leaves_what_was_there(compress: bool, tmp_path: 
     assert ood_scores.load(path).features.equal(torch.ones(3, 2))
 
 
-def test_second_writer_and_readers_are_told(tmp_path: Path, uninterrupted: dict[str, tuple[Path, float]]) -> None:
+def test_a_second_writer_and_readers_get_an_error(tmp_path: Path, uninterrupted: dict[str, tuple[Path, float]]) -> None:
     path = tmp_path / "busy.h5"
     first = start(extract, path, "known length")
     while not path.exists() and first.is_alive():
@@ -331,7 +331,7 @@ def test_second_writer_and_readers_are_told(tmp_path: Path, uninterrupted: dict[
     assert contents(path) == contents(uninterrupted["known length"][0])
 
 
-def test_several_started_at_once(tmp_path: Path, uninterrupted: dict[str, tuple[Path, float]]) -> None:
+def test_several_processes_started_at_once(tmp_path: Path, uninterrupted: dict[str, tuple[Path, float]]) -> None:
     path = tmp_path / "race.h5"
     processes = [start(extract_or_say_busy, path, "known length") for _ in range(4)]
     for process in processes:
@@ -343,7 +343,7 @@ def test_several_started_at_once(tmp_path: Path, uninterrupted: dict[str, tuple[
     assert leftovers(tmp_path) == []
 
 
-def test_temporary_files_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_processes_only_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "feats[1].h5"
     dead, other = tmp_path / ".feats[1].h5.0123abcd.part", tmp_path / ".another.h5.0123abcd.part"
     dead.write_bytes(b"half a file")

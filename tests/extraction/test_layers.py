@@ -18,7 +18,7 @@ from ood_scores.extraction.layers import as_maps, resolve_layers, stages, watchi
 
 
 class Tiny(nn.Module):
-    """Maps of sizes 16, 8 and 4; an activation that is used twice, and a layer that never is."""
+    """A network with maps of sizes 16, 8, and 4, an activation that is used twice, and an unused layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def huggingface_vit() -> nn.Module:
 
 
 def run(model: nn.Module, size: int) -> tuple[str, ...]:
-    """The stages, checked to run and to give maps."""
+    """Return the stages, after checking that they run and return maps."""
     model = model.eval()
     inputs = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -75,7 +75,7 @@ TIMM = {
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_stages_of_timm_models_and_our_own(name: str) -> None:
+def test_stages_of_timm_models_and_models_of_this_package(name: str) -> None:
     size, expected = TIMM[name]
     assert run(timm.create_model(name, num_classes=5), size) == tuple(expected.split())
 
@@ -105,18 +105,18 @@ def test_stages_of_torchvision_models(name: str) -> None:
     assert run(make(), size) == tuple(expected.split())
 
 
-def test_stages_of_a_transformer_of_huggingface() -> None:
+def test_stages_of_a_hugging_face_transformer() -> None:
     blocks = list(run(huggingface_vit(), 32))
     assert [name.rpartition(".")[2] for name in blocks] == ["0", "2", "3", "5"]
     assert {name.rpartition(".")[0] for name in blocks} <= {"vit.layers", "vit.layer", "vit.encoder.layer"}
 
 
-def test_stages_of_a_model_of_ones_own() -> None:
+def test_stages_of_a_custom_model() -> None:
     model = Tiny().eval()
     assert stages(model, torch.randn(4, 3, 16, 16)) == ("stem", "pool", "body")
 
 
-def test_stages_look_at_one_input() -> None:
+def test_stages_run_the_model_on_one_input() -> None:
     model, sizes = Tiny().eval(), []
     model.stem.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     stages(model, torch.randn(4, 3, 16, 16))
@@ -124,7 +124,7 @@ def test_stages_look_at_one_input() -> None:
     assert sum(len(module._forward_hooks) for module in model.modules()) == 1
 
 
-def test_hooks_are_removed_where_the_model_fails() -> None:
+def test_hooks_are_removed_if_the_model_fails() -> None:
     model = Tiny().eval()
     with pytest.raises(RuntimeError):
         stages(model, torch.randn(4, 2, 16, 16))
@@ -135,11 +135,11 @@ def test_hooks_are_removed_where_the_model_fails() -> None:
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))])
 def test_no_stages(model: nn.Module) -> None:
-    with pytest.raises(BadInput, match=r"no stages were found in the model: name its layers"):
+    with pytest.raises(BadInput, match=r"no stages were found in the model: name layers"):
         stages(model, torch.randn(2, 3))
 
 
-def test_more_stages_than_six_become_four() -> None:
+def test_more_than_six_stages_are_reduced_to_four() -> None:
     model: Any = Tiny()
     model.feature_info = [{"module": name} for name in ("stem", "act", "pool", "body.0", "body.1", "body", "fc")]
     assert stages(model, torch.randn(1, 3, 16, 16)) == ("stem", "pool", "body.1", "fc")
@@ -148,15 +148,15 @@ def test_more_stages_than_six_become_four() -> None:
 @pytest.mark.parametrize(
     "info", [[{"module": "nowhere"}], [{"num_chs": 3}], [], ["stem"], 7, [{"module": ""}], [{"module": "blocks"}]]
 )
-def test_feature_info_that_does_not_fit_is_not_believed(info: Any) -> None:
+def test_feature_info_that_does_not_match_is_ignored(info: Any) -> None:
     model = Tiny().eval()
     model.blocks = nn.ModuleList([nn.Identity()])  # a list of modules does not run
     model.feature_info = info
     assert stages(model, torch.randn(1, 3, 16, 16)) == ("stem", "pool", "body")
 
 
-def test_the_model_itself_and_layers_named_twice_are_no_further_stages() -> None:
-    """As in the feature_info of timm's tresnet and crossvit."""
+def test_the_model_itself_and_repeated_layers_are_not_stages() -> None:
+    """The feature_info of timm's tresnet and crossvit lists such layers."""
     model = Tiny().eval()
     model.feature_info = [{"module": name} for name in ("", "stem", "body", "stem")]  # type: ignore[assignment]
     assert stages(model, torch.randn(1, 3, 16, 16)) == ("stem", "body")
@@ -195,7 +195,7 @@ def test_maps_with_channels_last() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 4), (2, 5, 4, 4), (2, 5, 1, 1), (2, 4, 2, 4)])
-def test_maps_with_channels_first_where_it_could_be_either(shape: tuple[int, ...]) -> None:
+def test_ambiguous_maps_are_channels_first(shape: tuple[int, ...]) -> None:
     values = torch.randn(shape, generator=RANDOM)
     assert torch.equal(as_maps(values), values.flatten(2))
 
@@ -220,7 +220,7 @@ def test_volumes() -> None:
     assert torch.equal(as_maps(values), values.flatten(2))
 
 
-def test_the_first_of_several() -> None:
+def test_the_first_of_several_outputs() -> None:
     values = torch.randn(2, 5, 3, 4, generator=RANDOM)
     assert torch.equal(as_maps((values, None)), values.flatten(2))
     assert torch.equal(as_maps([values, values + 1]), values.flatten(2))
@@ -231,17 +231,19 @@ def test_the_first_of_several() -> None:
     [None, 3.0, (), "maps", torch.tensor(1.0), torch.randn(3), torch.ones(2, 3, 4, dtype=torch.int64), (None, 1)],
     ids=["none", "number", "empty", "text", "scalar", "one dimension", "integers", "a pair"],
 )
-def test_what_is_no_map(output: Any) -> None:
-    with pytest.raises(BadInput, match=r"a layer gives no tensor \[batch, ...\] of floating point: choose another"):
+def test_outputs_that_are_not_maps(output: Any) -> None:
+    with pytest.raises(
+        BadInput, match=r"a layer does not output a floating-point tensor \[batch, ...\]: choose another"
+    ):
         as_maps(output)
 
 
-def test_a_dictionary_is_no_map() -> None:
+def test_a_dictionary_is_not_a_map() -> None:
     with pytest.raises(BadInput, match="choose another layer"):
         as_maps(OrderedDict(last_hidden_state=torch.randn(2, 3)))
 
 
-def test_watching_keeps_what_every_pass_gives() -> None:
+def test_watching_stores_the_outputs_of_every_pass() -> None:
     model = Tiny().eval()
     inputs = torch.randn(2, 3, 16, 16, generator=RANDOM)
     with torch.no_grad(), watching(model, ["act", "unused"], lambda maps: maps.amax(dim=2)) as seen:

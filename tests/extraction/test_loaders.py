@@ -1,4 +1,4 @@
-"""What extraction takes from a loader: inputs, labels, length, order, name, and a checksum of the first rows."""
+"""The properties that extraction reads from a loader: inputs, labels, length, order, name, and checksum."""
 
 from __future__ import annotations
 
@@ -84,20 +84,20 @@ def test_labels_become_int64(labels: Any, container: Any) -> None:
         (Y.float(), r"got torch.float32 \(4,\)"),
         (Y > 0, r"got torch.bool \(4,\)"),
         (Y + 0j, "got torch.complex64"),
-        (Y[:3], r"\[4\], one for each input; got torch.int64 \(3,\)"),
+        (Y[:3], r"\[4\], one per input, got torch.int64 \(3,\)"),
         (2, r"got torch.int64 \(\)"),
-        (["cat", "dog", "cat", "dog"], "one for each input: can't convert"),
-        ([[1], [1, 2], [1], [1]], "one for each input: .* inhomogeneous"),
+        (["cat", "dog", "cat", "dog"], "one per input: can't convert"),
+        ([[1], [1, 2], [1], [1]], "one per input: .* inhomogeneous"),
     ],
     ids=str,
 )
-def test_labels_that_are_no_class_indices(labels: Any, message: str) -> None:
+def test_labels_that_are_not_class_indices(labels: Any, message: str) -> None:
     with pytest.raises(BadLabels, match=rf"labels must be integer class indices.*{message}"):
         unpack((X, labels))
 
 
-def test_dict_without_inputs_says_what_it_has_and_what_is_looked_for() -> None:
-    with pytest.raises(BadInput, match="has the keys jpg, 7; inputs are looked for under pixel_values, image,"):
+def test_the_error_for_a_dict_without_inputs_lists_keys() -> None:
+    with pytest.raises(BadInput, match="with the keys jpg, 7: use one of pixel_values, image,"):
         unpack({"jpg": X, 7: Y})
 
 
@@ -115,7 +115,9 @@ def test_dict_without_inputs_says_what_it_has_and_what_is_looked_for() -> None:
     ],
 )
 def test_batch_without_a_tensor_of_inputs(batch: Any, got: str) -> None:
-    with pytest.raises(BadInput, match=rf"must hold a tensor of inputs \[batch, ...\], got {got}: pass a DataLoader"):
+    with pytest.raises(
+        BadInput, match=rf"must contain a tensor of inputs \[batch, ...\], got {got}: pass a DataLoader"
+    ):
         unpack(batch)
 
 
@@ -180,7 +182,7 @@ def test_wrapper_around_a_shuffling_loader_is_shuffled() -> None:
     assert not loaders.is_shuffled(Prefetching(DataLoader(data())))
 
 
-def test_workers_that_need_not_keep_the_order_shuffle() -> None:
+def test_workers_that_do_not_keep_the_order_count_as_shuffling() -> None:
     loader = DataLoader(data(), batch_size=8, num_workers=2)
     assert not loaders.is_shuffled(loader)
     loader.in_order = False
@@ -207,7 +209,7 @@ def batches(loader: Any) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 16, 40, 64])
-def test_no_batch_is_lost_by_looking(size: int) -> None:
+def test_no_batch_is_lost_by_reading_the_first_rows(size: int) -> None:
     expected = [(start, min(size, 40 - start)) for start in range(0, 40, size)]
     assert batches(DataLoader(data(), batch_size=size)) == expected
     assert batches(iter(DataLoader(data(), batch_size=size))) == expected
@@ -221,13 +223,13 @@ def test_batches_after_a_row(rows: int, known: bool) -> None:
     assert [start for start, _ in found] == list(range(rows // 8 * 8, 40, 8))
 
 
-def test_rows_after_a_row_are_the_right_ones() -> None:
+def test_rows_after_a_row_are_correct() -> None:
     expected = data().tensors[0]
     for start, (inputs, _) in Batches.look_into(DataLoader(data(), batch_size=8, num_workers=1)).after(20):
         assert inputs.equal(expected[start : start + 8])
 
 
-def test_empty_batches_are_passed_over() -> None:
+def test_empty_batches_are_skipped() -> None:
     assert batches([(X[:0], Y[:0]), (X, Y), (X[:0], Y[:0]), (X, Y)]) == [(0, 4), (4, 4)]
 
 
@@ -242,12 +244,12 @@ def test_empty_batches_are_passed_over() -> None:
     ],
 )
 def test_empty_loader(loader: Any) -> None:
-    with pytest.raises(EmptyInput, match="gave no batch: is the dataset empty, or drop_last=True"):
+    with pytest.raises(EmptyInput, match=r"yields no batch: check whether the dataset is empty, or .* drop_last=True"):
         Batches.look_into(loader)
 
 
 def test_dataset_instead_of_a_loader() -> None:
-    with pytest.raises(BadInput, match=r"pass DataLoader\(dataset, batch_size=...\), not the dataset itself"):
+    with pytest.raises(BadInput, match=r"got a dataset: pass DataLoader\(dataset, batch_size=...\)"):
         Batches.look_into(data())  # type: ignore[arg-type]
 
 
@@ -256,7 +258,7 @@ def checksum(inputs: Tensor, labels: Tensor | None = None, size: int = 8) -> str
     return Batches.look_into(DataLoader(TensorDataset(*tensors), batch_size=size)).checksum()
 
 
-def test_checksum_sees_every_change_in_the_first_rows() -> None:
+def test_checksum_detects_every_change_in_the_first_rows() -> None:
     inputs, labels = data().tensors
     changed_input, changed_label = inputs.clone(), labels.clone()
     changed_input[15, 2, 1] += 1e-6

@@ -1,4 +1,4 @@
-"""Finding the head of models that are not timm's: torchvision, Hugging Face, one's own."""
+"""Finding the head of models that are not from timm: torchvision, Hugging Face, and custom ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def images(size: int = 64, seed: int = 0) -> Tensor:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Values for what starts at zero (classifier biases), which would hide a head that leaves it out."""
+    """Randomize parameters that start at zero (classifier biases), so that a head that omits them is noticed."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -37,7 +37,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def adapt_batch_norms(model: nn.Module, inputs: Tensor) -> None:
-    """Gives batch norms the statistics of these inputs: with the initial ones, signals die out in deep models."""
+    """Set the statistics of batch norms to those of the inputs: with the initial ones, signals vanish in deep nets."""
     model.eval()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -49,7 +49,7 @@ def adapt_batch_norms(model: nn.Module, inputs: Tensor) -> None:
 
 
 def check(model: nn.Module, batch: Any, head: Any = None) -> FeatureSet:
-    """Extracts, and compares with the head's equation and with what the model says itself."""
+    """Extract, and compare with the head's equation and with the model's own output."""
     inputs = batch["pixel_values"] if isinstance(batch, dict) else batch
     adapt_batch_norms(model, inputs)
     features = extract(model, [batch, batch], device="cpu", progress=False, head=head)
@@ -111,7 +111,7 @@ def test_torchvision(name: str) -> None:
 @pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1"])
 def test_squeezenet_has_no_affine_head(name: str) -> None:
     model = torchvision.models.get_model(name, num_classes=CLASSES)
-    with pytest.raises(HeadNotFound, match=r"no affine module .* gives 7 values.*head='module.name'.*head=False"):
+    with pytest.raises(HeadNotFound, match=r"no affine module .* outputs 7 values.*head='module.name'.*head=False"):
         extract(model, [images()], device="cpu", progress=False)
 
 
@@ -122,7 +122,7 @@ def test_a_segmentation_model_is_refused() -> None:
 
 
 def hugging_face(name: str) -> tuple[nn.Module, str, int]:
-    """A classifier with random weights, the name of its head, and the width of its features."""
+    """Create a classifier with random weights; return it with the name of its head and the width of its features."""
     transformers = pytest.importorskip("transformers")
     common: dict[str, Any] = {"num_labels": CLASSES, "initializer_range": 0.2}
     attention = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24}
@@ -186,7 +186,7 @@ def backbone(width: int = 12) -> nn.Sequential:
 
 
 class Own(nn.Module):
-    """A classifier whose last step is given as a function of the features and the linear layer."""
+    """A classifier whose last step is a function of the features and the linear layer."""
 
     def __init__(self, last: Callable[[Tensor, nn.Linear], Any] | None = None, bias: bool = True) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def test_a_convolution_as_head() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_another_layer_of_the_same_width_is_not_taken(bias: bool) -> None:
+def test_another_layer_of_the_same_width_is_not_chosen(bias: bool) -> None:
     features = check(Own(bias=bias), images(8))
     assert head_of(features) == "head"
     assert features.head is not None
@@ -234,7 +234,7 @@ def test_one_class() -> None:
     ],
     ids=["dict", "object"],
 )
-def test_outputs_that_hold_logits(wrap: Callable[[Tensor, nn.Linear], Any]) -> None:
+def test_outputs_that_contain_logits(wrap: Callable[[Tensor, nn.Linear], Any]) -> None:
     assert head_of(check(Own(wrap), images(8))) == "head"
 
 
@@ -248,14 +248,14 @@ def test_outputs_that_hold_logits(wrap: Callable[[Tensor, nn.Linear], Any]) -> N
     ],
     ids=["softmax", "log_softmax", "temperature", "added"],
 )
-def test_what_comes_after_the_linear_layer_is_not_ignored(last: Callable[[Tensor, nn.Linear], Any]) -> None:
-    expected = r"not the output of an affine module.*head \(differs by up to .*head='module.name'"
+def test_operations_after_the_linear_layer_are_not_ignored(last: Callable[[Tensor, nn.Linear], Any]) -> None:
+    expected = r"neither the output of an affine module.*head \(differs by up to .*head='module.name'"
     with pytest.raises(HeadNotFound, match=expected):
         extract(Own(last), [images(8)], device="cpu", progress=False)
 
 
 def test_logits_changed_in_place_are_noticed() -> None:
-    with pytest.raises(HeadMismatch, match=r"head gives the logits, but not as weight @ input \+ bias"):
+    with pytest.raises(HeadMismatch, match=r"head outputs the logits, but not as weight @ input \+ bias"):
         extract(Own(lambda features, head: head(features).mul_(2)), [images(8)], device="cpu", progress=False)
 
 
@@ -266,7 +266,7 @@ class Cosine(nn.Linear):
 
 def test_a_cosine_classifier_is_not_affine_in_what_it_receives() -> None:
     model = nn.Sequential(*backbone(), Cosine(12, CLASSES))
-    with pytest.raises(HeadMismatch, match=r"3 gives the logits, but not as weight @ input.*head='module.name'"):
+    with pytest.raises(HeadMismatch, match=r"3 outputs the logits, but not as weight @ input.*head='module.name'"):
         extract(model, [images(8)], device="cpu", progress=False)
     with pytest.raises(HeadMismatch):
         extract(model, [images(8)], device="cpu", progress=False, head="3")
@@ -284,7 +284,7 @@ class Prototypes(nn.Module):
 
 
 def test_distances_to_prototypes_have_no_affine_head() -> None:
-    expected = r"no affine module .* gives 7 values for each input .*; the last layers .*: body.1\. Name the affine map"
+    expected = r"no affine module .* outputs 7 values per input .*; the last layers .*: body.1\. Name the affine map"
     with pytest.raises(HeadNotFound, match=expected):
         extract(Prototypes(), [images(8)], device="cpu", progress=False)
 
@@ -299,7 +299,7 @@ def test_no_classes() -> None:
 
 
 def test_a_model_that_returns_a_tuple_is_refused() -> None:
-    with pytest.raises(HeadNotFound, match=r"returned tuple; .*Wrap the model"):
+    with pytest.raises(HeadNotFound, match=r"returned tuple, but .*: wrap the model"):
         extract(Own(lambda features, head: (head(features), features)), [images(8)], device="cpu", progress=False)
 
 
@@ -311,7 +311,7 @@ def test_naming_the_module() -> None:
     assert torch.equal(by_name.features, by_object.features)
 
 
-def test_naming_what_wraps_the_module() -> None:
+def test_naming_a_wrapper_of_the_module() -> None:
     wrapped = nn.Sequential(*backbone(), nn.Sequential(nn.Dropout(), nn.Linear(12, CLASSES)))
     assert head_of(check(wrapped, images(8), head="3")) == "3.1"
 
@@ -320,7 +320,7 @@ def test_naming_the_wrong_module() -> None:
     for head in ("auxiliary", "body.1"):
         with pytest.raises(HeadMismatch, match=f"module '{head}' is not an affine map whose output is the logits"):
             extract(Own(), [images(8)], device="cpu", progress=False, head=head)
-    with pytest.raises(BadInput, match=r"no module 'fc'; its last ones with weights are body.1, head, auxiliary"):
+    with pytest.raises(BadInput, match=r"no module 'fc'; its last modules with weights: body.1, head, auxiliary"):
         extract(Own(), [images(8)], device="cpu", progress=False, head="fc")
 
 

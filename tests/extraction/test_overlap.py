@@ -1,5 +1,5 @@
-"""Writing, checking and copying beside the model change no number, lose no row and hide no error; what makes the model
-faster (channels-last, torch.compile) is recorded."""
+"""Concurrent writing, checking, and copying change no number, lose no row, and hide no error; options that speed up the
+model (channels-last, torch.compile) are recorded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 class Network(nn.Module):
-    """Notes the order of memory of what it is given; ``heads`` linear maps, whose mean is the logits."""
+    """A network that records the memory format of its inputs; its logits are the mean of ``heads`` linear maps."""
 
     def __init__(self, heads: int = 1) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def state(path: Path) -> caches.CacheState:
 
 
 class Sink:
-    """Keeps what it is given, as soon as it is let, and fails at batch ``fails``."""
+    """A sink that stores batches once it is released, and fails at batch ``fails``."""
 
     def __init__(self, fails: int | None = None) -> None:
         self.rows, self.fails, self.let = 0, fails, threading.Event()
@@ -95,7 +95,7 @@ def batch(start: int, rows: int = 2) -> Arriving:
 
 
 def write(sink: Sink, batches: int, then: type[BaseException] | None = None) -> list[int]:
-    """Batches of two rows, then perhaps an error; gives the counts that were told."""
+    """Write batches of two rows, then perhaps raise an error; return the reported counts."""
     counted: list[int] = []
     with BackgroundWriter(sink, 0, counted.append) as writer:
         for start in range(0, 2 * batches, 2):
@@ -114,7 +114,7 @@ def test_batches_are_written_in_order_by_another_thread_and_counted() -> None:
     assert len(sink.threads) == 1
 
 
-def test_only_so_many_batches_wait() -> None:
+def test_the_number_of_waiting_batches_is_limited() -> None:
     sink, put = Sink(), []
     with BackgroundWriter(sink, 0, lambda rows: None) as writer:
 
@@ -134,7 +134,7 @@ def test_only_so_many_batches_wait() -> None:
     assert sink.rows == 2 * (AHEAD + 4)
 
 
-def test_rows_that_the_sink_has_already_are_passed_over() -> None:
+def test_rows_that_the_sink_already_has_are_skipped() -> None:
     sink = Sink()
     sink.let.set()
     sink.rows = 3  # rows 10, 11 and 12 of the dataset
@@ -144,7 +144,7 @@ def test_rows_that_the_sink_has_already_are_passed_over() -> None:
     assert sink.batches == [[13], [14, 15]]
 
 
-def test_an_error_comes_out_and_what_follows_is_dropped() -> None:
+def test_an_error_is_raised_and_later_batches_are_dropped() -> None:
     sink = Sink(fails=1)
     sink.let.set()
     with pytest.raises(OSError, match="the disk is full"):
@@ -158,7 +158,7 @@ def test_an_error_comes_out_and_what_follows_is_dropped() -> None:
 @pytest.mark.parametrize(
     ("later", "wins"), [(RuntimeError, OSError), (NotFinite, OSError), (KeyboardInterrupt, KeyboardInterrupt)]
 )
-def test_the_error_of_earlier_rows_is_told(later: type[BaseException], wins: type[BaseException]) -> None:
+def test_the_error_of_earlier_rows_is_raised(later: type[BaseException], wins: type[BaseException]) -> None:
     sink = Sink(fails=0)
     sink.let.set()
     with pytest.raises(wins):
@@ -167,7 +167,7 @@ def test_the_error_of_earlier_rows_is_told(later: type[BaseException], wins: typ
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_the_row_that_is_not_finite_is_named(dtype: torch.dtype, value: float) -> None:
+def test_the_first_row_that_is_not_finite_is_named(dtype: torch.dtype, value: float) -> None:
     extras = torch.zeros(6, 2, 3, dtype=dtype)
     columns = {"features": torch.ones(6, 4, dtype=dtype), "labels": torch.arange(6), "extras/maps": extras}
     require_finite(columns, 40)
@@ -180,7 +180,7 @@ def test_the_row_that_is_not_finite_is_named(dtype: torch.dtype, value: float) -
 
 
 @pytest.mark.parametrize("row", [0, 17, 71])
-def test_rows_before_one_that_is_not_finite_are_kept(row: int, tmp_path: Path) -> None:
+def test_rows_before_one_that_is_not_finite_are_stored(row: int, tmp_path: Path) -> None:
     path, images = tmp_path / "feats.h5", IMAGES.clone()
     images[row] = torch.nan
     with pytest.raises(NotFinite, match=f"first in row {row}:"):
@@ -201,7 +201,7 @@ class Failing(Network):
         return super().forward(x)
 
 
-def test_all_that_was_computed_before_a_failure_is_kept(tmp_path: Path) -> None:
+def test_batches_before_a_failure_are_stored(tmp_path: Path) -> None:
     path = tmp_path / "feats.h5"
     with pytest.raises(BadInput, match=r"cannot take a batch of shape .*out of luck"):
         extract(Failing(), None, path)
@@ -216,7 +216,7 @@ def _rows(path: Path, count: int) -> Tensor:
 
 
 def refilled(inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every batch in the same memory."""
+    """Yield every batch in the same memory."""
     x, y = torch.empty(BATCH, *inputs.shape[1:]), torch.empty(BATCH, dtype=torch.int64)
     for start in range(0, ROWS, BATCH):
         x.copy_(inputs[start : start + BATCH])
@@ -225,7 +225,7 @@ def refilled(inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class OneBuffer(nn.Module):
-    """Gives its logits in the same memory every time."""
+    """A model that returns its logits in the same memory every time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class OneBuffer(nn.Module):
 
 @pytest.mark.parametrize("to_disk", [True, False])
 @pytest.mark.parametrize("model", [nn.Linear(108, 5), OneBuffer()], ids=["its features are its inputs", "one buffer"])
-def test_memory_that_is_used_again_while_rows_wait(
+def test_memory_that_is_reused_while_rows_wait(
     model: nn.Module, to_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = IMAGES.flatten(1)
@@ -260,7 +260,7 @@ def test_memory_that_is_used_again_while_rows_wait(
         torch.testing.assert_close(feats.logits, linear(inputs))
 
 
-def test_copies_to_the_host_are_copies_in_the_type_asked_for() -> None:
+def test_copies_to_the_host_have_the_requested_type() -> None:
     values, labels = torch.randn(4, 3), torch.arange(4)
     rows = Transfers(torch.device("cpu")).to_host({"a": (values, torch.float32), "labels": (labels, torch.int64)})
     kept = values.clone()
@@ -274,7 +274,7 @@ def test_copies_to_the_host_are_copies_in_the_type_asked_for() -> None:
 # --- channels-last ----------------------------------------------------------------------------------------------------
 
 
-def test_channels_last_is_used_recorded_and_undone() -> None:
+def test_channels_last_is_used_recorded_and_restored() -> None:
     model = Network()
     before, place = model.conv.weight.detach().clone(), model.conv.weight.data_ptr()
     plain, feats = extract(Network()), extract(model, channels_last=True)
@@ -289,7 +289,7 @@ def test_channels_last_is_used_recorded_and_undone() -> None:
     assert feats.labels.equal(LABELS)
 
 
-def test_channels_last_is_undone_after_an_error() -> None:
+def test_channels_last_is_restored_after_an_error() -> None:
     model = Failing()
     with pytest.raises(BadInput, match=r"cannot take a batch of shape .*out of luck"):
         extract(model, channels_last=True)
@@ -298,14 +298,14 @@ def test_channels_last_is_undone_after_an_error() -> None:
     assert model.conv.weight.grad is not None
 
 
-def test_weights_that_are_channels_last_stay_so() -> None:
+def test_channels_last_weights_stay_channels_last() -> None:
     model = Network().to(memory_format=torch.channels_last)
     extract(model, channels_last=True)
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_channels_last_is_for_images() -> None:
-    with pytest.raises(BadInput, match=r"channels_last is for inputs \[batch, channels, height, width\], got 2-D"):
+def test_channels_last_requires_images() -> None:
+    with pytest.raises(BadInput, match=r"channels_last requires inputs \[batch, channels, height, width\], got 2-D"):
         extract(nn.Linear(3, 5), [torch.zeros(4, 3)], channels_last=True)
 
 
@@ -314,7 +314,7 @@ def test_channels_last_is_for_images() -> None:
 
 @pytest.fixture
 def eager_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch.compile finds in the code is run as it is: the same bits, and no C++ compiler."""
+    """Run compiled code without code generation: the same bits, and no C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     yield
     torch.compiler.reset()
@@ -322,7 +322,7 @@ def eager_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.usefixtures("eager_backend")
-def test_compiled_models_give_features_and_logits(heads: int) -> None:
+def test_compiled_models_have_the_same_features_and_logits(heads: int) -> None:
     data = DataLoader(loader().dataset, batch_size=20)  # the last batch has 12
     model = Network(heads)
     plain, feats = extract(Network(heads), data), extract(model, data, compile=True)
@@ -336,7 +336,7 @@ def test_compiled_models_give_features_and_logits(heads: int) -> None:
 
 
 @pytest.mark.usefixtures("eager_backend")
-def test_models_that_were_compiled_before() -> None:
+def test_models_that_were_already_compiled() -> None:
     model, plain = Network().eval(), extract(Network())
     compiled: Any = torch.compile(model)
     with torch.inference_mode(), torch.no_grad():
@@ -350,12 +350,12 @@ def test_models_that_were_compiled_before() -> None:
 
 
 @pytest.mark.parametrize("option", [{"layers": ["conv"]}, {"probes": ["odin"]}])
-def test_compile_goes_without_layers_and_probes(option: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match="compile=True is for a pass without layers and probes"):
+def test_compile_cannot_be_combined_with_layers_or_probes(option: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="compile=True cannot be combined with layers or probes"):
         extract(Network(), compile=True, **option)
 
 
-def test_caches_of_other_roundings_are_told_apart(tmp_path: Path) -> None:
+def test_caches_with_different_precision_are_distinguished(tmp_path: Path) -> None:
     path = tmp_path / "feats.h5"
     extract(Network(), None, path)
     with pytest.raises(StaleCache, match=r"autocast off, stored float32, now .*, channels last, compiled, stored"):
@@ -386,8 +386,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_gpu
 @pytest.mark.parametrize("where", ["pageable", "pinned", "on the device"])
 @pytest.mark.parametrize("to_disk", [True, False])
-def test_overlapped_copies_change_no_bit(where: str, to_disk: bool, tmp_path: Path) -> None:
-    """Large batches of changing size: copies that did not wait for the model, or it for them, would mix rows."""
+def test_overlapping_copies_do_not_change_a_bit(where: str, to_disk: bool, tmp_path: Path) -> None:
+    """Large batches of different sizes: missing synchronization of copies with the model would mix rows."""
     torch.manual_seed(0)
     sizes = [512, 64, 512, 1, 300] * 6
     images = [torch.randn(size, 3, 64, 64) for size in sizes]

@@ -1,4 +1,4 @@
-"""Probes: extras computed beside the one pass, against the same done by hand; their caches; what is refused."""
+"""Probes: extras compared with direct computations, their caches, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYERS = ("stem", "body")
 
 
 class Classifier(nn.Module):
-    """Maps of two sizes, batch norm and dropout; notes how many inputs each pass has."""
+    """A classifier with maps of two sizes, batch norm, and dropout that records the number of inputs of each pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def extract(model: nn.Module | None = None, data: Any = None, **options: Any) ->
 
 
 def outputs(inputs: Tensor = INPUTS, model: Classifier | None = None) -> dict[str, Tensor]:
-    """What the layers give, by the model's own parts."""
+    """Return the outputs of the layers, computed by the model's own parts."""
     model = (model or Classifier()).eval()
     with torch.no_grad():
         stem = model.stem(inputs)
@@ -67,7 +67,7 @@ def outputs(inputs: Tensor = INPUTS, model: Classifier | None = None) -> dict[st
 
 
 def perturbed(model: nn.Module, sign: float, epsilon: float, temperature: float, targets: Tensor) -> Tensor:
-    """Inputs moved along the sign of the gradient, one by one."""
+    """Return inputs moved along the sign of the gradient, one by one."""
     moved = []
     for image, target in zip(INPUTS, targets, strict=True):
         x = image[None].clone().requires_grad_()
@@ -133,7 +133,7 @@ def test_gram_sums_of_high_orders_do_not_overflow(scale: float) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=0.0)
 
 
-def test_gram_sums_of_nothing_are_zero() -> None:
+def test_gram_sums_of_zeros_are_zero() -> None:
     assert GramSums().reduce(torch.zeros(2, 3, 4)).eq(0).all()
 
 
@@ -164,7 +164,7 @@ def test_fgsm(labelled: bool) -> None:
 
 
 @pytest.mark.parametrize("label", [-100, -1, 5, 999])
-def test_fgsm_takes_the_prediction_where_a_label_is_no_class(label: int) -> None:
+def test_fgsm_uses_the_prediction_if_the_label_is_not_a_class(label: int) -> None:
     labels = LABELS.clone()
     labels[3] = label
     targets = labels.clone()
@@ -174,7 +174,7 @@ def test_fgsm_takes_the_prediction_where_a_label_is_no_class(label: int) -> None
     assert_close(feats.extras["fgsm.body"], outputs(moved)["body"].mean((2, 3)))
 
 
-def test_odin_without_a_step_makes_no_pass_and_is_the_logits() -> None:
+def test_odin_without_a_step_equals_the_logits_without_another_pass() -> None:
     model = Classifier()
     feats = extract(model, probes=[ODIN(epsilon=0.0)])
     assert model.passes == [8, 8, 4]
@@ -206,7 +206,7 @@ def test_stages() -> None:
     assert list(feats.provenance.probe_texts) == ["PooledLayers(name='layers', layers='stages')"]
 
 
-def test_a_layer_that_gives_a_tuple_of_tokens() -> None:
+def test_a_layer_that_returns_a_tuple_of_tokens() -> None:
     class Attending(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -224,7 +224,7 @@ def test_a_layer_that_gives_a_tuple_of_tokens() -> None:
 
 @dataclass(frozen=True)
 class Halves(Probe):
-    """Two extras of each input, of different shapes."""
+    """Two extras per input, of different shapes."""
 
     name: str = "halves"
 
@@ -233,7 +233,7 @@ class Halves(Probe):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_probe_of_ones_own(dtype: torch.dtype) -> None:
+def test_a_custom_probe(dtype: torch.dtype) -> None:
     feats = extract(probes=[Halves()], dtype=str(dtype).removeprefix("torch."))
     assert feats.extras["halves.upper"].equal(INPUTS[:, :, :4].to(dtype))
     assert feats.extras["halves.number"].shape == (ROWS,)
@@ -262,7 +262,7 @@ def assert_same(one: FeatureSet, other: FeatureSet) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_disk_is_memory(dtype: str, tmp_path: Path) -> None:
+def test_extras_on_disk_equal_those_in_memory(dtype: str, tmp_path: Path) -> None:
     memory = extract(**EVERYTHING, dtype=dtype)
     assert list(memory.extras) == EXTRAS
     disk = extract(**EVERYTHING, dtype=dtype, cache=tmp_path / "feats.h5")
@@ -273,7 +273,7 @@ def test_disk_is_memory(dtype: str, tmp_path: Path) -> None:
 
 
 class Interrupted:
-    """Gives some batches, then fails, as often as it says."""
+    """A loader that yields some batches, then fails, a number of times."""
 
     def __init__(self, batches: int, times: int = 1) -> None:
         self.batches, self.times = batches, times
@@ -330,7 +330,7 @@ def test_the_same_call_does_not_run_the_model(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_cache_of_other_probes_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_cache_with_other_probes_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     extract(layers=LAYERS, probes=["odin"], cache=tmp_path / "feats.h5")
     with pytest.raises(StaleCache) as caught:
         extract(**change, cache=tmp_path / "feats.h5")
@@ -400,12 +400,14 @@ def test_name_belongs_to_one_probe() -> None:
 
 @pytest.mark.parametrize("probes", ["odin", ODIN()])
 def test_a_probe_instead_of_a_list(probes: Any) -> None:
-    with pytest.raises(BadInput, match=r"probes is a list of names or Probe objects: probes=\['odin'\]"):
+    with pytest.raises(
+        BadInput, match=r"probes must be a list of names or Probe objects, got .*: write probes=\['odin'\]"
+    ):
         extract(probes=probes)
 
 
-def test_two_probes_of_one_name() -> None:
-    with pytest.raises(BadInput, match=r"two probes are named 'odin': give one another name, ODIN\(name=...\)"):
+def test_two_probes_with_the_same_name() -> None:
+    with pytest.raises(BadInput, match=r"two probes are named 'odin': give one of them another name, ODIN\(name=...\)"):
         extract(layers=LAYERS, probes=["odin", ODIN(epsilon=0.1)])
     with pytest.raises(BadInput, match=r"two probes are named 'layers'"):
         extract(layers=LAYERS, probes=[PooledLayers(layers=["fc"])])
@@ -416,11 +418,11 @@ def test_two_probes_of_one_name() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ODIN(name=""), "a probe has a name without '/', got ''"),
+        (lambda: ODIN(name=""), "the name of a probe must be a text without '/', got ''"),
         (lambda: ODIN(name="a/b"), "got 'a/b'"),
-        (lambda: ODIN(epsilon=-0.1), "epsilon is 0 or more and temperature positive"),
-        (lambda: ODIN(temperature=0.0), "epsilon is 0 or more and temperature positive"),
-        (lambda: PooledLayers(layers="body"), "layers is a list of module names or 'stages', got 'body'"),
+        (lambda: ODIN(epsilon=-0.1), "epsilon must be at least 0 and temperature positive"),
+        (lambda: ODIN(temperature=0.0), "epsilon must be at least 0 and temperature positive"),
+        (lambda: PooledLayers(layers="body"), "layers must be a list of module names or 'stages', got 'body'"),
     ],
 )
 def test_wrong_parameters(make: Callable[[], Probe], message: str) -> None:
@@ -442,22 +444,22 @@ def test_a_layer_that_does_not_run(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("std", [(1.0,), (1.0, 1.0)])
-def test_std_of_other_channels(std: tuple[float, ...]) -> None:
-    with pytest.raises(BadInput, match=rf"std has {len(std)} values, the inputs have shape \(8, 3, 8, 8\)"):
+def test_std_for_another_number_of_channels(std: tuple[float, ...]) -> None:
+    with pytest.raises(BadInput, match=rf"std has {len(std)} values for inputs of shape \(8, 3, 8, 8\)"):
         extract(probes=[ODIN(std=std)])
 
 
-def test_inputs_that_have_no_gradient() -> None:
+def test_inputs_without_gradients() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 5))
     data = [torch.arange(12).reshape(4, 3) % 10]
     extract(model, data)
-    with pytest.raises(BadInput, match=r"the inputs are torch\.int64: a probe that differentiates needs floating"):
+    with pytest.raises(BadInput, match=r"a probe that differentiates needs floating-point inputs, got torch\.int64"):
         extract(model, data, probes=["odin"])
 
 
 @dataclass(frozen=True)
 class Shaped(Probe):
-    """Whatever a function makes of the number of the batch's first row."""
+    """An extra computed by a function of the number of the batch's first row."""
 
     name: str = "shaped"
     make: Callable[[int, int], dict[str, Tensor]] = lambda rows, start: {}
@@ -478,15 +480,17 @@ def test_extras_that_are_not_finite_name_the_row(row: int, value: float) -> None
         extract(probes=[Shaped(make=make)])
 
 
-def test_batches_of_other_shapes() -> None:
-    with pytest.raises(ShapeMismatch, match=r"shaped are \(8, 3\) at row 8, \(8, 2\) before"):
+def test_batches_with_extras_of_other_shapes() -> None:
+    with pytest.raises(ShapeMismatch, match=r"shaped have shape \(8, 3\) at row 8, but \(8, 2\) before"):
         extract(probes=[Shaped(make=lambda rows, start: {"shaped": torch.zeros(rows, 2 + (start > 0))})])
-    with pytest.raises(ShapeMismatch, match=r"the batch at row 8 has other extras than the first: extras/shaped\.8"):
+    with pytest.raises(
+        ShapeMismatch, match=r"the batch at row 8 has different extras than the first batch: extras/shaped\.8"
+    ):
         extract(probes=[Shaped(make=lambda rows, start: {f"shaped.{start}": torch.zeros(rows) for _ in range(start)})])
 
 
-def test_extras_of_other_rows() -> None:
-    with pytest.raises(ShapeMismatch, match="8 inputs gave 7 rows of extras/shaped"):
+def test_extras_with_another_number_of_rows() -> None:
+    with pytest.raises(ShapeMismatch, match="8 inputs resulted in 7 rows of extras/shaped"):
         extract(probes=[Shaped(make=lambda rows, start: {"shaped": torch.zeros(rows - 1)})])
 
 
@@ -513,7 +517,7 @@ class Failing(Classifier):
 
 @pytest.mark.parametrize("fails_at", [None, 0, 1, 2, 3, 5, 9])
 @pytest.mark.parametrize("grad", [True, False])
-def test_nothing_of_the_model_changes(fails_at: int | None, grad: bool) -> None:
+def test_the_model_is_not_changed(fails_at: int | None, grad: bool) -> None:
     model = (Classifier() if fails_at is None else Failing(fails_at)).train()
     model.body[1].eval()
     model.stem.weight.requires_grad_(False)
@@ -534,14 +538,14 @@ def test_nothing_of_the_model_changes(fails_at: int | None, grad: bool) -> None:
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 0
 
 
-def test_gradients_that_were_there_stay() -> None:
+def test_existing_gradients_are_kept() -> None:
     model = Classifier()
     model.fc.weight.grad = torch.ones_like(model.fc.weight)
     extract(model, probes=["odin"])
     assert model.fc.weight.grad.eq(1).all()
 
 
-def test_extras_hold_no_graph_and_inputs_stay() -> None:
+def test_extras_have_no_graph_and_inputs_are_not_changed() -> None:
     inputs = INPUTS.clone()
     feats = extract(data=loader(inputs=inputs), **EVERYTHING)
     assert not any(values.requires_grad for values in feats.extras.values())
@@ -555,7 +559,7 @@ def test_a_frozen_model_has_gradients_of_its_inputs(frozen: bool) -> None:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_around_the_call(context: Callable[[], Any]) -> None:
+def test_disabled_gradients_around_the_call(context: Callable[[], Any]) -> None:
     model, expected = Classifier(), extract(**EVERYTHING)
     with context():
         found = extract(model, **EVERYTHING)
@@ -572,15 +576,15 @@ def test_mixed_precision(amp: str) -> None:
     assert not feats.extras["odin"].equal(feats.logits)  # type: ignore[arg-type]
 
 
-def test_fp16_does_not_lose_the_gradient_to_the_temperature() -> None:
-    """Small gradients are zero in half precision, and a step along a zero goes nowhere."""
+def test_the_temperature_does_not_make_gradients_underflow_in_fp16() -> None:
+    """Small gradients underflow in half precision, and a step along zero does nothing."""
     probe = ODIN(epsilon=0.05, temperature=1e6)
     feats, exact = (extract(probes=[probe], amp=amp) for amp in ("fp16", None))
     torch.testing.assert_close(feats.extras["odin"], exact.extras["odin"], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_as_on_the_cpu() -> None:
+def test_gpu_results_match_the_cpu() -> None:
     model = Classifier()
     feats = extract(model, device="cuda", **EVERYTHING)
     expected = extract(device="cpu", **EVERYTHING)
@@ -590,7 +594,7 @@ def test_on_a_gpu_as_on_the_cpu() -> None:
         torch.testing.assert_close(feats.extras[name], expected.extras[name], rtol=0.02, atol=0.02)
 
 
-def test_parameters_tell_probes_apart() -> None:
+def test_parameters_distinguish_probes() -> None:
     assert ODIN() == ODIN(epsilon=0.0014)
     assert ODIN() != replace(ODIN(), epsilon=0.1)
     assert eval(repr(FGSM(layers=["a", "b"]))) == FGSM(layers=("a", "b"))

@@ -1,4 +1,4 @@
-"""Norms of gradients of single inputs, held to loops of plain autograd."""
+"""Norms of gradients of single inputs, compared with loops of plain autograd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = torch.arange(ROWS) % CLASSES
 
 
 class Classifier(nn.Module):
-    """Two blocks with batch norm, dropout that is off, something written into in place, and a frozen parameter."""
+    """A network with two blocks with batch norm, dropout, in-place operations, and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Classifier(nn.Module):
 
 
 class Writing(Classifier):
-    """Writes its outputs into a tensor of its own: vmap refuses that."""
+    """A network that writes its outputs into another tensor, which vmap does not support."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits = torch.zeros(len(x), CLASSES)
@@ -55,14 +55,14 @@ class Writing(Classifier):
 
 
 class Branching(Classifier):
-    """Takes its way by values: vmap refuses that too."""
+    """A network that branches on values, which vmap does not support."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.mean() > -100 else super().forward(-x)
 
 
 class Refusing(RuntimeError):
-    """What a loader raises midway."""
+    """The error that a loader raises midway."""
 
 
 class Stopping:
@@ -101,7 +101,7 @@ def bce_with_ones(logits: Tensor) -> Tensor:
 
 
 def by_backward(loss: Callable[[Tensor], Tensor], inputs: Tensor = INPUTS) -> list[dict[str, Tensor]]:
-    """The gradient of every parameter for every input, by ``backward`` in a loop, in float64."""
+    """Return the gradient of every parameter for every input, by ``backward`` in a loop, in float64."""
     found = []
     for image in inputs.double():
         model = Classifier().eval().double().requires_grad_()
@@ -137,14 +137,14 @@ def test_the_last_layer_has_a_closed_form() -> None:
             )
 
 
-def test_by_name_and_stages() -> None:
+def test_groups_by_name_and_by_stages() -> None:
     assert list(extract("gradnorm").extras) == ["gradnorm.all"]
     feats = extract(ParameterGradients(groups="stages"))
     assert list(feats.extras) == ["gradnorm.block1", "gradnorm.block2", "gradnorm.all"]
     torch.testing.assert_close(feats.extras["gradnorm.all"], extract("gradnorm").extras["gradnorm.all"])
 
 
-def test_a_name_stands_for_what_is_below_it_and_not_for_longer_names() -> None:
+def test_a_group_contains_parameters_below_its_name_but_not_longer_names() -> None:
     model = nn.Sequential()
     model.add_module("fc", nn.Linear(6, 5))
     model.add_module("fc1", nn.Linear(5, CLASSES))
@@ -207,7 +207,7 @@ def test_the_size_of_batches_does_not_matter(batch: int) -> None:
 
 
 def norms_of(rows: int, names: list[str], most_bytes: int) -> Tensor:
-    """The norms of the gradients of some parameters for the first inputs."""
+    """Return the norms of the gradients of some parameters for the first inputs."""
     model, inputs = Classifier().eval(), INPUTS[:rows]
     with torch.no_grad():
         done = Pass(model, inputs, model(inputs), None, 0)
@@ -236,7 +236,7 @@ def test_pieces_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("kind", [Writing, Branching])
-def test_a_model_that_vmap_refuses(kind: type[Classifier], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_vmap_does_not_support(kind: type[Classifier], monkeypatch: pytest.MonkeyPatch) -> None:
     single = []
     of_one = gradients._norms_of_one
 
@@ -254,7 +254,7 @@ def test_a_model_that_vmap_refuses(kind: type[Classifier], monkeypatch: pytest.M
         torch.testing.assert_close(found.extras[name], values, rtol=1e-5, atol=0)
 
 
-def test_a_parameter_that_is_not_used_has_no_gradient() -> None:
+def test_an_unused_parameter_has_no_gradient() -> None:
     for kind in (Classifier, Writing):
         model = kind()
         model.unused = nn.Linear(2, 3)
@@ -263,7 +263,7 @@ def test_a_parameter_that_is_not_used_has_no_gradient() -> None:
         assert (feats.extras["gradnorm.fc"] > 0).all()
 
 
-def test_running_out_of_memory_is_not_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_mistaken_for_missing_vmap_support(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*given: Any) -> Tensor:
         raise torch.OutOfMemoryError("full")
 
@@ -319,7 +319,7 @@ def test_interrupted_and_continued(stop: int, tmp_path: Path) -> None:
         assert torch.equal(parts.extras[name], values)
 
 
-def test_every_batch_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_batch_has_its_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
 
     def noting(inputs: Tensor, seed: int) -> Tensor:
@@ -333,7 +333,7 @@ def test_every_batch_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("kind", [Classifier, Writing])
-def test_mixed_precision_keeps_no_casts_of_the_weights_of_single_inputs(kind: type[Classifier]) -> None:
+def test_mixed_precision_does_not_cache_casts_per_input(kind: type[Classifier]) -> None:
     kept = []
 
     class Noting(kind):  # type: ignore[misc, valid-type]
@@ -358,14 +358,14 @@ def test_on_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ParameterGradients(groups="blocks"), "groups is a list of names .* got 'blocks'"),
-        (lambda: ParameterGradients(groups=()), "some group"),
+        (lambda: ParameterGradients(groups="blocks"), "groups must be a list of names .* got 'blocks'"),
+        (lambda: ParameterGradients(groups=()), "needs at least one group"),
         (lambda: ParameterGradients(p=0), "p in"),
         (lambda: ParameterGradients(temperature=0), "a positive temperature"),
         (lambda: ParameterGradients(groups=("block3",)), "no parameters named 'block3' .* block1, block2, drop, fc"),
         (lambda: ParameterGradients(groups=("drop",)), "no parameters named 'drop'"),
     ],
 )
-def test_what_cannot_be_done_is_said(make: Callable[[], ParameterGradients], message: str) -> None:
+def test_errors_name_what_is_wrong(make: Callable[[], ParameterGradients], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         extract(make())

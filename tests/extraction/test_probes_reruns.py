@@ -1,4 +1,4 @@
-"""More passes of the model: without the rank-1 part of maps, held to NumPy's SVD; with dropout, held to loops."""
+"""Probes that rerun the model: without the rank-1 part of maps, compared with NumPy's SVD, and with dropout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = torch.arange(ROWS) % CLASSES
 
 
 class Classifier(nn.Module):
-    """Three stages with batch norm, of which the first drops a little; dropout before the last layer."""
+    """A network with three stages with batch norm, a little dropout in the first, and dropout before the last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Classifier(nn.Module):
 
 
 class Functional(Classifier):
-    """Drops by a function, as many of timm's models do."""
+    """A network that calls a dropout function, as many timm models do."""
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.stage3(self.stage2(self.stage1(x))).mean((2, 3))
@@ -53,7 +53,7 @@ class Functional(Classifier):
 
 
 class Refusing(RuntimeError):
-    """What a loader raises midway."""
+    """The error that a loader raises midway."""
 
 
 class Stopping:
@@ -83,7 +83,7 @@ def extract(*probes: Any, model: nn.Module | None = None, data: Any = None, **op
 
 
 def removed(maps: Tensor) -> Tensor:
-    """Matrices without their rank-1 part, by NumPy."""
+    """Return matrices without their rank-1 part, computed by NumPy."""
     u, s, v = np.linalg.svd(maps.double().numpy(), full_matrices=False)
     s[:, 0] = 0
     return torch.from_numpy(u * s[:, None] @ v).to(maps)
@@ -99,14 +99,14 @@ def test_without_rank_1(shape: tuple[int, ...]) -> None:
     assert without_rank_1(maps.float()).dtype == torch.float32
 
 
-def test_maps_of_zeros_and_of_rank_1_leave_nothing() -> None:
+def test_maps_of_zeros_and_of_rank_1_become_zero() -> None:
     assert (without_rank_1(torch.zeros(2, 3, 4)) == 0).all()
     outer = torch.randn(2, 3, 1) @ torch.randn(2, 1, 4)
     assert without_rank_1(outer).abs().max() < 1e-6
 
 
 def through(images: Tensor, layer: str) -> Tensor:
-    """Logits with one stage's maps replaced, step by step."""
+    """Return the logits with the maps of one stage replaced, step by step."""
     model = Classifier().eval()
     with torch.no_grad():
         x = images
@@ -130,7 +130,7 @@ def test_rankfeat_is_the_mean_over_layers(batch: int) -> None:
 
 
 class Mixer(nn.Module):
-    """Tokens ``[B, T, C]``, channels-last maps ``[B, H, W, C]`` or a tuple of them and something else."""
+    """A layer that returns tokens ``[B, T, C]``, channels-last maps ``[B, H, W, C]``, or a tuple with them."""
 
     def __init__(self, layout: str) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def test_layers_that_cannot_be_changed_are_named() -> None:
     model.unused = nn.Linear(2, 2)
     for layer, message in (
         ("unused", "'unused' did not run"),
-        ("fc", "'fc' gives vectors"),
+        ("fc", "'fc' outputs vectors"),
         ("stage4", "no layer 'stage4'"),
     ):
         with pytest.raises(BadInput, match=message):
@@ -181,7 +181,7 @@ def test_layers_that_cannot_be_changed_are_named() -> None:
 
 
 def passes(model: nn.Module, batch: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Mean softmax and mean entropy, in a loop, with the dropout modules alone in training mode."""
+    """Return mean softmax and mean entropy, in a loop, with only the dropout modules in training mode."""
     model.eval()
     for module in model.modules():
         module.training = isinstance(module, nn.modules.dropout._DropoutNd)
@@ -209,13 +209,13 @@ def test_mc_dropout(batch: int, count: int, seed: int) -> None:
     assert torch.equal(feats.logits, without)
 
 
-def test_many_passes_differ_and_agree_with_other_batches_in_the_mean() -> None:
+def test_many_passes_differ_but_their_mean_agrees_between_batches() -> None:
     one, other = (extract(MCDropout(passes=2000), data=loader(batch)).extras["mc_dropout.mean"] for batch in (4, ROWS))
     assert not torch.equal(one, other)
     torch.testing.assert_close(one, other, rtol=0, atol=0.06)
 
 
-def test_functions_that_drop_are_found() -> None:
+def test_dropout_functions_are_found() -> None:
     found, expected = (extract("mc_dropout", model=model) for model in (Functional(), Classifier()))
     assert torch.equal(found.extras["mc_dropout.mean"], expected.extras["mc_dropout.mean"])
 
@@ -224,7 +224,7 @@ def test_functions_that_drop_are_found() -> None:
     "name", ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"]
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_every_kind_of_dropout_drops(name: str, training: bool) -> None:
+def test_every_kind_of_dropout_is_turned_on(name: str, training: bool) -> None:
     module = getattr(nn, name)(0.5).train(training)
     shape = {"Dropout1d": (4, 6, 5), "Dropout3d": (4, 6, 2, 2, 2)}.get(name, (4, 6, 3, 3))
     values = torch.ones(shape)
@@ -250,7 +250,7 @@ def test_dropout_in_place_and_of_encoder_layers() -> None:
     assert (inplace == 0).any()
 
 
-def test_batch_norm_and_all_else_stay_in_evaluation() -> None:
+def test_batch_norm_and_other_modules_stay_in_evaluation_mode() -> None:
     modes = []
 
     class Noting(nn.Module):
@@ -266,7 +266,7 @@ def test_batch_norm_and_all_else_stay_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
-def test_models_of_timm(drop_rate: float) -> None:
+def test_timm_models(drop_rate: float) -> None:
     timm = pytest.importorskip("timm")
     for name in ("resnet18", "vit_tiny_patch16_224"):
         size = {"img_size": 32} if "vit" in name else {}
@@ -281,7 +281,7 @@ def test_models_of_timm(drop_rate: float) -> None:
 
 
 def test_passes_are_counted() -> None:
-    with pytest.raises(BadInput, match="passes is a whole number of at least 1, got 0"):
+    with pytest.raises(BadInput, match="passes must be at least 1, got 0"):
         MCDropout(passes=0)
 
 
@@ -330,7 +330,7 @@ def test_interrupted_and_continued(stop: int, tmp_path: Path) -> None:
         assert torch.equal(parts.extras[name], values)
 
 
-def test_beside_a_probe_that_differentiates() -> None:
+def test_together_with_a_probe_that_differentiates() -> None:
     alone, beside = extract("rankfeat", "mc_dropout"), extract("rankfeat", "mc_dropout", "odin", "gradnorm")
     for name, values in alone.extras.items():
         assert torch.equal(beside.extras[name], values)
@@ -354,6 +354,6 @@ def test_on_a_gpu() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), states[1])
 
 
-def test_names_go_before_the_parts() -> None:
+def test_extras_start_with_the_name_of_the_probe() -> None:
     probes: list[Probe] = [MCDropout(name="few", passes=2), RankFeat(name="last", layers=("stage3",))]
     assert list(extract(*probes).extras) == ["few.mean", "few.entropy", "last"]

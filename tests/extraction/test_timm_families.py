@@ -1,4 +1,4 @@
-"""One small member of every timm family: the head is found and gives the logits, or the refusal says why not."""
+"""A small member of every timm family: its head is found and computes the logits, or the error names the reason."""
 
 from __future__ import annotations
 
@@ -129,10 +129,10 @@ SEVERAL_HEADS = {
     "repvit": 2,
     "swiftformer": 2,
 }
-"""Families whose logits are the mean of so many heads."""
+"""Families whose logits are the mean of several heads, with their number."""
 
 NORM_IN_CLASSIFIER = {"efficientvit_msra", "iformer", "levit", "repvit", "shvit"}
-"""Families whose classifier is a batch norm and a linear layer: timm's features are before it, the head's after."""
+"""Families whose classifier is a batch norm and a linear layer: timm's features are those before the batch norm."""
 
 VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "linear without a second head": ("deit_tiny_patch16_224", 32, {"depth": 2}),
@@ -142,31 +142,31 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "attention pooling": ("vit_base_patch16_siglip_224", 32, {"depth": 1}),
     "convolutional LeViT": ("levit_conv_128s", 64, {}),
 }
-"""Other kinds of head that those families have."""
+"""Other kinds of heads in these families."""
 
 REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
     "volo_d1_224": (64, {"num_classes": CLASSES}, r"nor the mean of several; those with 10 outputs: head \(differs by"),
-    "resnet50_clip": (224, {}, r"no affine module .* gives 1024 values .*head='module.name'"),
+    "resnet50_clip": (224, {}, r"no affine module .* outputs 1024 values .*head='module.name'"),
     "resnet18": (
         64,
         {"num_classes": 0},
-        r"gives 512 values for each input \(timm: num_classes=0\?\).*head='module.name'",
+        r"outputs 512 values per input \(timm: num_classes=0\?\).*head='module.name'",
     ),
-    "eva02_tiny_patch14_224": (56, {"depth": 2}, r"no affine module .* gives 192 values .*head='module.name'"),
-    "aimv2_large_patch14_224": (56, {"depth": 1}, r"no affine module .* gives 1024 values .*head='module.name'"),
+    "eva02_tiny_patch14_224": (56, {"depth": 2}, r"no affine module .* outputs 192 values .*head='module.name'"),
+    "aimv2_large_patch14_224": (56, {"depth": 1}, r"no affine module .* outputs 1024 values .*head='module.name'"),
     "gemma4_vit_167m_enc": (
         96,
         {"depth": 1},
-        r"a tensor of shape \(2, 4, 768\), not logits .*Build it with num_classes",
+        r"a tensor of shape \(2, 4, 768\), not logits .*create it with num_classes",
     ),
-    "samvit_base_patch16": (64, {"depth": 1}, r"no affine module .* gives 256 values .*head='module.name'"),
-    "sam2_hiera_tiny": (224, {}, r"no affine module .* gives 768 values .*: head.norm.*head='module.name'"),
+    "samvit_base_patch16": (64, {"depth": 1}, r"no affine module .* outputs 256 values .*head='module.name'"),
+    "sam2_hiera_tiny": (224, {}, r"no affine module .* outputs 768 values .*: head.norm.*head='module.name'"),
 }
-"""Models without an affine classifier: input size, arguments, and what the refusal says."""
+"""Models without an affine classifier: input size, arguments, and the error message."""
 
 
 def build(name: str, size: int, kwargs: dict[str, Any]) -> tuple[nn.Module, Tensor]:
-    """A member with random weights whose logits depend on all of them, and two inputs."""
+    """Create a model with random weights, all of which affect the logits, and two inputs."""
     torch.manual_seed(0)
     config = config_of(name)
     if config.fixed_input_size and size != config.input_size[1]:
@@ -188,7 +188,7 @@ def config_of(name: str) -> PretrainedCfg:
 
 
 def adapt_batch_norms(model: nn.Module, inputs: Tensor) -> None:
-    """Gives batch norms the statistics of these inputs: with the initial ones, signals die out in deep models."""
+    """Set the statistics of batch norms to those of the inputs: with the initial ones, signals vanish in deep nets."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
@@ -208,7 +208,7 @@ def found_heads(features: FeatureSet) -> list[str]:
 
 
 def check_head(model: nn.Module, inputs: Tensor, heads: int = 1) -> FeatureSet:
-    """Extracts; the head reproduces the model's own logits and is what timm calls the classifier."""
+    """Extract, and check that the head reproduces the model's logits and is timm's classifier."""
     features = run(model, inputs)
     head, logits = features.head, features.logits
     assert head is not None
@@ -228,7 +228,7 @@ def check_head(model: nn.Module, inputs: Tensor, heads: int = 1) -> FeatureSet:
 
 
 def classifier_modules(model: nn.Module) -> set[str]:
-    """The names of all modules in what timm calls the classifier."""
+    """Return the names of all modules in timm's classifier."""
     classifier = model.get_classifier()  # type: ignore[operator]
     parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
     inside = {module for part in parts for module in part.modules()}
@@ -297,7 +297,7 @@ def test_volo_without_a_head() -> None:
 
 
 def test_families_that_are_not_listed_here() -> None:
-    """Those that a newer timm adds: their smallest member works, or is refused with the right error."""
+    """The smallest member of a family that a newer timm adds works, or is refused with the right error."""
     listed = {*FAMILIES, *(family_of(name) for name in REFUSED)}
     added = [family for family in timm.list_modules() if family not in listed]
     for family in [*added, "starnet"]:

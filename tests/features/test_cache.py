@@ -225,7 +225,7 @@ def test_changed_labels_are_detected(path: Path) -> None:
 
 def test_file_without_provenance_is_not_resumed(path: Path) -> None:
     FeatureSet(torch.ones(3, 2)).save(path)
-    with pytest.raises(StaleCache, match=r"does not say what made it.*ood_scores\.load"):
+    with pytest.raises(StaleCache, match=r"has no provenance.*ood_scores\.load"):
         extract(path)
     assert len(extract(path, overwrite=True)) == 40
 
@@ -423,7 +423,8 @@ class LyingSampler(SequentialSampler):
 
 @pytest.mark.parametrize("to_disk", [True, False])
 @pytest.mark.parametrize(
-    ("promised", "message"), [(48, "ended after 40 rows; its length promised 48"), (30, "gave at least 32 rows; .* 30")]
+    ("promised", "message"),
+    [(48, "ended after 40 rows, but its length is 48"), (30, "yielded at least 32 rows, but its length is 30")],
 )
 def test_loader_whose_length_is_wrong(path: Path, promised: int, message: str, to_disk: bool) -> None:
     loader = DataLoader(Data(), batch_size=8, sampler=LyingSampler(Data(), promised))
@@ -438,20 +439,20 @@ def test_loader_whose_length_is_wrong(path: Path, promised: int, message: str, t
 
 
 def test_shuffling_loader_warns_first_and_is_refused_later(path: Path) -> None:
-    with pytest.warns(UserWarning, match="random order: .* can neither be resumed nor compared"):
+    with pytest.warns(UserWarning, match=r"order of the loader is random, .* can neither be resumed nor compared"):
         made = extract(path, shuffle=True)
     assert len(made) == 40
     with pytest.raises(ShuffledLoader, match=r"use shuffle=False, or overwrite=True"):
         extract(path, shuffle=True)
     with pytest.raises(StaleCache, match="random order: cache True, now False"):
         extract(path)
-    with pytest.warns(UserWarning, match="random order"):
+    with pytest.warns(UserWarning, match="order of the loader is random"):
         extract(path, shuffle=True, overwrite=True)
 
 
 def test_shuffling_loader_cannot_resume(path: Path) -> None:
     interrupted(path)
-    with pytest.raises(ShuffledLoader, match="exists, but the loader gives its rows in random order"):
+    with pytest.raises(ShuffledLoader, match="exists, but the order of the loader is random"):
         extract(path, shuffle=True)
     with pytest.raises(UnfinishedCache, match="holds 24 rows"):
         ood_scores.load(path)

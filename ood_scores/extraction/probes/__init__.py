@@ -1,4 +1,4 @@
-"""Probes: what ``extract`` computes of every input beside features and logits, and keeps as named extras."""
+"""Probes: named extras that ``extract`` computes for every input in addition to features and logits."""
 
 from ood_scores.extraction.probes.base import PROBES, LayerProbe, Pass, Probe, as_probes, probe_from, register_probe
 from ood_scores.extraction.probes.gradients import LayerGradients, ParameterGradients

@@ -1,4 +1,4 @@
-"""Probe: what extract computes of every input beside its features and logits."""
+"""Probe: the base class of extras that ``extract`` computes for every input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ood_scores.parameters import from_texts, require_known
 from ood_scores.registry import Registry
 
 PROBES: Registry[type[Probe]] = Registry("probe")
-"""The probes by the name they have by default."""
+"""The probe classes by their default names."""
 
 P = TypeVar("P", bound="type[Probe]")
 
@@ -29,8 +29,12 @@ P = TypeVar("P", bound="type[Probe]")
 class Pass:
     """A batch after its ordinary forward pass.
 
-    ``inputs`` ``[B, ...]`` and ``logits`` ``[B, C]`` are on the model's device, the ``labels`` (or None) where the
-    loader had them; ``start`` is the number of its first row.
+    Attributes:
+        model: the model, in eval mode.
+        inputs: the inputs ``[B, ...]``, on the model's device.
+        logits: their logits ``[B, C]``, on the model's device.
+        labels: their labels ``[B]``, on the loader's device; None if there are none.
+        start: the number of the first row.
     """
 
     model: nn.Module
@@ -40,13 +44,13 @@ class Pass:
     start: int
 
     def run(self, inputs: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of other inputs."""
+        """Return the logits ``[B, C]`` of other inputs."""
         return logits_of(self.model(inputs))
 
 
 @dataclass(frozen=True)
 class Probe(ABC):
-    """Gives named extras of every input. Its parameters are part of the cache's identity.
+    """Computes named extras for every input. Its parameters are part of the cache's identity.
 
     A new probe defines ``columns``; one that reads layers of the ordinary forward pass also defines ``watch``. It is a
     frozen dataclass whose parameters are plain values: numbers, strings, None, and sequences of them. Test it with
@@ -64,7 +68,7 @@ class Probe(ABC):
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
-            raise BadInput(f"a probe has a name without '/', got {self.name!r}.")
+            raise BadInput(f"the name of a probe must be a text without '/', got {self.name!r}.")
 
     @classmethod
     def parameters_for(cls, parts: Sequence[str]) -> Mapping[str, Any]:
@@ -72,21 +76,21 @@ class Probe(ABC):
         return {}
 
     def for_model(self, model: nn.Module, inputs: Tensor) -> Probe:
-        """The probe with what it leaves open decided for this model. Called once, with the first inputs."""
+        """Return the probe with its open parameters decided for this model. Called once, with the first inputs."""
         return self
 
     def watch(self, model: nn.Module) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """What the ordinary forward pass, made within this context, gives to ``columns``."""
+        """Provide the values that the ordinary forward pass, made within this context, collects for ``columns``."""
         return nullcontext({})
 
     @abstractmethod
     def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Named extras ``[B, ...]`` of a batch: the name of the probe, or names below it (``name.part``)."""
+        """Return the extras ``[B, ...]`` of a batch under the name of the probe, or names below it (``name.part``)."""
 
 
 @dataclass(frozen=True)
 class LayerProbe(Probe):
-    """A probe of the outputs of some layers in the ordinary forward pass: one extra for each, ``name.layer``."""
+    """A probe of the outputs of layers in the ordinary forward pass, with one extra ``name.layer`` per layer."""
 
     layers: Layers = "stages"
 
@@ -95,7 +99,7 @@ class LayerProbe(Probe):
         if not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
         elif self.layers != "stages":
-            raise BadInput(f"layers is a list of module names or 'stages', got {self.layers!r}.")
+            raise BadInput(f"layers must be a list of module names or 'stages', got {self.layers!r}.")
 
     @classmethod
     def parameters_for(cls, parts: Sequence[str]) -> Mapping[str, Any]:
@@ -103,7 +107,7 @@ class LayerProbe(Probe):
 
     @abstractmethod
     def reduce(self, maps: Tensor) -> Tensor:
-        """What is kept of a layer's output ``[B, C, P]``."""
+        """Reduce a layer's output ``[B, C, P]`` to the extra ``[B, ...]``."""
 
     def for_model(self, model: nn.Module, inputs: Tensor) -> Probe:
         return replace(self, layers=resolve_layers(model, self.layers, inputs))
@@ -143,58 +147,59 @@ def probe_from(text: str) -> Probe:
 
 
 def as_probes(layers: Layers | None, probes: Iterable[str | Probe]) -> list[Probe]:
-    """The probes asked for, from names and objects.
+    """Return probes from names and objects, with the probe of ``layers`` first.
 
     Raises:
-        UnknownName: there is no probe of that name.
-        BadInput: two have the same name.
+        UnknownName: if there is no probe of that name.
+        BadInput: if two probes have the same name.
     """
     found = [PROBES["layers"](layers=layers)] if layers is not None else []  # type: ignore[call-arg]
     if isinstance(probes, (str, Probe)):
-        raise BadInput("probes is a list of names or Probe objects: probes=['odin'].")
+        raise BadInput(f"probes must be a list of names or Probe objects, got {probes!r}: write probes=['odin'].")
     for probe in probes:
         found.append(probe_from(probe) if isinstance(probe, str) else probe)
     names = [probe.name for probe in found]
     twice = [probe for probe in found if names.count(probe.name) > 1]
     if twice:
         kind = type(twice[0]).__name__
-        raise BadInput(f"two probes are named {twice[0].name!r}: give one another name, {kind}(name=...).")
+        raise BadInput(f"two probes are named {twice[0].name!r}: give one of them another name, {kind}(name=...).")
     return found
 
 
 def record_of(probe: Probe) -> ProbeRecord:
-    """The description of a probe in a provenance."""
+    """Return the description of a probe for a provenance."""
     parameters = {each.name: to_json(getattr(probe, each.name)) for each in fields(probe) if each.repr}
     return ProbeRecord(type(probe).__qualname__, parameters)
 
 
 def probe_of(record: ProbeRecord) -> Probe:
-    """The probe of a description.
+    """Create a probe from its description.
 
-    Raises BadInput if its class is not registered, or a parameter cannot be restored.
+    Raises:
+        BadInput: if its class is not registered, or a parameter cannot be restored.
     """
     classes = {cls.__qualname__: cls for cls in PROBES.values()}
     try:
         return classes[record.kind](**{name: from_json(value) for name, value in record.parameters.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"the probe {record} cannot be made again: import the module that registers it first. There are: "
-            f"{', '.join(sorted(classes))}."
+            f"cannot create the probe {record} again; registered are {', '.join(sorted(classes))}: import the module "
+            "that registers it first."
         ) from error
 
 
 @contextmanager
 def watch_all(probes: Sequence[Probe], model: nn.Module) -> Iterator[list[Mapping[str, Tensor]]]:
-    """What each probe sees of the forward pass made within this context."""
+    """Provide the values that each probe collects in the forward pass made within this context."""
     with ExitStack() as stack:
         yield [stack.enter_context(probe.watch(model)) for probe in probes]
 
 
 def input_gradient(done: Pass, loss: Any) -> Tensor:
-    """The gradient of ``loss(logits)``, summed over the batch, with respect to the inputs ``[B, ...]``."""
+    """Return the gradient of ``loss(logits)``, summed over the batch, with respect to the inputs ``[B, ...]``."""
     if not done.inputs.is_floating_point():
-        raise BadInput(f"the inputs are {done.inputs.dtype}: a probe that differentiates needs floating-point ones.")
+        raise BadInput(f"a probe that differentiates needs floating-point inputs, got {done.inputs.dtype}.")
     with torch.enable_grad():
-        inputs = done.inputs.detach().clone().requires_grad_()  # a clone is no inference tensor
+        inputs = done.inputs.detach().clone().requires_grad_()  # unlike its source, a clone is not an inference tensor
         (gradient,) = torch.autograd.grad(loss(done.run(inputs).float()).sum(), inputs)
     return gradient

@@ -21,7 +21,7 @@ from ood_scores.extraction.probes.reruns import seed_of
 from ood_scores.features.block import row_norm
 
 GRADIENT_BYTES = 256 * 2**20
-"""How much the gradients of several inputs, computed together, take at most; those of one input may take more."""
+"""Maximum size of the gradients of several inputs computed together; those of one input may be larger."""
 
 ALL = "all"
 """The group of all parameters."""
@@ -33,29 +33,31 @@ Loss = Callable[[Tensor], Tensor]
 @register_probe
 @dataclass(frozen=True)
 class ParameterGradients(Probe):
-    """Norms of gradients of chosen parameters: an extra ``gradnorm.<group>`` ``[N]`` for each group of them.
+    """Norms of gradients of groups of parameters: one extra ``gradnorm.<group>`` ``[N]`` per group.
 
-    ``||grad_w KL(u || softmax(f(x) / T))||_p``, w being all parameters of the group together. Read by the scorer
-    ``gradnorm_params``. For the weight of the last layer the scorer ``gradnorm`` has it in closed form, with no probe.
+    ``||grad_w KL(u || softmax(f(x) / T))||_p``, where w is all parameters of the group together. Used by the scorer
+    ``gradnorm_params``. For the weight of the last layer, the scorer ``gradnorm`` computes the norm in closed form,
+    without a probe.
 
     Source: Huang et al. 2021 (GradNorm), Table 2: blocks 1 to 4, all parameters, the last layer. They find the last
-    layer best. Their code uses targets of 1 in place of 1/C, so its values are C times these; the ranking is the same.
-    Departure: frozen parameters count as well (theirs are all trainable).
+    layer best. Their code uses targets of 1 instead of 1/C, so that its values are C times these; the ranking is the
+    same. Departure: frozen parameters are included (theirs are all trainable).
 
     Args:
-        groups: names of modules or of parameters, each of which stands for all parameters below it: ``"layer4"``,
+        groups: names of modules or parameters, each of which stands for all parameters below it: ``"layer4"``,
             ``"layer4.1"``, ``"fc"`` (weight and bias), ``"fc.weight"`` (the paper's last layer). ``"all"`` is every
-            parameter of the model. In place of the tuple ``"stages"``: the modules that end the stages of the model, if
-            they have parameters, and ``"all"``. Where such a module is only part of its stage (a transition, a
-            normalisation) name the block itself.
-        p: order of the norm, in (0, inf].
+            parameter of the model. The text ``"stages"`` instead of a tuple: the modules that end the stages of the
+            model, if they have parameters, and ``"all"``. If such a module is only part of its stage (a transition, a
+            normalization), name the block itself.
+        p: the order of the norm, in (0, inf].
         temperature: the divisor T of the logits.
 
-    Fails in shallow blocks, whose gradients tell less (Table 2), and with ``amp="fp16"``, in which gradients underflow.
+    Fails in shallow blocks, whose gradients are less informative (Table 2), and with ``amp="fp16"``, in which gradients
+    underflow.
 
-    Cost: three to five forward passes; several inputs at a time only if the gradients of all of them take less than
-    ``GRADIENT_BYTES``, and the model has nothing that vmap refuses (writing into other tensors in place, branches that
-    depend on values).
+    Cost: three to five forward passes; several inputs at a time only if their gradients take less than
+    ``GRADIENT_BYTES`` and vmap supports the model (no in-place writes into other tensors, no branches that depend on
+    values).
     """
 
     name: str = "gradnorm"
@@ -69,9 +71,13 @@ class ParameterGradients(Probe):
         if not isinstance(self.groups, str):
             object.__setattr__(self, "groups", tuple(self.groups))
         elif self.groups != "stages":
-            raise BadInput(f"groups is a list of names of modules or parameters, or 'stages', got {self.groups!r}.")
+            raise BadInput(
+                f"groups must be a list of names of modules or parameters, or 'stages', got {self.groups!r}."
+            )
         if not self.groups or not self.p > 0 or not 0 < self.temperature < float("inf"):
-            raise BadInput(f"gradnorm: some group, p in (0, inf] and a positive temperature are needed, got {self!r}.")
+            raise BadInput(
+                f"gradnorm: needs at least one group, p in (0, inf], and a positive temperature, got {self!r}."
+            )
 
     @classmethod
     def parameters_for(cls, parts: Sequence[str]) -> Mapping[str, Any]:
@@ -86,8 +92,8 @@ class ParameterGradients(Probe):
             if not _below(group, _parameters(model)):
                 top = ", ".join(child for child, _ in model.named_children())
                 raise BadInput(
-                    f"the model has no parameters named {group!r} or below it; its children are {top}; see "
-                    "model.named_parameters()."
+                    f"the model has no parameters named {group!r} or below it; its children are {top}: choose a "
+                    "name in model.named_parameters()."
                 )
         return replace(self, groups=groups)
 
@@ -101,33 +107,33 @@ class ParameterGradients(Probe):
         }
 
     def _loss(self, logits: Tensor) -> Tensor:
-        """KL(u || softmax) but for a constant."""
+        """KL(u || softmax) up to a constant."""
         return -log_softmax(logits / self.temperature, dim=1).mean()
 
 
 @register_probe
 @dataclass(frozen=True)
 class LayerGradients(Probe):
-    """L2 norms of the gradients of every parameter: an extra ``gradients.inputs`` ``[N, L]``, in the model's order.
+    """L2 norms of the gradients of every parameter: the extra ``gradients.inputs`` ``[N, L]``, in the model's order.
 
-    The gradients are those of the binary cross-entropy of the logits with a label that is in every class,
-    ``mean_c softplus(-f_c)``. Read by the scorer ``gradient_classifier``. With ``noise`` the same of as many images of
-    uniform noise, ``gradients.noise`` ``[N, L]``, wanted of the fit set only: they are what the classifier learns to
-    tell from the inputs. The noise of a batch is uniform between the smallest and the largest value that each channel
-    has in that batch, and is drawn anew for every batch.
+    The loss is the binary cross-entropy of the logits with a label that is in every class, ``mean_c softplus(-f_c)``.
+    Used by the scorer ``gradient_classifier``. With ``noise``, the extra ``gradients.noise`` ``[N, L]`` contains the
+    norms for equally many images of uniform noise. Only the fit set needs them: the classifier learns to separate them
+    from the inputs. The noise of a batch is uniform between the smallest and the largest value of each channel in that
+    batch, and is drawn anew for every batch.
 
-    Source: Lee & AlRegib 2020, "Gradients as a Measure of Uncertainty in Neural Networks"; the noise in place of OoD
-    images after GradNorm (Huang et al. 2021), supplement E. A "layer" is read here as a parameter: weights and biases
-    count for themselves.
+    Source: Lee & AlRegib 2020, "Gradients as a Measure of Uncertainty in Neural Networks"; noise instead of OoD images
+    after GradNorm (Huang et al. 2021), supplement E. Departure: a "layer" is taken to be a parameter, so that weights
+    and biases are separate.
 
-    Fails as ``ParameterGradients`` does with ``amp="fp16"``.
+    Fails with ``amp="fp16"``, as ``ParameterGradients`` does.
 
     Args:
-        noise: also of noise.
-        biases: also of parameters with a single dimension: biases, and what normalisations have.
-        seed: of the noise.
+        noise: whether to compute the norms for noise, too.
+        biases: whether to include parameters with a single dimension: biases, and those of normalizations.
+        seed: the seed of the noise.
 
-    Cost: as ``ParameterGradients`` of all parameters; twice that with ``noise``.
+    Cost: that of ``ParameterGradients`` for all parameters; twice that with ``noise``.
     """
 
     name: str = "gradients"
@@ -143,7 +149,7 @@ class LayerGradients(Probe):
     def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = [name for name, values in _parameters(done.model).items() if self.biases or values.ndim > 1]
         if not names:
-            raise BadInput(f"{self.name}: the model has no parameters to differentiate by.")
+            raise BadInput(f"{self.name}: the model has no parameters with respect to which to differentiate.")
         images = {"inputs": done.inputs}
         if self.noise:
             images["noise"] = noise_like(done.inputs, seed_of(self.seed, done.start))
@@ -154,12 +160,12 @@ class LayerGradients(Probe):
 
 
 def confounded(logits: Tensor) -> Tensor:
-    """The binary cross-entropy of the logits ``[1, C]`` with all ones."""
+    """Return the binary cross-entropy of the logits ``[1, C]`` with all ones."""
     return softplus(-logits).mean()
 
 
 def noise_like(inputs: Tensor, seed: int) -> Tensor:
-    """Noise ``[B, channels, ...]``, uniform between the smallest and the largest value of each channel."""
+    """Return noise ``[B, channels, ...]``, uniform between the smallest and the largest value of each channel."""
     noise = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(seed)).to(inputs)
     others = [dim for dim in range(inputs.ndim) if dim != 1]
     low, high = inputs.amin(dim=others, keepdim=True), inputs.amax(dim=others, keepdim=True)
@@ -169,16 +175,16 @@ def noise_like(inputs: Tensor, seed: int) -> Tensor:
 def gradient_norms(
     done: Pass, inputs: Tensor, names: Sequence[str], loss: Loss, p: float, most_bytes: int = GRADIENT_BYTES
 ) -> Tensor:
-    """The p-norm of the gradient of every named parameter for every input, float64 ``[B, len(names)]``.
+    """Return the p-norm of the gradient of every named parameter for every input, float64 ``[B, len(names)]``.
 
-    Several inputs at a time, by ``torch.func``, as long as their gradients take at most ``most_bytes``; one input at a
-    time for a model that vmap cannot handle.
+    Several inputs are computed together, by ``torch.func``, if their gradients take at most ``most_bytes``; if vmap
+    does not support the model, one input at a time.
     """
     parameters = {name: _parameters(done.model)[name].detach() for name in names}
     rows = max(1, most_bytes // sum(values.nbytes for values in parameters.values()))
     parts = []
     with _casting_anew(inputs.device), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that vmap does row by row
+        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that vmap runs row by row
         for part in inputs.split(rows):
             try:
                 found = _norms_together(done.model, parameters, part, loss, p)
@@ -206,7 +212,7 @@ def _norms_of_one(model: nn.Module, parameters: dict[str, Tensor], row: Tensor, 
 
 
 def _norms(gradients: Iterable[Tensor], p: float) -> Tensor:
-    """The p-norms of the gradients ``[B, ...]`` of every parameter, float64 ``[B, parameters]``."""
+    """Return the p-norms of the gradients ``[B, ...]`` of every parameter, float64 ``[B, parameters]``."""
     rows = (gradient.reshape(len(gradient), -1) for gradient in gradients)
     return torch.stack([row_norm(row if row.dtype == torch.float64 else row.float(), p) for row in rows], dim=1)
 
@@ -217,12 +223,12 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _below(group: str, parameters: Mapping[str, Tensor]) -> list[str]:
-    """The parameters of that name, or below it."""
+    """Return the names of the parameters with that name, or below it."""
     return [name for name in parameters if group == ALL or f"{name}.".startswith(f"{group}.")]
 
 
 def _casting_anew(device: torch.device) -> AbstractContextManager[object]:
-    """The mixed precision there is, without keeping what was cast: every input has weights of its own to cast here."""
+    """Continue the current mixed precision without caching casts: under vmap every input casts weights of its own."""
     kind = device.type
     return torch.autocast(
         kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False

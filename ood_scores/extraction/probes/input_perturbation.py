@@ -18,22 +18,22 @@ from ood_scores.extraction.probes.layers import PooledLayers
 @register_probe
 @dataclass(frozen=True)
 class ODIN(Probe):
-    """Logits of inputs moved towards their prediction: an extra ``odin`` ``[N, C]``, which the scorer ``odin`` reads.
+    """Logits of inputs moved toward their prediction: the extra ``odin`` ``[N, C]``, used by the scorer ``odin``.
 
-    ``f(x - epsilon sign(grad_x CE(f(x) / T, y)))`` with y the predicted class.
+    ``f(x - epsilon sign(grad_x CE(f(x) / T, y)))``, where y is the predicted class.
 
     Source: Liang et al. 2018, "Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks".
-    Epsilon is 0.0014 in the authors' code for CIFAR; GradNorm's comparison takes 0.004 on CIFAR and 0 on ImageNet,
-    where the logits are those of the ordinary pass. It is in units of the model's inputs, after their normalisation.
-    Departure: where a gradient is exactly 0 the input stays; the authors' code moves it.
+    Epsilon is 0.0014 in the authors' code for CIFAR; GradNorm's comparison uses 0.004 on CIFAR and 0 on ImageNet, where
+    the logits are those of the ordinary pass. It is in units of the model's inputs, after their normalization.
+    Departure: where a gradient is exactly 0, the input is not changed; the authors' code changes it.
 
     Args:
         epsilon: the size of the step.
-        temperature: T of the loss; that of the score is the scorer's own.
-        std: standard deviation of each channel by which the step is divided, as the authors' code does (a step of the
-            same size in pixels for every channel); None as in GradNorm's code.
+        temperature: the temperature T of the loss; the scorer has its own.
+        std: the standard deviation of each channel by which the step is divided, as in the authors' code (the step then
+            has the same size in pixels for every channel); None as in GradNorm's code.
 
-    Cost: one more forward and backward pass, and a forward pass; none with ``epsilon=0``.
+    Cost: one additional forward and backward pass, and a forward pass; none with ``epsilon=0``.
     """
 
     name: str = "odin"
@@ -45,13 +45,13 @@ class ODIN(Probe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.epsilon < 0 or self.temperature <= 0:
-            raise BadInput(f"odin: epsilon is 0 or more and temperature positive, got {self!r}.")
+            raise BadInput(f"odin: epsilon must be at least 0 and temperature positive, got {self!r}.")
 
     def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.epsilon == 0:
             return {self.name: done.logits}
         predicted = done.logits.argmax(dim=1)
-        scale = self.temperature  # of the loss: only the sign of the gradient counts, and fp16 has no small numbers
+        scale = self.temperature  # only the sign of the gradient matters, and small numbers underflow in fp16
         gradient = input_gradient(done, lambda logits: scale * cross_entropy(logits / self.temperature, predicted))
         return {self.name: done.run(done.inputs - step(gradient, self.epsilon, self.std))}
 
@@ -59,21 +59,21 @@ class ODIN(Probe):
 @register_probe
 @dataclass(frozen=True)
 class FGSM(LayerProbe):
-    """Pooled layers of adversarial inputs: an extra ``fgsm.<module>`` ``[N, C]`` for each layer.
+    """Pooled layers of adversarial inputs: one extra ``fgsm.<module>`` ``[N, C]`` per layer.
 
-    ``x + epsilon sign(grad_x CE(f(x), y))`` with y the label, or the predicted class where there is none or it is no
-    class of the model. Wanted of the fit set only: ``mahalanobis_layers`` tells them from the fit set itself to learn
-    how to weigh layers without OoD data.
+    The inputs are ``x + epsilon sign(grad_x CE(f(x), y))``, where y is the label, or the predicted class if there is no
+    label or it is not a class of the model. Only the fit set needs them: ``mahalanobis_layers`` learns to weight layers
+    by separating them from the fit set, without OoD data.
 
     Source: Lee et al. 2018, section 2.2, after Goodfellow et al. 2015; epsilon as in GradNorm's comparison. Departure:
-    the perturbed input is not clipped to the range of pixels, which is not known here.
+    the perturbed input is not clipped to the range of pixels, which is unknown here.
 
     Args:
-        layers: names of modules, or ``"stages"``: the same as in ``extract(layers=...)``.
+        layers: names of modules, or ``"stages"``; the same as in ``extract(layers=...)``.
         epsilon: the size of the step, in units of the model's inputs.
-        std: as for ``ODIN``.
+        std: the same as for ``ODIN``.
 
-    Cost: one more forward and backward pass, and a forward pass.
+    Cost: one additional forward and backward pass, and a forward pass.
     """
 
     name: str = "fgsm"
@@ -96,12 +96,12 @@ class FGSM(LayerProbe):
 
 
 def step(gradient: Tensor, epsilon: float, std: tuple[float, ...] | None) -> Tensor:
-    """A step of size epsilon along the sign of the gradient ``[B, channels, ...]``, divided by the channels' std."""
+    """Return epsilon times the sign of the gradient ``[B, channels, ...]``, divided by the channels' std."""
     signed = epsilon * gradient.sign()
     if std is None:
         return signed
     if gradient.ndim < 2 or len(std) != gradient.shape[1]:
         raise BadInput(
-            f"std has {len(std)} values, the inputs have shape {tuple(gradient.shape)}: one for each channel."
+            f"std has {len(std)} values for inputs of shape {tuple(gradient.shape)}: pass one value per channel."
         )
     return signed / torch.tensor(std).to(gradient).view(-1, *[1] * (gradient.ndim - 2))

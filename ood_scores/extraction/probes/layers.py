@@ -1,4 +1,4 @@
-"""Probes of layers, read off the ordinary forward pass."""
+"""Probes of layers, computed in the ordinary forward pass."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ood_scores.extraction.probes.base import LayerProbe, register_probe
 @register_probe
 @dataclass(frozen=True)
 class PooledLayers(LayerProbe):
-    """The mean of every channel of some layers: an extra ``layers.<module>`` ``[N, C]`` for each.
+    """The mean of every channel of some layers: one extra ``layers.<module>`` ``[N, C]`` per layer.
 
-    What ``extract(layers=...)`` stores. Source: Lee et al. 2018, "A Simple Unified Framework for Detecting
+    ``extract(layers=...)`` adds this probe. Source: Lee et al. 2018, "A Simple Unified Framework for Detecting
     Out-of-Distribution Samples and Adversarial Attacks".
 
     Args:
-        layers: names of modules, or ``"stages"`` for those that end the stages of the model.
+        layers: names of modules, or ``"stages"`` for the modules that end the stages of the model.
     """
 
     name: str = "layers"
@@ -31,15 +31,15 @@ class PooledLayers(LayerProbe):
 @register_probe
 @dataclass(frozen=True)
 class LayerNorms(LayerProbe):
-    """The mean over channels of the norm of the activated map: an extra ``norms.<module>`` ``[N]`` for each layer.
+    """The mean over channels of the norm of the activated map: one extra ``norms.<module>`` ``[N]`` per layer.
 
-    ``1/C sum_c ||relu(a_c)||_2``, the norm over the positions of channel c: block-wise feature norms, which the scorer
-    ``block_norm`` reads.
+    ``1/C sum_c ||relu(a_c)||_2``, the norm over the positions of channel c: block-wise feature norms, used by the
+    scorer ``block_norm``.
 
     Source: Yu et al. 2023, "Block Selection Method for Using Feature Norm in Out-of-Distribution Detection", Eq. 3.
 
     Args:
-        layers: names of modules, or ``"stages"`` for those that end the stages of the model.
+        layers: names of modules, or ``"stages"`` for the modules that end the stages of the model.
     """
 
     name: str = "norms"
@@ -51,18 +51,19 @@ class LayerNorms(LayerProbe):
 @register_probe
 @dataclass(frozen=True)
 class GramSums(LayerProbe):
-    """Row sums of the Gram matrices of some layers: an extra ``gram.<module>`` ``[N, orders, C]`` for each.
+    """Row sums of the Gram matrices of some layers: one extra ``gram.<module>`` ``[N, orders, C]`` per layer.
 
-    ``G^p = (F^p F^pT)^(1/p)`` of the maps F ``[C, P]``, for every order p; kept are the sums of its rows before the
-    root, ``(sum_j F^p_i . F^p_j)^(1/p)`` with the sign kept, as the authors' code has it. Read by the scorer ``gram``.
+    ``G^p = (F^p F^pT)^(1/p)`` for the maps F ``[C, P]`` and every order p. The extra contains the sums of the rows,
+    taken before the root, ``(sum_j F^p_i . F^p_j)^(1/p)`` with the sign kept, as in the authors' code. It is used by
+    the scorer ``gram``.
 
-    Source: Sastry & Oore 2020, "Detecting Out-of-Distribution Examples with Gram Matrices", section 3. Row sums need no
-    matrix: ``F^p (sum_j F^p_j)``.
+    Source: Sastry & Oore 2020, "Detecting Out-of-Distribution Examples with Gram Matrices", section 3. Row sums are
+    computed without the matrix: ``F^p (sum_j F^p_j)``.
 
     Args:
-        layers: names of modules, or ``"stages"`` for those that end the stages of the model. (The authors take every
-            convolution and activation.)
-        orders: the powers p; 1 to 10 are the authors'.
+        layers: names of modules, or ``"stages"`` for the modules that end the stages of the model. (The authors use
+            every convolution and activation.)
+        orders: the powers p; the authors use 1 to 10.
     """
 
     name: str = "gram"

@@ -1,4 +1,4 @@
-"""Probes that run the model again with something in it changed."""
+"""Probes that run the model again with a change inside it."""
 
 from __future__ import annotations
 
@@ -28,30 +28,29 @@ DROPOUTS = frozenset(
         functional.feature_alpha_dropout,
     }
 )
-"""What drops: the functions that models call, and that the modules of ``torch.nn`` call."""
+"""The dropout functions that models, and the modules of ``torch.nn``, call."""
 
 
 @register_probe
 @dataclass(frozen=True)
 class RankFeat(LayerProbe):
-    """Logits without the rank-1 part of feature maps: an extra ``rankfeat`` ``[N, C]``, which the scorer of that name
-    reads.
+    """Logits without the rank-1 part of feature maps: the extra ``rankfeat`` ``[N, C]``, for the scorer ``rankfeat``.
 
-    In each of some layers by itself the output ``[C, P]`` of channels and positions, ``sum_i s_i u_i v_i^T``, is
-    replaced by ``sum_{i > 1} s_i u_i v_i^T``, and the rest of the model runs on that; kept is the mean of the logits,
+    In one layer at a time, the output ``[C, P]`` of channels and positions, ``sum_i s_i u_i v_i^T``, is replaced by
+    ``sum_{i > 1} s_i u_i v_i^T``, and the rest of the model runs on the result; the extra is the mean of the logits
     over the layers.
 
     Source: Song, Sebe & Wang 2022, "RankFeat: Rank-1 Feature Removal for Out-of-distribution Detection". The mean of
-    the logits of blocks 3 and 4, each with its own removal, is the fusion of the authors' code. Theirs decomposes the
-    maps, here it is their smaller Gram matrix, in float64.
+    the logits of blocks 3 and 4, each with its own removal, is the fusion in the authors' code. Departure: their code
+    decomposes the maps; here the smaller of their Gram matrices is decomposed, in float64.
 
-    Fails where the two largest singular values are equal: which part is removed is then a matter of rounding.
+    Fails if the two largest singular values are equal: the removed part then depends on rounding.
 
     Args:
-        layers: names of modules that give maps or tokens, or ``"stages"`` for those that end the last two stages of the
-            model. (``extract``'s other probes take all stages.)
+        layers: names of modules that output maps or tokens, or ``"stages"`` for the modules that end the last two
+            stages of the model. (Other probes use all stages.)
 
-    Cost: a forward pass for each layer, and an eigendecomposition, ``min(C, P)^3``, for each input and layer.
+    Cost: a forward pass per layer, and an eigendecomposition, ``min(C, P)^3``, per input and layer.
     """
 
     name: str = "rankfeat"
@@ -59,7 +58,7 @@ class RankFeat(LayerProbe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.layers:
-            raise BadInput("rankfeat: at least one layer is needed.")
+            raise BadInput("rankfeat: layers must name at least one layer.")
 
     def reduce(self, maps: Tensor) -> Tensor:
         return without_rank_1(maps)
@@ -76,7 +75,7 @@ class RankFeat(LayerProbe):
         return {self.name: torch.stack([self._logits(done, layer) for layer in self.layers]).mean(dim=0)}
 
     def _logits(self, done: Pass, layer: str) -> Tensor:
-        """Logits with the output of one layer replaced."""
+        """Return the logits with the output of one layer replaced."""
         ran = False
 
         def replaced(module: nn.Module, received: Any, output: Any) -> Any:
@@ -92,8 +91,8 @@ class RankFeat(LayerProbe):
 
 
 def without_rank_1(maps: Tensor) -> Tensor:
-    """Matrices ``[B, C, P]`` without the part of their largest singular value."""
-    matrices = maps.double()  # mixed precision leaves float64 alone
+    """Return matrices ``[B, C, P]`` without the part of their largest singular value."""
+    matrices = maps.double()  # autocast does not change float64
     wide = matrices.shape[1] <= matrices.shape[2]
     gram = matrices @ matrices.mT if wide else matrices.mT @ matrices
     first = torch.linalg.eigh(gram).eigenvectors[:, :, -1:]
@@ -102,12 +101,12 @@ def without_rank_1(maps: Tensor) -> Tensor:
 
 
 def _with_maps(output: Any, change: Callable[[Tensor], Tensor], layer: str) -> Any:
-    """The output of a layer with its maps ``[B, C, P]`` changed, in the layout that it had."""
+    """Return the output of a layer with its maps ``[B, C, P]`` changed, in its original layout."""
     if isinstance(output, (tuple, list)):
         return type(output)([_with_maps(output[0], change, layer), *output[1:]])
     maps = as_maps(output)
     if output.ndim == 2:
-        raise BadInput(f"the layer {layer!r} gives vectors, without positions: choose one that gives maps or tokens.")
+        raise BadInput(f"the layer {layer!r} outputs vectors without positions: choose one with maps or tokens.")
     channels_last = output.ndim == 3 or maps.shape[1] != output.shape[1]
     changed = change(maps)
     return (changed.mT if channels_last else changed).reshape(output.shape)
@@ -116,22 +115,22 @@ def _with_maps(output: Any, change: Callable[[Tensor], Tensor], layer: str) -> A
 @register_probe
 @dataclass(frozen=True)
 class MCDropout(Probe):
-    """Monte Carlo dropout: extras ``mc_dropout.mean`` ``[N, C]``, the mean softmax of some passes with dropout, and
-    ``mc_dropout.entropy`` ``[N]``, the mean of their entropies (nats). The scorer ``mc_dropout`` reads them.
+    """Monte Carlo dropout: the extras ``mc_dropout.mean`` ``[N, C]``, the mean softmax of several passes with dropout,
+    and ``mc_dropout.entropy`` ``[N]``, the mean of their entropies (nats). They are used by the scorer ``mc_dropout``.
 
-    What drops are the modules and functions of ``torch.nn`` by that name (Dropout, Dropout1d to 3d, AlphaDropout,
-    FeatureAlphaDropout); all else stays as in evaluation, batch norm among it. Stochastic depth stays off, and dropout
-    of attention weights within ``scaled_dot_product_attention``.
+    Dropout is turned on in the modules and functions of ``torch.nn`` (Dropout, Dropout1d to 3d, AlphaDropout,
+    FeatureAlphaDropout); everything else, including batch norm, stays in evaluation mode. Stochastic depth, and dropout
+    of attention weights within ``scaled_dot_product_attention``, stay off.
 
     Source: Gal & Ghahramani 2016, "Dropout as a Bayesian Approximation".
 
-    Fails for models with little dropout, of which all passes are nearly the same; for those with none it is refused.
-    timm's take ``drop_rate``: ``timm.create_model(name, drop_rate=0.2)``; of most it is dropout before the last layer.
+    Fails for models with little dropout, whose passes are nearly the same; models without any are refused. Most timm
+    models apply ``drop_rate``, as in ``timm.create_model(name, drop_rate=0.2)``, before the last layer.
 
     Args:
-        passes: how many.
-        seed: of the dropout; each batch has its own from this and the number of its first row, so the numbers depend on
-            the size of batches, and those of a run that was interrupted are the same.
+        passes: the number of passes.
+        seed: the seed of the dropout. Each batch derives its own from this and the number of its first row, so that the
+            numbers depend on the size of batches, but not on whether the run was interrupted.
 
     Cost: ``passes`` forward passes.
     """
@@ -144,7 +143,7 @@ class MCDropout(Probe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.passes < 1:
-            raise BadInput(f"mc_dropout: passes is a whole number of at least 1, got {self.passes}.")
+            raise BadInput(f"mc_dropout: passes must be at least 1, got {self.passes}.")
 
     def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         mean = torch.zeros_like(done.logits, dtype=torch.float64)
@@ -156,14 +155,14 @@ class MCDropout(Probe):
                 entropy = entropy - (log_softmax.exp() * log_softmax).sum(dim=1) / self.passes
         if not dropping.calls:
             raise BadInput(
-                f"{self.name}: no dropout ran in the model, so that all passes are the same: make it with dropout "
-                "(timm: drop_rate=0.2) or set the p of its dropout modules, the same as in training."
+                f"{self.name}: no dropout ran in the model, so that all passes are the same: create it with dropout "
+                "(timm: drop_rate=0.2), or set p of its dropout modules to its value in training."
             )
         return {f"{self.name}.mean": mean, f"{self.name}.entropy": entropy}
 
 
 class Dropping(TorchFunctionMode):
-    """Within this context dropout drops, in whatever mode modules are; counts how often it did."""
+    """A context in which dropout is on, whatever mode the modules are in; counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +181,7 @@ class Dropping(TorchFunctionMode):
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers of the CPU and of a device from a seed; afterwards both go on as if nothing had been drawn."""
+    """Seed the random generators of the CPU and of a device, and restore their states afterwards."""
     if device.type == "cpu":
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(seed)
@@ -196,5 +195,5 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def seed_of(seed: int, start: int) -> int:
-    """A seed for the batch that starts at a row. (Generators on the CPU take 32 bits of it.)"""
+    """Return a seed for the batch that starts at a row. (Generators on the CPU use 32 bits of it.)"""
     return int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:4], "little")
