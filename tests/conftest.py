@@ -26,7 +26,7 @@ def registered_scorers(monkeypatch):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Files of the same weights in every form of checkpoint that is understood, by name."""
+    """Files of the same weights in every supported form of checkpoint, by name."""
     from networks import write_checkpoints
 
     return write_checkpoints(tmp_path_factory.mktemp("checkpoints"))

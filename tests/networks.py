@@ -1,4 +1,4 @@
-"""The package's networks, some of them small, with images for them."""
+"""Networks of the package, some of them small, with images for them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def labels(count: int, classes: int = 5) -> Tensor:
 
 
 def settle(model: Any, size: int = 32, channels: int = 3) -> None:
-    """Move BatchNorm statistics and the weights of the classifier and of layer scale away from where they start."""
+    """Move BatchNorm statistics, biases, and layer scales away from their initial values."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -53,7 +53,7 @@ def settle(model: Any, size: int = 32, channels: int = 3) -> None:
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """The loss on one batch before every step."""
+    """Return the loss on one batch before every step."""
     model.train()
     losses = []
     for _ in range(steps):
@@ -70,7 +70,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def head_call(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the classifier receives and gives."""
+    """Return the input and the output of the classifier."""
     seen: list[tuple[Tensor, Tensor]] = []
     handle = model.get_classifier().register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     with torch.no_grad():
@@ -80,7 +80,7 @@ def head_call(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_extracted(model: Any, classifier: nn.Linear, size: int = 32) -> ood_scores.FeatureSet:
-    """Features are the classifier's inputs, the head is the classifier, and it gives the model's logits."""
+    """Assert that features are the classifier's inputs, and the head is the classifier and returns the logits."""
     data = DataLoader(TensorDataset(images(5, size), labels(5)), batch_size=3)
     feats = ood_scores.extract(model, data, progress=False)
     assert feats.head is not None
@@ -97,7 +97,7 @@ def assert_extracted(model: Any, classifier: nn.Linear, size: int = 32) -> ood_s
 
 
 def resnet(**settings: Any) -> nn.Module:
-    """A network whose statistics and weights are not those it starts with."""
+    """Return a network whose statistics and weights are not the initial ones."""
     torch.manual_seed(0)
     model = timm.create_model("cifar_resnet20", **settings)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def resnet(**settings: Any) -> nn.Module:
 
 
 def write_checkpoints(folder: Path) -> dict[str, Path]:
-    """The same weights, of 7 classes, in every form that is understood."""
+    """Write the same weights of 7 classes in every supported form."""
     state = resnet(num_classes=7).state_dict()
     wrapped = {
         "plain.pth": state,

@@ -1,4 +1,4 @@
-"""The demo as a user runs it, once; what it prints, writes and suggests."""
+"""One run of the demo command: its output, files, and suggestions."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def feats(ran: Ran, training: str) -> dict[str, ood_scores.FeatureSet]:
     return {name: ood_scores.load(path) for name in SETS for path in folder.glob(f"{name}-*.h5")}
 
 
-def test_table_has_every_scorer_on_every_set_after_each_training(ran: Ran) -> None:
+def test_table_contains_every_scorer_dataset_and_training(ran: Ran) -> None:
     sets = feats(ran, "l2_norm")
     made = [ood_scores.create_scorer(name) for name in ood_scores.list_scorers()]
     scorers = [
@@ -51,7 +51,7 @@ def test_table_has_every_scorer_on_every_set_after_each_training(ran: Ran) -> No
     assert ran.table[METRICS].to_numpy().max() <= 1
 
 
-def test_table_is_what_evaluate_gives_on_the_caches(ran: Ran) -> None:
+def test_table_matches_evaluate_on_the_caches(ran: Ran) -> None:
     for training in demo.TRAININGS:
         sets = feats(ran, training)
         ood = {name: sets[name] for name in demo.OOD}
@@ -61,7 +61,7 @@ def test_table_is_what_evaluate_gives_on_the_caches(ran: Ran) -> None:
         pd.testing.assert_frame_equal(rows, again, check_dtype=False)
 
 
-def test_networks_have_learnt_their_classes(ran: Ran) -> None:
+def test_networks_learned_their_classes(ran: Ran) -> None:
     accuracies = [float(found) / 100 for found in re.findall(r": ([\d.]+)% of new digits", ran.output)]
     for training, shown in zip(demo.TRAININGS, accuracies, strict=True):
         test: Any = feats(ran, training)["test"]
@@ -71,7 +71,7 @@ def test_networks_have_learnt_their_classes(ran: Ran) -> None:
     assert (near["auroc"] > 0.9).all()
 
 
-def test_caches_hold_the_sets_they_are_named_after(ran: Ran) -> None:
+def test_caches_contain_the_datasets_they_are_named_after(ran: Ran) -> None:
     for training in demo.TRAININGS:
         sets = feats(ran, training)
         known, unknown = (len(digits(classes)[1]) for classes in (demo.ID_CLASSES, demo.UNSEEN_CLASSES))
@@ -82,7 +82,7 @@ def test_caches_hold_the_sets_they_are_named_after(ran: Ran) -> None:
         assert (sets["test"].num_features, sets["test"].num_classes) == (64, 7)
 
 
-def test_screen_shows_the_table(ran: Ran) -> None:
+def test_demo_prints_the_table(ran: Ran) -> None:
     assert max(map(len, ran.output.splitlines())) <= 100 + len(str(ran.out)) * 2
     (line,) = [line for line in ran.output.splitlines() if line.strip().startswith("gradnorm")]
     rows: Any = ran.table[ran.table["scorer"] == "gradnorm"].set_index(["ood", "model"])
@@ -90,14 +90,14 @@ def test_screen_shows_the_table(ran: Ran) -> None:
     assert [float(cell) for cell in line.split()[1:]] == pytest.approx(cells, abs=0.051)
 
 
-def test_picture_is_drawn(ran: Ran) -> None:
+def test_demo_draws_the_figure(ran: Ran) -> None:
     pixels = imread(ran.out / "scores.png")[..., :3]
     assert pixels.shape[0] > 600
     assert pixels.shape[1] > 1000
     assert len(np.unique(pixels[::9, ::9].reshape(-1, 3), axis=0)) > 100
 
 
-def test_suggested_commands_work(ran: Ran) -> None:
+def test_commands_suggested_by_the_demo_work(ran: Ran) -> None:
     suggested = ran.output.split("Try next")[1].replace("\\\n", " ").strip().splitlines()
     assert len(suggested) == 2
     for line in suggested:
@@ -106,13 +106,13 @@ def test_suggested_commands_work(ran: Ran) -> None:
         assert CliRunner().invoke(app, words).exit_code == 0
 
 
-def test_second_run_replaces_the_first_and_equals_it(tmp_path: Path) -> None:
+def test_second_run_of_the_demo_equals_the_first(tmp_path: Path) -> None:
     first, second = (demo.run(tmp_path, seed=1, epochs=1, progress=False) for _ in range(2))
     pd.testing.assert_frame_equal(first.results.table, second.results.table)
     assert first.caches == second.caches
 
 
-def test_seed_decides_the_images() -> None:
+def test_seed_determines_the_images() -> None:
     first, again, other = (demo.image_sets(seed) for seed in (0, 0, 1))
     for name in SETS:
         assert np.array_equal(first[name].images, again[name].images)

@@ -1,4 +1,4 @@
-"""Networks for images of 8 by 8 pixels, known to timm, that train in a second; and recipes for them."""
+"""Networks for 8x8 images, registered with timm, that train in a second; and recipes for them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tiny_net(pretrained: bool = False, **kwargs: Any) -> TinyNet:
 
 @register_model
 def tiny_plain(pretrained: bool = False, **kwargs: Any) -> TinyNet:
-    """Without BatchNorm: the gradient of a batch is the mean of those of its parts."""
+    """Create a network without BatchNorm, for which the gradient of a batch is the mean over its parts."""
     return build_model_with_cfg(TinyNet, "tiny_plain", pretrained, **{"norm": False, **kwargs})
 
 
@@ -59,7 +59,7 @@ TABLES: dict[str, Any] = {
 
 
 def tables(**changes: Any) -> dict[str, Any]:
-    """The tables of a small recipe; `data={...}` goes into the table, `data__x=1` is not known."""
+    """Return the tables of a small recipe; a dictionary such as ``data={...}`` updates that table."""
     merged = dict(TABLES)
     for key, value in changes.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
@@ -67,7 +67,7 @@ def tables(**changes: Any) -> dict[str, Any]:
 
 
 def write_toml(path: Path, recipe: dict[str, Any]) -> Path:
-    """A recipe as a TOML file."""
+    """Write a recipe as a TOML file."""
     lines = [f"{key} = {_value(value)}" for key, value in recipe.items() if not isinstance(value, dict)]
     for table, entries in recipe.items():
         if isinstance(entries, dict):

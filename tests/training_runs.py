@@ -1,4 +1,4 @@
-"""Small trainings, and what they start from."""
+"""Small training runs, and their initial models and images."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def weights(path: Path) -> dict[str, Tensor]:
 
 
 def digit_images(classes: str = "0-6") -> tuple[Tensor, Tensor]:
-    """Digits as the network wants them, and their labels."""
+    """Return digits as model inputs, and their labels."""
     data = open_dataset(f"digits?classes={classes}", preprocessing(timm.create_model("tiny_net")))
     images, labels = next(iter(DataLoader(data, batch_size=len(data))))
     return images, labels
 
 
 def fresh_model(seed: int) -> Any:
-    """The network that a training with this seed starts from."""
+    """Return the initial network of a training run with this seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(seed, "model"))
         return timm.create_model("tiny_net", num_classes=7)

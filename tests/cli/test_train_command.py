@@ -1,4 +1,4 @@
-"""`ood-scores train` as a new user tries it."""
+"""The command ``ood-scores train``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny.write_toml(tmp_path / "small.toml", tiny.tables(data={"validation": 0.2}))
 
 
-def test_a_run_from_recipe_to_features(recipe: Path) -> None:
+def test_train_command_produces_a_checkpoint_that_extract_opens(recipe: Path) -> None:
     output = ok("train", recipe, "--device", "cpu")
     assert re.search(r"epoch 1  loss \d\.\d+  accuracy \d+\.\d%  ‖z‖ \d\.\d+  lr 0\.05  validation \d+\.\d%\n", output)
     assert re.search(r"accuracy: training \d+\.\d\d%, validation \d+\.\d\d%\n", output)
@@ -52,7 +52,7 @@ def test_a_run_from_recipe_to_features(recipe: Path) -> None:
     assert "1,264 rows of 16 features, 7 classes in cache.h5" in features
 
 
-def test_set_out_and_quiet(recipe: Path) -> None:
+def test_train_options_set_out_and_quiet(recipe: Path) -> None:
     words = ["--set", "epochs=1", "--set", "optimizer.lr=0.01", "--out", "elsewhere", "--quiet", "--device", "cpu"]
     output = ok("train", recipe, *words)
     assert output.startswith("accuracy: training ")
@@ -61,7 +61,7 @@ def test_set_out_and_quiet(recipe: Path) -> None:
     assert float(row["lr"]) == 0.01
 
 
-def test_wrong_recipes(recipe: Path) -> None:
+def test_train_command_refuses_wrong_recipes(recipe: Path) -> None:
     assert "--set: a recipe has no 'epoch' (did you mean 'epochs'?)" in refused("train", recipe, "--set", "epoch=3")
     recipe.write_text(recipe.read_text().replace("lr = ", "rate = "))
     message = refused("train", recipe)
@@ -69,7 +69,7 @@ def test_wrong_recipes(recipe: Path) -> None:
     assert "there is no recipe nothing.toml" in refused("train", "nothing.toml")
 
 
-def test_missing_data_and_unfit_models(recipe: Path) -> None:
+def test_train_command_refuses_missing_data_and_unsuitable_models(recipe: Path) -> None:
     assert "there is no nowhere.npz" in refused("train", recipe, "--set", "data.train=npz:nowhere.npz")
     rna = ["--set", "objective.name=rna", "--set", "auxiliary.data=digits?classes=7-9"]
     assert "add [auxiliary] with data = …" in refused("train", recipe, *rna[:2])
@@ -77,7 +77,7 @@ def test_missing_data_and_unfit_models(recipe: Path) -> None:
     assert "the device 'tpu' is not available" in refused("train", recipe, "--device", "tpu")
 
 
-def test_an_interrupted_run_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_command_resumes_an_interrupted_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, calls = trainer.train_step, iter(range(1000))
 
     def interrupted(*arguments: Any) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_an_interrupted_run_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatc
     assert Path("runs/small/log.csv").read_text() == Path("peace/log.csv").read_text()
 
 
-def test_another_recipe_in_the_folder(recipe: Path) -> None:
+def test_train_command_refuses_a_folder_with_another_recipe(recipe: Path) -> None:
     short = ["--set", "epochs=1", "--device", "cpu", "--quiet"]
     ok("train", recipe, *short)
     message = refused("train", recipe, *short, "--set", "seed=1")
@@ -105,7 +105,7 @@ def test_another_recipe_in_the_folder(recipe: Path) -> None:
     ok("train", recipe, *short, "--set", "seed=1", "--overwrite")
 
 
-def test_help_teaches_with_examples() -> None:
+def test_train_help_contains_working_examples() -> None:
     output = ok("train", "--help")
     assert "ood-scores train benchmarks/recipes/digits.toml" in output
     assert "torchrun --nproc-per-node 4 -m ood_scores train RECIPE.toml" in output
@@ -114,7 +114,7 @@ def test_help_teaches_with_examples() -> None:
         assert load_recipe(folder / name).epochs
 
 
-def test_the_recipe_in_the_help_is_one(tmp_path: Path) -> None:
+def test_recipe_in_the_train_help_is_valid(tmp_path: Path) -> None:
     output = ok("train", "--help")
     text = output.partition("A recipe")[2].partition("╭")[0].replace("│", "")
     path = tmp_path / "recipe.toml"

@@ -1,4 +1,4 @@
-"""The compact transformer against its definition."""
+"""The compact transformer compared with its definition."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ood_scores.errors import ShapeMismatch
 from ood_scores.models.networks.cct import EncoderLayer
 
 
-def test_encoder_layer_against_its_definition() -> None:
+def test_cct_encoder_layer_matches_its_definition() -> None:
     torch.manual_seed(0)
     layer = EncoderLayer(dim=6, heads=2, hidden=8, attn_drop=0.1, drop_path=0.1).double().eval()
     x = torch.randn(3, 5, 6, dtype=torch.float64)
@@ -25,7 +25,7 @@ def test_encoder_layer_against_its_definition() -> None:
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
 
 
-def test_sequence_pooling_is_a_weighted_average_of_tokens() -> None:
+def test_cct_pooling_is_a_weighted_average_of_tokens() -> None:
     model = small("haas_cct7_3x1").double()
     tokens = torch.randn(2, 7, 32, dtype=torch.float64)
     expected = []
@@ -35,7 +35,7 @@ def test_sequence_pooling_is_a_weighted_average_of_tokens() -> None:
     torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), torch.stack(expected), rtol=0, atol=1e-14)
 
 
-def test_transformer_drops_in_training_only() -> None:
+def test_cct_uses_dropout_only_in_training() -> None:
     model = create("haas_cct7_3x1", dim=32)
     assert [block.drop_path.drop_prob for block in model.blocks] == pytest.approx([i / 60 for i in range(7)])
     assert all(block.self_attn.drop == 0.1 for block in model.blocks)
@@ -44,7 +44,7 @@ def test_transformer_drops_in_training_only() -> None:
         assert torch.equal(model.eval()(images()), model(images()))
 
 
-def test_transformer_says_which_images_it_takes() -> None:
+def test_cct_refuses_images_of_another_size() -> None:
     with pytest.raises(ShapeMismatch, match=r"24x24 pixels have 144 tokens.*256 positions"):
         small("haas_cct7_3x1")(images(1, size=24))
     assert small("haas_cct7_3x1", img_size=24).eval()(images(1, size=24)).shape == (1, 10)

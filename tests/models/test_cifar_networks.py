@@ -1,4 +1,4 @@
-"""ResNet and DenseNet for CIFAR against published sizes and weights."""
+"""ResNet and DenseNet for CIFAR compared with published sizes and weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_published_checkpoints_load_strictly(name: str, file: str, classes: int)
         assert torch.equal(state[key], value), key
 
 
-def test_preprocessing_is_that_of_the_published_weights() -> None:
+def test_preprocessing_matches_the_published_weights() -> None:
     assert create("cifar_resnet20").pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
     assert create("cifar_resnet20").pretrained_cfg["std"] == (0.229, 0.224, 0.225)
     assert create("cifar_densenet100").pretrained_cfg["mean"] == (0.4914, 0.4822, 0.4465)
@@ -55,7 +55,7 @@ def test_preprocessing_is_that_of_the_published_weights() -> None:
     assert create("rna_resnet18").pretrained_cfg["std"] == (1.0, 1.0, 1.0)
 
 
-def test_zero_padded_shortcut_of_he() -> None:
+def test_shortcut_of_cifar_resnet_pads_with_zeros() -> None:
     block = create("cifar_resnet20").layer2[0]
     x = images(1, size=4, channels=16)
     out = block.shortcut(x)

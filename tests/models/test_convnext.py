@@ -1,4 +1,4 @@
-"""ConvNeXt-Tiny against torchvision, and what Haas et al. changed."""
+"""ConvNeXt-Tiny compared with torchvision, and the changes of Haas et al."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from networks import create, images, parameter_count, settle, small
 from torch import nn
 
 
-def test_convnext_is_torchvisions_with_the_papers_changes() -> None:
-    """All weights, in the order of definition, give the same logits; with the LayerNorm, which both then have."""
+def test_convnext_matches_torchvision_with_the_changes_of_the_paper() -> None:
+    """With all weights copied in order of definition, and the LayerNorm in both, the logits are equal."""
     sizes, depths = (8, 12, 16, 24), (1, 1, 2, 1)
     settings = [
         torchvision.models.convnext.CNBlockConfig(size, following, depth)
@@ -33,7 +33,7 @@ def test_convnext_is_torchvisions_with_the_papers_changes() -> None:
         torch.testing.assert_close(model(images()), reference.eval()(images()), rtol=1e-4, atol=1e-5)
 
 
-def test_convnext_draws_stochastic_depth_as_torchvision() -> None:
+def test_convnext_stochastic_depth_matches_torchvision() -> None:
     model = create("haas_convnext_tiny", dims=(4, 4, 4, 4))
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0.1 * i / 17 for i in range(18)])
@@ -48,7 +48,7 @@ def test_convnext_stem_padding() -> None:
     assert [stage["reduction"] for stage in padded.feature_info] == [2, 4, 8, 16]
 
 
-def test_convnext_norm_varies_without_the_layer_norm_only() -> None:
+def test_convnext_feature_norm_varies_only_without_the_layer_norm() -> None:
     def spread(model: Any) -> float:
         settle(model)
         if isinstance(model.head.norm, nn.LayerNorm):

@@ -1,4 +1,4 @@
-"""VGG-16, CCT and ConvNeXt of Haas et al.: sizes that others published, features, and training."""
+"""VGG-16, CCT and ConvNeXt of Haas et al.: published sizes, features, and training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def full(request: pytest.FixtureRequest) -> tuple[str, Any]:
 VGG_NOTOP = 14_714_688  # Keras, VGG16(include_top=False): convolutions with their biases
 
 
-VGG_CHANNELS = 4_224  # as many biases, and BatchNorm scales, and offsets
+VGG_CHANNELS = 4_224  # the number of biases, of BatchNorm scales, and of offsets
 
 
 CONVNEXT_TINY = 28_589_128  # torchvision, ConvNeXt_Tiny_Weights.IMAGENET1K_V1
@@ -42,15 +42,15 @@ PUBLISHED = {
 }
 
 
-def test_parameter_counts(full: tuple[str, Any]) -> None:
-    """CCT-7/3x1 is 3.760M in Table 2 of the authors' README; of ConvNeXt's 6,624 kernels 40 of 49 weights go."""
+def test_parameter_counts_match_published_sizes(full: tuple[str, Any]) -> None:
+    """CCT-7/3x1 is 3.760M in Table 2 of the authors' README; ConvNeXt's 6,624 kernels lose 40 of 49 weights."""
     name, model = full
     assert parameter_count(model) == PUBLISHED[name]
     assert f"{PUBLISHED['haas_cct7_3x1'] / 1e6:.3f}" == "3.760"
     assert f"{PUBLISHED[name]:,}" in str(timm.model_entrypoint(name).__doc__)
 
 
-def test_shapes_at_32(full: tuple[str, Any]) -> None:
+def test_shapes_of_32_pixel_images(full: tuple[str, Any]) -> None:
     name, model = full
     with torch.no_grad():
         feature_map = model.forward_features(images(2))
@@ -69,7 +69,7 @@ def test_default_configuration_names_real_layers(full: tuple[str, Any]) -> None:
     assert model.get_submodule(config["first_conv"]).in_channels == 3
 
 
-def test_public_names_are_registered() -> None:
+def test_haas_networks_are_registered() -> None:
     assert set(WIDTHS) <= set(timm.list_models())
     assert set(WIDTHS) <= set(ood_scores.models.networks.__all__)
 
@@ -104,14 +104,14 @@ def test_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("switches", [{}, {"l2_head": False}])
-def test_extract_finds_head_and_features(name: str, switches: dict[str, Any]) -> None:
+def test_extract_finds_head_and_features_of_haas_networks(name: str, switches: dict[str, Any]) -> None:
     model = small(name, num_classes=5, **switches)
     settle(model)
     assert_extracted(model, model.get_classifier())
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_stages(name: str) -> None:
+def test_stages_of_haas_networks(name: str) -> None:
     expected = {
         "haas_vgg16": [f"features.{i}" for i in (6, 10, 14, 18, 22)],
         "haas_cct7_3x1": ["blocks.0", "blocks.1"],
@@ -125,7 +125,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     model = small(name, num_classes=5).train()
     nn.functional.cross_entropy(model(images()), labels(4)).backward()
     for key, parameter in model.named_parameters():
-        if key != "attention_pool.bias":  # the same for every token: softmax takes it out
+        if key != "attention_pool.bias":  # equal for all tokens, so softmax cancels it
             assert parameter.grad is not None, key
             assert parameter.grad.isfinite().all(), key
             assert parameter.grad.any(), key
@@ -133,7 +133,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("l2_head", [True, False])
-def test_a_few_steps_lower_the_loss(name: str, l2_head: bool) -> None:
+def test_a_few_steps_reduce_the_loss(name: str, l2_head: bool) -> None:
     model = small(name, num_classes=5, l2_head=l2_head)
     vgg = name == "haas_vgg16"  # the papers' optimizers
     weights = model.parameters()

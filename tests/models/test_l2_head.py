@@ -1,4 +1,4 @@
-"""The L2-normalizing classifier, alone, in the networks of this package, and on those of timm."""
+"""The L2-normalizing classifier alone, in the networks of this package, and in timm models."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def head_and_features() -> tuple[L2Head, Tensor]:
     return L2Head(6, 4).double(), torch.randn(5, 6, dtype=torch.float64)
 
 
-def test_l2_head_normalises_each_row_in_training() -> None:
+def test_l2_head_normalizes_each_row_in_training() -> None:
     head, z = head_and_features()
     weight, bias = head.weight.detach().numpy(), head.bias.detach().numpy()
     expected = (z.numpy() / np.sqrt((z.numpy() ** 2).sum(axis=1, keepdims=True))) @ weight.T + bias
     np.testing.assert_allclose(head.train()(z).detach().numpy(), expected, rtol=0, atol=1e-15)
 
 
-def test_l2_head_is_affine_in_eval_unless_told() -> None:
+def test_l2_head_is_affine_in_eval_mode_by_default() -> None:
     head, z = head_and_features()
     torch.testing.assert_close(head.eval()(z), z @ head.weight.T + head.bias, rtol=0, atol=1e-14)
     in_training = head.train()(z)
@@ -46,25 +46,25 @@ def test_l2_head_gradient_is_orthogonal_to_the_feature() -> None:
     assert (z.grad * z).sum(dim=1).abs().max() < 1e-16
 
 
-def test_l2_head_gives_the_bias_for_a_zero_feature() -> None:
+def test_l2_head_maps_a_zero_feature_to_the_bias() -> None:
     head, _ = head_and_features()
     assert torch.equal(head.train()(torch.zeros(1, 6, dtype=torch.float64))[0], head.bias)
 
 
-def test_l2_head_normalises_every_token() -> None:
+def test_l2_head_normalizes_every_token() -> None:
     head = L2Head(4, 3).double().train()
     tokens = torch.randn(2, 5, 4, dtype=torch.float64)
     assert torch.equal(head(tokens), torch.stack([head(row) for row in tokens]))
 
 
-def test_l2_head_switch_reaches_the_model() -> None:
+def test_l2_head_argument_selects_the_classifier() -> None:
     assert isinstance(create("haas_resnet18").get_classifier(), L2Head)
     assert type(create("haas_resnet18", l2_head=False).get_classifier()) is nn.Linear
     assert create("rna_resnet18", l2_head=True, normalize_eval=True).get_classifier().normalize_eval
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_l2_head_normalises_in_training_and_not_in_eval(name: str) -> None:
+def test_l2_head_of_haas_networks_normalizes_only_in_training(name: str) -> None:
     model = small(name, num_classes=5)
     settle(model)
     head = model.get_classifier()
@@ -104,7 +104,9 @@ TIMM: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TIMM)
-def test_wrapped_timm_model_opens_without_this_package(name: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+def test_checkpoint_of_a_wrapped_timm_model_opens_with_plain_timm(
+    name: str, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
     model: Any = with_l2_head(create(name, num_classes=5, **kwargs))
     settle(model)
     path = tmp_path / "model.safetensors"
@@ -120,7 +122,7 @@ def test_wrapped_timm_model_opens_without_this_package(name: str, kwargs: dict[s
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TIMM)
-def test_wrapped_timm_model_normalises_in_training(name: str, kwargs: dict[str, Any]) -> None:
+def test_wrapped_timm_model_normalizes_only_in_training(name: str, kwargs: dict[str, Any]) -> None:
     model: Any = with_l2_head(create(name, num_classes=5, **kwargs))
     settle(model)
     head = model.get_classifier()
@@ -144,7 +146,7 @@ def test_with_l2_head_refuses_a_model_without_a_linear_classifier() -> None:
         ("deit_tiny_distilled_patch16_224", {"depth": 1}, "tuple"),
     ],
 )
-def test_with_l2_head_says_what_it_cannot_wrap(name: str, kwargs: dict[str, Any], found: str) -> None:
+def test_with_l2_head_refuses_other_classifiers(name: str, kwargs: dict[str, Any], found: str) -> None:
     model = create(name, num_classes=5, **kwargs)
     before = list(model.state_dict())
     with pytest.raises(

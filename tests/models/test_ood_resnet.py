@@ -1,4 +1,4 @@
-"""The ResNets of Haas et al. and Shin et al.: each switch against its definition."""
+"""The ResNets of Haas et al. and Shin et al.: each argument compared with its definition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_bn_affine_off_leaves_no_batchnorm_parameters() -> None:
     assert not any("bn" in name or "shortcut.1" in name for name, _ in model.named_parameters())
 
 
-def test_shortcut_affine_gives_scale_and_offset_to_the_shortcuts_alone() -> None:
+def test_shortcut_affine_adds_scale_and_offset_only_to_shortcuts() -> None:
     model = create("rna_resnet18", shortcut_affine=True)
     scaled = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d) and module.affine]
     assert scaled == [f"layer{stage}.0.shortcut.1" for stage in (2, 3, 4)]
@@ -37,12 +37,12 @@ def test_pooled_shortcut_averages_pads_and_adds_no_parameters() -> None:
     assert not any("shortcut" in key for key in create("haas_resnet18").state_dict())
 
 
-def test_pooled_shortcut_fits_odd_images() -> None:
+def test_pooled_shortcut_accepts_odd_image_sizes() -> None:
     with torch.no_grad():
         assert create("haas_resnet18").eval()(images(1, size=28)).shape == (1, 10)
 
 
-def test_negative_slope() -> None:
+def test_negative_slope_sets_the_activation() -> None:
     x = torch.tensor([-2.0, 3.0])
     assert create("haas_resnet18").act(x).tolist() == pytest.approx([-0.02, 3.0])
     assert create("rna_resnet18").act(x).tolist() == [0.0, 3.0]

@@ -1,4 +1,4 @@
-"""Opening models: wrapped checkpoints, their sizes, and what cannot be opened."""
+"""Opening models: wrapped checkpoints, their sizes, and errors."""
 
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ def test_wrapped_checkpoints_are_understood(checkpoints: dict[str, Path], file: 
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_grey_checkpoint_takes_grey_images(tmp_path: Path) -> None:
-    save_file(resnet(in_chans=1).state_dict(), tmp_path / "grey.safetensors")
-    model = load_model("cifar_resnet20", tmp_path / "grey.safetensors")
+def test_gray_checkpoint_takes_gray_images(tmp_path: Path) -> None:
+    save_file(resnet(in_chans=1).state_dict(), tmp_path / "gray.safetensors")
+    model = load_model("cifar_resnet20", tmp_path / "gray.safetensors")
     image = open_dataset("digits")[0][0]
     found = preprocessing(model)(image)
     expected = (_resized(image)[:1] - float(np.mean(MEAN))) / float(np.mean(STD))
@@ -49,7 +49,7 @@ def test_two_heads_are_both_loaded(tmp_path: Path) -> None:
     assert (model.head.out_features, model.head_dist.out_features) == (5, 5)
 
 
-def test_bad_checkpoints_say_what_is_wrong(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_errors_for_bad_checkpoints(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     for name in ("junk.pth", "junk.safetensors", "empty.pth"):
         (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"no weights at all")
         with pytest.raises(CheckpointError, match="damaged"):
@@ -65,7 +65,7 @@ def test_bad_checkpoints_say_what_is_wrong(checkpoints: dict[str, Path], tmp_pat
         load_model("cifar_resnet20", checkpoints["plain.pth"], num_classes=3)
 
 
-def test_models_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]) -> None:
+def test_errors_for_unavailable_models(monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]) -> None:
     with pytest.raises(UnknownName, match=r"did you mean .cifar_resnet20"):
         load_model("cifar_resnet21")
     with pytest.raises(UnknownName, match="nonsense"):
@@ -80,7 +80,7 @@ def test_models_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, checkpoints:
         load_model("resnet18")
 
 
-def test_normalisation_is_checked() -> None:
+def test_normalization_is_validated() -> None:
     model = resnet()
     with pytest.raises(BadInput, match="2 values, but the model takes 3"):
         preprocessing(model, mean=[0.5, 0.5])

@@ -1,4 +1,4 @@
-"""Spectral normalization: its bound, its power iteration and its gradient."""
+"""Spectral normalization: its bound, power iteration, and gradient."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_spectral_norm_bounds_the_matrix(norm: float) -> None:
     assert largest_singular_value(conv.weight) == pytest.approx(norm, rel=1e-5)
 
 
-def test_spectral_norm_leaves_small_weights_untouched() -> None:
+def test_spectral_norm_does_not_change_small_weights() -> None:
     conv = spectral_conv(2.9)
     x = images(2, size=4, channels=8)
     assert torch.equal(conv(x), nn.functional.conv2d(x, conv.weight, padding=1))
@@ -49,7 +49,7 @@ def test_spectral_norm_takes_one_power_iteration_per_training_forward() -> None:
     assert torch.equal(conv.u, kept)
 
 
-def test_spectral_norm_gradient_is_that_of_weight_over_sigma() -> None:
+def test_spectral_norm_gradient_equals_that_of_weight_over_sigma() -> None:
     conv = spectral_conv(30.0)
     for _ in range(500):
         conv(images(1, size=4, channels=8))
@@ -68,7 +68,7 @@ def test_spectral_norm_allows_two_forwards_before_a_backward() -> None:
     assert conv.weight.grad is not None
 
 
-def test_spectral_norm_holds_every_convolution_and_nothing_else() -> None:
+def test_spectral_norm_applies_to_every_convolution_and_nothing_else() -> None:
     model = create("haas_resnet18")
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convs) == 17

@@ -1,4 +1,4 @@
-"""What timm expects of a network, for every network of the package."""
+"""Conventions of timm that every network of the package follows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_feature_widths(name: str, width: int) -> None:
 @pytest.mark.parametrize(
     ("name", "stride"), [("cifar_resnet20", 4), ("cifar_densenet100", 4), ("haas_resnet18", 8), ("rna_resnet18", 8)]
 )
-def test_feature_map_is_the_image_over_the_strides(name: str, stride: int) -> None:
+def test_feature_map_size_is_the_image_size_over_the_stride(name: str, stride: int) -> None:
     with torch.no_grad():
         feature_map = create(name).eval().forward_features(images(1, size=32))
     assert feature_map.shape == (1, WIDTHS[name], 32 // stride, 32 // stride)
@@ -100,6 +100,6 @@ def test_default_configuration_names_real_layers(name: str) -> None:
     assert model.get_submodule(config["first_conv"]).in_channels == 3
 
 
-def test_public_names_are_registered() -> None:
+def test_cifar_networks_are_registered() -> None:
     assert set(WIDTHS) <= set(timm.list_models())
     assert set(WIDTHS) <= set(ood_scores.models.networks.__all__)

@@ -1,4 +1,4 @@
-"""A small training that several files of tests read."""
+"""A small training run that several test files share."""
 
 import pytest
 from training_runs import ID, run

@@ -19,7 +19,7 @@ def uint8(count: int = 6, channels: int = 3, size: int = 8) -> Tensor:
     return torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=Generator().manual_seed(0))
 
 
-def test_input_is_that_of_evaluation() -> None:
+def test_model_input_equals_the_evaluation_transform() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
     for model in (
         timm.create_model("tiny_net"),
@@ -32,7 +32,7 @@ def test_input_is_that_of_evaluation() -> None:
         torch.testing.assert_close(ready[0], preprocessing(model)(image))
 
 
-def test_crop_and_flip_are_windows_of_the_image() -> None:
+def test_crop_and_flip_return_windows_of_the_padded_image() -> None:
     images = uint8(200)
     changed = (AUGMENTATIONS["crop_flip"](images, Generator().manual_seed(1)) * 255).round().to(torch.uint8)
     seen = set()
@@ -47,7 +47,7 @@ def test_crop_and_flip_are_windows_of_the_image() -> None:
     assert len(seen) == 18
 
 
-def test_hue_is_turned_as_torchvision_does() -> None:
+def test_turn_hue_equals_torchvision() -> None:
     images = uint8(4, size=16).float() / 255
     images[0] = images[0].mean(dim=0)
     images[1, :, :4] = 0
@@ -56,7 +56,7 @@ def test_hue_is_turned_as_torchvision_does() -> None:
     torch.testing.assert_close(turn_hue(images, turns), torch.stack(expected), atol=2e-6, rtol=0)
 
 
-def test_jitter_changes_most_images_each_in_its_own_way() -> None:
+def test_jitter_changes_most_images_independently() -> None:
     images = (uint8(1, size=16).float() / 255).expand(500, 3, 16, 16)
     changed = jitter(images, Generator().manual_seed(0))
     different = (changed != images).flatten(1).any(dim=1)
@@ -66,13 +66,13 @@ def test_jitter_changes_most_images_each_in_its_own_way() -> None:
     assert changed.max() <= 1
 
 
-def test_a_fifth_of_the_rna_images_is_grey() -> None:
+def test_rna_augmentation_converts_a_fifth_of_the_images_to_gray() -> None:
     changed = AUGMENTATIONS["rna"](uint8(1000), Generator().manual_seed(0))
-    grey = (changed - changed.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-5
-    assert 0.16 < grey.double().mean() < 0.24
+    gray = (changed - changed.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-5
+    assert 0.16 < gray.double().mean() < 0.24
 
 
-def test_small_crops_show_a_part_of_the_image() -> None:
+def test_small_crops_show_a_small_part_of_the_image() -> None:
     ramp = torch.arange(0, 256, 8, dtype=torch.uint8).expand(400, 3, 32, 32)
     shown = AUGMENTATIONS["small_crops"](ramp, Generator().manual_seed(0))
     spans = (shown[:, 0, 0, :].amax(dim=1) - shown[:, 0, 0, :].amin(dim=1)) * 255 / 248
@@ -80,7 +80,7 @@ def test_small_crops_show_a_part_of_the_image() -> None:
     assert 0.45 < spans.max() < 0.6
 
 
-def test_random_resized_crops() -> None:
+def test_random_resized_crop_has_the_size_and_spans_the_areas_of_torchvision() -> None:
     image = Image.fromarray(np.arange(100, dtype=np.uint8)[None].repeat(60, 0))
     crops = [np.asarray(random_resized_crop(image, (8, 12), Image.Resampling.NEAREST, seed)) for seed in range(200)]
     assert {crop.shape for crop in crops} == {(8, 12)}

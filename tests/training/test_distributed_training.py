@@ -1,4 +1,4 @@
-"""Two processes, as `torchrun` starts them, against one."""
+"""Training in two processes, started as by ``torchrun``, compared with training in one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def work(out: str, changes: dict[str, Any], environment: dict[str, str]) -> None
 
 
 def start(out: Path, changes: dict[str, Any], count: int = 2) -> list[Any]:
-    """As torchrun does it."""
+    """Start processes with the environment of ``torchrun``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,7 +59,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def test_gradients_are_means_over_the_whole_batch(tmp_path: Path) -> None:
-    """The last batch of an epoch has 17 images: one process gets 9 and the other 8."""
+    """The last batch of an epoch has 17 images, 9 for one process and 8 for the other."""
     changes: dict[str, Any] = {
         "model": {"name": "tiny_plain"},
         "data": {"train": "digits?classes=0-5", "validation": 0.1},
@@ -76,8 +76,8 @@ def test_gradients_are_means_over_the_whole_batch(tmp_path: Path) -> None:
         assert row == pytest.approx(entry, rel=1e-4)
 
 
-def test_parameters_that_the_loss_leaves_out_stay_as_they_are(tmp_path: Path) -> None:
-    """The NC loss has no use for the bias of the head."""
+def test_parameters_that_the_loss_ignores_do_not_change(tmp_path: Path) -> None:
+    """``nc_loss`` ignores the bias of the head."""
     changes: dict[str, Any] = {"model": {"name": "tiny_plain"}, "objective": {"name": "nc_loss"}, "drop_last": True}
     join(start(tmp_path, {**changes, "epochs": 1}))
     with torch.random.fork_rng():
@@ -87,7 +87,7 @@ def test_parameters_that_the_loss_leaves_out_stay_as_they_are(tmp_path: Path) ->
     assert not torch.equal(weights(tmp_path)["fc.weight"], model.fc.weight)
 
 
-def test_batch_statistics_are_of_a_share_of_id_and_of_ood_images(tmp_path: Path) -> None:
+def test_batch_statistics_cover_each_process_s_share_of_id_and_ood_images(tmp_path: Path) -> None:
     (images, _), (outside, _) = digit_images(), digit_images("7-9")
     changes: dict[str, Any] = {
         "epochs": 1,
@@ -107,7 +107,7 @@ def test_batch_statistics_are_of_a_share_of_id_and_of_ood_images(tmp_path: Path)
     torch.testing.assert_close(weights(tmp_path)["bn2.running_var"], model.bn2.running_var)
 
 
-def test_a_killed_pair_continues_to_the_same_weights(tmp_path: Path) -> None:
+def test_killed_processes_resume_to_the_same_weights(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"epochs": 6, "model": {"drop": 0.2}, "data": {"augmentation": "rna"}, "state_every": 3}
     join(start(tmp_path / "peace", changes))
     processes = start(tmp_path / "killed", changes)
@@ -136,7 +136,7 @@ def test_sync_batchnorm_keeps_names_and_weights() -> None:
     assert Processes().with_sync_batchnorm(model) is model
 
 
-def test_what_two_processes_cannot_do(tmp_path: Path) -> None:
+def test_settings_that_two_processes_cannot_use_are_refused(tmp_path: Path) -> None:
     pair = Processes(rank=1, count=2)
     with pytest.raises(BadInput, match="a batch of 63 cannot be split among 2 processes"):
         prepare(recipe_from(tiny.tables(batch_size=63)), pair)
@@ -146,7 +146,7 @@ def test_what_two_processes_cannot_do(tmp_path: Path) -> None:
         train(recipe_from(tiny.tables()), tmp_path, device="nothing")
 
 
-def test_validation_is_by_the_statistics_that_are_saved(tmp_path: Path) -> None:
+def test_validation_uses_the_saved_batch_statistics(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"data": {"validation": 0.3}, "epochs": 2, "batch_size": 16, "optimizer": {"lr": 0.3}}
     join(start(tmp_path, changes))
     model = timm.create_model("tiny_net", num_classes=7, checkpoint_path=str(tmp_path / "last.safetensors")).eval()

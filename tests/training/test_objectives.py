@@ -1,4 +1,4 @@
-"""The classification objectives against their formulas."""
+"""Classification objectives compared with their formulas."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def numpy_cross_entropy(logits: NDArray[np.float64], labels: NDArray[np.int64]) 
 # ---- formulas
 
 
-def test_cross_entropy_is_its_formula() -> None:
+def test_cross_entropy_matches_its_formula() -> None:
     z, head, labels = example()
     logits = head(z).detach()
     expected = numpy_cross_entropy(logits.numpy(), labels.numpy())
@@ -48,7 +48,7 @@ def test_cross_entropy_is_its_formula() -> None:
     assert CrossEntropy()(z, head, labels).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_l2_norm_is_its_formula_with_one_norm_per_sample() -> None:
+def test_l2_norm_matches_its_formula_with_one_norm_per_sample() -> None:
     z, head, labels = example()
     unit = z.numpy() / np.linalg.norm(z.numpy(), axis=1, keepdims=True)
     logits = unit @ head.weight.detach().numpy().T + head.bias.detach().numpy()
@@ -57,7 +57,7 @@ def test_l2_norm_is_its_formula_with_one_norm_per_sample() -> None:
     assert L2Norm()(z, head, labels).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_l2_norm_ignores_the_length_of_each_feature() -> None:
+def test_l2_norm_ignores_the_norm_of_each_feature_vector() -> None:
     z, head, labels = example()
     lengths = torch.tensor([[0.1], [2.0], [30.0], [1.0], [5.0]], dtype=torch.float64)
     torch.testing.assert_close(L2Norm()(z * lengths, head, labels), L2Norm()(z, head, labels), rtol=1e-12, atol=0)
@@ -89,7 +89,7 @@ def test_l2_norm_equals_cross_entropy_of_an_l2_head_in_training() -> None:
     torch.testing.assert_close(CrossEntropy()(z, l2_head.eval(), labels), CrossEntropy()(z, head, labels))
 
 
-def test_logit_norm_is_its_formula() -> None:
+def test_logit_norm_matches_its_formula() -> None:
     z, head, labels = example()
     logits = head(z).detach().numpy()
     lengths = np.sqrt((logits**2).sum(axis=1, keepdims=True)) + 1e-7
@@ -101,7 +101,7 @@ def test_logit_norm_is_its_formula() -> None:
     )
 
 
-def test_logit_norm_ignores_the_length_of_the_logits() -> None:
+def test_logit_norm_ignores_the_norm_of_the_logits() -> None:
     z, head, labels = example()
     logits = head(z)
     for factor in (0.1, 100.0):
@@ -121,7 +121,7 @@ def test_logit_norm_of_zero_logits_is_finite() -> None:
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.5])
-def test_logit_adjustment_is_its_formula(tau: float) -> None:
+def test_logit_adjustment_matches_its_formula(tau: float) -> None:
     z, head, labels = example()
     prior = np.array(COUNTS) / 100
     expected = numpy_cross_entropy(head(z).detach().numpy() + tau * np.log(prior), labels.numpy())
@@ -137,7 +137,7 @@ def test_logit_adjustment_with_equal_counts_is_cross_entropy() -> None:
     torch.testing.assert_close(LogitAdjustment(COUNTS, tau=0.0)(z, head, labels), plain, rtol=0, atol=0)
 
 
-def test_logit_adjustment_takes_counts_of_any_kind_and_precision() -> None:
+def test_logit_adjustment_accepts_counts_of_any_type_and_precision() -> None:
     z, head, labels = example()
     expected = LogitAdjustment(COUNTS)(z, head, labels)
     others: list[Any] = [np.array(COUNTS), torch.tensor(COUNTS, dtype=torch.int32), tuple(COUNTS)]
@@ -148,19 +148,19 @@ def test_logit_adjustment_takes_counts_of_any_kind_and_precision() -> None:
 
 
 @pytest.mark.parametrize("counts", [[3], [3, 0, 2, 1], [1.0, 2.0, 3.0, 4.0], [[1, 2], [3, 4]], [True, True]])
-def test_counts_that_are_no_prior_are_refused(counts: Any) -> None:
+def test_invalid_class_counts_are_refused(counts: Any) -> None:
     with pytest.raises(BadInput):
         LogitAdjustment(counts)
 
 
-def test_counts_of_another_number_of_classes_are_refused() -> None:
+def test_logit_adjustment_refuses_counts_of_other_classes() -> None:
     z, head, labels = example()
     with pytest.raises(ShapeMismatch, match="3 classes, but the head has 4"):
         LogitAdjustment([1, 2, 3])(z, head, labels)
 
 
 @pytest.mark.parametrize("objective", [CrossEntropy(), L2Norm(), LogitNorm(1.0), LogitAdjustment(COUNTS)])
-def test_gradients(objective: Objective) -> None:
+def test_gradients_of_classification_objectives(objective: Objective) -> None:
     z, head, labels = example()
     assert torch.autograd.gradcheck(lambda features: objective(features, head, labels), z.requires_grad_())
     assert torch.autograd.gradcheck(
@@ -169,7 +169,7 @@ def test_gradients(objective: Objective) -> None:
 
 
 def _with(head: nn.Linear, weight: Tensor) -> nn.Linear:
-    """The head with another weight, which keeps its graph."""
+    """Return the head with another weight, which keeps its autograd graph."""
     other = nn.Linear(head.in_features, head.out_features).double()
     del other.weight
     other.weight = weight

@@ -1,4 +1,4 @@
-"""The neural collapse loss: its formula in NumPy, and where it is 0."""
+"""The neural collapse loss compared with NumPy, and its value at collapse."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Array = NDArray[np.float64]
 
 
 def simplex(classes: int, width: int, scale: float = 3.0) -> Tensor:
-    """The vertices ``[C, D]`` of a simplex equiangular tight frame, turned at random."""
+    """Return the vertices ``[C, D]`` of a randomly rotated simplex equiangular tight frame."""
     turn = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q[:classes]
     return scale * (torch.eye(classes).double() - 1 / classes) @ turn
 
 
 def collapsed(classes: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Features on their class means, a classifier that is dual to them, labels; the means are centred elsewhere."""
+    """Return collapsed features, a self-dual classifier, and labels; the mean of the features is not 0."""
     torch.manual_seed(0)
     vertices = simplex(classes, width)
     labels = torch.arange(classes).repeat(4)
@@ -36,7 +36,7 @@ def scattered(classes: int = 4, width: int = 6, rows: int = 30) -> tuple[Tensor,
 
 
 def numpy_terms(z: Array, w: Array, y: NDArray[np.int64], columns: bool) -> list[float]:
-    """The definitions word by word, with D x D covariances and a pseudo-inverse cut off at rank C-1."""
+    """Compute the definitions literally, with D x D covariances and a pseudo-inverse truncated at rank C-1."""
     classes = len(w)
     mu = np.stack([z[y == c].mean(axis=0) for c in range(classes)])
     m = mu - mu.mean(axis=0)
@@ -62,14 +62,14 @@ def numpy_terms(z: Array, w: Array, y: NDArray[np.int64], columns: bool) -> list
 
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize(("classes", "width"), [(4, 6), (2, 5), (6, 6)])
-def test_each_term_is_its_definition(classes: int, width: int, columns: bool) -> None:
+def test_collapse_terms_match_their_definitions(classes: int, width: int, columns: bool) -> None:
     z, w, y = scattered(classes, width)
     expected = numpy_terms(z.numpy(), w.numpy(), y.numpy(), columns)
     assert [term.item() for term in collapse_terms(z, w, y, columns)] == pytest.approx(expected, rel=1e-9)
     assert nc_loss(z, w, y, columns).item() == pytest.approx(sum(expected), rel=1e-9)
 
 
-def test_the_objective_reads_features_and_weight() -> None:
+def test_nc_loss_objective_reads_features_and_weight() -> None:
     z, w, y = scattered()
     head = nn.Linear(6, 4).double()
     head.weight.data = w
@@ -79,7 +79,7 @@ def test_the_objective_reads_features_and_weight() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("classes", "width"), [(2, 3), (5, 5), (10, 64)])
-def test_all_terms_are_zero_at_collapse(classes: int, width: int, dtype: torch.dtype) -> None:
+def test_all_collapse_terms_are_zero_at_collapse(classes: int, width: int, dtype: torch.dtype) -> None:
     z, w, y = collapsed(classes, width)
     z, w = z.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
     terms = collapse_terms(z, w, y)
@@ -91,20 +91,20 @@ def test_all_terms_are_zero_at_collapse(classes: int, width: int, dtype: torch.d
     assert w.grad.isfinite().all()
 
 
-def test_classes_absent_from_the_batch_leave_collapse_at_zero() -> None:
+def test_collapse_terms_stay_zero_when_classes_are_missing_from_the_batch() -> None:
     z, w, y = collapsed(6, 8)
     seen = (y != 2) & (y != 5)
     assert max(term.item() for term in collapse_terms(z[seen], w, y[seen])) < 1e-13
 
 
-def test_a_class_with_one_sample_has_no_scatter() -> None:
+def test_class_with_one_sample_has_no_scatter() -> None:
     z, w, y = scattered()
     rows = torch.cat([(y != 3).nonzero()[:, 0], (y == 3).nonzero()[:1, 0]])
     expected = numpy_terms(z[rows].numpy(), w.numpy(), y[rows].numpy(), columns=False)
     assert [term.item() for term in collapse_terms(z[rows], w, y[rows])] == pytest.approx(expected, rel=1e-9)
 
 
-def test_fewer_features_than_classes() -> None:
+def test_nc1_with_fewer_features_than_classes() -> None:
     z, w, y = scattered(classes=6, width=3)
     mu = np.stack([z.numpy()[y.numpy() == c].mean(axis=0) for c in range(6)])
     m, d = mu - mu.mean(axis=0), z.numpy() - mu[y.numpy()]
@@ -112,7 +112,7 @@ def test_fewer_features_than_classes() -> None:
     assert collapse_terms(z, w, y).nc1.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_single_precision_is_as_good_as_double() -> None:
+def test_nc_loss_in_single_precision_is_close_to_double() -> None:
     z, w, y = scattered(classes=10, width=64, rows=200)
     single = nc_loss(z.float(), w.float(), y)
     assert single.item() == pytest.approx(nc_loss(z, w, y).item(), rel=1e-4)
@@ -121,14 +121,14 @@ def test_single_precision_is_as_good_as_double() -> None:
 
 
 @pytest.mark.parametrize("columns", [False, True])
-def test_gradients(columns: bool) -> None:
+def test_gradients_of_nc_loss(columns: bool) -> None:
     z, w, y = scattered(rows=12)
     assert torch.autograd.gradcheck(
         lambda features, weight: nc_loss(features, weight, y, columns), (z.requires_grad_(), w.requires_grad_())
     )
 
 
-def test_a_batch_of_one_class_is_refused() -> None:
+def test_nc_loss_refuses_a_batch_of_one_class() -> None:
     z, w, _ = scattered()
     with pytest.raises(BadLabels, match="the batch has 1"):
         nc_loss(z, w, torch.zeros(len(z), dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Outlier exposure and its relatives against their formulas, in NumPy."""
+"""Outlier exposure and its relatives compared with their formulas in NumPy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def relu(x: Array) -> Array:
 # ---- formulas
 
 
-def test_outlier_exposure_is_cross_entropy_to_the_uniform_distribution() -> None:
+def test_outlier_exposure_is_the_cross_entropy_to_the_uniform_distribution() -> None:
     _, f = logits()
     expected = -np.log(softmax(f.numpy())).mean(axis=1).mean()
     assert outlier_exposure(f).item() == pytest.approx(expected, rel=1e-12)
@@ -61,20 +61,20 @@ def test_outlier_exposure_is_cross_entropy_to_the_uniform_distribution() -> None
 
 
 @pytest.mark.parametrize(("m_in", "m_out"), [(-23.0, -5.0), (-1.0, -9.0), (-9.0, -1.0)])
-def test_energy_hinge_is_its_formula(m_in: float, m_out: float) -> None:
+def test_energy_hinge_matches_its_formula(m_in: float, m_out: float) -> None:
     f, g = logits()
     expected = (relu(-logsumexp(f.numpy()) - m_in) ** 2).mean() + (relu(m_out + logsumexp(g.numpy())) ** 2).mean()
     assert energy_hinge(f, g, m_in, m_out).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_energy_hinge_lets_be_what_is_within_its_margins() -> None:
+def test_energy_hinge_is_zero_within_its_margins() -> None:
     low, high = torch.tensor([[30.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     assert energy_hinge(low, high).item() == 0
     assert energy_hinge(high, high).item() == pytest.approx((-np.logaddexp(0, 1) + 23) ** 2)
     assert energy_hinge(low, low).item() == pytest.approx((-5 + 30) ** 2)
 
 
-def test_balanced_energy_hinge_is_its_formula() -> None:
+def test_balanced_energy_hinge_matches_its_formula() -> None:
     f, g = logits()
     weight = np.array([0.5, 0.3, 0.15, 0.05])
     z = softmax(g.numpy()) @ weight
@@ -89,7 +89,7 @@ def test_balanced_energy_with_equal_classes_is_energy_with_a_shifted_margin() ->
     torch.testing.assert_close(balanced, energy_hinge(f, g, m_out=-3), rtol=1e-12, atol=0)
 
 
-def test_confidence_control_and_total_variation_are_their_formulas() -> None:
+def test_confidence_control_and_total_variation_match_their_formulas() -> None:
     f, g = logits()
     confidence, p = softmax(f.numpy()).max(axis=1), softmax(g.numpy())
     distances = np.abs(p - 0.25).sum(axis=1)
@@ -99,7 +99,7 @@ def test_confidence_control_and_total_variation_are_their_formulas() -> None:
     assert total_variation(g, "sum").item() == pytest.approx(distances.sum(), rel=1e-12)
 
 
-# ---- objectives: a base, and the weighted term
+# ---- objectives: a base and a weighted term
 
 TERMS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
     "oe": ({}, lambda f, g: 0.5 * outlier_exposure(g)),
@@ -116,7 +116,7 @@ def scaled_powers(counts: list[int], gamma: float) -> Tensor:
 
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("base", ["cross_entropy", "logit_adjustment"])
-def test_the_objective_is_its_base_and_its_term(name: str, base: str) -> None:
+def test_exposure_objective_is_the_sum_of_base_and_term(name: str, base: str) -> None:
     features, head, labels, ood = example()
     settings, term = TERMS[name]
     objective = create_objective(name, class_counts=COUNTS, base=base, **settings)
@@ -125,7 +125,7 @@ def test_the_objective_is_its_base_and_its_term(name: str, base: str) -> None:
     torch.testing.assert_close(objective(features, head, labels, ood), expected, rtol=1e-12, atol=0)
 
 
-def test_oecc_of_the_notebook_sums_over_the_batch() -> None:
+def test_oecc_with_sum_reduction_sums_over_the_batch() -> None:
     features, head, labels, ood = example()
     p, q = softmax(head(features).detach().numpy()), softmax(head(ood).detach().numpy())
     expected = CrossEntropy()(features, head, labels).item()
@@ -133,7 +133,7 @@ def test_oecc_of_the_notebook_sums_over_the_batch() -> None:
     assert OECC(0.9, reduction="sum")(features, head, labels, ood).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_balanced_energy_takes_the_prior_of_the_ood_images_where_it_is_known() -> None:
+def test_balanced_energy_uses_the_ood_prior_if_given() -> None:
     features, head, labels, ood = example()
     ood_counts = [3, 0, 5, 2]
     objective = create_objective("balanced_energy", class_counts=COUNTS, ood_counts=ood_counts, gamma=0.5, shift=2.0)
@@ -143,7 +143,7 @@ def test_balanced_energy_takes_the_prior_of_the_ood_images_where_it_is_known() -
 
 
 @pytest.mark.parametrize("ood_counts", [[0, 0, 0, 0], [5, -1, 2, 2]])
-def test_balanced_energy_refuses_ood_counts_that_are_no_prior(ood_counts: list[int]) -> None:
+def test_balanced_energy_refuses_invalid_ood_counts(ood_counts: list[int]) -> None:
     with pytest.raises(BadInput, match="samples"):
         create_objective("balanced_energy", class_counts=COUNTS, ood_counts=ood_counts)
 
@@ -155,7 +155,7 @@ def test_balanced_energy_refuses_counts_of_other_classes() -> None:
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_gradients_of_id_and_ood_features(name: str) -> None:
+def test_gradients_of_exposure_with_respect_to_id_and_ood_features(name: str) -> None:
     features, head, labels, ood = example()
     objective = create_objective(name, class_counts=COUNTS, **TERMS[name][0])
     assert torch.autograd.gradcheck(

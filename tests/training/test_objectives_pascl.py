@@ -1,4 +1,4 @@
-"""Partial and asymmetric contrastive learning: the loss against its sums, the tail, the second stage."""
+"""Partial and asymmetric contrastive learning: the loss, the tail classes, and the second stage."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def contrast_by_loops(u: Tensor, labels: list[int], o: Tensor, temperature: floa
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2])
 @pytest.mark.parametrize("labels", [[1, 2, 2, 1, 2, 2], [1, 1, 1, 1, 1, 1], [0, 1, 2, 2, 2, 1]])
-def test_the_contrast_is_its_sums(labels: list[int], temperature: float) -> None:
+def test_contrast_matches_explicit_loops(labels: list[int], temperature: float) -> None:
     u, o = unit_rows(6, 0), unit_rows(4, 1)
     expected = contrast_by_loops(u, labels, o, temperature)
     found = partial_asymmetric_contrast(u, torch.tensor(labels), o, temperature)
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_row_alone_in_its_class_counts_as_zero() -> None:
+def test_contrast_of_a_row_alone_in_its_class_is_zero() -> None:
     u, o = unit_rows(1, 0), unit_rows(4, 1)
     assert partial_asymmetric_contrast(u, torch.tensor([3]), o).item() == 0
 
 
-def test_a_batch_without_tail_images_gives_zero_with_a_gradient() -> None:
+def test_contrast_without_tail_images_is_zero_with_a_gradient() -> None:
     o = unit_rows(4, 1).requires_grad_()
     loss = partial_asymmetric_contrast(unit_rows(0, 0), torch.zeros(0, dtype=torch.int64), o)
     loss.backward()
@@ -82,7 +82,7 @@ def test_gradients_of_the_contrast() -> None:
         ([3, 9, 1], 0.0, []),
     ],
 )
-def test_the_tail_is_of_the_smallest_classes(counts: list[int], share: float, tail: list[int]) -> None:
+def test_tail_classes_are_the_smallest_classes(counts: list[int], share: float, tail: list[int]) -> None:
     assert tail_classes(torch.tensor(list(counts)), share).nonzero()[:, 0].tolist() == tail
 
 
@@ -95,7 +95,7 @@ def example() -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
     return features, nn.Linear(6, 5).double(), torch.tensor([0, 3, 4, 3]).repeat(2), ood
 
 
-def test_the_objective_is_the_sum_of_its_terms() -> None:
+def test_pascl_is_the_sum_of_its_terms() -> None:
     features, head, labels, ood = example()
     objective = PASCL(COUNTS, 6, contrast_weight=0.3, temperature=0.2).double()
     in_tail = torch.tensor([1, 2, 3, 5, 6, 7])
@@ -105,7 +105,7 @@ def test_the_objective_is_the_sum_of_its_terms() -> None:
     assert objective(features, head, labels, ood).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_batch_of_head_classes_leaves_cross_entropy_and_exposure() -> None:
+def test_pascl_without_tail_images_is_cross_entropy_and_exposure() -> None:
     features, head, _, ood = example()
     labels = torch.tensor([0, 1, 2, 0]).repeat(2)
     expected = CrossEntropy()(features, head, labels) + 0.5 * outlier_exposure(head(ood))
@@ -116,7 +116,7 @@ def test_a_batch_of_head_classes_leaves_cross_entropy_and_exposure() -> None:
     assert all(parameter.grad is not None for parameter in objective.parameters())
 
 
-def test_gradients_of_the_objective() -> None:
+def test_gradients_of_pascl() -> None:
     features, head, labels, ood = example()
     objective = PASCL(COUNTS, 6, temperature=0.5, width=4).double()
     assert torch.autograd.gradcheck(
@@ -124,7 +124,7 @@ def test_gradients_of_the_objective() -> None:
     )
 
 
-def test_counts_of_another_number_of_classes_are_refused() -> None:
+def test_pascl_refuses_counts_of_other_classes() -> None:
     features, head, labels, ood = example()
     with pytest.raises(ShapeMismatch, match="4 classes, but the head has 5"):
         PASCL(COUNTS[:4], 6).double()(features, head, labels, ood)
@@ -133,7 +133,7 @@ def test_counts_of_another_number_of_classes_are_refused() -> None:
 # ---- the second stage
 
 
-def test_the_second_stage_tunes_batchnorm_and_classifier() -> None:
+def test_second_stage_tunes_batchnorm_and_classifier() -> None:
     model = timm.create_model("cifar_resnet20")
     tuned = {id(parameter) for parameter in second_stage_parameters(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in tuned}
@@ -141,7 +141,7 @@ def test_the_second_stage_tunes_batchnorm_and_classifier() -> None:
     assert len(second_stage_parameters(model)) == len(names) == 2 * 19 + 2
 
 
-def test_the_second_stage_changes_nothing_else() -> None:
+def test_second_stage_changes_nothing_else() -> None:
     torch.manual_seed(0)
     model: Any = timm.create_model("cifar_resnet20", num_classes=5).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -153,13 +153,13 @@ def test_the_second_stage_changes_nothing_else() -> None:
     assert changed == {name for name in before if "bn" in name or "linear" in name}
 
 
-def test_a_batchnorm_without_parameters_has_none_to_tune() -> None:
+def test_second_stage_skips_batchnorm_without_parameters() -> None:
     model: Any = timm.create_model("rna_resnet18", num_classes=5)
     found = second_stage_parameters(model)
     assert model.fc.weight is found[-2]
     assert len(found) < 2 * sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-def test_the_second_stage_needs_a_classifier() -> None:
+def test_second_stage_needs_a_linear_classifier() -> None:
     with pytest.raises(HeadNotFound):
         second_stage_parameters(timm.create_model("cifar_resnet20", num_classes=0))

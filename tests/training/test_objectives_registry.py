@@ -1,4 +1,4 @@
-"""All objectives by name: what they are made of, what they refuse, and that each trains a network on real digits."""
+"""All objectives by name: their attributes, their errors, and training on real digits with each of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OF_OOD = {"balanced_energy", "energy_oe", "oe", "oecc", "pascl", "rna"}
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """96 of the digits 0 to 4 with their labels, and 64 of the digits 5 to 9."""
+    """Return 96 images of the digits 0 to 4 with labels, and 64 images of the digits 5 to 9."""
     (known, labels), (unknown, _) = digits(range(5)), digits(range(5, 10))
     images, ood = (torch.from_numpy(pixels).float()[:, None] / 127.5 - 1 for pixels in (known[:96], unknown[:64]))
     return images, torch.from_numpy(labels[:96]), ood
@@ -40,7 +40,7 @@ def by_name(name: str, **settings: Any) -> Objective:
 
 
 def steps(objective: Objective, number: int, lr: float = 0.1) -> list[float]:
-    """Losses of SGD steps on one batch, as a trainer takes them: one forward pass of ID and OoD images."""
+    """Return the losses of SGD steps on one batch, each with one forward pass of ID and OoD images."""
     torch.manual_seed(0)
     net = TinyNet(CLASSES, in_chans=1).train()
     images, labels, ood = batch()
@@ -65,14 +65,14 @@ def steps(objective: Objective, number: int, lr: float = 0.1) -> list[float]:
 
 
 @pytest.mark.parametrize("name", list_objectives())
-def test_every_objective_falls_on_real_digits(name: str) -> None:
+def test_every_objective_decreases_on_real_digits(name: str) -> None:
     losses = steps(by_name(name), 30)
     assert losses[::5] == sorted(losses[::5], reverse=True)
     assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("name", ["oe", "energy_oe", "balanced_energy"])
-def test_logit_adjustment_below_an_exposure_falls_too(name: str) -> None:
+def test_exposure_with_logit_adjustment_as_base_decreases_on_real_digits(name: str) -> None:
     losses = steps(by_name(name, base="logit_adjustment"), 30)
     assert losses[-1] < 0.7 * losses[0]
 
@@ -80,20 +80,20 @@ def test_logit_adjustment_below_an_exposure_falls_too(name: str) -> None:
 # ---- the registry
 
 
-def test_the_names() -> None:
+def test_published_objectives_are_registered() -> None:
     assert set(list_objectives()) >= OF_ID | OF_OOD
     assert list_objectives("*energy*") == ["balanced_energy", "energy_oe"]
 
 
 @pytest.mark.parametrize("name", list_objectives())
-def test_what_steps_are_made_of(name: str) -> None:
+def test_created_objective_has_its_name_class_and_views(name: str) -> None:
     objective = by_name(name)
     assert objective.name == name
     assert isinstance(objective, objective_class(name))
     assert objective.views in (1, 2)
 
 
-def test_what_steps_of_published_objectives_are_made_of() -> None:
+def test_batches_and_parameters_of_published_objectives() -> None:
     published = {name: by_name(name) for name in OF_ID | OF_OOD}
     assert {name for name, objective in published.items() if objective.auxiliary} == OF_OOD
     assert [name for name, objective in published.items() if objective.views == 2] == ["pascl"]
@@ -101,7 +101,7 @@ def test_what_steps_of_published_objectives_are_made_of() -> None:
     assert [name for name, objective in published.items() if objective.through_batchnorm] == ["rna"]
 
 
-def test_unknown_names_list_those_that_exist() -> None:
+def test_errors_for_unknown_names_list_the_known_names() -> None:
     with pytest.raises(UnknownName, match=r"cross_entropy.*rna"):
         create_objective("cross-entropy")
     with pytest.raises(UnknownName, match="'lambda': choose from weight, base"):
@@ -114,7 +114,7 @@ def test_unknown_names_list_those_that_exist() -> None:
         by_name("oe", base="la")
 
 
-def test_what_has_no_default_is_asked_for() -> None:
+def test_missing_arguments_of_objectives_are_named() -> None:
     with pytest.raises(MissingInput, match="'rna' needs class_counts, num_features"):
         create_objective("rna")
     with pytest.raises(MissingInput, match="'oecc' needs train_accuracy"):
@@ -123,13 +123,13 @@ def test_what_has_no_default_is_asked_for() -> None:
         create_objective("oe", base="logit_adjustment")
 
 
-def test_every_module_of_the_package_is_imported() -> None:
+def test_importing_objectives_imports_every_module_of_the_package() -> None:
     folder = Path(objectives.__file__).parent
     modules = {f"{objectives.__name__}.{path.stem}" for path in folder.glob("[!_]*.py")}
     assert modules <= set(sys.modules)
 
 
-def test_a_new_objective_can_be_registered_once() -> None:
+def test_objective_names_cannot_be_registered_twice() -> None:
     with pytest.raises(BadInput, match="'rna' exists already"):
 
         @register_objective("rna")
@@ -148,7 +148,7 @@ def test_a_new_objective_can_be_registered_once() -> None:
 
 
 @pytest.mark.parametrize("name", list_objectives())
-def test_batches_that_do_not_fit_are_refused(name: str) -> None:
+def test_objectives_refuse_batches_of_wrong_shape(name: str) -> None:
     objective, head = by_name(name), nn.Linear(16, CLASSES)
     features, labels, ood = torch.randn(6, 16), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(3, 16)
     assert objective(features, head, labels, ood).isfinite()
@@ -161,7 +161,7 @@ def test_batches_that_do_not_fit_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in list_objectives() if by_name(name).auxiliary])
-def test_ood_images_are_asked_for(name: str) -> None:
+def test_objectives_with_auxiliary_images_refuse_batches_without_them(name: str) -> None:
     objective, head = by_name(name), nn.Linear(16, CLASSES)
     features, labels = torch.randn(6, 16), torch.tensor([0, 1, 2, 0, 1, 2])
     with pytest.raises(MissingInput, match="auxiliary images"):
@@ -172,18 +172,18 @@ def test_ood_images_are_asked_for(name: str) -> None:
         objective(features, head, labels, features[:, :7])
 
 
-def test_an_odd_batch_has_no_two_views() -> None:
+def test_pascl_refuses_an_odd_number_of_features() -> None:
     with pytest.raises(ShapeMismatch, match="2 views"):
         by_name("pascl")(torch.randn(3, 16), nn.Linear(16, CLASSES), torch.tensor([0, 1, 2]), torch.randn(3, 16))
 
 
 @pytest.mark.parametrize("base", ["oe", by_name("pascl"), nn.CrossEntropyLoss()])
-def test_a_base_is_an_objective_of_id_images_alone(base: Any) -> None:
+def test_base_must_be_an_objective_on_id_images_only(base: Any) -> None:
     with pytest.raises(BadInput, match="base"):
         by_name("oe", base=base)
 
 
-def test_a_base_can_have_settings_of_its_own() -> None:
+def test_base_can_be_an_objective_with_its_own_settings() -> None:
     features, head, labels, ood = (
         torch.randn(4, 16),
         nn.Linear(16, CLASSES),
@@ -207,6 +207,6 @@ def test_a_base_can_have_settings_of_its_own() -> None:
         ("rna", {"attenuate": True, "auxiliary": False}),
     ],
 )
-def test_settings_out_of_range_are_refused(name: str, settings: dict[str, Any]) -> None:
+def test_objective_settings_out_of_range_are_refused(name: str, settings: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=name):
         by_name(name, **settings)

@@ -1,4 +1,4 @@
-"""Representation norm amplification: the loss, its ablations, and how OoD images come in."""
+"""Representation norm amplification: the loss, its ablations, and the effect of OoD images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def network(seed: int = 0) -> tuple[SmallNet, Tensor, Tensor, Tensor]:
 
 
 def step(net: SmallNet, objective: RNA, images: Tensor, labels: Tensor, ood: Tensor, strict: bool = False) -> Tensor:
-    """The loss of one forward pass of ID and OoD images together."""
+    """Return the loss of one forward pass of ID and OoD images together."""
     with without_ood_gradient(net, len(images)) if strict else nullcontext():
         features = net.forward_head(net.forward_features(torch.cat([images, ood])), pre_logits=True)
     return objective(features[: len(images)], net.get_classifier(), labels, features[len(images) :])
@@ -54,14 +54,14 @@ def step(net: SmallNet, objective: RNA, images: Tensor, labels: Tensor, ood: Ten
 # ---- formulas
 
 
-def test_the_loss_is_its_formula() -> None:
+def test_rna_loss_matches_its_formula() -> None:
     h = example()[0]
     expected = np.log(1 + np.sqrt((h.numpy() ** 2).sum(axis=1))).mean()
     assert mean_log_norm(h).item() == pytest.approx(expected, rel=1e-12)
     assert rna_loss(h).item() == pytest.approx(-expected, rel=1e-12)
 
 
-def test_longer_projections_are_pulled_less() -> None:
+def test_rna_loss_gradient_decreases_with_the_norm() -> None:
     h = example()[0].requires_grad_()
     rna_loss(h).backward()
     assert h.grad is not None
@@ -71,7 +71,7 @@ def test_longer_projections_are_pulled_less() -> None:
 
 @pytest.mark.parametrize("projector", ["mlp", "linear", "none"])
 @pytest.mark.parametrize(("amplify", "attenuate"), [(True, False), (False, True), (True, True)])
-def test_the_objective_is_logit_adjustment_and_its_terms(projector: str, amplify: bool, attenuate: bool) -> None:
+def test_rna_is_the_sum_of_logit_adjustment_and_its_terms(projector: str, amplify: bool, attenuate: bool) -> None:
     features, head, labels, ood = example()
     objective = RNA(COUNTS, 6, projector=projector, amplify=amplify, attenuate=attenuate).double()
 
@@ -91,7 +91,7 @@ def test_the_objective_is_logit_adjustment_and_its_terms(projector: str, amplify
     assert projected(features).shape == (5, 6 if projector == "none" else 128)
 
 
-def test_without_auxiliary_images_the_ood_features_are_not_asked_for() -> None:
+def test_rna_without_auxiliary_images_needs_no_ood_features() -> None:
     features, head, labels, ood = example()
     objective = RNA(COUNTS, 6, auxiliary=False).double()
     assert not objective.auxiliary
@@ -99,7 +99,7 @@ def test_without_auxiliary_images_the_ood_features_are_not_asked_for() -> None:
 
 
 @pytest.mark.parametrize("projector", ["mlp", "linear", "none"])
-def test_gradients(projector: str) -> None:
+def test_gradients_of_rna(projector: str) -> None:
     features, head, labels, ood = example()
     objective = RNA(COUNTS, 6, projector=projector, attenuate=True, width=3).double()
     assert torch.autograd.gradcheck(
@@ -132,7 +132,7 @@ def test_ood_features_have_no_gradient() -> None:
     assert not gradient.any()
 
 
-def test_ood_pixels_have_a_gradient_through_batch_statistics_alone() -> None:
+def test_ood_pixels_have_a_gradient_only_through_batch_statistics() -> None:
     net, images, labels, ood = network()
     objective = RNA(COUNTS, 6).double()
     (through_batch,) = torch.autograd.grad(step(net, objective, images, labels, ood.requires_grad_()), ood)
@@ -142,7 +142,7 @@ def test_ood_pixels_have_a_gradient_through_batch_statistics_alone() -> None:
     assert not through_running.any()
 
 
-def test_without_ood_gradient_keeps_values_and_stops_every_gradient_of_ood_images() -> None:
+def test_without_ood_gradient_keeps_values_and_stops_gradients_of_ood_images() -> None:
     def run(strict: bool) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
         net, images, labels, ood = network()
         torch.manual_seed(9)
@@ -157,7 +157,7 @@ def test_without_ood_gradient_keeps_values_and_stops_every_gradient_of_ood_image
     assert (strict_kernel - kernel).abs().max() > 1e-6
 
 
-def test_without_ood_gradient_ends() -> None:
+def test_without_ood_gradient_removes_its_hooks() -> None:
     net, images, labels, ood = network()
     objective = RNA(COUNTS, 6).double()
     step(net, objective, images, labels, ood, strict=True)
@@ -165,7 +165,7 @@ def test_without_ood_gradient_ends() -> None:
     assert gradient.any()
 
 
-def test_the_parameters_of_the_projector_are_the_objective_s_own() -> None:
+def test_rna_owns_the_parameters_of_its_projector() -> None:
     shapes = [tuple(parameter.shape) for parameter in RNA(COUNTS, 6).parameters()]
     assert shapes == [(6, 6), (6,), (128, 6), (128,)]
     assert list(RNA(COUNTS, 6).state_dict()) == [

@@ -1,4 +1,4 @@
-"""Recipes: what TOML says, what it may not say, and those of the papers."""
+"""Recipes: reading TOML files, errors, and the recipes of papers."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def refused(path: Path, *overrides: str, error: type[OodScoresError] = BadInput)
     return str(caught.value)
 
 
-# ---- what is read
+# ---- reading
 
 
-def test_what_a_file_says_and_the_defaults(tmp_path: Path) -> None:
+def test_recipe_file_overrides_defaults(tmp_path: Path) -> None:
     recipe = load_recipe(toml(tmp_path))
     assert recipe.name == "small"
     assert (recipe.model.name, recipe.model.arguments) == ("cifar_resnet20", {"in_chans": 1})
@@ -70,7 +70,7 @@ def test_what_a_file_says_and_the_defaults(tmp_path: Path) -> None:
     assert (recipe.seed, recipe.amp, recipe.checkpoint_every, recipe.compile) == (0, "none", 0, False)
 
 
-def test_a_recipe_survives_the_way_through_a_dictionary(tmp_path: Path) -> None:
+def test_recipe_survives_conversion_to_a_dictionary(tmp_path: Path) -> None:
     path = toml(tmp_path, SMALL + '[[stage]]\nepochs = 2\nobjective = {name = "oe"}\ntrainable = ["head"]\n')
     recipe = load_recipe(path, ["seed=3", "data.long_tail=10"])
     again = recipe_from(recipe.to_dict())
@@ -79,7 +79,7 @@ def test_a_recipe_survives_the_way_through_a_dictionary(tmp_path: Path) -> None:
     assert (again.seed, again.data, again.model, again.auxiliary) == (3, recipe.data, recipe.model, recipe.auxiliary)
 
 
-def test_stages_say_what_is_different(tmp_path: Path) -> None:
+def test_stages_inherit_from_the_recipe(tmp_path: Path) -> None:
     more = (
         '[[stage]]\nepochs = 2\nbatch_size = 64\n[stage.objective]\nname = "oe"\n[[stage]]\n[stage.optimizer]\nlr = 2'
     )
@@ -90,7 +90,7 @@ def test_stages_say_what_is_different(tmp_path: Path) -> None:
     assert (third.objective, third.optimizer.lr) == (first.objective, 2.0)
 
 
-def test_epochs_are_counted_through_the_stages(tmp_path: Path) -> None:
+def test_stage_of_counts_epochs_over_all_stages(tmp_path: Path) -> None:
     recipe = load_recipe(toml(tmp_path, SMALL + "[[stage]]\nepochs = 2\n"))
     assert recipe.epochs == 6
     assert [recipe.stage_of(epoch) for epoch in (0, 3, 4, 5)] == [(0, 0), (0, 3), (1, 0), (1, 1)]
@@ -106,14 +106,14 @@ def test_epochs_are_counted_through_the_stages(tmp_path: Path) -> None:
         (ScheduleTable("cosine"), [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
     ],
 )
-def test_schedules(schedule: ScheduleTable, factors: list[float]) -> None:
+def test_learning_rate_schedules(schedule: ScheduleTable, factors: list[float]) -> None:
     assert [schedule.factor(epoch, 4) for epoch in range(4)] == pytest.approx(factors)
 
 
 # ---- inheritance and overrides
 
 
-def test_extends_takes_what_is_not_said(tmp_path: Path) -> None:
+def test_extends_inherits_missing_keys(tmp_path: Path) -> None:
     toml(tmp_path)
     path = toml(tmp_path, 'extends = "small.toml"\nepochs = 9\n[objective]\ntau = 2\n[optimizer]\nlr = 0.5', "child")
     grandchild = toml(tmp_path, 'extends = "child.toml"\n[objective]\nname = "oe"\n', "grandchild")
@@ -124,7 +124,7 @@ def test_extends_takes_what_is_not_said(tmp_path: Path) -> None:
     assert load_recipe(grandchild).stages[0].optimizer.lr == 0.5
 
 
-def test_overrides_win_and_are_read_as_toml_or_as_text(tmp_path: Path) -> None:
+def test_overrides_win_and_are_parsed_as_toml_or_text(tmp_path: Path) -> None:
     texts = ["model.name=resnet18", "optimizer.lr=0.5", "schedule.name=steps", "schedule.milestones=[2, 3]", "amp=bf16"]
     recipe = load_recipe(toml(tmp_path), [*texts, "data.test=digits?classes=0-6", "compile = true"])
     assert (recipe.model.name, recipe.model.arguments) == ("resnet18", {})
@@ -133,7 +133,7 @@ def test_overrides_win_and_are_read_as_toml_or_as_text(tmp_path: Path) -> None:
     assert (recipe.data.test, recipe.amp, recipe.compile) == ("digits?classes=0-6", "bf16", True)
 
 
-def test_overrides_of_stages(tmp_path: Path) -> None:
+def test_overrides_can_change_stages(tmp_path: Path) -> None:
     path = toml(tmp_path, SMALL + "[[stage]]\nepochs = 2\n")
     assert load_recipe(path, ["stage.1.epochs=7", "stage.1.optimizer.lr=3"]).stages[1].optimizer.lr == 3
     assert load_recipe(path, ["stage.1.epochs=7"]).epochs == 11
@@ -141,7 +141,7 @@ def test_overrides_of_stages(tmp_path: Path) -> None:
     assert "did you mean 'epochs'" in refused(path, "stage.1.epoch=7", error=UnknownName)
 
 
-# ---- what is refused
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,13 @@ def test_overrides_of_stages(tmp_path: Path) -> None:
         ("epochs = 4\n[[stage]]\n[stage.optimizer]\nlearn = 3", 5, "[stage.optimizer] has no 'learn'"),
     ],
 )
-def test_unknown_keys_are_named_with_their_place(tmp_path: Path, wrong: str, line: int, words: str) -> None:
+def test_unknown_recipe_keys_are_named_with_their_line(tmp_path: Path, wrong: str, line: int, words: str) -> None:
     message = refused(toml(tmp_path, f"# a comment\n{wrong}\n"), error=UnknownName)
     assert message.startswith(f"{tmp_path}/small.toml, line {line}: ")
     assert words in message
 
 
-def test_a_mistake_in_the_base_is_of_the_base(tmp_path: Path) -> None:
+def test_errors_in_an_extended_recipe_name_that_file(tmp_path: Path) -> None:
     toml(tmp_path, "epochs = 4\nbatch = 3", "base")
     message = refused(toml(tmp_path, 'extends = "base.toml"', "child"), error=UnknownName)
     assert message.startswith(f"{tmp_path}/base.toml, line 2: a recipe has no 'batch'")
@@ -182,7 +182,7 @@ def test_a_mistake_in_the_base_is_of_the_base(tmp_path: Path) -> None:
         ("stage = 3", "write [[stage]]"),
     ],
 )
-def test_wrong_types(tmp_path: Path, wrong: str, words: str) -> None:
+def test_recipe_values_of_wrong_type_are_refused(tmp_path: Path, wrong: str, words: str) -> None:
     message = refused(toml(tmp_path, wrong))
     assert f"{tmp_path}/small.toml, line " in message
     assert words in message
@@ -202,11 +202,11 @@ def test_wrong_types(tmp_path: Path, wrong: str, words: str) -> None:
         ("schedule.name=steps", "milestones and"),
     ],
 )
-def test_out_of_range(tmp_path: Path, override: str, words: str) -> None:
+def test_recipe_values_out_of_range_are_refused(tmp_path: Path, override: str, words: str) -> None:
     assert words in refused(toml(tmp_path), override)
 
 
-def test_choices_and_what_does_not_go_together(tmp_path: Path) -> None:
+def test_unknown_choices_and_conflicting_keys_are_refused(tmp_path: Path) -> None:
     path = toml(tmp_path)
     message = "optimizer.name is 'lion': give 'sgd' or 'adam' or 'adamw'."
     assert message in refused(path, "optimizer={name='lion', lr=1}")
@@ -218,7 +218,7 @@ def test_choices_and_what_does_not_go_together(tmp_path: Path) -> None:
     assert "set to a value already" in refused(path, "optimizer=1", "optimizer.lr=1")
 
 
-def test_files_that_are_missing_or_no_recipes(tmp_path: Path) -> None:
+def test_missing_and_invalid_recipe_files_are_refused(tmp_path: Path) -> None:
     assert refused(tmp_path / "none.toml") == f"there is no recipe {tmp_path}/none.toml."
     assert "cannot read the recipe" in refused(toml(tmp_path, "epochs = = 3"))
     assert f"there is no recipe {tmp_path}/none.toml" in refused(toml(tmp_path, 'extends = "none.toml"'))
@@ -228,15 +228,15 @@ def test_files_that_are_missing_or_no_recipes(tmp_path: Path) -> None:
     assert "no epochs" in refused(toml(tmp_path, SMALL.replace("epochs = 4", "")))
 
 
-def test_flat_tables() -> None:
+def test_flat_tables_joins_keys_with_dots() -> None:
     assert flat_tables({"a": 1, "b": {"c": [1, 2]}, "stage": [{"d": 3}]}) == {"a": 1, "b.c": [1, 2], "stage.1.d": 3}
 
 
-# ---- the papers'
+# ---- recipes of papers
 
 
 @pytest.mark.parametrize("path", NAMED, ids=lambda path: path.stem)
-def test_what_a_recipe_names_exists(path: Path) -> None:
+def test_published_recipes_name_existing_objects(path: Path) -> None:
     recipe = load_recipe(path)
     assert timm.is_model(recipe.model.name)
     auxiliary = [recipe.auxiliary] if recipe.auxiliary else []
@@ -268,7 +268,9 @@ def named(name: str) -> Recipe:
         ("haas_resnet50_350", "haas_resnet50", 350, (150, 250), 768, False),
     ],
 )
-def test_haas(name: str, model: str, epochs: int, milestones: tuple[int, ...], batch: int, l2: bool) -> None:
+def test_recipes_of_haas_et_al(
+    name: str, model: str, epochs: int, milestones: tuple[int, ...], batch: int, l2: bool
+) -> None:
     recipe = named(name)
     (stage,) = recipe.stages
     assert (recipe.model.name, recipe.model.arguments["l2_head"]) == (model, l2)
@@ -278,7 +280,7 @@ def test_haas(name: str, model: str, epochs: int, milestones: tuple[int, ...], b
     assert recipe.data.augmentation == "crop_flip"
 
 
-def test_the_nc_intervention_starts_at_epoch_50() -> None:
+def test_nc_intervention_starts_at_epoch_50() -> None:
     first, second = named("haas_nc_intervention").stages
     assert (first.epochs, first.batch_size, first.objective.name, first.lr(49)) == (50, 1024, "cross_entropy", 0.1)
     assert (second.epochs, second.batch_size, second.objective.name) == (20, 2048, "nc_loss")
@@ -302,7 +304,7 @@ def test_the_nc_intervention_starts_at_epoch_50() -> None:
         ("pascl", "pascl"),
     ],
 )
-def test_cifar_lt(row: str, objective: str, data: str) -> None:
+def test_recipes_of_cifar_lt(row: str, objective: str, data: str) -> None:
     recipe = named(f"{row}_{data}_lt")
     stage = recipe.stages[0]
     assert recipe.data.train == f"torchvision:{data.upper()}?split=train"
@@ -314,7 +316,7 @@ def test_cifar_lt(row: str, objective: str, data: str) -> None:
     assert (recipe.auxiliary is None) == (row in ("ce", "la"))
 
 
-def test_settings_of_the_rows() -> None:
+def test_settings_of_ablation_recipes() -> None:
     def settings(name: str) -> dict[str, Any]:
         return dict(named(name).stages[0].objective.settings)
 
@@ -329,7 +331,7 @@ def test_settings_of_the_rows() -> None:
     assert (second.epochs, second.optimizer) == (10, OptimizerTable(5e-4, "adam", 5e-4))
 
 
-def test_imagenet_lt_and_fine_tuning() -> None:
+def test_recipes_of_imagenet_lt_and_fine_tuning() -> None:
     recipe = named("rna_imagenet_lt")
     stage = recipe.stages[0]
     assert (stage.epochs, stage.batch_size, stage.trainable) == (100, 256, ("!batchnorm",))
@@ -341,7 +343,7 @@ def test_imagenet_lt_and_fine_tuning() -> None:
     assert tuned.stages[0].trainable == ("!batchnorm",)
 
 
-def test_the_recipe_in_the_documentation_is_one(tmp_path: Path) -> None:
+def test_recipe_in_the_documentation_is_valid(tmp_path: Path) -> None:
     text = (RECIPES.parents[1] / "docs" / "training.md").read_text()
     blocks = [block.partition("```")[0] for block in text.split("```toml\n")[1:]]
     recipe = load_recipe(toml(tmp_path, "".join(blocks)))

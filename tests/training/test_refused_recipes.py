@@ -1,4 +1,4 @@
-"""What the trainer refuses before any work."""
+"""Recipes that the trainer refuses before any work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ from ood_scores.errors import (
         ({"tensorboard": True}, BadInput, "pip install tensorboard"),
     ],
 )
-def test_refused(tmp_path: Path, changes: dict[str, Any], error: type[OodScoresError], words: str) -> None:
+def test_invalid_recipe_is_refused_before_training(
+    tmp_path: Path, changes: dict[str, Any], error: type[OodScoresError], words: str
+) -> None:
     if "tensorboard" in changes:
         pytest.MonkeyPatch().setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(error, match=words):
@@ -53,7 +55,7 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], error: type[OodScoresE
     assert not list(tmp_path.glob("*.*safetensors"))
 
 
-def test_classes_need_images_and_one_is_enough(tmp_path: Path) -> None:
+def test_each_class_needs_at_least_one_training_image(tmp_path: Path) -> None:
     spec = imbalanced(tmp_path, [20, 0, 5])
     with pytest.raises(BadLabels, match="no training images of 1 of 3 classes, such as class 1"):
         run(tmp_path, data={"train": spec})
@@ -68,7 +70,7 @@ def test_classes_need_images_and_one_is_enough(tmp_path: Path) -> None:
         assert len(result.history) == 2
 
 
-def test_images_without_labels(tmp_path: Path) -> None:
+def test_training_images_without_labels_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", images=np.zeros((5, 8, 8), dtype=np.uint8))
     with pytest.raises(BadLabels, match="images without a label"):
         run(tmp_path, data={"train": f"npz:{tmp_path}/data.npz"})

@@ -1,4 +1,4 @@
-"""Trainings that are killed at random moments end with the weights, the log and the state of one that was not."""
+"""Killed and resumed training runs end with the weights, log and state of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def start(out: Path, changes: dict[str, Any], pause: float = 0.0) -> Any:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """The bytes of every tensor, all that is said about them, and the other files as they are."""
+    """Return the bytes of all tensors, the metadata, and the text of the other files."""
     found: dict[str, Any] = {}
     for path in folder.iterdir():
         if path.suffix != ".safetensors":
             found[path.name] = path.read_bytes()
             continue
-        with safe_open(path, "pt") as file:  # the order of the facts in a file is left to chance
+        with safe_open(path, "pt") as file:  # the order of the metadata in a file is random
             found[path.name] = file.metadata()
         for name, tensor in state.read_tensors(path).items():
             found[f"{path.name} {name}"] = (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
@@ -91,7 +91,7 @@ def changed_at(path: Path) -> int:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_killed_at_random_moments(name: str, tmp_path: Path) -> None:
+def test_training_killed_at_random_moments_resumes_exactly(name: str, tmp_path: Path) -> None:
     changes = RECIPES[name]
     process = start(tmp_path / "peace", changes)
     process.join()
@@ -118,8 +118,8 @@ def test_killed_at_random_moments(name: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "killed") == contents(tmp_path / "peace")
 
 
-def test_a_kill_between_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever file of whichever epoch was the last to be written."""
+def test_training_killed_between_two_files_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kill comes after each file of each epoch in turn."""
     import tiny
 
     from ood_scores.training.recipe_file import recipe_from

@@ -8,7 +8,7 @@ import torch
 from ood_scores.training.streams import cycled, order, share, validation_split
 
 
-def test_an_epoch_has_every_image_once() -> None:
+def test_an_epoch_contains_every_image_once() -> None:
     rows = order(3, 1, 103, 25, drop_last=False)
     assert [len(batch) for batch in rows] == [25, 25, 25, 25, 3]
     assert torch.equal(torch.cat(rows).sort().values, torch.arange(103))
@@ -17,7 +17,7 @@ def test_an_epoch_has_every_image_once() -> None:
     assert not torch.equal(rows[0], order(3, 2, 103, 25, drop_last=False)[0])
 
 
-def test_the_auxiliary_stream_cycles_in_new_orders() -> None:
+def test_auxiliary_stream_repeats_in_new_orders() -> None:
     rows = torch.cat(cycled(7, 0, 0, 9, 20, 8))
     assert len(rows) == 72
     rounds = rows[:60].reshape(3, 20)
@@ -27,13 +27,13 @@ def test_the_auxiliary_stream_cycles_in_new_orders() -> None:
     assert [len(batch) for batch in cycled(7, 0, 0, 3, 5, 8)] == [8, 8, 8]
 
 
-def test_shares_of_processes_make_the_batch() -> None:
+def test_shares_of_all_processes_form_the_batch() -> None:
     batch = order(0, 0, 64, 64, drop_last=False)[0]
     parts = [share([batch], rank, 4)[0] for rank in range(4)]
     assert torch.equal(torch.stack(parts, dim=1).flatten(), batch)
 
 
-def test_validation_takes_its_share_of_each_class_and_never_the_only_image() -> None:
+def test_validation_split_is_stratified_and_keeps_single_images_for_training() -> None:
     labels = np.repeat([0, 1, 2, 3], [100, 45, 9, 1])
     kept, aside = validation_split(labels, 0.1)
     assert np.bincount(labels[aside], minlength=4).tolist() == [10, 4, 0, 0]

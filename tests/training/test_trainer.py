@@ -1,4 +1,4 @@
-"""The trainer against a loop written by hand, objectives and stages, and what it writes."""
+"""The trainer compared with a handwritten loop, its objectives and stages, and its output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ood_scores.training.setup import trainable_parameters
 from ood_scores.training.streams import cycled, order, validation_split
 
 
-def test_it_learns(trained: Trained) -> None:
+def test_training_reduces_the_loss(trained: Trained) -> None:
     assert [entry["epoch"] for entry in trained.history] == [1, 2, 3, 4, 5, 6]
     assert trained.history[0]["loss"] > 1.2
     assert trained.history[-1]["loss"] < 0.6
@@ -41,7 +41,7 @@ def test_it_learns(trained: Trained) -> None:
     assert trained.accuracy["validation"] == trained.history[-1]["validation_accuracy"] > 0.7
 
 
-def test_the_log_holds_the_history(trained: Trained) -> None:
+def test_log_contains_the_history(trained: Trained) -> None:
     rows = list(csv.DictReader(io.StringIO((trained.checkpoint.parent / "log.csv").read_text())))
     assert [{key: float(value) for key, value in row.items()} for row in rows] == trained.history
     assert list(rows[0]) == [
@@ -50,7 +50,7 @@ def test_the_log_holds_the_history(trained: Trained) -> None:
     ]  # fmt: skip
 
 
-def test_the_checkpoint_opens_with_timm_and_goes_into_extract(trained: Trained, tmp_path: Path) -> None:
+def test_timm_and_extract_open_the_checkpoint(trained: Trained, tmp_path: Path) -> None:
     model = timm.create_model("tiny_net", num_classes=7, checkpoint_path=str(trained.checkpoint)).eval()
     images, labels = digit_images()
     with torch.no_grad():
@@ -62,12 +62,12 @@ def test_the_checkpoint_opens_with_timm_and_goes_into_extract(trained: Trained, 
     torch.testing.assert_close(torch.from_numpy(np.asarray(feats.logits)), logits)
 
 
-def test_load_model_knows_the_arguments_of_the_network(tmp_path: Path) -> None:
+def test_load_model_reads_the_network_arguments_from_the_checkpoint(tmp_path: Path) -> None:
     result = run(tmp_path, model={"norm": False}, epochs=1)
     assert isinstance(load_model("tiny_net", result.checkpoint).bn1, nn.Identity)
 
 
-def test_the_recipe_is_inside_the_checkpoint(trained: Trained) -> None:
+def test_checkpoint_contains_the_recipe(trained: Trained) -> None:
     with safe_open(trained.checkpoint, "pt") as file:
         facts = file.metadata()
     assert (json.loads(facts["architecture"]), json.loads(facts["epoch"])) == ("tiny_net", 6)
@@ -76,7 +76,7 @@ def test_the_recipe_is_inside_the_checkpoint(trained: Trained) -> None:
     assert recipe_from(json.loads(facts["recipe"])).data.validation == 0.2
 
 
-def test_checkpoints_are_kept(trained: Trained) -> None:
+def test_checkpoint_every_keeps_checkpoints(trained: Trained) -> None:
     folder = trained.checkpoint.parent
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock", "epoch_004.safetensors", "last.safetensors", "log.csv", "state.safetensors",
@@ -87,7 +87,7 @@ def test_checkpoints_are_kept(trained: Trained) -> None:
 
 
 def by_hand(model: Any, seed: int, epochs: int, lrs: list[float], batch: int, drop_last: bool) -> list[float]:
-    """SGD with momentum as its formula has it, on the images in the order of the trainer; the mean loss of epochs."""
+    """Train by the formula of SGD with momentum, in the trainer's order of images; return the mean loss of epochs."""
     images, labels = digit_images()
     velocity = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
     losses = []
@@ -107,7 +107,7 @@ def by_hand(model: Any, seed: int, epochs: int, lrs: list[float], batch: int, dr
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_the_weights_are_those_of_a_loop_by_hand(tmp_path: Path, drop_last: bool) -> None:
+def test_trained_weights_match_a_handwritten_loop(tmp_path: Path, drop_last: bool) -> None:
     schedule = {"name": "steps", "milestones": [1]}
     result = run(tmp_path, epochs=2, batch_size=100, seed=5, drop_last=drop_last, schedule=schedule)
     model = fresh_model(5)
@@ -117,7 +117,7 @@ def test_the_weights_are_those_of_a_loop_by_hand(tmp_path: Path, drop_last: bool
     torch.testing.assert_close(weights(result.checkpoint), dict(model.state_dict()), rtol=1e-4, atol=1e-6)
 
 
-def test_record_of_an_epoch_is_that_of_its_samples_before_the_update(tmp_path: Path) -> None:
+def test_epoch_record_describes_the_samples_before_the_update(tmp_path: Path) -> None:
     images, labels = digit_images()
     record = run(tmp_path, epochs=1, batch_size=len(images)).history[0]
     model = fresh_model(0).train()
@@ -139,13 +139,13 @@ def test_equal_seeds_give_equal_weights(tmp_path: Path) -> None:
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
 
 
-def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
+def test_training_does_not_change_the_global_random_state(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     run(tmp_path, epochs=1, model={"drop": 0.3})
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_images_that_are_loaded_train_as_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaded_images_train_like_images_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared: dict[str, Any] = {"epochs": 1, "data": {"augmentation": "crop_flip", "validation": 0.1}}
     held = run(tmp_path / "held", **shared)
     monkeypatch.setattr("ood_scores.training.streams.HELD_BYTES", 0)
@@ -157,13 +157,13 @@ def test_images_that_are_loaded_train_as_those_in_memory(tmp_path: Path, monkeyp
         )
 
 
-def test_crops_at_opening_do_not_depend_on_the_workers(tmp_path: Path) -> None:
+def test_random_crops_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     shared: dict[str, Any] = {"epochs": 1, "data": {"augmentation": "imagenet"}}
     histories = [run(tmp_path / f"{workers}", workers=workers, **shared).history for workers in (0, 2)]
     assert histories[0] == histories[1]
 
 
-def test_mixed_precision_and_channels_last_come_close(tmp_path: Path) -> None:
+def test_mixed_precision_and_channels_last_match_full_precision(tmp_path: Path) -> None:
     exact = run(tmp_path / "exact").history[-1]
     last = run(tmp_path / "last", channels_last=True).history[-1]
     mixed = run(tmp_path / "mixed", amp="bf16").history[-1]
@@ -172,7 +172,7 @@ def test_mixed_precision_and_channels_last_come_close(tmp_path: Path) -> None:
     assert mixed["loss"] != exact["loss"]
 
 
-def test_accuracy_with_normalised_features_is_logged_too(tmp_path: Path) -> None:
+def test_accuracy_of_normalized_features_is_logged(tmp_path: Path) -> None:
     result = run(tmp_path, model={"l2_head": True}, data={"validation": 0.2})
     model: Any = timm.create_model("tiny_net", num_classes=7, checkpoint_path=str(result.checkpoint)).eval()
     images, labels = digit_images()
@@ -186,7 +186,7 @@ def test_accuracy_with_normalised_features_is_logged_too(tmp_path: Path) -> None
     assert [entry["validation_accuracy"], entry["validation_accuracy_normalized"]] == pytest.approx(accuracies)
 
 
-def test_ood_images_enter_the_batch_statistics_and_nothing_else_of_rna(tmp_path: Path) -> None:
+def test_rna_uses_ood_images_only_in_batch_statistics(tmp_path: Path) -> None:
     images, labels = digit_images()
     changes: dict[str, Any] = {"epochs": 1, "batch_size": len(images), "optimizer": {"lr": 1e-9, "momentum": 0.0}}
     result = run(tmp_path, objective={"name": "rna"}, auxiliary={**OOD, "batch_size": 500}, **changes)
@@ -214,12 +214,14 @@ def test_ood_images_enter_the_batch_statistics_and_nothing_else_of_rna(tmp_path:
         ({"name": "nc_loss"}, {"amp": "bf16"}),
     ],
 )
-def test_objectives_fall(tmp_path: Path, objective: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_loss_decreases_with_every_kind_of_objective(
+    tmp_path: Path, objective: dict[str, Any], changes: dict[str, Any]
+) -> None:
     result = run(tmp_path, objective=objective, **{"auxiliary": OOD, "epochs": 3, **changes})
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
-def test_stages(tmp_path: Path) -> None:
+def test_stages_train_the_same_weights_one_after_the_other(tmp_path: Path) -> None:
     second = {
         "epochs": 2,
         "batch_size": 128,
@@ -236,7 +238,7 @@ def test_stages(tmp_path: Path) -> None:
     assert changed == {"fc.weight", "fc.bias"} | {name for name in after if "running" in name or "num_batches" in name}
 
 
-def test_what_is_trainable() -> None:
+def test_trainable_patterns_select_parameters() -> None:
     model = timm.create_model("tiny_net", num_classes=7)
     everything = [name for name, _ in model.named_parameters()]
     assert trainable_parameters(model, ()) == everything
@@ -265,14 +267,14 @@ def test_fine_tuning_starts_from_a_checkpoint(trained: Trained, tmp_path: Path) 
         run(tmp_path / "none", model={"checkpoint": str(tmp_path / "none.safetensors")})
 
 
-def test_train_is_a_public_name() -> None:
+def test_public_names_of_the_training_package() -> None:
     assert ood_scores.training.train is train
     assert augmentation("none", 1).pixels == ()
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ood_scores.training.nothing
 
 
-def test_log_on_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_log_contains_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, float, int]] = []
 
     class Writer:

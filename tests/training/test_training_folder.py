@@ -1,4 +1,4 @@
-"""A training's folder: repeated, foreign and full, and numbers that are not finite."""
+"""The output folder of a training run: repeated calls, foreign files, a full disk, and nonfinite numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ood_scores.training import Trained, train, trainer
 from ood_scores.training.recipe_file import recipe_from
 
 
-def test_the_same_call_again_does_nothing(trained: Trained) -> None:
+def test_repeating_a_finished_training_does_nothing(trained: Trained) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in trained.checkpoint.parent.glob("*.safetensors")}
     again = run(
         trained.checkpoint.parent,
@@ -39,7 +39,7 @@ def test_the_same_call_again_does_nothing(trained: Trained) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in trained.checkpoint.parent.glob("*.safetensors")} == before
 
 
-def test_another_recipe_or_other_data_in_the_folder(tmp_path: Path) -> None:
+def test_folder_with_another_recipe_or_other_data_is_refused(tmp_path: Path) -> None:
     spec = imbalanced(tmp_path, [20, 6, 3])
     first = run(tmp_path / "out", data={"train": spec})
     with pytest.raises(BadInput, match=r"another recipe \(seed was 0, is 1; optimizer\.lr was 0\.05, is 0\.5"):
@@ -53,7 +53,7 @@ def test_another_recipe_or_other_data_in_the_folder(tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "log.csv").read_text().splitlines()) == 3
 
 
-def test_foreign_files_are_not_touched(tmp_path: Path, trained: Trained) -> None:
+def test_foreign_files_in_the_folder_are_not_changed(tmp_path: Path, trained: Trained) -> None:
     (tmp_path / "state.safetensors").write_bytes(b"something else")
     with pytest.raises(CheckpointError, match="not the state of a training run"):
         run(tmp_path)
@@ -65,17 +65,17 @@ def test_foreign_files_are_not_touched(tmp_path: Path, trained: Trained) -> None
         run(other)
 
 
-def test_two_trainings_cannot_share_a_folder(tmp_path: Path) -> None:
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     with LockedFile(tmp_path / ".lock", "a"), pytest.raises(CacheBusy, match="another process"):
         run(tmp_path)
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_loss_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(10**6))
     honest = F.cross_entropy
 
     def failing(*arguments: Any) -> Tensor:
-        return honest(*arguments) * (float("nan") if next(calls) == 23 else 1)  # after one on trial, 20 in each epoch
+        return honest(*arguments) * (float("nan") if next(calls) == 23 else 1)  # one trial, then 20 per epoch
 
     monkeypatch.setattr("ood_scores.training.objectives.classification.F.cross_entropy", failing)
     with pytest.raises(NotFinite, match=r"in epoch 2, step 3, the loss became nan.*holds the weights of epoch 1"):
@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, mon
     assert run(tmp_path).history == run(tmp_path / "peace").history
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_weights_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = trainer.train_step
 
     def exploding(step: Any, head: nn.Linear, *arguments: Any) -> Tensor:
@@ -99,7 +99,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "last.safetensors").exists()
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_loses_no_training_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = os.replace
     calls = iter(range(100))
 
