@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -139,28 +140,13 @@ def prepare(recipe: Recipe, who: Processes) -> Prepared:
     if test is not None:
         _check_known(recipe.data.test or "", test.labels, len(counts))
     for stage in recipe.stages:
-        objective = _tried_objective(stage, model, counts.tolist())
-        if objective.auxiliary and recipe.auxiliary is None:
-            raise MissingInput(
-                f"objective {objective.name!r} needs OoD images in each step: add [auxiliary] with data = … to the "
-                "recipe."
-            )
-        trainable_parameters(model, stage.trainable)
+        _check_stage(recipe, stage, model, counts.tolist())
     to_input = input_of(model).to(who.device)
     augment = augmentation(recipe.data.augmentation, to_input.channels)
     aux_name = (recipe.auxiliary and recipe.auxiliary.augmentation) or recipe.data.augmentation
     augment_auxiliary = augmentation(aux_name, to_input.channels)
-
-    def images(rows: Rows | None, by: Augmentation | None = None) -> Images | None:
-        if rows is None or not len(rows.rows):
-            return None
-        cropped = by is not None and by.opening_crop
-        opened = OpenedImages(rows.dataset, rows.rows, to_input.open_crop if cropped else to_input.open)
-        labels = torch.from_numpy(rows.labels)
-        return make_images(opened, labels, who.device, hold=not cropped, workers=recipe.workers)
-
-    own = images(train, augment)
-    assert own is not None
+    images = partial(_open_images, to_input, who.device, recipe.workers)
+    own = images(train, augment.opening_crop)
     shared = auxiliary is train and augment.opening_crop == augment_auxiliary.opening_crop
     if recipe.sync_batchnorm:
         model = who.with_sync_batchnorm(model)
@@ -170,13 +156,27 @@ def prepare(recipe: Recipe, who: Processes) -> Prepared:
         arguments=arguments,
         to_input=to_input,
         train=own,
-        validation=images(validation),
-        test=images(test),
-        auxiliary=own if shared else images(auxiliary, augment_auxiliary),
+        validation=images(validation) if len(validation.rows) else None,
+        test=images(test) if test else None,
+        auxiliary=own if shared else images(auxiliary, augment_auxiliary.opening_crop) if auxiliary else None,
         augment=augment,
         augment_auxiliary=augment_auxiliary,
         class_counts=counts.tolist(),
     )
+
+
+def _check_stage(recipe: Recipe, stage: Stage, model: nn.Module, class_counts: list[int]) -> None:
+    objective = _tried_objective(stage, model, class_counts)
+    if objective.auxiliary and recipe.auxiliary is None:
+        raise MissingInput(
+            f"objective {objective.name!r} needs OoD images in each step: add [auxiliary] with data = … to the recipe."
+        )
+    trainable_parameters(model, stage.trainable)
+
+
+def _open_images(to_input: ToInput, device: torch.device, workers: int, rows: Rows, crop: bool = False) -> Images:
+    opened = OpenedImages(rows.dataset, rows.rows, to_input.open_crop if crop else to_input.open)
+    return make_images(opened, torch.from_numpy(rows.labels), device, hold=not crop, workers=workers)
 
 
 def make_model(table: ModelTable, arguments: dict[str, Any], seed: int) -> nn.Module:
