@@ -48,15 +48,15 @@ class _Call:
     name: str
     module: nn.Module
     received: Tensor
-    gave: Tensor | None
+    returned: Tensor | None
 
     @property
     def is_affine(self) -> bool:
         """Whether the module has a weight that could map each input row to its output row."""
         weight = getattr(self.module, "weight", None)
-        if self.gave is None or not isinstance(weight, Tensor) or weight.ndim < 2:
+        if self.returned is None or not isinstance(weight, Tensor) or weight.ndim < 2:
             return False
-        return weight[0].numel() == self.received.shape[1] and len(weight) == self.gave.shape[1]
+        return weight[0].numel() == self.received.shape[1] and len(weight) == self.returned.shape[1]
 
 
 @contextmanager
@@ -129,13 +129,13 @@ def find_head(calls: list[_Call], logits: Tensor, requested: str | bool | None) 
     if requested is False:
         return _without_head(calls)
     candidates = [
-        call for call in calls if call.is_affine and call.gave is not None and call.gave.shape == logits.shape
+        call for call in calls if call.is_affine and call.returned is not None and call.returned.shape == logits.shape
     ]
     latest = list({id(call.module): call for call in candidates}.values())
-    exact = [call for call in reversed(latest) if _close(call.gave, logits)]
+    exact = [call for call in reversed(latest) if _close(call.returned, logits)]
     if exact:
         chosen = exact[:1]
-    elif len(latest) > 1 and _is_mean([call.gave for call in latest if call.gave is not None], logits):
+    elif len(latest) > 1 and _is_mean([call.returned for call in latest if call.returned is not None], logits):
         chosen = latest
     else:
         raise _not_found(latest, calls, logits, requested)
@@ -187,7 +187,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _tolerance(chosen: list[_Call], logits: Tensor) -> float:
     """The relative error that rounding may cause: autocast and TF32 compute float32 inputs with less precision."""
-    if any(_is_half(values) for call in chosen for values in (call.received, call.gave, logits)):
+    if any(_is_half(values) for call in chosen for values in (call.received, call.returned, logits)):
         return 2e-2
     return 5e-3 if logits.is_cuda else 1e-4
 
@@ -225,9 +225,9 @@ def _not_found(
             f"num_classes=0?); the last layers that receive one vector per input: {last}. {HOW_TO_NAME}."
         )
     found = ", ".join(
-        f"{call.name} (differs by up to {float((call.gave - logits).abs().max()):.3g})"
+        f"{call.name} (differs by up to {float((call.returned - logits).abs().max()):.3g})"
         for call in candidates
-        if call.gave is not None
+        if call.returned is not None
     )
     return HeadNotFound(
         f"the logits are neither the output of an affine module nor the mean of several; modules with "

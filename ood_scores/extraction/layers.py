@@ -113,7 +113,7 @@ class _Output:
 
     name: str
     received: tuple[int, ...] | None
-    gave: tuple[int, ...] | None
+    returned: tuple[int, ...] | None
     tokens: bool
 
 
@@ -147,15 +147,15 @@ def _ends_of_sizes(model: nn.Module, outputs: list[_Output]) -> tuple[str, ...]:
     changing = {
         (output.name, output.received)
         for output in outputs
-        if output.gave and output.received != output.gave and output.name not in containers
+        if output.returned and output.received != output.returned and output.name not in containers
     }
     last: dict[tuple[int, ...], str] = {}
     for output in outputs:
-        inside = any((parent, output.gave) in changing for parent in _parents(output.name))
-        larger = any(min(output.gave or ()) > max(size) for size in last if output.gave)
-        if output.gave and max(output.gave) > 1 and not inside and not larger:
-            last.pop(output.gave, None)
-            last[output.gave] = output.name
+        inside = any((parent, output.returned) in changing for parent in _parents(output.name))
+        larger = any(min(output.returned or ()) > max(size) for size in last if output.returned)
+        if output.returned and max(output.returned) > 1 and not inside and not larger:
+            last.pop(output.returned, None)
+            last[output.returned] = output.name
     return tuple(last.values()) if len(last) > 1 else ()
 
 

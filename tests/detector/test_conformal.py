@@ -21,21 +21,21 @@ from ood_scores.errors import BadInput, BadLabels, EmptyInput, NotFinite, ShapeM
 Array = NDArray[Any]
 TRIALS = 1000
 SURE = 1e-4
-"""How often a count of a right simulation may lie outside its band; the seeds are fixed."""
+"""Probability that a count in a correct simulation is outside its band; the seeds are fixed."""
 
 
 def continuous(rng: np.random.Generator, *shape: int) -> Array:
-    """P(score < v) = v."""
+    """Draw uniform scores: P(score < v) = v."""
     return rng.random(shape)
 
 
 def tied(rng: np.random.Generator, *shape: int) -> Array:
-    """Five values, a fifth each: P(score < v) = v for each of them."""
+    """Draw five values with equal probability: P(score < v) = v for each of them."""
     return np.floor(5 * rng.random(shape)) / 5
 
 
 def values(n: int, keep: float, delta: float | None = None, draw: Callable[..., Array] = continuous) -> Array:
-    """The threshold's value for each of many calibration sets; a row lies below it with that probability."""
+    """Return the threshold for each of many calibration sets; a row is below it with that probability."""
     sets = draw(np.random.default_rng(n), TRIALS, n)
     return np.array([threshold(rows, keep, delta=delta).value for rows in sets])
 
@@ -69,7 +69,7 @@ def test_the_value_is_an_order_statistic(scores: Any, keep: float, value: float,
 
 
 def test_with_delta_the_rank_is_that_of_tolerance_limits() -> None:
-    """59 and 93 rows for one and two rejected of 95/95; 100 rows allow 2 (Wilks; tables of tolerance limits)."""
+    """For 95/95, 59 and 93 rows are needed to reject one and two; 100 rows allow 2 (Wilks' tolerance limits)."""
     ranks = {n: threshold(range(n), 0.95, delta=0.05).rank for n in (59, 92, 93, 100, 124)}
     assert ranks == {59: 1, 92: 1, 93: 2, 100: 2, 124: 3}
     found = threshold(range(100), 0.95, delta=0.05)
@@ -85,7 +85,9 @@ def test_with_delta_the_rank_is_that_of_tolerance_limits() -> None:
     ("keep", "delta", "needed"),
     [(0.95, None, 19), (0.6, None, 2), (0.999, None, 999), (0.95, 0.05, 59), (0.9, 0.05, 29)],
 )
-def test_too_few_rows_reject_nothing_and_say_how_many_are_needed(keep: float, delta: float | None, needed: int) -> None:
+def test_too_few_rows_reject_nothing_and_warn_how_many_are_needed(
+    keep: float, delta: float | None, needed: int
+) -> None:
     with pytest.warns(UserWarning, match=f"no row can be rejected .*: at least {needed} are needed"):
         few = threshold(range(needed - 1), keep, delta=delta)
     assert few == Threshold(-math.inf, keep, needed - 1, 0, delta)
@@ -96,8 +98,8 @@ def test_too_few_rows_reject_nothing_and_say_how_many_are_needed(keep: float, de
 
 
 @pytest.mark.parametrize(("n", "keep", "level"), [(20, 0.95, 20 / 21), (20, 0.8, 17 / 21), (200, 0.95, 191 / 201)])
-def test_coverage_over_calibrations_is_the_stated_level(n: int, keep: float, level: float) -> None:
-    """One new row for each calibration set: how many are kept is binomial with the level, which is at least keep."""
+def test_coverage_over_calibration_sets_is_the_stated_level(n: int, keep: float, level: float) -> None:
+    """With one new row per calibration set, the number of kept rows is binomial with the level, at least ``keep``."""
     limits = values(n, keep)
     kept = int((np.random.default_rng(1).random(TRIALS) >= limits).sum())
     assert threshold(range(n), keep).level == pytest.approx(level)
@@ -107,7 +109,7 @@ def test_coverage_over_calibrations_is_the_stated_level(n: int, keep: float, lev
 
 
 @pytest.mark.parametrize(("n", "keep"), [(20, 0.8), (100, 0.95)])
-def test_the_share_kept_by_a_calibration_set_is_beta(n: int, keep: float) -> None:
+def test_the_share_kept_by_a_calibration_set_has_a_beta_distribution(n: int, keep: float) -> None:
     rank = threshold(range(n), keep).rank
     assert kstest(1 - values(n, keep), beta(n + 1 - rank, rank).cdf).pvalue > SURE
 
@@ -122,7 +124,7 @@ def test_ties_only_keep_more(n: int, keep: float) -> None:
 
 
 @pytest.mark.parametrize(("n", "keep", "delta"), [(20, 0.8, 0.1), (60, 0.95, 0.05), (300, 0.9, 0.2)])
-def test_with_delta_all_but_that_share_of_calibrations_keep_enough(n: int, keep: float, delta: float) -> None:
+def test_with_delta_all_but_that_share_of_calibration_sets_keep_enough(n: int, keep: float, delta: float) -> None:
     enough = [int((1 - values(n, keep, delta, draw) >= keep).sum()) for draw in (continuous, tied)]
     assert all(at_least(count, 1 - delta) for count in enough)
     rank = threshold(range(n), keep, delta=delta).rank
@@ -138,8 +140,8 @@ def test_each_predicted_class_has_the_threshold_of_its_rows() -> None:
     assert class_thresholds(torch.tensor(scores), torch.tensor(predictions), 3, 0.9, delta=0.1) == found
 
 
-def test_coverage_holds_in_each_predicted_class() -> None:
-    """The classes have different scores, so that one threshold for all keeps too few of the first."""
+def test_coverage_is_guaranteed_in_each_predicted_class() -> None:
+    """The classes have different scores, so that a single threshold keeps too few rows of the first class."""
     rng = np.random.default_rng(0)
     kept, kept_by_one, rows = np.zeros(3, int), np.zeros(3, int), np.zeros(3, int)
     with warnings.catch_warnings():
@@ -171,7 +173,7 @@ def test_p_values_by_hand() -> None:
 
 @pytest.mark.parametrize("draw", [continuous, tied])
 def test_p_values_are_super_uniform(draw: Callable[..., Array]) -> None:
-    """Without ties each of the n + 1 values is as likely."""
+    """Without ties, each of the n + 1 values is equally likely."""
     n = 20
     rows = draw(np.random.default_rng(3), TRIALS, n + 1)
     found = np.array([p_values(row[:n], row[n:])[0] for row in rows])
@@ -210,14 +212,14 @@ def test_benjamini_hochberg_by_hand() -> None:
     p=st.lists(st.floats(0, 1), min_size=1, max_size=30),
     rate=st.floats(0.01, 0.9),
 )
-def test_benjamini_hochberg_is_scipy_s(p: list[float], rate: float) -> None:
+def test_benjamini_hochberg_agrees_with_scipy(p: list[float], rate: float) -> None:
     adjusted = false_discovery_control(p)
     clear = np.abs(adjusted - rate) > 1e-9
     np.testing.assert_array_equal(benjamini_hochberg(p, rate)[clear], (adjusted <= rate)[clear])
 
 
 def discoveries(draw: Callable[..., Array], n: int, rate: float) -> tuple[Array, Array]:
-    """The share of ID rows among those declared OoD, and of OoD rows that are; 16 ID rows and 4 OoD rows a batch."""
+    """Return the false discovery rate and the share of OoD rows found, for batches of 16 ID and 4 OoD rows."""
     rng = np.random.default_rng(5)
     false, found = [], []
     for _ in range(4 * TRIALS):
@@ -230,7 +232,7 @@ def discoveries(draw: Callable[..., Array], n: int, rate: float) -> tuple[Array,
 
 
 def test_the_false_discovery_rate_with_a_shared_calibration_set() -> None:
-    """Where rate (n + 1) / m is whole it is exactly rate times the share of ID rows."""
+    """If rate (n + 1) / m is a whole number, the rate is exactly ``rate`` times the share of ID rows."""
     false, found = discoveries(continuous, n=199, rate=0.1)
     error = false.std() / math.sqrt(len(false))
     assert abs(false.mean() - 0.1 * 16 / 20) < 4 * error
@@ -240,7 +242,7 @@ def test_the_false_discovery_rate_with_a_shared_calibration_set() -> None:
     assert found.mean() > 0.9
 
 
-def test_tensors_arrays_and_lists_are_the_same() -> None:
+def test_tensors_arrays_and_lists_have_the_same_results() -> None:
     scores = np.random.default_rng(0).normal(size=50).astype(np.float16)
     for other in (torch.tensor(scores), scores.tolist(), scores.astype(np.float64)):
         assert threshold(other) == threshold(scores)
@@ -248,7 +250,7 @@ def test_tensors_arrays_and_lists_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, math.nan])
-def test_shares_lie_between_0_and_1(share: float) -> None:
+def test_shares_must_be_between_0_and_1(share: float) -> None:
     with pytest.raises(BadInput, match=r"keep must be in \(0, 1\)"):
         threshold([1.0], share)
     with pytest.raises(BadInput, match=r"delta must be in \(0, 1\)"):

@@ -70,7 +70,7 @@ SCORERS: dict[str, Any] = {
 }
 
 
-# ---- what a prediction is
+# ---- predictions
 
 
 @pytest.mark.parametrize("name", SCORERS)

@@ -80,7 +80,7 @@ def test_metadata_of_the_file(energy_file):
     assert about["weights_sha256"] == "abc"
     assert json.loads(about["threshold"]) == graph.threshold.item()
     assert 0 <= float(about["margin"]) < 1e-5
-    assert [file.name for file in path.parent.iterdir()] == ["energy.onnx"]  # no weights beside it, no temporary file
+    assert [file.name for file in path.parent.iterdir()] == ["energy.onnx"]  # no separate weights, no temporary file
 
 
 def test_the_margin_is_not_merged_with_another_constant(tmp_path):

@@ -201,7 +201,7 @@ def test_statistics_of_the_joined_file_equal_those_of_one_process(single: Path, 
     again = ood_scores.load(copied)
     spent: dict[Statistic, float] = {}
     collect(again, wanted[:1], spent)
-    assert spent == {wanted[0]: 0.0}  # kept beside it
+    assert spent == {wanted[0]: 0.0}  # stored next to the cache
     assert _bits(again.statistics[wanted[0]]) == _bits(one[wanted[0]])
 
 
@@ -316,7 +316,7 @@ def test_the_advice_of_the_error_works(copied: Path, single: Path) -> None:
     assert identity(shard_path(copied, 0, 2)) == kept
 
 
-# --- what cannot be shared --------------------------------------------------------------------------------------------
+# --- loaders that cannot be shared ------------------------------------------------------------------------------------
 
 
 @given(rows=st.integers(1, 200), size=st.integers(1, 40), count=st.integers(1, 12), drop=st.booleans())

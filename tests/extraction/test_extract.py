@@ -64,7 +64,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------------------
 
 
 def test_features_logits_labels_and_head() -> None:
@@ -328,7 +328,7 @@ def test_device_is_restored(fails: bool) -> None:
     assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

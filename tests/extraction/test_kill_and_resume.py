@@ -283,7 +283,7 @@ def test_full_disk(
     assert process.exitcode == 0
     assert "File too large" in message
     assert f"{rows or 0:,} rows are safe: make room on the disk and run the same call again" in message
-    assert row - (AHEAD + 1) * BATCH <= (rows or 0) < ROWS  # those that were waiting to be written
+    assert row - (AHEAD + 1) * BATCH <= (rows or 0) < ROWS  # minus the batches that were waiting to be written
     assert contents(path) == contents(whole)
     assert leftovers(tmp_path) == []
 

@@ -340,7 +340,7 @@ def test_models_that_were_already_compiled() -> None:
     model, plain = Network().eval(), extract(Network())
     compiled: Any = torch.compile(model)
     with torch.inference_mode(), torch.no_grad():
-        compiled(IMAGES[:BATCH])  # what this compiled knows of no hooks
+        compiled(IMAGES[:BATCH])  # compiled code without the hooks
     assert extract(model, compile=True).features.equal(plain.features)
     assert extract(compiled, compile=True).features.equal(plain.features)
     same = extract(compiled)

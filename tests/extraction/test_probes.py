@@ -81,7 +81,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-# --- what they compute ------------------------------------------------------------------------------------------------
+# --- extras ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 8, 20])
@@ -376,7 +376,7 @@ def test_a_cache_from_before_there_were_probes(tmp_path: Path) -> None:
         extract(layers=LAYERS, cache=path)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_probe() -> None:
