@@ -19,7 +19,7 @@ from ood_scores.features.provenance import from_json
 ROWS, BATCH = 12, 5
 
 TOLERANCE = 1e-3
-"""How much a row may differ between batches, relative to the largest value: rounding depends on the size of a batch."""
+"""Maximum difference of a row between batches, relative to the largest value: rounding depends on the batch size."""
 
 Check = Callable[["ProbeCase"], None]
 
@@ -51,7 +51,7 @@ class ProbeCase:
 
     @cached_property
     def extras(self) -> dict[str, Tensor]:
-        """The extras of all inputs, in batches of ``BATCH`` rows."""
+        """The extras of all inputs, extracted in batches of ``BATCH`` rows."""
         return dict(self.extract().extras)
 
     def make(self) -> Probe:
@@ -60,7 +60,7 @@ class ProbeCase:
     def extract(
         self, probes: Sequence[Probe] | None = None, batch: int = BATCH, rows: Tensor | None = None, model: Any = None
     ) -> FeatureSet:
-        """The feature set of some rows, with the probe or other ones."""
+        """Extract some rows, with the probe or other ones."""
         order = torch.arange(ROWS) if rows is None else rows
         batches = [(self.inputs[part], self.labels[part]) for part in order.split(batch)]
         chosen = [self.make()] if probes is None else probes
@@ -79,7 +79,7 @@ def _property(check: Check) -> Check:
 def check_probe(cls: type[Probe], **parameters: Any) -> None:
     """Check that a probe class has all properties that probes have, on a small network.
 
-    A test of a probe of your own::
+    Use it in the test of your own probe::
 
         from ood_scores.testing import check_probe
 
@@ -88,11 +88,11 @@ def check_probe(cls: type[Probe], **parameters: Any) -> None:
             check_probe(MyProbe)
 
     Args:
-        cls: the class. A class with ``random = True`` may depend on the size of batches.
-        **parameters: parameters to check it with, beyond its defaults.
+        cls: the class. The rows of a class with ``random = True`` may depend on the size of batches.
+        **parameters: parameters of the class to check; those that are left out have their defaults.
 
     Raises:
-        AssertionError: if it does not have a property; the message names the probe, the property, and what was found.
+        AssertionError: if a property is missing; the message names the probe, the property, and the reason.
     """
     for _, check in probe_checks(cls, **parameters):
         check()
@@ -114,29 +114,29 @@ def _checked(name: str, case: ProbeCase) -> None:
 
 
 @_property
-def is_made_without_arguments(case: ProbeCase) -> None:
+def created_without_arguments(case: ProbeCase) -> None:
     probe = case.cls()
     registered = [name for name, cls in PROBES.items() if cls is case.cls]
-    assert registered in ([], [probe.name]), f"it is registered as {registered}, its name is {probe.name!r}"
+    assert registered in ([], [probe.name]), f"it is registered as {registered}, but its name is {probe.name!r}"
 
 
 @_property
-def names_of_extras_start_with_its_own(case: ProbeCase) -> None:
+def extras_start_with_its_name(case: ProbeCase) -> None:
     name = case.make().name
     strays = [extra for extra in case.extras if extra != name and not extra.startswith(f"{name}.")]
     assert case.extras, "it has no extras"
-    assert not strays, f"its name is {name!r}, it has extras {strays}"
+    assert not strays, f"its name is {name!r}, but it has the extras {strays}"
 
 
 @_property
-def extras_are_finite_numbers(case: ProbeCase) -> None:
+def finite_row_per_input(case: ProbeCase) -> None:
     for name, values in case.extras.items():
         assert len(values) == ROWS, f"{name} has {len(values)} rows for {ROWS} inputs"
-        assert values.isfinite().all(), f"{name} holds NaN or infinite values"
+        assert values.isfinite().all(), f"{name} contains NaN or infinite values"
 
 
 @_property
-def parameters_lead_to_extras(case: ProbeCase) -> None:
+def parameters_for_extras(case: ProbeCase) -> None:
     name = case.make().name
     for extra in case.extras:
         parts = [extra.removeprefix(f"{name}.")] if extra != name else []
@@ -145,7 +145,7 @@ def parameters_lead_to_extras(case: ProbeCase) -> None:
 
 
 @_property
-def rows_are_independent(case: ProbeCase) -> None:
+def independent_rows(case: ProbeCase) -> None:
     if case.cls.random:
         return
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(2))
@@ -157,9 +157,11 @@ def rows_are_independent(case: ProbeCase) -> None:
 
 
 @_property
-def same_call_gives_the_same_bits(case: ProbeCase) -> None:
+def deterministic(case: ProbeCase) -> None:
     again = case.extract().extras
-    assert again.keys() == case.extras.keys(), f"first it had {list(case.extras)}, then {list(again)}"
+    assert again.keys() == case.extras.keys(), (
+        f"a first call has the extras {list(case.extras)}, a second one {list(again)}"
+    )
     for name, values in again.items():
         assert torch.equal(values, case.extras[name]), f"{name} differs between two calls"
 
@@ -169,25 +171,25 @@ def parameters_are_json(case: ProbeCase) -> None:
     probe = case.make()
     record = record_of(probe)
     written = json.loads(json.dumps(asdict(record), allow_nan=False))
-    assert written["parameters"] == record.parameters, "its parameters change when they are written and read"
+    assert written["parameters"] == record.parameters, "its parameters change when they are written and read again"
     again = case.cls(**{name: from_json(value) for name, value in written["parameters"].items()})
-    assert again == probe, f"from its description comes {again!r}, not {probe!r}"
+    assert again == probe, f"its description restores {again!r}, not {probe!r}"
 
 
 @_property
-def model_is_left_as_it_was(case: ProbeCase) -> None:
+def model_unchanged(case: ProbeCase) -> None:
     model = SmallNetwork().train()
     model.drop.eval()
     model.fc.bias.requires_grad_(False)
     before, generator = _state(model), torch.get_rng_state()
     case.extract(model=model)
     for name, value in _state(model).items():
-        assert value == before[name], f"the {name} of the model are changed"
+        assert value == before[name], f"the {name} of the model have changed"
     assert torch.equal(torch.get_rng_state(), generator), "it draws from the global random generator"
 
 
 @_property
-def features_and_logits_stay_the_same(case: ProbeCase) -> None:
+def features_and_logits_unchanged(case: ProbeCase) -> None:
     plain, feats = case.extract(()), case.extract()
     assert torch.equal(feats.features, plain.features), "features differ from those without the probe"
     assert feats.logits is not None

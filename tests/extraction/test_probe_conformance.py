@@ -87,12 +87,12 @@ class ChangesLogits(MeanPixel):
 @pytest.mark.parametrize(
     ("cls", "parameters", "properties"),
     [
-        (StrayName, {}, {"names_of_extras_start_with_its_own"}),
-        (NotFinite, {}, {"extras_are_finite_numbers"}),
-        (ChangesTheModel, {}, {"model_is_left_as_it_was"}),
-        (DrawsGlobally, {}, {"rows_are_independent", "same_call_gives_the_same_bits", "model_is_left_as_it_was"}),
-        (OfTheBatch, {}, {"rows_are_independent"}),
-        (ChangesLogits, {}, {"features_and_logits_stay_the_same"}),
+        (StrayName, {}, {"extras_start_with_its_name"}),
+        (NotFinite, {}, {"finite_row_per_input"}),
+        (ChangesTheModel, {}, {"model_unchanged"}),
+        (DrawsGlobally, {}, {"independent_rows", "deterministic", "model_unchanged"}),
+        (OfTheBatch, {}, {"independent_rows"}),
+        (ChangesLogits, {}, {"features_and_logits_unchanged"}),
         (MeanPixel, {"factor": torch.tensor(2.0)}, {"parameters_are_json"}),
         (MeanPixel, {"factor": nn.Identity()}, {"parameters_are_json"}),
     ],
