@@ -1,8 +1,8 @@
-"""Runs ``extract`` on every architecture that timm lists, with random weights, and writes what became of each.
+"""Run ``extract`` on every architecture of timm with random weights, and write the outcomes.
 
     python -m benchmarks.coverage.sweep --out benchmarks/coverage/results.csv --summary benchmarks/coverage/README.md
 
-Architectures that the table already has are not run again, so a sweep that was interrupted goes on where it stopped.
+Architectures in the table are not run again, so an interrupted sweep continues where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NOTES = """\
 
 @dataclass
 class Result:
-    """One row of the table."""
+    """A row of the table."""
 
     model: str
     family: str
@@ -51,11 +51,11 @@ class Result:
     input: str = ""
     seconds: str = ""
     given_classes: str = ""
-    """The outcome with ``num_classes=GIVEN_CLASSES`` of an architecture that has no classifier of its own."""
+    """The outcome with ``num_classes=GIVEN_CLASSES`` of an architecture without a classifier."""
 
 
 class TooLarge(Exception):
-    """The model has more parameters than the sweep was allowed."""
+    """The model has more parameters than the limit of the sweep."""
 
 
 def main() -> None:
@@ -77,11 +77,11 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the CSV table, one row for each architecture")
-    parser.add_argument("--summary", type=Path, help="a Markdown file of counts, made from the whole table")
-    parser.add_argument("--pattern", default="*", help="only architectures whose name matches, e.g. 'vit_*'")
-    parser.add_argument("--max-parameters", type=float, default=1.5e9, help="larger models are marked, not run")
-    parser.add_argument("--timeout", type=float, default=180, help="seconds for one architecture")
+    parser.add_argument("--out", type=Path, required=True, help="CSV table with one row for each architecture")
+    parser.add_argument("--summary", type=Path, help="Markdown file with counts over the whole table")
+    parser.add_argument("--pattern", default="*", help="pattern of the names of architectures, e.g. 'vit_*'")
+    parser.add_argument("--max-parameters", type=float, default=1.5e9, help="limit; larger models do not run")
+    parser.add_argument("--timeout", type=float, default=180, help="time limit for one architecture in seconds")
     return parser
 
 
@@ -92,7 +92,7 @@ def _architectures(pattern: str) -> list[str]:
 
 
 def read_table(path: Path) -> dict[str, Result]:
-    """The rows by architecture; empty where there is no file."""
+    """Return the rows by architecture; none if the file does not exist."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:
@@ -109,7 +109,7 @@ def append_row(path: Path, result: Result) -> None:
 
 
 class Worker:
-    """A process that tries architectures; one that hangs or dies is replaced and costs one row."""
+    """A process that runs architectures; if it hangs or dies, it is replaced and one row fails."""
 
     def __init__(self, max_parameters: float) -> None:
         self.max_parameters = max_parameters
@@ -149,14 +149,14 @@ def _serve(pipe: Connection, max_parameters: float) -> None:
 
 
 def family_of(name: str) -> str:
-    """The timm module that defines the architecture."""
+    """Return the timm module that defines an architecture."""
     from timm.models import model_entrypoint
 
     return model_entrypoint(name).__module__.rpartition(".")[2]
 
 
 def try_architecture(name: str, max_parameters: float = 1.5e9) -> Result:
-    """Builds one architecture and extracts from it; once more with classes where it has none of its own."""
+    """Create an architecture and extract from it; if it has no classes, also with some."""
     started = time.perf_counter()
     result = _try(name, max_parameters)
     if result.outcome == REFUSED and result.num_classes == 0:
@@ -166,7 +166,7 @@ def try_architecture(name: str, max_parameters: float = 1.5e9) -> Result:
 
 
 def _try(name: str, max_parameters: float, **given: int) -> Result:
-    """What becomes of an architecture at the smallest input size that works."""
+    """Determine the outcome of an architecture at the smallest input size that works."""
     from ood_scores.errors import HeadNotFound
 
     result = Result(name, family_of(name), FAILED)
@@ -185,7 +185,7 @@ def _try(name: str, max_parameters: float, **given: int) -> Result:
 
 
 def _attempts(name: str) -> Iterator[tuple[dict[str, Any], tuple[int, int, int]]]:
-    """Arguments and input size to try: small ones first, the architecture's own last."""
+    """Yield arguments and input sizes to try: small ones first, the default last."""
     from timm.models import get_pretrained_cfg
 
     config: Any = get_pretrained_cfg(name)
@@ -232,7 +232,7 @@ def _extract(result: Result, name: str, kwargs: dict[str, Any], size: tuple[int,
 
 @contextmanager
 def at_most(limit: float) -> Iterator[None]:
-    """Stops the building of a model as soon as it holds more parameters than ``limit``."""
+    """Stop the creation of a model when it has more than ``limit`` parameters."""
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
     counted = 0
@@ -251,7 +251,7 @@ def at_most(limit: float) -> Iterator[None]:
 
 
 def randomise_zeros(model: Any) -> None:
-    """Gives parameters that start at zero, or all but, values: heads that start at zero would hide every mistake."""
+    """Replace parameters that start at or near zero, because a zero head would hide every mistake."""
     import torch
 
     with torch.no_grad():
@@ -262,7 +262,7 @@ def randomise_zeros(model: Any) -> None:
 
 @contextmanager
 def quick_initialisers() -> Iterator[None]:
-    """Fills weights from one pool of random numbers, many times faster than drawing each."""
+    """Fill weights from one pool of random numbers, which is much faster than drawing all of them."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -291,7 +291,7 @@ def _fill(tensor: Any, pool: Any, scale: float, shift: float) -> Any:
 
 
 def summary(results: list[Result], max_parameters: float) -> str:
-    """The counts and the reasons of refusal, as Markdown."""
+    """Write the counts and the reasons of refusals as Markdown."""
     import timm
     import torch
 
@@ -353,7 +353,7 @@ def _reasons(results: list[Result]) -> list[str]:
 
 
 def reason(result: Result) -> str:
-    """A refusal in a few words."""
+    """Describe a refusal in a few words."""
     for found, words in (
         ("not logits [batch, classes]", "returns a map or tokens"),
         ("a classifier returns a tensor", "returns no tensor"),

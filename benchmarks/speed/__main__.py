@@ -1,6 +1,6 @@
-"""``python -m benchmarks.speed``: measures every group of lines and writes ``results.json`` and ``README.md``.
+"""``python -m benchmarks.speed``: measure every group of lines and write ``results.json`` and ``README.md``.
 
-``python -m benchmarks.speed GROUP ...`` measures some groups and keeps the others' lines.
+``python -m benchmarks.speed GROUP ...`` measures some groups and keeps the lines of the others.
 ``python -m benchmarks.speed scorers [NAME ...]`` writes ``scorers.json`` and ``scorers.md`` instead.
 """
 
@@ -43,13 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument(
-        "groups", nargs="*", metavar="GROUP", help=f"some of {', '.join(GROUPS)}; or: scorers [NAME ...]"
+        "groups",
+        nargs="*",
+        metavar="GROUP",
+        help=f"groups, of {', '.join(GROUPS)}; or: scorers [NAME ...]",
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the rows to measure with (default 1)")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default 2)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the rows to use (default 1)")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for the results")
     for name, size in (("fit-rows", 50_000), ("rows", 10_000), ("width", 512), ("classes", 100)):
-        parser.add_argument(f"--{name}", type=int, default=size, help=f"of the scorers' table (default {size})")
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"size for the table of scorers (default {size})")
     return parser
 
 

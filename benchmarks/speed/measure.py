@@ -1,4 +1,4 @@
-"""Paired timing: what is measured and its baseline take turns, so that both see the same machine."""
+"""Paired timing: a function and its baseline alternate, so that both run under the same conditions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds of ours and of the baseline, medians of paired runs, and the ratio that is asked for (None: none is)."""
+    """Median times of paired runs in seconds, ours and of the baseline, and the required ratio, if any."""
 
     name: str
     baseline: str
@@ -28,7 +28,7 @@ class Line:
 
     @property
     def ratio(self) -> float:
-        """Our speed over the baseline's (``better="higher"``), or our time over the baseline's (``"lower"``)."""
+        """Our speed over that of the baseline (``better="higher"``), or our time over its time (``"lower"``)."""
         return self.baseline_s / self.ours_s if self.better == "higher" else self.ours_s / self.baseline_s
 
     @property
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that is no ratio of times, how it was come by, and the bounds that are asked for (None: none is)."""
+    """A number that is not a ratio of times, how it was measured, and its required bounds, if any."""
 
     name: str
     how: str
@@ -68,10 +68,9 @@ def paired(
     ours_share: float = 1.0,
     baseline_share: float = 1.0,
 ) -> Line:
-    """Medians over ``pairs`` alternating runs, after one run of each to warm up.
+    """Measure the medians over ``pairs`` alternating runs, after one warm-up run of each.
 
-    A share says that a function does only that share of the work, or that many times the work; its time is divided by
-    it.
+    A function may do only a share of the work, or a multiple of it; its time is divided by this share.
     """
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(pairs + 1):
@@ -84,7 +83,7 @@ def paired(
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call, with all that it started on a GPU."""
+    """Return the seconds of one call, including the work that it started on a GPU."""
     _synchronize()
     start = time.perf_counter()
     function()
@@ -98,8 +97,10 @@ def _synchronize() -> None:
 
 
 def exponent(runs: Sequence[tuple[int, Callable[[], object]]], rounds: int = 5) -> float:
-    """The slope of log time over log size, by least squares: of each size the median of ``rounds`` runs in turn, after
-    one to warm up."""
+    """Fit the slope of log time over log size by least squares.
+
+    The time for a size is the median of ``rounds`` runs, which alternate between sizes, after a warm-up run.
+    """
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds + 1):
         for seconds, (_, run) in zip(times, runs, strict=True):
@@ -112,13 +113,13 @@ def exponent(runs: Sequence[tuple[int, Callable[[], object]]], rounds: int = 5) 
 
 
 def scaled(scale: float, size: int, least: int = 1) -> int:
-    """A size as ``--scale`` has it."""
+    """Multiply a size by the option ``--scale``."""
     return max(least, round(scale * size))
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two square matrices, the measure of what the machine can compute."""
+    """A product of two square matrices, which measures the computing speed of the machine."""
 
     side: int
     dtype: torch.dtype

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.speed.memory ours|peer FIT_ROWS ROWS WIDTH CLASSES``: the peak of a mixture, in MiB.
+"""``python -m benchmarks.speed.memory ours|peer FIT_ROWS ROWS WIDTH CLASSES``: the peak memory of a mixture, in MiB.
 
-``python -m benchmarks.speed.memory fits ROWS WIDTH CLASSES``: that of six fits together from a cache on disk, which is
-written to the folder for temporary files and removed (ImageNet's training set: 1281167 2048 1000, 15.6 GB).
+``python -m benchmarks.speed.memory fits ROWS WIDTH CLASSES``: the peak memory of six joint fits from a cache on disk,
+which is written to a temporary folder and removed (training set of ImageNet: 1281167 2048 1000, 15.6 GB).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ FITS = ("mahalanobis", "relative_mahalanobis", "vim", "react", "she", "kl_matchi
 
 
 def peak() -> float:
-    """Of this program alone: ``ru_maxrss`` would begin with that of the process which started it."""
+    """Return the peak memory of this program; ``ru_maxrss`` would include that of the process that started it."""
     (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(kib) / 1024
 
 
 def write_cache(path: Path, rows: int, width: int, classes: int) -> None:
-    """Rectified features around class means, and their logits, a few rows at a time."""
+    """Yield rectified features around class means and their logits, a few rows at a time."""
     generator = torch.Generator().manual_seed(0)
     means = torch.rand(classes, width, generator=generator)
     head = ood_scores.Head(means - means.mean(dim=0))
@@ -49,7 +49,7 @@ def write_cache(path: Path, rows: int, width: int, classes: int) -> None:
 
 
 def peak_of_fits(rows: int, width: int, classes: int) -> float:
-    """MiB above the import of ``fit_all`` with all of ``FITS``."""
+    """Measure the peak memory of ``fit_all`` with all of ``FITS``, in MiB above that after the imports."""
     before = peak()
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder) / "train.h5", rows, width, classes)

@@ -1,4 +1,4 @@
-"""How pytorch-ood 0.4 fits and scores what our scorers do, on the same tensors."""
+"""The detectors of pytorch-ood 0.4 that correspond to our scorers, fitted and scored on the same tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ood_scores
 
 @dataclass(frozen=True)
 class Problem:
-    """A set to fit, one to score, and the head of both as a layer."""
+    """Features to fit on, features to score, and the head of both as a layer."""
 
     train: ood_scores.FeatureSet
     test: ood_scores.FeatureSet
@@ -24,7 +24,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Peer:
-    """``make`` gives the detector; ``fit`` and ``score`` say how it is called; ``share`` of the rows is scored."""
+    """A detector: ``make`` creates it, ``fit`` and ``score`` call it, and ``share`` of the rows is scored."""
 
     make: Callable[[nn.Linear], Any]
     score: Callable[[Any, Tensor, Tensor], Any]
@@ -58,7 +58,7 @@ def _fitted_on_logits(make: Callable[[nn.Linear], Any], share: float = 1.0) -> P
 
 
 def _of_maps(make: Callable[[Callable[[Tensor], Tensor]], Any], fitted: bool = False) -> Peer:
-    """Those that take feature maps ``[B, C, H, W]`` get maps of a single pixel."""
+    """Pass maps of a single pixel to detectors of feature maps ``[B, C, H, W]``."""
     return Peer(
         lambda layer: make(lambda maps: layer(maps.flatten(1))),
         lambda d, z, f: d.predict_feature_maps(z[:, :, None, None]),

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.speed scorers``: what each scorer costs, beside pytorch-ood 0.4 on the same tensors.
+"""``python -m benchmarks.speed scorers``: measure the cost of each scorer, and of pytorch-ood 0.4 on the same tensors.
 
-Writes ``scorers.json`` and ``scorers.md``.
+The results are ``scorers.json`` and ``scorers.md``.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ood_scores.errors import OodScoresError
 from ood_scores.scorers.base import fit_all
 
 SAME = {"vra": {"below": "clip"}}
-"""Parameters with which a scorer computes what pytorch-ood's does."""
+"""Parameters with which a scorer computes the same as the detector of pytorch-ood."""
 
 CACHED = {"features", "logits", "labels", "head"}
 PAIRS, MOST_PAIRS = 3, 100
-"""Runs of each; more than the first only as long as they take less than a second together."""
+"""Numbers of runs: the second only if all runs take less than a second together."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds to fit and microseconds a row to score, ours and theirs; None for what there is not."""
+    """Seconds per fit and microseconds per scored row, ours and theirs; None if there is no fit or no detector."""
 
     name: str
     fit_s: float
@@ -48,8 +48,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Together:
-    """Seconds of ``evaluate`` with all scorers, with the slowest alone, of one read of the data, and of one product of
-    all rows with the bank of neighbours at the speed of a large product."""
+    """Seconds for ``evaluate`` with all scorers, with the slowest alone, for reading the data once, and for the product
+    of all rows with the bank of neighbors at the speed of a large product."""
 
     width: int
     classes: int
@@ -66,7 +66,7 @@ class Together:
 
 
 def problem(fit_rows: int, rows: int, width: int, classes: int) -> Problem:
-    """Features around class means after a ReLU, float32, with a head that tells the classes apart."""
+    """Create float32 features around class means, after a ReLU, and a head that separates the classes."""
     means = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
     layer = nn.Linear(width, classes)
     with torch.no_grad():
@@ -84,13 +84,13 @@ def _around(means: torch.Tensor, layer: nn.Linear, rows: int, seed: int, noise: 
 
 
 def cached_scorers() -> list[str]:
-    """Names of the scorers that read nothing but features, logits, labels and head."""
+    """Return the names of the scorers that read only features, logits, labels and the head."""
     made = {name: ood_scores.create_scorer(name) for name in ood_scores.list_scorers()}
     return [name for name, scorer in made.items() if {*scorer.needs, *scorer.fit_needs} <= CACHED]
 
 
 def cost(name: str, data: Problem) -> Cost:
-    """Medians of alternating fits and scores, after one of each on few rows to warm up."""
+    """Measure medians of alternating fits and scores, after a warm-up of each on few rows."""
     times: dict[str, list[float]] = {"fit": [], "score": [], "peer fit": [], "peer score": []}
     theirs = PEERS.get(name)
     detector: Any = None
@@ -113,7 +113,7 @@ def cost(name: str, data: Problem) -> Cost:
 
 
 def _another(seconds: list[float]) -> bool:
-    """Whether to run it again: ``PAIRS`` times, once if that takes more than 20 s, more often within a second."""
+    """Decide whether to run again: ``PAIRS`` runs, one if it takes more than 20 s, more if they take under a second."""
     if len(seconds) < PAIRS:
         return not seconds or seconds[0] <= 20
     return len(seconds) < MOST_PAIRS and sum(seconds) < 1
@@ -131,7 +131,7 @@ def _per_row(seconds: float, data: Problem) -> float:
 
 
 def together(fit_rows: int, rows: int, width: int, classes: int) -> Together:
-    """``evaluate`` of fitted scorers on ``rows`` ID and four times as many OoD rows."""
+    """Measure ``evaluate`` with fitted scorers on ``rows`` ID rows and four times as many OoD rows."""
     data = problem(fit_rows, rows, width, classes)
     ood = {str(n): _around(torch.zeros(classes, width), data.layer, rows, 10 + n, noise=1 + n / 4) for n in range(4)}
     scorers = {name: ood_scores.create_scorer(name) for name in cached_scorers()}
@@ -164,7 +164,7 @@ def _read(*sets: ood_scores.FeatureSet) -> None:
 
 
 def memory(whose: str, *sizes: int) -> float:
-    """MiB that fitting and scoring the mixture adds to the peak of a process of its own."""
+    """Measure the memory that fitting and scoring the mixture adds to the peak of its own process, in MiB."""
     command = [sys.executable, "-m", "benchmarks.speed.memory", whose, *map(str, sizes)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -228,14 +228,14 @@ def _row(cost: Cost) -> str:
 
 
 def run(folder: Path, machine: str, fit_rows: int, rows: int, width: int, classes: int, names: list[str]) -> None:
-    """Measures, and writes the table after every scorer, so that a run that is cut short leaves what it found."""
+    """Measure the scorers, and write the table after each, so that an interrupted run keeps its results."""
     warnings.simplefilter("ignore")
     sizes = {"fit_rows": fit_rows, "rows": rows, "width": width, "classes": classes}
     results: dict[str, Any] = {"machine": machine, "sizes": sizes, "scorers": [], "memory": {}, "together": []}
     small, data = problem(4 * classes, 2 * classes, width, classes), problem(**sizes)
     for name in names or cached_scorers():
         try:
-            cost(name, small)  # to warm up
+            cost(name, small)  # warm-up
         except (OodScoresError, RuntimeError, ValueError, torch.linalg.LinAlgError) as error:
             print(f"{name}: too few rows to warm up: {error}")
         results["scorers"].append(asdict(cost(name, data)))

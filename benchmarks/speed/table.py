@@ -1,4 +1,4 @@
-"""The table: what was measured, by group, in ``results.json``, and the same to read in ``README.md``."""
+"""The table of results by group, in ``results.json`` and, for readers, in ``README.md``."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ from typing import Any
 from benchmarks.speed.measure import Figure, Line
 
 Record = Mapping[str, Any]
-"""A line or figure as ``results.json`` has it, with its group and where it was measured."""
+"""A line or figure of ``results.json``, with its group and the machine."""
 
 INTRODUCTION = """# Speed, as ratios
 
-Written by `python -m benchmarks.speed`: medians of paired, alternating runs. Ratios travel between machines better than
-seconds do. `python -m benchmarks.speed knn metrics` measures two groups again and keeps the other lines. What each
-scorer costs, beside pytorch-ood: [scorers.md](scorers.md).
+Written by `python -m benchmarks.speed`: medians of paired, alternating runs. Ratios carry over to other machines better
+than seconds. `python -m benchmarks.speed knn metrics` measures two groups again and keeps the other lines.
+[scorers.md](scorers.md) has the cost of each scorer, compared with pytorch-ood.
 """
 
 
 def update(
     folder: Path, group: str, found: Iterable[Line | Figure], measured_on: str, groups: Sequence[str]
 ) -> list[Record]:
-    """Puts what was found for a group, if anything, in the place of what the folder's files have of it.
-
-    Returns the new records.
-    """
+    """Replace the records of a group in the files of a folder, if there are new ones, and return the new records."""
     path = folder / "results.json"
     known: list[Record] = json.loads(path.read_text()) if path.exists() else []
     new: list[Record] = [{"group": group, "measured_on": measured_on} | _fields(each) for each in found]
@@ -45,7 +42,7 @@ def _fields(found: Line | Figure) -> dict[str, Any]:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """One table of ratios and one of other figures for each machine that measured."""
+    """Write one table of ratios and one of other figures for each machine."""
     parts = [INTRODUCTION]
     for machine, here in groupby(sorted(records, key=_measured_on), key=_measured_on):
         ours = list(here)
@@ -76,7 +73,7 @@ def _figure(record: Record) -> Sequence[str]:
 
 
 def ratio(record: Record) -> str:
-    """The ratio of a line in words."""
+    """Describe the ratio of a line in words."""
     found: float = record["ratio"]
     if record["better"] == "lower":
         return f"{found:.2f} times the baseline's time"
@@ -99,5 +96,5 @@ def _bounds(record: Record) -> str:
 
 
 def in_words(record: Record) -> str:
-    """One record in one line of a terminal."""
+    """Describe a record in one line."""
     return " / ".join(cell for cell in (_line(record) if "ratio" in record else _figure(record)) if cell)

@@ -1,4 +1,4 @@
-"""The groups of lines of the speed table: each takes the scale of its sizes and gives lines with their baselines."""
+"""The groups of lines of the speed table: functions of the scale that yield lines with their baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feature sets at ImageNet's width, 2,048 features and 1,000 classes."""
+"""Feature sets of the size of ImageNet: 2,048 features and 1,000 classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH, CLASSES = 2048, 1000
 
 
 def random_set(rows: int, device: str = "cpu") -> tuple[ood_scores.FeatureSet, nn.Linear]:
-    """Uniform features, and the logits of a head that comes with it."""
+    """Create uniform features, and the logits of a random head."""
     head = nn.Linear(WIDTH, CLASSES, device=device)
     generator = torch.Generator(device).manual_seed(0)
     features = torch.rand(rows, WIDTH, generator=generator, device=device)
@@ -21,6 +21,6 @@ def random_set(rows: int, device: str = "cpu") -> tuple[ood_scores.FeatureSet, n
 
 
 def fitted(name: str, rows: int) -> tuple[ood_scores.Scorer, ood_scores.FeatureSet]:
-    """A scorer fitted on 10,000 rows around class means, and as many such rows as asked for."""
+    """Create a scorer fitted on 10,000 rows around class means, and a number of such rows to score."""
     data = problem(10_000, rows, WIDTH, CLASSES)
     return ood_scores.create_scorer(name).fit(data.train), data.test

@@ -1,4 +1,4 @@
-"""What goes around a model costs, on the CPU."""
+"""The overhead of extraction and detectors over the model, on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.speed.measure import Line, paired, scaled
 
 
 def extraction(scale: float) -> Iterator[Line]:
-    """``extract`` to HDF5 against the same model called in a plain loop."""
+    """Measure ``extract`` to HDF5 against a plain loop over the same model."""
     model = timm.create_model("resnet50").eval()
     size = scaled(scale, 32)
     batches = [torch.randn(size, 3, 224, 224) for _ in range(4)]
@@ -39,7 +39,7 @@ def extraction(scale: float) -> Iterator[Line]:
 
 
 def detector(scale: float) -> Iterator[Line]:
-    """``Detector.predict`` against the same model called by itself."""
+    """Measure ``Detector.predict`` against the same model alone."""
     model = timm.create_model("resnet18").eval()
     size = scaled(scale, 64)
     images = torch.randn(size, 3, 224, 224)

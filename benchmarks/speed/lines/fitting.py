@@ -1,4 +1,4 @@
-"""What it costs to fit on ImageNet's training set from a cache on disk."""
+"""The cost of fitting on a set of the size of ImageNet's training set, from a cache on disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDS = 5
 
 
 def fit(scale: float) -> Iterator[Line]:
-    """Both fits in one call, timed once, against the operations of one product of the features with themselves."""
+    """Measure both fits in one call, once, against the operations of one product of the features with themselves."""
     rows = scaled(scale, ROWS, LEAST_ROWS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.h5"
@@ -45,7 +45,7 @@ def fit(scale: float) -> Iterator[Line]:
 
 
 def memory(scale: float) -> Iterator[Figure]:
-    """The peak of six fits together."""
+    """Measure the peak memory of six joint fits."""
     rows = scaled(scale, ROWS, LEAST_ROWS)
     yield Figure(
         f"Peak memory of six fits together, {rows:,} x {WIDTH:,} float32, C={CLASSES:,}, from HDF5",

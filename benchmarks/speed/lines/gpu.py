@@ -1,4 +1,4 @@
-"""What extraction, scores and training cost on a CUDA device; no line where there is none."""
+"""The cost of extraction, scores and training on a CUDA device; without one, there are no lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gpu(scale: float) -> Iterator[Line | Figure]:
 
 
 def _extraction(scale: float) -> Iterator[Line]:
-    """``extract`` to HDF5 of one batch again and again, so that loading images takes no time."""
+    """Measure ``extract`` to HDF5 on copies of one batch, so that loading images takes no time."""
     model = timm.create_model("resnet50").eval().cuda().to(memory_format=torch.channels_last)
     size, count = scaled(scale, BATCH), scaled(scale, BATCHES, least=2)
     pinned = torch.randn(size, 3, 224, 224).to(memory_format=torch.channels_last).pin_memory()
@@ -59,7 +59,7 @@ def _extract(model: torch.nn.Module, batches: list[Tensor], path: Path) -> None:
 
 
 def _scoring(scale: float) -> Iterator[Line]:
-    """Scores of one block of features and logits against a copy of as many bytes as they read."""
+    """Measure the scores of one block of features and logits against copying the bytes that they read."""
     rows = scaled(scale, 500_000)
     feats, _ = random_set(rows, "cuda")
     source = torch.empty(scaled(scale, 2**30), dtype=torch.uint8, device="cuda")

@@ -1,4 +1,4 @@
-"""What ``import ood_scores`` costs in a fresh process."""
+"""The cost of ``import ood_scores`` in a new process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from functools import partial
 from benchmarks.speed.measure import Line, paired
 
 LATER = ("faiss", "timm", "pandas", "matplotlib", "sklearn", "torchvision")
-"""Packages that are imported where they are needed, and by no import of this one."""
+"""Packages that are imported when they are needed, but not when this package is imported."""
 
 SCORING = "import ood_scores; ood_scores.FeatureSet, ood_scores.load, ood_scores.score, ood_scores.list_scorers()"
 
 
 def importing(scale: float) -> Iterator[Line]:
-    """Whole processes, started and ended, whatever the scale."""
+    """Measure complete processes, regardless of the scale."""
     for name, code in (("import ood_scores", "import ood_scores"), ("import ood_scores, and all scorers", SCORING)):
         _run(f"{code}\nimport sys\nfound = sys.modules.keys() & set({LATER!r})\nassert not found, found")
         yield paired(

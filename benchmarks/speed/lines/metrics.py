@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn's."""
+"""The cost of metrics, compared with scikit-learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAME = 1e-12
 
 
 def metrics(scale: float) -> Iterator[Line]:
-    """All five metrics of the same scores, which have to be equal."""
+    """Measure all five metrics of the same scores, and check that the values are equal."""
     rows = scaled(scale, 10_000_000)
     generator = np.random.default_rng(0)
     id_scores, ood_scores = generator.normal(1.0, 1.0, rows), generator.normal(0.0, 1.0, rows)

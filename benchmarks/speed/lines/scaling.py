@@ -1,4 +1,4 @@
-"""Measured exponents: how time grows with rows, features, classes and queries."""
+"""Measured exponents of the time in the numbers of rows, features, classes and queries."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.speed.scorers import problem
 READS_FEATURES = ("feature_norm", "gradnorm", "mahalanobis")
 READS_LOGITS = ("energy", "gradnorm", "mahalanobis")
 LINEAR = (None, 1.1)
-"""Bounds of an exponent; what a call costs whatever the rows brings it below 1."""
+"""Bounds of an exponent; the constant cost of a call makes it less than 1."""
 
 
 def exponents(scale: float) -> Iterator[Figure]:
-    """Rows are to cost what one row costs; what features and classes cost is told."""
+    """Measure exponents: in rows, which must be linear, and in features and classes, without bounds."""
     yield from _in_rows(scale)
     rows = scaled(scale, 20_000, least=500)
     for name in READS_FEATURES:

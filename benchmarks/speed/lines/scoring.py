@@ -1,4 +1,4 @@
-"""What scores cost at ImageNet's width, from RAM and from disk."""
+"""The cost of scores for feature sets of the size of ImageNet, from RAM and from disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 50_000
 
 
 def gradnorm(scale: float) -> Iterator[Line]:
-    """GradNorm against reading what it reads, and against the gradients that it does without."""
+    """Measure GradNorm against reading its inputs, and against the autograd that it avoids."""
     rows = scaled(scale, ROWS)
     feats, head = random_set(rows)
     features, logits = feats.features, feats.logits
@@ -42,7 +42,7 @@ def gradnorm(scale: float) -> Iterator[Line]:
 
 
 def _gradnorm_by_autograd(head: nn.Linear, features: torch.Tensor) -> list[torch.Tensor]:
-    """The loop of Huang et al.'s ``iterate_data_gradnorm``, with the network cut down to its last layer."""
+    """Run the loop of ``iterate_data_gradnorm`` of Huang et al., with the network reduced to its last layer."""
     norms = []
     targets = torch.ones(1, head.out_features)
     for row in features.split(1):
@@ -55,7 +55,7 @@ def _gradnorm_by_autograd(head: nn.Linear, features: torch.Tensor) -> list[torch
 
 
 def mahalanobis(scale: float) -> Iterator[Line]:
-    """The textbook's operations, those of whitening and of all class products, at the speed of one large product."""
+    """Measure against the textbook's operations, whitening and all class products, at the speed of a large product."""
     rows = scaled(scale, ROWS)
     scorer, feats = fitted("mahalanobis", rows)
     product = Product(scaled(scale, 4096, least=512), torch.float32)
@@ -71,7 +71,7 @@ def mahalanobis(scale: float) -> Iterator[Line]:
 
 
 def disk(scale: float) -> Iterator[Line]:
-    """From an HDF5 cache that the system has in memory against from RAM; the set is many blocks long."""
+    """Measure scores from an HDF5 cache in the page cache against RAM, for a set of many blocks."""
     rows = scaled(scale, ROWS)
     scorer, feats = fitted("mahalanobis", rows)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Exact neighbours against faiss by itself."""
+"""The cost of exact neighbors, compared with faiss alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.speed.scorers import problem
 
 
 def knn(scale: float) -> Iterator[Line]:
-    """``knn`` as it is by default; faiss gets queries and a bank that are normalised already."""
+    """Measure ``knn`` with default parameters against faiss on normalized queries and a normalized bank."""
     faiss.omp_set_num_threads(torch.get_num_threads())
     for full_bank, full_queries, width in ((50_000, 10_000, 512), (100_000, 1_000, 2048)):
         bank, queries = scaled(scale, full_bank, least=1000), scaled(scale, full_queries, least=100)

@@ -1,6 +1,6 @@
-"""What the trainer adds to the network's forward and backward pass: one epoch, with all that ``ood-scores train`` does.
+"""The overhead of the trainer over forward and backward passes: one epoch, with everything ``ood-scores train`` does.
 
-On a CPU the networks are narrow, which makes all else weigh more.
+On a CPU the networks are narrow, which makes the overhead relatively larger.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 @dataclass(frozen=True)
 class Epoch:
-    """A recipe, how many random images it trains on, and what is set besides."""
+    """A recipe, the number of random training images, and other settings."""
 
     recipe: str
     images: int
@@ -44,12 +44,12 @@ ON_GPU = (
 
 
 def training(scale: float) -> Iterator[Line | Figure]:
-    """Epochs on the CPU."""
+    """Measure epochs on the CPU."""
     yield from epochs(ON_CPU, torch.device("cpu"), scale)
 
 
 def epochs(of: Sequence[Epoch], device: torch.device, scale: float) -> Iterator[Line | Figure]:
-    """For each, one epoch against forward and backward passes of the same batches, and its images per second."""
+    """Measure one epoch of each against forward and backward passes of the same batches, and its images per second."""
     for epoch in of:
         with tempfile.TemporaryDirectory() as folder:
             yield from _one(epoch, Path(folder), device, scaled(scale, epoch.images, least=256))
