@@ -60,11 +60,11 @@ def extract_shards(task: Task, path: Path, provenance: Provenance, ranks: Ranks,
 
 def _require_alike(provenances: Sequence[Provenance], ranks: Ranks) -> None:
     for rank, other in enumerate(provenances):
-        what = [line.partition(":")[0] for line in provenances[ranks.rank].differences(other)]
-        if what:
+        differing = provenances[ranks.rank].differences(other)
+        if differing:
             raise BadInput(
-                f"process {rank} and process {ranks.rank} have different settings ({'; '.join(what)}): load the same "
-                "checkpoint and the same data in all processes."
+                f"process {rank} and process {ranks.rank} have different settings ({'; '.join(differing)}): load the "
+                "same checkpoint and the same data in all processes."
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -93,12 +93,10 @@ class Provenance:
         """Each probe as it is written in Python."""
         return tuple(map(str, self.probes))
 
-    def differences(self, other: Provenance) -> Iterable[str]:
-        """Yield one line for each part of the fingerprint in which the other provenance differs."""
-        for name, title in self.FINGERPRINT:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                yield f"{title}: cache {_short(mine)}, now {_short(theirs)}"
+    def differences(self, other: Provenance) -> dict[str, tuple[Any, Any]]:
+        """Return the parts of the fingerprint that differ, by title, as the value here and the other one."""
+        pairs = {title: (getattr(self, name), getattr(other, name)) for name, title in self.FINGERPRINT}
+        return {title: (mine, theirs) for title, (mine, theirs) in pairs.items() if mine != theirs}
 
     def require_same(self, other: Provenance, file: str) -> None:
         """Check that ``other`` has the same fingerprint.
@@ -106,9 +104,12 @@ class Provenance:
         Raises:
             StaleCache: if it has not; the message lists both sides of every difference.
         """
-        differences = list(self.differences(other))
+        differences = self.differences(other)
         if differences:
-            lines = "".join(f"\n  {line}" for line in differences)
+            lines = "".join(
+                f"\n  {title}: cache {_short(mine)}, now {_short(theirs)}"
+                for title, (mine, theirs) in differences.items()
+            )
             raise StaleCache(f"{file} was created with different settings than those requested:{lines}\n{WHAT_TO_DO}.")
 
     def to_attributes(self) -> dict[str, Any]:
