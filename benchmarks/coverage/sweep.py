@@ -133,7 +133,7 @@ class Worker:
             if self.pipe.poll(timeout):
                 return self.pipe.recv()
         except EOFError:
-            error, message = "WorkerDied", "the process ended, perhaps for want of memory"
+            error, message = "WorkerDied", "the process ended, perhaps because memory ran out"
         self.stop()
         self._start()
         return Result(name, family_of(name), FAILED, error, message)

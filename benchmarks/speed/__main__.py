@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "groups",
         nargs="*",
         metavar="GROUP",
-        help=f"groups, of {', '.join(GROUPS)}; or: scorers [NAME ...]",
+        help=f"groups of lines: {', '.join(GROUPS)}; or: scorers [NAME ...]",
     )
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default 2)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the rows to use (default 1)")

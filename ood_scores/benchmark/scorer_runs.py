@@ -15,7 +15,7 @@ from ood_scores.scorers.base import fit_each, score_all
 
 @dataclass
 class ScorerRun:
-    """A scorer, what it has cost so far over how many rows, and why it failed; "" if it has not."""
+    """A scorer, its costs so far, the number of scored rows, and the reason of its failure, if it failed."""
 
     scorer: Scorer
     fit_seconds: float = 0.0

@@ -43,8 +43,8 @@ def open_imglist(target: str, base: Path, *, root: str | None = None) -> ImageFi
 def _file_and_label(line: str) -> tuple[str, int]:
     file, brace, rest = line.partition(" {")
     if brace:
-        said = ast.literal_eval("{" + rest)
-        return file.strip(), operator.index(said.get("sc_label", said.get("label")))
+        labels = ast.literal_eval("{" + rest)
+        return file.strip(), operator.index(labels.get("sc_label", labels.get("label")))
     file, label = line.rsplit(maxsplit=1)
     return file, int(label)
 
