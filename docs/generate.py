@@ -13,6 +13,7 @@ import ood_scores.data.kinds  # noqa: F401  registers every kind
 from ood_scores.data.catalog import CATALOG
 from ood_scores.data.kinds.base import DATASET_KINDS
 from ood_scores.detector.graph import exportable
+from ood_scores.extraction.probes import PROBES, LayerProbe, Probe
 from ood_scores.scorers import Scorer, list_scorers
 from ood_scores.scorers.base import IN_A_GRAPH
 from ood_scores.scorers.families import families, family_of
@@ -88,10 +89,27 @@ def known_datasets() -> str:
     return "\n".join(rows)
 
 
+def probe_table() -> str:
+    """What each probe stores, and the passes through the model that it needs."""
+    rows = ["| Probe | Extras | Additional passes |", "|---|---|---|"]
+    for cls in packaged_probes():
+        read_off = cls.columns is LayerProbe.columns
+        passes = "none" if read_off else "forward and backward" if cls.gradients else "forward"
+        rows.append(f"| `{cls.name}` | {summary(cls)} | {passes} |")
+    return "\n".join(rows)
+
+
+def probe_reference() -> str:
+    """The docstrings of all probes."""
+    classes = "\n".join(f".. autoclass:: {cls.__module__}.{cls.__qualname__}" for cls in packaged_probes())
+    return f"```{{eval-rst}}\n{classes}\n```"
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"scorers": scorer_table},
     "docs/scorers.md": {"scorers": reference},
     "docs/datasets.md": {"kinds": dataset_kinds, "catalog": known_datasets, "reference": kind_reference},
+    "docs/probes.md": {"probes": probe_table, "probe-reference": probe_reference},
     "docs/deploy.md": {"exportable": exportable_names, "not-exportable": not_exportable},
 }
 
@@ -103,6 +121,16 @@ def packaged() -> dict[str, list[type[Scorer]]]:
         for title, group in families().items()
     }
     return {title: group for title, group in found.items() if group}
+
+
+def packaged_probes() -> list[type[Probe]]:
+    """The probes of the package itself by name, without those that are registered elsewhere."""
+    return [cls for _, cls in sorted(PROBES.items()) if cls.__module__.startswith("ood_scores.extraction.probes.")]
+
+
+def summary(cls: type) -> str:
+    """The first paragraph of a docstring on one line, with code between single backticks."""
+    return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].replace("``", "`").split())
 
 
 def reads_extras(scorer: Scorer) -> bool:

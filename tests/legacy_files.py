@@ -156,11 +156,11 @@ def probes(name: str) -> list[Any]:
 
     if name == "odd":
         return [
-            ODIN(name="odin's größe", epsilon=0, std=[0.5, 0.25, 1]),  # type: ignore[arg-type]
+            ODIN(name="odin's größe", epsilon=0, std=[0.5, 0.25, 1]),
             ODIN(name='odin "quoted"', epsilon=1e-05, temperature=1e16),
-            ODIN(name="odin_numpy", epsilon=np.float64(0.01), temperature=np.float32(10.5)),  # type: ignore[arg-type]
-            GramSums(orders=[1, 3], layers=["stage2"]),  # type: ignore[arg-type]
-            GramSums(name="gram_range", orders=range(1, 3)),  # type: ignore[arg-type]
+            ODIN(name="odin_numpy", epsilon=np.float64(0.01), temperature=np.float32(10.5)),
+            GramSums(orders=[1, 3], layers=["stage2"]),
+            GramSums(name="gram_range", orders=range(1, 3)),
             LayerNorms(layers=("pool",)),
             MCDropout(name="mc.dropout", passes=True),
         ]

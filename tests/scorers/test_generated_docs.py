@@ -1,4 +1,4 @@
-"""The parts of the documentation that are generated from the scorer classes."""
+"""The parts of the documentation that are generated from the classes."""
 
 from __future__ import annotations
 
