@@ -57,8 +57,8 @@ def predict(
     from ood_scores.detector import Detector
 
     check_table_path(out)
-    files = image_files(images)
-    table = results(Detector.load(detector, device=device), files, batch_size, workers)
+    loaded = Detector.load(detector, device=device)
+    table = results(loaded, image_files(images), batch_size, workers)
     _show(table)
     if out:
         write_table(table.astype(object).where(table.notna(), None), out)
@@ -72,23 +72,25 @@ def predict(
 def image_files(texts: Iterable[str]) -> list[str]:
     """Return the image files in files, folders, and patterns, in this order and without repetition.
 
-    A file that is named is included even if it does not exist.
+    A file that is named is returned even if it does not exist. A warning counts what is left out of folders.
 
     Raises:
-        MissingData: if a pattern or a folder contains no images.
+        MissingData: if a folder or pattern has no images.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    from ood_scores.data.image_files import IMAGE_SUFFIXES, Search
 
     files: dict[str, None] = {}
     for text in texts:
+        search = Search()
         if Path(text).is_dir():
-            found = [str(file) for file in sorted(Path(text).rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS]
+            found = sorted(search.below(text), key=lambda file: Path(file).parts)
         elif glob.has_magic(text) and not Path(text).exists():
-            found = sorted(file for file in glob.glob(text, recursive=True) if Path(file).is_file())
+            found = search.matching(text)
         else:
             found = [text]
+        search.warn(text)
         if not found:
-            raise MissingData(f"there is no image in {text}: image files end in {', '.join(IMG_EXTENSIONS)}.")
+            raise MissingData(f"there is no image in {text}: image files end in {', '.join(IMAGE_SUFFIXES)}.")
         files |= dict.fromkeys(found)
     return list(files)
 
@@ -103,7 +105,7 @@ class Decoded:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[str, Any, str]:
-        from ood_scores.data.images import read_rgb
+        from ood_scores.data.decoding import read_rgb
 
         try:
             return self.files[index], self.transform(read_rgb(self.files[index])), ""

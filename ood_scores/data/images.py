@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingData, ShapeMismatch
+from ood_scores.data.decoding import as_rgb, read_rgb, unreadable
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch
 
 Transform: TypeAlias = Callable[[Image.Image], Any]
 
@@ -110,9 +110,10 @@ class TorchvisionImages(ImageDataset):
         super().__init__(name, transform)
         if len(dataset) == 0:
             raise EmptyInput(f"{name} has no images.")
-        match dataset[0]:
+        self.dataset = dataset
+        match self._item(0):
             case (Image.Image(), int() | np.integer() | None):
-                self.dataset = dataset
+                pass
             case _:
                 raise BadInput(f"the items of {name} are not an image and its class: name a classification dataset.")
 
@@ -120,24 +121,16 @@ class TorchvisionImages(ImageDataset):
         return len(self.dataset)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
-        image, label = self.dataset[index]
-        return image.convert("RGB"), None if label is None else int(label)
+        image, label = self._item(index)
+        return as_rgb(image, f"in row {index} of {self.name}"), None if label is None else int(label)
 
-
-def read_rgb(path: str | Path) -> Image.Image:
-    """Read the image in a file as RGB.
-
-    Raises:
-        MissingData: if there is no such file.
-        BadInput: if it cannot be read as an image.
-    """
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except FileNotFoundError as error:
-        raise MissingData(f"there is no image {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"cannot read the image {path} ({error}): replace or remove the file.") from error
+    def _item(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except (BadInput, IndexError):
+            raise
+        except Exception as error:  # a decoder may raise anything on damaged bytes
+            raise unreadable(f"in row {index} of {self.name}", error) from error
 
 
 def checked_labels(labels: ArrayLike, n_images: int) -> NDArray[np.int64]:

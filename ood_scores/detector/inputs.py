@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,7 +14,7 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ood_scores.data.images import read_rgb
+from ood_scores.data.decoding import as_rgb, read_rgb
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.extraction.loaders import IMAGE_KEYS
 from ood_scores.features.finite import require_finite
@@ -148,15 +146,11 @@ def _as_pil(image: Any) -> Image.Image:
         return _as_pil(_of_uint8_tensor(image, "[3, H, W]", 3))
     if isinstance(image, Mapping) and image.keys() == {"bytes", "path"}:
         image = image["path"] if image["bytes"] is None else image["bytes"]
-    if isinstance(image, (str, PathLike)):
-        return read_rgb(Path(image))
-    if not isinstance(image, (bytes, Image.Image)):
-        raise BadInput(f"an image cannot be of type {type(image).__name__}: {ACCEPTED}.")
-    try:
-        return (Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = "from bytes" if isinstance(image, bytes) else getattr(image, "filename", "")
-        raise BadInput(f"cannot read an image {name}: {error}") from error
+    if isinstance(image, (str, PathLike, bytes)):
+        return read_rgb(image)
+    if isinstance(image, Image.Image):
+        return as_rgb(image, str(getattr(image, "filename", "")))
+    raise BadInput(f"an image cannot be of type {type(image).__name__}: {ACCEPTED}.")
 
 
 def _of_array(array: NDArray[Any], layout: str, ndim: int) -> Tensor | NDArray[np.uint8]:

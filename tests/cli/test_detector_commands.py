@@ -168,6 +168,34 @@ def test_files_folders_and_patterns(home: Path) -> None:
             image_files([str(nothing)])
 
 
+def test_every_readable_format_and_linked_folder_is_searched(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    image = Image.new("RGB", (16, 16))
+    image.save(tmp_path / "elsewhere" / "deep" / "f.png")
+    for name, kind in {"b.gif": "GIF", "c.jfif": "JPEG", "d.jp2": "JPEG2000"}.items():
+        image.save(tmp_path / "photos" / name, kind)
+    (tmp_path / "photos" / "._b.gif").write_bytes(b"Mac OS X")
+    (tmp_path / "photos" / "scan.dcm").touch()
+    (tmp_path / "photos" / "album.jpg").mkdir()
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "loop").symlink_to(".")
+    with pytest.warns(UserWarning, match=r"left out in .*photos: ") as told:
+        files = image_files([str(tmp_path / "photos")])
+    assert [file.removeprefix(f"{tmp_path}/photos/") for file in files] == [
+        "b.gif",
+        "c.jfif",
+        "d.jp2",
+        "linked/deep/f.png",
+    ]
+    for counted in (".dcm files (1)", "hidden files (1)", "links to folders that are read anyway (1)"):
+        assert counted in str(told[0].message)
+    with pytest.warns(UserWarning, match="read anyway"):
+        assert image_files([str(tmp_path / "**" / "*.png")]) == [str(tmp_path / "elsewhere" / "deep" / "f.png")]
+    with pytest.warns(UserWarning, match="read anyway"):
+        assert image_files([f"{tmp_path}/pho*/**/deep/?.png"]) == [f"{tmp_path}/photos/linked/deep/f.png"]
+
+
 def test_errors_are_one_line(home: Path) -> None:
     checkpoint = ("tiny_net", "--checkpoint", home / "weights.safetensors", "--out", home / "new")
     assert "pass fit=" in refused("calibrate", *checkpoint, "--id", home / "id.h5", "--scorer", "vim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,14 @@ from dataset_images import BLUE, GREEN, RED, corner, items, save
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
+from ood_scores.data.images import ImageDataset, ImageFiles
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, EmptyInput, MissingData
+
+
+def files(dataset: ImageDataset) -> list[str]:
+    assert isinstance(dataset, ImageFiles)
+    return list(dataset.paths)
 
 
 def test_folder_of_classes(tmp_path: Path) -> None:
@@ -72,6 +79,53 @@ def test_unreadable_images_in_a_folder_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(BadInput, match=message):
             dataset[index]
+
+
+def test_images_on_top_of_a_folder_with_subfolders(tmp_path: Path) -> None:
+    """An empty subfolder makes no classes; images beside classes are left out with a warning that counts them."""
+    for number in range(5):
+        save(tmp_path / f"{number}.png", RED)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "x.jpg").mkdir()
+    assert [corner(image) for image in items(open_dataset(f"folder:{tmp_path}"))] == [RED] * 5
+    save(tmp_path / "x.jpg" / "thumb.png", BLUE)
+    with pytest.warns(UserWarning, match=r"left out in folder:.*: images outside the class folders \(5\)"):
+        dataset = open_dataset(f"folder:{tmp_path}")
+    assert [(corner(image), label) for image, label in items(dataset)] == [(BLUE, 1)]
+
+
+def test_hidden_files_pipes_and_other_files_are_left_out_and_counted(tmp_path: Path) -> None:
+    save(tmp_path / "cat" / "a.jpg", RED)
+    (tmp_path / "cat" / "._a.jpg").write_bytes(b"Mac OS X")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "b.jpg").write_bytes(b"Mac OS X")
+    (tmp_path / "cat" / "notes.txt").touch()
+    (tmp_path / "cat" / "gone.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "cat" / "itself.jpg").symlink_to("itself.jpg")
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    with pytest.warns(UserWarning, match="left out") as told:
+        dataset = open_dataset(f"folder:{tmp_path}")
+    assert files(dataset) == [f"{tmp_path}/cat/a.jpg"]
+    assert dataset[0][1] == 0
+    (message,) = [str(each.message) for each in told]
+    for counted in ("hidden files (1)", ".txt files (1)", "broken links, pipes, or devices (3)"):
+        assert counted in message
+
+
+def test_an_image_behind_a_loop_of_links_is_read_once(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / "set" / "cat" / f"{number}.png", RED)
+    save(tmp_path / "elsewhere" / "more.png", BLUE)
+    for name, target in {"latest": ".", "other": ".", "up": "..", "alinked": "../../elsewhere"}.items():
+        (tmp_path / "set" / "cat" / name).symlink_to(target)
+    with pytest.warns(UserWarning, match=r"links to folders that are read anyway \(3\)"):
+        dataset = open_dataset(f"folder:{tmp_path}/set")
+    assert [path.removeprefix(f"{tmp_path}/set/cat/") for path in files(dataset)] == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "alinked/more.png",
+    ]
 
 
 def test_folder_errors(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +25,15 @@ class ClassLabel(Value):
     pass
 
 
+def encoded(image: Any) -> dict[str, Any] | None:
+    """Return a stored image as the library does; a dictionary and None stand for themselves."""
+    if not isinstance(image, Image.Image):
+        return image
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return {"bytes": data.getvalue(), "path": None}
+
+
 class FakeRows:
     """A fake of the library's ``Dataset``, whose images are decoded by row only."""
 
@@ -38,6 +49,10 @@ class FakeRows:
             assert type(self.features[key]).__name__ != "Image", "the whole column would be decoded"
             return self.columns[key]
         return {name: values[key] for name, values in self.columns.items()}
+
+    def cast_column(self, name: str, feature: Any) -> FakeRows:
+        assert feature == {"decode": False}
+        return FakeRows(self.features, self.columns | {name: [encoded(image) for image in self.columns[name]]})
 
     def select_columns(self, names: list[str]) -> FakeRows:
         return FakeRows({n: self.features[n] for n in names}, {n: self.columns[n] for n in names})
@@ -61,6 +76,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, features: dict[str, Any], **columns: 
 
     module: Any = ModuleType("datasets")
     module.load_dataset = load_dataset
+    module.Image = dict
     monkeypatch.setitem(sys.modules, "datasets", module)
     return asked
 
@@ -120,6 +136,31 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, {"image": PICTURE}, image=[])
     with pytest.raises(EmptyInput, match=r"b\[test\] has no images"):
         open_dataset("hf:a/b")
+
+
+def test_hub_row_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encoded(Image.effect_noise((64, 64), 60))
+    assert whole is not None
+    cut = whole["bytes"][: len(whole["bytes"]) // 2]
+    stored = [{"bytes": cut, "path": "a.png"}, None, {"bytes": None, "path": str(tmp_path / "b.png")}, whole]
+    serve(monkeypatch, {"image": PICTURE}, image=stored)
+    dataset = open_dataset("hf:a/b")
+    with pytest.raises(BadInput, match=r"cannot read the image in row 0 of b\[test\] \("):
+        dataset[0]
+    with pytest.raises(MissingData, match=r"no image in row 1 of b\[test\]"):
+        dataset[1]
+    with pytest.raises(MissingData, match=r"no image in row 2 of b\[test\], .*/b\.png"):
+        dataset[2]
+    assert dataset[3].size == (64, 64)
+
+
+def test_hub_row_without_a_label_has_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {"image": PICTURE, "label": ClassLabel("int64")}
+    serve(monkeypatch, features, image=PICTURES, label=[1, None, 0])
+    dataset = open_dataset("hf:a/b")
+    assert [dataset[row][1] for row in range(3)] == [1, -1, 0]
+    serve(monkeypatch, features, image=PICTURES, label=[None, None, None])
+    assert isinstance(open_dataset("hf:a/b")[0], Image.Image)
 
 
 @pytest.mark.parametrize("module", [None, ModuleType("datasets")])

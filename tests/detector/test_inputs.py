@@ -98,7 +98,7 @@ def test_gray_images_and_long_lists(detector: Detector) -> None:
         (torch.full((2, 3, 8, 8), torch.inf), NotFinite, "pixels hold NaN or infinite values, first in image 0"),
         (torch.full((1, 3, 8, 8), 3e38), NotFinite, "hold NaN or infinite values, first in row 0"),
         ("missing.png", MissingData, "there is no image missing.png"),
-        ([b"no image"], BadInput, "cannot read an image from bytes"),
+        ([b"no image"], BadInput, "cannot read the image from bytes"),
         ([3], BadInput, "an image cannot be of type int"),
         (3, BadInput, "a batch of images cannot be of type int"),
         ({"image": []}, BadInput, "a batch of images cannot be of type dict"),

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ood_scores.data.dataset_spec import parse
+from ood_scores.data.decoding import as_rgb, read_rgb
 from ood_scores.data.images import ImageDataset, checked_labels
 from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.errors import BadInput, EmptyInput, MissingData
@@ -22,29 +25,42 @@ class HubImages(ImageDataset):
     """A split of a dataset of the hub, whose images are decoded one by one.
 
     Attributes:
-        rows: the split with only the column of images.
+        rows: the split with only the column of images, each as ``{"bytes": ..., "path": ...}``.
         column: name of this column.
-        labels: class indices, int64 ``[N]``, or None.
+        labels: class indices, int64 ``[N]``, with -1 for rows without a label; None if no row has one.
     """
 
-    def __init__(self, rows: Any, column: str, labels: Sequence[int] | None, name: str) -> None:
+    def __init__(self, rows: Any, column: str, labels: Sequence[int | None] | None, name: str) -> None:
         super().__init__(name, None)
         if len(rows) == 0:
             raise EmptyInput(f"{name} has no images.")
         self.rows = rows
         self.column = column
-        self.labels = None if labels is None else checked_labels(labels, len(rows))
+        self.labels: NDArray[np.int64] | None = None
+        if labels is not None and any(label is not None for label in labels):
+            self.labels = checked_labels([-1 if label is None else label for label in labels], len(rows))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
-        image = self.rows[index][self.column]
-        if not isinstance(image, Image.Image):
-            raise BadInput(
-                f"column {self.column!r} of {self.name} holds {type(image).__name__}, not images: write image=NAME."
-            )
-        return image.convert("RGB"), None if self.labels is None else int(self.labels[index])
+        return self._image(index), None if self.labels is None else int(self.labels[index])
+
+    def _image(self, index: int) -> Image.Image:
+        row = f"in row {index} of {self.name}"
+        match self.rows[index][self.column]:
+            case Image.Image() as image:
+                return as_rgb(image, row)
+            case {"bytes": bytes(encoded)}:
+                return read_rgb(encoded, row)
+            case {"bytes": None, "path": str(path)}:
+                return read_rgb(path, f"{row}, {path}")
+            case None:
+                raise MissingData(f"there is no image {row}")
+            case other:
+                raise BadInput(
+                    f"column {self.column!r} of {self.name} holds {type(other).__name__}, not images: write image=NAME."
+                )
 
 
 def _remedy(text: str, root: object) -> str:
@@ -67,7 +83,7 @@ def open_hub(
     """Open ``hf:OWNER/NAME?split=test``: an image dataset of the Hugging Face hub.
 
     The library ``datasets`` downloads the dataset or finds it in its cache. ``image`` and ``label`` name columns; they
-    are only needed if the dataset has several columns of images or classes.
+    are only needed if the dataset has several columns of images or classes. Rows without a label have the label -1.
 
     Raises:
         MissingData: if the library is not installed, or neither the hub nor its local cache has the dataset.
@@ -77,8 +93,10 @@ def open_hub(
     if not target:
         raise BadInput("hf needs a dataset: write hf:OWNER/NAME.")
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
+        import datasets  # type: ignore[import-not-found, unused-ignore]
+
+        load_dataset = datasets.load_dataset
+    except (ImportError, AttributeError) as error:
         raise MissingData(f"hf:{target} is opened by the library 'datasets', which is not installed") from error
     try:
         rows = load_dataset(target, config, split=split)
@@ -92,7 +110,10 @@ def open_hub(
     classes = _of_type("ClassLabel", rows.features) or [name for name in LABEL_COLUMNS if _is_integer(rows, name)]
     labels = _column("label", label, rows.features, classes)
     name = f"{target.rpartition('/')[2]}[{split if config is None else f'{config},{split}'}]"
-    return HubImages(rows.select_columns([pictures]), pictures, None if labels is None else list(rows[labels]), name)
+    images = rows.select_columns([pictures])
+    if pictures in _of_type("Image", rows.features):
+        images = images.cast_column(pictures, datasets.Image(decode=False))
+    return HubImages(images, pictures, None if labels is None else list(rows[labels]), name)
 
 
 def _of_type(kind: str, features: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ood_scores.data.dataset_spec import located
-from ood_scores.data.images import ImageArrays, read_rgb
+from ood_scores.data.decoding import read_rgb
+from ood_scores.data.images import ImageArrays
 from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.errors import BadInput, MissingData
 

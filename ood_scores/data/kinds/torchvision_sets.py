@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ood_scores.data.dataset_spec import located, parse
+from ood_scores.data.decoding import read_rgb
 from ood_scores.data.images import TorchvisionImages
 from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.data.remedies import remedy_for_path
@@ -52,6 +53,8 @@ def open_torchvision(
     folder = _user_data() if root is None else located(root, base)
     takes = inspect.signature(classes[target]).parameters
     arguments = _split_argument(target, takes, split) | _download_argument(target, takes, download)
+    if "loader" in takes or target == "ImageNet":  # ImageNet passes its keywords on
+        arguments["loader"] = read_rgb
     try:
         dataset = classes[target](root=str(folder), **arguments)
     except ValueError as error:
