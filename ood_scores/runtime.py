@@ -1,10 +1,14 @@
-"""The rank of this process, the device it computes on, and transfers between the CPU and that device."""
+"""The rank of this process, torch's state and the device it computes in, and transfers between the CPU and a device."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +16,102 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 
 CPU = torch.device("cpu")
+
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+_callers_default_device: ContextVar[torch.device | None] = ContextVar("callers_default_device", default=None)
+"""The default device outside ``default_torch_state``, unless that is the CPU."""
+
+
+@contextmanager
+def default_torch_state() -> Iterator[None]:
+    """Compute as in a process that has set nothing in torch, so that numbers do not depend on what surrounds a call.
+
+    Within the context, also where the caller has set these otherwise: autocast is off, the default device is the CPU,
+    the default dtype is float32, inference mode is off, gradients are enabled, and float32 matrix products have float32
+    precision. Deterministic algorithms that the caller requests are used where they exist, and no operation is refused.
+    The caller's settings are restored afterwards. The default dtype and the precision of matrix products belong to the
+    whole process: other threads see the defaults until the last context of all threads ends.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if (device := torch.get_default_device()) != CPU:
+            stack.enter_context(CPU)
+            stack.callback(_callers_default_device.reset, _callers_default_device.set(device))
+        stack.enter_context(_PROCESS_SETTINGS.at_their_defaults())
+        yield
+
+
+@contextmanager
+def callers_default_device() -> Iterator[None]:
+    """Restore the caller's default device within ``default_torch_state``, for a model that relies on it."""
+    device = _callers_default_device.get()
+    with ExitStack() as stack:
+        if device is not None:
+            stack.enter_context(device)
+        yield
+
+
+@dataclass
+class _ProcessSettings:
+    """Settings of the whole process, which stay at their defaults until the last of all threads needs them no more."""
+
+    lock: Any = field(default_factory=Lock)
+    users: int = 0
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+    @contextmanager
+    def at_their_defaults(self) -> Iterator[None]:
+        with self.lock:
+            if not self.users:
+                self._set_defaults()
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                while not self.users and self.undo:
+                    self.undo.pop()()
+
+    def _set_defaults(self) -> None:
+        dtype = torch.get_default_dtype()
+        if dtype != torch.float32:
+            self.undo.append(lambda: torch.set_default_dtype(dtype))
+            torch.set_default_dtype(torch.float32)
+        if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+            self.undo.append(lambda: torch.use_deterministic_algorithms(True))
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self._set_matmul_precision()
+
+    def _set_matmul_precision(self) -> None:
+        modules: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn) if NEW_PRECISION_API else ()
+        backends = [module.matmul for module in modules]
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            overall = torch.get_float32_matmul_precision()
+        except RuntimeError:  # set for one backend alone, through the new interface
+            overall = ""
+        if overall == "highest" and not {"tf32", "bf16"}.intersection(before):
+            return
+
+        def restore() -> None:
+            if overall:
+                torch.set_float32_matmul_precision(overall)
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+
+        self.undo.append(restore)
+        torch.set_float32_matmul_precision("highest")
+
+
+NEW_PRECISION_API = hasattr(torch.backends, "fp32_precision")
+
+_PROCESS_SETTINGS = _ProcessSettings()
 
 
 @dataclass(frozen=True)
@@ -128,7 +228,8 @@ class Transfers:
         copies = {}
         with torch.cuda.stream(self._outward):
             for name, (values, dtype) in columns.items():
-                copies[name] = torch.empty(values.shape, dtype=dtype, pin_memory=True).copy_(values, non_blocking=True)
+                pinned = torch.empty(values.shape, dtype=dtype, device=CPU, pin_memory=True)
+                copies[name] = pinned.copy_(values, non_blocking=True)
                 if values.is_cuda:
                     values.record_stream(self._outward)
             arrived = torch.cuda.Event(blocking=True)

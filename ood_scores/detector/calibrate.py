@@ -20,6 +20,7 @@ from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions, takes_options
 from ood_scores.features import FeatureSet
 from ood_scores.models.running import uncompiled, weights_sha256
+from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer, as_scorer
 from ood_scores.scorers.requirements import probes_for
 
@@ -27,6 +28,7 @@ Data = FeatureSet | Iterable[Any]
 
 
 @takes_options
+@default_torch_state()
 def calibrate(
     scorer: str | Scorer,
     model: nn.Module,
@@ -144,7 +146,7 @@ def _warn_of_same_data(scorer: Scorer, same: bool, fit_rows: int, id_set: Featur
         warnings.warn(
             f"the threshold is calibrated on rows that {scorer.name!r} was fitted on, whose scores differ from those "
             "of new images, so that it keeps a different share of these: pass held-out data as id=.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -156,5 +158,5 @@ def _warn_of_other_preprocessing(detector: Detector) -> None:
         warnings.warn(
             f"the preprocessing of the calibration images was {known}, but that of images passed to predict is {own}; "
             "unless both are equivalent, the threshold is not valid: pass preprocessing={...}, or tensors.",
-            stacklevel=3,
+            stacklevel=4,
         )

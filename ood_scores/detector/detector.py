@@ -19,6 +19,7 @@ from ood_scores.detector.prediction import Prediction, predictions_of
 from ood_scores.errors import BadInput, OtherModel
 from ood_scores.features import FeatureSet
 from ood_scores.models.running import architecture, choose_device, model_dtype
+from ood_scores.runtime import default_torch_state
 
 if TYPE_CHECKING:
     from ood_scores.detector.export import DetectorGraph
@@ -33,6 +34,7 @@ class Detector(DetectorParts):
     independent. The attributes are those of ``DetectorParts``.
     """
 
+    @default_torch_state()
     def predict(self, images: Any) -> Prediction:
         """Classify images and flag those that are out of distribution.
 
@@ -51,6 +53,7 @@ class Detector(DetectorParts):
             parts.append(self.decide(self.forward.feature_set(inputs, sum(map(len, parts)))))
         return parts[0] if len(parts) == 1 else Prediction.joined(parts)
 
+    @default_torch_state()
     def decide(self, feats: FeatureSet) -> Prediction:
         """Return the same as ``predict`` for a feature set of this model, without running the model.
 
@@ -91,6 +94,7 @@ class Detector(DetectorParts):
             return batch.assign(**columns)
         return batch | columns if type(batch) is dict else columns
 
+    @default_torch_state()
     def to(self, device: str | torch.device) -> Detector:
         """Move the model, and return the detector. ``"auto"`` has the same meaning as in ``ood_scores.extract``."""
         self.model.to(choose_device(self.model, device))
@@ -109,6 +113,7 @@ class Detector(DetectorParts):
         calibration = self.calibration
         return Monitor.of(calibration.scores, calibration.keep, delta=calibration.delta, seed=seed)
 
+    @default_torch_state()
     def export_onnx(self, path: str | os.PathLike[str], images: Any = None) -> None:
         """Write an ONNX file that maps images to ``logits``, ``score``, and ``is_ood``.
 
@@ -134,6 +139,7 @@ class Detector(DetectorParts):
         }
         export_onnx(graph, inputs, path, facts | ({"classes": json.dumps(self.classes)} if self.classes else {}))
 
+    @default_torch_state()
     def export(self, images: Any = None) -> torch.export.ExportedProgram:
         """Return the same graph from ``torch.export``, for batches of any size; ``torch.export.save`` writes it.
 
@@ -184,6 +190,7 @@ class Detector(DetectorParts):
         save_parts(self, path, with_model)
 
     @staticmethod
+    @default_torch_state()
     def load(
         path: str | os.PathLike[str], model: nn.Module | None = None, *, device: str | torch.device = "auto"
     ) -> Detector:

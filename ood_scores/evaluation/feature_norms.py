@@ -13,6 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput, MissingInput, ShapeMismatch
 from ood_scores.evaluation.neural_collapse import finite_blocks
 from ood_scores.features import Block, FeatureSet
+from ood_scores.runtime import default_torch_state
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +22,7 @@ HAAS_EDGES = (10.0, 20.0, 30.0)
 """Edges of the norm groups of Haas et al. 2024 for models trained with L2; without L2 they use 5, 7 and 9."""
 
 
+@default_torch_state()
 def norm_groups(epochs: Sequence[FeatureSet], edges: Sequence[float] = HAAS_EDGES) -> pd.DataFrame:
     """Measure how much the features of each norm group change from one epoch to the next.
 
@@ -76,6 +78,7 @@ def norm_groups(epochs: Sequence[FeatureSet], edges: Sequence[float] = HAAS_EDGE
     )
 
 
+@default_torch_state()
 def norm_bins(feats: FeatureSet, bins: int = 125, *, scale: float = 1.0, labeled: bool = True) -> pd.DataFrame:
     """Compute the accuracy and the mean maximum softmax in bins of feature norms that hold equally many rows.
 

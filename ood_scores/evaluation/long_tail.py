@@ -14,6 +14,7 @@ from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, Not
 from ood_scores.evaluation.metrics import Scores, roc_counts
 from ood_scores.features import FeatureSet
 from ood_scores.registry import Registry
+from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.norms import ActivationRatio
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class LongTailReport:
     classes: pd.DataFrame
 
 
+@default_torch_state()
 def long_tail_report(
     feats: FeatureSet,
     class_counts: Values,

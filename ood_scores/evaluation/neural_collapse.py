@@ -21,6 +21,7 @@ from ood_scores.features.statistics.collapse import (
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments, Moments
 from ood_scores.registry import unknown
+from ood_scores.runtime import default_torch_state
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,7 @@ TITLES = {
 """Titles of the measures by name."""
 
 
+@default_torch_state()
 def neural_collapse(
     feats: FeatureSet,
     *,
@@ -133,6 +135,7 @@ def neural_collapse(
     )
 
 
+@default_torch_state()
 def singular_values(
     feats: FeatureSet,
     others: Mapping[str, FeatureSet] | None = None,

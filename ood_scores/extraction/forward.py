@@ -21,7 +21,7 @@ from ood_scores.extraction.writers import feature_set
 from ood_scores.features import FeatureSet, Head
 from ood_scores.features.finite import require_finite
 from ood_scores.models.running import autocasting, evaluating, model_device, model_dtype
-from ood_scores.runtime import Arriving, Transfers
+from ood_scores.runtime import Arriving, Transfers, callers_default_device, default_torch_state
 
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 """One lock for each model that runs: its modes and hooks belong to one caller at a time."""
@@ -54,6 +54,7 @@ class Forward:
         device = self.device or model_device(self.model)
         differentiates = any(probe.gradients for probe in self.options.all_probes)
         with (
+            default_torch_state(),
             _LOCKS.setdefault(self.model, RLock()),
             evaluating(self.model, device, differentiates, self.options.channels_last),
             autocasting(device, self.options.amp),
@@ -73,7 +74,7 @@ class Forward:
             HeadNotFound, HeadMismatch, NotFinite: if no affine map computes the logits of the first batch.
         """
         inputs, labels = self._unpack(batch)
-        with _naming(inputs, start):
+        with _naming(inputs, start), callers_default_device():
             if self.found is None:
                 rows = self._first_rows(inputs, labels, start)
                 if not self.options.compile:

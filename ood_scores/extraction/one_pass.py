@@ -116,7 +116,7 @@ def _open_sink(
         warnings.warn(
             f"the order of the loader is random, so that {target.path} can neither be resumed nor compared with "
             "another run: use shuffle=False.",
-            stacklevel=6,
+            stacklevel=7,
         )
     if target.state:
         writer = caches.CacheWriter.resume(target.path, target.state)

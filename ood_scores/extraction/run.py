@@ -23,12 +23,13 @@ from ood_scores.extraction.probes.base import record_of
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import shards
 from ood_scores.models.running import architecture, choose_device, uncompiled, weights_sha256
-from ood_scores.runtime import Ranks
+from ood_scores.runtime import Ranks, default_torch_state
 
 PACKAGES = ("ood_scores", "torch", "timm", "h5py", "numpy")
 
 
 @takes_options
+@default_torch_state()
 def extract(
     model: nn.Module,
     loader: Iterable[Any],

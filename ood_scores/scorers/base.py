@@ -28,6 +28,7 @@ from ood_scores.features import Block, FeatureSet, Provenance, as_feature_set
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.collect import collect
 from ood_scores.parameters import check_choices
+from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.registry import create_scorer
 from ood_scores.scorers.requirements import FIT_SET, requirements
 from ood_scores.scorers.storage import load_scorer, save_scorer
@@ -213,6 +214,7 @@ class Scorer(ABC):
             raise BadInput(f"{self.name}: {message}.")
 
 
+@default_torch_state()
 def fit_all(
     scorers: Iterable[Scorer],
     feats: FeatureSet,
@@ -275,6 +277,7 @@ def _fit_error(scorer: Scorer, feats: FeatureSet, spent: list[float] | None) -> 
     return None
 
 
+@default_torch_state()
 def score_all(
     scorers: Sequence[Scorer], feats: FeatureSet, *, block_rows: int | None = None, spent: list[float] | None = None
 ) -> list[Tensor]:

@@ -169,5 +169,5 @@ def warn_of_classes_without_rows(name: str, counts: Tensor) -> None:
     if lacking:
         warnings.warn(
             f"{name}: {lacking} of {len(counts)} classes have no correctly predicted row in the fit set.",
-            stacklevel=5,
+            stacklevel=6,
         )

@@ -139,7 +139,7 @@ class CADRef(_RelativeToClass):
             warnings.warn(
                 f"cadref: the confidence {self.confidence!r} is {self.mean_confidence_:.3g} on average over the fit "
                 "set, but must be positive: choose 'msp' or 'gen'.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def score_block(self, block: Block) -> Tensor:
@@ -263,7 +263,7 @@ def _means_of_predicted(name: str, groups: GroupMeans) -> Tensor:
     warnings.warn(
         f"{name}: {int(empty.sum())} of {len(empty)} classes are never predicted in the fit set and get the mean of "
         "all rows.",
-        stacklevel=5,
+        stacklevel=6,
     )
     shares = groups.counts.double() / groups.counts.sum()
     return torch.where(empty[:, None], shares @ groups.means, groups.means)

@@ -219,6 +219,6 @@ def classes_present(counts: Tensor, name: str) -> Tensor:
     if not present.all():
         warnings.warn(
             f"{name}: {int((~present).sum())} of {len(counts)} classes have no fit row and are left out.",
-            stacklevel=5,
+            stacklevel=6,
         )
     return present

@@ -95,7 +95,7 @@ class Gram(LayeredScorer):
             warnings.warn(
                 f"gram: {int((counts == 0).sum())} of {len(counts)} classes are never predicted in the fit set and "
                 "get the range of all rows.",
-                stacklevel=4,
+                stacklevel=5,
             )
             for smallest, largest in zip(self.low_, self.high_, strict=True):
                 smallest[counts == 0], largest[counts == 0] = smallest.amin(dim=0), largest.amax(dim=0)

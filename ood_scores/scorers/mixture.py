@@ -110,7 +110,7 @@ class GMM(Scorer):
         if (counts == 1).any():
             warnings.warn(
                 f"gmm: {int((counts == 1).sum())} classes have a single fit row and get the tied covariance.",
-                stacklevel=4,
+                stacklevel=5,
             )
         self.means_ = moments.means[present]
         fit = self._fit_dense if moments.class_scatter is not None else self._fit_packed

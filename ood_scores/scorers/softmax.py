@@ -140,7 +140,7 @@ class Temperature(Scorer):
             warnings.warn(
                 f"temperature: no T between {COOLEST} and {HOTTEST} minimizes the loss on these rows, so T stays 1: "
                 "fit on rows that the model was not trained on.",
-                stacklevel=4,
+                stacklevel=5,
             )
         self.temperature_ = 1.0 if best is None else 1 / best
 

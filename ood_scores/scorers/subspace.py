@@ -145,7 +145,7 @@ class ViM(_ResidualScorer):
             warnings.warn(
                 f"vim: the largest logits of the fit set are {logit:.3g} on average, so alpha is not positive and "
                 "a residual raises the score.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def score_block(self, block: Block) -> Tensor:

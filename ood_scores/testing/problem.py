@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,6 +79,18 @@ def problem(rows: int, seed: int, extras: Extras, *, ood: bool = False, classes:
     head = Head(weight, torch.full((classes,), 0.1, dtype=torch.float64))
     logits = head(features)
     return FeatureSet(features, logits, labels, head, {name: make(features, logits) for name, make in extras.items()})
+
+
+@contextmanager
+def unusual_torch_state() -> Iterator[None]:
+    """Set autocast, inference mode, the default device, and the default dtype to what changes most computations."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def changed(feats: FeatureSet, **changes: Any) -> FeatureSet:

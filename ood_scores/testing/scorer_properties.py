@@ -27,7 +27,7 @@ from ood_scores.scorers.base import score
 from ood_scores.scorers.registry import create_scorer, is_registered
 from ood_scores.scorers.requirements import FIT_SET, requirements
 from ood_scores.scorers.storage import load_scorer
-from ood_scores.testing.problem import CLASSES, Case, changed, converted, reduced, without
+from ood_scores.testing.problem import CLASSES, Case, changed, converted, reduced, unusual_torch_state, without
 
 ARRAYS = ("features", "logits")
 
@@ -154,6 +154,17 @@ def inputs_unchanged(case: Case) -> None:
 def deterministic(case: Case) -> None:
     _equal(case.make().fit(case.problem(120, seed=0)).score(case.id), case.expected, "after the same fit again")
     _equal(case.fitted.score(case.id), case.expected, "of the same set again")
+
+
+@_property()
+def caller_state_does_not_matter(case: Case) -> None:
+    """Fits and scores are the same within the caller's autocast, inference mode, default dtype, and default device."""
+    train, feats = (converted(each, Tensor.float) for each in (case.train, case.id))
+    expected = case.make().fit(train).score(feats)
+    with unusual_torch_state():
+        found = case.make().fit(train).score(feats)
+    _equal(found, expected, "within the caller's settings of torch")
+    assert not found.is_inference(), "the scores are inference tensors"
 
 
 @_property()

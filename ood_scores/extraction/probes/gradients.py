@@ -166,7 +166,7 @@ def confounded(logits: Tensor) -> Tensor:
 
 def noise_like(inputs: Tensor, seed: int) -> Tensor:
     """Return noise ``[B, channels, ...]``, uniform between the smallest and the largest value of each channel."""
-    noise = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(seed)).to(inputs)
+    noise = torch.rand(inputs.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(inputs)
     others = [dim for dim in range(inputs.ndim) if dim != 1]
     low, high = inputs.amin(dim=others, keepdim=True), inputs.amax(dim=others, keepdim=True)
     return low + (high - low) * noise

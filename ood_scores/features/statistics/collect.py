@@ -9,8 +9,10 @@ from typing import Any
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.statistics.base import Derivable, Found, Statistic
 from ood_scores.features.storage import statistics_store
+from ood_scores.runtime import default_torch_state
 
 
+@default_torch_state()
 def collect(feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statistic, float] | None = None) -> Found:
     """Collect statistics of a set; those that are not known yet are computed in one pass.
 
