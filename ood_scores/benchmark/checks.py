@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ood_scores.benchmark.measures import FIGURES, MEASURES
-from ood_scores.benchmark.spec import Part, Published, Spec
+from ood_scores.benchmark.spec import ModelTable, Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
 from ood_scores.extraction.options import ExtractionOptions
@@ -87,6 +87,16 @@ def _twice(path: KeyPath, names: Iterable[str], what: str) -> Found:
         yield from _wrong(times > 1, path, f"{what} {name!r} is listed {times} times: give each its own name.")
 
 
+def _arguments(path: KeyPath, model: ModelTable) -> Found:
+    from ood_scores.models.arguments import check_arguments
+
+    for key, value in model.arguments.items():
+        try:
+            check_arguments(model.name, {key: value})
+        except BadInput as error:
+            yield (*path, key), str(error), BadInput
+
+
 def _models(part: Part) -> Found:
     from ood_scores.models.opening import require_known
 
@@ -97,6 +107,8 @@ def _models(part: Part) -> Found:
             require_known(model.name)
         except UnknownName as error:
             yield (*path, "name"), str(error), UnknownName
+        else:
+            yield from _arguments(path, model)
         both = model.recipe is not None and model.checkpoint is not None
         yield from _wrong(both, (*path, "recipe"), "a model has a checkpoint or a recipe: remove one of them.")
         alone = bool(model.seeds) and model.recipe is None

@@ -27,7 +27,7 @@ class ModelTable:
         seeds: seeds of the trainings with ``recipe``.
         num_classes: number of classes, if it cannot be inferred from the checkpoint.
         head: name of the last linear layer, if it cannot be found.
-        arguments: all other keys of the table, which are passed to ``timm.create_model``.
+        arguments: all other keys of the table, which must be arguments of the network itself.
     """
 
     name: str

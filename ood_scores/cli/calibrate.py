@@ -68,7 +68,8 @@ def calibrate(
       folder:PATH, npz:PATH, imglist:PATH, torchvision:CIFAR10?split=test
     """
     import ood_scores
-    from ood_scores.models.opening import arguments_of, load_model, preprocessing
+    from ood_scores.models.checkpoints import arguments_of
+    from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.scorers import create_scorer
 
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}

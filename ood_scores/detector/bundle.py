@@ -34,6 +34,7 @@ from ood_scores.extraction.probes.base import probe_of, record_of
 from ood_scores.features import Provenance
 from ood_scores.features.migration import migrated
 from ood_scores.features.provenance import ProbeRecord
+from ood_scores.models.arguments import check_arguments
 from ood_scores.models.opening import load_model
 from ood_scores.models.running import architecture, model_device, uncompiled, weights_sha256
 from ood_scores.scorers.storage import load_scorer
@@ -155,6 +156,7 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
     model, name = detector.model, architecture(detector.model)
     if not (hasattr(model, "pretrained_cfg") and timm.is_model(name)):
         return
+    check_arguments(name, detector.arguments)
     facts = {"architecture": json.dumps(name), "arguments": json.dumps(dict(detector.arguments))}
     state = {key: values.detach().cpu().contiguous().clone() for key, values in model.state_dict().items()}
     safetensors.torch.save_file(state, file, facts)

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import PretrainedCfg, clean_state_dict
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Grayscale
 
 import ood_scores.models.networks  # noqa: F401  registers the CIFAR networks
 from ood_scores.errors import BadInput, CheckpointError, UnknownName
+from ood_scores.models.arguments import check_arguments
+from ood_scores.models.checkpoints import arguments_of, read_checkpoint, shared_prefix
 from ood_scores.models.running import architecture
 from ood_scores.registry import did_you_mean
-
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Keys under which training scripts store the weights; averaged weights come first, as in timm."""
 
 
 def load_model(
@@ -40,7 +35,7 @@ def load_model(
         checkpoint: A ``.safetensors`` file or one of ``torch.save``; defaults to the pretrained weights, which are
             downloaded.
         num_classes: Number of classes of the checkpoint; defaults to the size of its classifier.
-        **arguments: Other arguments of ``timm.create_model``.
+        **arguments: Arguments of the network itself; see ``ood_scores.models.arguments``.
 
     Raises:
         UnknownName: if timm has no such model.
@@ -54,27 +49,6 @@ def load_model(
     if num_classes is not None:
         raise BadInput("num_classes needs a checkpoint, since pretrained weights have their own classes: pass both.")
     return _pretrained(name, arguments).eval()
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint by name, without the wrappers and prefixes that training scripts add.
-
-    Raises:
-        CheckpointError: if the file is missing or damaged, contains no weights, or would run code when opened.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}: check the path.")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not (isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values())):
-        raise CheckpointError(
-            f"{path} contains no weights by name: save model.state_dict(), alone or under {' or '.join(WRAPPERS)}."
-        )
-    return clean_state_dict(dict(content))
 
 
 def preprocessing(
@@ -111,19 +85,27 @@ def require_known(name: str) -> None:
         )
 
 
-def make(name: str, **arguments: Any) -> nn.Module:
+def make(name: str, arguments: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
     """Create a timm model.
+
+    Args:
+        name: Name that timm knows.
+        arguments: Arguments of the network itself, which may come from a stranger's file.
+        pretrained: Whether to fetch timm's weights of that name.
 
     Raises:
         UnknownName: if timm has no model of this name.
-        BadInput: if the model does not accept an argument.
+        BadInput: if the network has no such argument, or does not accept its value.
     """
     require_known(name)
+    check_arguments(name, arguments)
     try:
-        return timm.create_model(name, **arguments)
-    except (TypeError, ValueError) as error:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:  # constructors check little, and raise errors of any kind
+        if pretrained and isinstance(error, (OSError, RuntimeError)):
+            raise
         raise BadInput(
-            f"{name!r} cannot be created with {arguments} ({_first_sentence(error)}): change its arguments."
+            f"{name!r} cannot be created with {dict(arguments)} ({_first_sentence(error)}): change its arguments."
         ) from error
 
 
@@ -145,23 +127,29 @@ def fill(
         CheckpointError: if the weights are those of another architecture.
     """
     own = model.state_dict()
+    state = {f"{shared_prefix(own)}{key}": values for key, values in state.items()}
     paths = [f"{path}." for path, part in model.named_modules() if part is new_head]
     head = {key for key in own if key.startswith(tuple(paths))}
     if any(key not in state or state[key].shape != own[key].shape for key in head):
         state = {key: value for key, value in state.items() if key not in head}
-    wrong = [
+    shapes = [
         f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
-        for key in own.keys() & state.keys()
+        for key in sorted(own.keys() & state.keys())
         if own[key].shape != state[key].shape
     ]
+    missing = [f"{key} is missing" for key in sorted(own.keys() - state.keys() - head)]
+    unexpected = [f"{key} is not of this model" for key in sorted(state.keys() - own.keys())]
+    wrong = [*shapes[:4], *missing[:2], *unexpected[:2]]
     if not wrong:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        wrong = [f"{key} is missing" for key in missing if key not in head]
-        wrong += [f"{key} is not of this model" for key in unexpected]
+        try:
+            model.load_state_dict(state, strict=False)
+        except Exception as error:  # of values that torch cannot copy
+            wrong = [_first_sentence(error)]
     if wrong:
-        more = f"; and {len(wrong) - 4:,} more" if len(wrong) > 4 else ""
+        hidden = len(shapes) + len(missing) + len(unexpected) - len(wrong)
+        more = f"; and {hidden:,} more" if hidden > 0 else ""
         raise CheckpointError(
-            f"{checkpoint} does not fit {architecture(model)!r} ({'; '.join(sorted(wrong)[:4])}{more}): pass "
+            f"{checkpoint} does not fit {architecture(model)!r} ({'; '.join(wrong)}{more}): pass "
             "the name and the arguments of the model that it was trained with."
         )
 
@@ -179,7 +167,7 @@ def _weights_config(name: str) -> PretrainedCfg | None:
 
 def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
-        return make(name, pretrained=True, **arguments)
+        return make(name, arguments, pretrained=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"timm returned no pretrained weights for {name!r} ({_first_sentence(error)}): try again where the network "
@@ -191,26 +179,20 @@ def _from_checkpoint(
     name: str, config: PretrainedCfg | None, path: Path, num_classes: int | None, arguments: Mapping[str, Any]
 ) -> nn.Module:
     state = read_checkpoint(path)
-    sizes = {**arguments_of(path, name), **arguments}
+    stored = arguments_of(path, name)
+    sizes = {**stored, **arguments}
     if num_classes or (num_classes := _size(state, getattr(config, "classifier", None), axis=0)):
         sizes["num_classes"] = num_classes
     if _size(state, getattr(config, "first_conv", None), axis=1) == 1:
         sizes["in_chans"] = 1
-    model = make(name, **sizes)
+    try:
+        model = make(name, sizes)
+    except BadInput as error:
+        if not stored:
+            raise
+        raise CheckpointError(f"{path} stores arguments of its network that cannot be used: {error}") from error
     fill(model, state, path)
     return model
-
-
-def arguments_of(path: Path, name: str) -> dict[str, Any]:
-    """Return the arguments of the network in a checkpoint of ``ood_scores.training``; none for other checkpoints."""
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        facts = file.metadata() or {}
-    known = "arguments" in facts and json.loads(facts.get("architecture", "null")) == name
-    return json.loads(facts["arguments"]) if known else {}
 
 
 def _size(state: Mapping[str, Tensor], module: str | Sequence[str] | None, axis: int) -> int | None:
@@ -218,32 +200,6 @@ def _size(state: Mapping[str, Tensor], module: str | Sequence[str] | None, axis:
     first = module if isinstance(module, str) else next(iter(module or ()), None)
     weight = state.get(f"{first}.weight")
     return None if weight is None or weight.ndim <= axis else weight.shape[axis]
-
-
-def _read_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is damaged or not a safetensors file ({_first_sentence(error)}): restore it."
-        ) from error
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in which timm stores its options
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:
-            raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint: restore it.") from error
-        raise CheckpointError(
-            f"{path} was not opened because that would call {wanted[1]}: if you trust the file, save only its "
-            "state_dict, preferably as safetensors."
-        ) from error
 
 
 def _channels(model: nn.Module) -> int:

@@ -19,7 +19,7 @@ class ModelTable:
     Attributes:
         name: Name that timm knows, or the name of a CIFAR network of this package.
         checkpoint: Weights to start from instead of random ones; a classifier of another size is left out.
-        arguments: Arguments of ``timm.create_model``: every other key of the table. ``num_classes`` defaults to the
+        arguments: Arguments of the network itself: every other key of the table. ``num_classes`` defaults to the
             number of classes of the data.
     """
 

@@ -20,8 +20,9 @@ from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, BadLabels, MissingInput
+from ood_scores.models.checkpoints import read_checkpoint
 from ood_scores.models.networks.classifier import batchnorms, linear_classifier
-from ood_scores.models.opening import fill, make, preprocessing, read_checkpoint
+from ood_scores.models.opening import fill, make, preprocessing
 from ood_scores.training.augment import Augmentation, augmentation, random_resized_crop, seed_of
 from ood_scores.training.distributed import Processes
 from ood_scores.training.objectives import Objective, create_objective, objective_class
@@ -190,7 +191,7 @@ def make_model(table: ModelTable, arguments: dict[str, Any], seed: int) -> nn.Mo
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "model"))
-        model = make(table.name, **arguments)
+        model = make(table.name, arguments)
     head = linear_classifier(model)
     if table.checkpoint is not None:
         fill(model, read_checkpoint(table.checkpoint), table.checkpoint, new_head=head)

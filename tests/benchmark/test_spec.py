@@ -78,7 +78,7 @@ def test_spec_with_every_table(tmp_path: Path) -> None:
             + """
 checkpoint = ["a.pt", "b.pt"]
 num_classes = 7
-width = 8
+in_chans = 1
 [[model]]
 label = "trained"
 name = "resnet18"
@@ -108,7 +108,7 @@ temperature = [1, 2]
         )
     )
     assert only.models == (
-        ModelTable("cifar_resnet20", checkpoint=("a.pt", "b.pt"), num_classes=7, arguments={"width": 8}),
+        ModelTable("cifar_resnet20", checkpoint=("a.pt", "b.pt"), num_classes=7, arguments={"in_chans": 1}),
         ModelTable("resnet18", "trained", recipe="mine", seeds=(0, 3)),
     )
     nested = {"name": "gradnorm", "temperature": 3.0}
@@ -277,6 +277,9 @@ def test_mistake_in_an_extended_spec_is_reported_there(tmp_path: Path) -> None:
         ("[[part]]\ntitle = 'a'\n[[part]]\ntitle = 'a'", "two parts are called 'a'"),
         ("[[model]]\nname = 'cifar_resnet20'", "the model 'cifar_resnet20' is listed 2 times"),
         ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nrecipe = 'r'\ncheckpoint = 'c'", "checkpoint or a recipe"),
+        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\ncache_dir = '.'", "line 16: 'cache_dir' is not an"),
+        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nact_layer = '/x'", "line 16: the argument 'act_layer' of"),
+        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\npretrained_cfg_overlay.url = 'http://x'", "is not an argument"),
         ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nseeds = [1]", "seeds belong to a recipe"),
         ("measures = ['long_tail']", "long_tail needs a fit set"),
         ("[search]\nid = 'fits'\nood = ['cousins']", "'cousins' is reported as 'cousins'"),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, CheckpointError, UnknownName
-from ood_scores.models.opening import load_model, preprocessing, read_checkpoint
+from ood_scores.models.checkpoints import read_checkpoint
+from ood_scores.models.opening import load_model, preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
