@@ -61,7 +61,7 @@ class ExtractionOptions:
     compile: bool = field(default=False, metadata=_shown("Run through torch.compile; not with layers or probes."))
     dtype: str = field(
         default="float32",
-        metadata=_shown("Type to store: float16, float32 or float64.", choices=DTYPES, metavar="TYPE"),
+        metadata=_shown("Type to store: float16, float32, or float64.", choices=DTYPES, metavar="TYPE"),
     )
     head: str | nn.Module | bool | None = field(
         default=None, metadata=_shown("Name of the last linear layer, if it cannot be found.")

@@ -145,7 +145,7 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 """Other kinds of heads in these families."""
 
 REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
-    "volo_d1_224": (64, {"num_classes": CLASSES}, r"nor the mean of several; those with 10 outputs: head \(differs by"),
+    "volo_d1_224": (64, {"num_classes": CLASSES}, r"mean of several; modules with 10 outputs: head \(differs by"),
     "resnet50_clip": (224, {}, r"no affine module .* outputs 1024 values .*head='module.name'"),
     "resnet18": (
         64,
