@@ -97,9 +97,10 @@ def brute_force(id_scores: np.ndarray, ood_scores: np.ndarray, rule: str = "firs
 
 
 def ratios(id_scores: Any, ood_scores: Any, **options: Any) -> dict[str, float]:
-    found = dict(compare(id_scores, ood_scores, **options))
-    assert (found.pop("n_id"), found.pop("n_ood")) == (len(id_scores), len(ood_scores))
-    return found
+    """The metrics that ``brute_force`` computes."""
+    found = compare(id_scores, ood_scores, **options)
+    assert (found.n_id, found.n_ood) == (len(id_scores), len(ood_scores))
+    return {name: found[name] for name in ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood")}
 
 
 # --- against references ---------------------------------------------------------------------------------------------

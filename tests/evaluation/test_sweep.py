@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from ood_scores import FeatureSet, Head, create_scorer, evaluate, sweep
+from ood_scores import FeatureSet, Head, create_scorer, evaluate, metrics, sweep
 from ood_scores.errors import BadInput, EmptyInput, MissingInput, NotFitted, UnknownName
 from ood_scores.features import Block
 
 HEAD = Head(torch.randn(4, 6, generator=torch.Generator().manual_seed(9)))
-METRICS = ["auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "n_id", "n_ood"]
+METRICS = [*metrics.METRICS, "n_id", "n_ood"]
 
 
 def feature_set(seed: int, rows: int = 60, scale: float = 1.0) -> FeatureSet:
