@@ -346,12 +346,6 @@ def resampled_fpr(counts: RocCounts, replicates: int, rng: np.random.Generator, 
     return rng.binomial(m, accepted / m) / m
 
 
-def detection_error_of(counts: RocCounts) -> float:
-    """The smallest mean of the two error rates over all thresholds, of which one accepts no row."""
-    missed = 1 - counts.positives / counts.n_positive
-    return float(min(0.5, (missed + counts.negatives / counts.n_negative).min() / 2))
-
-
 _aupr = partial(Metric, label="AUPR", formula=aupr_of, options=("interpolation",))
 _fpr95 = partial(
     Metric,
@@ -375,13 +369,6 @@ _ROWS = (
     _aupr("aupr_out", positive="OoD", meaning="area under the precision-recall curve with OoD images as positives"),
     _fpr95("fpr95_id", positive="ID", meaning="share of OoD images accepted when 95% of ID images are accepted"),
     _fpr95("fpr95_ood", positive="OoD", meaning="share of ID images rejected when 95% of OoD images are rejected"),
-    Metric(
-        "detection_error",
-        label="Detection error",
-        formula=detection_error_of,
-        meaning="smallest mean of the shares of misclassified ID and OoD images",
-        higher_is_better=False,
-    ),
 )
 METRICS: Registry[Metric] = Registry("metric", {metric.name: metric for metric in _ROWS})
 """All metrics by name, in the order of data frames and files. To add a metric, add a row."""

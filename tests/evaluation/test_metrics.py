@@ -360,7 +360,3 @@ def test_metrics_are_importable_by_their_short_path() -> None:
 
     assert package.metrics.auroc is short
     assert short([1.0, 2.0], [0.0]) == 1.0
-
-
-def test_detection_error_is_the_smallest_mean_of_both_error_rates() -> None:
-    assert package.metrics.compare([3.0, 2.0, 0.0], [1.0, 0.5])["detection_error"] == pytest.approx(1 / 6)
