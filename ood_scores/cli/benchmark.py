@@ -35,7 +35,8 @@ def benchmark(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; defaults to runs/NAME.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder where relative paths start.")] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Extractions at the same time; defaults to 1 on a GPU, else to the cores.")
+        int | None,
+        typer.Option(min=1, help="Extractions at the same time; 1 by default on a GPU, else one per core, up to 4."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print what would be done and what is missing.")
