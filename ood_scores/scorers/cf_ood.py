@@ -14,7 +14,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.base import Accumulator, Found
-from ood_scores.features.statistics.row_samples import HashedSample
+from ood_scores.features.statistics.row_samples import ChosenRows, drawn_numbers
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.class_ranks import PIECE
 from ood_scores.scorers.numerics.distances import squared_distances
@@ -42,8 +42,7 @@ class CFOOD(Scorer):
 
     Source: Angiulli, Fassetti & Zupi 2025, "CF-OOD: Concentration-Free Density Estimation for Reliable
     Out-of-Distribution Detection", after the postprocessor that its authors contributed to OpenOOD, which is the source
-    of the values of share and rho (alpha and k there) and of the values of s. Departures: rows are sampled by a hash of
-    their values and the seed, not by their number, so that their order does not matter; squared distances that differ
+    of the values of share and rho (alpha and k there) and of the values of s. Departure: squared distances that differ
     by less than 1e-12 are equal.
 
     Fails to separate rows finely: no more than 231 scores are possible, fewer with a small bank, so that ties are
@@ -53,7 +52,7 @@ class CFOOD(Scorer):
     in float64 decide the others, so that scores are those of float64.
 
     Args:
-        share: The share of the fit rows that make up the bank.
+        share: The share of the fit rows that make up the bank, drawn by their number.
         rho: The share of the bank rows that must have the row among their neighbors.
         seed: The seed of the sample.
 
@@ -69,6 +68,7 @@ class CFOOD(Scorer):
             2025,
             "https://link.springer.com/chapter/10.1007/978-3-032-06069-3_5",
         ),
+        small_parameters={"share": 1.0},  # the rows of a smaller share depend on their order
         no_graph="it looks distances up in sorted lists, for which ONNX has no operation",
     )
     share: float = 0.1
@@ -85,8 +85,8 @@ class CFOOD(Scorer):
             value = getattr(self, share)
             self.require(0 < value <= 1, f"{share} must be in (0, 1], got {value}")
 
-    def statistics(self) -> tuple[HashedRows]:
-        return (HashedRows(self.share, self.seed),)
+    def statistics(self) -> tuple[UnitRows]:
+        return (UnitRows(self.share, self.seed),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.bank_ = found[self.statistics()[0]]
@@ -176,10 +176,10 @@ def neighbor_shares(count: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class HashedRows:
+class UnitRows:
     """Statistic: a share of the rows, L2-normalized, float64 ``[n, D]``; at least two if the set has as many.
 
-    See ``HashedSample``.
+    See ``drawn_numbers``.
     """
 
     share: float
@@ -187,4 +187,5 @@ class HashedRows:
     reads: ClassVar[Sequence[str]] = ("features",)
 
     def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
-        return HashedSample(lambda block: block.space("features", True), feats, self.share, self.seed, least=2)
+        numbers = drawn_numbers(len(feats), self.share, self.seed, least=2)
+        return ChosenRows(numbers, lambda block: block.space("features", True), device=None)

@@ -117,9 +117,9 @@ class KNN(_BankScorer):
         index: A faiss factory string; ``"Flat"`` is exact. Others (``"IVF1024,Flat"``, ``"HNSW32"``, ``"PCA64,Flat"``)
             trade accuracy for speed and are trained on the bank; an index trained on a cache is kept in a file beside
             it and used by the next fit with the same parameters.
-        share: The share of the fit rows that make up the bank, 1% in some of the paper's runs on ImageNet. A hash of
-            their features determines the choice, so that the order of the rows does not matter.
-        seed: The seed of that choice.
+        share: The share of the fit rows that make up the bank, 1% in some of the paper's runs on ImageNet. They are
+            drawn by their number.
+        seed: The seed of the draw.
 
     Cost: one inner product with each bank row for each row, shared with ``nnguide`` if both are scored in one pass; ``4
     D`` bytes for each bank row, twice that if faiss searches.
@@ -162,7 +162,8 @@ class KNN(_BankScorer):
             raise BadInput("knn: the features exceed the range of float32, in which faiss computes: scale them down.")
         self._index: Any = None
         if self.index != "Flat":
-            self._index = kept_index(self.index, self.bank_, feats, repr(self.statistics()))
+            drawn = "rows drawn by number, " if self.share < 1 else ""  # earlier versions drew others
+            self._index = kept_index(self.index, self.bank_, feats, f"{drawn}{self.statistics()}")
 
     def fitted_state(self) -> dict[str, Any]:
         """Return the state to save; an exact index is its bank, while any other may differ when it is built again."""
@@ -257,8 +258,8 @@ class NNGuide(_BankScorer):
 
     Args:
         k: The number of neighbors.
-        share: The share of the fit rows that make up the bank, chosen by a hash of their features.
-        seed: The seed of that choice.
+        share: The share of the fit rows that make up the bank, drawn by their number.
+        seed: The seed of the draw.
 
     Cost: one inner product with each bank row for each row, shared with ``knn`` if both are scored in one pass; ``4 D``
     bytes for each bank row, twice that if faiss searches.

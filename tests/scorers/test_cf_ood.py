@@ -13,8 +13,9 @@ from many_classes import FEATS, FIT, FIT_LOGITS, ROWS, TRAIN, WIDTH, Array
 from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput
 from ood_scores.features.statistics.collect import collect
+from ood_scores.features.statistics.row_samples import drawn_numbers
 from ood_scores.scorers import cf_ood
-from ood_scores.scorers.cf_ood import HashedRows, first_with_enough, neighbor_shares
+from ood_scores.scorers.cf_ood import UnitRows, first_with_enough, neighbor_shares
 
 
 def unit(values: torch.Tensor) -> torch.Tensor:
@@ -100,18 +101,19 @@ def test_neighbor_shares(count: int) -> None:
     assert len(shares) <= 230
 
 
-def test_hashed_rows_are_a_fair_seeded_sample_of_the_rows() -> None:
+def test_drawn_rows_are_a_fair_seeded_sample_of_the_row_numbers() -> None:
     unit = FIT / np.linalg.norm(FIT, axis=1, keepdims=True)
-    order = np.random.default_rng(3).permutation(len(FIT))
-    found = [
-        collect(FeatureSet(rows), [HashedRows(0.25, seed)]) for rows, seed in ((FIT, 0), (FIT[order], 0), (FIT, 1))
+    samples = [
+        collect(FeatureSet(FIT).in_blocks(rows), [UnitRows(0.25, seed)])[UnitRows(0.25, seed)]
+        for rows, seed in ((None, 0), (7, 0), (None, 1))
     ]
-    samples = [next(iter(sample.values())) for sample in found]
     assert torch.equal(samples[0], samples[1])
     assert not torch.equal(samples[0], samples[2])
+    drawn = drawn_numbers(len(FIT), 0.25, 0)
+    np.testing.assert_allclose(samples[0], unit[drawn], rtol=0, atol=1e-12)
     chosen = []
     for seed in range(40):
-        bank = collect(FeatureSet(FIT), [HashedRows(0.25, seed)])[HashedRows(0.25, seed)].numpy()
+        bank = collect(FeatureSet(FIT), [UnitRows(0.25, seed)])[UnitRows(0.25, seed)].numpy()
         numbers = [int(np.flatnonzero((np.abs(unit - row) < 1e-12).all(axis=1))[0]) for row in bank]
         assert len(set(numbers)) == 100
         chosen.extend(numbers)
@@ -119,6 +121,15 @@ def test_hashed_rows_are_a_fair_seeded_sample_of_the_rows() -> None:
     assert times.mean() == 10
     assert 5 < times.var() < 10  # 7.5 for a binomial distribution
     assert abs(np.corrcoef(times, np.arange(len(FIT)))[0, 1]) < 0.2
+
+
+def test_copies_of_a_row_are_drawn_independently() -> None:
+    """Of 86 copies of each of 50 rows, a tenth of all rows contains some of nearly every row, not all of five rows."""
+    scorer: Any = create_scorer("cf_ood").fit(FeatureSet(np.repeat(FIT[:50], 86, axis=0)))
+    _, copies = torch.unique(scorer.bank_, dim=0, return_counts=True)
+    assert copies.sum() == 430
+    assert len(copies) == 50
+    assert copies.max() <= 20
 
 
 def test_cf_ood_needs_two_rows_and_valid_parameters() -> None:

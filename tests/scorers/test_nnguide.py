@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 
 from ood_scores import FeatureSet, create_scorer
 from ood_scores.errors import BadInput
+from ood_scores.features.statistics.row_samples import drawn_numbers
 
 
 @pytest.mark.parametrize("k", [1, 10, 300])
@@ -51,9 +52,11 @@ def test_nnguide_on_a_seeded_share() -> None:
     assert not torch.equal(banks[0], banks[2])
     chosen = [(whole == row).all(dim=1).nonzero().item() for row in banks[0]]
     assert len(set(chosen)) == 60
-    shuffled = create_scorer("nnguide", share=0.2, seed=3).fit(TRAIN[torch.randperm(len(TRAIN))])
-    assert torch.equal(vars(shuffled)["bank_"], banks[0])
-    assert torch.equal(vars(shuffled)["energies_"], vars(scorers[0])["energies_"])
+    assert chosen == drawn_numbers(len(TRAIN), 0.2, 3).tolist()
+    blocks: Any = create_scorer("nnguide", share=0.2, seed=3).fit(TRAIN, block_rows=7)
+    assert torch.equal(blocks.bank_, banks[0])
+    assert torch.equal(blocks.energies_, scorers[0].energies_)
+    assert torch.equal(blocks.energies_, create_scorer("nnguide").fit(TRAIN).energies_[chosen])  # type: ignore[attr-defined]
     with pytest.raises(BadInput, match="k=10 needs at least as many bank rows, got 3: lower k"):
         create_scorer("nnguide", share=0.01).fit(TRAIN)
 

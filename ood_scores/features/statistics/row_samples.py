@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -14,13 +14,14 @@ from ood_scores.errors import BadInput
 from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.statistics.base import Accumulator
+from ood_scores.runtime import CPU
 
 
 @dataclass(frozen=True)
 class Rows:
     """The features, float32 ``[M, D]``, optionally L2-normalized, of all rows or a seeded share of them.
 
-    All rows keep their order. A share is at least one row; see ``HashedSample``.
+    Rows keep their order. A share is at least one row; see ``drawn_numbers``.
     """
 
     normalize: bool = False
@@ -30,7 +31,7 @@ class Rows:
 
     def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
         if self.share < 1:
-            return HashedSample(self._values, feats, self.share, self.seed)
+            return ChosenRows(drawn_numbers(len(feats), self.share, self.seed), self._values)
         return _AllRows(self._values, len(feats))
 
     def _values(self, block: Block) -> Tensor:
@@ -44,13 +45,11 @@ class Energies:
     share: float = 1.0
     seed: int = 0
 
-    @property
-    def reads(self) -> Sequence[str]:
-        return ("features", "logits") if self.share < 1 else ("logits",)
+    reads: ClassVar[Sequence[str]] = ("logits",)
 
     def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
         if self.share < 1:
-            return HashedSample(Block.logsumexp, feats, self.share, self.seed)
+            return ChosenRows(drawn_numbers(len(feats), self.share, self.seed), Block.logsumexp)
         return _AllRows(Block.logsumexp, len(feats))
 
 
@@ -78,7 +77,7 @@ class SampledRows:
 
     def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
         count = min(len(feats), max(1, self.values // max(feats.num_features, 1)))
-        return _SampledRowsAccumulator(torch.arange(count) * len(feats) // count)
+        return ChosenRows(torch.arange(count) * len(feats) // count, lambda block: block.features)
 
 
 def quantiles(values: Tensor, shares: Sequence[float]) -> Tensor:
@@ -109,59 +108,35 @@ class _AllRows:
         return self.rows
 
 
+def drawn_numbers(rows: int, share: float, seed: int, least: int = 1) -> Tensor:
+    """Draw the numbers of a share of the rows without replacement, in ascending order: at least ``least`` of them.
+
+    The draw depends on the number of rows and the seed, not on the values: copies of a row are drawn independently.
+    """
+    count = min(rows, max(least, round(share * rows)))
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
 @dataclass
-class _SampledRowsAccumulator:
+class ChosenRows:
+    """The values of the rows with the given ascending numbers, on the CPU or, if ``device`` is None, where they are."""
+
     numbers: Tensor
+    values: Callable[[Block], Tensor]
+    device: torch.device | None = CPU
     rows: Tensor | None = None
 
     def update(self, block: Block) -> None:
+        values = self.values(block)
         if self.rows is None:
-            self.rows = torch.empty(len(self.numbers), block.features.shape[1], dtype=block.features.dtype)
+            self.rows = torch.empty(
+                len(self.numbers), *values.shape[1:], dtype=values.dtype, device=self.device or values.device
+            )
         first, last = torch.searchsorted(self.numbers, torch.tensor([block.start, block.start + len(block)])).tolist()
         chosen = self.numbers[first:last] - block.start
-        self.rows[first:last] = block.features[chosen.to(block.features.device)].to(self.rows)
+        self.rows[first:last] = values[chosen.to(values.device)].to(self.rows)
 
     def result(self) -> Tensor:
         if self.rows is None:
             raise BadInput("no block was read.")
         return self.rows
-
-
-@dataclass
-class HashedSample:
-    """The values of a share of the rows, at least ``least`` rows if there are as many.
-
-    The sample consists of the rows with the smallest hash of their features (as float32) and the seed, in that order:
-    a fair sample that does not depend on the order of the rows. Up to four times as many rows are in memory meanwhile.
-    """
-
-    values: Callable[[Block], Tensor]
-    feats: FeatureSet
-    share: float
-    seed: int
-    least: int = 1
-    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.count = min(len(self.feats), max(self.least, round(self.share * len(self.feats))))
-        generator = torch.Generator().manual_seed(self.seed)
-        self.factors = torch.randint(-(2**62), 2**62, (self.feats.num_features,), generator=generator) * 2 + 1
-        self.most = torch.iinfo(torch.int64).max
-
-    def update(self, block: Block) -> None:
-        bits = block.features.float().contiguous().view(torch.int32).long()
-        hashes = (bits * self.factors.to(bits.device)).sum(dim=1).cpu()
-        small, values = hashes <= self.most, self.values(block)
-        self.found.append((hashes[small], values[small.to(values.device)]))
-        if sum(len(hashes) for hashes, _ in self.found) >= 2 * self.count:
-            self._keep_smallest()
-
-    def result(self) -> Tensor:
-        self._keep_smallest()
-        return self.found[0][1]
-
-    def _keep_smallest(self) -> None:
-        hashes, values = (torch.cat(parts) for parts in zip(*self.found, strict=True))
-        order = hashes.argsort()[: self.count]
-        self.found = [(hashes[order], values[order.to(values.device)])]
-        self.most = int(hashes[order[-1]])
