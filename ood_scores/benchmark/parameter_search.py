@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ood_scores.benchmark.scorer_runs import ScorerRun, fit_runs, score_runs
 from ood_scores.benchmark.spec import ScorerTable, Search
 from ood_scores.evaluation.metrics import METRICS
 from ood_scores.features import FeatureSet
+from ood_scores.scorers.scorer_runs import ScorerRun, fit_runs, score_runs
 
 
 def choose(

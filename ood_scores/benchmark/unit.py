@@ -19,7 +19,6 @@ from ood_scores.benchmark.measures import accuracies, measured
 from ood_scores.benchmark.parameter_search import choose
 from ood_scores.benchmark.planning import Job, Unit, runnable
 from ood_scores.benchmark.results import interval_columns
-from ood_scores.benchmark.scorer_runs import ScorerRun, fit_runs, score_runs
 from ood_scores.benchmark.spec import Part
 from ood_scores.benchmark.unit_files import Found, SetScores
 from ood_scores.errors import EmptyInput, OodScoresError
@@ -27,6 +26,7 @@ from ood_scores.evaluation import metrics
 from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.scorers import Scorer
+from ood_scores.scorers.scorer_runs import ScorerRun, fit_runs, score_runs
 
 ID = "id"
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.evaluation import metrics
+from ood_scores.evaluation.accuracy import near_chance
 from ood_scores.features import Block, FeatureSet, as_feature_set
+from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.scorers.base import Scorer, as_scorer, fit_all, require_same_weights, score_all
+from ood_scores.scorers.registry import create_scorer, list_scorers
+from ood_scores.scorers.requirements import cannot_run
+from ood_scores.scorers.scorer_runs import ScorerRun, check_runs, fit_runs, score_runs
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Sets = FeatureSet | Sequence[FeatureSet]
-Scorers = Sequence["str | Scorer"] | Mapping[str, "str | Scorer"]
+Scorers = Literal["all"] | Sequence["str | Scorer"] | Mapping[str, "str | Scorer"]
+ALL = "all"
 
 
 def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets | None = None) -> pd.DataFrame:
@@ -26,7 +33,7 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
 
     Args:
         scorers: Registered names or Scorer objects; or a mapping from display names to either, for a scorer with
-            several settings.
+            several settings. ``"all"`` is every registered scorer that can run on these sets.
         id: ID test set. A list of feature sets of the same data is an ensemble; this also holds for ``ood`` and
             ``fit``.
         ood: OoD sets by name.
@@ -37,11 +44,14 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
         A tidy data frame with one row for each scorer and OoD set. Columns: ``scorer``, ``ood``, every metric of
         ``ood_scores.metrics.METRICS`` (shares, not percentages), ``n_id`` and ``n_ood``. ``.attrs["id_accuracy"]`` is
         the accuracy of the model on ``id``, or None without labels or logits; ``.attrs["id"]`` is the name of the ID
-        dataset from its provenance, or None.
+        dataset from its provenance, or None. ``.attrs["left_out"]`` has the reason for each scorer that ``"all"`` left
+        out. ``.attrs["overlap"]`` lists the sets that share rows (``set``, ``other``, ``rows`` shared ``of`` the rows
+        of ``other``), see ``ood_scores.features.statistics.row_hashes``; ``.attrs["warnings"]`` has the warnings about
+        them, and about an accuracy near chance.
 
     Raises:
         UnknownName, NotFitted, MissingInput, NotFinite: as for ``Scorer.score``.
-        EmptyInput: if there is no scorer or no OoD set, or as for ``Scorer.score``.
+        EmptyInput: if there is no scorer (or none that can run) or no OoD set, or as for ``Scorer.score``.
         ShapeMismatch: if the sets have different numbers of features or classes.
         OtherModel: if the sets were extracted with different weights.
         BadLabels: if labels of ``id`` are not class indices of the model.
@@ -62,30 +72,71 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
     if fit is not None:
         fit = as_feature_set(fit)
         _check_same_model(id, fit, "the fit set")
+    correct = [_Correct()] if _knows_accuracy(id) else []
+    score_sets = _score_what_can_run if scorers == ALL else _score_all
+    found, left_out = score_sets(chosen, fit, [id, *others.values()], correct)
+    id_scores, *ood_scores = found
+    rows = [
+        {"scorer": label, "ood": name, **metrics.compare(id_scores[label], scores[label])}
+        for label in chosen
+        if label not in left_out
+        for name, scores in zip(others, ood_scores, strict=True)
+    ]
+    if not rows:
+        raise EmptyInput(f"no scorer can run on these sets: {next(iter(left_out.values()))}")
+    table = pd.DataFrame(rows)
+    accuracy = float(id_scores[_Correct.name].mean()) if correct else None
+    fitted = any(chosen[label].fit_needs for label in dict.fromkeys(table["scorer"]))
+    shared = overlaps(fit if fitted else None, id, others)
+    chance = near_chance(accuracy, len(id), id.num_classes, "ID set")
+    table.attrs |= {
+        "id_accuracy": accuracy,
+        "id": id.provenance.dataset if id.provenance else None,
+        "left_out": left_out,
+        "overlap": [overlap.as_dict() for overlap in shared],
+        "warnings": [*map(str, shared), *([chance] if chance else [])],
+    }
+    for text in table.attrs["warnings"]:
+        warnings.warn(text, stacklevel=2)
+    return table
+
+
+Scores = list[dict[str, Tensor]]
+
+
+def _score_all(
+    chosen: Mapping[str, Scorer], fit: FeatureSet | None, sets: Sequence[FeatureSet], correct: Sequence[Scorer]
+) -> tuple[Scores, dict[str, str]]:
+    """Fit and score all scorers, and raise the first error. ``correct`` is scored on the first set only."""
+    if fit is not None:
         fit_all(chosen.values(), fit)
-    for feats in (id, *others.values()):
+    for feats in sets:
         for scorer in chosen.values():
             scorer.check_ready(feats)
-    correct = [_Correct()] if _knows_accuracy(id) else []
-    id_scores = score_all([*chosen.values(), *correct], id)
-    ood_scores = {name: score_all(list(chosen.values()), feats) for name, feats in others.items()}
-    rows = [
-        {"scorer": label, "ood": name, **metrics.compare(id_scores[i], ood_scores[name][i])}
-        for i, label in enumerate(chosen)
-        for name in others
-    ]
-    table = pd.DataFrame(rows)
-    table.attrs |= {
-        "id_accuracy": float(id_scores[-1].mean()) if correct else None,
-        "id": id.provenance.dataset if id.provenance else None,
-    }
-    return table
+    found = []
+    for number, feats in enumerate(sets):
+        others = [] if number else correct
+        scores = score_all([*chosen.values(), *others], feats, hashed=True)
+        found.append(dict(zip([*chosen, *(each.name for each in others)], scores, strict=True)))
+    return found, {}
+
+
+def _score_what_can_run(
+    chosen: Mapping[str, Scorer], fit: FeatureSet | None, sets: Sequence[FeatureSet], correct: Sequence[Scorer]
+) -> tuple[Scores, dict[str, str]]:
+    """Fit and score the scorers that can run, and return why each of the others cannot."""
+    left_out = cannot_run(chosen, fit.has if fit else None, [feats.has for feats in sets], "python")
+    runs = {label: ScorerRun(scorer) for label, scorer in chosen.items() if label not in left_out}
+    fit_runs(runs, fit)
+    check_runs(runs, sets)
+    found = [score_runs(runs, feats, [] if number else correct) for number, feats in enumerate(sets)]
+    return found, left_out | {label: run.failure for label, run in runs.items() if run.failure}
 
 
 class _Correct(Scorer):
     """1 for rows that are classified correctly, else 0."""
 
-    name = "accuracy"
+    name = "correctly classified"
     needs = ("logits", "labels")
 
     def score_block(self, block: Block) -> Tensor:
@@ -110,8 +161,12 @@ def _check_same_model(id: FeatureSet, other: FeatureSet, name: str) -> None:
 
 
 def _named(scorers: Scorers) -> dict[str, Scorer]:
+    if isinstance(scorers, str) and scorers == ALL:
+        return {name: create_scorer(name) for name in list_scorers()}
     if isinstance(scorers, (str, Scorer)):
-        raise BadInput("scorers must be a list or a mapping of names or Scorer objects: pass scorers=['energy', ...].")
+        raise BadInput(
+            "scorers must be a list or a mapping of names or Scorer objects: pass scorers=['energy', ...] or 'all'."
+        )
     if isinstance(scorers, Mapping):
         return {label: as_scorer(scorer) for label, scorer in scorers.items()}
     made = [as_scorer(scorer) for scorer in scorers]

@@ -6,8 +6,9 @@ The docstring of a module that defines scorers starts with "Title: description",
 from importlib import import_module
 from pkgutil import walk_packages
 
-from ood_scores.scorers.base import Scorer, score
+from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.registry import create_scorer, list_scorers, register_scorer
+from ood_scores.scorers.scoring import score
 
 __all__ = ["Scorer", "create_scorer", "list_scorers", "register_scorer", "score"]
 

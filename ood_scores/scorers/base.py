@@ -24,9 +24,10 @@ from ood_scores.errors import (
     OtherModel,
     ShapeMismatch,
 )
-from ood_scores.features import Block, FeatureSet, Provenance, as_feature_set
+from ood_scores.features import Block, FeatureSet, Provenance
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.collect import collect
+from ood_scores.features.statistics.row_hashes import ROW_HASHES, pending
 from ood_scores.parameters import check_choices
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.registry import create_scorer
@@ -241,7 +242,9 @@ def fit_all(
     for scorer in fitted:
         scorer.fitted_widths = None
     by_statistic: dict[Statistic, float] = {}
-    found = collect(feats, [statistic for scorer in fitted for statistic in scorer.statistics()], by_statistic)
+    wanted: list[Statistic] = [statistic for scorer in fitted for statistic in scorer.statistics()]
+    reads_features = any("features" in statistic.reads for statistic in wanted)
+    found = collect(feats, [*wanted, *[ROW_HASHES] * reads_features], by_statistic)
     seconds = []
     for scorer in scorers:
         if not scorer.fit_needs:
@@ -279,7 +282,12 @@ def _fit_error(scorer: Scorer, feats: FeatureSet, spent: list[float] | None) -> 
 
 @default_torch_state()
 def score_all(
-    scorers: Sequence[Scorer], feats: FeatureSet, *, block_rows: int | None = None, spent: list[float] | None = None
+    scorers: Sequence[Scorer],
+    feats: FeatureSet,
+    *,
+    block_rows: int | None = None,
+    spent: list[float] | None = None,
+    hashed: bool = False,
 ) -> list[Tensor]:
     """Return the scores of each scorer, float64 ``[N]`` on the CPU, from one pass over a set.
 
@@ -289,6 +297,7 @@ def score_all(
         block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
         spent: a list to which the seconds of each scorer are appended, without the time to read the set. Work shared by
             several scorers is charged to the first that needs it; scorers scored in one call share its time equally.
+        hashed: whether to compute ``RowHashes`` of the set in the same pass, if the scorers read its features.
 
     Raises:
         NotFinite: if the data that the scorers read contain NaN or infinite values, or if a score is NaN.
@@ -299,6 +308,7 @@ def score_all(
     scores = torch.empty(len(scorers), len(feats), dtype=torch.float64)
     groups = _scored_together(scorers)
     seconds = [0.0] * len(scorers)
+    hashes = pending(feats) if hashed and "features" in read else None
     for block in feats.blocks(block_rows, only=read):
         rows = scores[:, block.start : block.start + len(block)]
         try:
@@ -309,6 +319,10 @@ def score_all(
                     seconds[number] += (perf_counter() - start) / len(group)
         finally:
             block.require_finite()  # last, because quantities that the scorers derived make the check cheaper
+        if hashes:
+            hashes.update(block)
+    if hashes:
+        hashes.keep(feats)
     if spent is not None:
         spent += seconds
     for row, scorer in zip(scores, scorers, strict=True):
@@ -370,29 +384,3 @@ def as_scorer(scorer: str | Scorer, **params: Any) -> Scorer:
             "set parameters when you create it."
         )
     return scorer
-
-
-def score(
-    scorer: str | Scorer,
-    feats: FeatureSet | Sequence[FeatureSet],
-    fit: FeatureSet | Sequence[FeatureSet] | None = None,
-    **params: Any,
-) -> Tensor:
-    """Score every row of a feature set; **higher = more in-distribution**.
-
-    Args:
-        scorer: a registered name (see ``list_scorers``) or a Scorer.
-        feats: the set to score; a list of sets of the same data is an ensemble (see ``ood_scores.ensemble``).
-        fit: the fit set, usually the training data, for scorers that need a fit; a list of sets is an ensemble.
-        **params: parameters of the scorer, if it is given by name.
-
-    Returns:
-        The scores, float64 ``[N]`` on the CPU.
-
-    Raises:
-        UnknownName, BadInput, NotFitted, MissingInput, NotFinite, EmptyInput: see ``Scorer``.
-    """
-    ready = as_scorer(scorer, **params)
-    if fit is not None and ready.fit_needs:
-        ready.fit(as_feature_set(fit))
-    return ready.score(as_feature_set(feats))

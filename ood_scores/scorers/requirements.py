@@ -133,6 +133,12 @@ def unmet(scorer: Scorer, fit: Has | None, sets: Sequence[Has]) -> Requirement |
     return next((each for each, having in needed if not all(map(each.met_by, having))), None)
 
 
+def cannot_run(scorers: Mapping[str, Scorer], fit: Has | None, sets: Sequence[Has], where: Where) -> dict[str, str]:
+    """Return the reason and the remedy, in one sentence, for each scorer that lacks a requirement; see ``unmet``."""
+    missing = {label: unmet(scorer, fit, sets) for label, scorer in scorers.items()}
+    return {label: f"{need.reason}: {need.how_to_get(where)}" for label, need in missing.items() if need}
+
+
 def probes_for(needs: Iterable[str]) -> list[Probe]:
     """Return the probes that compute the extras among some requirements.
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from ood_scores.errors import BadLabels, EmptyInput, MissingInput, NotFinite, NotFitted, ShapeMismatch, UnknownName
 from ood_scores.evaluation import evaluate
 from ood_scores.features import FeatureSet, Head, load
-from ood_scores.scorers.base import score
 from ood_scores.scorers.registry import create_scorer, is_registered
 from ood_scores.scorers.requirements import FIT_SET, requirements
+from ood_scores.scorers.scoring import score
 from ood_scores.scorers.storage import load_scorer
 from ood_scores.testing.problem import CLASSES, Case, changed, converted, reduced, unusual_torch_state, without
 

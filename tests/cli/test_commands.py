@@ -22,7 +22,6 @@ from typer.testing import CliRunner, Result
 
 import ood_scores
 from ood_scores.cli import app
-from ood_scores.cli.evaluate import usable_scorers
 from ood_scores.cli.parsing import parameters
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import OodScoresError
@@ -320,6 +319,7 @@ def test_evaluate_command_names_scorers_that_cannot_run(caches: dict[str, Path],
     assert "pass --fit CACHE" in left_out
     assert "rankfeat (scoring needs 'rankfeat', which was not extracted: extract it with --probe rankfeat)" in left_out
     feats: Any = ood_scores.load(caches["id"])
+    assert content["left_out"]["knn"] == "it needs a fit set: pass --fit CACHE"
     assert content["id_accuracy"] == float((feats.logits.argmax(1) == feats.labels).double().mean())
 
     ok(
@@ -337,21 +337,24 @@ def test_evaluate_command_names_scorers_that_cannot_run(caches: dict[str, Path],
     assert {"knn", "mahalanobis", *used} <= with_fit
 
 
-def test_usable_scorers_returns_a_reason_for_each_other_scorer() -> None:
-    id_feats, few = synthetic(30, 1), synthetic(20, 0)
-    bare = FeatureSet(id_feats.features)
-    usable, left_out = usable_scorers([id_feats, bare], few)
-    assert "feature_norm" in {scorer.name for scorer in usable}
-    assert "needs 'logits'" in left_out["energy"]
-    assert "lower k" in left_out["knn"]
-    assert all(scorer.is_fitted for scorer in usable)
+def test_commands_name_rows_of_the_fit_set(caches: dict[str, Path], tmp_path: Path) -> None:
+    rows = len(ood_scores.load(caches["id"]))
+    shared = f"the fit set shares {rows} of {rows} rows with the"
+    words = ("--id", caches["id"], "--ood", caches["near"], "--fit", caches["id"], "--scorer", "knn")
+    output = ok("evaluate", *words, "--out", tmp_path / "t.json")
+    assert f"warning: {shared} ID set (identical features)" in output
+    assert json.loads((tmp_path / "t.json").read_text())["overlap"] == [
+        {"set": "fit set", "other": "ID set", "rows": rows, "of": rows}
+    ]
+    assert f"warning: {shared} set to score" in ok("score", "knn", caches["id"], "--fit", caches["id"])
 
 
 def test_evaluate_tables_fit_the_terminal(caches: dict[str, Path]) -> None:
     sets = [word for name in "abcdefg" for word in ("--ood", f"{name}={caches['far']}")]
     for columns in (60, 80, 120):
         output = ok("evaluate", "--id", caches["id"], *sets, "--scorer", "energy", columns=columns)
-        assert max(map(len, output.splitlines())) <= columns
+        lines = [line for line in output.splitlines() if not line.startswith("warning:")]  # the sets are the same
+        assert max(map(len, lines)) <= columns
         rows = [line.split()[1:] for line in output.splitlines() if line.strip().startswith("energy")]
         assert sum(map(len, rows)) == 8 * 3
         assert "average" in output

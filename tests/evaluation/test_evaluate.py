@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ood_scores import FeatureSet, Head, Scorer, create_scorer, evaluate, load, metrics, score
+from ood_scores import FeatureSet, Head, Scorer, create_scorer, evaluate, list_scorers, load, metrics, score
 from ood_scores.errors import (
     BadInput,
     BadLabels,
@@ -22,6 +22,7 @@ from ood_scores.errors import (
     ShapeMismatch,
     UnknownName,
 )
+from ood_scores.evaluation.accuracy import near_chance
 from ood_scores.features import Block, Provenance
 
 COLUMNS = ["scorer", "ood", *metrics.METRICS, "n_id", "n_ood"]
@@ -69,7 +70,9 @@ def test_evaluate_returns_a_tidy_frame() -> None:
     assert list(zip(table["scorer"], table["ood"], strict=True)) == [(s, o) for s in SCORERS for o in OOD]
     assert table.dtypes[["n_id", "n_ood"]].eq("int64").all()
     assert table.drop(columns=["scorer", "ood", "n_id", "n_ood"]).dtypes.eq("float64").all()
-    assert list(table.attrs) == ["id_accuracy", "id"]
+    assert list(table.attrs) == ["id_accuracy", "id", "left_out", "overlap", "warnings"]
+    assert table.attrs["left_out"] == {}
+    assert table.attrs["overlap"] == []
 
 
 def test_evaluate_equals_score_and_metrics() -> None:
@@ -240,3 +243,109 @@ def test_evaluate_does_not_change_its_inputs() -> None:
     before = ID.features.clone()
     evaluate(SCORERS, id=ID, ood=OOD, fit=FIT)
     assert torch.equal(ID.features, before)
+
+
+def shared(rows: int, seed: int = 7) -> FeatureSet:
+    """100 rows, of which the first ``rows`` are the first rows of the ID set."""
+    own = feature_set(seed, rows=100 - rows)
+    features = torch.cat([ID.features[:rows], own.features])
+    return feature_set(0, rows=100, features=features, logits=HEAD(features))
+
+
+def test_fit_set_that_shares_rows_with_the_id_set_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"the fit set shares 43 of 60 rows with the ID set \(identical features\)"):
+        table = evaluate(["knn"], id=ID, ood=OOD, fit=shared(43))
+    assert table.attrs["overlap"] == [{"set": "fit set", "other": "ID set", "rows": 43, "of": 60}]
+    assert "the fit set shares 43 of 60 rows" in table.attrs["warnings"][0]
+
+
+def test_fit_set_that_shares_rows_with_an_ood_set_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"the fit set shares 40 of 40 rows with the OoD set 'near'"):
+        table = evaluate(["feature_norm", "mahalanobis"], id=ID, ood=OOD, fit=OOD["near"])
+    assert table.attrs["overlap"] == [{"set": "fit set", "other": "OoD set 'near'", "rows": 40, "of": 40}]
+
+
+def test_one_set_as_id_and_ood_is_named_even_if_scorers_read_no_features() -> None:
+    with pytest.warns(UserWarning, match=r"the ID set shares 60 of 60 rows with the OoD set 'same'"):
+        table = evaluate(["energy"], id=ID, ood={"same": feature_set(1), **OOD})
+    assert table.attrs["overlap"] == [{"set": "ID set", "other": "OoD set 'same'", "rows": 60, "of": 60}]
+
+
+def test_one_ood_set_under_two_names_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"the OoD set 'far' shares 55 of 55 rows with the OoD set 'again'"):
+        evaluate(["energy"], id=ID, ood={**OOD, "again": feature_set(3, rows=55, scale=0.2)})
+
+
+def test_fit_set_is_not_compared_if_nothing_is_fitted() -> None:
+    assert evaluate(["energy"], id=ID, ood=OOD, fit=ID).attrs["overlap"] == []
+
+
+def test_copies_of_one_row_are_no_overlap() -> None:
+    blank = torch.zeros(10, 6)
+    id, fit = (torch.cat([blank, feature_set(seed).features]) for seed in (1, 0))
+    table = evaluate(["knn"], id=FeatureSet(id), ood={"far": FeatureSet(OOD["far"].features)}, fit=FeatureSet(fit))
+    assert table.attrs["overlap"] == []
+
+
+def test_overlap_is_found_on_disk_and_in_half_precision(tmp_path: Path) -> None:
+    half: dict[str, Any] = {"features": ID.features.half(), "logits": HEAD(ID.features.half().float())}
+    feature_set(1, **half).save(tmp_path / "id.h5")
+    for _ in range(2):  # the second time from the stored hashes
+        with pytest.warns(UserWarning, match="the fit set shares 60 of 60 rows with the ID set"):
+            evaluate(["knn"], id=load(tmp_path / "id.h5"), ood=OOD, fit=feature_set(1, **half))
+
+
+def test_score_names_rows_of_the_fit_set() -> None:
+    with pytest.warns(UserWarning, match="the fit set shares 43 of 60 rows with the set to score"):
+        score("knn", ID, fit=shared(43))
+
+
+def test_all_leaves_out_what_cannot_run_and_says_why() -> None:
+    small = feature_set(0, rows=20)
+    table = evaluate("all", id=ID, ood=OOD, fit=small)
+    left_out = table.attrs["left_out"]
+    assert set(list_scorers()) == {*table["scorer"], *left_out}
+    assert left_out["odin"] == (
+        "scoring needs 'odin', which was not extracted: extract it with extract(..., probes=['odin'])"
+    )
+    assert "lower k" in left_out["knn"]  # its fit fails
+    pd.testing.assert_frame_equal(
+        table[table["scorer"] == "mahalanobis"].reset_index(drop=True),
+        evaluate(["mahalanobis"], id=ID, ood=OOD, fit=small),
+    )
+
+
+def test_all_without_a_fit_set_runs_scorers_that_need_none() -> None:
+    bare = {"bare": FeatureSet(OOD["far"].features)}
+    table = evaluate("all", id=ID, ood=bare)
+    assert "feature_norm" in set(table["scorer"])
+    assert "needs 'logits'" in table.attrs["left_out"]["energy"]
+    assert table.attrs["left_out"]["vim"].startswith("it needs a fit set: pass fit=train_feats")
+
+
+def test_accuracy_near_chance_is_named() -> None:
+    known = feature_set(1)
+    assert known.logits is not None
+    right = known.logits.argmax(dim=1)
+    for labels, expected in ((right, []), ((right + 1) % 4, [0.0])):
+        table = evaluate(["energy"], id=feature_set(1, labels=labels), ood=OOD)
+        found = [text for text in table.attrs["warnings"] if "near chance for 4 classes" in text]
+        assert len(found) == len(expected)
+    assert found[0].startswith("the accuracy on the ID set is 0.00%")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "rows", "classes", "near"),
+    [
+        (0.002, 5000, 1000, True),
+        (0.0021, 5000, 1000, False),
+        (0.2, 60, 10, True),
+        (0.21, 60, 10, False),
+        (0.6, 60, 2, True),
+        (0.61, 60, 2, False),
+        (0.0, 49, 10, False),
+        (None, 60, 10, False),
+    ],
+)
+def test_near_chance(accuracy: float | None, rows: int, classes: int, near: bool) -> None:
+    assert (near_chance(accuracy, rows, classes, "ID set") is not None) == near

@@ -30,6 +30,7 @@ from ood_scores.features.statistics.base import Accumulator, Statistic
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.means import FeatureMean, Means
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments
+from ood_scores.features.statistics.row_hashes import ROW_HASHES
 from ood_scores.features.statistics.row_samples import Logits, SampledRows
 from ood_scores.features.storage import cache, statistics_store
 
@@ -273,7 +274,7 @@ def test_parts_of_a_cache_neither_read_nor_write_stored_statistics(
 
 
 def test_shaped_sets_neither_read_nor_write_stored_statistics(path: Path) -> None:
-    collect(load(path), SUMMARIES)
+    collect(load(path), [*SUMMARIES, ROW_HASHES])
     before = statistics_path(path).read_bytes()
     scorer = create_scorer("react", q=0.5, base="mahalanobis")
     expected = create_scorer("react", q=0.5, base="mahalanobis").fit(problem()).score(ID)

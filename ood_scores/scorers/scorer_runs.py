@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ood_scores.errors import OodScoresError
 from ood_scores.features import FeatureSet
-from ood_scores.scorers import Scorer
-from ood_scores.scorers.base import fit_each, score_all
+from ood_scores.scorers.base import Scorer, fit_each, score_all
 
 
 @dataclass
@@ -34,6 +33,16 @@ def fit_runs(runs: Mapping[str, ScorerRun], fit: FeatureSet | None) -> None:
         run.fit_seconds, run.failure = seconds, str(error or "")
 
 
+def check_runs(runs: Mapping[str, ScorerRun], sets: Sequence[FeatureSet]) -> None:
+    """Check, before a row is read, that all scorers that have not failed can score some sets."""
+    for run in runs.values():
+        try:
+            for feats in [] if run.failure else sets:
+                run.scorer.check_ready(feats)
+        except OodScoresError as error:
+            run.failure = str(error)
+
+
 def score_runs(runs: Mapping[str, ScorerRun], feats: FeatureSet, others: Sequence[Scorer] = ()) -> dict[str, Tensor]:
     """Score a set with all scorers that have not failed, in one pass; if that fails, with one scorer at a time.
 
@@ -55,7 +64,7 @@ def score_runs(runs: Mapping[str, ScorerRun], feats: FeatureSet, others: Sequenc
 
 def _scores(runs: Mapping[str, ScorerRun], feats: FeatureSet, others: Sequence[Scorer] = ()) -> dict[str, Tensor]:
     spent: list[float] = []
-    scores = score_all([*(run.scorer for run in runs.values()), *others], feats, spent=spent)
+    scores = score_all([*(run.scorer for run in runs.values()), *others], feats, spent=spent, hashed=True)
     for run, seconds in zip(runs.values(), spent, strict=False):
         run.score_seconds += seconds
         run.rows += len(feats)

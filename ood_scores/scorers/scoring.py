@@ -1,0 +1,43 @@
+"""``score``: a scorer applied to a feature set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ood_scores.features import FeatureSet, as_feature_set
+from ood_scores.features.statistics.row_hashes import shared_rows, warn_of_overlaps
+from ood_scores.scorers.base import Scorer, as_scorer, score_all
+
+
+def score(
+    scorer: str | Scorer,
+    feats: FeatureSet | Sequence[FeatureSet],
+    fit: FeatureSet | Sequence[FeatureSet] | None = None,
+    **params: Any,
+) -> Tensor:
+    """Score every row of a feature set; **higher = more in-distribution**.
+
+    Args:
+        scorer: a registered name (see ``list_scorers``) or a Scorer.
+        feats: the set to score; a list of sets of the same data is an ensemble (see ``ood_scores.ensemble``).
+        fit: the fit set, usually the training data, for scorers that need a fit; a list of sets is an ensemble.
+        **params: parameters of the scorer, if it is given by name.
+
+    Returns:
+        The scores, float64 ``[N]`` on the CPU. If rows of ``feats`` are in ``fit``, a warning says how many.
+
+    Raises:
+        UnknownName, BadInput, NotFitted, MissingInput, NotFinite, EmptyInput: see ``Scorer``.
+    """
+    ready, feats = as_scorer(scorer, **params), as_feature_set(feats)
+    fit_set = as_feature_set(fit) if fit is not None and ready.fit_needs else None
+    if fit_set is not None:
+        ready.fit(fit_set)
+    ready.check_ready(feats)
+    (scores,) = score_all([ready], feats, hashed=fit_set is not None)
+    if fit_set is not None:
+        warn_of_overlaps([shared_rows(fit_set, feats, "fit set", "set to score")])
+    return scores
