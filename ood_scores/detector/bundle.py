@@ -36,7 +36,7 @@ from ood_scores.features.migration import migrated
 from ood_scores.features.provenance import ProbeRecord
 from ood_scores.models.arguments import check_arguments
 from ood_scores.models.opening import load_model
-from ood_scores.models.running import architecture, model_device, uncompiled, weights_sha256
+from ood_scores.models.running import architecture, model_device, unwrapped, weights_sha256
 from ood_scores.scorers.storage import load_scorer
 
 FORMAT = "ood_scores detector"
@@ -78,9 +78,10 @@ def load_parts(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
         if model is None:
             model = _model_in(folder, described["model"])
         else:
+            model = unwrapped(model)
             _require_weights(model, described["model"], folder)
         return DetectorParts(
-            forward=Forward(uncompiled(model), _read_options(described["run"])),
+            forward=Forward(model, _read_options(described["run"])),
             scorer=load_scorer(folder / SCORER),
             calibration=_read_calibration(folder / CALIBRATION, described["keep"], described["delta"]),
             weights=described["model"]["weights_sha256"],

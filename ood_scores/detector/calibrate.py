@@ -19,7 +19,7 @@ from ood_scores.extraction import extract
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions, takes_options
 from ood_scores.features import FeatureSet
-from ood_scores.models.running import uncompiled, weights_sha256
+from ood_scores.models.running import unwrapped, weights_sha256
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer, as_scorer
 from ood_scores.scorers.requirements import probes_for
@@ -79,7 +79,7 @@ def calibrate(
     names = [probe.name for probe in probes_for(ready.needs)]
     if not ready.is_fitted and fit is None:
         raise NotFitted(f"{ready.name!r} needs to be fitted on ID data: pass fit=, a feature set or a loader.")
-    model = uncompiled(model)
+    model = unwrapped(model)
     weights = weights_sha256(model)
 
     def as_set(data: Data, name: str, needs: Iterable[str]) -> FeatureSet:

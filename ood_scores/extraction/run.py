@@ -22,7 +22,7 @@ from ood_scores.extraction.options import ExtractionOptions, takes_options
 from ood_scores.extraction.probes.base import record_of
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import shards
-from ood_scores.models.running import architecture, choose_device, uncompiled, weights_sha256
+from ood_scores.models.running import architecture, choose_device, unwrapped, weights_sha256
 from ood_scores.runtime import Ranks, default_torch_state
 
 PACKAGES = ("ood_scores", "torch", "timm", "h5py", "numpy")
@@ -53,8 +53,8 @@ def extract(
     over all rows, in order, and all processes must make the same call.
 
     Args:
-        model: a module that returns logits ``[B, C]``, or an object or dict with ``logits``. If it was returned by
-            ``torch.compile``, the original module is run.
+        model: a module that returns logits ``[B, C]``, or an object or dict with ``logits``. The original module is
+            run if it is wrapped by ``torch.compile``, ``DataParallel``, or the like.
         loader: an iterable of batches ``(x, y)``, ``x``, or dicts, of known or unknown length, with or without labels.
         cache: the HDF5 file to write. If it exists and was created with the same weights, data, preprocessing, and
             options, it is opened and the model is not run; if its extraction was interrupted, it is continued.
@@ -83,7 +83,7 @@ def extract(
         ForeignFile, DamagedCache, CacheBusy, CacheWriteFailed: see ``ood_scores.errors``.
     """
     chosen = ExtractionOptions(**options)
-    model = uncompiled(model)
+    model = unwrapped(model)
     ranks = Ranks.here()
     forward = Forward(model, chosen, choose_device(model, device, ranks.local))
     batches = loaders.Batches.look_into(loader)

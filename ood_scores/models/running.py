@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
+from ood_scores.errors import BadInput
 from ood_scores.runtime import find_device
 
+WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -20,9 +24,29 @@ def choose_device(model: nn.Module, device: str | torch.device, local_rank: int 
     return find_device(device, model_device(model), local_rank)
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the original of a model from ``torch.compile``, whose hooks run and whose weights keep their names."""
-    return getattr(model, "_orig_mod", model)
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the original model, whose hooks run and whose weights keep their names.
+
+    The wrappers of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, and ``AveragedModel`` are removed.
+
+    Raises:
+        BadInput: if this is not a module, or one from ``torch.jit`` or ``torch.export``, which runs no hooks.
+    """
+    while isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
+        model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)
+    if isinstance(model, (torch.jit.ScriptModule, torch.export.ExportedProgram)) or _is_exported(model):
+        raise BadInput(
+            f"a model from torch.jit or torch.export ({type(model).__name__}) runs no hooks, which read its features: "
+            "pass the original nn.Module."
+        )
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"the model must be a torch.nn.Module, got {type(model).__name__}: pass the classifier.")
+    return model
+
+
+def _is_exported(model: Any) -> bool:
+    """Whether a module is one from ``ExportedProgram.module()``, which has no modes."""
+    return isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -58,6 +82,7 @@ def evaluating(
         if home != device:
             model.to(device)
         with (
+            _original_parts(model),
             _laid_out(model, channels_last),
             _current(device),
             torch.inference_mode(not differentiable),
@@ -72,6 +97,24 @@ def evaluating(
             module.training = mode
         if home != device:
             model.to(home)
+
+
+@contextmanager
+def _original_parts(model: nn.Module) -> Iterator[None]:
+    """Run the originals of compiled modules, in place or parts of the model: compiled code runs no hooks."""
+    in_place = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    parts = [(module, vars(module)["forward"]) for module in model.modules() if hasattr(module, "_orig_mod")]
+    try:
+        for module, _ in in_place:
+            module._compiled_call_impl = None
+        for module, _ in parts:
+            vars(module)["forward"] = module._orig_mod
+        yield
+    finally:
+        for module, compiled in in_place:
+            module._compiled_call_impl = compiled
+        for module, compiled in parts:
+            vars(module)["forward"] = compiled
 
 
 @contextmanager
@@ -101,13 +144,16 @@ def autocasting(device: torch.device, amp: str | None) -> Iterator[None]:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 of names, dtypes, shapes, and bytes of all parameters and buffers, also those not saved."""
+    """Return the SHA-256 of names, dtypes, shapes, and bytes of all parameters and buffers, also those not saved.
+
+    Names are those of the original modules, whichever parts of the model are compiled.
+    """
     digest = hashlib.sha256()
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    for name, tensor in sorted(named.items()):
+    for name, tensor in sorted({name.replace("_orig_mod.", ""): tensor for name, tensor in named.items()}.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
