@@ -18,7 +18,6 @@ class ProgressBar:
     def __init__(
         self, label: str, total: int | None, unit: str, *, done: int = 0, visible: bool = True, keep: bool = False
     ) -> None:
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -28,6 +27,8 @@ class ProgressBar:
             TimeRemainingColumn,
         )
 
+        from ood_scores.terminal import SafeConsole
+
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),  # names of datasets hold brackets
             BarColumn(),
@@ -36,7 +37,7 @@ class ProgressBar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
-            console=Console(stderr=True),
+            console=SafeConsole(stderr=True),
             disable=not visible,
             transient=not keep,
         )

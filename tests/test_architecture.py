@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ood_scores"
 
 FLOORS = (
-    {"errors"},
+    {"errors", "terminal"},
     {"registry", "atomic", "progress", "runtime"},
     {"parameters", "toml_tables"},
     {"features", "data"},

@@ -16,6 +16,7 @@ from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.errors import BadInput
 from ood_scores.evaluation.metrics import METRICS, Metric
+from ood_scores.terminal import csv_text
 
 JSON = "results.json"
 CSV = "results.csv"
@@ -153,7 +154,7 @@ def save(results: Results, files: Sequence[str]) -> None:
         "scores": list(files),
         "environment": results.environment,
     }
-    _replace(results.folder / CSV, results.table.to_csv(index=False))
+    _replace(results.folder / CSV, csv_text(results.table))
     _replace(results.folder / JSON, json.dumps(plain(kept), indent=1, allow_nan=False) + "\n")
 
 

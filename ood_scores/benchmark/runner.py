@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 
 from ood_scores.atomic import LockedFile
@@ -30,6 +29,7 @@ from ood_scores.benchmark.unit import evaluated
 from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput, CacheBusy, OodScoresError
 from ood_scores.extraction.run import PACKAGES
+from ood_scores.terminal import SafeConsole
 
 RUNS = "runs"
 LOCK = ".lock"
@@ -108,7 +108,7 @@ def places(spec: Spec, out: str | os.PathLike[str] | None, data: str | os.PathLi
 
 
 def _speaker(progress: bool) -> Callable[[str], None]:
-    screen = Console(stderr=True, highlight=False, quiet=not progress)
+    screen = SafeConsole(stderr=True, quiet=not progress)
     return lambda text: screen.print(text, soft_wrap=True)
 
 

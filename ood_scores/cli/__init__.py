@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import warnings
 from typing import Any
 
@@ -79,5 +81,8 @@ app.command("demo")(demo.demo)
 
 
 def main() -> None:
-    """The entry point of ``ood-scores``."""
+    """The entry point of ``ood-scores``; what a stream cannot encode is shown as "?"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="ood-scores")

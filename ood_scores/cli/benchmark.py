@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from ood_scores.cli import options
 from ood_scores.cli.printing import console
 from ood_scores.cli.tables import legend, metric_columns, metric_tables
+from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,10 +94,10 @@ def _show(screen: Console, results: Results) -> None:
     from ood_scores.evaluation.metrics import headline_metrics
 
     metrics = headline_metrics()[:2]
-    screen.print(f"[bold]{escape(results.title)}[/]")
+    screen.print(f"[bold]{marked(results.title)}[/]")
     for (part, model), table in results.table.groupby(["part", "model"], sort=False):
         title = f"{part}: {model}" if part != results.title else str(model)
-        screen.print(f"\n[bold]{escape(title)}[/]{_accuracy(table)}")
+        screen.print(f"\n[bold]{marked(title)}[/]{_accuracy(table)}")
         of_checkpoints = table.groupby(["scorer", "ood"], sort=False)[[metric.name for metric in metrics]].mean()
         columns = metric_columns(of_checkpoints.reset_index(), _groups(table), metrics)
         for shown in metric_tables(columns, screen.width):
@@ -106,8 +106,8 @@ def _show(screen: Console, results: Results) -> None:
         screen.print(f"{legend(metrics)} {LEGEND}", style="dim")
     _show_not_run(screen, results.not_run)
     if (results.folder / "report.html").exists():
-        screen.print(f"[green]✓[/] report [bold]{escape(str(results.folder / 'report.html'))}[/]", soft_wrap=True)
-    screen.print(f"[green]✓[/] all metrics [bold]{escape(str(results.folder / 'results.csv'))}[/]", soft_wrap=True)
+        screen.print(f"[green]✓[/] report [bold]{marked(str(results.folder / 'report.html'))}[/]", soft_wrap=True)
+    screen.print(f"[green]✓[/] all metrics [bold]{marked(str(results.folder / 'results.csv'))}[/]", soft_wrap=True)
 
 
 def _accuracy(table: pd.DataFrame) -> str:
@@ -135,10 +135,10 @@ def _show_not_run(screen: Console, not_run: Iterable[NotRun]) -> None:
     for (reason, remedy), names in by_reason.items():
         names = list(dict.fromkeys(names))
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        listed = escape(", ".join(names[:SHOWN]) + more)
-        screen.print(f"[yellow]not run[/] {listed} [dim]({escape(reason)})[/]", soft_wrap=True)
+        listed = marked(", ".join(names[:SHOWN]) + more)
+        screen.print(f"[yellow]not run[/] {listed} [dim]({marked(reason)})[/]", soft_wrap=True)
         if remedy:
-            screen.print(f"        [dim]→ {escape(remedy)}[/]", soft_wrap=True)
+            screen.print(f"        [dim]→ {marked(remedy)}[/]", soft_wrap=True)
 
 
 def _show_plan(screen: Console, spec: Spec, out: Path | None, data: Path | None) -> None:
@@ -147,7 +147,7 @@ def _show_plan(screen: Console, spec: Spec, out: Path | None, data: Path | None)
 
     folder, base = places(spec, out, data)
     planned = plan(spec, folder, base, download=False)
-    screen.print(f"[bold]{escape(spec.title)}[/] → {escape(str(folder))}")
+    screen.print(f"[bold]{marked(spec.title)}[/] → {marked(str(folder))}")
     for line in (*_caches(planned, folder), *(line for unit in planned.units for line in _scorers(unit, planned))):
         screen.print(line, soft_wrap=True)
     _show_not_run(screen, planned.not_run)
@@ -156,8 +156,8 @@ def _show_plan(screen: Console, spec: Spec, out: Path | None, data: Path | None)
 def _caches(planned: Plan, folder: Path) -> Iterator[str]:
     pending = {job.cache: job for job in planned.pending}
     for job in {job.cache: job for unit in planned.units for job in unit.jobs}.values():
-        what = escape(f"{job.network.table.title} · {job.set}")
-        place = escape(str(job.cache.relative_to(folder)))
+        what = marked(f"{job.network.table.title} · {job.set}")
+        place = marked(str(job.cache.relative_to(folder)))
         if job.cache not in pending:
             yield f"[green]exists[/]   {what} [dim]{place}[/]"
             continue
@@ -165,7 +165,7 @@ def _caches(planned: Plan, folder: Path) -> Iterator[str]:
         size = "number of rows unknown" if rows is None else f"{rows:,} rows"
         computed = ", ".join(map(str, job.options.probes))
         probes = f", probes {computed}" if computed else ""
-        yield f"[cyan]extract[/]  {what}: {size}{escape(probes)} [dim]{place}[/]"
+        yield f"[cyan]extract[/]  {what}: {size}{marked(probes)} [dim]{place}[/]"
 
 
 def _scorers(unit: Unit, planned: Plan) -> Iterator[str]:
@@ -173,10 +173,10 @@ def _scorers(unit: Unit, planned: Plan) -> Iterator[str]:
     from ood_scores.benchmark.planning import runnable_after_extraction
 
     run, lacking = runnable_after_extraction(unit, planned.facts)
-    yield f"[cyan]score[/]    {escape(f'{unit.part.title} · {unit.title}')}: {len(run)} scorers"
-    yield f"         [dim]{escape(', '.join(run))}[/]"
+    yield f"[cyan]score[/]    {marked(f'{unit.part.title} · {unit.title}')}: {len(run)} scorers"
+    yield f"         [dim]{marked(', '.join(run))}[/]"
     left_out: dict[str, list[str]] = {}
     for label, missing in lacking.items():
         left_out.setdefault(f"{missing.reason}: {missing.how_to_get('benchmark')}", []).append(label)
     for reason, names in left_out.items():
-        yield f"         [yellow]without[/] {escape(', '.join(names))} [dim]({escape(reason)})[/]"
+        yield f"         [yellow]without[/] {marked(', '.join(names))} [dim]({marked(reason)})[/]"

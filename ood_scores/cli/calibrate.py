@@ -10,6 +10,7 @@ import typer
 from ood_scores.cli import options, parsing
 from ood_scores.cli.printing import console, facts
 from ood_scores.errors import BadInput
+from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,7 +118,7 @@ def _show(detector: Detector, out: Path) -> None:
     limits = [each.value for each in calibration.thresholds]
     limit = f"{limits[0]:.6g}" if len(limits) == 1 else f"{min(limits):.6g} to {max(limits):.6g}, by predicted class"
     screen = console()
-    screen.print(f"[green]✓[/] a detector in [bold]{out}[/]")
+    screen.print(f"[green]✓[/] a detector in [bold]{marked(out)}[/]")
     screen.print(
         facts(
             {

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from ood_scores.cli.parsing import check_table_path, write_table
 from ood_scores.cli.printing import busy, console
+from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,7 @@ def compare(
     _show(frame, a, b)
     if out:
         write_table(frame, out)
-        console().print(f"[green]✓[/] every row in [bold]{out}[/]")
+        console().print(f"[green]✓[/] every row in [bold]{marked(out)}[/]")
 
 
 def _show(frame: pd.DataFrame, a: Results, b: Results) -> None:
@@ -59,7 +59,9 @@ def _show(frame: pd.DataFrame, a: Results, b: Results) -> None:
 
     screen = console()
     for name, run in (("A", a), ("B", b)):
-        screen.print(f"{name} [bold]{escape(str(run.folder))}[/] {escape(run.title)}, {run.environment['created']}")
+        screen.print(
+            f"{name} [bold]{marked(str(run.folder))}[/] {marked(run.title)}, {marked(run.environment['created'])}"
+        )
     both = frame[frame["found"] == "both"]
     differences = [comparison_columns(metric)[-1] for metric in headline_metrics()]
     changed = both[(both[differences].fillna(0) != 0).any(axis=1)]
@@ -71,7 +73,7 @@ def _show(frame: pd.DataFrame, a: Results, b: Results) -> None:
         screen.print(more + LEGEND, style="dim")
     for name, found in (("A", "a"), ("B", "b")):
         for what in _only(frame, found):
-            screen.print(f"[yellow]only in {name}[/] {escape(what)}")
+            screen.print(f"[yellow]only in {name}[/] {marked(what)}")
 
 
 def _largest(changed: pd.DataFrame) -> pd.DataFrame:

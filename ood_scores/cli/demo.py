@@ -10,6 +10,7 @@ import typer
 
 from ood_scores.cli.printing import console
 from ood_scores.cli.tables import best_first, legend, metric_tables
+from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,15 +73,15 @@ def _columns(table: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
 def _say_where(screen: Console, out: Path, caches: Mapping[str, Path]) -> None:
     screen.print(
         f"""
-[green]✓[/] all metrics    [bold]{out / "results.csv"}[/]
-[green]✓[/] report         [bold]{out / "report.html"}[/]
-[green]✓[/] distributions  [bold]{out / "scores.png"}[/]
+[green]✓[/] all metrics    [bold]{marked(out / "results.csv")}[/]
+[green]✓[/] report         [bold]{marked(out / "report.html")}[/]
+[green]✓[/] distributions  [bold]{marked(out / "scores.png")}[/]
 
 [bold]Try next[/]
-  ood-scores inspect {caches["test"]}
-  ood-scores evaluate --id {caches["test"]} \\
-      --fit {caches["train"]} \\
-      --ood unseen={caches["unseen"]} \\
-      --ood noise={caches["noise"]}""",
+  ood-scores inspect {marked(caches["test"])}
+  ood-scores evaluate --id {marked(caches["test"])} \\
+      --fit {marked(caches["train"])} \\
+      --ood unseen={marked(caches["unseen"])} \\
+      --ood noise={marked(caches["noise"])}""",
         soft_wrap=True,
     )

@@ -11,6 +11,7 @@ from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, named_caches, write_table
 from ood_scores.cli.printing import busy, console
 from ood_scores.cli.tables import legend, metric_columns, metric_tables
+from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -55,7 +56,7 @@ def evaluate(
     _show(table, id, len(id_feats))
     if out:
         write_table(table, out)
-        console().print(f"[green]✓[/] all metrics in [bold]{out}[/]")
+        console().print(f"[green]✓[/] all metrics in [bold]{marked(out)}[/]")
 
 
 def _remedies(left_out: Iterable[str], sets: Sequence[FeatureSet], fit: FeatureSet | None) -> dict[str, str]:
@@ -73,7 +74,7 @@ def _show(table: pd.DataFrame, id: Path, rows: int) -> None:
     screen = console()
     accuracy = table.attrs["id_accuracy"]
     knows = "" if accuracy is None else f", accuracy [bold]{accuracy:.2%}[/]"
-    screen.print(f"ID [bold]{table.attrs['id'] or id.stem}[/]: {rows:,} rows{knows}")
+    screen.print(f"ID [bold]{marked(table.attrs['id'] or id.stem)}[/]: {rows:,} rows{knows}")
     sets = list(dict.fromkeys(table["ood"]))
     groups = {name: [name] for name in sets} | ({"average": sets} if len(sets) > 1 else {})
     for part in metric_tables(metric_columns(table, groups, headline_metrics()), screen.width):
@@ -82,4 +83,4 @@ def _show(table: pd.DataFrame, id: Path, rows: int) -> None:
     left_out = table.attrs["left_out"]
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name in left_out if left_out[name] == reason)
-        screen.print(f"[yellow]left out[/] {names} [dim]({reason})[/]")
+        screen.print(f"[yellow]left out[/] {marked(names)} [dim]({marked(reason)})[/]")

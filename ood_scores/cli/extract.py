@@ -9,6 +9,7 @@ import typer
 
 from ood_scores.cli import options, parsing
 from ood_scores.cli.printing import console
+from ood_scores.terminal import marked
 
 
 @options.takes_extraction_options
@@ -89,4 +90,6 @@ def extract(
     if not Ranks.here().first:
         return
     classes = f", {feats.num_classes} classes" if feats.head else ""
-    console().print(f"[green]✓[/] {len(feats):,} rows of {feats.num_features} features{classes} in [bold]{cache}[/]")
+    console().print(
+        f"[green]✓[/] {len(feats):,} rows of {feats.num_features} features{classes} in [bold]{marked(cache)}[/]"
+    )

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from ood_scores.cli.printing import console, facts
+from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
     import h5py
@@ -32,7 +34,9 @@ def inspect(cache: Annotated[Path, typer.Argument(help="File from ood-scores ext
     with caches.open_to_read(cache) as h5:
         found = caches.state(h5)
         head = [name for name in ("head/weight", "head/bias") if name in h5]
-        screen.print(f"[bold]{cache}[/]  {cache.stat().st_size / 1e6:,.1f} MB  {_progress(found)}", soft_wrap=True)
+        screen.print(
+            f"[bold]{marked(cache)}[/]  {cache.stat().st_size / 1e6:,.1f} MB  {_progress(found)}", soft_wrap=True
+        )
         screen.print(_arrays(h5, caches.column_names(h5), head, found.rows))
         statistics = statistics_store.names(cache, h5.attrs["identity"])
     if statistics:
@@ -54,9 +58,9 @@ def _progress(found: CacheState) -> str:
 def _arrays(h5: h5py.File, columns: list[str], head: list[str], rows: int) -> Table:
     table = Table("array", "shape", "type", header_style="dim")
     for name in columns:
-        table.add_row(name, " × ".join(f"{size:,}" for size in (rows, *h5[name].shape[1:])), str(h5[name].dtype))
+        table.add_row(Text(name), " × ".join(f"{size:,}" for size in (rows, *h5[name].shape[1:])), str(h5[name].dtype))
     for name in head:
-        table.add_row(name, " × ".join(f"{size:,}" for size in h5[name].shape), str(h5[name].dtype))
+        table.add_row(Text(name), " × ".join(f"{size:,}" for size in h5[name].shape), str(h5[name].dtype))
     return table
 
 

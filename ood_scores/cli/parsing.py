@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ood_scores.errors import BadInput
+from ood_scores.terminal import csv_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,9 +59,9 @@ def check_table_path(path: Path | None) -> None:
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV, or as JSON with its ``attrs`` and its rows."""
+    """Write a table as CSV, without formulas of spreadsheets, or as JSON with its ``attrs`` and its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
-        table.to_csv(path, index=False)
+        path.write_text(csv_text(table), encoding="utf-8")
     else:
         path.write_text(json.dumps(table.attrs | {"rows": table.to_dict("records")}, indent=2) + "\n")

@@ -14,6 +14,7 @@ from ood_scores.cli.parsing import check_table_path, write_table
 from ood_scores.cli.printing import console
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.progress import ProgressBar
+from ood_scores.terminal import marked, safe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +63,7 @@ def predict(
     _show(table)
     if out:
         write_table(table.astype(object).where(table.notna(), None), out)
-        console().print(f"[green]✓[/] every image in [bold]{out}[/]")
+        console().print(f"[green]✓[/] every image in [bold]{marked(out)}[/]")
     if table["error"].notna().any():
         raise typer.Exit(SOME_UNREADABLE)
     if fail_on_ood and table["is_ood"].any():
@@ -130,7 +131,9 @@ def results(detector: Detector, files: Sequence[str], batch_size: int, workers: 
     )
     parts = []
     for batch in _with_progress(loader, len(files)):
-        part = pd.DataFrame({"image": [file for file, _, _ in batch], "error": [error or None for *_, error in batch]})
+        part = pd.DataFrame(
+            {"image": [safe(file) for file, *_ in batch], "error": [safe(error) or None for *_, error in batch]}
+        )
         readable = [tensor for _, tensor, _ in batch if tensor is not None]
         if readable:
             said = detector.predict(readable).to_pandas()
@@ -163,7 +166,7 @@ def _show(table: pd.DataFrame) -> None:
     if n_ood:
         screen.print(_lowest(read))
     for file in unread.head(SHOWN).itertuples():
-        screen.print(f"[red]✗[/] {file.error}", markup=True, soft_wrap=True)
+        screen.print(f"[red]✗[/] {marked(file.error)}", soft_wrap=True)
     if len(unread) > SHOWN:
         screen.print(f"[red]✗[/] and {len(unread) - SHOWN:,} more that cannot be read")
 
@@ -179,5 +182,5 @@ def _lowest(read: pd.DataFrame) -> Table:
     shown = "class_name" if "class_name" in read else "label"
     for row in read[read["is_ood"]].nsmallest(SHOWN, ["p_value", "score"]).to_dict("records"):
         numbers = (f"{row['probability']:.3f}", f"{row['score']:.6g}", f"{row['p_value']:.2g}")
-        table.add_row(Text(row["image"]), str(row[shown]), *numbers)
+        table.add_row(Text(row["image"]), Text(str(row[shown])), *numbers)
     return table

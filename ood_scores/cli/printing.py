@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from ood_scores import errors
+from ood_scores.terminal import SafeConsole, marked
 
 HERE: dict[type[Exception], str] = {
     errors.NotFitted: "pass --fit CACHE, usually of the training set",
@@ -20,12 +20,12 @@ HERE: dict[type[Exception], str] = {
 """What to do on the command line, for errors whose message is about Python."""
 
 
-def console() -> Console:
-    return Console(highlight=False)
+def console() -> SafeConsole:
+    return SafeConsole()
 
 
 def print_error(error: Exception) -> None:
-    stderr = Console(stderr=True, highlight=False)
+    stderr = SafeConsole(stderr=True)
     stderr.print(Text(f"error: {error}", style="red"), soft_wrap=True)
     if type(error) in HERE:
         stderr.print(Text(f"here: {HERE[type(error)]}", style="dim"), soft_wrap=True)
@@ -33,12 +33,12 @@ def print_error(error: Exception) -> None:
 
 def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Replacement for ``warnings.showwarning`` that omits the location in the code."""
-    Console(stderr=True, highlight=False).print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+    SafeConsole(stderr=True).print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
 
 def busy(text: str) -> Status:
     """Context manager that shows a spinner on a terminal."""
-    return Console(stderr=True).status(text)
+    return SafeConsole(stderr=True).status(marked(text))
 
 
 def facts(pairs: dict[str, str]) -> Table:

@@ -10,6 +10,7 @@ import typer
 from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, parameters, write_table
 from ood_scores.cli.printing import busy, console
+from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,12 +51,12 @@ def score(
         table = score_table(feats, scores)
     table.attrs = {"scorer": scorer, "parameters": params, "cache": str(cache)}
     screen = console()
-    screen.print(f"[bold]{scorer}[/] of {len(table):,} rows in {cache} (higher = more in-distribution)")
+    screen.print(f"[bold]{scorer}[/] of {len(table):,} rows in {marked(cache)} (higher = more in-distribution)")
     screen.print(_summary(scores))
     screen.print(_lowest(table))
     if out:
         write_table(table, out)
-        screen.print(f"[green]✓[/] every row in [bold]{out}[/]")
+        screen.print(f"[green]✓[/] every row in [bold]{marked(out)}[/]")
 
 
 def score_table(feats: FeatureSet, scores: Tensor) -> pd.DataFrame:

@@ -63,7 +63,7 @@ def metric_tables(values: pd.DataFrame, width: int) -> Iterator[Table]:
         for title in part:
             table.add_column(groups[title][0], no_wrap=True)
         for row, name in enumerate(names):
-            table.add_row(name, *(groups[title][1][row] for title in part))
+            table.add_row(Text(name), *(groups[title][1][row] for title in part))
         yield table
 
 

@@ -9,6 +9,7 @@ import typer
 
 from ood_scores.cli import options
 from ood_scores.cli.printing import console
+from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
     from ood_scores.training import Recipe, Trained
@@ -64,20 +65,20 @@ def train(
     try:
         trained = run(read, folder, device=device, overwrite=overwrite, progress=not quiet)
     except KeyboardInterrupt:
-        console().print(f"[yellow]stopped[/]: run the same command to resume from [bold]{folder}[/]")
+        console().print(f"[yellow]stopped[/]: run the same command to resume from [bold]{marked(folder)}[/]")
         raise typer.Exit(130) from None
     if Ranks.here().first:
         _say_where(read, trained)
 
 
 def _say_where(recipe: Recipe, trained: Trained) -> None:
-    accuracy = ", ".join(f"{name} [bold]{value:.2%}[/]" for name, value in trained.accuracy.items())
+    accuracy = ", ".join(f"{marked(name)} [bold]{value:.2%}[/]" for name, value in trained.accuracy.items())
     console().print(f"accuracy: {accuracy}", soft_wrap=True)
     console().print(
-        f"""[green]✓[/] weights after {len(trained.history)} epochs in [bold]{trained.checkpoint}[/]
+        f"""[green]✓[/] weights after {len(trained.history)} epochs in [bold]{marked(trained.checkpoint)}[/]
 
 [bold]Try next[/]
-  ood-scores extract {recipe.model.name} "{recipe.data.test or recipe.data.train}" cache.h5 \\
-      --checkpoint {trained.checkpoint}""",
+  ood-scores extract {marked(recipe.model.name)} "{marked(recipe.data.test or recipe.data.train)}" cache.h5 \\
+      --checkpoint {marked(trained.checkpoint)}""",
         soft_wrap=True,
     )

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ood_scores.errors import BadInput
 from ood_scores.progress import ProgressBar
+from ood_scores.terminal import SafeConsole
 from ood_scores.training.state import LOG, write_text
 
 
@@ -38,7 +37,7 @@ class Log:
         self.folder = folder
         self.silent = silent
         self.show = show and not silent
-        self.console = Console(stderr=True, highlight=False)
+        self.console = SafeConsole(stderr=True)
         visible = self.show and self.console.is_terminal
         self.bar = ProgressBar(_title(epoch), steps, "steps", done=done, visible=visible)
         self.writer = _writer(folder / "tensorboard", epoch) if tensorboard and not silent else None

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Generator, Tensor
 
 from ood_scores.errors import BadInput, NotFinite
 from ood_scores.models.networks.classifier import linear_classifier
+from ood_scores.terminal import SafeConsole
 from ood_scores.training.augment import Augmentation, seed_of
 from ood_scores.training.distributed import Processes, processes
 from ood_scores.training.log import Log, write_log
@@ -98,7 +98,7 @@ def train(
     folder = Path("runs") / recipe.name if out is None else Path(out)
     with processes(device) as who, locked(folder) if who.first else nullcontext():
         state = who.broadcast(find_state(folder, recipe) if who.first and not overwrite else None)
-        with Console(stderr=True, quiet=not (progress and who.first)).status("reading the images …"):
+        with SafeConsole(stderr=True, quiet=not (progress and who.first)).status("reading the images …"):
             prepared = prepare(recipe, who)
         if state is not None:
             require_same(folder, "data", state.data, prepared.facts())

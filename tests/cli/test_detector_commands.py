@@ -1,6 +1,7 @@
 """The commands calibrate and predict, compared with the functions that they call."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,28 @@ def test_every_readable_format_and_linked_folder_is_searched(tmp_path: Path) -> 
         assert image_files([str(tmp_path / "**" / "*.png")]) == [str(tmp_path / "elsewhere" / "deep" / "f.png")]
     with pytest.warns(UserWarning, match="read anyway"):
         assert image_files([f"{tmp_path}/pho*/**/deep/?.png"]) == [f"{tmp_path}/photos/linked/deep/f.png"]
+
+
+def test_names_of_any_kind_are_shown_and_written(home: Path) -> None:
+    """Brackets, formulas, and bytes that are not UTF-8 in names of images that can and cannot be read."""
+    folder = home / "names"
+    for name in (b"caf\xe9.png", b"=SUM(A1).png", b"scans [b].png"):
+        path = folder / os.fsdecode(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    (folder / "broken [final].jpg").write_bytes(b"not an image")
+    (folder / "broken [b").mkdir()
+    (folder / "broken [b" / "].jpg").write_bytes(b"not an image")
+    for suffix in ("csv", "json"):
+        out = home / f"names.{suffix}"
+        result = call("predict", folder, "--detector", home / "detector", "--out", out, "--workers", 0)
+        assert result.exit_code == 4, result.output
+        assert "broken [final].jpg" in result.output.replace("\n", "")
+        assert "broken [b/].jpg" in result.output.replace("\n", "")
+    shown = [name.removeprefix(f"{folder}/") for name in pd.read_csv(home / "names.csv")["image"]]
+    assert shown == ["=SUM(A1).png", "broken [b/].jpg", "broken [final].jpg", "caf\\xe9.png", "scans [b].png"]
+    rows = json.loads((home / "names.json").read_text())["rows"]
+    assert rows[3]["image"] == f"{folder}/caf\\xe9.png"
 
 
 def test_errors_are_one_line(home: Path) -> None:
