@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ood_scores.errors import BadInput
+from ood_scores.errors import BadInput, OodScoresError
+
+T = TypeVar("T")
 
 CPU = torch.device("cpu")
 
@@ -21,6 +23,17 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 _callers_default_device: ContextVar[torch.device | None] = ContextVar("callers_default_device", default=None)
 """The default device outside ``default_torch_state``, unless that is the CPU."""
+
+
+def from_workers(batches: Iterable[T]) -> Iterator[T]:
+    """Yield the batches of a DataLoader; an error of this package in a worker process comes without its traceback."""
+    try:
+        yield from batches
+    except OodScoresError as error:
+        message, name = str(error), f"{type(error).__module__}.{type(error).__qualname__}: "
+        if "DataLoader worker process" in message and name in message:
+            raise type(error)(message.rpartition(name)[2].strip()) from None
+        raise
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from ood_scores.errors import BadInput, BadLabels, EmptyInput
+from ood_scores.runtime import from_workers
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "inputs", "input", "x")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
@@ -118,7 +119,7 @@ class Batches:
         """
         if isinstance(loader, Dataset):
             raise BadInput("extract needs batches, got a dataset: pass DataLoader(dataset, batch_size=...).")
-        rest = iter(loader)
+        rest = from_workers(loader)
         first: list[Any] = []
         rows = 0
         while rows < CHECKSUM_ROWS and (batch := next(rest, None)) is not None:
@@ -156,7 +157,7 @@ class Batches:
             self.rest = iter(())  # stops the workers of the first iterator
             size = loader.batch_sampler.batch_size  # type: ignore[union-attr]
             first, last = rows // size, None if stop is None else -(-stop // size)
-            return _numbered(iter(_some_of(loader, first, last)), first * size)
+            return _numbered(from_workers(_some_of(loader, first, last)), first * size)
         numbered = _numbered(itertools.chain(self.first, self.rest), 0)
         return ((start, batch) for start, batch in numbered if start + len(unpack(batch)[0]) > rows)
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from ood_scores.data.images import ImageDataset
+from ood_scores.runtime import from_workers
 from ood_scores.training.augment import seed_of
 
 HELD_BYTES = 2**32
@@ -71,7 +72,7 @@ class LoadedImages:
         )
         pinned = self.device.type == "cuda"
         loader = DataLoader(self.images, batch_sampler=keys, num_workers=self.workers, pin_memory=pinned)
-        for batch, images in zip(rows, loader, strict=True):
+        for batch, images in zip(rows, from_workers(loader), strict=True):
             yield images.to(self.device, non_blocking=True), self.labels[batch].to(self.device, non_blocking=True)
 
 

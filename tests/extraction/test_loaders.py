@@ -23,7 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ood_scores.errors import BadInput, BadLabels, EmptyInput
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingData
 from ood_scores.extraction import loaders
 from ood_scores.extraction.loaders import IMAGE_KEYS, LABEL_KEYS, Batches, unpack
 
@@ -187,6 +187,36 @@ def test_workers_that_do_not_keep_the_order_count_as_shuffling() -> None:
     assert not loaders.is_shuffled(loader)
     loader.in_order = False
     assert loaders.is_shuffled(loader)
+
+
+class Damaged(Dataset):
+    """Rows of which one cannot be read, and nothing else is wrong."""
+
+    def __init__(self, row: int, error: type[Exception]) -> None:
+        self.row, self.error = row, error
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == self.row:
+            raise self.error(f"cannot read the image {index}.png (errors.BadInput: it is cut): replace or remove it.")
+        return torch.zeros(3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [BadInput, MissingData])
+@pytest.mark.parametrize(("row", "done"), [(3, 0), (30, 0), (30, 24)])
+def test_error_of_a_worker_is_one_line(workers: int, error: type[Exception], row: int, done: int) -> None:
+    loader = DataLoader(Damaged(row, error), batch_size=8, num_workers=workers)
+    with pytest.raises(error) as raised:
+        list(Batches.look_into(loader).after(done))
+    assert str(raised.value) == f"cannot read the image {row}.png (errors.BadInput: it is cut): replace or remove it."
+
+
+def test_other_errors_of_a_worker_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)DataLoader worker process 0.*Traceback"):
+        Batches.look_into(DataLoader(Damaged(3, RuntimeError), batch_size=8, num_workers=1))
 
 
 def test_name_and_preprocessing() -> None:
