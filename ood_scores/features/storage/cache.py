@@ -81,6 +81,12 @@ def state(h5: h5py.File) -> CacheState:
     """Read the state of a cache."""
     check_is_cache(h5)
     rows, finished = h5["progress"][()].tolist()
+    capacity = h5["features"].shape[0]
+    if finished not in (0, 1) or not 0 <= rows <= capacity or (finished and rows < capacity):
+        raise DamagedCache(
+            f"{h5.filename} is damaged: it counts {rows:,} of {capacity:,} rows. Delete it, or pass overwrite=True to "
+            "extract again."
+        )
     return CacheState(rows, bool(finished), Provenance.from_attributes(h5.attrs))
 
 

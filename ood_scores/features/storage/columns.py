@@ -52,15 +52,22 @@ class DiskColumn:
         context.
         """
         from ood_scores.features.storage.mmap import mapped_rows
-        from ood_scores.features.storage.reading import open_to_read
+        from ood_scores.features.storage.reading import damage_named, opened
 
-        with open_to_read(self.file) as h5:
+        with opened(self.file) as h5:
             if h5.attrs.get("identity") != self.identity:
                 raise CacheError(f"{self.file} was replaced after it was loaded: load it again.")
-            dataset = h5[self.name]
-            mapped = None if copied else mapped_rows(dataset)
-            read = mapped.read if mapped else lambda start, stop: dataset[start:stop]
-            yield lambda start, stop: torch.from_numpy(_native(read(self.start + start, self.start + stop)))
+            with damage_named(self.file):
+                dataset = h5[self.name]
+                mapped = None if copied else mapped_rows(dataset)
+
+            def read(start: int, stop: int) -> Tensor:
+                with damage_named(self.file):
+                    rows = slice(self.start + start, self.start + stop)
+                    values = mapped.read(rows.start, rows.stop) if mapped else dataset[rows]
+                    return torch.from_numpy(_native(values))
+
+            yield read
 
 
 @dataclass(frozen=True)

@@ -11,33 +11,84 @@ from typing import Any
 
 import h5py
 
-from ood_scores.errors import CacheBusy, DamagedCache, ForeignFile
+from ood_scores.errors import CacheBusy, DamagedCache, ForeignFile, OodScoresError
+from ood_scores.features.storage.structure import check_structure, objects
 
 FORMAT = "ood_scores features"
+OWN = "ood_scores"
+"""Start of the format of all HDF5 files of this package."""
+
+DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Errors that are raised for files whose structure is not the expected one."""
 
 
 @contextmanager
 def open_to_read(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    """Open an HDF5 file of any origin; errors of h5py become errors that say what to do."""
+    """Open an HDF5 file of any origin to read its structure.
+
+    Errors of h5py become errors that say what to do, also those that are raised in the context.
+    """
+    with opened(file) as h5, damage_named(file):
+        yield h5
+
+
+@contextmanager
+def opened(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """Open an HDF5 file of any origin, for a context whose own errors stay as they are.
+
+    A file of this package is checked: it must contain what it declares, and refer to no other files than its shards.
+    """
     path = Path(file)
+    with _open(path) as h5:
+        with damage_named(path):
+            if h5.attrs.get("compressed", False):
+                zstd()  # h5py can read such a file once the module is imported
+            if str(h5.attrs.get("format", "")).startswith(OWN):
+                check_structure(h5)
+            if h5.attrs.get("format") == FORMAT and "shards" in h5:
+                _require_shards(h5)
+        yield h5
+
+
+def _open(path: Path) -> h5py.File:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
     if not path.is_file() or not _has_hdf5_signature(path):
         raise ForeignFile(f"{path} is not an HDF5 file.")
     try:
-        h5 = h5py.File(path, "r")
+        return h5py.File(path, "r")
     except BlockingIOError as error:
         raise CacheBusy(f"{path} is being written by another process and is not finished: wait for it.") from error
-    except OSError as error:
-        raise DamagedCache(
-            f"{path} is truncated or damaged ({error}): delete it, or pass overwrite=True to extract again."
-        ) from error
-    with h5:
-        if h5.attrs.get("compressed", False):
-            zstd()  # h5py can read such a file once the module is imported
-        if h5.attrs.get("format") == FORMAT and "shards" in h5:
-            _require_shards(h5)
-        yield h5
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+@contextmanager
+def damage_named(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the errors that h5py and torch raise for damaged files into DamagedCache."""
+    try:
+        yield
+    except (OodScoresError, ConnectionError):
+        raise
+    except DAMAGE as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: str | os.PathLike[str], error: BaseException) -> DamagedCache:
+    return DamagedCache(
+        f"{os.fspath(file)} is truncated or damaged ({error!r:.200}): delete it, or pass overwrite=True to extract "
+        "again."
+    )
 
 
 def zstd() -> Mapping[str, Any]:
@@ -57,17 +108,33 @@ def _require_shards(joined: h5py.File) -> None:
         f"{joined.filename} reads its rows from {len(names)} shards in its folder. Put the shard back, or delete "
         f"{joined.filename} and the shard and run the same torchrun command again, which extracts the missing rows."
     )
+    virtual = [each for each in objects(joined) if isinstance(each, h5py.Dataset) and each.is_virtual]
+    rows = dict.fromkeys((column.name for column in virtual), 0)
     for name, identity in zip(names, identities, strict=True):
         shard = Path(joined.filename).resolve().parent / name
         try:
-            with open_to_read(shard) as h5:
+            with _opened_shard(shard) as h5:
                 found = h5.attrs.get("identity")
+                shapes = {column.name: h5[column.name].shape for column in virtual} if found == identity else {}
         except FileNotFoundError as error:
             raise DamagedCache(f"the shard {shard} is missing. {advice}") from error
         except (ForeignFile, DamagedCache) as error:
             raise DamagedCache(f"the shard {shard} is truncated or damaged. {advice}") from error
-        if found != identity:
+        if found != identity or any(column.shape[1:] != shapes[column.name][1:] for column in virtual):
             raise DamagedCache(f"the shard {shard} is not the one that was joined. {advice}")
+        rows = {column: count + shapes[column][0] for column, count in rows.items()}
+    if any(column.shape[0] != rows[column.name] for column in virtual):
+        raise DamagedCache(f"{joined.filename} has another number of rows than its shards. {advice}")
+
+
+@contextmanager
+def _opened_shard(shard: Path) -> Iterator[h5py.File]:
+    """Open a shard, which has no shards itself."""
+    with _open(shard) as h5, damage_named(shard):
+        check_structure(h5)
+        if h5.attrs.get("format") != FORMAT or "shards" in h5:
+            raise ForeignFile(f"{shard} is not a shard.")
+        yield h5
 
 
 def _has_hdf5_signature(path: Path) -> bool:
