@@ -50,6 +50,7 @@ def calibrate(
     std: options.Std = None,
     batch_size: options.BatchSize = 64,
     workers: options.Workers = 2,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the detector in the folder.")] = False,
     device: options.Device = "auto",
     **extraction: Any,
 ) -> None:
@@ -69,10 +70,13 @@ def calibrate(
       folder:PATH, npz:PATH, imglist:PATH, torchvision:CIFAR10?split=test
     """
     import ood_scores
+    from ood_scores.detector.bundle import DESCRIPTION
     from ood_scores.models.checkpoints import arguments_of
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.scorers import create_scorer
 
+    if (out / DESCRIPTION).exists() and not overwrite:
+        raise BadInput(f"there is a detector in {out}: pass --overwrite to replace it, or choose another --out.")
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
     ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))
     names = classes.read_text(encoding="utf-8").split("\n") if classes else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +71,7 @@ def extract(
 
     import ood_scores
     from ood_scores.data.sources import open_dataset
+    from ood_scores.evaluation.accuracy import accuracy_of, near_chance
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.runtime import Ranks
 
@@ -90,6 +92,12 @@ def extract(
     if not Ranks.here().first:
         return
     classes = f", {feats.num_classes} classes" if feats.head else ""
+    accuracy = accuracy_of(feats)
+    correct = "" if accuracy is None else f", accuracy [bold]{accuracy:.2%}[/]"
     console().print(
-        f"[green]✓[/] {len(feats):,} rows of {feats.num_features} features{classes} in [bold]{marked(cache)}[/]"
+        f"[green]✓[/] {len(feats):,} rows of {feats.num_features} features{classes}{correct} in "
+        f"[bold]{marked(cache)}[/]"
     )
+    chance = near_chance(accuracy, len(feats), feats.num_classes, f"dataset {data!r}")
+    if chance:
+        warnings.warn(chance, stacklevel=1)

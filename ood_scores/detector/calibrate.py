@@ -15,10 +15,12 @@ from ood_scores.detector.detector import Detector, require_weights
 from ood_scores.detector.inputs import data_config
 from ood_scores.detector.prediction import predictions_of
 from ood_scores.errors import BadInput, NotFitted
+from ood_scores.evaluation.accuracy import label_warnings
 from ood_scores.extraction import extract
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions, takes_options
 from ood_scores.features import FeatureSet
+from ood_scores.features.statistics.row_hashes import shared_rows
 from ood_scores.models.running import unwrapped, weights_sha256
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer, as_scorer
@@ -94,14 +96,14 @@ def calibrate(
 
     if options and isinstance(id, FeatureSet) and isinstance(fit, FeatureSet | None):
         raise BadInput(f"{', '.join(options)} apply to loaders, but there are only feature sets: leave them out.")
+    fit_set = None
     if fit is not None and ready.fit_needs:
         fit_set = as_set(fit, "fit", (*ready.fit_needs, *ready.needs))
         ready.fit(fit_set)
-        fit_rows = len(fit_set)
-    else:
-        fit_rows = 1
     id_set = as_set(id, "id", ready.needs)
-    _warn_of_same_data(ready, fit is id, fit_rows, id_set)
+    _warn_of_same_data(ready, fit_set, id_set, fit is id)
+    for text in label_warnings(id_set, "ID set"):
+        warnings.warn(text, stacklevel=3)
     scores = ready.score(id_set).numpy()
     label, _ = predictions_of(id_set)
     num_classes = id_set.num_classes or 0
@@ -136,18 +138,28 @@ def _options_of(feats: FeatureSet, probes: Sequence[str]) -> ExtractionOptions:
     return ExtractionOptions.of(feats.provenance, probes) if feats.provenance else ExtractionOptions()
 
 
-def _warn_of_same_data(scorer: Scorer, same: bool, fit_rows: int, id_set: FeatureSet) -> None:
-    """Warn if rows of the calibration set must have been among those that the scorer was fitted on."""
-    fitted, found = scorer.fitted_on, id_set.provenance
-    if fitted and found and fitted.data_sha256 == found.data_sha256:
-        rows = found.dataset_rows or max(fit_rows, len(id_set))
-        same = same or fit_rows + len(id_set) > rows
-    if same and scorer.fit_needs:
+def _warn_of_same_data(scorer: Scorer, fit: FeatureSet | None, id: FeatureSet, same: bool) -> None:
+    """Warn if rows of the calibration set are among those that the scorer was fitted on."""
+    if not scorer.fit_needs:
+        return
+    rows = _rows_fitted_on(scorer, fit, id)
+    if same or rows:
         warnings.warn(
-            f"the threshold is calibrated on rows that {scorer.name!r} was fitted on, whose scores differ from those "
-            "of new images, so that it keeps a different share of these: pass held-out data as id=.",
+            f"the threshold is calibrated on {rows or len(id):,} of {len(id):,} rows that {scorer.name!r} was fitted "
+            "on, whose scores differ from those of new images, so that it keeps a different share of these: pass "
+            "held-out data as id=.",
             stacklevel=4,
         )
+
+
+def _rows_fitted_on(scorer: Scorer, fit: FeatureSet | None, id: FeatureSet) -> int:
+    """Count the rows of a set that a scorer was fitted on; all, if it was fitted on the same dataset before."""
+    if fit is not None:
+        overlap = shared_rows(fit, id, "fit set", "ID set")
+        return overlap.rows if overlap.matters else 0
+    fitted, found = scorer.fitted_on, id.provenance
+    same = fitted and found and fitted.data_sha256 == found.data_sha256 and len(id) >= (found.dataset_rows or 0)
+    return len(id) if same else 0
 
 
 def _warn_of_other_preprocessing(detector: Detector) -> None:

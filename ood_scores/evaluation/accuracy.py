@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from ood_scores.errors import BadLabels
 from ood_scores.features import FeatureSet
+from ood_scores.runtime import default_torch_state
 
 LEAST_ROWS = 50
 """The fewest rows whose accuracy can be near chance."""
 
 
+@default_torch_state()
 def accuracy_of(feats: FeatureSet) -> float | None:
     """Return the accuracy on a set; None without logits, or if the labels are not class indices of the model."""
     if not feats.has("logits") or why_not_classes(feats) is not None or not feats.has("labels"):
@@ -43,8 +45,8 @@ def near_chance(accuracy: float | None, rows: int, classes: int | None, name: st
     if accuracy > 1 / classes + min(1 / classes, 0.1):
         return None
     return (
-        f"the accuracy on the {name} is {accuracy:.2%}, near chance for {classes:,} classes: check that the labels are "
-        "in the order of the model's classes."
+        f"the accuracy on the {name} is {accuracy:.2%}, near chance for {classes:,} classes: check that the set is "
+        "in-distribution, and that its labels are in the order of the model's classes."
     )
 
 

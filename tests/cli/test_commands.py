@@ -105,8 +105,9 @@ def test_extract_of_npz_equals_the_model(checkpoints: dict[str, Path], tmp_path:
         "extract", "cifar_resnet20", spec, tmp_path / "c.h5", "--checkpoint", checkpoints[file], "--batch-size", 4,
         "--workers", 0,
     )  # fmt: skip
-    assert "10 rows of 64 features, 7 classes" in output
     feats: Any = ood_scores.load(tmp_path / "c.h5")
+    accuracy = float((feats.logits.argmax(1) == feats.labels).double().mean())
+    assert f"10 rows of 64 features, 7 classes, accuracy {accuracy:.2%} in" in " ".join(output.split())
     inputs = torch.from_numpy((pixels / 255 - MEAN) / STD).float().permute(0, 3, 1, 2)
     model: Any = resnet(num_classes=7)
     torch.testing.assert_close(feats.logits, logits_of(model, inputs))

@@ -71,6 +71,17 @@ def expected_detector(home: Path) -> Detector:
     return calibrate("mahalanobis", model, fit=fit, id=id, keep=0.9, classes=NAMES)
 
 
+def test_calibrate_keeps_a_detector_unless_told_to_replace_it(home: Path, tmp_path: Path) -> None:
+    words = ("calibrate", "tiny_net", "--checkpoint", home / "weights.safetensors", "--id", home / "id.h5")
+    assert call(*words, "--out", tmp_path / "detector").exit_code == 0
+    before = (tmp_path / "detector" / "detector.json").read_bytes()
+    message = refused(*words, "--keep", "0.5", "--out", tmp_path / "detector")
+    assert "pass --overwrite to replace it" in " ".join(message.split())
+    assert (tmp_path / "detector" / "detector.json").read_bytes() == before
+    assert call(*words, "--keep", "0.5", "--out", tmp_path / "detector", "--overwrite").exit_code == 0
+    assert (tmp_path / "detector" / "detector.json").read_bytes() != before
+
+
 def test_calibrate_saves_the_detector_of_the_function(home: Path) -> None:
     files = image_files([str(home / "photos")])
     assert same(Detector.load(home / "detector").predict(files), expected_detector(home).predict(files))

@@ -347,15 +347,32 @@ def test_errors_of_calibrate(model: nn.Module, sets: dict[str, FeatureSet]) -> N
 
 def test_warns_of_calibrating_on_rows_of_the_fit_set(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     fit = sets["fit"]
-    for part, id in ((fit, fit), (fit[:150], fit[100:])):
-        with pytest.warns(UserWarning, match="rows that 'mahalanobis' was fitted on"):
+    rows = len(fit) - 100
+    for part, id, shared in ((fit, fit, f"{len(fit)} of {len(fit)}"), (fit[:150], fit[100:], f"50 of {rows}")):
+        with pytest.warns(UserWarning, match=f"on {shared} rows that 'mahalanobis' was fitted on"):
             calibrate("mahalanobis", model, fit=part, id=id)
+    bare = FeatureSet(fit.features, fit.logits, fit.labels, fit.head)  # known by the features alone
+    with pytest.warns(UserWarning, match=f"on 50 of {rows} rows that 'mahalanobis' was fitted on"):
+        calibrate("mahalanobis", model, fit=bare[:150], id=bare[100:])
     with pytest.warns(UserWarning, match="was fitted on"):
         calibrate(create_scorer("mahalanobis").fit(fit), model, id=fit)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calibrate("mahalanobis", model, fit=fit[:100], id=fit[100:])
         calibrate("energy", model, fit=fit, id=fit)
+
+
+def test_warns_of_labels_that_are_not_the_classes(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    found = sets["id"]
+    assert found.logits is not None
+    right = found.logits.argmax(dim=1)
+    classes = found.logits.shape[1]
+    for labels, message in (
+        (right + 1, f"labels run from . to {classes}, but class indices must be in 0 .. {classes - 1}"),
+        ((right + 1) % classes, f"the accuracy on the ID set is 0.00%, near chance for {classes} classes"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            calibrate("energy", model, id=FeatureSet(found.features, found.logits, labels, found.head))
 
 
 def test_warns_of_different_preprocessing(model: nn.Module) -> None:

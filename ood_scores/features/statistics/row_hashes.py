@@ -15,6 +15,7 @@ from torch import Tensor
 from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.storage import statistics_store
+from ood_scores.runtime import default_torch_state
 
 VALUES = 2**17
 """The number of values that are hashed at a time: they fit the processor's caches."""
@@ -106,6 +107,7 @@ class Overlap:
         return {"set": self.one, "other": self.other, "rows": self.rows, "of": self.of}
 
 
+@default_torch_state()
 def row_hashes(feats: FeatureSet) -> Tensor:
     """Return ``RowHashes`` of a set, which are stored beside its cache. Features may be NaN or infinite."""
     accumulator = pending(feats)
