@@ -26,6 +26,11 @@ PIECE = 2**20
 """The number of values that a CPU processes at a time when only a reduction of them is kept: they fit its caches."""
 
 
+NEARLY_UNIFORM = 1.05
+"""A softmax is nearly uniform if no probability exceeds this multiple of 1 / C: quantities derived from its float32
+logits are then computed in float64, because float32 rounds away the small differences between rows."""
+
+
 def once(method: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Block, P], R]:
     """Compute a derived quantity once per block and set of arguments."""
 
@@ -169,7 +174,9 @@ class Block:
     def total_odds(self, temperature: float = 1.0) -> Tensor:
         """The sum of the ``odds`` over the classes, float64 ``[B]``: the inverse of the largest probability, which
         therefore does not saturate."""
-        return self.odds(temperature).double().sum(dim=1)
+        total = self.odds(temperature).double().sum(dim=1)
+        uniform = total > self.logits.shape[1] / NEARLY_UNIFORM
+        return self.refined(total, uniform, lambda logits: _below(logits).exp_().sum(dim=1), temperature)
 
     @once
     def odds_of_others(self) -> tuple[Tensor, Tensor]:
@@ -188,7 +195,21 @@ class Block:
     @once
     def softmax(self, temperature: float = 1.0) -> Tensor:
         """``softmax(logits / temperature)``, float64 ``[B, C]``."""
-        return self.odds(temperature) / self.total_odds(temperature)[:, None]
+        total = self.total_odds(temperature)
+        uniform = total > self.logits.shape[1] / NEARLY_UNIFORM
+        softmax = self.odds(temperature) / total[:, None]
+        return self.refined(softmax, uniform, lambda logits: logits.softmax(dim=1), temperature)
+
+    def refined(
+        self, values: Tensor, uniform: Tensor, exact: Callable[[Tensor], Tensor], temperature: float = 1.0
+    ) -> Tensor:
+        """Replace the values ``[B, ...]`` of rows with a nearly uniform softmax, in place, and return all values.
+
+        ``exact`` computes them from ``logits / temperature`` in float64. A traced graph leaves the values as they are.
+        """
+        if self.logits.dtype != torch.float64 and not torch.compiler.is_compiling() and uniform.any():
+            values[uniform] = exact(self.logits[uniform].double().div_(temperature))
+        return values
 
     def from_native_softmax(self, temperature: float, reduced: Callable[[Tensor], Tensor]) -> Tensor:
         """Reduce each row of ``softmax(logits / temperature)`` to one value, ``[B]``.
@@ -201,7 +222,9 @@ class Block:
     @once
     def confidence(self, temperature: float = 1.0) -> Tensor:
         """The largest probability, float64 ``[B]``; it does not saturate, since near 1 it is 1 minus all others."""
-        return self.from_native_softmax(temperature, _largest_share)
+        confidence = self.from_native_softmax(temperature, _largest_share)
+        uniform = confidence < NEARLY_UNIFORM / self.logits.shape[1]
+        return self.refined(confidence, uniform, lambda logits: logits.softmax(dim=1).amax(dim=1), temperature)
 
     @once
     def logsumexp(self, temperature: float = 1.0) -> Tensor:
@@ -210,12 +233,16 @@ class Block:
         The difference to the largest logit is computed in the precision of the logits by one kernel.
         """
         added = by_pieces(lambda logits: _divided(logits, temperature).log_softmax(dim=1).amax(dim=1), self.logits)
-        return self.max_logit() / temperature - added.double()
+        sums = self.max_logit() / temperature - added.double()
+        uniform = added < math.log(NEARLY_UNIFORM / self.logits.shape[1])
+        return self.refined(sums, uniform, lambda logits: logits.logsumexp(dim=1), temperature)
 
     @once
     def entropy(self) -> Tensor:
         """The entropy of the softmax in nats, float64 ``[B]``."""
-        return by_pieces(lambda logits: entropy(logits.softmax(dim=1), logits), self.logits)
+        entropies = by_pieces(lambda logits: entropy(logits.softmax(dim=1), logits), self.logits)
+        uniform = entropies > math.log(self.logits.shape[1] / NEARLY_UNIFORM)
+        return self.refined(entropies, uniform, lambda logits: entropy(logits.softmax(dim=1), logits))
 
     @once
     def prediction(self) -> Tensor:
@@ -272,6 +299,10 @@ def row_norm(values: Tensor, p: float) -> Tensor:
     largest = values.abs().amax(dim=1, keepdim=True)
     scaled = values.abs() / torch.where(largest > 0, largest, 1)
     return scaled.pow(p).sum(dim=1).double().pow(1.0 / p) * largest[:, 0].double()
+
+
+def _below(logits: Tensor) -> Tensor:
+    return logits - logits.amax(dim=1, keepdim=True)
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:

@@ -33,6 +33,9 @@ LING_2025 = Paper(
 
 SMALLEST = 1e-12
 """The smallest value that a length or a confidence counts as before it divides."""
+ALIKE = 1e-3
+"""``core`` computes similarities in float64 if their standard deviation over the fit set is smaller than this: those of
+features with a large common offset differ by less than float32 resolves."""
 
 
 ROUNDING = 1e-6
@@ -190,6 +193,7 @@ class CORE(Scorer):
     directions_: Tensor = fitted()
     means_: list[float] = fitted()
     deviations_: list[float] = fitted()
+    double_: bool = fitted(False)
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "head")
 
@@ -201,9 +205,17 @@ class CORE(Scorer):
         means = _means_of_predicted(self.name, found[Means("features", "predicted")])
         self.weight_ = normalize(feats.head.weight.double().to(means.device), dim=1)
         self.directions_ = direction_beside(means, self.weight_)
+        self.double_ = False
+        self._fit_scale(feats)
+        if self.deviations_[1] < ALIKE:
+            self.double_ = True
+            self._fit_scale(feats)
+
+    def _fit_scale(self, feats: FeatureSet) -> None:
         values = torch.cat([self._parts(block) for block in feats.blocks(only=("features", "logits"))])
+        smallest = values.new_tensor([ROUNDING, SMALLEST if self.double_ else ROUNDING])
         self.means_ = values.mean(dim=0).tolist()
-        self.deviations_ = values.std(dim=0, correction=0).clamp_min(ROUNDING).tolist()
+        self.deviations_ = values.std(dim=0, correction=0).maximum(smallest).tolist()
 
     def score_block(self, block: Block) -> Tensor:
         parts = self._parts(block)
@@ -211,7 +223,7 @@ class CORE(Scorer):
 
     def _parts(self, block: Block) -> Tensor:
         """The energy E and the similarity S, float64 ``[B, 2]``."""
-        predicted, features = block.prediction(), block.features
+        predicted, features = block.prediction(), block.space("features") if self.double_ else block.features
         weight, directions = (values.to(features)[predicted] for values in (self.weight_, self.directions_))
         similarity = (direction_beside(features, weight) * directions).sum(dim=1)
         return torch.stack([block.logsumexp(), similarity.double()], dim=1)

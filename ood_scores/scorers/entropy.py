@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.features import Block
+from ood_scores.features.block import NEARLY_UNIFORM
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.papers import HUANG_2021
 from ood_scores.scorers.registry import register_scorer
@@ -61,7 +62,26 @@ class KLUniform(Scorer):
 
     def score_block(self, block: Block) -> Tensor:
         below = block.native_below_max().mean(dim=1, dtype=torch.float64)
-        return block.total_odds().log() - below - math.log(block.logits.shape[1])
+        divergence = block.total_odds().log() - below - math.log(block.logits.shape[1])
+        return block.refined(divergence, divergence < math.log(NEARLY_UNIFORM), _divergence_from_uniform)
+
+
+def _divergence_from_uniform(logits: Tensor) -> Tensor:
+    """``log mean_c exp(d_c)`` of the deviations d of logits from their mean: nothing cancels, however small they are.
+
+    The mean of d is 0, so it is taken out of the exponential: ``exp(d) - 1 - d`` is its power series.
+    """
+    deviations = logits - logits.mean(dim=1, keepdim=True)
+    terms = torch.where(deviations.abs() < 0.1, _exp_minus_tangent(deviations), torch.expm1(deviations) - deviations)
+    return torch.log1p(terms.mean(dim=1))
+
+
+def _exp_minus_tangent(values: Tensor) -> Tensor:
+    """``exp(x) - 1 - x`` for small x, by its power series up to x^10."""
+    series = torch.full_like(values, 1 / math.factorial(10))
+    for power in range(9, 1, -1):
+        series = series.mul_(values).add_(1 / math.factorial(power))
+    return series * values.square()
 
 
 @register_scorer("gen")

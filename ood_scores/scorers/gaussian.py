@@ -173,11 +173,15 @@ class RelativeMahalanobis(Scorer):
 
 
 def amplifies(root: Tensor, moments: Moments) -> bool:
-    """Return whether whitening lengthens deviations so much that their rounding in float32 matters."""
+    """Return whether whitening lengthens rows so much that their rounding in float32 matters.
+
+    What is rounded is the deviation of a row from the mean, and the row or the mean itself, which may be much longer.
+    """
     means = moments.means[moments.counts > 0]
+    largest = means.square().sum(dim=1).mean()
     between = means - means.mean(dim=0)
     spread = moments.scatter.trace() / moments.counts.sum() + between.square().sum(dim=1).mean()
-    return bool(root.norm(dim=0).amax() * spread.sqrt() > AMPLIFIED)
+    return bool(root.norm(dim=0).amax() * spread.maximum(largest).sqrt() > AMPLIFIED)
 
 
 def rows_of(block: Block, normalize: bool, double: bool) -> Tensor:

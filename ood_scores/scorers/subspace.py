@@ -34,6 +34,10 @@ WANG_2022 = Paper(
 BLOCK_ROWS = 4096
 """Number of sampled rows whose residuals are computed at a time."""
 
+FAR = 1e4
+"""Residuals are computed in float64 if the origin is longer than this multiple of their root mean square, as it is for
+a head that is nearly rank-deficient: float32 would round the difference from the origin too coarsely."""
+
 MAX_LOGIT = Means("max_logit")
 
 
@@ -44,6 +48,7 @@ class _ResidualScorer(Scorer):
     dimension: int | None = None
     origin_: Tensor = fitted()
     residual_space_: Tensor = fitted()
+    double_: bool = fitted(False)
 
     def __post_init__(self) -> None:
         if self.dimension is not None:
@@ -65,9 +70,12 @@ class _ResidualScorer(Scorer):
             "residual: lower dimension, or fit on more rows",
         )
         self.origin_, self.residual_space_ = origin, vectors[:, dimension:].contiguous()
+        self.double_ = bool(origin.norm() > FAR * values[dimension:].sum().sqrt())
 
     def residual_norm(self, features: Tensor) -> Tensor:
-        """``||R^T (z - o)||``, float64 ``[B]``; the product is in the precision in which the features are stored."""
+        """``||R^T (z - o)||``, float64 ``[B]``; the product is in the precision in which the features are stored, or in
+        float64 if the origin is far away."""
+        features = features.double() if self.double_ else features
         return row_norm((features - self.origin_.to(features)) @ self.residual_space_.to(features), 2.0)
 
 
