@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,9 +85,10 @@ def find(model: ModelTable, number: int, data: Path) -> Network:
 def _how_to_train(model: ModelTable, number: int, data: Path) -> str:
     if model.recipe is None:
         return ""
-    folder = data / Path(checkpoints_of(model)[number] or "").parent
+    recipe = shlex.quote(f"{RECIPES}/{model.recipe}.toml")
+    folder = shlex.quote(str(data / Path(checkpoints_of(model)[number] or "").parent))
     seed = f" --set seed={model.seeds[number]}" if model.seeds else ""
-    return f"ood-scores train {RECIPES}/{model.recipe}.toml{seed} --out {folder}"
+    return f"ood-scores train {recipe}{seed} --out {folder}"
 
 
 def file_name(text: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from os import PathLike, fspath
 from pathlib import PurePosixPath
 
@@ -45,10 +48,21 @@ def _path(known: KnownSet) -> str:
 
 
 def _below(root: str | PathLike[str] | None, folder: str) -> str:
-    """Return a folder as a word of a shell command, which expands variables and ``~`` itself."""
+    """Return a folder as a word of a shell command, which expands variables and ``~`` and nothing else."""
     start = "" if root is None or folder.startswith(("~", "$")) else fspath(root)
     path = str(PurePosixPath(start, folder))
-    return f'"{path}"' if " " in path else path
+    parts = re.split(r"(^~(?=/|$)|\$\w+|\$\{\w+\})", f"./{path}" if path.startswith("-") else path)
+    return "".join(part if number % 2 else shlex.quote(part) for number, part in enumerate(parts) if part)
+
+
+def python_command(code: str) -> str:
+    """Return the shell command that runs Python code."""
+    return f"python -c {shlex.quote(code)}"
+
+
+def literal(text: str) -> str:
+    """Return a text as a literal of Python in double quotes, which are plain in a quoted word of the shell."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _instruction(known: KnownSet, folder: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from small_benchmark import part, spec
 from typer.testing import CliRunner
 
 from ood_scores.benchmark import load_results, run
+from ood_scores.benchmark.networks import find
 from ood_scores.benchmark.spec import ModelTable, Part, ScorerTable
 from ood_scores.cli import app
+from ood_scores.errors import MissingData
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCORERS = (ScorerTable("msp", "msp"), ScorerTable("knn", "knn"))
@@ -124,3 +127,11 @@ def test_benchmark_command_exits_with_1_if_nothing_runs(data: Path, tmp_path: Pa
     result = command(data, tmp_path / "out", "--set", "near=cosins")
     assert result.exit_code == 1
     assert "near is 'cosins': give a list" in result.output
+
+
+def test_command_that_trains_runs_nothing_of_the_spec(tmp_path: Path) -> None:
+    with pytest.raises(MissingData) as missing:
+        find(ModelTable("resnet18", recipe='`id`"; id #'), 0, tmp_path)
+    folder = tmp_path / 'runs/`id`"; id #'
+    recipe = 'benchmarks/recipes/`id`"; id #.toml'
+    assert shlex.split(missing.value.remedy) == ["ood-scores", "train", recipe, "--out", str(folder)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def test_names_of_known_datasets_are_unique() -> None:
         ("imglist:benchmark_imglist/imagenet/test_ninco.txt", "/r", "--datasets ninco --save_dir /r "),
         ("imglist:/d/benchmark_imglist/cifar100/test_tin.txt", None, "--datasets ood_v1.5 --save_dir /d "),
         ("folder:x/images_classic/texture", None, "--datasets ood_v1.5 --save_dir x "),
-        ("imglist:scood/data/imglist/benchmark_cifar10/test_tin.txt", "/my sc", '-d "/my sc"/scood'),
+        ("imglist:scood/data/imglist/benchmark_cifar10/test_tin.txt", "/my sc", "-d '/my sc'/scood"),
         ("imglist:tiny-imagenet-200/val_labels.txt?root=x", "/r", "cd /r/tiny-imagenet-200 && sort wnids.txt"),
         ("folder:/ood/iNaturalist", None, "wget -P /ood http://pages.cs.wisc.edu"),
         ("folder:/imagenet/ood/inaturalist", "/r", "folder:iNaturalist then opens it"),
@@ -79,15 +81,41 @@ def test_remedy_is_empty_for_unknown_datasets() -> None:
     ],
 )
 def test_remedy_of_torchvision_adds_the_download_option(spec: str, expected: str) -> None:
-    code = f"from ood_scores.data.sources import open_dataset; open_dataset('{expected}')"
-    assert remedy(spec) == f'add download=true to the spec, or run: python -c "{code}"'
-    assert remedy(spec, Path("/r")).endswith(f"open_dataset('{expected}', root='/r')\"")
+    code = f'from ood_scores.data.sources import open_dataset; open_dataset("{expected}")'
+    assert remedy(spec) == f"add download=true to the spec, or run: python -c '{code}'"
+    assert remedy(spec, Path("/r")).endswith(f'open_dataset("{expected}", root="/r")\'')
 
 
 def test_remedy_of_torchvision_runs(tmp_path: Path) -> None:
-    code = remedy(f"torchvision:MNIST?root={tmp_path}").partition('python -c "')[2].removesuffix('"')
+    code = remedy(f"torchvision:MNIST?root={tmp_path}").partition("python -c '")[2].removesuffix("'")
     with pytest.raises(MissingData, match=f"cannot open MNIST in {tmp_path}"):
         exec(code.replace("&download=true", ""))
+
+
+EVIL = '$(touch made)`touch made`;touch made&&touch made|touch made"\'"touch made"\'>made\n touch made # $D'
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        f"folder:{EVIL}/iNaturalist",
+        f"folder:-P{EVIL}/iNaturalist",
+        f"folder:~{EVIL}/iNaturalist",
+        f"folder:${{D}}{EVIL}/iNaturalist",
+        f"torchvision:SVHN?root={EVIL.replace('&', '')}",
+        f"hf:{EVIL}?config={EVIL.replace('&', '')}",
+    ],
+)
+def test_remedy_runs_nothing_of_a_spec(spec: str, tmp_path: Path) -> None:
+    command = remedy(spec).removeprefix("add download=true to the spec, or run: ").partition(" (see ")[0]
+    programs = 'wget() { :; }; tar() { :; }; pip() { :; }; python() { printf %s "$2" > code; }; D=x;'
+    subprocess.run(["bash", "-c", f"{programs} {command}"], cwd=tmp_path, check=False, timeout=30)
+    assert {path.name for path in tmp_path.iterdir()} <= {"code"}
+    if spec.startswith(("torchvision", "hf")):
+        code = ast.parse((tmp_path / "code").read_text())
+        (call,) = [each for each in code.body if isinstance(each, ast.Expr)]
+        assert isinstance(call.value, ast.Call)
+        assert any(EVIL.replace("&", "") in ast.literal_eval(each) for each in call.value.args)
 
 
 def test_remedy_survives_pickling() -> None:

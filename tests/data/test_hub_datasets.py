@@ -168,4 +168,4 @@ def test_hub_without_the_datasets_library(module: Any, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "datasets", module)  # not installed, or a folder of that name shadows it
     with pytest.raises(MissingData, match=r"which is not installed\. To get it: pip install datasets && ") as missing:
         open_dataset("hf:owner/pictures?config=big")
-    assert missing.value.remedy.endswith("; load_dataset('owner/pictures', 'big')\"")
+    assert missing.value.remedy.endswith('; load_dataset("owner/pictures", "big")\'')

@@ -86,7 +86,7 @@ def test_torchvision_errors(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=f"cannot open CIFAR10 in {tmp_path}: Dataset not found") as missing:
         open_dataset(f"torchvision:CIFAR10?root={tmp_path}")
     assert missing.value.remedy.startswith("add download=true to the spec, or run: python -c ")
-    assert f"open_dataset('torchvision:CIFAR10?root={tmp_path}&download=true')" in missing.value.remedy
+    assert f'open_dataset("torchvision:CIFAR10?root={tmp_path}&download=true")' in missing.value.remedy
     with pytest.raises(MissingData, match=r"cannot open ImageNet in .*To get it: register, .*image-net\.org"):
         open_dataset(f"torchvision:ImageNet?root={tmp_path}&split=val")
     with pytest.raises(BadInput, match="torchvision cannot download ImageNet"):

@@ -14,6 +14,7 @@ from ood_scores.data.dataset_spec import parse
 from ood_scores.data.decoding import as_rgb, read_rgb
 from ood_scores.data.images import ImageDataset, checked_labels
 from ood_scores.data.kinds.base import register_dataset_kind
+from ood_scores.data.remedies import literal, python_command
 from ood_scores.errors import BadInput, EmptyInput, MissingData
 from ood_scores.registry import unknown
 
@@ -65,9 +66,9 @@ class HubImages(ImageDataset):
 
 def _remedy(text: str, root: object) -> str:
     _, target, options = parse(text)
-    arguments = [repr(target), *([repr(options["config"])] if "config" in options else [])]
+    arguments = [literal(target), *([literal(options["config"])] if "config" in options else [])]
     call = f"from datasets import load_dataset; load_dataset({', '.join(arguments)})"
-    return f'pip install datasets && python -c "{call}"'
+    return f"pip install datasets && {python_command(call)}"
 
 
 @register_dataset_kind("hf", _remedy, offline=lambda text: None)

@@ -14,7 +14,7 @@ from ood_scores.data.dataset_spec import located, parse
 from ood_scores.data.decoding import read_rgb
 from ood_scores.data.images import TorchvisionImages
 from ood_scores.data.kinds.base import register_dataset_kind
-from ood_scores.data.remedies import remedy_for_path
+from ood_scores.data.remedies import literal, python_command, remedy_for_path
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.registry import unknown
 
@@ -28,9 +28,9 @@ def _remedy(text: str, root: str | PathLike[str] | None) -> str:
         return ""
     kept = text.replace("?download=false&", "?").replace("&download=false", "").removesuffix("?download=false")
     whole = f"{kept}{'&' if '?' in kept else '?'}download=true"
-    arguments = repr(whole) if root is None else f"{whole!r}, root={fspath(root)!r}"
+    arguments = literal(whole) if root is None else f"{literal(whole)}, root={literal(fspath(root))}"
     call = f"from ood_scores.data.sources import open_dataset; open_dataset({arguments})"
-    return f'add download=true to the spec, or run: python -c "{call}"'
+    return f"add download=true to the spec, or run: {python_command(call)}"
 
 
 def _without_download(text: str) -> str:
