@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def calibrate(
     delta: float | None = None,
     per_class: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | Mapping[Any, Any] | None = None,
     device: str | torch.device = "auto",
     **options: Any,
 ) -> Detector:
@@ -64,7 +65,8 @@ def calibrate(
         preprocessing: entries of timm's data configuration that replace the model's own (``input_size``, ``mean``,
             ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``). A model that is not from timm has none: without
             this argument its detector accepts only tensors.
-        classes: the names of the classes, in the order of the logits.
+        classes: the names of the classes, in the order of the logits; or a mapping from numbers to names
+            (``id2label``) or from names to numbers (``class_to_idx``).
         device: the device of the detector; ``"auto"`` uses a GPU if there is one, else the model's own device.
         **options: how loaders are run through the model: the options of ``extract``. Probes that the scorer needs are
             added if they are missing. The detector runs the model with the options of the ``id`` set.
@@ -107,19 +109,47 @@ def calibrate(
     scores = ready.score(id_set).numpy()
     label, _ = predictions_of(id_set)
     num_classes = id_set.num_classes or 0
-    if classes is not None and len(classes) != num_classes:
-        raise BadInput(f"the model has {num_classes} classes, but there are {len(classes)} names.")
+    names_of_classes = None if classes is None else _class_names(classes, num_classes)
+    if len(scores) > 1 and scores.min() == scores.max():
+        warnings.warn(
+            f"{ready.name!r} gives all ID images the same score, so that the detector may reject nothing: choose "
+            "another scorer, or check the model.",
+            stacklevel=3,
+        )
     detector = Detector(
         forward=Forward(model, _options_of(id_set, names)),
         scorer=ready,
         calibration=Calibration.of(scores, label, num_classes, keep, delta, per_class),
         weights=weights,
         preprocessing=data_config(model, preprocessing),
-        classes=None if classes is None else tuple(classes),
+        classes=names_of_classes,
         data=id_set.provenance,
     )
     _warn_of_other_preprocessing(detector)
     return detector.to(device)
+
+
+def _class_names(classes: Sequence[str] | Mapping[Any, Any], count: int) -> tuple[str, ...]:
+    """Return the names in the order of the logits.
+
+    Raises:
+        BadInput: if there is not one name for each class.
+    """
+    if isinstance(classes, Mapping):
+        by_name = all(isinstance(value, Integral) for value in classes.values())
+        pairs = [(number, name) for name, number in classes.items()] if by_name else list(classes.items())
+        names = {str(number): str(name) for number, name in pairs}
+        if len(pairs) != count or names.keys() != set(map(str, range(count))):
+            raise BadInput(
+                f"classes must number the model's {count} classes from 0 to {count - 1}, each once, got "
+                f"{', '.join(str(number) for number, _ in pairs[:10])}: pass a mapping like {{0: 'cat', 1: 'dog'}}."
+            )
+        return tuple(names[str(number)] for number in range(count))
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise BadInput(f"classes must be a list of names or a mapping, got {classes!r}.")
+    if len(classes) != count:
+        raise BadInput(f"the model has {count} classes, but there are {len(classes)} names.")
+    return tuple(classes)
 
 
 def _options_of(feats: FeatureSet, probes: Sequence[str]) -> ExtractionOptions:

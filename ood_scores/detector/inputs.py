@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from typing import Any, TypeAlias
@@ -84,15 +85,35 @@ def data_config(model: nn.Module, changes: Mapping[str, Any] | None) -> dict[str
     """
     if changes is None and not hasattr(model, "pretrained_cfg"):
         return None
+    if not isinstance(changes, Mapping | None):
+        raise BadInput(
+            f"preprocessing must be a dictionary, got {type(changes).__name__}: pass {{'mean': …, 'std': …}}."
+        )
     config = resolve_model_data_config(model)
-    given = dict(changes or {})
+    given = {key: _plain(value) for key, value in (changes or {}).items()}
     if given.keys() - config.keys():
         extra = ", ".join(sorted(given.keys() - config.keys()))
         raise BadInput(f"preprocessing has no {extra}: choose from {', '.join(config)}.")
     missing = {"input_size", "mean", "std"} - given.keys()
     if missing and not hasattr(model, "pretrained_cfg"):
         raise BadInput(f"the model is not from timm: pass {', '.join(sorted(missing))} in preprocessing, too.")
+    for key in {"mean", "std"} & given.keys():
+        _require_numbers(key, given[key], count=(config | given)["input_size"][0])
     return config | given
+
+
+def _plain(value: Any) -> Any:
+    """Return arrays, tensors, and NumPy's numbers as tuples and numbers of Python."""
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _require_numbers(key: str, values: Any, count: int) -> None:
+    numbers = isinstance(values, tuple) and all(isinstance(value, (int, float)) for value in values)
+    valid = numbers and len(values) == count and all(map(math.isfinite, values))
+    if not valid or (key == "std" and min(values) <= 0):
+        raise BadInput(f"{key} in preprocessing must be {count} numbers, one per channel, got {values!r}.")
 
 
 def _batches(images: Any, transform: Transform | None) -> Iterator[Tensor]:

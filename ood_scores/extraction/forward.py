@@ -178,8 +178,20 @@ def _naming(inputs: Tensor, start: int) -> Iterator[None]:
         yield
     except (OodScoresError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise BadInput(
             f"the model cannot take a batch of shape {list(inputs.shape)} (first row {start}): {reason}"
+            f"{_advice(inputs, error)}."
         ) from error
+
+
+def _advice(inputs: Tensor, error: Exception) -> str:
+    """Return what to do about an error of the model, if its cause is likely to be known."""
+    if inputs.dtype == torch.uint8:
+        return ". The inputs are uint8: convert them to floating point and normalize them as in training"
+    if isinstance(error, TypeError):
+        return ". Only the images of a batch are passed to the model: wrap a model that needs more"
+    if inputs.ndim == 3:
+        return ". If this is a single image, pass DataLoader(dataset, batch_size=...)"
+    return ""

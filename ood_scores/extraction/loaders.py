@@ -24,8 +24,9 @@ from torch.utils.data import (
 from ood_scores.errors import BadInput, BadLabels, EmptyInput
 from ood_scores.runtime import from_workers
 
-IMAGE_KEYS = ("pixel_values", "image", "images", "img", "inputs", "input", "x")
+IMAGE_KEYS = ("pixel_values", "image", "images", "img", "inputs", "input", "x", "data")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+END = object()
 CHECKSUM_ROWS = 16
 """Number of inputs and labels at the start that identify the data."""
 
@@ -43,6 +44,11 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
         raise BadInput(
             f"a batch must contain a tensor of inputs [batch, ...], got {got}: pass a DataLoader(dataset, "
             "batch_size=...) whose batches are x, (x, y), or a dict."
+        )
+    if inputs.ndim == 3 and labels is not None and np.ndim(labels) == 0:
+        raise BadInput(
+            f"the loader yields single images {list(inputs.shape)}, not batches: pass DataLoader(dataset, "
+            "batch_size=...)."
         )
     return inputs, None if labels is None else _as_labels(labels, len(inputs))
 
@@ -122,7 +128,9 @@ class Batches:
         rest = from_workers(loader)
         first: list[Any] = []
         rows = 0
-        while rows < CHECKSUM_ROWS and (batch := next(rest, None)) is not None:
+        while rows < CHECKSUM_ROWS and (batch := next(rest, END)) is not END:
+            if batch is None:  # from a collate function that has dropped all rows
+                continue
             inputs, labels = unpack(batch)
             if len(inputs):
                 first.append((inputs.clone(), None if labels is None else labels.clone()))  # loaders may reuse memory
@@ -164,7 +172,7 @@ class Batches:
 
 def _numbered(batches: Iterable[Any], start: int) -> Iterator[tuple[int, Any]]:
     for batch in batches:
-        rows = len(unpack(batch)[0])
+        rows = 0 if batch is None else len(unpack(batch)[0])
         if rows:
             yield start, batch
         start += rows

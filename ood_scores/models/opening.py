@@ -137,7 +137,8 @@ def fill(
         for key in sorted(own.keys() & state.keys())
         if own[key].shape != state[key].shape
     ]
-    missing = [f"{key} is missing" for key in sorted(own.keys() - state.keys() - head)]
+    counts = {key for key in own if key.endswith("num_batches_tracked")}  # which old checkpoints lack
+    missing = [f"{key} is missing" for key in sorted(own.keys() - state.keys() - head - counts)]
     unexpected = [f"{key} is not of this model" for key in sorted(state.keys() - own.keys())]
     wrong = [*shapes[:4], *missing[:2], *unexpected[:2]]
     if not wrong:
