@@ -35,8 +35,8 @@ class ExCeL(Scorer):
 
     Source: Karunanayake, Seneviratne & Chawla 2023, "ExCeL: Combined Extreme and Collective Logit Information for
     Enhancing Out-of-Distribution Detection"; the defaults are theirs for CIFAR-100 and ImageNet-200, and all ranks
-    count. As in their code, all rows predicted as a class are counted, whether or not the prediction is right; a class
-    that is never predicted has ``-reward/C`` everywhere.
+    count. No public code of the authors was found. All rows predicted as a class are counted, whether or not the
+    prediction is right; a class that is never predicted has ``-reward/C`` everywhere.
 
     Fails with few classes, whose order carries little information, and with few rows for each class, because most
     orders are then new.

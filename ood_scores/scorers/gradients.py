@@ -259,12 +259,13 @@ class GROOD(Scorer):
     the gradients of the fit rows that are predicted as their label.
 
     Source: ElAraby et al. 2025, "GROOD: GRadient-Aware Out-of-Distribution Detection". The paper's score is the
-    distance to the nearest gradient of the training set, ``by="nearest"``; the default configuration of the authors'
-    code is the norm, the default here, which needs no search. Their o is the mean feature of blurred noise images, of
-    mixed inputs, or of the class prototypes: only the last can be computed from the features of the fit set.
-    Departures: the logarithm of the norm, which ranks rows in the same way and does not underflow near a prototype; a
-    row at o itself has no direction and counts as if g had one entry; the search is exact and in float64, and its
-    distances are not squared; a class without rows is left out.
+    distance to the nearest gradient of the training set, ``by="nearest"``; so is the default configuration of the
+    authors' code (``use_grad_norm: False``), whose o is the mean feature of validation OoD images (``use_val_ood:
+    True``), which ``prototype`` accepts. The norm, the default here, is an option of that code and needs no search.
+    Their o may also be the mean feature of blurred noise images, of mixed inputs, or of the class prototypes: only the
+    last can be computed from the features of the fit set. Departures: the logarithm of the norm, which ranks rows in
+    the same way and does not underflow near a prototype; a row at o itself has no direction and counts as if g had one
+    entry; the search is exact and in float64, and its distances are not squared; a class without rows is left out.
 
     Fails where OoD rows are far from o and near a class prototype or beyond it; with a single class, that class is its
     own o, and all rows score nearly the same.
@@ -272,7 +273,8 @@ class GROOD(Scorer):
     Args:
         by: ``"norm"``, or ``"nearest"``: the negative distance from g to the nearest of the fit set's gradients.
         prototype: The prototype o, one number for each feature; for that of the paper, extract the features of noise
-            images and pass ``noise.features.mean(dim=0).tolist()``. With None, it is the mean of the class prototypes.
+            images, or of validation OoD images for that of the authors' default configuration, and pass
+            ``feats.features.mean(dim=0).tolist()``. With None, it is the mean of the class prototypes.
 
     Cost: distances to C + 1 prototypes; with ``by="nearest"``, an inner product with each row of the fit set, in
     float64, and ``4 D`` bytes for each of them.

@@ -43,7 +43,7 @@ class Gram(LayeredScorer):
     Source: Sastry & Oore 2020, "Detecting Out-of-Distribution Examples with Gram Matrices", section 3; the division by
     the confidence is in the authors' code. Departures: the mean deviation is that of the fit rows, each left out in
     turn, while the authors use a tenth of the test set; bounds nearer to 0 than 1e-6 count as 1e-6, while their code
-    adds 1e-6 to them.
+    adds 1e-6 to them. OpenOOD uses the powers 1 to 5.
 
     A class that is predicted for no fit row has the range of all rows, with a warning. Fails with few fit rows for each
     class: ranges are then narrow, and every row is outside.

@@ -134,7 +134,8 @@ class CoRP(_KernelPCA):
 
     Source: Fang et al. 2024, "Kernel PCA for Out-of-Distribution Detection". Their code uses ``variance=0.8, gamma=2,
     directions=2048`` for ResNet-18 on CIFAR-10, the defaults here, and 0.5, 3, and 4,096 for ResNet-50 on ImageNet; if
-    these are trained with the supervised contrastive loss, 0.7, 1, and 2,048, and 0.5, 1, and 4,096.
+    these are trained with the supervised contrastive loss, 0.7, 1, and 2,048, and 0.5, 1, and 4,096. The draw of the
+    directions alone moves the AUROC by .006 to .020.
 
     Fails as ``cop`` does; also with many more directions than fit rows, which then span few of them.
 

@@ -249,10 +249,10 @@ class NNGuide(_BankScorer):
 
     Fits a bank, the L2-normalized features of the fit rows in float32, and their energies.
 
-    Source: Park et al. 2023, "Nearest Neighbor Guidance for Out-of-Distribution Detection"; k = 10 is theirs, and so is
-    a bank of 1% of the rows of ImageNet (``share=0.01``); by default, the bank has all rows. The search finds ``SPARE``
-    more than k candidates in float32; their inner products are computed again, and the k largest chosen, in float64. A
-    feature of zeros stays zero and scores 0.
+    Source: Park et al. 2023, "Nearest Neighbor Guidance for Out-of-Distribution Detection"; k = 10 is theirs (100 in
+    OpenOOD), and so is a bank of 1% of the rows of ImageNet (``share=0.01``); by default, the bank has all rows. The
+    search finds ``SPARE`` more than k candidates in float32; their inner products are computed again, and the k largest
+    chosen, in float64. A feature of zeros stays zero and scores 0.
 
     Fails where energies are negative: the signs of both factors then reverse the order.
 

@@ -43,10 +43,10 @@ class OpenMax(Scorer):
     without such a row has F_c = 1, with a warning: every row is far from it. If all distances of a class are equal (a
     single row), F_c is a step.
 
-    Source: Bendale & Boult 2016, "Towards Open Set Deep Networks": tail 20 and alpha 10 as in the authors' code; the
-    activations are the logits, as their fc8 of AlexNet. Departures: their code adds the cosine distance to 1/200 of the
-    Euclidean distance (``euclidean=0.005, cosine=1``), which suits the size of AlexNet's logits; the log of 1 -
-    p_unknown ranks rows as -p_unknown does, without ties at 0 and 1.
+    Source: Bendale & Boult 2016, "Towards Open Set Deep Networks": tail 20 and alpha 10 as in the authors' code (alpha
+    is 3 in OpenOOD); the activations are the logits, as their fc8 of AlexNet. Departures: their code adds the cosine
+    distance to 1/200 of the Euclidean distance (``euclidean=0.005, cosine=1``), which suits the size of AlexNet's
+    logits; the log of 1 - p_unknown ranks rows as -p_unknown does, without ties at 0 and 1.
 
     Fails with few rows for each class, too few to fit a tail, and where logits are negative: they then lower the logit
     of the unknown class.

@@ -77,8 +77,9 @@ class VRA(FeatureShaper):
 
     Source: Xu, Lian, Liu & Tao 2023, "VRA: Variational Rectified Activation for Out-of-distribution Detection", whose
     code sets low activations to zero; 0.6 and 0.95 are its values for CIFAR-100 (0.9 for CIFAR-10; for ImageNet, it
-    prints absolute thresholds). OpenOOD and pytorch-ood raise low activations to the low quantile instead:
-    ``below="clip"``, with 0.10 and 0.90 in OpenOOD and 0.01 and 0.99 in pytorch-ood.
+    prints absolute thresholds). pytorch-ood raises low activations to the low quantile instead: ``below="clip"``, with
+    0.01 and 0.99. So does OpenOOD, with 0.10 and 0.90, but there each quantile is one number over the activations of
+    all features, which is not offered here.
 
     Fails with ``below="zero"`` on features that do not come from a ReLU: for negative features, zero is not low.
 
