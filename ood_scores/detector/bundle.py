@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +20,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ood_scores.atomic import disk_errors, is_marked
+from ood_scores.atomic import replacing
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.conformal import Threshold
+from ood_scores.detector.folder import DESCRIPTION, read_description, replacing_detector, verified_files
 from ood_scores.detector.inputs import input_batches
 from ood_scores.detector.parts import DetectorParts
-from ood_scores.errors import BadInput, DamagedCache, ForeignFile, OodScoresError, OtherModel
+from ood_scores.errors import BadInput, DamagedCache, OodScoresError, OtherModel
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes.base import probe_of, record_of
@@ -39,51 +38,36 @@ from ood_scores.models.opening import load_model
 from ood_scores.models.running import architecture, model_device, unwrapped, weights_sha256
 from ood_scores.scorers.storage import load_scorer
 
-FORMAT = "ood_scores detector"
-VERSION = 1
 PACKAGES = ("ood_scores", "torch", "timm", "numpy")
-DESCRIPTION, SCORER, CALIBRATION, MODEL = (
-    "detector.json",
-    "scorer.safetensors",
-    "calibration.safetensors",
-    "model.safetensors",
-)
 
 
 def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model: bool) -> None:
-    """Write a detector to a folder, whose files replace those in ``path`` once complete; see ``Detector.save``."""
-    folder = Path(path)
-    _check_replaceable(folder)
+    """Write a detector to a folder, replacing the detector in it in one step; see ``Detector.save``."""
     if weights_sha256(detector.model) != detector.weights:
         raise OtherModel("the model's weights have changed since the calibration: calibrate again.")
-    with disk_errors(folder), _folder_for_writing(folder) as temporary:
-        detector.scorer.save(temporary / SCORER)
-        _write_calibration(detector.calibration, temporary / CALIBRATION)
+    with replacing_detector(Path(path)) as new:
+        detector.scorer.save(new.place("scorer"))
+        _write_calibration(detector.calibration, new.place("calibration"))
         if with_model:
-            _write_model(detector, temporary / MODEL)
-        files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-        described = _describe(detector) | {"files": files}
-        (temporary / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        _put_in_place(temporary, folder)
+            _write_model(detector, new.place("model"))
+        new.describe(_describe(detector))
 
 
 def load_parts(path: str | os.PathLike[str], model: nn.Module | None = None) -> DetectorParts:
     """Load a detector that ``save_parts`` wrote; see ``Detector.load``."""
     folder = Path(path)
     with _damage_named(folder):
-        described = _read_description(folder)
-        for name, digest in described["files"].items():
-            if not (folder / name).is_file() or _sha256(folder / name) != digest:
-                raise DamagedCache(f"{folder / name} is missing, truncated, or altered: save the detector again.")
+        described = read_description(folder)
+        files = verified_files(folder, described)
         if model is None:
-            model = _model_in(folder, described["model"])
+            model = _model_in(folder, files.get("model"), described["model"])
         else:
             model = unwrapped(model)
             _require_weights(model, described["model"], folder)
         return DetectorParts(
             forward=Forward(model, _read_options(described["run"])),
-            scorer=load_scorer(folder / SCORER),
-            calibration=_read_calibration(folder / CALIBRATION, described["keep"], described["delta"]),
+            scorer=load_scorer(files["scorer"]),
+            calibration=_read_calibration(files["calibration"], described["keep"], described["delta"]),
             weights=described["model"]["weights_sha256"],
             preprocessing=described["preprocessing"],
             classes=None if described["classes"] is None else tuple(described["classes"]),
@@ -96,8 +80,6 @@ def _describe(detector: DetectorParts) -> dict[str, Any]:
     """Describe everything but tensors as JSON; some entries are only information for the reader."""
     calibration = detector.calibration
     return {
-        "format": FORMAT,
-        "version": VERSION,
         "scorer": detector.scorer.name,
         "keep": calibration.keep,
         "delta": calibration.delta,
@@ -142,11 +124,14 @@ def _write_calibration(calibration: Calibration, file: Path) -> None:
     }
     if calibration.predicted is not None:
         tensors["predicted"] = torch.from_numpy(calibration.predicted)
-    safetensors.torch.save_file(tensors, file)
+    with replacing(file) as content:
+        content.write(safetensors.torch.save(tensors))
 
 
 def _read_calibration(file: Path, keep: float, delta: float | None) -> Calibration:
     stored = {name: values.numpy() for name, values in safetensors.torch.load_file(file).items()}
+    if any(np.isnan(stored[name]).any() for name in ("scores", "thresholds")):
+        raise DamagedCache(f"{file} contains NaN: save the detector again.")
     columns = (stored[name].tolist() for name in ("thresholds", "rows", "ranks"))
     thresholds = tuple(Threshold(value, keep, rows, rank, delta) for value, rows, rank in zip(*columns, strict=True))
     return Calibration(stored["scores"], thresholds, stored.get("predicted"))
@@ -160,7 +145,8 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
     check_arguments(name, detector.arguments)
     facts = {"architecture": json.dumps(name), "arguments": json.dumps(dict(detector.arguments))}
     state = {key: values.detach().cpu().contiguous().clone() for key, values in model.state_dict().items()}
-    safetensors.torch.save_file(state, file, facts)
+    with replacing(file) as content:
+        content.write(safetensors.torch.save(state, facts))
     reason = _difference(detector, file)
     if reason:
         file.unlink()
@@ -206,16 +192,16 @@ def _is_channels_last(model: nn.Module) -> bool:
     return any(values.is_contiguous(memory_format=torch.channels_last) for values in weights)
 
 
-def _model_in(folder: Path, described: Mapping[str, Any]) -> nn.Module:
-    if not (folder / MODEL).is_file():
+def _model_in(folder: Path, file: Path | None, described: Mapping[str, Any]) -> nn.Module:
+    if file is None:
         raise BadInput(
             f"{folder} contains no model: pass the {described['architecture']} that it was calibrated with, "
             "Detector.load(path, model)."
         )
-    model = _load_network(folder / MODEL, described["architecture"], described["channels_last"])
+    model = _load_network(file, described["architecture"], described["channels_last"])
     if weights_sha256(model) != described["weights_sha256"]:
         raise DamagedCache(
-            f"timm {timm.__version__} creates a different {described['architecture']} from {folder / MODEL} than the "
+            f"timm {timm.__version__} creates a different {described['architecture']} from {file} than the "
             "one that was saved: pass the model, Detector.load(path, model)."
         )
     return model
@@ -231,49 +217,6 @@ def _require_weights(model: nn.Module, described: Mapping[str, Any], folder: Pat
         )
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
-    if not folder.exists():
-        raise FileNotFoundError(f"there is no folder {folder}.")
-    if not is_marked(folder / DESCRIPTION, FORMAT):
-        raise ForeignFile(f"{folder} is not a detector that ood_scores saved.")
-    try:
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedCache(f"{folder / DESCRIPTION} is truncated or damaged ({error}): save it again.") from error
-    if described["version"] > VERSION:
-        raise ForeignFile(
-            f"{folder} has detector format {described['version']}; this version of ood_scores reads up to {VERSION}: "
-            "update ood_scores."
-        )
-    return described
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ForeignFile(f"{folder} is a file, but a detector is saved in a folder: choose another path.")
-    if folder.exists() and any(folder.iterdir()) and not is_marked(folder / DESCRIPTION, FORMAT):
-        raise ForeignFile(f"{folder} contains other files than a detector and is not replaced: choose another folder.")
-
-
-@contextmanager
-def _folder_for_writing(folder: Path) -> Iterator[Path]:
-    """Provide a hidden folder on the same disk, which is removed afterwards."""
-    home = folder if folder.exists() else folder.parent
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=home) as temporary:
-        yield Path(temporary)
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Move a detector's files into the folder. The description, which marks it, is removed first and moved last."""
-    folder.mkdir(exist_ok=True)
-    for name in (DESCRIPTION, MODEL):
-        (folder / name).unlink(missing_ok=True)
-    for name in (SCORER, CALIBRATION, MODEL, DESCRIPTION):
-        if (temporary / name).exists():
-            os.replace(temporary / name, folder / name)
-
-
 @contextmanager
 def _damage_named(folder: Path) -> Iterator[None]:
     """Turn errors caused by a damaged description into DamagedCache."""
@@ -281,11 +224,3 @@ def _damage_named(folder: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedCache(f"{folder / DESCRIPTION} is damaged ({error!r}): save the detector again.") from error
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while part := content.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -182,6 +182,7 @@ class Detector(DetectorParts):
 
         Raises:
             ForeignFile: if the folder contains other files.
+            CacheBusy: if another process is saving a detector to the folder.
             BadInput: if the scorer is not registered, or contains something that cannot be stored.
             CacheWriteFailed: if the files cannot be written; a previous detector is then still there.
         """

@@ -1,6 +1,8 @@
 """Detectors on disk: the same predictions bit for bit, refused models, and damaged files."""
 
 import errno
+import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +20,8 @@ from torch import nn
 
 import ood_scores
 from ood_scores import Detector, calibrate
-from ood_scores.detector import Fusion, bundle
+from ood_scores.detector import Fusion
+from ood_scores.detector.folder import sealed
 from ood_scores.errors import (
     BadInput,
     CacheWriteFailed,
@@ -98,7 +101,7 @@ def test_a_loaded_detector_has_the_same_predictions(
 
 def test_the_description_is_plain_json(folder: Path, model: nn.Module) -> None:
     described = json.loads((folder / "detector.json").read_text(), parse_constant=pytest.fail)
-    assert (described["format"], described["version"]) == ("ood_scores detector", 1)
+    assert (described["format"], described["version"]) == ("ood_scores detector", 2)
     assert (described["scorer"], described["keep"], described["rows"]) == ("mahalanobis", 0.95, 200)
     assert float(described["threshold"]) == Detector.load(folder).calibration.thresholds[0].value
     assert described["model"]["architecture"] == "tiny_net"
@@ -238,21 +241,27 @@ def test_replaces_a_detector_and_nothing_else(folder: Path, tmp_path: Path, mode
         detector.save(tmp_path / "photos" / "cat.png")
 
 
-@pytest.mark.parametrize("where", ["save_file", "dumps"])
+@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("place", ["detector", "new"])
 def test_a_full_disk_leaves_the_old_detector(
-    where: str, folder: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    nth: int, place: str, folder: Path, tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    calls, fsync = itertools.count(), os.fsync
+
+    def refuse_nth(file: int) -> None:
+        if next(calls) == nth:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
 
     expected = Detector.load(folder).predict(PIXELS)
     detector = calibrate("energy", model, id=[Rows(64, 2).inputs])
     with monkeypatch.context() as patch:
-        patch.setattr(bundle.safetensors.torch if where == "save_file" else bundle.json, where, refuse)
+        patch.setattr(os, "fsync", refuse_nth)
         with pytest.raises(CacheWriteFailed, match="No space left on device"):
-            detector.save(folder)
+            detector.save(tmp_path / place)
     assert same(Detector.load(folder).predict(PIXELS), expected)
     assert names(folder) == FILES
+    assert names(tmp_path) == ["detector"]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
@@ -266,15 +275,39 @@ def shorten(folder: Path, name: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:-30])
 
 
+def description(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "detector.json").read_text())
+
+
 def change(folder: Path, **entries: Any) -> None:
-    described = json.loads((folder / "detector.json").read_text())
-    (folder / "detector.json").write_text(json.dumps(described | entries))
+    """Change entries of the description and renew its checksum."""
+    (folder / "detector.json").write_text(json.dumps(sealed(description(folder) | entries)))
 
 
 def drop(folder: Path, entry: str) -> None:
-    described = json.loads((folder / "detector.json").read_text())
+    described = description(folder)
     del described[entry]
-    (folder / "detector.json").write_text(json.dumps(described))
+    (folder / "detector.json").write_text(json.dumps(sealed(described)))
+
+
+def alter(folder: Path, old: str, new: str) -> None:
+    """Change the text of the description and leave its checksum."""
+    text = (folder / "detector.json").read_text()
+    assert old in text
+    (folder / "detector.json").write_text(text.replace(old, new, 1))
+
+
+def change_thresholds(folder: Path) -> None:
+    """Make the thresholds NaN and renew all checksums."""
+    tensors = safetensors.torch.load_file(folder / "calibration.safetensors")
+    content = safetensors.torch.save(tensors | {"thresholds": torch.full_like(tensors["thresholds"], torch.nan)})
+    (folder / "calibration.safetensors").write_bytes(content)
+    digest = {"calibration.safetensors": hashlib.sha256(content).hexdigest()}
+    change(folder, files=description(folder)["files"] | digest)
+
+
+def name_a_file(folder: Path, name: str) -> None:
+    change(folder, files=description(folder)["files"] | {name: "0" * 64})
 
 
 DAMAGES: dict[str, tuple[Any, type[OodScoresError], str]] = {
@@ -289,8 +322,15 @@ DAMAGES: dict[str, tuple[Any, type[OodScoresError], str]] = {
         "is not a detector that ood_scores saved",
     ),
     "another program's": (lambda f: change(f, format="other"), ForeignFile, "is not a detector"),
-    "a newer version": (lambda f: change(f, version=2), ForeignFile, "detector format 2; .* reads up to 1: update"),
+    "a newer version": (lambda f: change(f, version=3), ForeignFile, "detector format 3; .* reads up to 2: update"),
     "no version": (lambda f: drop(f, "version"), DamagedCache, r"damaged \(KeyError\('version'\)\)"),
+    "another mean": (lambda f: alter(f, "0.3", "0.8"), DamagedCache, "detector.json was altered"),
+    "another threshold": (lambda f: alter(f, '"threshold": "', '"threshold": "1'), DamagedCache, "json was altered"),
+    "an older version": (lambda f: alter(f, '"version": 2', '"version": 1'), DamagedCache, "json was altered"),
+    "no checksum": (lambda f: alter(f, '"sha256"', '"sha257"'), DamagedCache, "json was altered"),
+    "NaN thresholds": (change_thresholds, DamagedCache, "calibration.safetensors contains NaN"),
+    "a file elsewhere": (lambda f: name_a_file(f, "../model.safetensors"), DamagedCache, "names a file '../model"),
+    "a file of any name": (lambda f: name_a_file(f, "x.safetensors"), DamagedCache, "names a file 'x.safetensors'"),
     "no run": (lambda f: drop(f, "run"), DamagedCache, r"damaged \(KeyError\('run'\)\)"),
     "a timm model unknown here": (
         lambda f: change(f, model={"architecture": "no_net", "weights_sha256": "", "channels_last": False}),
