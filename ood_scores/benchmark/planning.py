@@ -140,7 +140,8 @@ def plan(spec: Spec, out: Path, data: Path, download: bool = True) -> Plan:
 
 
 def without(units: Iterable[Unit], failures: Failures) -> tuple[list[Unit], list[NotRun]]:
-    """Remove the datasets whose extraction failed from the units, and the units that lack a required dataset."""
+    """Remove the datasets whose extraction failed from the units, and the units that lack a required dataset or
+    have no OoD dataset left."""
     kept, not_run = [], []
     for unit in units:
         lost = {job.cache: job for job in unit.jobs if job.cache in failures}
@@ -152,6 +153,10 @@ def without(units: Iterable[Unit], failures: Failures) -> tuple[list[Unit], list
             not_run.append(NotRun(unit.part.title, unit.title, reason, _remedy(lost.values(), failures)))
             continue
         sets = {name: jobs for name, jobs in unit.sets.items() if not any(job.cache in lost for job in jobs)}
+        if unit.part.ood and sets.keys().isdisjoint(unit.part.ood) and not unit.part.measures:
+            reason = "none of its OoD datasets is available"
+            not_run.append(NotRun(unit.part.title, unit.title, reason, _remedy(lost.values(), failures)))
+            continue
         kept.append(replace(unit, sets=sets))
     return kept, not_run
 

@@ -30,10 +30,27 @@ FRAMES = {
     ),
     "measures": ("part", "model", "checkpoint", "measure", "value"),
     "searched": ("part", "model", "checkpoint", "scorer", "parameters", "metric", "value", "chosen"),
+    "overlap": ("part", "model", "checkpoint", "set", "other", "rows", "of"),
+    "warnings": ("part", "model", "checkpoint", "warning"),
 }  # fmt: skip
 """Columns of the other data frames of ``Results``."""
-TEXTS = ("part", "model", "scorer", "ood", "group", "parameters", *HASHES, "versions", "metric", "source", "measure")
-WHOLE = ("checkpoint", "n_id", "n_ood", "n")
+TEXTS = (
+    "part",
+    "model",
+    "scorer",
+    "ood",
+    "group",
+    "parameters",
+    *HASHES,
+    "versions",
+    "metric",
+    "source",
+    "measure",
+    "set",
+    "other",
+    "warning",
+)
+WHOLE = ("checkpoint", "n_id", "n_ood", "n", "rows", "of")
 
 
 def interval_columns(metric: Metric) -> tuple[str, ...]:
@@ -82,7 +99,10 @@ class Results:
         scored: Scores of each part, model and checkpoint.
         searched: One row for each parameter setting that was tried: ``part, model, checkpoint, scorer, parameters,
             metric, value, chosen``.
-        environment: ``versions``, ``device``, ``created`` and ``seconds`` of the run.
+        environment: ``versions``, ``device``, ``created`` and ``seconds`` of the last run that computed something.
+        overlap: One row for each two sets that share rows, see ``ood_scores.evaluate``: ``part, model, checkpoint, set,
+            other, rows, of``.
+        warnings: Warnings about shared rows and about an accuracy near chance: ``part, model, checkpoint, warning``.
     """
 
     name: str
@@ -96,6 +116,8 @@ class Results:
     scored: tuple[Scored, ...]
     searched: pd.DataFrame
     environment: Mapping[str, Any] = field(default_factory=dict)
+    overlap: pd.DataFrame = field(default_factory=lambda: frame("overlap", []))
+    warnings: pd.DataFrame = field(default_factory=lambda: frame("warnings", []))
 
 
 def load_results(folder: str | os.PathLike[str]) -> Results:
@@ -128,11 +150,21 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
         title=kept["title"],
         folder=folder,
         spec=kept["spec"],
-        **{name: frame(name, kept[name]) for name in ("table", *FRAMES)},
+        **{name: frame(name, kept.get(name, [])) for name in ("table", *FRAMES)},
         not_run=tuple(NotRun(**entry) for entry in kept["not_run"]),
         scored=tuple(scored),
         environment=kept["environment"],
     )
+
+
+def recorded_environment(folder: Path, files: Sequence[str]) -> Mapping[str, Any] | None:
+    """Return the environment of the finished run with these score files in a folder, or None if there is none."""
+    try:
+        kept = json.loads((folder / JSON).read_text(encoding="utf-8"))
+        found: Mapping[str, Any] | None = kept["environment"] if kept["scores"] == list(files) else None
+        return found
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def frame(name: str, rows: Any) -> pd.DataFrame:

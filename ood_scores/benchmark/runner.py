@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from ood_scores.benchmark.extract_jobs import extract_all
 from ood_scores.benchmark.planning import Plan, limited, plan, without
 from ood_scores.benchmark.progress import watching
 from ood_scores.benchmark.published import compared
-from ood_scores.benchmark.results import NotRun, Results, frame, plain, save
+from ood_scores.benchmark.results import NotRun, Results, frame, plain, recorded_environment, save
 from ood_scores.benchmark.spec import Spec
 from ood_scores.benchmark.spec_file import load_spec
 from ood_scores.benchmark.unit import evaluated
@@ -79,16 +80,22 @@ def run(
         with watching([job.cache for job in planned.pending], _rows_to_do(planned), progress):
             failures = extract_all(planned.pending, device, jobs, say)
         units, more = without(planned.units, failures)
+        known = {path.name for path in (folder / unit_files.FOLDER).glob("*.h5")}
         found = []
         for unit in units:
             began = time.perf_counter()
             found.append(evaluated(unit, folder))
             seconds = time.perf_counter() - began
             say(f"[green]✓[/] scores of {escape(f'{unit.title} · {unit.part.title}')} in {seconds:.1f} s")
-        not_run = [*planned.not_run, *more]
-        results = _results(chosen, folder, found, not_run, _environment(device, time.perf_counter() - start))
-        save(results, [path.name for path, _ in found])
+        files = [path.name for path, _ in found]
+        idle = not planned.pending and known.issuperset(files)
+        environment = recorded_environment(folder, files) if idle else None
+        environment = environment or _environment(device, time.perf_counter() - start)
+        results = _results(chosen, folder, found, [*planned.not_run, *more], environment)
+        save(results, files)
         _report(results, chosen, base, say)
+    for part, text in results.warnings[["part", "warning"]].drop_duplicates().itertuples(index=False):
+        warnings.warn(f"{part}: {text}", stacklevel=2)
     return results
 
 
@@ -142,8 +149,8 @@ def _results(
 ) -> Results:
     facts = [of_unit for _, of_unit in found]
     frames = {
-        name: frame(name, [row for of_unit in facts for row in of_unit[name]])
-        for name in ("table", "measures", "searched")
+        name: frame(name, [row for of_unit in facts for row in of_unit.get(name, [])])
+        for name in ("table", "measures", "searched", "overlap", "warnings")
     }
     noted = [NotRun(of_unit["part"], **entry) for of_unit in facts for entry in of_unit["not_run"]]
     return Results(

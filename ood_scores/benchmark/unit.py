@@ -23,8 +23,10 @@ from ood_scores.benchmark.spec import Part
 from ood_scores.benchmark.unit_files import Found, SetScores
 from ood_scores.errors import EmptyInput, OodScoresError
 from ood_scores.evaluation import metrics
+from ood_scores.evaluation.accuracy import near_chance
 from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
+from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.scorers import Scorer
 from ood_scores.scorers.scorer_runs import ScorerRun, fit_runs, score_runs
 
@@ -63,10 +65,22 @@ def _find(unit: Unit, found: Found) -> None:
     by_set = {name: _set_scores(whole[name], feats, name, found.scorers) for name, feats in reported.items()}
     found.measures += _tidy(unit, accuracies(part, by_set, reported))
     found.sets = _id_and_ood(part, by_set, found)
+    _warn(unit, found, sets, fit if any(run.scorer.fit_needs for run in runs.values()) else None)
     found.table = _table(unit, found, runs, _provenances(unit, sets, fit))
     for name, figures, reason in measured(part, sets[part.id], fit):
         found.measures += _tidy(unit, figures)
         found.not_run += [_not_run(f"{name} of {unit.title}", reason)] if reason else []
+
+
+def _warn(unit: Unit, found: Found, sets: Mapping[str, FeatureSet], fit: FeatureSet | None) -> None:
+    """Record the sets that share rows, and an accuracy near chance."""
+    id, names = sets[unit.part.id], [name for name in unit.part.ood if name in sets]
+    shared = overlaps(fit, id, {name: sets[name] for name in names})
+    accuracy = next((row["value"] for row in found.measures if row["measure"] == "accuracy"), None)
+    chance = near_chance(accuracy, len(id), id.num_classes, "ID set")
+    found.overlap += _tidy(unit, [overlap.as_dict() for overlap in shared])
+    texts = [*map(str, shared), *([chance] if chance else [])]
+    found.warnings += _tidy(unit, [{"warning": text} for text in texts])
 
 
 def _id_and_ood(part: Part, by_set: Mapping[str, SetScores], found: Found) -> dict[str, SetScores]:

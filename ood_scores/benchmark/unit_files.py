@@ -88,6 +88,8 @@ class Found:
         measures: rows of its measures.
         searched: rows of its parameter search.
         not_run: what could not run, and why.
+        overlap: rows of its ``overlap``.
+        warnings: rows of its ``warnings``.
     """
 
     part: str
@@ -99,6 +101,8 @@ class Found:
     measures: list[dict[str, Any]] = field(default_factory=list)
     searched: list[dict[str, Any]] = field(default_factory=list)
     not_run: list[dict[str, Any]] = field(default_factory=list)
+    overlap: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write(path: Path, digest: str, found: Found) -> dict[str, Any]:

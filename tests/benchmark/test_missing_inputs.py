@@ -51,6 +51,44 @@ def test_model_without_its_id_or_fit_set_does_not_run(data: Path, tmp_path: Path
     assert found.not_run[1].reason == "required dataset 'gone' is unavailable"
 
 
+def test_model_without_an_ood_set_does_not_run(data: Path, tmp_path: Path) -> None:
+    text = FILE.replace('"cousins"]', "]").replace('"dark", "gone"]', '"gone"]').replace("&download=true", "")
+    planned = command(data, tmp_path / "out", "--dry-run", text=text)
+    assert "not run Net (none of its OoD datasets is available)" in planned.output
+    result = command(data, tmp_path / "out", text=text)
+    assert result.exit_code == 1
+    assert "not run Net (none of its OoD datasets is available)" in result.output
+    assert not (tmp_path / "out" / "caches").exists()
+
+
+def test_second_run_keeps_the_recorded_time(data: Path, tmp_path: Path) -> None:
+    first = run(spec(part(scorers=SCORERS)), out=tmp_path, data=data, jobs=1, progress=False)
+    again = run(spec(part(scorers=SCORERS)), out=tmp_path, data=data, jobs=1, progress=False)
+    assert again.environment == first.environment == load_results(tmp_path).environment
+    more = run(spec(part(scorers=SCORERS[:1])), out=tmp_path, data=data, jobs=1, progress=False)
+    assert more.environment["seconds"] != first.environment["seconds"]
+
+
+def test_shared_rows_are_named_in_results_and_reports(data: Path, tmp_path: Path) -> None:
+    text = "the fit set shares 40 of 40 rows with the ID set (identical features)"
+    with pytest.warns(UserWarning, match=r"Small: the fit set shares 40 of 40 rows with the ID set"):
+        found = run(
+            spec(part(scorers=(ScorerTable("maha", "mahalanobis"),), fit="test")),
+            out=tmp_path,
+            data=data,
+            jobs=1,
+            progress=False,
+        )
+    expected = {"part": "Small", "model": "Net", "checkpoint": 0, "set": "fit set", "other": "ID set", "rows": 40}
+    assert expected | {"of": 40} in found.overlap.to_dict("records")
+    assert found.warnings["warning"].str.startswith(text).any()
+    again = load_results(tmp_path)
+    assert again.overlap.equals(found.overlap)
+    assert again.warnings.equals(found.warnings)
+    assert text in (tmp_path / "report.md").read_text()
+    assert text in (tmp_path / "report.html").read_text()
+
+
 def test_model_with_a_wrong_checkpoint_does_not_run(data: Path, tmp_path: Path) -> None:
     wrong = ModelTable("cifar_resnet56", "Wrong", "0.safetensors")
     found = run(

@@ -22,6 +22,7 @@ from ood_scores.benchmark.report.figures import (
     hardest,
     scorer_figure,
 )
+from ood_scores.benchmark.report.markdown import warned
 from ood_scores.benchmark.report.tables import (
     Cell,
     Column,
@@ -149,7 +150,7 @@ def _part(
     return PartView(
         id=id,
         title=part,
-        notes=_as_html(notes(results, part)),
+        notes=_as_html(f"{notes(results, part)}\n\n{warned(results, part)}"),
         together=side_by_side(tables) if len(tables) > 1 else None,
         models=[_model(results, f"{id}-model{i}", table, figures, images) for i, table in enumerate(tables)],
         comparisons=comparison_tables(results, part),

@@ -44,6 +44,8 @@ def _lines(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> Itera
             yield f"## {escape(part)}\n"
         if notes(results, part):
             yield f"{notes(results, part)}\n"
+        if warned(results, part):
+            yield f"{warned(results, part)}\n"
         for table in tables:
             yield from _scores(table)
         for comparison in comparison_tables(results, part):
@@ -51,6 +53,14 @@ def _lines(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> Itera
         yield from _measures(results, part)
         yield from _not_run(not_run(results, part))
     yield from _provenance(results)
+
+
+def warned(results: Results, part: str) -> str:
+    """Return the warnings of a part as a list in Markdown."""
+    of_part = results.warnings[results.warnings["part"] == part][["model", "warning"]].drop_duplicates()
+    return "\n".join(
+        f"- **Warning**, {escape(model)}: {escape(text)}" for model, text in of_part.itertuples(index=False)
+    )
 
 
 def _scores(table: ScoreTable) -> Iterator[str]:
