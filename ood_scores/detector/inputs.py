@@ -111,7 +111,7 @@ def _plain(value: Any) -> Any:
 
 def _require_numbers(key: str, values: Any, count: int) -> None:
     numbers = isinstance(values, tuple) and all(isinstance(value, (int, float)) for value in values)
-    valid = numbers and len(values) == count and all(map(math.isfinite, values))
+    valid = numbers and len(values) in (1, count) and all(map(math.isfinite, values))
     if not valid or (key == "std" and min(values) <= 0):
         raise BadInput(f"{key} in preprocessing must be {count} numbers, one per channel, got {values!r}.")
 
