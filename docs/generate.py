@@ -29,7 +29,8 @@ def scorer_table() -> str:
         columns: list[list[str]] = [[], [], []]
         for cls in group:
             scorer = cls()
-            columns[2 if reads_extras(scorer) else 1 if scorer.fit_needs else 0].append(f"`{cls.name}`")
+            marked = f"`{cls.name}` (experimental)" if cls.tags.experimental else f"`{cls.name}`"
+            columns[2 if reads_extras(scorer) else 1 if scorer.fit_needs else 0].append(marked)
         rows.append(f"| {title} | {' | '.join(' '.join(names) for names in columns)} |")
     return "\n".join(rows)
 

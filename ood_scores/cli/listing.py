@@ -56,7 +56,8 @@ def _scorers(group: list[type[Scorer]]) -> Table:
     table.add_column(ratio=2, style="dim")
     for cls in group:
         scorer = cls()
-        table.add_row(scorer.name, Text(summary_of(cls)), _needs(scorer), Text(_parameters(cls)))
+        note = f" Experimental: {cls.tags.experimental}." if cls.tags.experimental else ""
+        table.add_row(scorer.name, Text(f"{summary_of(cls)}{note}"), _needs(scorer), Text(_parameters(cls)))
     return table
 
 

@@ -435,6 +435,9 @@ def test_list_shows_all_scorers_with_their_parameters() -> None:
 
 def test_list_groups_scorers_by_family_and_cites_their_papers() -> None:
     assert "Gaussians\nmahalanobis " in ok("list", "mahalanobis", columns=120)
+    experimental = " ".join(ok("list", "core", columns=400).split())
+    assert "Experimental: written after the abstract and summaries of the paper" in experimental
+    assert "Experimental" not in ok("list", "mahalanobis*", columns=120)
     papers = ok("list", "knn", "--papers", columns=200)
     assert "Yiyou Sun, Yifei Ming, Xiaojin Zhu, Yixuan Li. Out-of-Distribution Detection with Deep Nearest" in papers
     assert "https://github.com/deeplearning-wisc/knn-ood" in papers
