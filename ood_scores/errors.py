@@ -38,6 +38,14 @@ class EmptyInput(BadInput):
     """A loader or feature set has no rows."""
 
 
+class ProbeDoesNotApply(BadInput):
+    """A probe cannot be computed for this model; ``probe`` is its name."""
+
+    def __init__(self, probe: str, reason: str) -> None:
+        super().__init__(f"{probe}: {reason}")
+        self.probe = probe
+
+
 class UnknownName(OodScoresError, LookupError):
     """A scorer, dataset, or option does not exist; the message lists the known names."""
 

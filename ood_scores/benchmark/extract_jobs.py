@@ -19,7 +19,7 @@ from rich.markup import escape
 from torch.utils.data import DataLoader
 
 from ood_scores.benchmark.planning import Failures, Job
-from ood_scores.errors import CacheError, DamagedCache, MissingData, StaleCache, WorkerDied
+from ood_scores.errors import CacheError, DamagedCache, MissingData, ProbeDoesNotApply, StaleCache, WorkerDied
 from ood_scores.extraction import extract
 from ood_scores.features import FeatureSet
 
@@ -144,6 +144,9 @@ def _extract(job: Job, device: str, workers: int) -> FeatureSet:
     loader = DataLoader(images, job.loading.batch_size, num_workers=workers)
     try:
         return extract(model, loader, job.cache, **arguments)
+    except ProbeDoesNotApply as error:  # the other probes do
+        arguments["probes"] = [each for each in job.options.all_probes if each.name not in (error.probe, "layers")]
+        return extract(model, loader, job.cache, overwrite=True, **arguments)
     except (DamagedCache, StaleCache):  # not finished, and of no use
         return extract(model, loader, job.cache, overwrite=True, **arguments)
 

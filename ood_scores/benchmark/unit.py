@@ -104,7 +104,11 @@ def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, 
     fit_has = fit.has if fit is not None else None
     tables, lacking = runnable(part, fit_has, [feats.has for feats in sets.values()])
     for label, missing in lacking.items():
-        found.not_run.append(_not_run(label, missing.reason, missing.how_to_get("benchmark")))
+        stem = missing.name.partition(".")[0]
+        if any(stem == probe.name for job in unit.jobs for probe in job.options.all_probes) and not missing.fitting:
+            found.not_run.append(_not_run(label, f"the probe {stem!r} does not apply to the model"))
+        else:
+            found.not_run.append(_not_run(label, missing.reason, missing.how_to_get("benchmark")))
     chosen: dict[str, Mapping[str, Any]] = {}
     if part.search:
         chosen, tried = choose(part.search, tables, sets, fit)

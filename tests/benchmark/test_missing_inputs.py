@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ood_scores.benchmark import load_results, run
 from ood_scores.benchmark.networks import find
-from ood_scores.benchmark.spec import ModelTable, Part, ScorerTable
+from ood_scores.benchmark.spec import Extraction, ModelTable, Part, ScorerTable
 from ood_scores.cli import app
 from ood_scores.errors import MissingData
 
@@ -59,6 +59,18 @@ def test_model_without_an_ood_set_does_not_run(data: Path, tmp_path: Path) -> No
     assert result.exit_code == 1
     assert "not run Net (none of its OoD datasets is available)" in result.output
     assert not (tmp_path / "out" / "caches").exists()
+
+
+def test_probe_that_does_not_apply_leaves_out_its_scorer_only(data: Path, tmp_path: Path) -> None:
+    chosen = part(
+        scorers=(*SCORERS[:1], ScorerTable("dropout", "mc_dropout"), ScorerTable("norms", "odin")),
+        extraction=Extraction(batch_size=8, workers=0, probes=("mc_dropout", "odin")),
+    )
+    found = run(spec(chosen), out=tmp_path, data=data, jobs=1, progress=False)
+    assert set(found.table["scorer"]) == {"msp", "norms"}
+    assert [(each.what, each.reason) for each in found.not_run] == [
+        ("dropout", "the probe 'mc_dropout' does not apply to the model")
+    ]
 
 
 def test_second_run_keeps_the_recorded_time(data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ood_scores.errors import BadInput
+from ood_scores.errors import BadInput, ProbeDoesNotApply
 from ood_scores.extraction.hooks import hooked
 from ood_scores.extraction.layers import as_maps, stages
 from ood_scores.extraction.probes.base import LayerProbe, Pass, Probe, register_probe
@@ -154,9 +154,10 @@ class MCDropout(Probe):
                 mean += log_softmax.exp() / self.passes
                 entropy = entropy - (log_softmax.exp() * log_softmax).sum(dim=1) / self.passes
         if not dropping.calls:
-            raise BadInput(
-                f"{self.name}: no dropout ran in the model, so that all passes are the same: create it with dropout "
-                "(timm: drop_rate=0.2), or set p of its dropout modules to its value in training."
+            raise ProbeDoesNotApply(
+                self.name,
+                "no dropout ran in the model, so that all passes are the same: create it with dropout "
+                "(timm: drop_rate=0.2), or set p of its dropout modules to its value in training.",
             )
         return {f"{self.name}.mean": mean, f"{self.name}.entropy": entropy}
 
