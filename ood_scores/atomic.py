@@ -136,6 +136,12 @@ def replacing(
                 os.unlink(temporary)
 
 
+def replace_text(path: Path, text: str, remedy: str = MAKE_ROOM) -> None:
+    """Write a UTF-8 text file that replaces ``path`` in one step; see ``replacing``."""
+    with replacing(path, remedy) as file:
+        file.write(text.encode())
+
+
 def remove_abandoned(path: Path) -> None:
     """Remove the unlocked temporary files of ``path``, whose writers were killed."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):

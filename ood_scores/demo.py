@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ood_scores.atomic import replacing
 from ood_scores.benchmark import Results, plan
 from ood_scores.benchmark import run as run_benchmark
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Spec
@@ -98,7 +100,10 @@ def run(out: Path, seed: int = 0, epochs: int = 30, progress: bool = True) -> De
             train(how, inputs / training, device="cpu", progress=progress)
     spec = benchmark()
     results = run_benchmark(spec, out=out, data=inputs, jobs=1, progress=False)
-    score_histograms(panels(results), columns=4).savefig(out / "scores.png", dpi=150)
+    figure = io.BytesIO()
+    score_histograms(panels(results), columns=4).savefig(figure, dpi=150, format="png")
+    with replacing(out / "scores.png") as file:
+        file.write(figure.getvalue())
     units = plan(spec, out, inputs).units
     caches = {unit.model: {job.set: job.cache for job in unit.jobs} for unit in units}
     return Demo(results, caches)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from ood_scores.atomic import replacing
+from ood_scores.atomic import replace_text
 from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.errors import BadInput
@@ -186,13 +186,8 @@ def save(results: Results, files: Sequence[str]) -> None:
         "scores": list(files),
         "environment": results.environment,
     }
-    _replace(results.folder / CSV, csv_text(results.table))
-    _replace(results.folder / JSON, json.dumps(plain(kept), indent=1, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
+    replace_text(results.folder / CSV, csv_text(results.table))
+    replace_text(results.folder / JSON, json.dumps(plain(kept), indent=1, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

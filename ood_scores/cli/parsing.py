@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ood_scores.atomic import replace_text
 from ood_scores.errors import BadInput
 from ood_scores.terminal import csv_text
 
@@ -60,8 +61,7 @@ def check_table_path(path: Path | None) -> None:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, without formulas of spreadsheets, or as JSON with its ``attrs`` and its rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
-        path.write_text(csv_text(table), encoding="utf-8")
+        replace_text(path, csv_text(table))
     else:
-        path.write_text(json.dumps(table.attrs | {"rows": table.to_dict("records")}, indent=2) + "\n")
+        replace_text(path, json.dumps(table.attrs | {"rows": table.to_dict("records")}, indent=2) + "\n")

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ood_scores.atomic import replace_text
 from ood_scores.errors import BadInput
 from ood_scores.progress import ProgressBar
 from ood_scores.terminal import SafeConsole
-from ood_scores.training.state import LOG, write_text
+from ood_scores.training.state import CONTINUE, LOG
 
 
 class Log:
@@ -79,7 +80,7 @@ def write_log(folder: Path, history: list[dict[str, Any]]) -> None:
     rows = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
     rows.writeheader()
     rows.writerows(history)
-    write_text(folder / LOG, text.getvalue())
+    replace_text(folder / LOG, text.getvalue(), CONTINUE)
 
 
 def _writer(folder: Path, epoch: int) -> Any:

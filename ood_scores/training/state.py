@@ -70,12 +70,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         file.write(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one atomic step; raise CacheWriteFailed if the disk refuses the write."""
-    with replacing(path, CONTINUE) as file:
-        file.write(text.encode())
-
-
 def save_state(
     path: Path,
     progress: Progress,

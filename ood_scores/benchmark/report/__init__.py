@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ood_scores.atomic import replace_text
 from ood_scores.benchmark.results import Results
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def write_report(results: Results, *, images: Callable[[str, str], ImageDataset 
         "tables.tex": latex.tables(parts),
         "report.html": html.page(results, parts, images or (lambda part, name: None)),
     }
-    results.folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (results.folder / name).write_text(text, encoding="utf-8")
+        replace_text(results.folder / name, text)
     return [results.folder / name for name in texts]
