@@ -82,6 +82,11 @@ class LockedFile(io.FileIO):
         super().close()
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path whose leading ``~`` is replaced by the user's folder; other paths are unchanged."""
+    return Path(os.path.expanduser(path))
+
+
 def copy_bytes(source: io.FileIO, start: int, target: LockedFile, to: int, size: int) -> None:
     """Copy ``size`` bytes from one file to another, a few at a time."""
     for done in range(0, size, COPY_BYTES):

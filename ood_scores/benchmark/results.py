@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from ood_scores.atomic import replace_text
+from ood_scores.atomic import replace_text, user_path
 from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.errors import BadInput
@@ -126,7 +126,7 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
     Raises:
         BadInput: if there is no finished run in the folder, or files are missing or damaged.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         kept = json.loads((folder / JSON).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

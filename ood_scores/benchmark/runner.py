@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from ood_scores.atomic import LockedFile
+from ood_scores.atomic import LockedFile, user_path
 from ood_scores.benchmark import checks, unit_files
 from ood_scores.benchmark.extract_jobs import extract_all
 from ood_scores.benchmark.planning import Plan, limited, plan, without
@@ -111,7 +111,8 @@ def as_spec(spec: str | os.PathLike[str] | Spec, overrides: Iterable[str]) -> Sp
 
 def places(spec: Spec, out: str | os.PathLike[str] | None, data: str | os.PathLike[str] | None) -> tuple[Path, Path]:
     """Return the folder of a run, and the folder where relative paths start."""
-    return Path(out) if out is not None else Path(RUNS) / spec.name, Path(data) if data is not None else Path()
+    folder = Path(RUNS) / spec.name if out is None else user_path(out)
+    return folder, Path() if data is None else user_path(data)
 
 
 def _speaker(progress: bool) -> Callable[[str], None]:

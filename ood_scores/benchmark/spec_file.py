@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal
 
+from ood_scores.atomic import user_path
 from ood_scores.benchmark.checks import Problem, problems
 from ood_scores.benchmark.spec import (
     ALL,
@@ -98,7 +98,7 @@ def load_spec(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Sp
         UnknownName: if a key, or the name of a dataset, model, scorer, probe or measure, does not exist. Messages name
             the file and, if it is known, the line.
     """
-    path = Path(path)
+    path = user_path(path)
     raw, sources = read(path, _SPEC, "spec")
     raw = with_overrides(raw, overrides, _SPEC, "spec", "extraction.rows=500")
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ood_scores.atomic import user_path
 from ood_scores.cli import options, parsing
 from ood_scores.cli.printing import console, facts
 from ood_scores.errors import BadInput
@@ -75,11 +76,12 @@ def calibrate(
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.scorers import create_scorer
 
+    out = user_path(out)
     if (out / DESCRIPTION).exists() and not overwrite:
         raise BadInput(f"there is a detector in {out}: pass --overwrite to replace it, or choose another --out.")
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
     ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))
-    names = classes.read_text(encoding="utf-8").split("\n") if classes else None
+    names = user_path(classes).read_text(encoding="utf-8").split("\n") if classes else None
     network = load_model(model, checkpoint, num_classes)
     opened = _opener(preprocessing(network, **changes), batch_size, workers)
     detector = ood_scores.calibrate(

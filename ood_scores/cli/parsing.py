@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ood_scores.atomic import replace_text
+from ood_scores.atomic import replace_text, user_path
 from ood_scores.errors import BadInput
 from ood_scores.terminal import csv_text
 
@@ -61,6 +61,7 @@ def check_table_path(path: Path | None) -> None:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, without formulas of spreadsheets, or as JSON with its ``attrs`` and its rows."""
+    path = user_path(path)
     if path.suffix == ".csv":
         replace_text(path, csv_text(table))
     else:

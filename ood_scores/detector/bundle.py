@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ood_scores.atomic import replacing
+from ood_scores.atomic import replacing, user_path
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.conformal import Threshold
 from ood_scores.detector.folder import DESCRIPTION, read_description, replacing_detector, verified_files
@@ -45,7 +45,7 @@ def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model
     """Write a detector to a folder, replacing the detector in it in one step; see ``Detector.save``."""
     if weights_sha256(detector.model) != detector.weights:
         raise OtherModel("the model's weights have changed since the calibration: calibrate again.")
-    with replacing_detector(Path(path)) as new:
+    with replacing_detector(user_path(path)) as new:
         detector.scorer.save(new.place("scorer"))
         _write_calibration(detector.calibration, new.place("calibration"))
         if with_model:
@@ -55,7 +55,7 @@ def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model
 
 def load_parts(path: str | os.PathLike[str], model: nn.Module | None = None) -> DetectorParts:
     """Load a detector that ``save_parts`` wrote; see ``Detector.load``."""
-    folder = Path(path)
+    folder = user_path(path)
     with _damage_named(folder):
         described = read_description(folder)
         files = verified_files(folder, described)

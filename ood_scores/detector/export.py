@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ood_scores.atomic import replacing
+from ood_scores.atomic import replacing, user_path
 from ood_scores.detector.graph import DetectorGraph
 from ood_scores.errors import BadInput, MissingInput
 
@@ -75,7 +74,7 @@ def export_onnx(
     onnx.helper.set_model_props(proto, {**(metadata or {}), **about})
     content = proto.SerializeToString()
     _margin_onnx(graph, images, content)  # the written content is also compared
-    with replacing(Path(path)) as file:
+    with replacing(user_path(path)) as file:
         file.write(content)
 
 

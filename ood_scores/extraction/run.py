@@ -7,12 +7,12 @@ import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ood_scores.atomic import user_path
 from ood_scores.errors import UnfinishedCache
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
@@ -91,7 +91,7 @@ def extract(
     task = Task(forward, batches, progress and ranks.first)
     if cache is None:
         return run(task, Target(provenance))
-    path = Path(cache)
+    path = user_path(cache)
     state = state_of(path, provenance, resume, overwrite)
     if state and state.finished:
         return load(path)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch
 from ood_scores.features.block import Block
 from ood_scores.features.head import Head
@@ -233,7 +234,7 @@ class FeatureSet:
         from ood_scores.features.storage import cache
 
         shapes = {name: (column.shape[1:], _numpy_dtype(column.dtype)) for name, column in self._columns.items()}
-        cache.write(Path(path), shapes, len(self), self.head, self.provenance, self._runs(), compress)
+        cache.write(user_path(path), shapes, len(self), self.head, self.provenance, self._runs(), compress)
 
     def _runs(self) -> Iterator[dict[str, Tensor]]:
         """All columns as they are stored, on the CPU, in runs of rows."""

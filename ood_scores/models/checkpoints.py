@@ -19,6 +19,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from ood_scores.atomic import user_path
 from ood_scores.errors import CheckpointError
 
 WRAPPERS = (
@@ -72,7 +73,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: if the file is missing or damaged, contains no weights or several sets of them, or would run
             code when opened.
     """
-    path = Path(path)
+    path = user_path(path)
     content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
     state = without_prefix(clean_state_dict(_without_average_count(_weights_in(content, path))))
     for name, values in state.items():

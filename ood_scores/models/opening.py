@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, Grayscale
 
 import ood_scores.models.networks  # noqa: F401  registers the CIFAR networks
+from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput, CheckpointError, UnknownName
 from ood_scores.models.arguments import check_arguments
 from ood_scores.models.checkpoints import arguments_of, read_checkpoint, shared_prefix
@@ -45,7 +46,7 @@ def load_model(
     """
     config = _weights_config(name)
     if checkpoint is not None:
-        return _from_checkpoint(name, config, Path(checkpoint), num_classes, arguments).eval()
+        return _from_checkpoint(name, config, user_path(checkpoint), num_classes, arguments).eval()
     if num_classes is not None:
         raise BadInput("num_classes needs a checkpoint, since pretrained weights have their own classes: pass both.")
     return _pretrained(name, arguments).eval()

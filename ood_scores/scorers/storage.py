@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ood_scores.atomic import is_marked, replacing
+from ood_scores.atomic import is_marked, replacing, user_path
 from ood_scores.errors import BadInput, DamagedCache, ForeignFile, NotFitted, UnknownName
 from ood_scores.features import Head, Provenance
 from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers
@@ -55,7 +55,7 @@ def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
         "scorer": _describe(scorer, "", tensors),
     }
     content = safetensors.torch.save(_unshared(tensors), {KEY: json.dumps(described)})
-    _write(Path(path), content)
+    _write(user_path(path), content)
 
 
 def load_scorer(path: str | os.PathLike[str]) -> Scorer:
@@ -67,7 +67,7 @@ def load_scorer(path: str | os.PathLike[str]) -> Scorer:
         DamagedCache: if it is truncated or unreadable.
         UnknownName: if the class of the scorer is not registered, or no longer has one of its parameters.
     """
-    file = Path(path)
+    file = user_path(path)
     with _opened(file) as stored:
         described = json.loads((stored.metadata() or {}).get(KEY, "{}"))
         _check_format(described, file)

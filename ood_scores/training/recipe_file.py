@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput, UnknownName
 from ood_scores.toml_tables import Raw, Source, Table, check, converted, filled, hints_of, merged, read, with_overrides
 from ood_scores.training.recipe import (
@@ -56,7 +56,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         BadInput: if the file is missing, is not TOML, lacks a key, or has a value of a wrong type or range.
         UnknownName: if recipes have no such key; the message tells its line and lists the known keys.
     """
-    path = Path(path)
+    path = user_path(path)
     raw, _ = read(path, _RECIPE, "recipe")
     raw = with_overrides(raw, overrides, _RECIPE, "recipe", "optimizer.lr=0.05")
     try:

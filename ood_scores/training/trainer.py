@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput, NotFinite
 from ood_scores.models.networks.classifier import linear_classifier
 from ood_scores.terminal import SafeConsole
@@ -95,7 +96,7 @@ def train(
         CacheWriteFailed: if the disk refuses a write; what was saved before is safe.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    folder = Path("runs") / recipe.name if out is None else Path(out)
+    folder = Path("runs") / recipe.name if out is None else user_path(out)
     with processes(device) as who, locked(folder) if who.first else nullcontext():
         state = who.broadcast(find_state(folder, recipe) if who.first and not overwrite else None)
         with SafeConsole(stderr=True, quiet=not (progress and who.first)).status("reading the images …"):

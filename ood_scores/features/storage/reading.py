@@ -11,6 +11,7 @@ from typing import Any
 
 import h5py
 
+from ood_scores.atomic import user_path
 from ood_scores.errors import CacheBusy, DamagedCache, ForeignFile, OodScoresError
 from ood_scores.features.storage.structure import check_structure, objects
 
@@ -48,7 +49,7 @@ def opened(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
 
     A file of this package is checked: it must contain what it declares, and refer to no other files than its shards.
     """
-    path = Path(file)
+    path = user_path(file)
     with _open(path) as h5:
         with damage_named(path):
             if h5.attrs.get("compressed", False):
