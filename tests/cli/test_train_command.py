@@ -49,7 +49,7 @@ def test_train_command_produces_a_checkpoint_that_extract_opens(recipe: Path) ->
     command = re.search(r"ood-scores (extract .*?)\n\n?$", output.replace("\\\n", " "), re.DOTALL)
     assert command
     features = ok(*shlex.split(command[1]), "--device", "cpu")
-    assert "1,264 rows of 16 features, 7 classes in cache.h5" in features
+    assert re.search(r"1,264 rows of 16 features, 7 classes, accuracy \d+\.\d\d% in cache\.h5", features)
 
 
 def test_train_options_set_out_and_quiet(recipe: Path) -> None:

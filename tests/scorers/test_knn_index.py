@@ -160,7 +160,7 @@ def test_the_second_fit_trains_nothing(index: str, path: Path, trained: list[str
     assert torch.equal(first.score(FeatureSet(VALUES)), second.score(FeatureSet(VALUES)))
     assert torch.equal(first.score(FeatureSet(VALUES)), knn_in_memory(index).score(FeatureSet(VALUES)))
     assert faiss.read_index(str(kept(path)[0])).ntotal == len(BANK)
-    assert {file.name for file in path.parent.iterdir()} == {path.name, kept(path)[0].name}
+    assert {file.name for file in path.parent.iterdir()} == {path.name, kept(path)[0].name, f"{path.name}.statistics"}
 
 
 def knn_in_memory(index: str) -> Any:

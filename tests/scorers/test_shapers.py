@@ -23,6 +23,7 @@ from ood_scores.features import Block
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.means import FeatureMean
 from ood_scores.features.statistics.moments import ClassMoments
+from ood_scores.features.statistics.row_hashes import RowHashes
 from ood_scores.features.statistics.row_samples import Rows, SampledRows, quantiles
 from ood_scores.scorers.shapers.base import ShapedSet, Shaper
 from ood_scores.scorers.shapers.pruning import largest, ratio
@@ -512,7 +513,7 @@ def test_one_pass_serves_all_statistics(monkeypatch: pytest.MonkeyPatch) -> None
     scorers: list[Any] = ["react", create_scorer("react", q=0.8), "vra", "dice", "mahalanobis", "knn"]
     evaluate(scorers, id=FEATS, ood={"ood": FIT}, fit=fit)
     assert sum(feats is fit for feats in passes) == 1
-    assert set(fit.statistics) == {SampledRows(), FeatureMean(), ClassMoments(), Rows(True)}
+    assert set(fit.statistics) == {SampledRows(), FeatureMean(), ClassMoments(), Rows(True), RowHashes()}
     passes.clear()
     create_scorer("react", base="mahalanobis").fit(fit)
     assert sum(feats is fit for feats in passes) == 1  # the shaped rows; the quantiles are known already

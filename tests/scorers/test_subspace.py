@@ -22,6 +22,7 @@ from ood_scores.errors import BadInput
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments
+from ood_scores.features.statistics.row_hashes import RowHashes
 from ood_scores.features.statistics.row_samples import SampledRows
 from ood_scores.scorers.subspace import NECO, ViM, default_dimension, origin_of
 
@@ -336,4 +337,4 @@ def test_scorers_share_one_pass() -> None:
     fit = train()
     for name in ("residual", "vim", "neco"):
         create_scorer(name).fit(fit)
-    assert set(fit.statistics) == {ClassMoments(), GlobalMoments(), SampledRows(), Means("max_logit")}
+    assert set(fit.statistics) == {ClassMoments(), GlobalMoments(), SampledRows(), Means("max_logit"), RowHashes()}
