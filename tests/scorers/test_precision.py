@@ -64,7 +64,7 @@ def logits_like(scale: float, rows: int = 400, classes: int = 10) -> Tensor:
     return scale * torch.randn(rows, classes, generator=torch.Generator().manual_seed(3))
 
 
-def require_same(found: Tensor, expected: Array, tolerance: float) -> None:
+def assert_same(found: Tensor, expected: Array, tolerance: float) -> None:
     """The values differ by at most a small share of the spread of the scores, or the rounding of float64 values."""
     spread, rounding = expected.std(), 10 * np.finfo(np.float64).eps * np.abs(expected).max()
     error = np.abs(found.numpy().astype(np.longdouble) - expected).max()
@@ -76,7 +76,7 @@ def require_same(found: Tensor, expected: Array, tolerance: float) -> None:
 def test_small_logits(name, scale):
     logits = logits_like(scale)
     expected = SMALL[name](logits.numpy().astype(np.longdouble))
-    require_same(score(name, FeatureSet(logits, logits)), expected, 1e-4)
+    assert_same(score(name, FeatureSet(logits, logits)), expected, 1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-8])
@@ -85,16 +85,16 @@ def test_divergence_from_uniform_of_tiny_logits(scale):
     deviations = logits.numpy().astype(np.longdouble)
     deviations -= deviations.mean(axis=1, keepdims=True)
     expected = (deviations**2 / 2 + deviations**3 / 6).mean(axis=1)
-    require_same(score("kl_uniform", FeatureSet(logits, logits)), expected, 1e-6)
+    assert_same(score("kl_uniform", FeatureSet(logits, logits)), expected, 1e-6)
 
 
 @pytest.mark.parametrize("temperature", [100.0, 1e4, 1e6])
 def test_large_temperatures(temperature):
     logits = logits_like(3.0)
     feats, wide = FeatureSet(logits, logits), logits.numpy().astype(np.longdouble) / temperature
-    require_same(score("energy", feats, temperature=temperature), temperature * energy(wide), 1e-4)
-    require_same(score("doctor", feats, temperature=temperature), doctor(wide), 1e-4)
-    require_same(score("msp", feats, temperature=temperature, double=True), softmax(wide).max(axis=1), 1e-4)
+    assert_same(score("energy", feats, temperature=temperature), temperature * energy(wide), 1e-4)
+    assert_same(score("doctor", feats, temperature=temperature), doctor(wide), 1e-4)
+    assert_same(score("msp", feats, temperature=temperature, double=True), softmax(wide).max(axis=1), 1e-4)
 
 
 def test_a_row_is_refined_alone_and_among_others():
@@ -141,7 +141,7 @@ def wide(feats: FeatureSet) -> FeatureSet:
 def test_common_offset(name, offset):
     fit, feats = offset_set(400, 0, offset), offset_set(200, 1, offset, shift=0.3)
     expected = create_scorer(name).fit(wide(fit)).score(wide(feats))
-    require_same(create_scorer(name).fit(fit).score(feats), expected.numpy().astype(np.longdouble), 1e-2)
+    assert_same(create_scorer(name).fit(fit).score(feats), expected.numpy().astype(np.longdouble), 1e-2)
 
 
 @pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-5])
@@ -158,4 +158,4 @@ def test_nearly_rank_deficient_head(name, smallest):
 
     expected = create_scorer(name).fit(wide(with_head(fit))).score(wide(with_head(feats)))
     found = create_scorer(name).fit(with_head(fit)).score(with_head(feats))
-    require_same(found, expected.numpy().astype(np.longdouble), 1e-3)
+    assert_same(found, expected.numpy().astype(np.longdouble), 1e-3)
