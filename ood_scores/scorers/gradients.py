@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ood_scores.errors import BadInput
-from ood_scores.features import Block, FeatureSet
+from ood_scores.features import Block, FeatureSet, load
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.base import Found
-from ood_scores.features.statistics.means import Means
-from ood_scores.scorers.base import Scorer, fitted
+from ood_scores.features.statistics.collect import collect
+from ood_scores.features.statistics.means import FeatureMean, Means
+from ood_scores.scorers.base import Scorer, fitted, require_same_weights
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present
 from ood_scores.scorers.neighbors import kth_neighbors, why_no_graph_of
@@ -249,32 +250,34 @@ def _log_loss(odds: Tensor, labels: Tensor) -> float:
 @register_scorer("grood")
 @dataclass
 class GROOD(Scorer):
-    """Negative log norm of the gradient with respect to a prototype of OoD inputs, ``-log ||g||_1``.
+    """Negative distance of a gradient to the nearest gradient of the fit set, ``-min_i ||g - g_i||``.
 
-    ``g = q (z - o) / ||z - o||``. The loss is ``-log softmax(-||z - p_c||)_yhat`` over the prototypes p_c of the
-    classes and one more, o, for all OoD inputs; q is the softmax probability of o. Near a class prototype, o hardly
-    matters. No backward pass is run.
+    The gradient ``g = q (z - o) / ||z - o||`` is that of the loss ``-log softmax(-||z - p_c||)_yhat`` with respect to
+    o. The softmax is over the prototypes p_c of the classes and one more, o, for all OoD inputs; q is the probability
+    of o. Near a class prototype, o hardly matters. No backward pass is run. With ``by="norm"``, the score is ``-log
+    ||g||_1``.
 
     Fits p_c, the mean feature of class c, and, unless it is given, o, the mean of all p_c; with ``by="nearest"`` also
-    the gradients of the fit rows that are predicted as their label.
+    the gradients g_i of the fit rows that are predicted as their label.
 
-    Source: ElAraby et al. 2025, "GROOD: GRadient-Aware Out-of-Distribution Detection". The paper's score is the
-    distance to the nearest gradient of the training set, ``by="nearest"``; so is the default configuration of the
-    authors' code (``use_grad_norm: False``), whose o is the mean feature of validation OoD images (``use_val_ood:
-    True``), which ``prototype`` accepts. The norm, the default here, is an option of that code and needs no search.
-    Their o may also be the mean feature of blurred noise images, of mixed inputs, or of the class prototypes: only the
-    last can be computed from the features of the fit set. Departures: the logarithm of the norm, which ranks rows in
-    the same way and does not underflow near a prototype; a row at o itself has no direction and counts as if g had one
-    entry; the search is exact and in float64, and its distances are not squared; a class without rows is left out.
+    Source: ElAraby et al. 2025, "GROOD: GRadient-Aware Out-of-Distribution Detection". The distance to the nearest
+    gradient of the training set is the paper's score and the configuration of the authors' code (``use_grad_norm:
+    False``). Its o is the mean feature of validation OoD images (``use_val_ood: True``), which a fit on in-distribution
+    data does not have: name their cache as ``prototype``. The default o is another option of that code
+    (``use_proto_mean``), the only one that can be computed from the features of the fit set; the others are the mean
+    feature of blurred noise images or of mixed inputs. The norm, ``by="norm"``, is an option of it too
+    (``use_grad_norm``), and needs no search. Departures: the norm is a logarithm, which ranks rows in the same way and
+    does not underflow near a prototype; a row at o itself has no direction and counts as if g had one entry; the search
+    is exact and in float64, and its distances are not squared; o is the mean of all rows of the cache, and not of the
+    first 100 images; a class without rows is left out.
 
     Fails where OoD rows are far from o and near a class prototype or beyond it; with a single class, that class is its
     own o, and all rows score nearly the same.
 
     Args:
-        by: ``"norm"``, or ``"nearest"``: the negative distance from g to the nearest of the fit set's gradients.
-        prototype: The prototype o, one number for each feature; for that of the paper, extract the features of noise
-            images, or of validation OoD images for that of the authors' default configuration, and pass
-            ``feats.features.mean(dim=0).tolist()``. With None, it is the mean of the class prototypes.
+        by: ``"nearest"``: the negative distance from g to the nearest of the fit set's gradients; or ``"norm"``.
+        prototype: The prototype o: the path of a cache of validation OoD images, whose mean feature is taken, or one
+            number for each feature. With None, it is the mean of the class prototypes.
 
     Cost: distances to C + 1 prototypes; with ``by="nearest"``, an inner product with each row of the fit set, in
     float64, and ``4 D`` bytes for each of them.
@@ -289,18 +292,18 @@ class GROOD(Scorer):
             "https://openreview.net/forum?id=2V7itvvMVJ",
             "https://github.com/mostafaelaraby/Gradient-Aware-OOD-Detection",
         ),
-        search_space={"by": ("norm", "nearest")},
+        search_space={"by": ("nearest", "norm")},
     )
-    by: Literal["norm", "nearest"] = "norm"
-    prototype: Sequence[float] | None = None
+    by: Literal["nearest", "norm"] = "nearest"
+    prototype: str | Sequence[float] | None = None
     prototypes_: Tensor = fitted()
     bank_: Tensor | None = fitted(None)
     needs = ("features",)
 
     def __post_init__(self) -> None:
         self.require_choices()
-        if self.prototype is not None:
-            self.require(all(math.isfinite(value) for value in self.prototype), "prototype must be finite")
+        if not isinstance(self.prototype, str):
+            self.require(all(math.isfinite(value) for value in self.prototype or ()), "prototype must be finite")
         self.fit_needs = ("features", "labels") if self.by == "norm" else ("features", "logits", "labels")
 
     def statistics(self) -> tuple[Means]:
@@ -309,7 +312,7 @@ class GROOD(Scorer):
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         groups = found[self.statistics()[0]]
         means = groups.means[classes_present(groups.counts, self.name)]
-        self.prototypes_ = torch.cat([means, self._of_ood(means)[None]])
+        self.prototypes_ = torch.cat([means, self._of_ood(means, feats)[None]])
         self.bank_ = self._gradients_of_correct(feats) if self.by == "nearest" else None
 
     def why_no_graph(self) -> str | None:
@@ -338,6 +341,7 @@ class GROOD(Scorer):
         """Gradients of the correctly predicted rows, float32 ``[M, D]`` on the CPU."""
         labels, found = feats.class_labels(), []
         for block in feats.blocks(only=("features", "logits")):
+            block.require_finite()
             log_share, direction = self._gradient(block)
             correct = block.prediction().cpu() == labels[block.start : block.start + len(block)].cpu()
             found.append((log_share.exp()[:, None] * direction).float().cpu()[correct])
@@ -346,11 +350,17 @@ class GROOD(Scorer):
             raise BadInput("grood: no row of the fit set is predicted correctly: check the labels.")
         return bank
 
-    def _of_ood(self, means: Tensor) -> Tensor:
+    def _of_ood(self, means: Tensor, feats: FeatureSet) -> Tensor:
         if self.prototype is None:
             return means.mean(dim=0)
+        if isinstance(self.prototype, str):
+            ood = load(self.prototype)
+            require_same_weights(ood.provenance, feats.provenance, f"prototype={self.prototype!r}", "the fit set")
+            given = collect(ood, [FeatureMean()])[FeatureMean()].to(means)
+        else:
+            given = means.new_tensor([float(value) for value in self.prototype])
         self.require(
-            len(self.prototype) == means.shape[1],
-            f"prototype must have {means.shape[1]} numbers, one for each feature, got {len(self.prototype)}",
+            len(given) == means.shape[1],
+            f"prototype must have {means.shape[1]} numbers, one for each feature, got {len(given)}",
         )
-        return means.new_tensor([float(value) for value in self.prototype])
+        return given

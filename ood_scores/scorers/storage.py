@@ -25,7 +25,7 @@ from torch import Tensor
 from ood_scores.atomic import is_marked, replacing, user_path
 from ood_scores.errors import BadInput, DamagedCache, ForeignFile, NotFitted, UnknownName
 from ood_scores.features import Head, Provenance
-from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers
+from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers, scorer_class
 
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
@@ -102,7 +102,8 @@ def _remake(described: Mapping[str, Any], stored: Any) -> Scorer:
             f"registers it first. Registered scorers: {', '.join(list_scorers())}."
         )
     parameters = {name: _decode(value, stored) for name, value in described["parameters"].items()}
-    scorer = create_scorer(described["name"], **parameters)
+    before = scorer_class(described["name"]).tags.parameters_before
+    scorer = create_scorer(described["name"], **{**before, **parameters})
     if described["state"]:
         scorer.restore({name: _decode(value, stored) for name, value in described["state"].items()})
     scorer.fitted_widths = described["fitted_widths"]

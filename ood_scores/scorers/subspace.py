@@ -249,21 +249,26 @@ class NECO(Scorer):
 class PNML(Scorer):
     """Negative normalized regret of the pNML learner, ``-log(sum_c p_c / (p_c + (1 - p_c) p_c^k)) / log C``.
 
-    ``k = q / (1 + q)`` with ``q = x^T (X^T X)^+ x``, for the L2-normalized feature x and the matrix X of the
-    L2-normalized features of the fit set; p is the softmax of the head applied to x, not to the feature itself. The
-    regret is what knowledge of the label would gain: it is small where x lies among the fit data (q near 0, and one
-    probability near 1).
+    ``k = q / (1 + q)`` with ``q = x^T (X^T X)^+ x``, where x is the L2-normalized feature with a 1 appended, and X the
+    matrix of these vectors of the fit set; p is the softmax of the head applied to the normalized feature, not to the
+    feature itself. The regret is what knowledge of the label would gain: it is small where x lies among the fit data (q
+    near 0, and one probability near 1).
 
     Fits ``X^T X`` in float64, and the root of its pseudo-inverse.
 
     Source: Bibas et al. 2021, "Single Layer Predictive Normalized Maximum Likelihood for Out-of-Distribution
-    Detection"; the authors' code ranks rows by one minus the regret. Departure: each term is computed as ``1 / (1 + (1
-    - p_c) p_c^(k - 1))`` from log-probabilities, which are not clipped. The products are in the precision in which the
-    features are stored.
+    Detection"; the authors' code ranks rows by one minus the regret. That code has two versions: ``main_score.py`` puts
+    a column of ones before the normalized features, as ``bias=True`` does; the pseudocode of its README, its Lightning
+    modules and pytorch-ood do not. Departures: each term is computed as ``1 / (1 + (1 - p_c) p_c^(k - 1))`` from
+    log-probabilities, which are not clipped; k is not raised to the squared norm of the part of x outside the span, as
+    it is in ``main_score.py``. The products are in the precision in which the features are stored.
 
     Fails where the logits of normalized features are all small: p is then nearly uniform, and q alone determines the
     score. With a large fit set, q is small for every row in its span. The part of a row outside the span does not
     count, as with any pseudo-inverse. With a single class, the regret is 0 for every row.
+
+    Args:
+        bias: Append a 1 to each normalized feature, in the fit and in the score.
 
     Cost: one product with a ``[D, D]`` matrix and one with the ``[D, C]`` head for each block.
     """
@@ -276,8 +281,10 @@ class PNML(Scorer):
             2021,
             "https://arxiv.org/abs/2110.09246",
             "https://github.com/kobybibas/pnml_ood_detection",
-        )
+        ),
+        parameters_before={"bias": False},
     )
+    bias: bool = True
     root_: Tensor = fitted()
     needs = ("features", "head")
     fit_needs = ("features",)
@@ -287,13 +294,20 @@ class PNML(Scorer):
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         moments = found[self.statistics()[0]]
-        count = moments.counts.sum()
-        zero = torch.zeros_like(moments.means[0])
-        self.root_ = whitening(moments_about(moments, zero)) / count.double().sqrt()
+        mean = moments.means[0]
+        products = moments_about(moments, torch.zeros_like(mean))
+        if self.bias:
+            column = torch.cat([mean, mean.new_ones(1)])
+            products = torch.cat([torch.cat([products, mean[None]]), column[:, None]], dim=1)
+        self.root_ = whitening(products) / moments.counts.sum().double().sqrt()
 
     def score_block(self, block: Block) -> Tensor:
         rows = block.unit_features()
-        projected = whitened(rows, self.root_.to(rows)).square_().sum(dim=1, keepdim=True).double()
+        root = self.root_.to(rows)
+        coordinates = whitened(rows, root[: rows.shape[1]])
+        if self.bias:
+            coordinates += root[-1]
+        projected = coordinates.square_().sum(dim=1, keepdim=True).double()
         learner = Block(logits=block.head(rows), rows=rows.shape[0])
         rest = (learner.total_odds()[:, None] - learner.odds()).scatter(1, *learner.odds_of_others())
         rest = rest / learner.total_odds()[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ood_scores import FeatureSet, create_scorer, score
+from ood_scores import FeatureSet, create_scorer, load_scorer, score
 from ood_scores.errors import BadInput
 
 CLASSES, WIDTH = 4, 6
@@ -49,7 +50,9 @@ def gradients(feats: FeatureSet, known: Tensor) -> Tensor:
 def test_grood_is_the_norm_of_the_gradient(given: list[float] | None) -> None:
     known = prototypes(None if given is None else torch.tensor(given, dtype=torch.float64))
     expected = -gradients(ROWS, known).abs().sum(dim=1).log()
-    torch.testing.assert_close(score("grood", ROWS, fit=FIT, prototype=given), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        score("grood", ROWS, fit=FIT, by="norm", prototype=given), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_grood_is_the_distance_to_the_nearest_gradient_of_a_correct_row() -> None:
@@ -59,7 +62,29 @@ def test_grood_is_the_distance_to_the_nearest_gradient_of_a_correct_row() -> Non
     assert 0 < right.sum() < len(FIT)
     bank, found = gradients(FIT, prototypes())[right], gradients(ROWS, prototypes())
     expected = -(found[:, None] - bank).norm(dim=2).amin(dim=1)
-    torch.testing.assert_close(score("grood", ROWS, fit=FIT, by="nearest"), expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(score("grood", ROWS, fit=FIT), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_the_prototype_is_the_mean_of_a_cache_of_validation_ood_images(tmp_path: Path) -> None:
+    """The authors' configuration: ``use_grad_norm: False, use_val_ood: True``."""
+    seen = made(37, seed=2, spread=3.0)
+    file = str(tmp_path / "val_ood.h5")
+    seen.save(file)
+    known = prototypes(seen.features.mean(dim=0))
+    right = FIT.logits.argmax(dim=1) == FIT.labels  # type: ignore[union-attr]
+    bank, found = gradients(FIT, known)[right], gradients(ROWS, known)
+    expected = -(found[:, None] - bank).norm(dim=2).amin(dim=1)
+    scorer = create_scorer("grood", prototype=file).fit(FIT)
+    torch.testing.assert_close(scorer.score(ROWS), expected, rtol=1e-5, atol=1e-8)
+    scorer.save(tmp_path / "scorer")
+    Path(file).unlink()
+    assert torch.equal(load_scorer(tmp_path / "scorer").score(ROWS), scorer.score(ROWS))
+
+
+def test_a_prototype_of_another_width_is_refused(tmp_path: Path) -> None:
+    FeatureSet(torch.ones(3, WIDTH + 1)).save(tmp_path / "narrow.h5")
+    with pytest.raises(BadInput, match="prototype must have 6 numbers, one for each feature, got 7"):
+        create_scorer("grood", prototype=str(tmp_path / "narrow.h5")).fit(FIT)
 
 
 def test_rows_near_a_prototype_keep_their_order() -> None:
@@ -67,14 +92,14 @@ def test_rows_near_a_prototype_keep_their_order() -> None:
     far = FeatureSet(1000 * torch.eye(2, 3, dtype=torch.float64), labels=torch.tensor([0, 1]))
     steps = torch.tensor([[1.0], [0.9], [0.8], [0.7]], dtype=torch.float64)
     rows = FeatureSet(steps * far.features[:1])
-    found = score("grood", rows, fit=far, prototype=[0.0, 0.0, 0.0])
+    found = score("grood", rows, fit=far, by="norm", prototype=[0.0, 0.0, 0.0])
     assert (found.diff() < 0).all()
     np.testing.assert_allclose(found[0], 1000.0, rtol=1e-9)
 
 
 def test_a_row_at_the_prototype_has_no_direction() -> None:
     known = prototypes()
-    found = score("grood", FeatureSet(known[-1:].clone()), fit=FIT)
+    found = score("grood", FeatureSet(known[-1:].clone()), fit=FIT, by="norm")
     distances = (known[-1] - known).norm(dim=1)
     assert found.item() == pytest.approx(-math.log(torch.softmax(-distances, dim=0)[-1].item()))
 
@@ -82,7 +107,7 @@ def test_a_row_at_the_prototype_has_no_direction() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"by": "length"}, "by must be 'norm' or 'nearest'"),
+        ({"by": "length"}, "by must be 'nearest' or 'norm'"),
         ({"prototype": [math.nan] * WIDTH}, "prototype must be finite"),
         ({"prototype": [1.0] * 3}, "prototype must have 6 numbers, one for each feature, got 3"),
     ],

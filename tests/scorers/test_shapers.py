@@ -74,7 +74,8 @@ def ref_react(z: Array, q: float = 0.9) -> tuple[Array, Array]:
 
 
 def ref_vra(z: Array, low: float = 0.6, high: float = 0.95, below: str = "zero") -> tuple[Array, Array]:
-    lows, highs = np.quantile(FIT_Z, low, axis=0), np.quantile(FIT_Z, high, axis=0)
+    axis = None if below == "clip_all" else 0
+    lows, highs = np.quantile(FIT_Z, low, axis=axis), np.quantile(FIT_Z, high, axis=axis)
     z = np.where(z < lows, 0 if below == "zero" else lows, np.where(z > highs, highs, z))
     return z, head(z)
 
@@ -134,6 +135,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in SHAPERS),
     *(("react", {"q": q}) for q in (0.0, 0.5, 0.99, 1.0)),
     ("vra", {"low": 0.1, "high": 0.9, "below": "clip"}),
+    ("vra", {"low": 0.1, "high": 0.9, "below": "clip_all"}),
     ("vra", {"low": 0.0, "high": 0.5}),
     *((name, {"percentile": p}) for name in ("ash_p", "ash_b", "ash_s", "scale") for p in (0.0, 0.3, 0.65, 0.95)),
     *(("dice", {"sparsity": p}) for p in (0.1, 0.5, 0.99)),
@@ -194,8 +196,8 @@ PAIRS: list[tuple[str, dict[str, Any], Callable[[], Tensor], float]] = [
     ),
     # their default is 0.65; the paper's and ours is 0.85
     *(("scale", {"percentile": p}, lambda p=p: on_maps(peer.SCALE, percentile=p), 1e-9) for p in (0.65, 0.85)),
-    # they raise low activations to the low quantile, while the authors, and our default, set them to zero; their
-    # thresholds are rounded to float32
+    # they raise low activations to the low quantile of each unit, while the authors, and our default, set them to zero;
+    # their thresholds are rounded to float32
     ("vra", {"low": 0.01, "high": 0.99, "below": "clip"}, lambda: on_maps(peer.VRA, fit=True), 1e-6),
     (
         "vra",
@@ -392,7 +394,7 @@ def test_logits_are_not_needed() -> None:
         ("react", {"q": 1.1}, r"q must be in \[0, 1\], got 1.1"),
         ("react", {"q": float("nan")}, "q must be in"),
         ("vra", {"low": 0.9, "high": 0.5}, "0 <= low <= high <= 1"),
-        ("vra", {"below": "drop"}, "below must be 'zero' or 'clip', got 'drop'"),
+        ("vra", {"below": "drop"}, "below must be 'zero' or 'clip' or 'clip_all', got 'drop'"),
         ("dice", {"sparsity": 1.0}, "sparsity must be in"),
         ("ash_s", {"percentile": 1.0}, "percentile must be in"),
         ("scale", {"percentile": 85}, "percentile must be in"),
@@ -460,6 +462,15 @@ def test_vra_sets_low_activations_to_zero_or_to_the_quantile() -> None:
     params: dict[str, Any] = {"low": 0.25, "high": 0.75, "base": "feature_norm"}
     assert_close(score("vra", rows, fit=fit, **params), [0, 1, 2.5, 3])
     assert_close(score("vra", rows, fit=fit, below="clip", **params), [1, 1, 2.5, 3])
+
+
+def test_vra_clips_at_one_quantile_of_all_activations_as_openood_does() -> None:
+    """OpenOOD takes ``np.percentile`` of the flattened activations; pytorch-ood one quantile for each unit."""
+    fit = FeatureSet(torch.tensor([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]]))
+    rows = FeatureSet(torch.tensor([[0.0, 20.0], [3.0, 3.0]]))
+    params: dict[str, Any] = {"low": 0.2, "high": 0.8, "base": create_scorer("feature_norm", p=1.0)}
+    assert_close(score("vra", rows, fit=fit, below="clip_all", **params), [1.0 + 11.0, 3.0 + 3.0])
+    assert_close(score("vra", rows, fit=fit, below="clip", **params), [0.4 + 11.6, 1.6 + 10.4])
 
 
 # --- the statistics ---

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +20,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from ood_scores import FeatureSet, Head, create_scorer, score
+from ood_scores import FeatureSet, Head, create_scorer, load_scorer, score
 from ood_scores.errors import BadInput
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.means import Means
@@ -75,10 +78,13 @@ def vim(fit: FeatureSet, feats: FeatureSet, dimension: int) -> Array:
     return special.logsumexp(parts(feats)[1], axis=1) - alpha * found
 
 
-def pnml(fit: FeatureSet, feats: FeatureSet) -> Array:
+def pnml(fit: FeatureSet, feats: FeatureSet, ones: bool = True) -> Array:
+    """As the authors' ``main_score.py``, which puts a column of ones before the normalized features."""
     fitted, rows = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (parts(fit)[0], parts(feats)[0]))
     _, _, weight, bias = parts(feats)
     p = special.softmax(rows @ weight.T + bias, axis=1)
+    if ones:
+        fitted, rows = (np.hstack([np.ones((len(part), 1)), part]) for part in (fitted, rows))
     inverse = np.linalg.pinv(fitted)
     q = (rows @ inverse @ inverse.T * rows).sum(axis=1, keepdims=True)
     return -np.log((p / (p + (1 - p) * p ** (q / (1 + q)))).sum(axis=1)) / np.log(p.shape[1])
@@ -259,13 +265,32 @@ class TestNECO:
 
 
 class TestPNML:
-    def test_equals_the_plain_definition(self) -> None:
+    @pytest.mark.parametrize("ones", [True, False])
+    def test_equals_the_plain_definition(self, ones: bool) -> None:
+        fit, feats = train(), to_score()
+        np.testing.assert_allclose(score("pnml", feats, fit=fit, bias=ones), pnml(fit, feats, ones), rtol=1e-9)
+
+    def test_has_the_column_of_ones_by_default(self) -> None:
         fit, feats = train(), to_score()
         np.testing.assert_allclose(score("pnml", feats, fit=fit), pnml(fit, feats), rtol=1e-9)
 
+    def test_a_file_saved_before_the_column_of_ones_is_scored_without_it(self, tmp_path: Path) -> None:
+        fit, feats = train(), to_score()
+        create_scorer("pnml", bias=False).fit(fit).save(tmp_path / "pnml")
+        with safetensors.safe_open(tmp_path / "pnml", "pt") as stored:
+            described = json.loads(stored.metadata()["scorer"])
+        del described["scorer"]["parameters"]["bias"]
+        described["version"] = 1
+        tensors = safetensors.torch.load_file(tmp_path / "pnml")
+        safetensors.torch.save_file(tensors, tmp_path / "pnml", {"scorer": json.dumps(described)})
+        scorer: Any = load_scorer(tmp_path / "pnml")
+        assert scorer.bias is False
+        np.testing.assert_allclose(scorer.score(feats), pnml(fit, feats, ones=False), rtol=1e-9)
+
     @pytest.mark.parametrize("rows", [ROWS, 20])
     def test_equals_pytorch_ood(self, rows: int) -> None:
-        """The same regret, but in float32 with probabilities clipped at 1e-12, which none reaches here."""
+        """The same regret without the column of ones, but in float32 with probabilities clipped at 1e-12, which none
+        reaches here."""
         fit, feats = train(rows=rows), to_score()
         layer = nn.Linear(WIDTH, CLASSES)
         with torch.no_grad():
@@ -273,7 +298,7 @@ class TestPNML:
             layer.bias.copy_(head().bias)
         detector: Any = peer.PNML(None, layer).fit_features(fit.features, torch.zeros(rows, dtype=torch.int64))
         theirs = -detector.predict_features(feats.features).double()
-        ours = score("pnml", feats, fit=fit)
+        ours = score("pnml", feats, fit=fit, bias=False)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
         assert spearmanr(ours, theirs).statistic > 1 - 1e-9
 

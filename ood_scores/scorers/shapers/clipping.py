@@ -72,21 +72,23 @@ class ReAct(FeatureShaper):
 class VRA(FeatureShaper):
     """Activations rectified on both sides, scored by ``base``: 0 where ``z < low``, ``high`` where ``z > high``.
 
-    Fits, for each unit, its ``low`` and ``high`` quantiles over the rows of the fit set, interpolated linearly; exact
-    up to 2^26 activations, beyond that from evenly spaced rows (``SampledRows``).
+    Fits, for each unit, its ``low`` and ``high`` quantiles over the rows of the fit set, or with ``below="clip_all"``
+    those of the activations of all units taken together, interpolated linearly; exact up to 2^26 activations, beyond
+    that from evenly spaced rows (``SampledRows``).
 
     Source: Xu, Lian, Liu & Tao 2023, "VRA: Variational Rectified Activation for Out-of-distribution Detection", whose
     code sets low activations to zero; 0.6 and 0.95 are its values for CIFAR-100 (0.9 for CIFAR-10; for ImageNet, it
-    prints absolute thresholds). pytorch-ood raises low activations to the low quantile instead: ``below="clip"``, with
-    0.01 and 0.99. So does OpenOOD, with 0.10 and 0.90, but there each quantile is one number over the activations of
-    all features, which is not offered here.
+    prints absolute thresholds). Two other versions raise low activations to the low quantile: ``below="clip"`` is that
+    of pytorch-ood, with 0.01 and 0.99; ``below="clip_all"`` is that of OpenOOD, with 0.10 and 0.90.
 
     Fails with ``below="zero"`` on features that do not come from a ReLU: for negative features, zero is not low.
 
     Args:
         low: The low quantile, in [0, 1].
         high: The high quantile, in [low, 1].
-        below: ``"zero"`` as the authors, ``"clip"`` as OpenOOD.
+        below: What activations below the low quantile become: ``"zero"`` as the authors, ``"clip"`` for the quantile of
+            the unit as pytorch-ood, ``"clip_all"`` for that of all units, with both quantiles fitted on all units, as
+            OpenOOD.
         base: The scorer of the rectified rows.
 
     Cost: one product with the head for each block.
@@ -105,7 +107,7 @@ class VRA(FeatureShaper):
     )
     low: float = 0.60
     high: float = 0.95
-    below: Literal["zero", "clip"] = "zero"
+    below: Literal["zero", "clip", "clip_all"] = "zero"
     low_: Tensor = fitted()
     high_: Tensor = fitted()
     fit_reads = ("features",)
@@ -120,10 +122,13 @@ class VRA(FeatureShaper):
         return (SampledRows(),)
 
     def fit_shape(self, found: Found, feats: FeatureSet) -> None:
-        self.low_, self.high_ = quantiles(found[SampledRows()], [self.low, self.high])
+        sample = found[SampledRows()]
+        self.low_, self.high_ = quantiles(
+            sample.flatten() if self.below == "clip_all" else sample, [self.low, self.high]
+        )
 
     def shape_features(self, features: Tensor) -> Tensor:
         low, high = self.low_.to(features), self.high_.to(features)
-        if self.below == "clip":
-            return features.clamp(low, high)
-        return torch.minimum(features, high).mul_(features >= low)
+        if self.below == "zero":
+            return torch.minimum(features, high).mul_(features >= low)
+        return features.clamp(low, high)
