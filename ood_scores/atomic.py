@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,9 @@ try:
 except ImportError:  # Windows, where writers are not locked out
     fcntl = None  # type: ignore[assignment]
 
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, 524}
+"""Error numbers of file systems without locks, such as some of NFS, Lustre, and FUSE (524 is Linux's own ENOTSUPP)."""
+
 COPY_BYTES = 2**24
 MAKE_ROOM = "make room on the disk, or choose another path"
 
@@ -28,7 +33,8 @@ class LockedFile(io.FileIO):
     """A file that is locked for one writer and hides errors from HDF5.
 
     HDF5 does not survive a refused write. Therefore ``write`` and ``truncate``, which HDF5 calls, store the first error
-    and ignore everything after it; ``check`` raises it.
+    and ignore everything after it; ``check`` raises it. On a file system without locks, ``is_locked`` is False and
+    there is a warning.
 
     Raises:
         CacheBusy: if another process has locked the file.
@@ -37,14 +43,20 @@ class LockedFile(io.FileIO):
     def __init__(self, path: Path, mode: str) -> None:
         super().__init__(path, mode)
         self.error: OSError | None = None
+        self.is_locked = False
         try:
             if fcntl:
                 fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.is_locked = True
         except BlockingIOError as error:
             super().close()
             raise CacheBusy(f"{path} is being written by another process: wait for it.") from error
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            warnings.warn(
+                f"the file system of {path.parent} has no locks ({error.strerror}): make sure that no two processes "
+                "write the same file there.",
+                stacklevel=2,
+            )
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
@@ -147,11 +159,25 @@ def replace_text(path: Path, text: str, remedy: str = MAKE_ROOM) -> None:
         file.write(text.encode())
 
 
+def require_unlocked(path: Path) -> None:
+    """Raise CacheBusy if another process has locked a file for writing; those that read it do not matter."""
+    if not fcntl:
+        return
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CacheBusy(f"{path} is being written by another process: wait for it.") from error
+        except OSError:  # a file system without locks
+            pass
+
+
 def remove_abandoned(path: Path) -> None:
     """Remove the unlocked temporary files of ``path``, whose writers were killed."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
-        with suppress(CacheBusy, OSError), LockedFile(part, "r+"):
-            part.unlink()
+        with suppress(CacheBusy, OSError), LockedFile(part, "r+") as file:
+            if file.is_locked:
+                part.unlink()
 
 
 def _put_in_place(temporary: Path, path: Path, exclusive: bool) -> None:

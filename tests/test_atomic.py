@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ood_scores.atomic import LockedFile, is_marked, replacing
+from ood_scores.atomic import LockedFile, is_marked, replacing, require_unlocked
 from ood_scores.errors import CacheBusy, CacheWriteFailed
 
 
@@ -75,6 +75,27 @@ def test_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     with LockedFile(tmp_path / ".a.bin.89abcdef.part", "r+"), replacing(tmp_path / "a.bin"):
         pass
     assert sorted(files(tmp_path)) == [".a.bin.89abcdef.part", ".b.bin.01234567.part", "a.bin"]
+
+
+def test_file_systems_without_locks_are_named_and_their_hidden_files_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    (tmp_path / ".a.bin.01234567.part").write_bytes(b"")  # of another process, which may still write it
+    monkeypatch.setattr("ood_scores.atomic.fcntl.flock", refuse)
+    message = r"has no locks \(No locks available\): make sure that no two"
+    with pytest.warns(UserWarning, match=message), replacing(tmp_path / "a.bin") as file:
+        file.write(b"first")
+    require_unlocked(tmp_path / "a.bin")
+    assert files(tmp_path) == {".a.bin.01234567.part": b"", "a.bin": b"first"}
+
+
+def test_only_writers_lock(tmp_path: Path) -> None:
+    with LockedFile(tmp_path / "a", "x"), pytest.raises(CacheBusy, match="being written by another process"):
+        require_unlocked(tmp_path / "a")
+    require_unlocked(tmp_path / "a")
 
 
 def test_marks(tmp_path: Path) -> None:

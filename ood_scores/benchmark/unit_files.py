@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ood_scores.atomic import replacing
+from ood_scores.errors import OodScoresError
+from ood_scores.features.storage.reading import open_to_read
 
 FOLDER = "scores"
 """Folder of the files in the folder of a run."""
 FORMAT = "ood_scores benchmark"
 ARRAYS = ("scores", "labels", "predictions", "rows", "origins")
-UNUSABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError)
-"""Errors that h5py and json raise for damaged files."""
 T = TypeVar("T")
 
 
@@ -127,7 +127,7 @@ def write(path: Path, digest: str, found: Found) -> dict[str, Any]:
 def read(path: Path, digest: str | None = None) -> dict[str, Any] | None:
     """Verify all checksums of a file and return its facts; None if it is damaged or has another digest."""
     try:
-        with h5py.File(path, "r") as h5:
+        with open_to_read(path) as h5:
             if h5.attrs["format"] != FORMAT or digest not in (None, h5.attrs["digest"]):
                 return None
             facts = json.loads(h5["facts"][()].tobytes())
@@ -135,7 +135,7 @@ def read(path: Path, digest: str | None = None) -> dict[str, Any] | None:
                 for name in ARRAYS:
                     h5[f"sets/{number}/{name}"][()]
             return facts
-    except UNUSABLE:
+    except (OodScoresError, FileNotFoundError):
         return None
 
 
@@ -145,7 +145,7 @@ def scored(path: Path, facts: Mapping[str, Any]) -> Scored:
     rows = {label: row for row, label in enumerate(facts["scorers"])}
 
     def array(name: str, what: str, row: Any = ()) -> Tensor:
-        with h5py.File(path, "r") as h5:
+        with open_to_read(path) as h5:
             return torch.from_numpy(h5[f"sets/{numbers[name]}/{what}"][row])
 
     def origins(name: str) -> list[str]:

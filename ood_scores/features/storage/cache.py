@@ -28,6 +28,7 @@ from ood_scores.atomic import (
     is_marked,
     remove_abandoned,
     replacing,
+    require_unlocked,
 )
 from ood_scores.errors import (
     BadInput,
@@ -126,6 +127,7 @@ def check_replaceable(path: Path) -> None:
         return
     try:
         with open_to_read(path) as h5:
+            require_unlocked(path)  # HDF5 itself does not check this if HDF5_USE_FILE_LOCKING is FALSE
             if h5.attrs.get("format") == FORMAT and int(h5.attrs["version"]) <= VERSION:
                 return
     except DamagedCache:
@@ -177,6 +179,8 @@ class CacheWriter:
         with replacing(path, how_to_resume(0), exclusive=not replace, keep_open=True) as file:
             _lay_out(file, path, columns, rows, head, identifying(provenance))
             writer = cls(file, path)
+            if replace:
+                check_replaceable(path)  # another process may have begun to write it since the last check
         return writer
 
     @classmethod

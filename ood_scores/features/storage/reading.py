@@ -11,7 +11,7 @@ from typing import Any
 
 import h5py
 
-from ood_scores.atomic import user_path
+from ood_scores.atomic import NO_LOCKS, user_path
 from ood_scores.errors import CacheBusy, DamagedCache, ForeignFile, OodScoresError
 from ood_scores.features.storage.structure import check_structure, objects
 
@@ -67,11 +67,20 @@ def _open(path: Path) -> h5py.File:
     if not path.is_file() or not _has_hdf5_signature(path):
         raise ForeignFile(f"{path} is not an HDF5 file.")
     try:
-        return h5py.File(path, "r")
+        return _with_or_without_lock(path)
     except BlockingIOError as error:
         raise CacheBusy(f"{path} is being written by another process and is not finished: wait for it.") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise _damaged(path, error) from error
+
+
+def _with_or_without_lock(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return h5py.File(path, "r", locking=False)
 
 
 @contextmanager
