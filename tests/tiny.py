@@ -20,7 +20,13 @@ default_cfgs = generate_default_cfgs({"tiny_net": _CFG, "tiny_plain": _CFG})
 
 class TinyNet(PooledClassifier):
     def __init__(
-        self, num_classes: int = 10, in_chans: int = 3, norm: bool = True, l2_head: bool = False, drop: float = 0.0
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        norm: bool = True,
+        l2_head: bool = False,
+        drop: float = 0.0,
+        norm_pooled: bool = False,
     ) -> None:
         super().__init__(in_chans, num_features=16)
         self.l2_head = l2_head
@@ -29,6 +35,7 @@ class TinyNet(PooledClassifier):
         self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=not norm)
         self.bn2 = nn.BatchNorm2d(16) if norm else nn.Identity()
         self.drop = nn.Dropout(drop)
+        self.norm_pooled = nn.BatchNorm1d(16) if norm_pooled else nn.Identity()
         self.reset_classifier(num_classes)
 
     def make_head(self, num_classes: int) -> nn.Linear:
@@ -36,6 +43,10 @@ class TinyNet(PooledClassifier):
 
     def forward_features(self, images: Tensor) -> Tensor:
         return self.drop(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images)))))))
+
+    def forward_head(self, feature_map: Tensor, pre_logits: bool = False) -> Tensor:
+        features = self.norm_pooled(feature_map.mean(dim=(2, 3)))
+        return features if pre_logits else self.get_classifier()(features)
 
 
 @register_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib
+import importlib.util
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +27,6 @@ class Log:
         show: Whether to show a progress bar, or a line per epoch without a terminal.
         tensorboard: Whether to write TensorBoard logs.
         silent: Whether to do nothing, for all processes but the first.
-
-    Raises:
-        BadInput: if TensorBoard is requested and not installed.
     """
 
     def __init__(
@@ -83,14 +80,18 @@ def write_log(folder: Path, history: list[dict[str, Any]]) -> None:
     replace_text(folder / LOG, text.getvalue(), CONTINUE)
 
 
-def _writer(folder: Path, epoch: int) -> Any:
-    try:
-        module = importlib.import_module("torch.utils.tensorboard")
-    except ImportError as error:
+def require_tensorboard() -> None:
+    """Raise BadInput if TensorBoard is not installed, without importing it."""
+    if importlib.util.find_spec("tensorboard") is None:
         raise BadInput(
             f"TensorBoard is not installed: pip install tensorboard, or set tensorboard = false; {LOG} is enough."
-        ) from error
-    return module.SummaryWriter(str(folder), purge_step=epoch + 1)
+        )
+
+
+def _writer(folder: Path, epoch: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=epoch + 1)  # type: ignore[no-untyped-call]
 
 
 def _title(epoch: int) -> str:

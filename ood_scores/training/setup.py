@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from ood_scores.training.augment import Augmentation, augmentation, random_resiz
 from ood_scores.training.distributed import Processes
 from ood_scores.training.objectives import Objective, create_objective, objective_class
 from ood_scores.training.recipe import ModelTable, Recipe, Stage
-from ood_scores.training.step import leaves_some_unread
+from ood_scores.training.step import leaves_some_unread, pre_logits
 from ood_scores.training.streams import Images, OpenedImages, make_images, validation_split
 
 TRAINING_IMAGES = "train"
@@ -125,7 +126,8 @@ def prepare(recipe: Recipe, who: Processes) -> Prepared:
         UnknownName: if a model, objective, augmentation or dataset does not exist.
         MissingInput: if an objective needs OoD images, and there is no ``[auxiliary]``.
         BadInput: if parts of the recipe do not fit each other, or the data cannot be read.
-        BadLabels: if training images have no labels, classes have no images, or labels exceed the model's classes.
+        BadLabels: if training images have no labels, labels exceed the model's classes, or classes have no images and
+            the recipe does not set their number.
         CheckpointError: if the initial weights are missing or those of another architecture.
     """
     for stage in recipe.stages:
@@ -134,14 +136,14 @@ def prepare(recipe: Recipe, who: Processes) -> Prepared:
     train, validation = _training_rows(recipe)
     test = None if recipe.data.test is None else _labelled(open_dataset(recipe.data.test))
     auxiliary = _auxiliary_rows(recipe, train)
-    counts = np.bincount(train.labels)
-    arguments = {"num_classes": len(counts), **recipe.model.arguments}
+    arguments = {"num_classes": int(train.labels.max()) + 1, **recipe.model.arguments}
     model = make_model(recipe.model, arguments, recipe.seed)
-    _check_classes(recipe.data.train, counts, linear_classifier(model).out_features)
+    counts = _class_counts(recipe, train.labels, linear_classifier(model).out_features)
     if test is not None:
         _check_known(recipe.data.test or "", test.labels, len(counts))
     for stage in recipe.stages:
-        _check_stage(recipe, stage, model, counts.tolist())
+        objective = _checked_objective(recipe, stage, model, counts.tolist())
+        _check_smallest_batch(stage, objective, model, len(train.rows), who.count)
     to_input = input_of(model).to(who.device)
     augment = augmentation(recipe.data.augmentation, to_input.channels)
     aux_name = (recipe.auxiliary and recipe.auxiliary.augmentation) or recipe.data.augmentation
@@ -166,13 +168,48 @@ def prepare(recipe: Recipe, who: Processes) -> Prepared:
     )
 
 
-def _check_stage(recipe: Recipe, stage: Stage, model: nn.Module, class_counts: list[int]) -> None:
+def _checked_objective(recipe: Recipe, stage: Stage, model: nn.Module, class_counts: list[int]) -> Objective:
     objective = _tried_objective(stage, model, class_counts)
     if objective.auxiliary and recipe.auxiliary is None:
         raise MissingInput(
             f"objective {objective.name!r} needs OoD images in each step: add [auxiliary] with data = … to the recipe."
         )
     trainable_parameters(model, stage.trainable)
+    return objective
+
+
+def _check_smallest_batch(stage: Stage, objective: Objective, model: nn.Module, images: int, processes: int) -> None:
+    """Refuse a step in which a BatchNorm of the model would see one value per channel."""
+    rest = 0 if stage.drop_last else images % stage.batch_size
+    smallest = rest if rest >= processes else stage.batch_size
+    several = objective.auxiliary or smallest // processes * objective.views > 1
+    if several or not _normalizes_single_values(model):
+        return
+    where = (
+        f"{images} training images leave a last batch of {rest}" if smallest == rest else f"batch_size is {smallest}"
+    )
+    raise BadInput(
+        f"{where}, so that a process sees 1 image, and {type(model).__name__} has a BatchNorm that needs at least 2: "
+        f"{'set drop_last = true, or ' if smallest == rest else ''}choose another batch_size."
+    )
+
+
+def _normalizes_single_values(model: nn.Module) -> bool:
+    """Whether a BatchNorm of the model sees one value per channel of an image."""
+    found: list[bool] = []
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].numel() == inputs[0].shape[1]))
+        for norm in batchnorms(model)
+    ]
+    training = model.training
+    try:
+        with torch.no_grad():
+            pre_logits(model.eval(), torch.zeros(1, *resolve_model_data_config(model)["input_size"]))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return any(found)
 
 
 def _open_images(to_input: ToInput, device: torch.device, workers: int, rows: Rows, crop: bool = False) -> Images:
@@ -321,17 +358,20 @@ def _labelled(dataset: ImageDataset) -> Rows:
     return Rows(dataset, np.arange(len(dataset)), labels.astype(np.int64))
 
 
-def _check_classes(name: str, counts: np.ndarray, outputs: int) -> None:
+def _class_counts(recipe: Recipe, labels: np.ndarray, outputs: int) -> np.ndarray:
+    """Return the number of training images of each class; 0 is an error unless the recipe sets the classes."""
+    name, counts = recipe.data.train, np.bincount(labels, minlength=outputs)
     if len(counts) > outputs:
         raise BadLabels(
             f"{name} has labels up to {len(counts) - 1}, but num_classes of [model] is {outputs}: raise num_classes."
         )
-    empty = [*np.flatnonzero(counts == 0).tolist(), *range(len(counts), outputs)]
-    if empty:
-        raise BadLabels(
-            f"{name} has no training images of {len(empty)} of {outputs} classes, such as class {empty[0]}: number the "
-            "classes without gaps, or set num_classes of [model]."
-        )
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        lacking = f"{name} has no training images of {len(empty)} of {outputs} classes, such as class {empty[0]}"
+        if "num_classes" not in recipe.model.arguments:
+            raise BadLabels(f"{lacking}: number the classes without gaps, or set num_classes of [model].")
+        warnings.warn(f"{lacking}: the network learns never to predict them.", stacklevel=4)
+    return counts
 
 
 def _check_known(name: str, labels: np.ndarray, classes: int) -> None:

@@ -18,7 +18,7 @@ from ood_scores.models.networks.classifier import linear_classifier
 from ood_scores.terminal import SafeConsole
 from ood_scores.training.augment import Augmentation, seed_of
 from ood_scores.training.distributed import Processes, processes
-from ood_scores.training.log import Log, write_log
+from ood_scores.training.log import Log, require_tensorboard, write_log
 from ood_scores.training.recipe import Recipe, Stage
 from ood_scores.training.recipe_file import load_recipe
 from ood_scores.training.setup import Prepared, make_objective, prepare, trainable_parameters
@@ -97,6 +97,8 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = Path("runs") / recipe.name if out is None else user_path(out)
+    if recipe.tensorboard:
+        require_tensorboard()
     with processes(device) as who, locked(folder) if who.first else nullcontext():
         state = who.broadcast(find_state(folder, recipe) if who.first and not overwrite else None)
         with SafeConsole(stderr=True, quiet=not (progress and who.first)).status("reading the images …"):

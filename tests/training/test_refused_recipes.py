@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from training_runs import OOD, imbalanced, run
+from training_runs import OOD, imbalanced, run, weights
 
 from ood_scores.errors import (
     BadInput,
@@ -33,7 +34,6 @@ from ood_scores.errors import (
         ({"model": {"pretrained": True}}, BadInput, "'pretrained' is not an argument of the network 'tiny_net'"),
         ({"model": {"cache_dir": "x"}}, BadInput, "'cache_dir' is not an argument of the network 'tiny_net'"),
         ({"model": {"num_classes": 3}}, BadLabels, "labels up to 6, but num_classes of \\[model\\] is 3"),
-        ({"model": {"num_classes": 9}}, BadLabels, "no training images of 2 of 9 classes, such as class 7"),
         ({"model": {"name": "resnetv2_50x1_bit"}}, HeadNotFound, "not an nn.Linear"),
         ({"data": {"train": "npz:nowhere.npz"}}, BadInput, "there is no nowhere.npz"),
         ({"data": {"train": "torchvision:CIFAR10?split=train&root=nowhere"}}, BadInput, "add download=true"),
@@ -44,17 +44,62 @@ from ood_scores.errors import (
         ({"data": {"augmentation": "rna"}, "model": {"in_chans": 1}}, BadInput, "needs color images"),
         ({"batch_size": 5000, "drop_last": True}, BadInput, "do not fill a batch of 5000"),
         ({"trainable": ["nothing"]}, BadInput, "no parameter matches 'nothing'"),
-        ({"tensorboard": True}, BadInput, "pip install tensorboard"),
     ],
 )
 def test_invalid_recipe_is_refused_before_training(
     tmp_path: Path, changes: dict[str, Any], error: type[OodScoresError], words: str
 ) -> None:
-    if "tensorboard" in changes:
-        pytest.MonkeyPatch().setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(error, match=words):
         run(tmp_path, **changes)
     assert not list(tmp_path.glob("*.*safetensors"))
+
+
+def test_missing_tensorboard_is_noticed_before_the_images_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *at: None if name == "tensorboard" else find(name, *at)
+    )
+    with pytest.raises(BadInput, match="pip install tensorboard"):
+        run(tmp_path, tensorboard=True, data={"train": "npz:nowhere.npz"})
+
+
+def test_classes_without_training_images_are_allowed_if_the_recipe_sets_their_number(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no training images of 2 of 9 classes, such as class 7"):
+        result = run(tmp_path / "a", model={"num_classes": 9})
+    assert weights(result.checkpoint)["fc.weight"].shape == (9, 16)
+    for objective in ("logit_adjustment", "pascl"):
+        with pytest.warns(match="2 of 9"), pytest.raises(BadInput, match="choose an objective without a class prior"):
+            run(
+                tmp_path / "b",
+                model={"num_classes": 9},
+                auxiliary={"data": "digits?classes=7-9"},
+                objective={"name": objective},
+            )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 64}, "65 training images leave a last batch of 1, .*TinyNet .*drop_last = true, or choose"),
+        ({"batch_size": 1}, "batch_size is 1, .*at least 2: choose another batch_size"),
+    ],
+)
+def test_step_with_one_image_is_refused_if_batchnorm_would_see_one_value(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    sixty_five = {"epochs": 1, "data": {"train": "digits?classes=0-6&take=65"}} | changes
+    with pytest.raises(BadInput, match=words):
+        run(tmp_path, model={"norm_pooled": True}, **sixty_five)
+    if changes["batch_size"] == 64:
+        assert run(tmp_path / "dropped", model={"norm_pooled": True}, drop_last=True, **sixty_five).history
+        assert run(tmp_path / "maps", **sixty_five).history
+
+
+def test_step_with_one_image_and_ood_images_is_accepted(tmp_path: Path) -> None:
+    tables = {"epochs": 1, "data": {"train": "digits?classes=0-6&take=65"}, "model": {"norm_pooled": True}}
+    assert run(tmp_path, objective={"name": "oe"}, auxiliary=OOD, **tables).history
 
 
 def test_each_class_needs_at_least_one_training_image(tmp_path: Path) -> None:

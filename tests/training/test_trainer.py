@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +293,9 @@ def test_tensorboard_log_contains_the_history(tmp_path: Path, monkeypatch: pytes
 
     module = type(nn)("torch.utils.tensorboard")
     module.SummaryWriter = Writer  # type: ignore[attr-defined]
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", module)
+    module.__spec__ = ModuleSpec("tensorboard", None)
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, module)
     result = run(tmp_path, tensorboard=True)
     assert ("loss", result.history[1]["loss"], 2) in written
     assert {name for name, _, _ in written} == {"loss", "accuracy", "feature_norm", "lr", "closed"}

@@ -21,8 +21,8 @@ def checked_counts(counts: Sequence[int] | Tensor, smallest: int = 1) -> Tensor:
         raise BadInput(f"class counts are {found.dtype} of shape {tuple(found.shape)}: pass one integer per class.")
     if found.min() < smallest or found.sum() == 0:
         raise BadInput(
-            f"class {int(found.argmin())} has {int(found.min())} samples: a class prior needs at least {smallest} of "
-            "each class, and at least one overall."
+            f"class {int(found.argmin())} has {int(found.min())} samples, but a class prior needs at least {smallest} "
+            "of each class, and one overall: add samples, or choose an objective without a class prior."
         )
     return found.to(torch.int64)
 
