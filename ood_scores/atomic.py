@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ood_scores.errors import CacheBusy, CacheWriteFailed
+from ood_scores.errors import BadInput, CacheBusy, CacheWriteFailed
 
 try:
     import fcntl
@@ -95,7 +95,13 @@ class LockedFile(io.FileIO):
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path whose leading ``~`` is replaced by the user's folder; other paths are unchanged."""
+    """Return a path whose leading ``~`` is replaced by the user's folder; other paths are unchanged.
+
+    Raises:
+        BadInput: if it is not a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise BadInput(f"expected a path, got {type(path).__name__}.")
     return Path(os.path.expanduser(path))
 
 

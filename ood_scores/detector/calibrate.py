@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from os import PathLike
 from typing import Any
 
 import torch
@@ -19,15 +20,15 @@ from ood_scores.errors import BadInput, NotFitted
 from ood_scores.evaluation.accuracy import label_warnings
 from ood_scores.extraction import extract
 from ood_scores.extraction.forward import Forward
-from ood_scores.extraction.options import ExtractionOptions, takes_options
-from ood_scores.features import FeatureSet
+from ood_scores.extraction.options import ExtractionOptions, options_from, takes_options
+from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.features.statistics.row_hashes import shared_rows
 from ood_scores.models.running import unwrapped, weights_sha256
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer, as_scorer
 from ood_scores.scorers.requirements import probes_for
 
-Data = FeatureSet | Iterable[Any]
+Data = OneSet | Iterable[Any]
 
 
 @takes_options
@@ -55,9 +56,9 @@ def calibrate(
     Args:
         scorer: a registered name, or a Scorer, which is copied. A scorer that is already fitted needs no ``fit``.
         model: the classifier. It is moved to ``device`` and stays there.
-        fit: the ID data on which the scorer is fitted, usually the training set: a feature set, or a loader, which is
-            run through the model.
-        id: held-out ID data for the threshold, a feature set or a loader; neither ``fit`` nor the data that the model
+        fit: the ID data on which the scorer is fitted, usually the training set: a feature set or the path of its
+            cache, or a loader, which is run through the model.
+        id: held-out ID data for the threshold, given like ``fit``; neither ``fit`` nor the data that the model
             was trained on. A feature set without provenance is assumed to come from this model.
         keep: the share of ID images to keep, in (0, 1).
         delta: the share of calibration sets for which less may be kept; None for the guarantee in expectation.
@@ -79,6 +80,7 @@ def calibrate(
             of names is not the number of classes, or there are options but no loader.
         EmptyInput, NotFinite, HeadNotFound: as in ``extract`` and ``Scorer.score``.
     """
+    id, fit = _opened(id), None if fit is None else _opened(fit)
     ready = copy.deepcopy(as_scorer(scorer))
     names = [probe.name for probe in probes_for(ready.needs)]
     if not ready.is_fitted and fit is None:
@@ -86,12 +88,12 @@ def calibrate(
     model = unwrapped(model)
     weights = weights_sha256(model)
 
-    def as_set(data: Data, name: str, needs: Iterable[str]) -> FeatureSet:
+    def as_set(data: FeatureSet | Iterable[Any], name: str, needs: Iterable[str]) -> FeatureSet:
         """Return a feature set unchanged, if it comes from the model; run a loader through the model."""
         if isinstance(data, FeatureSet):
             require_weights(model, weights, data, name)
             return data
-        given = ExtractionOptions(**options)
+        given = options_from(options)
         known = [probe.name for probe in given.all_probes]
         missing = [probe for probe in probes_for(needs) if probe.name not in known]
         return extract(model, data, device=device, **options | {"probes": [*given.probes, *missing]})
@@ -127,6 +129,11 @@ def calibrate(
     )
     _warn_of_other_preprocessing(detector)
     return detector.to(device)
+
+
+def _opened(data: Data) -> FeatureSet | Iterable[Any]:
+    """Open the path of a cache; return other data as they are."""
+    return as_feature_set(data) if isinstance(data, (str, PathLike)) else data
 
 
 def _class_names(classes: Sequence[str] | Mapping[Any, Any], count: int) -> tuple[str, ...]:

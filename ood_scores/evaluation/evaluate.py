@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.evaluation import metrics
 from ood_scores.evaluation.accuracy import near_chance
-from ood_scores.features import Block, FeatureSet, as_feature_set
+from ood_scores.features import Block, FeatureSet, Sets, as_feature_set
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.scorers.base import Scorer, as_scorer, fit_all, require_same_weights, score_all
 from ood_scores.scorers.registry import create_scorer, list_scorers
@@ -21,7 +21,6 @@ from ood_scores.scorers.scorer_runs import ScorerRun, check_runs, fit_runs, scor
 if TYPE_CHECKING:
     import pandas as pd
 
-Sets = FeatureSet | Sequence[FeatureSet]
 Scorers = Literal["all"] | Sequence["str | Scorer"] | Mapping[str, "str | Scorer"]
 ALL = "all"
 
@@ -34,8 +33,8 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
     Args:
         scorers: Registered names or Scorer objects; or a mapping from display names to either, for a scorer with
             several settings. ``"all"`` is every registered scorer that can run on these sets.
-        id: ID test set. A list of feature sets of the same data is an ensemble; this also holds for ``ood`` and
-            ``fit``.
+        id: ID test set, or the path of its cache. A list of sets of the same data is an ensemble. Both also hold for
+            ``ood`` and ``fit``.
         ood: OoD sets by name.
         fit: ID set that scorers are fitted on, usually the training set. If None, scorers must be fitted already or
             need no fit.
@@ -163,7 +162,7 @@ def _check_same_model(id: FeatureSet, other: FeatureSet, name: str) -> None:
 def _named(scorers: Scorers) -> dict[str, Scorer]:
     if isinstance(scorers, str) and scorers == ALL:
         return {name: create_scorer(name) for name in list_scorers()}
-    if isinstance(scorers, (str, Scorer)):
+    if not isinstance(scorers, Iterable) or isinstance(scorers, (str, Scorer)):
         raise BadInput(
             "scorers must be a list or a mapping of names or Scorer objects: pass scorers=['energy', ...] or 'all'."
         )

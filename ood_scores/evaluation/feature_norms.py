@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, MissingInput, ShapeMismatch
 from ood_scores.evaluation.neural_collapse import finite_blocks
-from ood_scores.features import Block, FeatureSet
+from ood_scores.features import Block, FeatureSet, OneSet, Sets, as_feature_set
 from ood_scores.runtime import default_torch_state
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ HAAS_EDGES = (10.0, 20.0, 30.0)
 
 
 @default_torch_state()
-def norm_groups(epochs: Sequence[FeatureSet], edges: Sequence[float] = HAAS_EDGES) -> pd.DataFrame:
+def norm_groups(epochs: Sequence[OneSet], edges: Sequence[float] = HAAS_EDGES) -> pd.DataFrame:
     """Measure how much the features of each norm group change from one epoch to the next.
 
     Rows are grouped by the norm of their features in the last epoch. For group m with ``N_m`` rows, from epoch i-1 to
@@ -54,15 +54,16 @@ def norm_groups(epochs: Sequence[FeatureSet], edges: Sequence[float] = HAAS_EDGE
     """
     import pandas as pd
 
-    _check_epochs(epochs)
+    sets = [as_feature_set(epoch) for epoch in epochs]
+    _check_epochs(sets)
     bounds = [0.0, *map(float, edges), float("inf")]
     if any(low >= high for low, high in pairwise(bounds)):
         raise BadInput(
             f"edges must be positive and increasing, got {list(edges)}: pass norms such as {list(HAAS_EDGES)}."
         )
-    group = torch.bucketize(_norms(epochs[-1]), torch.tensor(bounds[1:-1], dtype=torch.float64), right=True)
+    group = torch.bucketize(_norms(sets[-1]), torch.tensor(bounds[1:-1], dtype=torch.float64), right=True)
     rows = torch.bincount(group, minlength=len(bounds) - 1)
-    sums = torch.stack([_moved(before, after, group, len(rows)) for before, after in pairwise(epochs)])
+    sums = torch.stack([_moved(before, after, group, len(rows)) for before, after in pairwise(sets)])
     change = (sums / rows).numpy()
     steps, groups = change.shape
     return pd.DataFrame(
@@ -79,7 +80,7 @@ def norm_groups(epochs: Sequence[FeatureSet], edges: Sequence[float] = HAAS_EDGE
 
 
 @default_torch_state()
-def norm_bins(feats: FeatureSet, bins: int = 125, *, scale: float = 1.0, labeled: bool = True) -> pd.DataFrame:
+def norm_bins(feats: Sets, bins: int = 125, *, scale: float = 1.0, labeled: bool = True) -> pd.DataFrame:
     """Compute the accuracy and the mean maximum softmax in bins of feature norms that hold equally many rows.
 
     Args:
@@ -105,6 +106,7 @@ def norm_bins(feats: FeatureSet, bins: int = 125, *, scale: float = 1.0, labeled
     """
     import pandas as pd
 
+    feats = as_feature_set(feats)
     _check_bins(feats, bins, scale)
     labels = feats.class_labels().cpu() if labeled else None
     rows = [_norm_and_confidence(block, scale) for block in finite_blocks(feats, "features", "logits")]

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch
 from ood_scores.evaluation.metrics import Scores, roc_counts
-from ood_scores.features import FeatureSet
+from ood_scores.features import FeatureSet, Sets, as_feature_set
 from ood_scores.registry import Registry
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.norms import ActivationRatio
@@ -51,7 +51,7 @@ class LongTailReport:
 
 @default_torch_state()
 def long_tail_report(
-    feats: FeatureSet,
+    feats: Sets,
     class_counts: Values,
     *,
     rule: GroupRule | None = None,
@@ -82,6 +82,7 @@ def long_tail_report(
     """
     import pandas as pd
 
+    feats = as_feature_set(feats)
     if not feats.has("logits"):
         raise MissingInput("accuracy and confidence need logits, and this feature set has none: extract them.")
     labels = feats.class_labels().cpu().numpy()

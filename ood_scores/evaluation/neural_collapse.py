@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput, BadLabels, MissingInput, ShapeMismatch
-from ood_scores.features import Block, FeatureSet
+from ood_scores.features import Block, FeatureSet, Sets, as_feature_set
 from ood_scores.features.statistics.collapse import (
     equiangularity,
     equinormality,
@@ -68,7 +68,7 @@ TITLES = {
 
 @default_torch_state()
 def neural_collapse(
-    feats: FeatureSet,
+    feats: Sets,
     *,
     normalize: bool = False,
     nc1_over_classes: bool = True,
@@ -117,6 +117,7 @@ def neural_collapse(
     """
     _known(nc3_norm, ("frobenius", "columns"))
     _known(nc4_against, ("prediction", "label"))
+    feats = as_feature_set(feats)
     weight = _weight(feats)
     counts, class_means, scatter = _moments(feats, ClassMoments(normalize=normalize))
     _require_rows(counts)
@@ -137,8 +138,8 @@ def neural_collapse(
 
 @default_torch_state()
 def singular_values(
-    feats: FeatureSet,
-    others: Mapping[str, FeatureSet] | None = None,
+    feats: Sets,
+    others: Mapping[str, Sets] | None = None,
     *,
     name: str = "train",
     center: bool = False,
@@ -172,10 +173,11 @@ def singular_values(
     """
     import pandas as pd
 
-    others = others or {}
-    if name in others:
+    feats = as_feature_set(feats)
+    more = {each: as_feature_set(other) for each, other in (others or {}).items()}
+    if name in more:
         raise BadInput(f"two sets are called {name!r}: pass another name= for the first set.")
-    for other_name, other in others.items():
+    for other_name, other in more.items():
         if other.num_features != feats.num_features:
             raise ShapeMismatch(
                 f"{other_name!r} has {other.num_features} features, {name!r} has {feats.num_features}: pass sets of "
@@ -184,9 +186,9 @@ def singular_values(
     mean = _moments(feats, GlobalMoments())[1][0]
     origin = mean if center else torch.zeros_like(mean)
     directions = torch.linalg.eigh(_gram(feats, origin)).eigenvectors.flip(1)
-    values = {each: _reach(_gram(of, origin), directions) for each, of in {name: feats, **others}.items()}
+    values = {each: _reach(_gram(of, origin), directions) for each, of in {name: feats, **more}.items()}
     if per_row:
-        values = {each: of / len(others.get(each, feats)) ** 0.5 for each, of in values.items()}
+        values = {each: of / len(more.get(each, feats)) ** 0.5 for each, of in values.items()}
     rank = np.arange(1, feats.num_features + 1)
     frames = [pd.DataFrame({"set": each, "rank": rank, "value": of.numpy()}) for each, of in values.items()]
     return pd.concat(frames, ignore_index=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ood_scores.errors import BadInput, EmptyInput
 from ood_scores.evaluation.evaluate import evaluate
-from ood_scores.features import FeatureSet
+from ood_scores.features import Sets
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.registry import create_scorer
 
@@ -20,9 +20,9 @@ def sweep(
     name: str,
     grid: Mapping[str, Sequence[Any]],
     *,
-    id: FeatureSet,
-    ood: Mapping[str, FeatureSet],
-    fit: FeatureSet | None = None,
+    id: Sets,
+    ood: Mapping[str, Sets],
+    fit: Sets | None = None,
 ) -> pd.DataFrame:
     """Measure how well a scorer separates ID from OoD rows for every combination of parameter values.
 
@@ -37,7 +37,7 @@ def sweep(
     Args:
         name: Name of a registered scorer.
         grid: Values to try for each parameter; other parameters keep their defaults.
-        id: ID validation set.
+        id: ID validation set, given as in ``evaluate``; this also holds for ``ood`` and ``fit``.
         ood: OoD validation sets by name.
         fit: ID set that the scorer is fitted on, usually the training set.
 

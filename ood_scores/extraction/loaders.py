@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,11 @@ class Batches:
         """
         if isinstance(loader, Dataset):
             raise BadInput("extract needs batches, got a dataset: pass DataLoader(dataset, batch_size=...).")
+        if not isinstance(loader, Iterable) or isinstance(loader, (str, PathLike)):
+            raise BadInput(
+                f"extract needs batches, got {type(loader).__name__}: pass DataLoader(dataset, batch_size=...); "
+                "ood_scores.data.sources.open_dataset opens a dataset such as 'folder:PATH'."
+            )
         rest = from_workers(loader)
         first: list[Any] = []
         rows = 0

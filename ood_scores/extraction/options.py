@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ood_scores.errors import BadInput
+from ood_scores.parameters import require_known
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,6 +83,8 @@ class ExtractionOptions:
             if choices and value not in (each.default, *choices):
                 allowed = [*(["None"] if each.default is None else []), *map(repr, choices)]
                 raise BadInput(f"{each.name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}.")
+        if not isinstance(self.layers, Iterable | None):
+            raise BadInput(f"layers must be 'stages' or a list of names of modules, got {self.layers!r}.")
         if self.all_probes and self.compile:
             raise BadInput(
                 "compile=True cannot be combined with layers or probes, whose hooks compiled code does not see."
@@ -107,6 +110,16 @@ class ExtractionOptions:
             head=provenance.head,
             probes=[probe_of(record) for record in provenance.probes if record.parameters["name"] in probes],
         )
+
+
+def options_from(given: Mapping[str, Any]) -> ExtractionOptions:
+    """Return the options with these values.
+
+    Raises:
+        UnknownName: if there is no such option; the message lists them.
+    """
+    require_known(ExtractionOptions, given, "an extraction", "option")
+    return ExtractionOptions(**given)
 
 
 def takes_options(function: F) -> F:

@@ -18,7 +18,7 @@ from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.one_pass import Target, Task, run, state_of
-from ood_scores.extraction.options import ExtractionOptions, takes_options
+from ood_scores.extraction.options import options_from, takes_options
 from ood_scores.extraction.probes.base import record_of
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import shards
@@ -82,7 +82,7 @@ def extract(
         WorkerDied: if another process of ``torchrun`` has ended.
         ForeignFile, DamagedCache, CacheBusy, CacheWriteFailed: see ``ood_scores.errors``.
     """
-    chosen = ExtractionOptions(**options)
+    chosen = options_from(options)
     model = unwrapped(model)
     ranks = Ranks.here()
     forward = Forward(model, chosen, choose_device(model, device, ranks.local))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
-from ood_scores.features.featureset import FeatureSet
+from ood_scores.features.featureset import FeatureSet, load
 from ood_scores.features.head import Head
 from ood_scores.features.storage import columns as col
 
+OneSet: TypeAlias = FeatureSet | str | os.PathLike[str]
+"""A feature set, or the path of a cache."""
 
-def ensemble(members: Sequence[FeatureSet]) -> FeatureSet:
+Sets: TypeAlias = OneSet | Sequence[OneSet]
+"""One set, or the sets of several models for the same data, which are an ensemble."""
+
+
+def ensemble(members: Sequence[OneSet]) -> FeatureSet:
     """Combine the sets of several models on the same data into the set of one model that averages their logits.
 
     The features are the concatenated features of the members. The head has their concatenated weights, divided by the
@@ -23,13 +31,19 @@ def ensemble(members: Sequence[FeatureSet]) -> FeatureSet:
     ``ensemble.entropy`` ``[N]`` is the mean entropy of the members. The scorer ``ensemble`` reads both. All columns are
     computed when they are read; members on disk stay there.
 
+    Args:
+        members: Feature sets, or paths of caches.
+
     Raises:
         EmptyInput: if there is no member.
         BadInput: if the members are not sets of the same data: their numbers of rows, labels, or names differ, or rows
             are in random order.
         ShapeMismatch: if the models have different numbers of classes.
     """
-    members = list(members)
+    return _combined([_member(member) for member in members])
+
+
+def _combined(members: Sequence[FeatureSet]) -> FeatureSet:
     _check_same_data(members)
     features = col.CombinedColumn(tuple(member.columns["features"] for member in members), _side_by_side)
     columns: dict[str, col.Column] = {}
@@ -48,17 +62,29 @@ def ensemble(members: Sequence[FeatureSet]) -> FeatureSet:
     return joint
 
 
-def as_feature_set(feats: FeatureSet | Sequence[FeatureSet]) -> FeatureSet:
-    """Return a feature set as it is, and a list of feature sets as an ensemble."""
-    return feats if isinstance(feats, FeatureSet) else ensemble(feats)
+def as_feature_set(feats: Sets) -> FeatureSet:
+    """Return a feature set as it is, open the path of a cache, and combine a list of either as an ensemble.
+
+    Raises:
+        BadInput: if it is something else; the message says how to create a feature set.
+    """
+    return ensemble(feats) if isinstance(feats, (list, tuple)) else _member(feats)  # type: ignore[arg-type]
+
+
+def _member(feats: OneSet) -> FeatureSet:
+    if isinstance(feats, (str, os.PathLike)):
+        return load(feats)
+    if not isinstance(feats, FeatureSet):
+        raise BadInput(
+            f"expected a feature set or the path of a cache, got {type(feats).__name__}: call extract(model, loader), "
+            "load(path), or FeatureSet(features, logits)."
+        )
+    return feats
 
 
 def _check_same_data(members: Sequence[FeatureSet]) -> None:
     if not members:
         raise EmptyInput("an ensemble needs at least one feature set.")
-    strangers = [type(member).__name__ for member in members if not isinstance(member, FeatureSet)]
-    if strangers:
-        raise BadInput(f"an ensemble must be a list of feature sets, got {strangers[0]}.")
     rows = {len(member) for member in members}
     names = {member.provenance.dataset for member in members if member.provenance}
     if len(rows) > 1 or len(names) > 1:

@@ -68,6 +68,13 @@ class FeatureSet:
         extras: Mapping[str, Any] | None = None,
         provenance: Provenance | None = None,
     ) -> None:
+        if features is None:
+            raise BadInput(
+                "features must be an array [rows, width], got None: to use logits alone, pass them as the features "
+                "too, FeatureSet(logits, logits)."
+            )
+        if not isinstance(extras, Mapping | None):
+            raise BadInput(f"extras must map names to arrays, got {type(extras).__name__}: pass {{'name': array}}.")
         given = {"features": features, "logits": logits, "labels": labels}
         for name in extras or {}:
             if not name or "/" in name or name.strip(".") == "":

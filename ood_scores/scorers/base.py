@@ -24,7 +24,7 @@ from ood_scores.errors import (
     OtherModel,
     ShapeMismatch,
 )
-from ood_scores.features import Block, FeatureSet, Provenance
+from ood_scores.features import Block, FeatureSet, Provenance, Sets, as_feature_set
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.row_hashes import ROW_HASHES, pending
@@ -84,11 +84,11 @@ class Scorer(ABC):
         """Return the scores ``[B]`` of each of several scorers with the same key; shared work is done once."""
         return [scorer.score_block(block) for scorer in scorers]
 
-    def fit(self, feats: FeatureSet, *, block_rows: int | None = None) -> Scorer:
+    def fit(self, feats: Sets, *, block_rows: int | None = None) -> Scorer:
         """Fit on in-distribution features, in blocks, and return the scorer itself.
 
         Args:
-            feats: the fit set, usually the training data.
+            feats: the fit set, usually the training data, or the path of its cache; a list of sets is an ensemble.
             block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
 
         Raises:
@@ -97,7 +97,7 @@ class Scorer(ABC):
             NotFinite: if the set holds NaN or infinite values.
             BadLabels: if the fit reads labels that are not class indices of the model.
         """
-        fit_all([self], feats, block_rows=block_rows)
+        fit_all([self], as_feature_set(feats), block_rows=block_rows)
         return self
 
     @property
@@ -105,11 +105,11 @@ class Scorer(ABC):
         """Whether the scorer can score; always true for a scorer that needs no fit."""
         return not self.fit_needs or self.fitted_widths is not None
 
-    def score(self, feats: FeatureSet, *, block_rows: int | None = None) -> Tensor:
+    def score(self, feats: Sets, *, block_rows: int | None = None) -> Tensor:
         """Return a score for every row: float64 ``[N]`` on the CPU, higher = more in-distribution.
 
         Args:
-            feats: the set to score.
+            feats: the set to score, given as in ``fit``.
             block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
 
         Raises:
@@ -120,6 +120,7 @@ class Scorer(ABC):
             NotFinite: if the data that the scorer reads contain NaN or infinite values, or if a score is NaN.
             EmptyInput: if the set has no rows.
         """
+        feats = as_feature_set(feats)
         self.check_ready(feats)
         (scores,) = score_all([self], feats, block_rows=block_rows)
         return scores

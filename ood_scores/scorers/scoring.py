@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ood_scores.features import FeatureSet, as_feature_set
+from ood_scores.features import Sets, as_feature_set
 from ood_scores.features.statistics.row_hashes import shared_rows, warn_of_overlaps
 from ood_scores.scorers.base import Scorer, as_scorer, score_all
 
 
 def score(
     scorer: str | Scorer,
-    feats: FeatureSet | Sequence[FeatureSet],
-    fit: FeatureSet | Sequence[FeatureSet] | None = None,
+    feats: Sets,
+    fit: Sets | None = None,
     **params: Any,
 ) -> Tensor:
     """Score every row of a feature set; **higher = more in-distribution**.
 
     Args:
         scorer: a registered name (see ``list_scorers``) or a Scorer.
-        feats: the set to score; a list of sets of the same data is an ensemble (see ``ood_scores.ensemble``).
-        fit: the fit set, usually the training data, for scorers that need a fit; a list of sets is an ensemble.
+        feats: the set to score, or the path of its cache; a list of sets of the same data is an ensemble (see
+            ``ood_scores.ensemble``).
+        fit: the fit set, usually the training data, for scorers that need a fit; given like ``feats``.
         **params: parameters of the scorer, if it is given by name.
 
     Returns:

@@ -91,7 +91,7 @@ def require_tensorboard() -> None:
 def _writer(folder: Path, epoch: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=epoch + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=epoch + 1)
 
 
 def _title(epoch: int) -> str:

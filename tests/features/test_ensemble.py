@@ -94,7 +94,7 @@ PROVENANCE = Provenance(
     ("members", "error", "message"),
     [
         ([], EmptyInput, "at least one"),
-        ([MEMBERS[0], "val.h5"], BadInput, "list of feature sets, got str"),
+        (["nowhere.h5"], FileNotFoundError, "there is no file nowhere.h5"),
         ([MEMBERS[0], MEMBERS[1][:30]], BadInput, "sets of the same data, got a set .40., a set .30."),
         ([MEMBERS[0], member(1, labels=torch.zeros(ROWS, dtype=torch.int64))], BadInput, "different labels"),
         ([MEMBERS[0], member(1, logits=torch.zeros(ROWS, 4), head=None)], ShapeMismatch, "3, 4 classes"),

@@ -151,12 +151,14 @@ def as_probes(layers: Layers | None, probes: Iterable[str | Probe]) -> list[Prob
 
     Raises:
         UnknownName: if there is no probe of that name.
-        BadInput: if two probes have the same name.
+        BadInput: if a probe is neither, or two have the same name.
     """
     found = [PROBES["layers"](layers=layers)] if layers is not None else []  # type: ignore[call-arg]
     if isinstance(probes, (str, Probe)):
         raise BadInput(f"probes must be a list of names or Probe objects, got {probes!r}: write probes=['odin'].")
     for probe in probes:
+        if not isinstance(probe, (str, Probe)):
+            raise BadInput(f"a probe must be a name or a Probe object, got {probe!r}.")
         found.append(probe_from(probe) if isinstance(probe, str) else probe)
     names = [probe.name for probe in found]
     twice = [probe for probe in found if names.count(probe.name) > 1]
