@@ -61,8 +61,14 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UnknownName:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)``, or an empty text if no known name is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    as_written = {_plain(each): each for each in known}
+    close = difflib.get_close_matches(_plain(str(name)), as_written, n=1)
+    return f" (did you mean {as_written[close[0]]!r}?)" if close else ""
+
+
+def _plain(name: str) -> str:
+    """Return a name in lower case with one kind of separator."""
+    return name.casefold().replace("-", "_").replace(" ", "_")
 
 
 def _qualified(entry: object) -> str:

@@ -97,7 +97,7 @@ def _read(path: Path, table: Table, what: str, seen: tuple[Path, ...]) -> tuple[
     if path.resolve() in seen:
         raise BadInput(f"{path} extends itself, through {' and '.join(str(other) for other in seen)}.")
     try:
-        source = Source(str(path), f"a {what}", path.read_text(encoding="utf-8"))
+        source = Source(str(path), f"a {what}", path.read_text(encoding="utf-8-sig"))
         raw = tomllib.loads(source.text)
     except FileNotFoundError as error:
         raise BadInput(f"there is no {what} {path}.") from error

@@ -63,6 +63,9 @@ def test_name_belongs_to_one_class(animals: Registry[Any]) -> None:
 def test_closest_name() -> None:
     assert did_you_mean("enrgy", ["energy", "msp"]) == " (did you mean 'energy'?)"
     assert did_you_mean("zzz", ["energy", "msp"]) == ""
+    assert did_you_mean("MSP", ["energy", "msp"]) == " (did you mean 'msp'?)"
+    assert did_you_mean("grad-norm", ["CIFAR10", "gradnorm"]) == " (did you mean 'gradnorm'?)"
+    assert did_you_mean("cifar-10", ["CIFAR10", "gradnorm"]) == " (did you mean 'CIFAR10'?)"
     assert str(unknown("x has no", "y", [])) == "x has no 'y': there are none."
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ood_scores.detector import Detector
 
 CACHES = (".h5", ".hdf5")
+"""Suffixes of caches that do not exist; others are recognized by their content."""
 
 
 @options.takes_extraction_options
@@ -81,7 +82,6 @@ def calibrate(
         raise BadInput(f"there is a detector in {out}: pass --overwrite to replace it, or choose another --out.")
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
     ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))
-    names = user_path(classes).read_text(encoding="utf-8").split("\n") if classes else None
     network = load_model(model, checkpoint, num_classes)
     opened = _opener(preprocessing(network, **changes), batch_size, workers)
     detector = ood_scores.calibrate(
@@ -93,12 +93,21 @@ def calibrate(
         delta=delta,
         per_class=per_class,
         preprocessing=changes,
-        classes=[name.strip() for name in names if name.strip()] if names else None,
+        classes=_lines(user_path(classes)) if classes else None,
         device=device,
         **extraction,
     )
     detector.save(out, arguments=arguments_of(checkpoint, model) if checkpoint else None)
     _show(detector, out)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"cannot read {path} as a text file ({error}): save it as UTF-8.") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _opener(transform: Any, batch_size: int, workers: int) -> Callable[[str], Any]:
@@ -107,12 +116,11 @@ def _opener(transform: Any, batch_size: int, workers: int) -> Callable[[str], An
 
     import ood_scores
     from ood_scores.data.sources import open_dataset
+    from ood_scores.features.storage.reading import is_hdf5
 
     def opened(text: str) -> Any:
-        if Path(text).suffix in CACHES:
+        if Path(text).suffix in CACHES or is_hdf5(user_path(text)):
             return ood_scores.load(text)
-        if ":" not in text and Path(text).exists():
-            raise BadInput(f"{text} is not a cache: write folder:{text} for a folder of images.")
         return DataLoader(open_dataset(text, transform), batch_size, num_workers=workers)
 
     return opened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,16 @@ def numbers(text: str | None) -> list[float] | None:
 
 
 def named_caches(texts: Iterable[str]) -> dict[str, Path]:
-    """Return ``NAME=CACHE`` or ``CACHE`` texts as paths by name; the default name is the stem of the file."""
+    """Return ``NAME=CACHE`` or ``CACHE`` texts as paths by name; the default name is the stem of the file.
+
+    A text with a slash before ``=``, or that is a path as a whole, has no name.
+    """
     caches: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        cache = Path(path if equals else text)
-        name = name if equals else cache.stem
+        is_named = equals and os.sep not in name and not user_path(text).exists()
+        cache = Path(path if is_named else text)
+        name = name if is_named else cache.stem
         if name in caches:
             raise BadInput(f"two OoD sets are named {name!r}: write --ood NAME=CACHE.")
         caches[name] = cache

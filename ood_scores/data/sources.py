@@ -6,11 +6,11 @@ from os import PathLike
 from pathlib import Path
 
 import ood_scores.data.kinds  # noqa: F401  registers every kind
-from ood_scores.data.dataset_spec import expanded, parse
+from ood_scores.data.dataset_spec import expanded, located, parse
 from ood_scores.data.images import ImageDataset, Transform
-from ood_scores.data.kinds.base import DATASET_KINDS
+from ood_scores.data.kinds.base import DATASET_KINDS, DatasetKind
 from ood_scores.data.subsets import VIEWS, seen_through
-from ood_scores.errors import MissingData
+from ood_scores.errors import MissingData, UnknownName
 from ood_scores.registry import unknown
 
 
@@ -44,12 +44,12 @@ def open_dataset(
         EmptyInput: if there are no images.
     """
     name, target, options = parse(spec)
-    kind = DATASET_KINDS[name]
+    base = Path("" if root is None else root).expanduser()
+    kind = _kind(spec, base)
     known = [*kind.options, *VIEWS]
     for option in options:
         if option not in known:
             raise unknown(f"{name} has no option", option, known)
-    base = Path("" if root is None else root).expanduser()
     try:
         values = {option: expanded(value) for option, value in options.items()}
         own = {option: value for option, value in values.items() if option in kind.options}
@@ -59,6 +59,20 @@ def open_dataset(
     dataset = seen_through(dataset, values)
     dataset.transform = transform
     return dataset
+
+
+def _kind(spec: str, base: Path) -> DatasetKind:
+    """Return the kind of dataset that a text names; the error for a path without a kind suggests one."""
+    name = parse(spec).kind
+    if name not in DATASET_KINDS:
+        path = located(spec.partition("?")[0], base)
+        for suggested, kind in DATASET_KINDS.items():
+            if kind.suggested_for(path):
+                raise UnknownName(
+                    f"{spec!r} is a path without its kind (did you mean '{suggested}:{spec}'?): write KIND:PATH, where "
+                    f"KIND is one of {', '.join(sorted(DATASET_KINDS))}."
+                )
+    return DATASET_KINDS[name]
 
 
 def remedy(spec: str, root: str | PathLike[str] | None = None) -> str:

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -63,7 +64,8 @@ def extract(
         progress: whether to show a progress bar (on standard error).
         resume: whether to continue an interrupted extraction; False starts it again.
         overwrite: whether to replace an existing cache, whatever created it.
-        name: the dataset's name, part of the cache's identity; by default the dataset's own ``name`` or its class.
+        name: the dataset's name in tables; by default the dataset's own ``name`` or its class. An existing cache of the
+            same data is opened, or continued, under whatever name it was created.
         **options: how the model is run and what is computed: the fields of ``ExtractionOptions``, which are ``amp``,
             ``channels_last``, ``compile``, ``dtype``, ``head``, ``layers``, and ``probes``.
 
@@ -94,7 +96,7 @@ def extract(
     path = user_path(cache)
     state = state_of(path, provenance, resume, overwrite)
     if state and state.finished:
-        return load(path)
+        return _named(load(path), name)
     if ranks.count > 1:
         if state:
             raise UnfinishedCache(
@@ -102,11 +104,18 @@ def extract(
                 "or pass overwrite=True to extract again."
             )
         extract_shards(task, path, provenance, ranks, resume, overwrite)
-        return load(path)
+        return _named(load(path), name)
     if not (state or overwrite):
         shards.require_no_others(path)
     feats = run(task, Target(provenance, path, state=state, replace=overwrite or not resume))
     shards.remove(path)  # of the cache that was replaced
+    return _named(feats, name)
+
+
+def _named(feats: FeatureSet, name: str | None) -> FeatureSet:
+    """Give a set the requested name of its dataset, if there is one; its cache may have another."""
+    if name and feats.provenance:
+        feats.provenance = replace(feats.provenance, dataset=name)
     return feats
 
 

@@ -35,8 +35,9 @@ class Provenance:
     The *fingerprint* (weights, architecture, requested head, data, precision, probes) decides whether a cache may be
     used; the rest is information for the reader. ``data_sha256`` covers the first inputs exactly as the model saw them,
     and their labels, so that a changed resize, crop, or normalization is noticed; ``preprocessing`` describes the
-    transform, if it can be read. ``head``, ``amp``, ``channels_last``, ``compiled``, and ``dtype`` are the options of
-    ``extract``. ``shard`` names the rows of the dataset in a file that is one of several.
+    transform, if it can be read. ``dataset`` is the name under which the data were first extracted. ``head``, ``amp``,
+    ``channels_last``, ``compiled``, and ``dtype`` are the options of ``extract``. ``shard`` names the rows of the
+    dataset in a file that is one of several.
     """
 
     architecture: str
@@ -65,7 +66,6 @@ class Provenance:
         ("architecture", "architecture"),
         ("weights_sha256", "weights"),
         ("requested_head", "requested head"),
-        ("dataset", "dataset name"),
         ("dataset_rows", "number of rows"),
         ("labelled", "labels present"),
         ("shuffled", "random order"),

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 
 import ood_scores
 from ood_scores.cli import app
-from ood_scores.cli.parsing import parameters
+from ood_scores.cli.parsing import named_caches, parameters
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import OodScoresError
 from ood_scores.features import FeatureSet, Head
@@ -364,6 +364,18 @@ def test_evaluate_tables_fit_the_terminal(caches: dict[str, Path]) -> None:
 def test_evaluate_command_refuses_two_sets_with_one_name(caches: dict[str, Path]) -> None:
     words = ("--ood", caches["near"], "--ood", f"near={caches['far']}")
     assert "two OoD sets are named 'near'" in refused("evaluate", "--id", caches["id"], *words)
+
+
+def test_equals_sign_in_the_path_of_a_cache_starts_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a=b.h5").touch()
+    texts = ["runs/lr=0.1/val.h5", "svhn=runs/lr=0.1/svhn.h5", "a=b.h5", "c=d.h5"]
+    assert named_caches(texts) == {
+        "val": Path("runs/lr=0.1/val.h5"),
+        "svhn": Path("runs/lr=0.1/svhn.h5"),
+        "a=b": Path("a=b.h5"),
+        "c": Path("d.h5"),
+    }
 
 
 # ---- inspect

@@ -87,6 +87,18 @@ def test_calibrate_saves_the_detector_of_the_function(home: Path) -> None:
     assert same(Detector.load(home / "detector").predict(files), expected_detector(home).predict(files))
 
 
+def test_calibrate_reads_caches_and_lists_of_any_name(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "id.cache").write_bytes((home / "id.h5").read_bytes())
+    (tmp_path / "names.txt").write_text("\n".join(NAMES), encoding="utf-8-sig")
+    words = ("calibrate", "tiny_net", "--checkpoint", home / "weights.safetensors", "--id", tmp_path / "id.cache")
+    result = call(*words, "--classes", tmp_path / "names.txt", "--out", tmp_path / "detector")
+    assert result.exit_code == 0, result.output
+    assert Detector.load(tmp_path / "detector").classes == tuple(NAMES)
+    (tmp_path / "names.txt").write_text("\n".join(NAMES), encoding="utf-16")
+    message = refused(*words, "--classes", tmp_path / "names.txt", "--out", tmp_path / "other")
+    assert "save it as UTF-8" in " ".join(message.split())
+
+
 def test_calibrate_takes_the_options_of_extract(home: Path) -> None:
     words = ["calibrate", "tiny_net", "--checkpoint", home / "weights.safetensors", "--scorer", "odin"]
     options = ["--channels-last", "--dtype", "float16", "--probe", "odin:epsilon=0.1,std=(0.5,0.5,0.5)"]
@@ -234,7 +246,7 @@ def test_errors_are_one_line(home: Path) -> None:
     checkpoint = ("tiny_net", "--checkpoint", home / "weights.safetensors", "--out", home / "new")
     assert "pass fit=" in refused("calibrate", *checkpoint, "--id", home / "id.h5", "--scorer", "vim")
     assert "there is no scorer 'vin'" in refused("calibrate", *checkpoint, "--id", home / "id.h5", "--scorer", "vin")
-    assert "write folder:" in refused("calibrate", *checkpoint, "--id", home / "photos")
+    assert f"(did you mean 'folder:{home / 'photos'}'?)" in refused("calibrate", *checkpoint, "--id", home / "photos")
     assert "no.h5" in refused("calibrate", *checkpoint, "--id", home / "no.h5")
     assert not (home / "new").exists()
     words = ("calibrate", *checkpoint[:-1], home / "photos", "--id", home / "id.h5", "--scorer", "energy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,26 @@ def test_invalid_dataset_texts_are_refused() -> None:
     for spec in ["digits?classes", "digits?classes=", "digits?=3", "digits?classes=1&"]:
         with pytest.raises(BadInput, match=r"write \?name=value&name=value"):
             open_dataset(spec)
+
+
+def test_path_without_its_kind_is_suggested_with_it(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(three)
+    np.savez(three / "arrays.npz", images=np.zeros((2, 4, 4), dtype=np.uint8))
+    for text, suggested in {
+        "pictures": "folder:pictures",
+        "pictures?take=2": "folder:pictures?take=2",
+        str(three / "pictures"): f"folder:{three / 'pictures'}",
+        "list.txt": "imglist:list.txt",
+        "arrays.npz": "npz:arrays.npz",
+    }.items():
+        with pytest.raises(
+            UnknownName, match=re.escape(f"{text!r} is a path without its kind (did you mean {suggested!r}?)")
+        ):
+            open_dataset(text)
+    with pytest.raises(UnknownName, match=r"a path without its kind \(did you mean 'folder:pictures'\?\)"):
+        open_dataset("pictures", root=three)
+    with pytest.raises(UnknownName, match="there is no kind of dataset 'elsewhere'"):
+        open_dataset("elsewhere")
 
 
 def test_importing_the_package_imports_no_dataset_library() -> None:

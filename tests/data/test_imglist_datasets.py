@@ -37,6 +37,13 @@ def test_imglist_of_sc_ood(tmp_path: Path) -> None:
     assert [(corner(image), label) for image, label in items(dataset)] == [(RED, -1), (RED, 7), (RED, 2), (RED, 5)]
 
 
+def test_byte_order_mark_is_not_part_of_the_first_name(tmp_path: Path) -> None:
+    save(tmp_path / "b.png", BLUE)
+    (tmp_path / "list.txt").write_text("b.png 1\n", encoding="utf-8-sig")
+    image, label = open_dataset(f"imglist:{tmp_path}/list.txt")[0]
+    assert (corner(image), label) == (BLUE, 1)
+
+
 def test_imglist_errors(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     with pytest.raises(MissingData, match=f"there is no {path}"):

@@ -179,7 +179,6 @@ STALE = {
     "other data": (lambda: {"data": Data(seed=1)}, r"first inputs and labels"),
     "rows": (lambda: {"data": Data(rows=41)}, "number of rows: cache 40, now 41"),
     "dropped rows": (lambda: {"batch": 16, "drop_last": True}, "number of rows: cache 40, now 32"),
-    "name": (lambda: {"name": "other"}, "dataset name: cache data, now other"),
     "labels gone": (lambda: {"data": Data(labels=False)}, "labels present: cache True, now False"),
     "amp": (lambda: {"amp": "bf16"}, "autocast off, stored float32, now model float32, autocast bf16, stored float32"),
     "storage": (lambda: {"dtype": "float16"}, "stored float32, now .* stored float16"),
@@ -221,6 +220,21 @@ def test_changed_labels_are_detected(path: Path) -> None:
     data.labels[3] += 1
     with pytest.raises(StaleCache, match="first inputs and labels"):
         extract(path, data=data)
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+def test_cache_serves_the_same_data_under_another_name(path: Path, finished: bool) -> None:
+    if finished:
+        extract(path)
+    else:
+        interrupted(path)
+    renamed = extract(path, name="other")
+    assert renamed.provenance is not None
+    assert renamed.provenance.dataset == "other"
+    assert_same(renamed, extract(None))
+    kept = extract(path).provenance
+    assert kept is not None
+    assert kept.dataset == "data"
 
 
 def test_file_without_provenance_is_not_resumed(path: Path) -> None:

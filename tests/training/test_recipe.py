@@ -54,6 +54,12 @@ def refused(path: Path, *overrides: str, error: type[OodScoresError] = BadInput)
 # ---- reading
 
 
+def test_byte_order_mark_is_not_part_of_the_file(tmp_path: Path) -> None:
+    marked = tmp_path / "small.toml"
+    marked.write_text(SMALL, encoding="utf-8-sig")
+    assert load_recipe(marked) == load_recipe(toml(tmp_path))
+
+
 def test_recipe_file_overrides_defaults(tmp_path: Path) -> None:
     recipe = load_recipe(toml(tmp_path))
     assert recipe.name == "small"

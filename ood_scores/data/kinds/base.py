@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from ood_scores.data.images import ImageDataset
@@ -25,11 +26,13 @@ class DatasetKind:
         remedy: returns how to get the data that a text names, called as ``remedy(text, root)``; "" where nothing is
             known.
         offline: returns the text that opens the same dataset without network access, or None if there is none.
+        suggested_for: whether to suggest this kind for a path that was written without a kind.
     """
 
     open: Callable[..., ImageDataset]
     remedy: Callable[[str, Root], str]
     offline: Callable[[str], str | None]
+    suggested_for: Callable[[Path], bool]
 
     @property
     def options(self) -> list[str]:
@@ -44,11 +47,12 @@ def register_dataset_kind(
     name: str,
     remedy: Callable[[str, Root], str] = lambda text, root: "",
     offline: Callable[[str], str | None] = lambda text: text,
+    suggested_for: Callable[[Path], bool] = lambda path: False,
 ) -> Callable[[OpenT], OpenT]:
     """Register the decorated function as the one that opens datasets of a kind; see ``DatasetKind``."""
 
     def register(open: OpenT) -> OpenT:
-        DATASET_KINDS[name] = DatasetKind(open, remedy, offline)
+        DATASET_KINDS[name] = DatasetKind(open, remedy, offline, suggested_for)
         return open
 
     return register

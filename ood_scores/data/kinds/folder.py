@@ -12,7 +12,7 @@ from ood_scores.data.remedies import remedy_for_path
 from ood_scores.errors import BadInput, EmptyInput
 
 
-@register_dataset_kind("folder", remedy_for_path)
+@register_dataset_kind("folder", remedy_for_path, suggested_for=Path.is_dir)
 def open_folder(target: str, base: Path) -> ImageFiles:
     """Open ``folder:PATH``: images in one subfolder per class, or images without labels.
 

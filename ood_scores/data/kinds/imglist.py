@@ -13,7 +13,7 @@ from ood_scores.data.remedies import remedy_for_path
 from ood_scores.errors import BadInput, EmptyInput, MissingData
 
 
-@register_dataset_kind("imglist", remedy_for_path)
+@register_dataset_kind("imglist", remedy_for_path, suggested_for=lambda path: path.suffix == ".txt")
 def open_imglist(target: str, base: Path, *, root: str | None = None) -> ImageFiles:
     """Open ``imglist:PATH?root=DIR``: a text file of lines ``relative/path label``, such as those of OpenOOD.
 
@@ -51,6 +51,6 @@ def _file_and_label(line: str) -> tuple[str, int]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path} as a text file ({error}): save it as UTF-8.") from error

@@ -15,7 +15,7 @@ from ood_scores.data.remedies import remedy_for_path
 from ood_scores.errors import BadInput
 
 
-@register_dataset_kind("npz", remedy_for_path)
+@register_dataset_kind("npz", remedy_for_path, suggested_for=lambda path: path.suffix == ".npz")
 def open_npz(target: str, base: Path) -> ImageArrays:
     """Open ``npz:PATH``: a NumPy archive of uint8 ``images`` and optionally ``labels``.
 

@@ -62,7 +62,7 @@ def open_sheets(target: str, base: Path) -> ImageArrays:
 
 def _read_index(path: Path) -> Index:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise MissingData(f"there is no {path}") from error
     except (OSError, ValueError) as error:

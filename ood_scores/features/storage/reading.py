@@ -64,8 +64,8 @@ def opened(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
 def _open(path: Path) -> h5py.File:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
-    if not path.is_file() or not _has_hdf5_signature(path):
-        raise ForeignFile(f"{path} is not an HDF5 file.")
+    if not is_hdf5(path):
+        raise ForeignFile(f"{path} is not an HDF5 file: pass a cache that extract wrote.")
     try:
         return _with_or_without_lock(path)
     except BlockingIOError as error:
@@ -147,8 +147,10 @@ def _opened_shard(shard: Path) -> Iterator[h5py.File]:
         yield h5
 
 
-def _has_hdf5_signature(path: Path) -> bool:
-    """Look for the signature at the start, or after a user block whose size is a power of two from 512 (MATLAB)."""
+def is_hdf5(path: Path) -> bool:
+    """Return whether a file has the signature of HDF5: at the start, or after a user block of 512 · 2**n bytes."""
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         places = itertools.takewhile(lambda at: at < path.stat().st_size, (0, *(512 << n for n in range(20))))
         return any(file.seek(at) == at and file.read(8) == b"\x89HDF\r\n\x1a\n" for at in places)
