@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interrupted import Interrupted, InterruptedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,27 +60,6 @@ class Branching(Classifier):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.mean() > -100 else super().forward(-x)
-
-
-class Refusing(RuntimeError):
-    """The error that a loader raises midway."""
-
-
-class Stopping:
-    """A loader of known length that may stop midway."""
-
-    def __init__(self, stop: int | None = None) -> None:
-        self.dataset, self.batch_size, self.stop = TensorDataset(INPUTS, LABELS), 4, stop
-
-    def __len__(self) -> int:
-        return -(-ROWS // self.batch_size)
-
-    def __iter__(self) -> Iterator[Any]:
-        for number in range(len(self)):
-            if number == self.stop:
-                raise Refusing
-            rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            yield INPUTS[rows], LABELS[rows]
 
 
 def loader(batch: int = 5, inputs: Tensor = INPUTS) -> DataLoader:
@@ -296,7 +276,7 @@ def test_the_model_is_left_as_it_was(kind: type[Classifier], training: bool) -> 
     modes = [module.training for module in model.modules()]
     wanted = [values.requires_grad for values in model.parameters()]
     random = torch.get_rng_state()
-    extract("gradnorm", LayerGradients(noise=True), model=model, data=Stopping())
+    extract("gradnorm", LayerGradients(noise=True), model=model, data=InterruptedLoader(INPUTS, LABELS))
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in model.modules()] == modes
     assert [values.requires_grad for values in model.parameters()] == wanted
@@ -309,11 +289,11 @@ def test_the_model_is_left_as_it_was(kind: type[Classifier], training: bool) -> 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_interrupted_and_continued(stop: int, tmp_path: Path) -> None:
     probes = ("gradnorm", LayerGradients(noise=True))
-    whole = extract(*probes, data=Stopping(), cache=tmp_path / "whole.h5", name="data")
-    with pytest.raises(Refusing):
-        extract(*probes, data=Stopping(stop), cache=tmp_path / "parts.h5", name="data")
-    parts = extract(*probes, data=Stopping(), cache=tmp_path / "parts.h5", name="data")
-    memory = extract(*probes, data=Stopping())
+    whole = extract(*probes, data=InterruptedLoader(INPUTS, LABELS), cache=tmp_path / "whole.h5", name="data")
+    with pytest.raises(Interrupted):
+        extract(*probes, data=InterruptedLoader(INPUTS, LABELS, stop), cache=tmp_path / "parts.h5", name="data")
+    parts = extract(*probes, data=InterruptedLoader(INPUTS, LABELS), cache=tmp_path / "parts.h5", name="data")
+    memory = extract(*probes, data=InterruptedLoader(INPUTS, LABELS))
     for name, values in memory.extras.items():
         assert torch.equal(whole.extras[name], values)
         assert torch.equal(parts.extras[name], values)
@@ -327,7 +307,7 @@ def test_every_batch_has_its_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         return noise_like(inputs, seed)
 
     monkeypatch.setattr(gradients, "noise_like", noting)
-    extract(LayerGradients(noise=True, seed=5), data=Stopping())
+    extract(LayerGradients(noise=True, seed=5), data=InterruptedLoader(INPUTS, LABELS))
     assert seeds == [gradients.seed_of(5, start) for start in (0, 4, 8, 12)]
     assert len(set(seeds)) == 4
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interrupted import Interrupted, InterruptedLoader
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,27 +51,6 @@ class Functional(Classifier):
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.stage3(self.stage2(self.stage1(x))).mean((2, 3))
         return self.fc(functional.dropout(pooled, p=0.5, training=self.training))
-
-
-class Refusing(RuntimeError):
-    """The error that a loader raises midway."""
-
-
-class Stopping:
-    """A loader of known length that may stop midway."""
-
-    def __init__(self, stop: int | None = None) -> None:
-        self.dataset, self.batch_size, self.stop = TensorDataset(INPUTS, LABELS), 4, stop
-
-    def __len__(self) -> int:
-        return -(-ROWS // self.batch_size)
-
-    def __iter__(self) -> Iterator[Any]:
-        for number in range(len(self)):
-            if number == self.stop:
-                raise Refusing
-            rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            yield INPUTS[rows], LABELS[rows]
 
 
 def loader(batch: int = 4, inputs: Tensor = INPUTS) -> DataLoader:
@@ -310,7 +290,7 @@ def test_the_model_is_left_as_it_was(make: Callable[[], nn.Module], training: bo
     state = {name: values.clone() for name, values in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     random = torch.get_rng_state()
-    extract("rankfeat", "mc_dropout", model=model, data=Stopping())
+    extract("rankfeat", "mc_dropout", model=model, data=InterruptedLoader(INPUTS, LABELS))
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(values, state[name]) for name, values in model.state_dict().items())
@@ -320,12 +300,12 @@ def test_the_model_is_left_as_it_was(make: Callable[[], nn.Module], training: bo
 @pytest.mark.parametrize("stop", [1, 2])
 def test_interrupted_and_continued(stop: int, tmp_path: Path) -> None:
     probes = ("rankfeat", "mc_dropout")
-    whole = extract(*probes, data=Stopping(), cache=tmp_path / "whole.h5", name="data")
-    with pytest.raises(Refusing):
-        extract(*probes, data=Stopping(stop), cache=tmp_path / "parts.h5", name="data")
+    whole = extract(*probes, data=InterruptedLoader(INPUTS, LABELS), cache=tmp_path / "whole.h5", name="data")
+    with pytest.raises(Interrupted):
+        extract(*probes, data=InterruptedLoader(INPUTS, LABELS, stop), cache=tmp_path / "parts.h5", name="data")
     torch.rand(7)
-    parts = extract(*probes, data=Stopping(), cache=tmp_path / "parts.h5", name="data")
-    for name, values in extract(*probes, data=Stopping()).extras.items():
+    parts = extract(*probes, data=InterruptedLoader(INPUTS, LABELS), cache=tmp_path / "parts.h5", name="data")
+    for name, values in extract(*probes, data=InterruptedLoader(INPUTS, LABELS)).extras.items():
         assert torch.equal(whole.extras[name], values)
         assert torch.equal(parts.extras[name], values)
 
