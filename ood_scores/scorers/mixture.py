@@ -29,7 +29,8 @@ from ood_scores.scorers.numerics.cholesky import (
     packed_size,
     packed_squares,
     reserved,
-    solved_squares,
+    squares_about,
+    unpacked,
 )
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -44,8 +45,8 @@ class GMM(Scorer):
     """Log density of one full-covariance Gaussian for each class, ``logsumexp_c log N(z; mu_c, Sigma_c)``.
 
     Fits, in float64, class means and covariances (divided by ``n_c - 1``), each with the smallest jitter of ``JITTERS``
-    on its diagonal that makes it positive definite. A class with a single row gets the tied covariance, with a warning;
-    a class without rows is left out.
+    on its diagonal that makes it positive definite. All classes with a single row share the tied covariance, with a
+    warning; a class without rows is left out.
 
     Source: Mukhoti et al. 2021 (DDU); Haas et al. 2022 on L2-normalized features. DDU's code uses one jitter for all
     classes, from a ladder that starts at 2e-308, and accepts a factorization that succeeds only by rounding.
@@ -94,6 +95,8 @@ class GMM(Scorer):
     jitter_: Tensor = fitted()
     packed_: Tensor | None = fitted(None)
     ranks_: Tensor | None = fitted(None)
+    factors_: Tensor | None = fitted(None)
+    """The number of the factor of each class, int64 ``[C]``; in files of earlier versions, every class has its own."""
 
     def __post_init__(self) -> None:
         self.require_choices()
@@ -106,70 +109,79 @@ class GMM(Scorer):
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         moments = found[self.statistics()[0]]
         present = classes_present(moments.counts, self.name)
-        counts = moments.counts[present]
+        classes, counts = present.nonzero()[:, 0], moments.counts[present]
         if (counts == 1).any():
             warnings.warn(
                 f"gmm: {int((counts == 1).sum())} classes have a single fit row and get the tied covariance.",
                 stacklevel=5,
             )
         self.means_ = moments.means[present]
+        self.factors_, firsts = _factors(counts)
         fit = self._fit_dense if moments.class_scatter is not None else self._fit_packed
-        log_determinant = fit(moments, present.nonzero()[:, 0], feats)
+        log_determinant = fit(moments, classes[firsts], feats)[self.factors_]
         normalizer = -0.5 * (log_determinant + self.means_.shape[1] * math.log(2 * math.pi))
         self.log_weights_ = normalizer + ((counts.double() / counts.sum()).log() if self.prior == "empirical" else 0)
 
     def _fit_dense(self, moments: Moments, classes: Tensor, feats: FeatureSet) -> Tensor:
-        """Fit all covariances at once, and return the logarithms of their determinants, ``[C]``."""
+        """Fit the covariances of these classes at once, and return the logarithms of their determinants, ``[F]``."""
         assert moments.class_scatter is not None
         counts = moments.counts[classes]
         covariances = moments.class_scatter[classes].div_((counts - 1).clamp_min(1)[:, None, None])
-        covariances[counts == 1] = moments.scatter / counts.sum()
+        covariances[counts == 1] = moments.scatter / moments.counts.sum()
         self.cholesky_, self.jitter_ = cholesky_with_jitter(covariances)
         self.packed_ = self.ranks_ = None
         return 2 * self.cholesky_.diagonal(dim1=1, dim2=2).log().sum(dim=1)
 
     def _fit_packed(self, moments: Moments, classes: Tensor, feats: FeatureSet) -> Tensor:
-        """Fit some classes at a time, and return the same as ``_fit_dense``."""
-        counts, width = moments.counts[classes].cpu(), self.means_.shape[1]
+        """Fit some of these classes at a time, and return the same as ``_fit_dense``."""
+        counts, means = moments.counts[classes].cpu(), moments.means[classes]
+        width = means.shape[1]
         self.ranks_ = torch.where((counts > 1) & (counts <= LOW_RANK * width), counts, width)
         sizes = [packed_size(rank, width) for rank in self.ranks_.tolist()]
         small = 8 * sum(sizes) <= of.CLASS_SCATTER_BYTES
         folder = feats.file.parent if feats.file else None
         self.packed_ = torch.empty(sum(sizes), dtype=torch.float64) if small else reserved(sum(sizes), folder)
-        self.cholesky_ = self.means_.new_empty(0, width, width)
-        self.jitter_, log_determinant = self.means_.new_zeros(2, len(classes)).unbind()
+        self.cholesky_ = means.new_empty(0, width, width)
+        self.jitter_, log_determinant = means.new_zeros(2, len(classes)).unbind()
         places = self.packed_.split(sizes)
-        for number, found in self._classes_read(feats, classes):
+        own = counts > 1
+        for number, found in self._classes_read(feats, classes[own.to(classes.device)], means, self.ranks_.tolist()):
             count, rank = int(counts[number]), int(self.ranks_[number])
             if rank < width:
                 packed, jitter, log_determinant[number] = pack_rows(found.div_(math.sqrt(count - 1)), number)
             else:
-                covariance = found.div_(count - 1) if count > 1 else moments.scatter / counts.sum()
-                packed, jitter, log_determinant[number] = pack_covariance(covariance, number)
+                packed, jitter, log_determinant[number] = pack_covariance(found.div_(count - 1), number)
             places[number].copy_(packed)
             self.jitter_[number] = jitter
+        if not own.all():
+            tied = moments.scatter / moments.counts.sum()
+            packed, self.jitter_[-1], log_determinant[-1] = pack_covariance(tied, len(classes) - 1)
+            places[-1].copy_(packed)
         return log_determinant
 
-    def _classes_read(self, feats: FeatureSet, classes: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number of each class with its centered rows ``[n, D]`` if n is its rank, else its scatter ``[D,
-        D]``.
+    def _classes_read(
+        self, feats: FeatureSet, classes: Tensor, means: Tensor, ranks: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the place of each class in ``classes`` with its centered rows ``[n, D]`` if n is its rank, else its
+        scatter ``[D, D]``.
 
         Classes are ordered by their first rows. Only the rows between the first and the last one of the classes that
         are in memory together are read: of a sorted set, only theirs.
         """
-        assert self.ranks_ is not None
-        ranks, width = self.ranks_.tolist(), self.means_.shape[1]
-        numbers = torch.searchsorted(classes.cpu(), feats.class_labels().cpu())
-        first, last = _first_and_last(numbers)
+        width, labels = means.shape[1], feats.class_labels().cpu()
+        places = labels.new_full((int(labels.max()) + 1,), len(classes))
+        places[classes.cpu()] = torch.arange(len(classes))
+        numbers = places[labels]
+        first, last = (rows[: len(classes)] for rows in _first_and_last(numbers))
         for group in _groups(first.argsort().tolist(), ranks, of.CLASS_SCATTER_BYTES // (8 * width)):
-            found = {number: self.means_.new_zeros(ranks[number], width) for number in group}
+            found = {number: means.new_zeros(ranks[number], width) for number in group}
             filled = dict.fromkeys(group, 0)
             start, stop = int(first[group].min()), int(last[group].max()) + 1
             for block in feats[start:stop].blocks(only=(self.space,)):
                 values = block.space(self.space, self.normalize)
                 here = numbers[start + block.start : start + block.start + len(block)]
                 for number in found.keys() & set(here.tolist()):
-                    rows = values[(here == number).to(values.device)] - self.means_[number]
+                    rows = values[(here == number).to(values.device)] - means[number]
                     if ranks[number] == width:
                         found[number].addmm_(rows.T, rows)
                     else:
@@ -208,27 +220,40 @@ class GMM(Scorer):
             return self.log_weights_.to(values) - 0.5 * self._packed_distances(self.packed_, self.ranks_, values).T
         means, factors, inverses = (part.to(values.device) for part in (self.means_, self.cholesky_, self._inverses()))
         if torch.compiler.is_compiling():
+            if self.factors_ is not None:
+                factors, inverses = factors[self.factors_], inverses[self.factors_]
             columns = (values - means[:, None]).mT
             return self.log_weights_.to(values) - 0.5 * all_solved_squares(factors, inverses, columns).T
         distances = values.new_empty(len(means), len(values))
         for rows, found in zip(*(part.split(self._rows(), dim=-1) for part in (values.T, distances)), strict=True):
             columns = rows.contiguous()
-            for c, mean in enumerate(means):
-                found[c] = solved_squares(block_rows(factors[c], inverses[c]), columns - mean[:, None])
+            for number, members in enumerate(self._members()):
+                found[members] = squares_about(block_rows(factors[number], inverses[number]), columns, means[members])
         return self.log_weights_.to(values) - 0.5 * distances.T
 
     def _packed_distances(self, packed: Tensor, ranks: Tensor, values: Tensor) -> Tensor:
         """``(z - mu_c)^T Sigma_c^-1 (z - mu_c)``, ``[C, B]``; each factor is read once for all rows."""
         self.require(not torch.compiler.is_compiling(), "its covariances are too large for an exported graph")
-        width = values.shape[1]
+        width, means = values.shape[1], self.means_.to(values)
         pieces = [piece.contiguous() for piece in values.T.split(self._rows(), dim=1)]
         factors = packed.split([packed_size(rank, width) for rank in ranks.tolist()])
-        distances = values.new_empty(len(factors), len(values))
-        for c, (factor, mean) in enumerate(zip(factors, self.means_.to(values), strict=True)):
-            here, rank, jitter = factor.to(values.device), int(ranks[c]), float(self.jitter_[c])
-            found = [packed_squares(here, rank, jitter, piece - mean[:, None]) for piece in pieces]
-            distances[c] = torch.cat(found)
+        distances = values.new_empty(len(means), len(values))
+        for number, (factor, members) in enumerate(zip(factors, self._members(), strict=True)):
+            here, rank, jitter = factor.to(values.device), int(ranks[number]), float(self.jitter_[number])
+            if rank == width:
+                found = [squares_about(unpacked(here, width), piece, means[members]) for piece in pieces]
+            else:
+                found = [packed_squares(here, rank, jitter, piece - means[members].T)[None] for piece in pieces]
+            distances[members] = torch.cat(found, dim=1)
         return distances
+
+    def _members(self) -> list[list[int]]:
+        """The classes of each factor."""
+        numbers = range(len(self.means_)) if self.factors_ is None else self.factors_.tolist()
+        members: dict[int, list[int]] = {}
+        for c, number in enumerate(numbers):
+            members.setdefault(number, []).append(c)
+        return [members[number] for number in sorted(members)]
 
     def _rows(self) -> int:
         return max(1, DENSITY_BYTES // (8 * self.means_.shape[1]))
@@ -241,6 +266,14 @@ class GMM(Scorer):
             if not torch.compiler.is_compiling():  # those of a graph are no numbers
                 self._inverted = known
         return known[1]
+
+
+def _factors(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of the factor of each class ``[C]``, and the first class of each factor ``[F]``, given the numbers of
+    their rows: classes with a single row share the last factor."""
+    own = counts > 1
+    firsts = torch.cat([own.nonzero()[:, 0], (~own).nonzero()[:1, 0]])
+    return torch.where(own, own.cumsum(dim=0) - 1, own.sum()), firsts
 
 
 def _first_and_last(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,59 @@ def test_scores_are_those_of_the_dense_fit(counts: tuple[int, ...], rtol: float,
     np.testing.assert_allclose(other.score(feats), one.score(feats), rtol=rtol, atol=1e-12)
 
 
+MANY_SINGLE = (FULL, *[1] * 7, FEW, SINGULAR, *[1] * 5)
+
+
+@pytest.mark.parametrize("fit", [dense, packed], ids=["dense", "packed"])
+def test_classes_with_one_row_share_one_factor(fit: Any, tmp_path: Path) -> None:
+    feats, rows = train(*MANY_SINGLE), rows_to_score()
+    scorer = fit(feats)
+    assert scorer.factors_.tolist() == [0, *[3] * 7, 1, 2, *[3] * 5]
+    stored = (scorer.cholesky_ if scorer.packed_ is None else scorer.packed_).numel()
+    assert stored <= 4 * WIDTH * WIDTH
+    assert scorer.jitter_.shape == (4,)
+    features, labels = feats.features.double(), feats.labels
+    assert labels is not None
+    centered = features - torch.stack([features[labels == c].mean(dim=0) for c in range(len(MANY_SINGLE))])[labels]
+    tied = centered.T @ centered / len(feats)
+    normal = torch.distributions.MultivariateNormal(features[labels == 3][0], tied)
+    one_class = FeatureSet(rows.features, labels=torch.zeros(len(rows), dtype=torch.int64))
+    densities = scorer._log_densities(one_class.features.double())
+    np.testing.assert_allclose(densities[:, 3], normal.log_prob(rows.features.double()), rtol=1e-8)
+    scorer.save(tmp_path / "gmm")
+    assert torch.equal(load_scorer(tmp_path / "gmm").score(rows), scorer.score(rows))
+
+
+def test_many_classes_with_one_row_take_no_file_and_little_room(tmp_path: Path) -> None:
+    """Each of these 200 classes had a triangle of its own: 200 times the file."""
+    classes, width = 200, 128
+    values = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
+    feats = FeatureSet(
+        torch.cat([values, values[:1] + 1]), labels=torch.cat([torch.arange(classes), torch.zeros(1).long()])
+    )
+    scorer = fitted(feats, 10**6)
+    scorer.save(tmp_path / "gmm")
+    assert (tmp_path / "gmm").stat().st_size < 3 * 8 * width * width
+
+
+def test_a_scorer_saved_before_factors_were_shared_returns_the_same_scores(tmp_path: Path) -> None:
+    """Its file has one factor for each class and no ``factors_``."""
+    fit, rows = train(FULL, 1, SINGULAR, 1), rows_to_score()
+    for scorer in (dense(fit), packed(fit)):
+        expected = scorer.score(rows)
+        number = scorer.factors_
+        assert number is not None
+        scorer.jitter_, scorer.factors_ = scorer.jitter_[number], None
+        if scorer.packed_ is None or scorer.ranks_ is None:
+            scorer.cholesky_ = scorer.cholesky_[number]
+        else:
+            parts = scorer.packed_.split([packed_size(rank, WIDTH) for rank in scorer.ranks_.tolist()])
+            scorer.packed_ = torch.cat([parts[n] for n in number.tolist()])
+            scorer.ranks_ = scorer.ranks_[number]
+        scorer.save(tmp_path / "gmm")
+        np.testing.assert_allclose(load_scorer(tmp_path / "gmm").score(rows), expected, rtol=1e-12)
+
+
 def test_on_logits() -> None:
     fit, feats = train(FULL, FULL, FULL, SINGULAR), rows_to_score()
     one, other = (fitted(fit, most, space="logits") for most in (2**30, 8 * 4))
@@ -206,8 +259,9 @@ def test_sorted_rows_are_read_twice_and_others_once_for_each_group(order: str, r
     scorer = packed(fit[rows], most=8 * WIDTH * 2 * WIDTH)  # two triangles, or one and its neighbors with few rows
     groups = len(rows_read) - 1
     assert rows_read[0] == len(fit)
-    assert groups >= 3
-    assert sum(rows_read[1:]) == len(fit) or order == "shuffled"
+    assert groups >= 2
+    needed = len(fit) - COUNTS.count(1)  # a class with a single row has no covariance of its own
+    assert needed <= sum(rows_read[1:]) <= len(fit) or order == "shuffled"
     expected = packed(fit).score(rows_to_score(classes=6))
     np.testing.assert_allclose(scorer.score(rows_to_score(classes=6)), expected, rtol=1e-5)
 
@@ -243,7 +297,7 @@ def test_from_a_cache_and_from_the_statistics_beside_it(tmp_path: Path, rows_rea
     for passes in (2, 1):
         rows_read.clear()
         found = packed(load(tmp_path / "train.h5"))
-        assert sum(rows_read) == passes * len(fit)
+        assert passes * len(fit) - 2 * COUNTS.count(1) <= sum(rows_read) <= passes * len(fit)
         assert torch.equal(found.score(feats), packed(fit).score(feats))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["train.h5", "train.h5.statistics"]
 

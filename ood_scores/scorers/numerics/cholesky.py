@@ -87,8 +87,8 @@ def block_rows(factor: Tensor, inverses: Tensor) -> Iterator[tuple[Tensor, Tenso
         yield left, inverse[: len(left), : len(left)]
 
 
-def solved_squares(rows: Iterable[tuple[Tensor, Tensor]], columns: Tensor) -> Tensor:
-    """Return ``|L^-1 x|^2`` for every column x of ``[D, B]``, which is overwritten.
+def solved(rows: Iterable[tuple[Tensor, Tensor]], columns: Tensor) -> Tensor:
+    """Return ``L^-1 x`` for every column x of ``[D, B]``, which is overwritten.
 
     The substitution works on blocks: nearly all of it is matrix products, which run more than twice as fast as a
     triangular solve. Only the small diagonal blocks are inverted, so that it is as accurate as a triangular solve.
@@ -97,14 +97,32 @@ def solved_squares(rows: Iterable[tuple[Tensor, Tensor]], columns: Tensor) -> Te
         rows: the ``block_rows`` of L.
         columns: the columns ``[D, B]``.
     """
-    solved, start = torch.empty_like(columns), 0
+    found, start = torch.empty_like(columns), 0
     for left, inverse in rows:
         stop = start + len(left)
         if start:
-            columns[start:stop].addmm_(left, solved[:start], alpha=-1)
-        torch.mm(inverse, columns[start:stop], out=solved[start:stop])
+            columns[start:stop].addmm_(left, found[:start], alpha=-1)
+        torch.mm(inverse, columns[start:stop], out=found[start:stop])
         start = stop
-    return torch.mul(solved, solved, out=columns).sum(dim=0)
+    return found
+
+
+def solved_squares(rows: Iterable[tuple[Tensor, Tensor]], columns: Tensor) -> Tensor:
+    """Return ``|L^-1 x|^2`` for every column x of ``[D, B]``, which is overwritten; see ``solved``."""
+    found = solved(rows, columns)
+    return torch.mul(found, found, out=columns).sum(dim=0)
+
+
+def squares_about(rows: Iterable[tuple[Tensor, Tensor]], columns: Tensor, means: Tensor) -> Tensor:
+    """Return ``|L^-1 (x - mu)|^2`` for every column x of ``[D, B]`` and every row mu of ``[M, D]``, as ``[M, B]``.
+
+    The columns are solved for once for all means, which need not have a product with L each.
+    """
+    if len(means) == 1:
+        return solved_squares(rows, columns - means[0][:, None])[None]
+    rows, center = list(rows), means.mean(dim=0)[:, None]
+    values, origins = solved(rows, columns - center), solved(rows, means.T - center)
+    return torch.stack([(values - origin[:, None]).square_().sum(dim=0) for origin in origins.T])
 
 
 def all_solved_squares(factors: Tensor, inverses: Tensor, columns: Tensor) -> Tensor:
@@ -157,7 +175,7 @@ def packed_squares(packed: Tensor, rank: int, jitter: float, columns: Tensor) ->
     """Return ``x^T Sigma^-1 x`` for every column x of ``[D, B]``, which is overwritten, given a packed factor."""
     width = len(columns)
     if rank == width:
-        return solved_squares(_unpacked(packed, width), columns)
+        return solved_squares(unpacked(packed, width), columns)
     basis, root = packed[: rank * width].view(rank, width), packed[rank * width :].view(rank, rank)
     inside = basis @ columns
     outside = columns.addmm_(basis.T, inside, alpha=-1)
@@ -192,7 +210,7 @@ def reserved(count: int, folder: Path | None) -> Tensor:
         ) from error
 
 
-def _unpacked(packed: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+def unpacked(packed: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the ``block_rows`` of a packed triangle."""
     first = 0
     for start in range(0, width, SOLVED):
