@@ -107,9 +107,10 @@ class Decoded:
 
     def __getitem__(self, index: int) -> tuple[str, Any, str]:
         from ood_scores.data.decoding import read_rgb
+        from ood_scores.detector.preprocessing import model_input
 
         try:
-            return self.files[index], self.transform(read_rgb(self.files[index])), ""
+            return self.files[index], model_input(self.transform, read_rgb(self.files[index])), ""
         except BadInput as error:
             return self.files[index], None, str(error)
 
@@ -121,7 +122,8 @@ def results(detector: Detector, files: Sequence[str], batch_size: int, workers: 
 
     if detector.transform is None:
         raise BadInput(
-            "this detector only accepts tensors: calibrate it with preprocessing={...}, or call it in Python."
+            "this detector only accepts tensors: calibrate it with a preprocessing= that can be saved, or call it in "
+            "Python."
         )
     loader: Any = DataLoader(
         Decoded(files, detector.transform),  # type: ignore[arg-type]

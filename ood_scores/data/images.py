@@ -25,7 +25,11 @@ class ImageDataset(Dataset[Any], ABC):
     Attributes:
         name: a short name for tables.
         transform: function that is applied to the PIL image of every item, or None.
+        text, root: the text that opened the dataset, and the folder where its paths start; None for other datasets.
     """
+
+    text: str | None = None
+    root: str | None = None
 
     def __init__(self, name: str, transform: Transform | None) -> None:
         self.name = name

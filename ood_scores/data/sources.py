@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from os import PathLike
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def open_dataset(
         raise MissingData(error.reason, remedy(spec, root)) from error
     dataset = seen_through(dataset, values)
     dataset.transform = transform
+    dataset.text, dataset.root = spec, os.path.abspath(base)
     return dataset
 
 

@@ -26,6 +26,7 @@ from ood_scores.detector.conformal import Threshold
 from ood_scores.detector.folder import DESCRIPTION, read_description, replacing_detector, verified_files
 from ood_scores.detector.inputs import input_batches
 from ood_scores.detector.parts import DetectorParts
+from ood_scores.detector.preprocessing import Preprocessing, Transform, example_input, preprocessing_of
 from ood_scores.errors import BadInput, DamagedCache, OodScoresError, OtherModel
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions
@@ -40,6 +41,12 @@ from ood_scores.scorers.storage import load_scorer
 
 PACKAGES = ("ood_scores", "torch", "timm", "numpy")
 
+EXAMPLE_VALUES = 50
+"""Number of values, about, that are stored of an input for an image of noise."""
+
+CLOSE = 0.02
+"""How much these values may differ between versions of libraries, relative to the largest."""
+
 
 def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model: bool) -> None:
     """Write a detector to a folder, replacing the detector in it in one step; see ``Detector.save``."""
@@ -51,9 +58,18 @@ def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model
         if with_model:
             _write_model(detector, new.place("model"))
         new.describe(_describe(detector))
+    if detector.transform is not None and detector.stored_preprocessing is None:
+        warnings.warn(
+            f"the preprocessing is a function, {detector.transform_text}, which is not saved with the detector: pass "
+            "it to Detector.load(path, preprocessing=...), or calibrate with an image processor, weights.transforms(), "
+            "or a dictionary.",
+            stacklevel=3,
+        )
 
 
-def load_parts(path: str | os.PathLike[str], model: nn.Module | None = None) -> DetectorParts:
+def load_parts(
+    path: str | os.PathLike[str], model: nn.Module | None = None, preprocessing: Preprocessing | None = None
+) -> DetectorParts:
     """Load a detector that ``save_parts`` wrote; see ``Detector.load``."""
     folder = user_path(path)
     with _damage_named(folder):
@@ -64,16 +80,19 @@ def load_parts(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
         else:
             model = unwrapped(model)
             _require_weights(model, described["model"], folder)
-        return DetectorParts(
+        stored = described["preprocessing"]
+        parts = DetectorParts(
             forward=Forward(model, _read_options(described["run"])),
             scorer=load_scorer(files["scorer"]),
             calibration=_read_calibration(files["calibration"], described["keep"], described["delta"]),
             weights=described["model"]["weights_sha256"],
-            preprocessing=described["preprocessing"],
+            preprocessing=stored if preprocessing is None else preprocessing_of(model, preprocessing),
             classes=None if described["classes"] is None else tuple(described["classes"]),
             data=Provenance.from_attributes(described["data"] or {}),
             arguments=described["model"]["arguments"],
         )
+        _require_example(parts, described.get("example"), folder)
+        return parts
 
 
 def _describe(detector: DetectorParts) -> dict[str, Any]:
@@ -95,12 +114,37 @@ def _describe(detector: DetectorParts) -> dict[str, Any]:
             "channels_last": _is_channels_last(detector.model),
         },
         "run": _describe_options(detector.forward.options),
-        "preprocessing": detector.preprocessing,
+        "preprocessing": detector.stored_preprocessing,
+        "example": None if detector.transform is None else _example(detector.transform),
         "data": detector.data.to_attributes() if detector.data else None,
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _example(transform: Transform) -> dict[str, Any]:
+    """Return the shape, and some values, of the input that a transform returns for an image of noise."""
+    found = example_input(transform)
+    values = found.double().flatten()
+    return {"shape": list(found.shape), "values": values[:: max(1, len(values) // EXAMPLE_VALUES)].tolist()}
+
+
+def _require_example(parts: DetectorParts, expected: Mapping[str, Any] | None, folder: Path) -> None:
+    """Check that the transform returns the same input for an image of noise as when the detector was saved."""
+    if parts.transform is None or expected is None:
+        return
+    found = _example(parts.transform)
+    if found["shape"] != expected["shape"]:
+        difference = f"shape {found['shape']} instead of {expected['shape']}"
+    elif np.allclose(found["values"], expected["values"], rtol=0, atol=CLOSE * np.abs(expected["values"]).max()):
+        return
+    else:
+        difference = f"values differ by up to {np.abs(np.subtract(found['values'], expected['values'])).max():.3g}"
+    raise BadInput(
+        f"the preprocessing returns another input for an image of noise than when {folder} was saved ({difference}): "
+        "pass the preprocessing with which it was calibrated as Detector.load(path, preprocessing=...)."
+    )
 
 
 def _describe_options(options: ExtractionOptions) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from torch import nn
 
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.detector import Detector, require_weights
-from ood_scores.detector.inputs import data_config
+from ood_scores.detector.image_check import check_preprocessing
 from ood_scores.detector.prediction import predictions_of
+from ood_scores.detector.preprocessing import Preprocessing, preprocessing_of
 from ood_scores.errors import BadInput, NotFitted
 from ood_scores.evaluation.accuracy import label_warnings
 from ood_scores.extraction import extract
@@ -42,7 +43,7 @@ def calibrate(
     keep: float = 0.95,
     delta: float | None = None,
     per_class: bool = False,
-    preprocessing: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
     classes: Sequence[str] | Mapping[Any, Any] | None = None,
     device: str | torch.device = "auto",
     **options: Any,
@@ -63,9 +64,12 @@ def calibrate(
         keep: the share of ID images to keep, in (0, 1).
         delta: the share of calibration sets for which less may be kept; None for the guarantee in expectation.
         per_class: whether each predicted class has its own threshold and p-values, so that the share is kept in each.
-        preprocessing: entries of timm's data configuration that replace the model's own (``input_size``, ``mean``,
-            ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``). A model that is not from timm has none: without
-            this argument its detector accepts only tensors.
+        preprocessing: how an image becomes an input of the model: an image processor of Hugging Face's transformers;
+            torchvision's ``weights.transforms()``; any other function from a PIL image to ``[C, H, W]``; or entries of
+            timm's data configuration that replace the model's own (``input_size``, ``mean``, ``std``, ``crop_pct``,
+            ``crop_mode``, ``interpolation``), all of which a model that is not from timm needs. Without this argument,
+            the detector of such a model accepts only tensors. If the images of ``id`` can be opened again, features of
+            a few are compared with those of the set.
         classes: the names of the classes, in the order of the logits; or a mapping from numbers to names
             (``id2label``) or from names to numbers (``class_to_idx``).
         device: the device of the detector; ``"auto"`` uses a GPU if there is one, else the model's own device.
@@ -77,7 +81,8 @@ def calibrate(
         NotFitted: if the scorer needs a fit, and there is no ``fit``.
         MissingInput: if the sets lack something that the scorer needs.
         BadInput: if the scorer needs something that a single model cannot compute, a share is out of range, the number
-            of names is not the number of classes, or there are options but no loader.
+            of names is not the number of classes, there are options but no loader, or the preprocessing does not
+            reproduce the features of the ID set.
         EmptyInput, NotFinite, HeadNotFound: as in ``extract`` and ``Scorer.score``.
     """
     id, fit = _opened(id), None if fit is None else _opened(fit)
@@ -123,12 +128,13 @@ def calibrate(
         scorer=ready,
         calibration=Calibration.of(scores, label, num_classes, keep, delta, per_class),
         weights=weights,
-        preprocessing=data_config(model, preprocessing),
+        preprocessing=preprocessing_of(model, preprocessing),
         classes=names_of_classes,
         data=id_set.provenance,
     )
-    _warn_of_other_preprocessing(detector)
-    return detector.to(device)
+    detector.to(device)
+    check_preprocessing(detector, id_set, id)
+    return detector
 
 
 def _opened(data: Data) -> FeatureSet | Iterable[Any]:
@@ -197,15 +203,3 @@ def _rows_fitted_on(scorer: Scorer, fit: FeatureSet | None, id: FeatureSet) -> i
     fitted, found = scorer.fitted_on, id.provenance
     same = fitted and found and fitted.data_sha256 == found.data_sha256 and len(id) >= (found.dataset_rows or 0)
     return len(id) if same else 0
-
-
-def _warn_of_other_preprocessing(detector: Detector) -> None:
-    """Warn if the preprocessing is known to differ from that of the calibration set."""
-    known = detector.data.preprocessing if detector.data else ""
-    own = " ".join(repr(detector.transform).split())
-    if known and detector.transform is not None and known != own:
-        warnings.warn(
-            f"the preprocessing of the calibration images was {known}, but that of images passed to predict is {own}; "
-            "unless both are equivalent, the threshold is not valid: pass preprocessing={...}, or tensors.",
-            stacklevel=4,
-        )

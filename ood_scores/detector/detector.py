@@ -16,6 +16,7 @@ from ood_scores.detector.bundle import load_parts, save_parts
 from ood_scores.detector.inputs import images_in, input_batches
 from ood_scores.detector.parts import DetectorParts
 from ood_scores.detector.prediction import Prediction, predictions_of
+from ood_scores.detector.preprocessing import Preprocessing
 from ood_scores.errors import BadInput, OtherModel
 from ood_scores.features import FeatureSet
 from ood_scores.models.running import architecture, choose_device, model_dtype
@@ -135,7 +136,7 @@ class Detector(DetectorParts):
         facts = {
             "architecture": architecture(self.model),
             "weights_sha256": self.weights,
-            "preprocessing": json.dumps(self.preprocessing),
+            "preprocessing": json.dumps(self.stored_preprocessing),
         }
         export_onnx(graph, inputs, path, facts | ({"classes": json.dumps(self.classes)} if self.classes else {}))
 
@@ -159,7 +160,7 @@ class Detector(DetectorParts):
                 f"a graph cannot run in mixed precision ({options.amp}), as the calibration data were extracted: "
                 "calibrate on sets extracted without amp."
             )
-        given = noise(self.preprocessing) if images is None else next(input_batches(images, self.transform))
+        given = noise(self.transform) if images is None else next(input_batches(images, self.transform))
         inputs = given.to(model_dtype(self.model))
         limits = torch.tensor([each.value for each in self.calibration.thresholds], dtype=torch.float64)
         threshold = limits if self.calibration.predicted is not None else limits[0]
@@ -177,7 +178,7 @@ class Detector(DetectorParts):
         Args:
             path: the folder, which must be new, empty, or contain a detector.
             with_model: whether to save the model, so that ``load`` does not need it. If timm cannot create the model
-                again exactly, it is left out with a warning.
+                again exactly, it is left out with a warning. So is a preprocessing that is a function.
             arguments: the arguments of ``timm.create_model`` with which the model was created, beyond ``num_classes``.
 
         Raises:
@@ -193,24 +194,32 @@ class Detector(DetectorParts):
     @staticmethod
     @default_torch_state()
     def load(
-        path: str | os.PathLike[str], model: nn.Module | None = None, *, device: str | torch.device = "auto"
+        path: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        preprocessing: Preprocessing | None = None,
+        device: str | torch.device = "auto",
     ) -> Detector:
         """Load a detector that ``save`` wrote; its predictions are the same, bit for bit.
 
         Args:
             path: the folder.
             model: the classifier; None to use the one in the folder.
+            preprocessing: the preprocessing with which the detector was calibrated, in any form that ``calibrate``
+                accepts; None to use the one in the folder. A detector without one only accepts tensors.
             device: the device to run on, with the same meaning as in ``calibrate``.
 
         Raises:
             FileNotFoundError: if there is no such folder.
             ForeignFile: if it is not a detector, or was written by a newer version of this package.
             DamagedCache: if a file is missing, truncated, or altered.
-            BadInput: if the folder contains no model and none is passed.
+            BadInput: if the folder contains no model and none is passed, or if the preprocessing returns another input
+                for an image of noise than the one with which the detector was calibrated.
+            MissingInput: if the preprocessing is an image processor, and transformers is not installed.
             OtherModel: if the model that is passed has other weights.
             UnknownName: if the scorer or the timm model is not known.
         """
-        found = load_parts(path, model)
+        found = load_parts(path, model, preprocessing)
         return Detector(**{each.name: getattr(found, each.name) for each in fields(found) if each.init}).to(device)
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ood_scores.atomic import replacing, user_path
 from ood_scores.detector.graph import DetectorGraph
+from ood_scores.detector.preprocessing import Transform, example_input
 from ood_scores.errors import BadInput, MissingInput
 
 FORMAT_VERSION = 1
@@ -99,15 +100,15 @@ def export_program(graph: DetectorGraph, images: Tensor) -> torch.export.Exporte
     return program
 
 
-def noise(preprocessing: Mapping[str, Any] | None) -> Tensor:
-    """Return noise to compare if there are no images: float32 ``[ROWS, *input_size]``.
+def noise(transform: Transform | None) -> Tensor:
+    """Return noise to compare if there are no images: float32 ``[ROWS, C, H, W]``, of the size that images have.
 
     Raises:
         BadInput: if the size is unknown.
     """
-    if preprocessing is None:
+    if transform is None:
         raise BadInput("the size of the detector's images is unknown: pass some as images=.")
-    return torch.randn(ROWS, *preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
+    return torch.randn(ROWS, *example_input(transform).shape, generator=torch.Generator().manual_seed(0))
 
 
 def run_onnx(model: str | os.PathLike[str] | bytes, images: Tensor) -> dict[str, NDArray[Any]]:

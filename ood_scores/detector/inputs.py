@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from ood_scores.data.decoding import as_rgb, read_rgb
+from ood_scores.detector.preprocessing import FUNCTIONS, Transform, model_input
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.extraction.loaders import IMAGE_KEYS
 from ood_scores.features.finite import require_finite
-
-Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 ROWS = 64
 """Number of images of a list that are decoded and passed to the model at a time."""
@@ -77,45 +74,6 @@ def images_in(batch: Mapping[str, Any]) -> Any:
     )
 
 
-def data_config(model: nn.Module, changes: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return timm's data configuration of a model, with changes; None for another model without changes.
-
-    Raises:
-        BadInput: if an entry does not exist, or essential entries are missing for a model that is not from timm.
-    """
-    if changes is None and not hasattr(model, "pretrained_cfg"):
-        return None
-    if not isinstance(changes, Mapping | None):
-        raise BadInput(
-            f"preprocessing must be a dictionary, got {type(changes).__name__}: pass {{'mean': …, 'std': …}}."
-        )
-    config = resolve_model_data_config(model)
-    given = {key: _plain(value) for key, value in (changes or {}).items()}
-    if given.keys() - config.keys():
-        extra = ", ".join(sorted(given.keys() - config.keys()))
-        raise BadInput(f"preprocessing has no {extra}: choose from {', '.join(config)}.")
-    missing = {"input_size", "mean", "std"} - given.keys()
-    if missing and not hasattr(model, "pretrained_cfg"):
-        raise BadInput(f"the model is not from timm: pass {', '.join(sorted(missing))} in preprocessing, too.")
-    for key in {"mean", "std"} & given.keys():
-        _require_numbers(key, given[key], count=(config | given)["input_size"][0])
-    return config | given
-
-
-def _plain(value: Any) -> Any:
-    """Return arrays, tensors, and NumPy's numbers as tuples and numbers of Python."""
-    if isinstance(value, (np.ndarray, np.generic, Tensor)):
-        value = value.tolist()
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _require_numbers(key: str, values: Any, count: int) -> None:
-    numbers = isinstance(values, tuple) and all(isinstance(value, (int, float)) for value in values)
-    valid = numbers and len(values) in (1, count) and all(map(math.isfinite, values))
-    if not valid or (key == "std" and min(values) <= 0):
-        raise BadInput(f"{key} in preprocessing must be {count} numbers, one per channel, got {values!r}.")
-
-
 def _batches(images: Any, transform: Transform | None) -> Iterator[Tensor]:
     if isinstance(images, (str, PathLike, bytes, Image.Image)):
         images = [images]
@@ -153,10 +111,10 @@ def _single(image: Any, transform: Transform | None) -> Tensor:
         return image
     if transform is None:
         raise BadInput(
-            "the preprocessing of images for this model is unknown: pass tensors [B, C, H, W], or "
-            "calibrate(..., preprocessing={'input_size': (3, 224, 224), 'mean': (...), 'std': (...)})."
+            "the preprocessing of images for this model is unknown: pass tensors [B, C, H, W], or pass preprocessing= "
+            f"to calibrate or Detector.load, {FUNCTIONS}."
         )
-    return transform(_as_pil(image))
+    return model_input(transform, _as_pil(image))
 
 
 def _as_pil(image: Any) -> Image.Image:

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from ood_scores.detector.calibration import Calibration
-from ood_scores.detector.inputs import Transform
+from ood_scores.detector.preprocessing import Preprocessing, Transform, transform_of
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.probes import LayerProbe, Probe
 from ood_scores.features import Provenance
-from ood_scores.models.opening import preprocessing as transform_of
 from ood_scores.models.running import model_device
 from ood_scores.scorers.base import Scorer
 
@@ -28,7 +27,8 @@ class DetectorParts:
         scorer: the scorer, fitted.
         calibration: the scores of held-out ID data, and the threshold that follows from them.
         weights: SHA-256 of the model's weights.
-        preprocessing: how an image becomes an input of the model, as timm's data configuration; None if unknown.
+        preprocessing: how an image becomes an input of the model, as a description or a function; see
+            ``ood_scores.detector.preprocessing``. None if unknown.
         classes: the names of the classes, or None.
         data: where the calibration data came from, or None.
         arguments: the arguments of ``timm.create_model`` beyond ``num_classes``, if they were passed to ``save``.
@@ -39,7 +39,7 @@ class DetectorParts:
     scorer: Scorer
     calibration: Calibration
     weights: str
-    preprocessing: Mapping[str, Any] | None = None
+    preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
     data: Provenance | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -47,12 +47,22 @@ class DetectorParts:
 
     def __post_init__(self) -> None:
         if self.preprocessing is not None:
-            self.transform = transform_of(self.model, **self.preprocessing)
+            self.transform = transform_of(self.model, self.preprocessing)
 
     @property
     def model(self) -> nn.Module:
         """The classifier."""
         return self.forward.model
+
+    @property
+    def stored_preprocessing(self) -> Mapping[str, Any] | None:
+        """The preprocessing as ``save`` stores it; None if it is unknown, or a function that has no description."""
+        return self.preprocessing if isinstance(self.preprocessing, Mapping) else None
+
+    @property
+    def transform_text(self) -> str:
+        """The transform in one line, as the provenance of feature sets describes that of their images."""
+        return " ".join(repr(self.transform).split())
 
     @property
     def passes(self) -> str:

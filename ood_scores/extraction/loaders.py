@@ -18,6 +18,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
@@ -95,6 +96,20 @@ def is_shuffled(loader: Iterable[Any]) -> bool:
     sampler = getattr(batch_sampler, "sampler", None) or getattr(loader, "sampler", None)
     as_they_come = getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "in_order", True)
     return as_they_come or isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler))
+
+
+def is_in_order(loader: Iterable[Any]) -> bool:
+    """Return whether the loader is known to yield the rows of its dataset in their order."""
+    if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
+        return False
+    return isinstance(loader.sampler, SequentialSampler) and not is_shuffled(loader)
+
+
+def data_text(loader: Iterable[Any]) -> tuple[str | None, str | None]:
+    """Return the text that opens the loader's dataset, and the folder where its paths start; None if unknown."""
+    dataset = getattr(loader, "dataset", None)
+    text = getattr(dataset, "text", None) if is_in_order(loader) else None
+    return (text, getattr(dataset, "root", None)) if isinstance(text, str) else (None, None)
 
 
 def dataset_name(loader: Iterable[Any]) -> str:

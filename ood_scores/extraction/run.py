@@ -123,6 +123,7 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
     model, options, device = forward.model, forward.options, forward.device
     loader = batches.loader
     inputs, labels = loaders.unpack(batches.first[0])
+    text, root = loaders.data_text(loader)
     own = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     return Provenance(
         architecture=architecture(model),
@@ -145,4 +146,6 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
         versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         probes=tuple(record_of(probe) for probe in options.all_probes),
+        data_text=text,
+        data_root=root,
     )

@@ -171,7 +171,8 @@ class FeatureSet:
         else:
             index = self._row_numbers(rows)
             columns = {name: col.gather(column, index) for name, column in self._columns.items()}
-        chosen = FeatureSet(**_arguments(columns), head=self.head, provenance=self.provenance)
+        origin = self.provenance and self.provenance.of_some_rows()
+        chosen = FeatureSet(**_arguments(columns), head=self.head, provenance=origin)
         chosen.device, chosen.block_rows = self.device, self.block_rows
         return chosen
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,8 @@ class Provenance:
     and their labels, so that a changed resize, crop, or normalization is noticed; ``preprocessing`` describes the
     transform, if it can be read. ``dataset`` is the name under which the data were first extracted. ``head``, ``amp``,
     ``channels_last``, ``compiled``, and ``dtype`` are the options of ``extract``. ``shard`` names the rows of the
-    dataset in a file that is one of several.
+    dataset in a file that is one of several. ``data_text`` opens the dataset with relative paths starting from
+    ``data_root``, if its rows are those of the set, in order; see ``ood_scores.data.sources``.
     """
 
     architecture: str
@@ -61,6 +62,8 @@ class Provenance:
     created: str
     probes: tuple[ProbeRecord, ...] = ()
     shard: str | None = None
+    data_text: str | None = None
+    data_root: str | None = None
 
     FINGERPRINT = (
         ("architecture", "architecture"),
@@ -92,6 +95,10 @@ class Provenance:
     def probe_texts(self) -> tuple[str, ...]:
         """Each probe as it is written in Python."""
         return tuple(map(str, self.probes))
+
+    def of_some_rows(self) -> Provenance:
+        """Return the provenance of some rows of the set, which are no longer those of the dataset."""
+        return replace(self, data_text=None, data_root=None)
 
     def differences(self, other: Provenance) -> dict[str, tuple[Any, Any]]:
         """Return the parts of the fingerprint that differ, by title, as the value here and the other one."""

@@ -267,7 +267,7 @@ def test_calibrate_on_images_and_with_other_arguments(home: Path) -> None:
     result = call(*words, *options, "--out", home / "plain")
     assert result.exit_code == 0, result.output
     loaded = Detector.load(home / "plain")
-    assert loaded.preprocessing is not None
+    assert isinstance(loaded.preprocessing, dict)
     assert loaded.preprocessing["mean"] == [0.5]
     assert loaded.scorer == ood_scores.create_scorer("energy", temperature=2.0)
     assert loaded.calibration.predicted is not None

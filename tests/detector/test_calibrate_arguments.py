@@ -75,7 +75,7 @@ def test_preprocessing_in_other_types(three: Any, tmp_path: Any) -> None:
     given = {"mean": three, "std": three, "crop_pct": np.float32(0.5), "input_size": np.array([3, 32, 32])}
     detector = ood_scores.calibrate("energy", model, id=feats, preprocessing=given)
     expected = {"mean": (0.5, 0.25, 0.5), "std": (0.5, 0.25, 0.5), "crop_pct": 0.5, "input_size": (3, 32, 32)}
-    assert detector.preprocessing is not None
+    assert isinstance(detector.preprocessing, dict)
     assert {key: detector.preprocessing[key] for key in expected} == expected
     detector.save(tmp_path / "detector")
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
@@ -94,13 +94,14 @@ def test_preprocessing_in_other_types(three: Any, tmp_path: Any) -> None:
     ids=str,
 )
 def test_preprocessing_that_is_not_three_numbers(changes: dict[str, Any], model: nn.Module, feats: FeatureSet) -> None:
-    given = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)} | changes
+    crop = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"}
+    given = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)} | crop | changes
     with pytest.raises(BadInput, match="in preprocessing must be 3 numbers, one per channel"):
         ood_scores.calibrate("energy", model, id=feats, preprocessing=given)
 
 
-def test_preprocessing_that_is_not_a_dictionary(model: nn.Module, feats: FeatureSet) -> None:
-    with pytest.raises(BadInput, match="preprocessing must be a dictionary, got Compose"):
+def test_preprocessing_of_another_type(model: nn.Module, feats: FeatureSet) -> None:
+    with pytest.raises(BadInput, match="preprocessing cannot be of type Compose: pass a Hugging Face"):
         ood_scores.calibrate("energy", model, id=feats, preprocessing=type("Compose", (), {})())
 
 

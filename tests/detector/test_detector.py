@@ -375,16 +375,19 @@ def test_warns_of_labels_that_are_not_the_classes(model: nn.Module, sets: dict[s
             calibrate("energy", model, id=FeatureSet(found.features, found.logits, labels, found.head))
 
 
-def test_warns_of_different_preprocessing(model: nn.Module) -> None:
+def test_preprocessing_that_differs_from_that_of_the_calibration_set(model: nn.Module) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
     own = DataLoader(ImageArrays(pixels, transform=preprocessing(model)), 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calibrate("energy", model, id=own)
+    with pytest.raises(BadInput, match=r"of 8 of its images, \d have another label, and features differ by \d+\.\d%"):
+        calibrate("energy", model, id=own, preprocessing={"mean": (0.1, 0.1, 0.1)})
+    feats = ood_scores.extract(model, own, progress=False)  # the images of which are unknown
     with pytest.warns(
         UserWarning, match=r"preprocessing of the calibration images was Compose.* passed to predict is Compose"
     ):
-        detector = calibrate("energy", model, id=own, preprocessing={"mean": (0.1, 0.1, 0.1)})
+        detector = calibrate("energy", model, id=feats, preprocessing={"mean": (0.1, 0.1, 0.1)})
     inputs = torch.stack([preprocessing(model, mean=(0.1, 0.1, 0.1))(Image.fromarray(image)) for image in PIXELS])
     assert same(detector.predict(PIXELS), detector.predict(inputs))
 

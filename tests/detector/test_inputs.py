@@ -130,11 +130,14 @@ def test_models_that_are_not_from_timm() -> None:
     assert same(detector.predict(Rows(64, 3).inputs), detector.decide(extracted(plain, 64, 3)))
     with pytest.raises(BadInput, match="the preprocessing of images for this model is unknown"):
         detector.predict(PIXELS)
-    entries = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "crop_pct": 1.0}
+    entries: dict[str, Any] = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    with pytest.raises(BadInput, match="not from timm, so the crop_mode, crop_pct, interpolation of its training"):
+        calibrate("energy", plain, id=feats, preprocessing=entries)
+    entries |= {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"}
     detector = calibrate("energy", plain, id=feats, preprocessing=entries)
     inputs = (torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255 - 0.5) / 0.2
     assert np.allclose(detector.predict(PIXELS).score, detector.predict(inputs).score, rtol=1e-5)
-    with pytest.raises(BadInput, match="pass std in preprocessing, too"):
+    with pytest.raises(BadInput, match="interpolation, std of its training are unknown"):
         calibrate("energy", plain, id=feats, preprocessing={"input_size": (3, 8, 8), "mean": (0.5,)})
     with pytest.raises(BadInput, match=r"preprocessing has no size: choose from input_size"):
         calibrate("energy", plain, id=feats, preprocessing={"size": 8})
