@@ -2,8 +2,8 @@
 
 from ood_scores.detector.calibrate import calibrate
 from ood_scores.detector.detector import Detector
-from ood_scores.detector.fusion import Fusion
 from ood_scores.detector.monitor import Monitor
 from ood_scores.detector.prediction import Prediction
+from ood_scores.scorers.fusion import Fusion
 
 __all__ = ["Detector", "Fusion", "Monitor", "Prediction", "calibrate"]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import ood_scores
-from ood_scores.detector import fusion  # noqa: F401  registers the scorer of some files
 
 SCORERS: dict[str, Any] = legacy.FACTS["scorers"]
 

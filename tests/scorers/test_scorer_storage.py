@@ -141,6 +141,13 @@ def test_load_scorer_and_scorer_load_are_equivalent(path: Path) -> None:
         assert type(loaded) is type(create_scorer("energy"))
 
 
+def test_a_fusion_opens_in_a_process_that_imports_the_scorers_only(path: Path) -> None:
+    create_scorer("fusion", scorers=["energy", "knn"]).fit(TRAIN).save(path)
+    code = f"from ood_scores.scorers import Scorer; print(Scorer.load({str(path)!r}).name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "fusion"
+
+
 def test_a_loaded_scorer_outlives_its_file(path: Path) -> None:
     scorer = create_scorer("mahalanobis").fit(TRAIN)
     again = saved(scorer, path)

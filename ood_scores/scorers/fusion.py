@@ -15,7 +15,7 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import Scorer, as_scorer, fitted, score_all
 from ood_scores.scorers.registry import register_scorer
-from ood_scores.scorers.tags import Tags
+from ood_scores.scorers.tags import Paper, Tags
 
 
 def fisher(p: Tensor) -> Tensor:
@@ -70,6 +70,13 @@ class Fusion(Scorer):
     """
 
     tags = Tags(
+        paper=Paper(
+            "Statistical Methods for Research Workers",
+            "Ronald A. Fisher",
+            "Oliver and Boyd",
+            1925,
+            "https://psychclassics.yorku.ca/Fisher/Methods/",
+        ),
         no_graph="it looks scores up in sorted lists, for which ONNX has no operation",
         search_space={"method": ("fisher", "stouffer", "min")},
     )

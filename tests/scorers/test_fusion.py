@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ood_scores import FeatureSet, Head, Scorer, create_scorer, load_scorer
 from ood_scores.detector.conformal import p_values, threshold
-from ood_scores.detector.fusion import METHODS, Fusion
 from ood_scores.errors import BadInput, MissingInput, NotFinite, NotFitted
 from ood_scores.features import Block
+from ood_scores.scorers.fusion import METHODS, Fusion
 
 TRIALS = 1000
 SURE = 1e-4
