@@ -38,6 +38,10 @@ class EmptyInput(BadInput):
     """A loader or feature set has no rows."""
 
 
+class UnreadableRow(BadInput):
+    """A row of a dataset cannot be read during an extraction."""
+
+
 class ProbeDoesNotApply(BadInput):
     """A probe cannot be computed for this model; ``probe`` is its name."""
 
@@ -104,3 +108,7 @@ class ShuffledLoader(CacheError):
 
 class WorkerDied(OodScoresError, RuntimeError):
     """A worker process was killed from outside; running the same call again continues."""
+
+
+class RowsLeftOut(UserWarning):
+    """Rows of a dataset were left out of an extraction because they cannot be read."""

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +20,16 @@ from rich.markup import escape
 from torch.utils.data import DataLoader
 
 from ood_scores.benchmark.planning import Failures, Job
-from ood_scores.errors import CacheError, DamagedCache, MissingData, ProbeDoesNotApply, StaleCache, WorkerDied
+from ood_scores.errors import (
+    CacheError,
+    DamagedCache,
+    MissingData,
+    ProbeDoesNotApply,
+    RowsLeftOut,
+    StaleCache,
+    UnreadableRow,
+    WorkerDied,
+)
 from ood_scores.extraction import extract
 from ood_scores.features import FeatureSet
 
@@ -123,9 +133,13 @@ def run_job(job: Job, device: str, workers: int) -> Done:
     """Write the cache of a job; errors of the model or the data are returned, all others are raised."""
     start = time.perf_counter()
     try:
-        feats = _extract(job, device, workers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RowsLeftOut)  # the results have it
+            feats = _extract(job, device, workers)
     except (CacheError, OSError):
         raise
+    except UnreadableRow as error:
+        return Done(reason=str(error), remedy='write on_error = "skip" in [extraction]')
     except MissingData as error:
         return Done(reason=error.reason, remedy=error.remedy)
     except Exception as error:  # somebody's model: the others go on

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,8 @@ from ood_scores.benchmark.networks import Network, file_name
 from ood_scores.benchmark.results import NotRun
 from ood_scores.benchmark.spec import Loading, Part, Preprocessing, ScorerTable, Spec
 from ood_scores.data.dataset_spec import parse
-from ood_scores.errors import CacheError, MissingData, OodScoresError, UnknownName
+from ood_scores.data.images import ImageDataset
+from ood_scores.errors import BadInput, CacheError, MissingData, OodScoresError, UnknownName
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes import Probe
 from ood_scores.features import FeatureSet, load
@@ -54,11 +56,13 @@ class Job:
         return self.out / CACHES / self.network.key / f"{file_name(self.set)}-{digest(self)[:8]}.h5"
 
     def features(self) -> FeatureSet | None:
-        """Open the cache; return None if it does not exist or is not finished."""
+        """Open the cache; return None if it does not exist, is not finished, or lacks rows that must not be lacking."""
         try:
-            return load(self.cache)
+            feats = load(self.cache)
         except (CacheError, FileNotFoundError):
             return None
+        lacks_rows = feats.provenance is not None and bool(feats.provenance.skipped)
+        return None if lacks_rows and self.options.on_error == "raise" else feats
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ def plan(spec: Spec, out: Path, data: Path, download: bool = True) -> Plan:
     """
     units, not_run = _units(spec, out, data)
     unfinished = {job.cache: job for unit in units for job in unit.jobs if job.features() is None}
-    facts, missing = _inspect_all({job.source: job.set for job in unfinished.values()}, data, download)
+    skipping = {job.source for job in unfinished.values() if job.options.on_error == "skip"}
+    facts, missing = _inspect_all({job.source: job.set for job in unfinished.values()}, data, download, skipping)
     not_run += _missing_with_all_models(spec, units, data)
     failures = {cache: missing[job.source] for cache, job in unfinished.items() if job.source in missing}
     units, more = without(units, failures)
@@ -234,13 +239,16 @@ def _missing_with_all_models(spec: Spec, units: Iterable[Unit], data: Path) -> I
 
 
 def _inspect_all(
-    names: Mapping[str, str], data: Path, download: bool
+    names: Mapping[str, str], data: Path, download: bool, skipping: Container[str] = ()
 ) -> tuple[dict[str, SetFacts], dict[str, tuple[str, str]]]:
-    """Return the facts about the sources that can be opened, and reason and remedy for the others."""
+    """Return the facts about the sources that can be opened, and reason and remedy for the others.
+
+    Rows that cannot be read are left out of the sources ``skipping``.
+    """
     facts, missing = {}, {}
     for source, name in names.items():
         try:
-            facts[source] = _inspect(source, data, download)
+            facts[source] = _inspect(source, data, download, source in skipping)
         except MissingData as error:
             missing[source] = error.reason, error.remedy
         except UnknownName as error:
@@ -250,14 +258,23 @@ def _inspect_all(
     return facts, missing
 
 
-def _inspect(source: str, data: Path, download: bool) -> SetFacts:
+def _inspect(source: str, data: Path, download: bool, skip: bool) -> SetFacts:
     from ood_scores.data.sources import offline, open_dataset
 
     text = source if download else offline(source)
     if text is None:
         return SetFacts(None, True)
     images = open_dataset(text, root=data)
-    return SetFacts(len(images), images.load(0)[1] is not None)
+    return SetFacts(len(images), _is_labeled(images, skip))
+
+
+def _is_labeled(images: ImageDataset, skip: bool) -> bool:
+    """Return whether the first row has a label, or the first that can be read."""
+    *others, last = range(len(images)) if skip else (0,)
+    for row in others:
+        with suppress(BadInput):
+            return images.load(row)[1] is not None
+    return images.load(last)[1] is not None
 
 
 def _cost(job: Job, facts: SetFacts) -> float:

@@ -62,11 +62,16 @@ def _find(unit: Unit, found: Found) -> None:
     whole = {name: score_runs(runs, feats, predicts) for name, feats in reported.items()}
     _drop_failed(runs, found)
     found.scorers = list(runs)
-    by_set = {name: _set_scores(whole[name], feats, name, found.scorers) for name, feats in reported.items()}
+    made_by = _provenances(unit, sets, fit)
+    by_set = {
+        name: _set_scores(whole[name], feats, name, found.scorers, made_by[name]) for name, feats in reported.items()
+    }
     found.measures += _tidy(unit, accuracies(part, by_set, reported))
     found.sets = _id_and_ood(part, by_set, found)
     _warn(unit, found, sets, fit if any(run.scorer.fit_needs for run in runs.values()) else None)
-    found.table = _table(unit, found, runs, _provenances(unit, sets, fit))
+    left_out = dict.fromkeys(each.left_out for of_set in made_by.values() for each in of_set)
+    found.warnings += _tidy(unit, [{"warning": text} for text in left_out if text])
+    found.table = _table(unit, found, runs, made_by)
     for name, figures, reason in measured(part, sets[part.id], fit):
         found.measures += _tidy(unit, figures)
         found.not_run += [_not_run(f"{name} of {unit.title}", reason)] if reason else []
@@ -142,7 +147,9 @@ def _features(jobs: Sequence[Job]) -> FeatureSet:
     return there[0] if len(there) == 1 else ensemble(there)
 
 
-def _set_scores(scores: Mapping[str, Tensor], feats: FeatureSet, name: str, scorers: Sequence[str]) -> SetScores:
+def _set_scores(
+    scores: Mapping[str, Tensor], feats: FeatureSet, name: str, scorers: Sequence[str], made_by: Sequence[Provenance]
+) -> SetScores:
     unknown = torch.full((len(feats),), -1)
     labels = feats.labels
     predictions = scores.get(_Prediction.name)
@@ -150,7 +157,7 @@ def _set_scores(scores: Mapping[str, Tensor], feats: FeatureSet, name: str, scor
         scores=torch.stack([scores[label] for label in scorers]) if scorers else torch.empty(0, len(feats)).double(),
         labels=unknown if labels is None else labels,
         predictions=unknown if predictions is None else predictions.long(),
-        rows=torch.arange(len(feats)),
+        rows=torch.from_numpy(made_by[0].rows_in_dataset(len(feats)) if made_by else np.arange(len(feats))),
         origins=torch.zeros(len(feats), dtype=torch.int64),
         names=[name],
     )

@@ -15,6 +15,7 @@ HERE: dict[type[Exception], str] = {
     errors.NotFitted: "pass --fit CACHE, usually of the training set",
     errors.StaleCache: "pass --overwrite, or another CACHE to keep both",
     errors.DamagedCache: "ood-scores extract ... --overwrite",
+    errors.UnreadableRow: "add --on-error skip to the same command",
     errors.UnfinishedCache: "run the same ood-scores extract ... again",
 }
 """What to do on the command line, for errors whose message is about Python."""

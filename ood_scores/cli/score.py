@@ -60,11 +60,12 @@ def score(
 
 
 def score_table(feats: FeatureSet, scores: Tensor) -> pd.DataFrame:
-    """Return a table of row numbers and scores, with labels and predictions if the set has them."""
+    """Return a table of the rows of the dataset and scores, with labels and predictions if the set has them."""
     import pandas as pd
     import torch
 
-    table = pd.DataFrame({"row": range(len(feats)), "score": scores.numpy()})
+    rows = feats.provenance.rows_in_dataset(len(feats)) if feats.provenance else range(len(feats))
+    table = pd.DataFrame({"row": rows, "score": scores.numpy()})
     if feats.labels is not None:
         table["label"] = feats.labels.numpy()
     if feats.has("logits"):

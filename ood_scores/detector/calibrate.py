@@ -201,5 +201,10 @@ def _rows_fitted_on(scorer: Scorer, fit: FeatureSet | None, id: FeatureSet) -> i
         overlap = shared_rows(fit, id, "fit set", "ID set")
         return overlap.rows if overlap.matters else 0
     fitted, found = scorer.fitted_on, id.provenance
-    same = fitted and found and fitted.data_sha256 == found.data_sha256 and len(id) >= (found.dataset_rows or 0)
+    same = (
+        fitted
+        and found
+        and fitted.data_sha256 == found.data_sha256
+        and len(id) >= (found.dataset_rows or 0) - len(found.skipped)
+    )
     return len(id) if same else 0

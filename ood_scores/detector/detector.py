@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ood_scores.detector.parts import DetectorParts
 from ood_scores.detector.prediction import Prediction, predictions_of
 from ood_scores.detector.preprocessing import Preprocessing
 from ood_scores.errors import BadInput, OtherModel
+from ood_scores.extraction.options import ON_ERROR
 from ood_scores.features import FeatureSet
 from ood_scores.models.running import architecture, choose_device, model_dtype
 from ood_scores.runtime import default_torch_state
@@ -36,23 +37,27 @@ class Detector(DetectorParts):
     """
 
     @default_torch_state()
-    def predict(self, images: Any) -> Prediction:
+    def predict(self, images: Any, *, on_error: Literal["raise", "skip"] = "raise") -> Prediction:
         """Classify images and flag those that are out of distribution.
 
         Args:
             images: a batch in any of the forms that ``ood_scores.detector.inputs.input_batches`` lists: floating-point
                 tensors ``[B, C, H, W]`` are inputs of the model; uint8 arrays and tensors, PIL images, paths, and bytes
                 are images to which the model's preprocessing is applied.
+            on_error: ``"skip"`` to leave out images of a list that cannot be read; ``Prediction.errors`` lists them.
 
         Raises:
-            EmptyInput: if there is no image.
+            EmptyInput: if there is no image, or none that can be read.
             BadInput, MissingData, ShapeMismatch: if these are not images, or the model cannot take their shape.
             NotFinite: if an image, a feature, or a logit is NaN or infinite.
         """
+        if on_error not in ON_ERROR:
+            raise BadInput(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
         parts: list[Prediction] = []
-        for inputs in input_batches(images, self.transform):
+        errors: dict[int, str] = {}
+        for inputs in input_batches(images, self.transform, errors if on_error == "skip" else None):
             parts.append(self.decide(self.forward.feature_set(inputs, sum(map(len, parts)))))
-        return parts[0] if len(parts) == 1 else Prediction.joined(parts)
+        return replace(parts[0] if len(parts) == 1 else Prediction.joined(parts), errors=errors)
 
     @default_torch_state()
     def decide(self, feats: FeatureSet) -> Prediction:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +50,11 @@ def check_preprocessing(detector: DetectorParts, feats: FeatureSet, data: Any) -
     if detector.transform is None:
         return
     dataset = _opened(feats) if isinstance(data, FeatureSet) else _dataset(data)
-    rows = list(range(0, len(feats), max(1, len(feats) // IMAGES)))[:IMAGES] if _len(dataset) == len(feats) else []
-    images = {row: image for row in rows if (image := original_image(dataset, row))}
+    origin = feats.provenance
+    places = origin.rows_in_dataset(len(feats)) if origin else np.arange(len(feats))
+    whole = _len(dataset) == len(feats) + (len(origin.skipped) if origin else 0)
+    rows = list(range(0, len(feats), max(1, len(feats) // IMAGES)))[:IMAGES] if whole else []
+    images = {row: image for row in rows if (image := original_image(dataset, int(places[row])))}
     if not images:
         _warn_of_other_text(detector)
         return

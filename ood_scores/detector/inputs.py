@@ -28,7 +28,7 @@ ACCEPTED = (
 )
 
 
-def input_batches(images: Any, transform: Transform | None) -> Iterator[Tensor]:
+def input_batches(images: Any, transform: Transform | None, errors: dict[int, str] | None = None) -> Iterator[Tensor]:
     """Yield images as batches ``[B, C, H, W]`` of inputs for the model.
 
     Floating-point values are inputs of the model and are not changed. The transform is applied to pixels: to everything
@@ -42,20 +42,24 @@ def input_batches(images: Any, transform: Transform | None) -> Iterator[Tensor]:
             floating-point arrays and tensors without the first dimension. A single path, PIL image, or bytes object is
             a batch of one.
         transform: a function from a PIL image to ``[C, H, W]``; None if it is unknown.
+        errors: receives the reason why a single image cannot be read, by its number, and the image is left out; None
+            to raise it.
 
     Raises:
-        EmptyInput: if there is no image.
+        EmptyInput: if there is no image, or none that can be read.
         BadInput: if images are in none of these forms, an image cannot be read, or there is no transform for pixels.
         MissingData: if a file does not exist.
         ShapeMismatch: if arrays have another shape, or the images of a batch have different sizes.
         NotFinite: if there are NaN or infinite values.
     """
     rows = 0
-    for batch in _batches(images, transform):
+    for batch in _batches(images, transform, errors):
         if len(batch):
             require_finite({"pixels": batch}, rows, "image")
             rows += len(batch)
             yield batch
+    if errors and not rows:
+        raise EmptyInput(f"none of the {len(errors):,} images can be read, the first because: {errors[min(errors)]}")
     if not rows:
         raise EmptyInput("the batch contains no image: pass at least one.")
 
@@ -74,7 +78,7 @@ def images_in(batch: Mapping[str, Any]) -> Any:
     )
 
 
-def _batches(images: Any, transform: Transform | None) -> Iterator[Tensor]:
+def _batches(images: Any, transform: Transform | None, errors: dict[int, str] | None) -> Iterator[Tensor]:
     if isinstance(images, (str, PathLike, bytes, Image.Image)):
         images = [images]
     if isinstance(images, np.ndarray) and images.dtype != object:
@@ -85,11 +89,24 @@ def _batches(images: Any, transform: Transform | None) -> Iterator[Tensor]:
         _require_layout(images, "a batch of images must be [B, C, H, W]", 4)
         yield images
     elif isinstance(images, Iterable) and not isinstance(images, Mapping):
-        singles = iter(images)
+        singles = enumerate(images)
         while part := list(itertools.islice(singles, ROWS)):
-            yield _stacked([_single(image, transform) for image in part])
+            if readable := list(_readable(part, transform, errors)):
+                yield _stacked(readable)
     else:
         raise BadInput(f"a batch of images cannot be of type {type(images).__name__}: {ACCEPTED}.")
+
+
+def _readable(
+    images: Iterable[tuple[int, Any]], transform: Transform | None, errors: dict[int, str] | None
+) -> Iterator[Tensor]:
+    for number, image in images:
+        try:
+            yield _single(image, transform)
+        except BadInput as error:
+            if errors is None:
+                raise
+            errors[number] = str(error)
 
 
 def _require_layout(images: Tensor, layout: str, ndim: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class Prediction:
         p_value: the conformal p-value of "this image is in-distribution", float64; small means OoD.
         is_ood: whether the score is below the threshold.
         class_name: the name of the predicted class; None if the detector has no names.
+        errors: why images were left out, by their number in the input; empty unless ``predict`` was told to skip them.
     """
 
     label: NDArray[np.int64]
@@ -36,13 +37,19 @@ class Prediction:
     p_value: NDArray[np.float64]
     is_ood: NDArray[np.bool_]
     class_name: NDArray[Any] | None = None
+    errors: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.label)
 
+    @property
+    def image(self) -> NDArray[np.int64]:
+        """The number of the image of each row in the input, int64 ``[B]``."""
+        return np.delete(np.arange(len(self) + len(self.errors)), list(self.errors))
+
     def columns(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by name, except for those that are None."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "errors"}
         return {name: values for name, values in columns.items() if values is not None}
 
     def to_pandas(self) -> pd.DataFrame:
@@ -55,7 +62,8 @@ class Prediction:
     def joined(cls, parts: Sequence[Prediction]) -> Prediction:
         """Concatenate several predictions of one detector."""
         columns = [part.columns() for part in parts]
-        return cls(**{name: np.concatenate([column[name] for column in columns]) for name in columns[0]})
+        joined: dict[str, Any] = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
+        return cls(**joined)
 
 
 def predictions_of(feats: FeatureSet) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -49,7 +49,7 @@ def extract_shards(task: Task, path: Path, provenance: Provenance, ranks: Ranks,
         if overwrite and ranks.first:
             path.unlink(missing_ok=True)
             shards.remove(path, keep=ranks.count)
-        state = state_of(own, made_by[own], resume, overwrite) if resume else None
+        state = state_of(own, made_by[own], resume, overwrite, task.skip) if resume else None
         if not (state and state.finished):
             run(task, Target(made_by[own], own, parts[own], state, replace=overwrite or not resume))
         others.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -23,7 +23,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ood_scores.errors import BadInput, BadLabels, EmptyInput
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, UnreadableRow
+from ood_scores.extraction.unreadable import Partial, Unreadable, copy_of, leaving_out_unreadable
 from ood_scores.runtime import from_workers
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "inputs", "input", "x", "data")
@@ -126,18 +127,31 @@ def preprocessing(loader: Iterable[Any]) -> str:
 
 @dataclass
 class Batches:
-    """A loader whose first rows have been read, without losing them."""
+    """A loader whose first rows have been read, without losing them.
+
+    Attributes:
+        loader: the loader.
+        reading: the loader that is read: the same, or a copy whose batches are ``Partial`` where rows are unreadable.
+        first: the first batches.
+        rest: the iterator over the other batches.
+    """
 
     loader: Iterable[Any]
+    reading: Iterable[Any]
     first: list[Any]
     rest: Iterator[Any]
 
     @classmethod
-    def look_into(cls, loader: Iterable[Any]) -> Batches:
+    def look_into(cls, loader: Iterable[Any], skip: bool = False) -> Batches:
         """Read batches until ``CHECKSUM_ROWS`` rows are known.
 
+        Args:
+            loader: the loader.
+            skip: whether to leave out rows that cannot be read.
+
         Raises:
-            EmptyInput: if there is no row.
+            EmptyInput: if there is no row, or none that can be read.
+            BadInput: if rows of this loader cannot be left out.
         """
         if isinstance(loader, Dataset):
             raise BadInput("extract needs batches, got a dataset: pass DataLoader(dataset, batch_size=...).")
@@ -146,27 +160,38 @@ class Batches:
                 f"extract needs batches, got {type(loader).__name__}: pass DataLoader(dataset, batch_size=...); "
                 "ood_scores.data.sources.open_dataset opens a dataset such as 'folder:PATH'."
             )
-        rest = from_workers(loader)
+        reading = _leaving_out(loader) if skip else loader
+        rest = _read(reading, isinstance(loader, DataLoader) and can_jump(loader))
         first: list[Any] = []
-        rows = 0
+        rows, reason = 0, ""
         while rows < CHECKSUM_ROWS and (batch := next(rest, END)) is not END:
-            if batch is None:  # from a collate function that has dropped all rows
-                continue
-            inputs, labels = unpack(batch)
-            if len(inputs):
-                first.append((inputs.clone(), None if labels is None else labels.clone()))  # loaders may reuse memory
-                rows += len(inputs)
+            part = as_partial(batch)
+            reason = reason or next(iter(part.reasons.values()), "")
+            if part.batch is not None:
+                part = part._replace(batch=_cloned(part.batch))  # loaders may reuse memory
+            if part.rows:
+                first.append(part if part.reasons else part.batch)
+                rows += part.rows - len(part.reasons)
         if not rows:
             raise EmptyInput(
-                "the loader yields no batch: check whether the dataset is empty, or smaller than a batch with "
+                f"no row of {dataset_name(loader)} can be read: {reason}"
+                if reason
+                else "the loader yields no batch: check whether the dataset is empty, or smaller than a batch with "
                 "drop_last=True."
             )
-        return cls(loader, first, rest)
+        return cls(loader, reading, first, rest)
+
+    @property
+    def example(self) -> tuple[int, Any]:
+        """The first row's number and the readable rows of the first batch that has any."""
+        parts = ((start, as_partial(batch)) for start, batch in _numbered(self.first, 0))
+        return next((start, part.batch) for start, part in parts if part.batch is not None)
 
     def checksum(self) -> str:
         """Return the SHA-256 of the first ``CHECKSUM_ROWS`` inputs, as the model sees them, and of their labels."""
         digest = hashlib.sha256()
-        pairs = [unpack(batch) for batch in self.first]
+        parts = [as_partial(batch).batch for batch in self.first]
+        pairs = [unpack(batch) for batch in parts if batch is not None]
         for x in itertools.islice(itertools.chain.from_iterable(x for x, _ in pairs), CHECKSUM_ROWS):
             digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
             digest.update(x.cpu().contiguous().view(torch.uint8).numpy())
@@ -179,21 +204,65 @@ class Batches:
         """Yield the first row's number and the batch, for every batch with rows after ``rows``, up to row ``stop``.
 
         A plain DataLoader skips earlier batches without loading them; other loaders are iterated over. ``stop``
-        requires a loader that can skip.
+        requires a loader that can skip. A batch with unreadable rows is a ``Partial``.
         """
-        loader = self.loader
+        loader = self.reading
         if (rows or stop is not None) and isinstance(loader, DataLoader) and can_jump(loader):
             self.rest = iter(())  # stops the workers of the first iterator
             size = loader.batch_sampler.batch_size  # type: ignore[union-attr]
             first, last = rows // size, None if stop is None else -(-stop // size)
-            return _numbered(from_workers(_some_of(loader, first, last)), first * size)
+            chosen = list(itertools.islice(loader.batch_sampler, first, last))  # type: ignore[arg-type]
+            return _numbered(_read(copy_of(loader, chosen), can_skip=True), first * size)
         numbered = _numbered(itertools.chain(self.first, self.rest), 0)
-        return ((start, batch) for start, batch in numbered if start + len(unpack(batch)[0]) > rows)
+        return ((start, batch) for start, batch in numbered if start + as_partial(batch).rows > rows)
+
+    def reasons(self, rows: Collection[int]) -> dict[int, str]:
+        """Return why rows cannot be read, by reading them again."""
+        if not rows:
+            return {}
+        reading: Any = self.reading
+        indices = itertools.chain.from_iterable(reading.batch_sampler)
+        items = {row: reading.dataset[index] for row, index in enumerate(indices) if row in rows}
+        return {
+            row: item.reason if isinstance(item, Unreadable) else "it could not be read at first"
+            for row, item in items.items()
+        }
+
+
+def as_partial(batch: Any) -> Partial:
+    """Return a batch with the number of its rows; 0 for None, which a collate function returns that drops all rows."""
+    if isinstance(batch, Partial):
+        return batch
+    return Partial(batch, 0 if batch is None else len(unpack(batch)[0]), {})
+
+
+def _cloned(batch: Any) -> tuple[Tensor, Tensor | None]:
+    inputs, labels = unpack(batch)
+    return inputs.clone(), None if labels is None else labels.clone()
+
+
+def _leaving_out(loader: Iterable[Any]) -> DataLoader[Any]:
+    if isinstance(loader, DataLoader) and can_jump(loader):
+        return leaving_out_unreadable(loader)
+    raise BadInput(
+        "on_error='skip' applies to a DataLoader with a batch_size over a dataset of known length, got "
+        f"{type(loader).__name__}: leave out unreadable rows in the loader itself."
+    )
+
+
+def _read(loader: Iterable[Any], can_skip: bool) -> Iterator[Any]:
+    """Yield the batches; an error of the dataset says how to go on, if rows can be left out."""
+    try:
+        yield from from_workers(loader)
+    except BadInput as error:
+        if can_skip:
+            raise UnreadableRow(f"{error} To leave out such rows and continue, pass on_error='skip'.") from error
+        raise
 
 
 def _numbered(batches: Iterable[Any], start: int) -> Iterator[tuple[int, Any]]:
     for batch in batches:
-        rows = 0 if batch is None else len(unpack(batch)[0])
+        rows = as_partial(batch).rows
         if rows:
             yield start, batch
         start += rows
@@ -202,18 +271,3 @@ def _numbered(batches: Iterable[Any], start: int) -> Iterator[tuple[int, Any]]:
 def can_jump(loader: DataLoader[Any]) -> bool:
     """Return whether batches can be skipped without loading them."""
     return row_count(loader) is not None and type(loader).__iter__ is DataLoader.__iter__
-
-
-def _some_of(loader: DataLoader[Any], first: int, last: int | None) -> DataLoader[Any]:
-    """Return the same loader with only its batches ``first`` to ``last``."""
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=list(itertools.islice(loader.batch_sampler, first, last)),  # type: ignore[arg-type]
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-    )

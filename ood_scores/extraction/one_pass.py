@@ -10,14 +10,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ood_scores.errors import BadInput, ShuffledLoader, StaleCache
+from ood_scores.errors import BadInput, RowsLeftOut, ShuffledLoader, StaleCache
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.heads import FoundHead
-from ood_scores.extraction.loaders import Batches
+from ood_scores.extraction.loaders import Batches, as_partial
 from ood_scores.extraction.writers import BackgroundWriter, MemorySink
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import cache as caches
+from ood_scores.features.storage import gaps
 from ood_scores.progress import ProgressBar
+from ood_scores.runtime import Arriving
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Task:
     forward: Forward
     batches: Batches
     progress: bool
+
+    @property
+    def skip(self) -> bool:
+        """Whether rows that cannot be read are left out."""
+        return self.forward.options.on_error == "skip"
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,10 @@ def run(task: Task, target: Target) -> FeatureSet:
     stop = None if target.rows is None else target.rows.stop
     remaining = task.batches.after(first + done, stop)  # before the cache is locked: forked workers share locks
     with forward.ready():
-        first_rows = forward(task.batches.first[0])
+        first_start, example = task.batches.example
+        first_rows = forward(example, first_start)
+        no_rows = Arriving({name: values[:0] for name, values in first_rows.columns.items()})
+        reasons: dict[int, str] = {}
         assert forward.found is not None
         with _open_sink(target, forward.found, first_rows.columns) as sink:
             with (
@@ -68,16 +78,48 @@ def run(task: Task, target: Target) -> FeatureSet:
                 BackgroundWriter(sink, first, bar.update) as writer,
             ):
                 for start, batch in remaining:
-                    rows = forward(batch, start) if start else first_rows
-                    _require_length(target.promised, start + len(rows.columns["features"]) - first, ended=False)
-                    writer.put(start, rows)
+                    part = as_partial(batch)
+                    _require_length(target.promised, start + part.rows - first, ended=False)
+                    reasons |= {start + place: reason for place, reason in part.reasons.items()}
+                    if part.batch is None:
+                        rows = no_rows
+                    else:
+                        rows = first_rows if start == first_start else forward(part.batch, start)
+                    writer.put(start, rows, part.reasons)
             _require_length(target.promised, sink.rows, ended=True)
-            sink.finish()
+            if not sink.has_gaps:
+                sink.finish()
+    if sink.has_gaps:
+        _remove_gaps(sink, first, task.batches, reasons)
     return sink.feature_set() if isinstance(sink, MemorySink) else load(sink.path)
 
 
-def state_of(path: Path, provenance: Provenance, resume: bool, overwrite: bool) -> caches.CacheState | None:
-    """Return the state of the cache to open or continue; None if a new file is to be written."""
+def _remove_gaps(
+    sink: MemorySink | caches.CacheWriter, first: int, batches: Batches, reasons: Mapping[int, str]
+) -> None:
+    """Remove the rows that cannot be read; ``reasons`` are known for those that this call has met."""
+    found = sink.gaps if isinstance(sink, MemorySink) else gaps.find(sink.path)
+    rows = [first + gap for gap in found]
+    known = {**batches.reasons(set(rows) - reasons.keys()), **reasons}
+    skipped = [(row, known[row]) for row in rows]
+    if isinstance(sink, MemorySink):
+        sink.remove_gaps(skipped)
+    else:
+        gaps.remove(sink.path, found, skipped)
+
+
+def warn_of_rows_left_out(feats: FeatureSet) -> None:
+    """Warn of rows of the dataset that the set lacks, if it does."""
+    if feats.provenance and feats.provenance.skipped:
+        warnings.warn(feats.provenance.left_out, RowsLeftOut, stacklevel=4)
+
+
+def state_of(path: Path, provenance: Provenance, resume: bool, overwrite: bool, skip: bool) -> caches.CacheState | None:
+    """Return the state of the cache to open or continue; None if a new file is to be written.
+
+    Raises:
+        BadInput: if the cache lacks rows that cannot be read, and ``skip`` is False.
+    """
     if not path.exists():
         return None
     if overwrite:
@@ -93,6 +135,11 @@ def state_of(path: Path, provenance: Provenance, resume: bool, overwrite: bool) 
     if state.provenance is None:
         raise StaleCache(f"{path} has no provenance, so it cannot be compared: open it with ood_scores.load.")
     state.provenance.require_same(provenance, str(path))
+    if not skip and (state.has_gaps or state.provenance.skipped) and (state.finished or resume):
+        raise BadInput(
+            f"{path} lacks rows that could not be read: pass on_error='skip' to use it, or overwrite=True to extract "
+            "again."
+        )
     return state if state.finished or resume else None
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ood_scores.errors import BadInput
 from ood_scores.parameters import require_known
@@ -22,6 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 AMP = ("bf16", "fp16")
 DTYPES = ("float16", "float32", "float64")
+ON_ERROR = ("raise", "skip")
 
 
 def _shown(help: str, *, choices: Sequence[str] = (), metavar: str | None = None) -> dict[str, Any]:
@@ -33,8 +34,8 @@ def _shown(help: str, *, choices: Sequence[str] = (), metavar: str | None = None
 class ExtractionOptions:
     """The options of an extraction.
 
-    They decide how numbers are rounded and which columns there are. All are part of a cache's identity, and a detector
-    applies the options of its calibration set.
+    They decide how numbers are rounded and which columns there are. All but ``on_error`` are part of a cache's
+    identity, and a detector applies the options of its calibration set.
 
     Args:
         amp: ``"bf16"`` or ``"fp16"`` for automatic mixed precision.
@@ -49,6 +50,9 @@ class ExtractionOptions:
             pass; ``"stages"`` for the modules that end the stages of the model.
         probes: further extras to compute for every input, as objects of ``ood_scores.probes``, names, or names with
             parameters: ``[ODIN(epsilon=0.004), "gram", "odin:epsilon=0.004"]``. Most run the model again.
+        on_error: ``"skip"`` to leave out rows that cannot be read, such as damaged images, with a warning; they are
+            listed in the provenance. ``"raise"`` stops at the first one. A cache is continued with either, but one that
+            lacks rows is used only with ``"skip"``.
 
     Raises:
         BadInput: if a value is not one of those above, or two probes have the same name.
@@ -74,6 +78,17 @@ class ExtractionOptions:
     probes: Iterable[str | Probe] = field(
         default=(), metadata=_shown("Probe to compute, as NAME or NAME:key=value,…; may be repeated.", metavar="NAME")
     )
+    on_error: str = field(
+        default="raise",
+        metadata=_shown(
+            "At an image that cannot be read: raise to stop, skip to leave it out and list it.",
+            choices=ON_ERROR,
+            metavar="WHAT",
+        ),
+    )
+
+    NOT_IN_DIGEST: ClassVar = frozenset({"on_error"})
+    """The provenance of a cache lists the rows that it lacks."""
 
     def __post_init__(self) -> None:
         if isinstance(self.probes, Iterable) and not isinstance(self.probes, str):

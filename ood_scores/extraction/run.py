@@ -18,7 +18,7 @@ from ood_scores.errors import UnfinishedCache
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
 from ood_scores.extraction.forward import Forward
-from ood_scores.extraction.one_pass import Target, Task, run, state_of
+from ood_scores.extraction.one_pass import Target, Task, run, state_of, warn_of_rows_left_out
 from ood_scores.extraction.options import options_from, takes_options
 from ood_scores.extraction.probes.base import record_of
 from ood_scores.features import FeatureSet, Provenance, load
@@ -67,7 +67,7 @@ def extract(
         name: the dataset's name in tables; by default the dataset's own ``name`` or its class. An existing cache of the
             same data is opened, or continued, under whatever name it was created.
         **options: how the model is run and what is computed: the fields of ``ExtractionOptions``, which are ``amp``,
-            ``channels_last``, ``compile``, ``dtype``, ``head``, ``layers``, and ``probes``.
+            ``channels_last``, ``compile``, ``dtype``, ``head``, ``layers``, ``probes``, and ``on_error``.
 
     Returns:
         The feature set: read lazily from the cache if there is one, else in memory.
@@ -75,7 +75,8 @@ def extract(
     Raises:
         HeadNotFound, HeadMismatch: if no affine map computes the logits, or the named one does not; the message lists
             the candidates.
-        EmptyInput: if the loader yields nothing.
+        EmptyInput: if the loader yields nothing, or nothing that can be read.
+        UnreadableRow: if an input cannot be read, without ``on_error="skip"``. The cache keeps earlier batches.
         NotFinite: if an activation is NaN or infinite; the message names the row. The cache keeps earlier batches.
         BadLabels, ShapeMismatch, BadInput: if a batch or an option cannot be used, or the model cannot take a batch.
         UnknownName: if there is no probe of that name.
@@ -88,15 +89,29 @@ def extract(
     model = unwrapped(model)
     ranks = Ranks.here()
     forward = Forward(model, chosen, choose_device(model, device, ranks.local))
-    batches = loaders.Batches.look_into(loader)
+    batches = loaders.Batches.look_into(loader, skip=chosen.on_error == "skip")
     provenance = _describe(forward, batches, name)
     task = Task(forward, batches, progress and ranks.first)
+    feats = _named(_extracted(task, provenance, cache, ranks, resume, overwrite), name)
+    if ranks.first:
+        warn_of_rows_left_out(feats)
+    return feats
+
+
+def _extracted(
+    task: Task,
+    provenance: Provenance,
+    cache: str | os.PathLike[str] | None,
+    ranks: Ranks,
+    resume: bool,
+    overwrite: bool,
+) -> FeatureSet:
     if cache is None:
         return run(task, Target(provenance))
     path = user_path(cache)
-    state = state_of(path, provenance, resume, overwrite)
+    state = state_of(path, provenance, resume, overwrite, task.skip)
     if state and state.finished:
-        return _named(load(path), name)
+        return load(path)
     if ranks.count > 1:
         if state:
             raise UnfinishedCache(
@@ -104,12 +119,12 @@ def extract(
                 "or pass overwrite=True to extract again."
             )
         extract_shards(task, path, provenance, ranks, resume, overwrite)
-        return _named(load(path), name)
+        return load(path)
     if not (state or overwrite):
         shards.require_no_others(path)
     feats = run(task, Target(provenance, path, state=state, replace=overwrite or not resume))
     shards.remove(path)  # of the cache that was replaced
-    return _named(feats, name)
+    return feats
 
 
 def _named(feats: FeatureSet, name: str | None) -> FeatureSet:
@@ -122,7 +137,7 @@ def _named(feats: FeatureSet, name: str | None) -> FeatureSet:
 def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> Provenance:
     model, options, device = forward.model, forward.options, forward.device
     loader = batches.loader
-    inputs, labels = loaders.unpack(batches.first[0])
+    inputs, labels = loaders.unpack(batches.example[1])
     text, root = loaders.data_text(loader)
     own = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     return Provenance(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from queue import Queue
 from threading import Thread
 from typing import Protocol
@@ -19,11 +20,14 @@ AHEAD = 2
 
 
 class Sink(Protocol):
-    """Where rows are appended: a cache or memory."""
+    """Where rows are appended: a cache or memory.
+
+    A row that cannot be read is a gap, so that there is one row for each row of the dataset until all are written.
+    """
 
     rows: int
 
-    def append(self, rows: Mapping[str, Tensor]) -> None: ...
+    def append(self, rows: Mapping[str, Tensor], gaps: Sequence[int] = ()) -> None: ...
 
 
 class MemorySink:
@@ -33,9 +37,11 @@ class MemorySink:
         self._capacity = rows or 0
         self._arrays: dict[str, Tensor] = {}
         self._head, self._provenance = head, provenance
+        self.gaps: list[int] = []
         self.rows = 0
 
-    def append(self, rows: Mapping[str, Tensor]) -> None:
+    def append(self, rows: Mapping[str, Tensor], gaps: Sequence[int] = ()) -> None:
+        self.gaps += [self.rows + gap for gap in gaps]
         stop = self.rows + len(rows["features"])
         if stop > self._capacity or not self._arrays:
             self._grow(max(stop, 2 * self._capacity if self._arrays else self._capacity), rows)
@@ -46,6 +52,18 @@ class MemorySink:
     def finish(self) -> None:
         """Cut the arrays to the number of rows."""
         self._arrays = {name: array[: self.rows] for name, array in self._arrays.items()}
+
+    def remove_gaps(self, skipped: Sequence[tuple[int, str]]) -> None:
+        """Remove the gaps, and list in the provenance the rows of the dataset that they were, with reasons."""
+        kept = torch.ones(self.rows, dtype=torch.bool)
+        kept[self.gaps] = False
+        self._arrays = {name: array[: self.rows][kept] for name, array in self._arrays.items()}
+        self._provenance = replace(self._provenance, skipped=tuple(skipped))
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether some rows are gaps."""
+        return bool(self.gaps)
 
     def feature_set(self) -> FeatureSet:
         """Return the rows as a feature set."""
@@ -83,15 +101,18 @@ class BackgroundWriter:
 
     def __init__(self, sink: Sink, first: int, advance: Callable[[int], None]) -> None:
         self._sink, self._first, self._advance = sink, first, advance
-        self._waiting: Queue[tuple[int, Arriving] | None] = Queue(AHEAD)
+        self._waiting: Queue[tuple[int, Arriving, Collection[int]] | None] = Queue(AHEAD)
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="ood_scores writer", daemon=True)
 
-    def put(self, start: int, rows: Arriving) -> None:
-        """Write a batch whose first row is row ``start`` of the dataset, except for rows that the sink already has."""
+    def put(self, start: int, rows: Arriving, gaps: Collection[int] = ()) -> None:
+        """Write a batch whose first row is row ``start`` of the dataset, except for rows that the sink already has.
+
+        ``gaps`` are the positions in the batch of rows that are unreadable, which ``rows`` lacks.
+        """
         if self._error:
             raise self._error
-        self._waiting.put((start, rows))
+        self._waiting.put((start, rows, gaps))
 
     def __enter__(self) -> BackgroundWriter:
         self._thread.start()
@@ -111,9 +132,20 @@ class BackgroundWriter:
                 except BaseException as error:
                     self._error = error
 
-    def _write(self, start: int, rows: Arriving) -> None:
-        columns = rows.wait()
+    def _write(self, start: int, rows: Arriving, gaps: Collection[int]) -> None:
+        columns = with_zeros(rows.wait(), gaps) if gaps else rows.wait()
         require_finite(columns, start)
         done = self._first + self._sink.rows - start
-        self._sink.append({name: values[done:] for name, values in columns.items()})
+        left = [gap - done for gap in sorted(gaps) if gap >= done]
+        self._sink.append({name: values[done:] for name, values in columns.items()}, left)
         self._advance(self._sink.rows)
+
+
+def with_zeros(columns: Mapping[str, Tensor], gaps: Collection[int]) -> dict[str, Tensor]:
+    """Return columns with additional rows of zeros at the positions ``gaps``."""
+    count = len(columns["features"]) + len(gaps)
+    kept = [place for place in range(count) if place not in gaps]
+    widened = {name: values.new_zeros(count, *values.shape[1:]) for name, values in columns.items()}
+    for name, values in columns.items():
+        widened[name][kept] = values
+    return widened

@@ -94,6 +94,8 @@ def _check_same_data(members: Sequence[FeatureSet]) -> None:
         raise BadInput(f"the members of an ensemble must be sets of the same data, got {', '.join(found)}.")
     if any(member.provenance and member.provenance.shuffled for member in members):
         raise BadInput("the rows of a member are in random order: extract it with shuffle=False.")
+    if len({member.provenance.skipped_rows for member in members if member.provenance}) > 1:
+        raise BadInput("the members of an ensemble lack different rows: extract them again from the same data.")
     labels = [labels for labels in (member.labels for member in members) if labels is not None]
     if any(not torch.equal(labels[0], other) for other in labels[1:]):
         raise BadInput("the members of an ensemble have different labels: all must be sets of the same data.")

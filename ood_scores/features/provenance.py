@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ood_scores.errors import StaleCache
 from ood_scores.features.migration import migrated
+
+SHOWN = 3
+"""Number of skipped rows that a sentence lists."""
 
 WHAT_TO_DO = "pass overwrite=True to extract again, or another cache path to keep both"
 
@@ -38,7 +41,8 @@ class Provenance:
     transform, if it can be read. ``dataset`` is the name under which the data were first extracted. ``head``, ``amp``,
     ``channels_last``, ``compiled``, and ``dtype`` are the options of ``extract``. ``shard`` names the rows of the
     dataset in a file that is one of several. ``data_text`` opens the dataset with relative paths starting from
-    ``data_root``, if its rows are those of the set, in order; see ``ood_scores.data.sources``.
+    ``data_root``, if its rows are those of the set, in order; see ``ood_scores.data.sources``. ``skipped`` lists the
+    rows of the dataset that the set lacks because they cannot be read, each with the reason.
     """
 
     architecture: str
@@ -64,6 +68,10 @@ class Provenance:
     shard: str | None = None
     data_text: str | None = None
     data_root: str | None = None
+    skipped: tuple[tuple[int, str], ...] = ()
+
+    NOT_IN_DIGEST: ClassVar = frozenset({"skipped"})
+    """Sets with different skipped rows have different times of creation."""
 
     FINGERPRINT = (
         ("architecture", "architecture"),
@@ -100,6 +108,27 @@ class Provenance:
         """Return the provenance of some rows of the set, which are no longer those of the dataset."""
         return replace(self, data_text=None, data_root=None)
 
+    @property
+    def left_out(self) -> str:
+        """A sentence about the skipped rows; "" if there are none."""
+        if not self.skipped:
+            return ""
+        of = "" if self.dataset_rows is None else f" of {self.dataset_rows:,}"
+        shown = "; ".join(f"row {row}: {reason.rstrip('.')}" for row, reason in self.skipped[:SHOWN])
+        more = f"; and {len(self.skipped) - SHOWN:,} more" if len(self.skipped) > SHOWN else ""
+        return f"{len(self.skipped):,}{of} rows of {self.dataset} cannot be read and are left out ({shown}{more})."
+
+    @property
+    def skipped_rows(self) -> tuple[int, ...]:
+        """The rows of the dataset that are left out."""
+        return tuple(row for row, _ in self.skipped)
+
+    def rows_in_dataset(self, count: int) -> np.ndarray:
+        """Return the row in the dataset of each row of a set, int64 ``[count]``; for a part of a set, count from 0."""
+        if count + len(self.skipped) != self.dataset_rows:
+            return np.arange(count)
+        return np.delete(np.arange(self.dataset_rows), self.skipped_rows)
+
     def differences(self, other: Provenance) -> dict[str, tuple[Any, Any]]:
         """Return the parts of the fingerprint that differ, by title, as the value here and the other one."""
         pairs = {title: (getattr(self, name), getattr(other, name)) for name, title in self.FINGERPRINT}
@@ -123,6 +152,7 @@ class Provenance:
         """Return plain HDF5 attributes: strings, integers, and booleans; None is left out."""
         values = asdict(self)
         values |= {name: json.dumps(values[name]) for name in ("versions", "probes")}
+        values["skipped"] = json.dumps(self.skipped) if self.skipped else None
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
@@ -133,7 +163,8 @@ class Provenance:
         known = migrated(attributes)
         values = {field.name: _plain(known.get(field.name)) for field in fields(cls)}
         probes = tuple(ProbeRecord(**record) for record in json.loads(values["probes"] or "[]"))
-        return cls(**values | {"versions": json.loads(values["versions"]), "probes": probes})
+        skipped = tuple((int(row), str(reason)) for row, reason in json.loads(values["skipped"] or "[]"))
+        return cls(**values | {"versions": json.loads(values["versions"]), "probes": probes, "skipped": skipped})
 
 
 def to_json(value: Any) -> Any:

@@ -25,6 +25,7 @@ from ood_scores.detector import Fusion
 from ood_scores.detector.conformal import class_thresholds, p_values, threshold
 from ood_scores.errors import (
     BadInput,
+    EmptyInput,
     MissingInput,
     NotFitted,
     OtherModel,
@@ -466,3 +467,25 @@ def test_kept_share_of_held_out_images_for_every_scorer() -> None:
     assert len(kept) > 45
     assert min(share for share, _ in kept.values()) > level - 4 * error, kept
     assert max(share for _, share in kept.values()) < level + 4 * error, kept
+
+
+def test_images_that_cannot_be_read_are_left_out_and_listed(tmp_path: Path) -> None:
+    model = network()
+    detector = calibrate("energy", model, id=loader(64, 2))
+    images: list[Any] = [Image.fromarray(pixels) for pixels in PIXELS]
+    (tmp_path / "bad.png").write_bytes(b"damaged")
+    mixed = [tmp_path / "bad.png", images[0], b"no image", *images[1:], tmp_path / "none.png"]
+    found = detector.predict(mixed, on_error="skip")
+    assert found.image.tolist() == [1, 3, 4, 5, 6]
+    assert list(found.errors) == [0, 2, 7]
+    assert "bad.png" in found.errors[0]
+    assert "there is no image" in found.errors[7]
+    assert same(found, detector.predict(images))
+    assert list(found.to_pandas()) == list(detector.predict(images).to_pandas())
+    assert detector.predict(images, on_error="skip").errors == {}
+    with pytest.raises(BadInput, match=r"bad\.png"):
+        detector.predict(mixed)
+    with pytest.raises(EmptyInput, match=r"none of the 2 images can be read, the first because: .*bad.png"):
+        detector.predict([tmp_path / "bad.png", b""], on_error="skip")
+    with pytest.raises(BadInput, match="on_error must be 'raise' or 'skip', got 'ignore'"):
+        detector.predict(images, on_error="ignore")  # type: ignore[arg-type]

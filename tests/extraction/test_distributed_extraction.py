@@ -51,25 +51,37 @@ children.set_forkserver_preload(["ood_scores.extraction.run", "rich.progress", "
 class Rows(Dataset):
     """Yield one batch at a time, with a pause before each."""
 
-    def __init__(self, rows: int = ROWS, pause: float = 0.0) -> None:
-        self.rows, self.pause = rows, pause
+    def __init__(self, rows: int = ROWS, pause: float = 0.0, bad: tuple[int, ...] = ()) -> None:
+        self.rows, self.pause, self.bad = rows, pause, bad
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitems__(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         time.sleep(self.pause)
-        return [(INPUTS[row], LABELS[row]) for row in rows]
+        return [self[row] for row in rows]
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if row in self.bad:
+            raise BadInput(f"row {row} is damaged.")
+        return INPUTS[row], LABELS[row]
 
 
 def extract(
-    path: Path, *, rows: int = ROWS, batch: int = BATCH, pause: float = 0.0, seed: int = 1, **options: Any
+    path: Path,
+    *,
+    rows: int = ROWS,
+    batch: int = BATCH,
+    pause: float = 0.0,
+    seed: int = 1,
+    bad: tuple[int, ...] = (),
+    **options: Any,
 ) -> ood_scores.FeatureSet:
     torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
-    loader = DataLoader(Rows(rows, pause), batch_size=batch)
+    loader = DataLoader(Rows(rows, pause, bad), batch_size=batch)
     return ood_scores.extract(model, loader, path, name="data", layers=["0", "1"], progress=False, **options)
 
 
@@ -416,3 +428,19 @@ def test_several_processes_without_a_master_address(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(BadInput, match="start the processes with torchrun, or unset WORLD_SIZE"):
         Ranks.here()
+
+
+def test_rows_that_cannot_be_read_are_left_out_of_their_shards(tmp_path: Path) -> None:
+    bad = (0, 5, 160, *range(320, ROWS))  # the last batch of the second shard, too
+    options: dict[str, Any] = {"on_error": "skip", "bad": bad}
+    launch(tmp_path / "shared.h5", 2, **options)
+    with pytest.warns(ood_scores.errors.RowsLeftOut, match="16 of 333 rows of data"):
+        alone = extract(tmp_path / "alone.h5", **options)
+    shared = ood_scores.load(tmp_path / "shared.h5")
+    assert shared.provenance is not None
+    assert shared.provenance.skipped == tuple((row, f"row {row} is damaged.") for row in bad)
+    assert alone.provenance is not None
+    assert alone.provenance.skipped == shared.provenance.skipped
+    assert shared.features.equal(alone.features)
+    assert shared.labels is not None
+    assert shared.labels.equal(LABELS[[row for row in range(ROWS) if row not in bad]])

@@ -23,7 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingData
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingData, UnreadableRow
 from ood_scores.extraction import loaders
 from ood_scores.extraction.loaders import IMAGE_KEYS, LABEL_KEYS, Batches, unpack
 
@@ -209,9 +209,12 @@ class Damaged(Dataset):
 @pytest.mark.parametrize(("row", "done"), [(3, 0), (30, 0), (30, 24)])
 def test_error_of_a_worker_is_one_line(workers: int, error: type[Exception], row: int, done: int) -> None:
     loader = DataLoader(Damaged(row, error), batch_size=8, num_workers=workers)
-    with pytest.raises(error) as raised:
+    with pytest.raises(UnreadableRow) as raised:
         list(Batches.look_into(loader).after(done))
-    assert str(raised.value) == f"cannot read the image {row}.png (errors.BadInput: it is cut): replace or remove it."
+    assert str(raised.value) == (
+        f"cannot read the image {row}.png (errors.BadInput: it is cut): replace or remove it. "
+        "To leave out such rows and continue, pass on_error='skip'."
+    )
 
 
 def test_other_errors_of_a_worker_keep_their_traceback() -> None:

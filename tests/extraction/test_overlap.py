@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Sink:
         self.batches: list[list[float]] = []
         self.threads: set[threading.Thread] = set()
 
-    def append(self, rows: Mapping[str, Tensor]) -> None:
+    def append(self, rows: Mapping[str, Tensor], gaps: Sequence[int] = ()) -> None:
         assert self.let.wait(10)
         if len(self.batches) == self.fails:
             raise OSError("the disk is full")
@@ -245,9 +245,9 @@ def test_memory_that_is_reused_while_rows_wait(
     slow = threading.Event()
     write = BackgroundWriter._write
 
-    def late(self: BackgroundWriter, start: int, rows: Arriving) -> None:
+    def late(self: BackgroundWriter, start: int, rows: Arriving, gaps: Collection[int]) -> None:
         slow.wait(0.01)
-        write(self, start, rows)
+        write(self, start, rows, gaps)
 
     monkeypatch.setattr(BackgroundWriter, "_write", late)
     feats = extract(model, refilled(inputs), tmp_path / "feats.h5" if to_disk else None)

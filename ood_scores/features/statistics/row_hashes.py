@@ -130,7 +130,7 @@ def shared_rows(one: FeatureSet, other: FeatureSet, name: str, other_name: str) 
     rows, distinct = len(shared), len(np.unique(shared))
     here, there = one.provenance, other.provenance
     if here and there and here.data_sha256 == there.data_sha256 and there.dataset_rows:
-        surplus = min(len(one) + len(other) - there.dataset_rows, len(other))
+        surplus = min(len(one) + len(other) - there.dataset_rows + len(there.skipped), len(other))
         rows, distinct = max(rows, surplus), max(distinct, surplus)
     return Overlap(name, other_name, rows, len(other), distinct)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,12 @@ from ood_scores.features.storage.reading import FORMAT, open_to_read, zstd
 VERSION = 1
 UNKNOWN_LENGTH_ROWS = 1024
 
+UNFINISHED, FINISHED, HAS_GAPS = 0, 1, -1
+"""The second number of ``progress``; the last is that of an unfinished file, some of whose rows are gaps."""
+
+SKIPPED = "skipped"
+"""The array with the rows that were left out, as JSON: too long for an attribute."""
+
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """The shape of a row and the dtype of each column by name."""
 
@@ -71,11 +77,15 @@ def check_is_cache(h5: h5py.File) -> None:
 
 @dataclass(frozen=True)
 class CacheState:
-    """The row count, completeness, and provenance that a cache file records."""
+    """The row count, completeness, and provenance that a cache file records.
+
+    ``has_gaps`` tells whether some rows of an unfinished file are gaps; see ``ood_scores.features.storage.gaps``.
+    """
 
     rows: int
     finished: bool
     provenance: Provenance | None
+    has_gaps: bool = False
 
 
 def state(h5: h5py.File) -> CacheState:
@@ -83,12 +93,18 @@ def state(h5: h5py.File) -> CacheState:
     check_is_cache(h5)
     rows, finished = h5["progress"][()].tolist()
     capacity = h5["features"].shape[0]
-    if finished not in (0, 1) or not 0 <= rows <= capacity or (finished and rows < capacity):
+    known = finished in (UNFINISHED, FINISHED, HAS_GAPS)
+    if not known or not 0 <= rows <= capacity or (finished == FINISHED and rows < capacity):
         raise DamagedCache(
             f"{h5.filename} is damaged: it counts {rows:,} of {capacity:,} rows. Delete it, or pass overwrite=True to "
             "extract again."
         )
-    return CacheState(rows, bool(finished), Provenance.from_attributes(h5.attrs))
+    return CacheState(rows, finished == FINISHED, _provenance(h5), finished == HAS_GAPS)
+
+
+def _provenance(h5: h5py.File) -> Provenance | None:
+    skipped = {SKIPPED: h5[SKIPPED][()].tobytes().decode()} if SKIPPED in h5 else {}
+    return Provenance.from_attributes({**h5.attrs, **skipped})
 
 
 def require_finished(h5: h5py.File) -> None:
@@ -155,6 +171,7 @@ class CacheWriter:
 
     path: Path
     rows: int
+    has_gaps: bool
     _file: LockedFile
 
     def __init__(self, file: LockedFile, path: Path) -> None:
@@ -198,9 +215,15 @@ class CacheWriter:
                 raise CacheBusy(f"another process has just written {path}: run the same call again.")
             return cls(file, path)
 
-    def append(self, rows: Mapping[str, Tensor]) -> None:
-        """Write a run of rows of every column, then count them."""
+    def append(self, rows: Mapping[str, Tensor], gaps: Sequence[int] = ()) -> None:
+        """Write a run of rows of every column, then count them.
+
+        ``gaps`` are the rows of this run that cannot be read; see ``ood_scores.features.storage.gaps``.
+        """
         arrays = self._arrays(rows)
+        if gaps:
+            arrays["features"] = arrays["features"].copy()
+            arrays["features"][gaps] = np.nan
         stop = self.rows + len(arrays["features"])
         if stop > self._capacity:
             if not self._growing:
@@ -209,6 +232,9 @@ class CacheWriter:
         with disk_errors(self.path, how_to_resume(self.rows)):
             for name, array in arrays.items():
                 self._file.write_at(self._places[name].of_row(self.rows), array)
+            if gaps:
+                self.has_gaps = True
+                self._file.write_at(self._counter + 8, np.array([HAS_GAPS]))
             self._file.write_at(self._counter, np.array([stop]))
         self.rows = stop
 
@@ -237,7 +263,8 @@ class CacheWriter:
             self._counter = h5["progress"].id.get_offset()
             self._capacity = h5["features"].shape[0]
             self._growing = bool(h5.attrs["growing"])
-            self.rows = int(h5["progress"][0])
+            self.rows, finished = h5["progress"][()].tolist()
+            self.has_gaps = finished == HAS_GAPS
         self._file = file
 
     def _arrays(self, rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -342,11 +369,13 @@ def _lay_out(
 def write_header(h5: h5py.File, path: Path, head: Head | None, attributes: Mapping[str, Any]) -> None:
     """Write everything but the columns of a file that will be renamed to ``path``, with a row count of 0."""
     h5.attrs.update({"format": FORMAT, "version": VERSION})
-    h5.attrs.update(attributes)
+    h5.attrs.update({name: value for name, value in attributes.items() if name != SKIPPED})
+    if SKIPPED in attributes:
+        h5[SKIPPED] = np.frombuffer(attributes[SKIPPED].encode(), np.uint8)
     if head is not None:
         h5["head/weight"], h5["head/bias"] = _array(head.weight), _array(head.bias)
     _allocate(h5, "progress", (2,), np.dtype(np.int64))
-    h5["progress"].attrs["meaning"] = "rows written; 1 if finished, else 0"
+    h5["progress"].attrs["meaning"] = "rows written; 1 if finished, else 0 or -1"
     h5["statistics"] = h5py.ExternalLink(statistics_file(path).name, "/")
 
 

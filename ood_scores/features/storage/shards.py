@@ -64,7 +64,9 @@ def join(cache: Path, shards: Mapping[Path, Provenance]) -> None:
         parts = [stack.enter_context(_opened(shard, wanted)) for shard, wanted in shards.items()]
         columns = _columns_of_all(parts)
         counts = [caches.state(part).rows for part in parts]
-        made_by = replace(caches.state(parts[0]).provenance, shard=None)  # type: ignore[type-var]
+        found = [caches.state(part).provenance for part in parts]
+        skipped = tuple(row for each in found if each for row in each.skipped)
+        made_by = replace(found[0], shard=None, skipped=skipped)  # type: ignore[type-var]
         attributes = {"compressed": False, "growing": False} | caches.identifying(made_by)
         with (
             replacing(cache, caches.how_to_resume(0)) as file,
