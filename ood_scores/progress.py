@@ -1,6 +1,48 @@
-"""The progress bar of everything that takes a while."""
+"""The progress bar of everything that takes a while, and lines that are printed above it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from ood_scores.terminal import SafeConsole
+
+if TYPE_CHECKING:
+    from ood_scores.runtime import Cost
+
+_SHOWN: list[ProgressBar] = []
+"""The visible bars, the last of which was started last."""
+
+_WORK: ContextVar[ProgressBar | None] = ContextVar("work", default=None)
+"""The bar of ``showing_work``."""
+
+LONG = 10.0
+"""Seconds after which the cost of a step is told."""
+
+LARGE = 2**30
+"""Bytes of memory from which the cost of a step is told."""
+
+
+class Counts(MofNCompleteColumn):
+    """How many units are done, of how many, if anything is counted."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        return super().render(task).append(f" {unit}") if unit else Text("")
 
 
 class ProgressBar:
@@ -18,22 +60,11 @@ class ProgressBar:
     def __init__(
         self, label: str, total: int | None, unit: str, *, done: int = 0, visible: bool = True, keep: bool = False
     ) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        from ood_scores.terminal import SafeConsole
-
+        self.visible = visible
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),  # names of datasets hold brackets
             BarColumn(),
-            MofNCompleteColumn(),
-            unit,
+            Counts(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
@@ -41,13 +72,21 @@ class ProgressBar:
             disable=not visible,
             transient=not keep,
         )
-        self._task = self._progress.add_task(label, total=total, completed=done, note="")
+        self._task = self._progress.add_task(label, total=total, completed=done, unit=unit, note="")
+
+    @property
+    def console(self) -> Console:
+        return self._progress.console
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
+        if self.visible:
+            _SHOWN.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.visible:
+            _SHOWN.remove(self)
         self._progress.stop()
 
     def advance(self, count: int = 1) -> None:
@@ -58,6 +97,47 @@ class ProgressBar:
         """Set how many units are done."""
         self._progress.update(self._task, completed=done)
 
-    def describe(self, label: str, note: str) -> None:
-        """Set the texts before and after the bar."""
+    def describe(self, note: str, label: str | None = None) -> None:
+        """Set the text after the bar, and that before it."""
         self._progress.update(self._task, description=label, note=note)
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        """Start to count something else, from 0."""
+        self._progress.reset(self._task, total=total, description=label, unit=unit, note="")
+
+
+def stderr_console() -> Console:
+    """Return the console of the visible bar, so that a line is printed above it, or else one on standard error."""
+    return _SHOWN[-1].console if _SHOWN else SafeConsole(stderr=True)
+
+
+@contextmanager
+def showing_work(label: str, visible: bool = True) -> Iterator[None]:
+    """Show a bar on a terminal, on which ``working`` and ``worked`` say what is being done; ``tell`` prints lines."""
+    shown = visible and not _SHOWN and stderr_console().is_terminal
+    with ProgressBar(label, None, "", visible=shown) as bar:
+        token = _WORK.set(bar if visible else None)
+        try:
+            yield
+        finally:
+            _WORK.reset(token)
+
+
+def working(label: str, total: int, unit: str) -> None:
+    """Say on the bar of ``showing_work``, if there is one, what is being done and how much of it there is."""
+    if bar := _WORK.get():
+        bar.begin(label, total, unit)
+
+
+def worked(done: int, note: str = "") -> None:
+    """Say how much of what ``working`` has announced is done, and what is next."""
+    if bar := _WORK.get():
+        bar.update(done)
+        bar.describe(note)
+
+
+def tell_cost(what: str, cost: Cost) -> None:
+    """Print what something cost, within ``showing_work``, if it took long or raised the peak memory by much."""
+    if _WORK.get() and (cost.seconds >= LONG or cost.memory >= LARGE):
+        more = f" and raised the peak memory by {cost.memory / 2**30:.1f} GB" if cost.memory >= LARGE else ""
+        stderr_console().print(f"{what} took {cost.seconds:,.0f} s{more}", style="dim", soft_wrap=True, markup=False)

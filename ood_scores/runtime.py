@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from threading import Lock
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput, OodScoresError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
@@ -34,6 +41,32 @@ def from_workers(batches: Iterable[T]) -> Iterator[T]:
         if "DataLoader worker process" in message and name in message:
             raise type(error)(message.rpartition(name)[2].strip()) from None
         raise
+
+
+@dataclass
+class Cost:
+    """What some work cost: seconds, and the bytes by which it raised the peak memory of the process."""
+
+    seconds: float = 0.0
+    memory: int = 0
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Add what the work within the context costs."""
+        start, peak = perf_counter(), _peak_memory()
+        yield
+        self.seconds += perf_counter() - start
+        self.memory += _peak_memory() - peak
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.memory + other.memory)
+
+
+def _peak_memory() -> int:
+    """Return the most bytes of memory that this process has used so far; 0 where the system does not tell."""
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from ood_scores.benchmark.unit import evaluated
 from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput, CacheBusy, OodScoresError
 from ood_scores.extraction.run import PACKAGES
-from ood_scores.terminal import SafeConsole
+from ood_scores.progress import showing_work, stderr_console
 
 RUNS = "runs"
 LOCK = ".lock"
@@ -84,7 +84,8 @@ def run(
         found = []
         for unit in units:
             began = time.perf_counter()
-            found.append(evaluated(unit, folder))
+            with showing_work(f"{unit.title} · {unit.part.title}", progress):
+                found.append(evaluated(unit, folder))
             seconds = time.perf_counter() - began
             say(f"[green]✓[/] scores of {escape(f'{unit.title} · {unit.part.title}')} in {seconds:.1f} s")
         files = [path.name for path, _ in found]
@@ -116,8 +117,11 @@ def places(spec: Spec, out: str | os.PathLike[str] | None, data: str | os.PathLi
 
 
 def _speaker(progress: bool) -> Callable[[str], None]:
-    screen = SafeConsole(stderr=True, quiet=not progress)
-    return lambda text: screen.print(text, soft_wrap=True)
+    def say(text: str) -> None:
+        if progress:
+            stderr_console().print(text, soft_wrap=True)
+
+    return say
 
 
 def _say_plan(planned: Plan, say: Callable[[str], None]) -> None:

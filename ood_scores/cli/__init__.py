@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import io
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -23,7 +26,7 @@ from ood_scores.cli import (
     score,
     train,
 )
-from ood_scores.cli.printing import print_error, print_warning
+from ood_scores.cli.printing import print_error, print_warning, stoppable
 from ood_scores.errors import OodScoresError
 
 
@@ -35,6 +38,9 @@ class Commands(TyperGroup):
             warnings.showwarning = print_warning
             try:
                 return super().invoke(ctx)
+            except KeyboardInterrupt:
+                with stoppable("run the same command again"):
+                    raise
             except BrokenPipeError:  # the reader closed the pipe: typer exits quietly
                 raise
             except (OodScoresError, OSError) as error:
@@ -51,8 +57,18 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def ood_scores() -> None:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ood-scores {metadata.version('ood_scores')}")
+        raise typer.Exit
+
+
+@app.callback(context_settings={"help_option_names": ["-h", "--help"]})
+def ood_scores(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Out-of-distribution scores for trained image classifiers: run the model once, then compute every score. Higher scores always mean more in-distribution.
 
     \b
@@ -67,17 +83,28 @@ def ood_scores() -> None:
     """  # noqa: E501  a terminal wraps it
 
 
-app.command("train")(train.train)
-app.command("extract")(extract.extract)
-app.command("score")(score.score)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("benchmark")(benchmark.benchmark)
-app.command("calibrate")(calibrate.calibrate)
-app.command("predict")(predict.predict)
-app.command("inspect")(inspect.inspect)
-app.command("list")(listing.list_scorers)
-app.command("demo")(demo.demo)
+def _help_of(command: Callable[..., None]) -> str:
+    """Return the docstring of a command with every paragraph on one line, which a terminal wraps; but not examples."""
+    paragraphs = (inspect_module.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(text if text.startswith("\b") else " ".join(text.split()) for text in paragraphs)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.train,
+    "extract": extract.extract,
+    "score": score.score,
+    "evaluate": evaluate.evaluate,
+    "compare": compare.compare,
+    "benchmark": benchmark.benchmark,
+    "calibrate": calibrate.calibrate,
+    "predict": predict.predict,
+    "inspect": inspect.inspect,
+    "list": listing.list_scorers,
+    "demo": demo.demo,
+}
+
+for name, command in COMMANDS.items():
+    app.command(name, help=_help_of(command))(command)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ood_scores.cli import options
-from ood_scores.cli.printing import console
+from ood_scores.cli.printing import console, stoppable
 from ood_scores.cli.tables import legend, metric_columns, metric_tables
 from ood_scores.terminal import marked
 
@@ -79,11 +79,8 @@ def benchmark(
     if dry_run:
         _show_plan(screen, load_spec(spec, set or ()), out, data)
         return
-    try:
+    with stoppable("run the same command again to continue"):
         results = run(spec, out=out, data=data, overrides=set or (), device=device, jobs=jobs, progress=not quiet)
-    except KeyboardInterrupt:
-        screen.print("[yellow]stopped[/]: run the same command again to continue")
-        raise typer.Exit(130) from None
     _show(screen, results)
     if results.table.empty and results.measures.empty:
         raise typer.Exit(1)

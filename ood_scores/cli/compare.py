@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ood_scores.cli.parsing import check_table_path, write_table
-from ood_scores.cli.printing import busy, console
+from ood_scores.cli.printing import console
+from ood_scores.progress import showing_work
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def compare(
 
     check_table_path(out)
     a, b = load_results(run_a), load_results(run_b)
-    with busy("comparing …"):
+    with showing_work("comparing …"):
         frame = compare_runs(a, b)
     _show(frame, a, b)
     if out:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.padding import Padding
+from rich.text import Text
 
 from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, named_caches, write_table
-from ood_scores.cli.printing import busy, console
+from ood_scores.cli.printing import console, stoppable
 from ood_scores.cli.tables import legend, metric_columns, metric_tables
 from ood_scores.terminal import marked
 
@@ -50,7 +52,7 @@ def evaluate(
     ood_feats = {name: ood_scores.load(cache, device) for name, cache in named_caches(ood).items()}
     fit_feats = ood_scores.load(fit, device) if fit else None
     chosen = scorer if scorer and scorer != ["all"] else "all"
-    with busy("fitting and scoring …"):
+    with stoppable("the caches are unchanged; run the same command again"):
         table = ood_scores.evaluate(chosen, id=id_feats, ood=ood_feats, fit=fit_feats)
     table.attrs["left_out"] |= _remedies(table.attrs["left_out"], [id_feats, *ood_feats.values()], fit_feats)
     _show(table, id, len(id_feats))
@@ -83,4 +85,5 @@ def _show(table: pd.DataFrame, id: Path, rows: int) -> None:
     left_out = table.attrs["left_out"]
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name in left_out if left_out[name] == reason)
-        screen.print(f"[yellow]left out[/] {marked(names)} [dim]({marked(reason)})[/]")
+        screen.print(f"[yellow]left out[/] {marked(names)}")
+        screen.print(Padding(Text(reason, style="dim"), (0, 0, 0, 4)))

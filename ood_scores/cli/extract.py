@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ood_scores.cli import options, parsing
-from ood_scores.cli.printing import console
+from ood_scores.cli.printing import console, stoppable
 from ood_scores.terminal import marked
 
 
@@ -79,16 +79,17 @@ def extract(
     dataset = open_dataset(data)
     network = load_model(model, checkpoint, num_classes)
     dataset.transform = preprocessing(network, means, stds)
-    feats = ood_scores.extract(
-        network,
-        DataLoader(dataset, batch_size, num_workers=workers),
-        cache,
-        device=device,
-        resume=resume,
-        overwrite=overwrite,
-        name=name,
-        **extraction,
-    )
+    with stoppable(lambda: _kept(cache, resume and not overwrite)):
+        feats = ood_scores.extract(
+            network,
+            DataLoader(dataset, batch_size, num_workers=workers),
+            cache,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            name=name,
+            **extraction,
+        )
     if not Ranks.here().first:
         return
     classes = f", {feats.num_classes} classes" if feats.head else ""
@@ -101,3 +102,18 @@ def extract(
     chance = near_chance(accuracy, len(feats), feats.num_classes, f"dataset {data!r}")
     if chance:
         warnings.warn(chance, stacklevel=1)
+
+
+def _kept(cache: Path, continues: bool) -> str:
+    """Return what an interrupted extraction has kept, and how to continue it."""
+    from ood_scores.atomic import user_path
+    from ood_scores.errors import CacheError
+    from ood_scores.features.storage import cache as caches
+
+    again = "run the same command" + (" again" if continues else ", without --overwrite or --no-resume,")
+    try:
+        with caches.open_to_read(user_path(cache)) as h5:
+            rows = caches.state(h5).rows
+    except (CacheError, OSError):
+        return again
+    return f"[bold]{marked(cache)}[/] keeps {rows:,} rows; {again} to continue"

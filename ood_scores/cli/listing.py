@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,21 +14,34 @@ from ood_scores.cli.printing import console
 from ood_scores.registry import unknown
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ood_scores.scorers import Scorer
+
+GROUPS = (
+    "From logits",
+    "From features and the last layer",
+    "After a fit on the training set (--fit CACHE)",
+    "From several passes, layers, or models (extract --probe, --layers)",
+)
+"""Titles of the groups of scorers; see ``_group``."""
 
 
 def list_scorers(
-    pattern: Annotated[str, typer.Argument(help="Names to show; * and ? are wildcards.")] = "*",
+    pattern: Annotated[
+        str | None, typer.Argument(help="Scorers to describe; * and ? are wildcards. Default: only list all names.")
+    ] = None,
     papers: Annotated[
         bool, typer.Option("--papers", help="Show the paper and the authors' code of each scorer.")
     ] = False,
     bibtex: Annotated[bool, typer.Option("--bibtex", help="Print the papers as BibTeX.")] = False,
 ) -> None:
-    """List the scorers by family: what they compute, what they need, and their parameters.
+    """List the scorers by what they need, or describe some: what they compute, what they read, their parameters.
 
     \b
     [bold]Examples[/]
       ood-scores list
+      ood-scores list vim
       ood-scores list "*norm*"
       ood-scores list --papers
       ood-scores list energy --bibtex > references.bib
@@ -35,17 +49,42 @@ def list_scorers(
     from ood_scores.scorers import list_scorers as names
     from ood_scores.scorers.families import families
 
-    found = families(pattern)
+    found = families(pattern or "*")
     if not found:
-        raise unknown("no scorer matches", pattern, names())
+        raise unknown("no scorer matches", pattern or "*", names())
     if bibtex:
         known = {cls.tags.paper.key: cls.tags.paper for group in found.values() for cls in group if cls.tags.paper}
         typer.echo("\n\n".join(known[key].bibtex() for key in sorted(known)))
         return
     screen = console()
+    if pattern is None and not papers:
+        _overview(screen, [cls() for group in found.values() for cls in group])
+        return
     for title, group in found.items():
         screen.print(Text(title, style="bold"))
         screen.print(_papers(group) if papers else _scorers(group), "")
+
+
+def _overview(screen: Console, scorers: list[Scorer]) -> None:
+    """Print the names of the scorers, grouped by what they need."""
+    groups: dict[str, list[str]] = {title: [] for title in GROUPS}
+    for scorer in scorers:
+        groups[_group(scorer)].append(scorer.name)
+    for title, names in groups.items():
+        screen.print(Text(title, style="bold"))
+        screen.print(Padding(Text(", ".join(sorted(names)), style="cyan"), (0, 0, 0, 2)))
+    screen.print("\n[bold]ood-scores list NAME[/] describes a scorer, and [bold]ood-scores list '*'[/] all of them.")
+
+
+def _group(scorer: Scorer) -> str:
+    from ood_scores.scorers.requirements import COLUMNS
+
+    logits, features, fitted, probed = GROUPS
+    if not {*scorer.needs, *scorer.fit_needs} <= {*COLUMNS}:
+        return probed
+    if scorer.fit_needs:
+        return fitted
+    return logits if set(scorer.needs) == {"logits"} else features
 
 
 def _scorers(group: list[type[Scorer]]) -> Table:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from rich.status import Status
+import typer
 from rich.table import Table
 from rich.text import Text
 
 from ood_scores import errors
-from ood_scores.terminal import SafeConsole, marked
+from ood_scores.progress import stderr_console
+from ood_scores.terminal import SafeConsole
 
 HERE: dict[type[Exception], str] = {
     errors.NotFitted: "pass --fit CACHE, usually of the training set",
@@ -26,7 +29,7 @@ def console() -> SafeConsole:
 
 
 def print_error(error: Exception) -> None:
-    stderr = SafeConsole(stderr=True)
+    stderr = stderr_console()
     stderr.print(Text(f"error: {error}", style="red"), soft_wrap=True)
     if type(error) in HERE:
         stderr.print(Text(f"here: {HERE[type(error)]}", style="dim"), soft_wrap=True)
@@ -34,12 +37,18 @@ def print_error(error: Exception) -> None:
 
 def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Replacement for ``warnings.showwarning`` that omits the location in the code."""
-    SafeConsole(stderr=True).print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+    stderr_console().print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
 
-def busy(text: str) -> Status:
-    """Context manager that shows a spinner on a terminal."""
-    return SafeConsole(stderr=True).status(marked(text))
+@contextmanager
+def stoppable(kept: str | Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C, say what is kept and how to go on, or what a function returns, and exit with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = kept if isinstance(kept, str) else kept()
+        stderr_console().print(f"[yellow]stopped[/]: {text}", soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def facts(pairs: dict[str, str]) -> Table:

@@ -9,7 +9,8 @@ import typer
 
 from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, parameters, write_table
-from ood_scores.cli.printing import busy, console
+from ood_scores.cli.printing import console
+from ood_scores.progress import showing_work
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def score(
     check_table_path(out)
     feats = ood_scores.load(cache, device)
     params = parameters(scorer, param or ())
-    with busy(f"{scorer} …"):
+    with showing_work(f"{scorer} …"):
         scores = ood_scores.score(scorer, feats, ood_scores.load(fit, device) if fit else None, **params)
         table = score_table(feats, scores)
     table.attrs = {"scorer": scorer, "parameters": params, "cache": str(cache)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ood_scores.cli import options
-from ood_scores.cli.printing import console
+from ood_scores.cli.printing import console, stoppable
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
@@ -62,11 +62,9 @@ def train(
 
     read = load_recipe(recipe, set or ())
     folder = out or Path("runs") / read.name
-    try:
+    without = ", without --overwrite," if overwrite else ""
+    with stoppable(f"run the same command{without} to resume from [bold]{marked(folder)}[/]"):
         trained = run(read, folder, device=device, overwrite=overwrite, progress=not quiet)
-    except KeyboardInterrupt:
-        console().print(f"[yellow]stopped[/]: run the same command to resume from [bold]{marked(folder)}[/]")
-        raise typer.Exit(130) from None
     if Ranks.here().first:
         _say_where(read, trained)
 

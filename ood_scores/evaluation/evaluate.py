@@ -13,6 +13,7 @@ from ood_scores.evaluation import metrics
 from ood_scores.evaluation.accuracy import near_chance
 from ood_scores.features import Block, FeatureSet, Sets, as_feature_set
 from ood_scores.features.statistics.row_hashes import overlaps
+from ood_scores.progress import showing_work
 from ood_scores.scorers.base import Scorer, as_scorer, fit_all, require_same_weights, score_all
 from ood_scores.scorers.registry import create_scorer, list_scorers
 from ood_scores.scorers.requirements import cannot_run
@@ -25,7 +26,9 @@ Scorers = Literal["all"] | Sequence["str | Scorer"] | Mapping[str, "str | Scorer
 ALL = "all"
 
 
-def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets | None = None) -> pd.DataFrame:
+def evaluate(
+    scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets | None = None, progress: bool = True
+) -> pd.DataFrame:
     """Measure how well each scorer separates an in-distribution (ID) set from each OoD set.
 
     Each set, including the fit set, is read once for all scorers together.
@@ -38,6 +41,8 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
         ood: OoD sets by name.
         fit: ID set that scorers are fitted on, usually the training set. If None, scorers must be fitted already or
             need no fit.
+        progress: Whether to show on a terminal which scorer is fitted or scored, and to print (on standard error) those
+            that took 10 seconds or raised the peak memory by 1 GB.
 
     Returns:
         A tidy data frame with one row for each scorer and OoD set. Columns: ``scorer``, ``ood``, every metric of
@@ -73,7 +78,8 @@ def evaluate(scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets |
         _check_same_model(id, fit, "the fit set")
     correct = [_Correct()] if _knows_accuracy(id) else []
     score_sets = _score_what_can_run if scorers == ALL else _score_all
-    found, left_out = score_sets(chosen, fit, [id, *others.values()], correct)
+    with showing_work("evaluating", progress):
+        found, left_out = score_sets(chosen, fit, [id, *others.values()], correct)
     id_scores, *ood_scores = found
     rows = [
         {"scorer": label, "ood": name, **metrics.compare(id_scores[label], scores[label])}

@@ -176,5 +176,6 @@ def _open_sink(
 
 def _progress_bar(target: Target, done: int, visible: bool) -> ProgressBar:
     shard = f" ({target.provenance.shard})" if target.provenance.shard else ""
-    label = f"{target.provenance.dataset}{shard} → features"
+    resumed = f", resumed after {done:,} rows" if done else ""
+    label = f"{target.provenance.dataset}{shard} → features{resumed}"
     return ProgressBar(label, target.promised, "rows", done=done, visible=visible, keep=True)

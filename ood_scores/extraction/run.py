@@ -24,6 +24,7 @@ from ood_scores.extraction.probes.base import record_of
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import shards
 from ood_scores.models.running import architecture, choose_device, unwrapped, weights_sha256
+from ood_scores.progress import stderr_console
 from ood_scores.runtime import Ranks, default_torch_state
 
 PACKAGES = ("ood_scores", "torch", "timm", "h5py", "numpy")
@@ -111,6 +112,8 @@ def _extracted(
     path = user_path(cache)
     state = state_of(path, provenance, resume, overwrite, task.skip)
     if state and state.finished:
+        if task.progress:
+            stderr_console().print(f"{path} is complete: reused, the model was not run", soft_wrap=True, markup=False)
         return load(path)
     if ranks.count > 1:
         if state:

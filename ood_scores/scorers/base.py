@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, field
 from numbers import Integral
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.row_hashes import ROW_HASHES, pending
 from ood_scores.parameters import check_choices
-from ood_scores.runtime import default_torch_state
+from ood_scores.progress import tell_cost, worked, working
+from ood_scores.runtime import Cost, default_torch_state
 from ood_scores.scorers.registry import create_scorer
 from ood_scores.scorers.requirements import FIT_SET, requirements
 from ood_scores.scorers.storage import load_scorer, save_scorer
@@ -222,7 +222,7 @@ def fit_all(
     feats: FeatureSet,
     *,
     block_rows: int | None = None,
-    spent: list[float] | None = None,
+    spent: list[Cost] | None = None,
 ) -> None:
     """Fit every scorer that needs a fit, from statistics collected in one pass over the set.
 
@@ -230,7 +230,7 @@ def fit_all(
         scorers: the scorers; scorers that need no fit are not changed.
         feats: the fit set.
         block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
-        spent: a list to which the seconds of each scorer are appended, 0 if it needs no fit. A statistic shared by
+        spent: a list to which the cost of each scorer is appended, 0 if it needs no fit. A statistic shared by
             several scorers is charged to the first of them; a statistic stored with the cache is charged to none.
 
     Raises:
@@ -242,26 +242,27 @@ def fit_all(
         scorer.check_has(feats, fitting=True)
     for scorer in fitted:
         scorer.fitted_widths = None
-    by_statistic: dict[Statistic, float] = {}
+    by_statistic: dict[Statistic, Cost] = {}
     wanted: list[Statistic] = [statistic for scorer in fitted for statistic in scorer.statistics()]
     reads_features = any("features" in statistic.reads for statistic in wanted)
     found = collect(feats, [*wanted, *[ROW_HASHES] * reads_features], by_statistic)
-    seconds = []
-    for scorer in scorers:
-        if not scorer.fit_needs:
-            seconds.append(0.0)
-            continue
-        start = perf_counter()
-        own = Found({statistic: found[statistic] for statistic in scorer.statistics()})
-        scorer.fit_statistics(own, feats)
+    costs = {id(scorer): Cost() for scorer in scorers}
+    for number, scorer in enumerate(fitted):
+        working("fitting", len(fitted), "scorers")  # again for each, because a shaper fits its base
+        worked(number, scorer.name)
+        cost = Cost()
+        with cost.measured():
+            own = Found({statistic: found[statistic] for statistic in scorer.statistics()})
+            scorer.fit_statistics(own, feats)
         scorer.fitted_widths, scorer.fitted_on = _widths(feats), feats.provenance
-        seconds.append(perf_counter() - start + sum(by_statistic.pop(statistic, 0.0) for statistic in own))
+        costs[id(scorer)] = sum((by_statistic.pop(statistic, Cost()) for statistic in own), cost)
+        tell_cost(f"the fit of {scorer.name}", costs[id(scorer)])
     if spent is not None:
-        spent += seconds
+        spent += [costs[id(scorer)] for scorer in scorers]
 
 
 def fit_each(
-    scorers: Sequence[Scorer], feats: FeatureSet, *, spent: list[float] | None = None
+    scorers: Sequence[Scorer], feats: FeatureSet, *, spent: list[Cost] | None = None
 ) -> list[OodScoresError | None]:
     """Fit all scorers with ``fit_all``, or one at a time if that fails, and return the error of each, or None."""
     try:
@@ -271,12 +272,12 @@ def fit_each(
         return [_fit_error(scorer, feats, spent) for scorer in scorers]
 
 
-def _fit_error(scorer: Scorer, feats: FeatureSet, spent: list[float] | None) -> OodScoresError | None:
+def _fit_error(scorer: Scorer, feats: FeatureSet, spent: list[Cost] | None) -> OodScoresError | None:
     try:
         fit_all([scorer], feats, spent=spent)
     except OodScoresError as error:
         if spent is not None:
-            spent.append(0.0)
+            spent.append(Cost())
         return error
     return None
 
@@ -287,7 +288,7 @@ def score_all(
     feats: FeatureSet,
     *,
     block_rows: int | None = None,
-    spent: list[float] | None = None,
+    spent: list[Cost] | None = None,
     hashed: bool = False,
 ) -> list[Tensor]:
     """Return the scores of each scorer, float64 ``[N]`` on the CPU, from one pass over a set.
@@ -296,8 +297,8 @@ def score_all(
         scorers: the scorers, fitted if they need a fit.
         feats: the set to score.
         block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
-        spent: a list to which the seconds of each scorer are appended, without the time to read the set. Work shared by
-            several scorers is charged to the first that needs it; scorers scored in one call share its time equally.
+        spent: a list to which the cost of each scorer is appended, without the time to read the set. Work shared by
+            several scorers is charged to the first that needs it; scorers scored in one call share its cost equally.
         hashed: whether to compute ``RowHashes`` of the set in the same pass, if the scorers read its features.
 
     Raises:
@@ -308,16 +309,19 @@ def score_all(
     read = {name for scorer in scorers for name in scorer.needs}
     scores = torch.empty(len(scorers), len(feats), dtype=torch.float64)
     groups = _scored_together(scorers)
-    seconds = [0.0] * len(scorers)
+    costs = [Cost() for _ in scorers]
+    working(f"scoring {feats.provenance.dataset if feats.provenance else 'a set'}", len(feats), "rows")
     hashes = pending(feats) if hashed and "features" in read else None
     for block in feats.blocks(block_rows, only=read):
         rows = scores[:, block.start : block.start + len(block)]
         try:
             for group in groups:
-                start = perf_counter()
-                _score_group(group, scorers, block, rows)
+                worked(block.start, scorers[group[0]].name)
+                cost = Cost()
+                with cost.measured():
+                    _score_group(group, scorers, block, rows)
                 for number in group:
-                    seconds[number] += (perf_counter() - start) / len(group)
+                    costs[number] += Cost(cost.seconds / len(group), cost.memory // len(group))
         finally:
             block.require_finite()  # last, because quantities that the scorers derived make the check cheaper
         if hashes:
@@ -325,8 +329,9 @@ def score_all(
     if hashes:
         hashes.keep(feats)
     if spent is not None:
-        spent += seconds
-    for row, scorer in zip(scores, scorers, strict=True):
+        spent += costs
+    for row, scorer, cost in zip(scores, scorers, costs, strict=True):
+        tell_cost(f"scoring {len(feats):,} rows with {scorer.name}", cost)
         if row.isnan().any():
             first = int(row.isnan().nonzero()[0])
             raise NotFinite(f"{scorer.name!r} returned NaN for finite inputs, first for row {first}.")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ood_scores.errors import OodScoresError
 from ood_scores.features import FeatureSet
+from ood_scores.runtime import Cost
 from ood_scores.scorers.base import Scorer, fit_each, score_all
 
 
@@ -27,10 +28,10 @@ def fit_runs(runs: Mapping[str, ScorerRun], fit: FeatureSet | None) -> None:
     """Fit all scorers."""
     if fit is None:
         return
-    spent: list[float] = []
+    spent: list[Cost] = []
     errors = fit_each([run.scorer for run in runs.values()], fit, spent=spent)
-    for run, seconds, error in zip(runs.values(), spent, errors, strict=True):
-        run.fit_seconds, run.failure = seconds, str(error or "")
+    for run, cost, error in zip(runs.values(), spent, errors, strict=True):
+        run.fit_seconds, run.failure = cost.seconds, str(error or "")
 
 
 def check_runs(runs: Mapping[str, ScorerRun], sets: Sequence[FeatureSet]) -> None:
@@ -63,9 +64,9 @@ def score_runs(runs: Mapping[str, ScorerRun], feats: FeatureSet, others: Sequenc
 
 
 def _scores(runs: Mapping[str, ScorerRun], feats: FeatureSet, others: Sequence[Scorer] = ()) -> dict[str, Tensor]:
-    spent: list[float] = []
+    spent: list[Cost] = []
     scores = score_all([*(run.scorer for run in runs.values()), *others], feats, spent=spent, hashed=True)
-    for run, seconds in zip(runs.values(), spent, strict=False):
-        run.score_seconds += seconds
+    for run, cost in zip(runs.values(), spent, strict=False):
+        run.score_seconds += cost.seconds
         run.rows += len(feats)
     return dict(zip([*runs, *(scorer.name for scorer in others)], scores, strict=True))

@@ -1,4 +1,4 @@
-"""Output of a run: a progress bar on a terminal, lines elsewhere, ``log.csv``, TensorBoard."""
+"""Output of a run: a progress bar on a terminal, a line per epoch, ``log.csv``, TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 from ood_scores.atomic import replace_text
 from ood_scores.errors import BadInput
-from ood_scores.progress import ProgressBar
-from ood_scores.terminal import SafeConsole
+from ood_scores.progress import ProgressBar, stderr_console
 from ood_scores.training.state import CONTINUE, LOG
 
 
@@ -24,7 +23,7 @@ class Log:
         steps: Number of steps of all epochs.
         done: Number of steps completed at the start.
         epoch: Number of epochs completed at the start.
-        show: Whether to show a progress bar, or a line per epoch without a terminal.
+        show: Whether to show a line per epoch, and a progress bar on a terminal.
         tensorboard: Whether to write TensorBoard logs.
         silent: Whether to do nothing, for all processes but the first.
     """
@@ -35,8 +34,7 @@ class Log:
         self.folder = folder
         self.silent = silent
         self.show = show and not silent
-        self.console = SafeConsole(stderr=True)
-        visible = self.show and self.console.is_terminal
+        visible = self.show and stderr_console().is_terminal
         self.bar = ProgressBar(_title(epoch), steps, "steps", done=done, visible=visible)
         self.writer = _writer(folder / "tensorboard", epoch) if tensorboard and not silent else None
 
@@ -54,7 +52,7 @@ class Log:
 
     def show_numbers(self, epoch: int, numbers: Mapping[str, Any]) -> None:
         """Show the epoch and the means so far next to the progress bar."""
-        self.bar.describe(_title(epoch), _line(numbers))
+        self.bar.describe(_line(numbers), _title(epoch))
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
         """Record an epoch; the last record of the history is new."""
@@ -67,8 +65,12 @@ class Log:
                 if isinstance(value, float):
                     self.writer.add_scalar(name, value, last["epoch"])
             self.writer.flush()
-        if self.show and not self.console.is_terminal:
-            self.console.print(f"epoch {last['epoch']}  {_line(last)}", soft_wrap=True)
+        self.say(f"epoch {last['epoch']}  {_line(last)}")
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self.show:
+            stderr_console().print(text, soft_wrap=True)
 
 
 def write_log(folder: Path, history: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput, NotFinite
 from ood_scores.models.networks.classifier import linear_classifier
-from ood_scores.terminal import SafeConsole
+from ood_scores.progress import showing_work
 from ood_scores.training.augment import Augmentation, seed_of
 from ood_scores.training.distributed import Processes, processes
 from ood_scores.training.log import Log, require_tensorboard, write_log
@@ -83,7 +83,7 @@ def train(
         out: Output folder; defaults to ``runs/`` and the name of the recipe.
         device: ``cpu``, ``cuda``, …; ``auto`` uses a GPU if there is one.
         overwrite: Whether to discard a previous run in the folder.
-        progress: Whether to show a progress bar, or a line per epoch without a terminal.
+        progress: Whether to show a line per epoch, and a progress bar on a terminal.
 
     Returns:
         The path of the checkpoint, the history, and the accuracies.
@@ -101,7 +101,7 @@ def train(
         require_tensorboard()
     with processes(device) as who, locked(folder) if who.first else nullcontext():
         state = who.broadcast(find_state(folder, recipe) if who.first and not overwrite else None)
-        with SafeConsole(stderr=True, quiet=not (progress and who.first)).status("reading the images …"):
+        with showing_work("reading the images …", progress and who.first):
             prepared = prepare(recipe, who)
         if state is not None:
             require_same(folder, "data", state.data, prepared.facts())
@@ -140,6 +140,8 @@ class Run:
         )  # fmt: skip
         devices = [self.who.device] if self.who.device.type == "cuda" else []
         with self.log, torch.random.fork_rng(devices=devices):
+            if self.state is not None:
+                self.log.say(f"resuming {self.folder} after {self._done()}")
             if self.progress.history and self.who.first:  # a kill may have come between state and log
                 write_log(self.folder, self.progress.history)
             for epoch in range(self.progress.epoch, self.recipe.epochs):
@@ -147,6 +149,11 @@ class Run:
                     self._start_stage()
                 self._epoch(epoch)
         self.who.wait()
+
+    def _done(self) -> str:
+        """Return how far the run has come, for a message."""
+        epochs = f"epoch {self.progress.epoch} of {self.recipe.epochs}"
+        return f"{epochs} and {self.progress.step} steps" if self.progress.step else epochs
 
     def accuracy(self) -> dict[str, float]:
         """Return the accuracies of the finished network."""

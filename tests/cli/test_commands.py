@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from typer.testing import CliRunner, Result
 import ood_scores
 from ood_scores.cli import app
 from ood_scores.cli.parsing import named_caches, parameters
+from ood_scores.data.images import ImageDataset
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import OodScoresError
 from ood_scores.features import FeatureSet, Head
@@ -318,7 +320,7 @@ def test_evaluate_command_names_scorers_that_cannot_run(caches: dict[str, Path],
     left_out = " ".join(output.split("left out", 1)[1].split())
     assert all(name in left_out for name in fitted)
     assert "pass --fit CACHE" in left_out
-    assert "rankfeat (scoring needs 'rankfeat', which was not extracted: extract it with --probe rankfeat)" in left_out
+    assert "rankfeat scoring needs 'rankfeat', which was not extracted: extract it with --probe rankfeat" in left_out
     feats: Any = ood_scores.load(caches["id"])
     assert content["left_out"]["knn"] == "it needs a fit set: pass --fit CACHE"
     assert content["id_accuracy"] == float((feats.logits.argmax(1) == feats.labels).double().mean())
@@ -419,6 +421,40 @@ def test_inspect_of_an_unfinished_cache(tmp_path: Path) -> None:
     assert "run the same ood-scores extract" in refused("score", "energy", tmp_path / "u.h5")
 
 
+def test_extract_says_what_it_keeps_continues_and_reuses(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "c.h5"
+    words = ["extract", "cifar_resnet20", "digits?classes=8&take=40", cache, "--workers", 0]
+    words += ["--checkpoint", checkpoints["plain.pth"], "--batch-size", 8]
+    honest = ImageDataset.__getitem__
+
+    def interrupted(images: ImageDataset, row: int) -> Any:
+        return honest(images, row) if row < 24 else Interrupted()[row]
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", interrupted)
+    for options, again in (([], " again"), (["--overwrite"], ", without --overwrite or --no-resume,")):
+        stopped = call(*words, *options, columns=200)
+        assert stopped.exit_code == 130
+        assert f"stopped: {cache} keeps 24 rows; run the same command{again} to continue" in stopped.stderr
+    monkeypatch.setattr(ImageDataset, "__getitem__", honest)
+    assert "features, resumed after 24 rows" in call(*words, columns=200).stderr
+    assert call(*words).stderr == f"{cache} is complete: reused, the model was not run\n"
+
+
+def test_other_commands_say_that_they_were_stopped(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["ood_scores.evaluation.evaluate"], "score_runs", interrupted)
+    stopped = call("evaluate", "--id", caches["id"], "--ood", caches["near"])
+    assert (stopped.exit_code, stopped.stdout) == (130, "")
+    assert stopped.stderr == "stopped: the caches are unchanged; run the same command again\n"
+    monkeypatch.setattr("ood_scores.cli.inspect._progress", interrupted)
+    stopped = call("inspect", caches["id"])
+    assert (stopped.exit_code, stopped.stderr) == (130, "stopped: run the same command again\n")
+
+
 def test_inspect_of_other_files(tmp_path: Path) -> None:
     import h5py
 
@@ -434,7 +470,7 @@ def test_inspect_of_other_files(tmp_path: Path) -> None:
 
 
 def test_list_shows_all_scorers_with_their_parameters() -> None:
-    output = ok("list", columns=120)
+    output = ok("list", "*", columns=120)
     for name in ood_scores.list_scorers():
         assert re.search(rf"^{name} +\S", output, flags=re.MULTILINE)
     for text in ("temperature=1.0", "k=50", "fit: features, labels", "Maximum softmax probability"):
@@ -443,6 +479,19 @@ def test_list_shows_all_scorers_with_their_parameters() -> None:
     assert "gradnorm" in matching
     assert "energy" not in matching
     assert "choose from activation_ratio" in refused("list", "nothing*")
+
+
+def test_list_fits_in_a_screen_and_groups_all_scorers_by_what_they_need() -> None:
+    output = ok("list", columns=80)
+    assert len(output.splitlines()) <= 24
+    groups = [set(re.findall(r"\w+", text)) for text in re.split(r"^(?:From|After) .*$", output, flags=re.MULTILINE)]
+    for name in ood_scores.list_scorers():
+        assert sum(name in group for group in groups[1:]) == 1, name
+    logits, features, fitted, probed = groups[1:]
+    assert {"msp", "energy"} <= logits
+    assert {"gradnorm", "scale"} <= features
+    assert {"knn", "vim", "prior_msp"} <= fitted
+    assert {"odin", "gram", "ensemble", "mahalanobis_layers"} <= probed
 
 
 def test_list_groups_scorers_by_family_and_cites_their_papers() -> None:
@@ -479,6 +528,16 @@ def test_help_has_examples_and_imports_no_heavy_package() -> None:
         assert "Examples" in text
         assert len(examples) >= 2 or command == "inspect"
         assert max(map(len, text.splitlines())) <= 80
+
+
+def test_version_and_short_help() -> None:
+    assert ok("--version") == f"ood-scores {version('ood_scores')}\n"
+    for words in ((), *((command,) for command in COMMANDS)):
+        assert ok(*words, "-h") == ok(*words, "--help")
+
+
+def test_help_breaks_no_line_within_a_sentence() -> None:
+    assert "refused. Under torchrun, the processes share the rows." in ok("extract", "-h", columns=300)
 
 
 def test_entry_points_of_the_command_line() -> None:

@@ -91,7 +91,8 @@ def test_train_command_resumes_an_interrupted_run(recipe: Path, monkeypatch: pyt
     assert "stopped: run the same command to resume from runs/small" in result.output
     monkeypatch.setattr(trainer, "train_step", honest)
     output = ok("train", recipe, "--device", "cpu")
-    assert "epoch 1 " not in output
+    assert "resuming runs/small after epoch 1 of 2\n" in output
+    assert "epoch 1  " not in output
     assert "epoch 2 " in output
     ok("train", recipe, "--device", "cpu", "--out", "peace", "--quiet")
     assert Path("runs/small/log.csv").read_text() == Path("peace/log.csv").read_text()

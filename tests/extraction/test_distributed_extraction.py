@@ -37,7 +37,7 @@ from ood_scores.features.statistics.means import FeatureMean
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments
 from ood_scores.features.statistics.row_samples import SampledRows
 from ood_scores.features.storage.shards import shard_path
-from ood_scores.runtime import Ranks
+from ood_scores.runtime import Cost, Ranks
 
 ROWS, BATCH = 333, 16
 GENERATOR = torch.Generator().manual_seed(0)
@@ -211,9 +211,9 @@ def test_statistics_of_the_joined_file_equal_those_of_one_process(single: Path, 
     for statistic in wanted:
         assert _bits(joined[statistic]) == _bits(one[statistic])
     again = ood_scores.load(copied)
-    spent: dict[Statistic, float] = {}
+    spent: dict[Statistic, Cost] = {}
     collect(again, wanted[:1], spent)
-    assert spent == {wanted[0]: 0.0}  # stored next to the cache
+    assert spent == {wanted[0]: Cost()}  # stored next to the cache
     assert _bits(again.statistics[wanted[0]]) == _bits(one[wanted[0]])
 
 

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from time import perf_counter
 from typing import Any
 
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.statistics.base import Derivable, Found, Statistic
 from ood_scores.features.storage import statistics_store
-from ood_scores.runtime import default_torch_state
+from ood_scores.progress import worked, working
+from ood_scores.runtime import Cost, default_torch_state
 
 
 @default_torch_state()
-def collect(feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statistic, float] | None = None) -> Found:
+def collect(feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statistic, Cost] | None = None) -> Found:
     """Collect statistics of a set; those that are not known yet are computed in one pass.
 
     Args:
         feats: The set.
         wanted: The statistics.
-        spent: Receives the seconds of each statistic, without reading; 0 for one that was known.
+        spent: Receives the cost of each statistic, without reading; nothing for one that was known.
 
     Raises:
         NotFinite: if the columns that are read hold NaN or infinite values.
     """
     wanted = list(dict.fromkeys(wanted))
-    seconds = {} if spent is None else spent
-    seconds |= dict.fromkeys(wanted, 0.0)
+    costs = {} if spent is None else spent
+    costs |= {each: Cost() for each in wanted}
     statistics_store.recall(feats, wanted)
     sources = {each: _source(each, feats) for each in wanted if each not in feats.statistics}
     statistics_store.recall(feats, sources.values())
@@ -34,7 +34,7 @@ def collect(feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statisti
     found, took = _accumulate(feats, missing)
     asked_by = {source: each for each, source in reversed(sources.items())} | {each: each for each in wanted}
     for statistic in missing:
-        seconds[asked_by[statistic]] += took[statistic]
+        costs[asked_by[statistic]] += took[statistic]
     known = {**feats.statistics, **found}
     for each, source in sources.items():
         if isinstance(each, Derivable) and source != each:
@@ -46,18 +46,19 @@ def collect(feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statisti
 
 def _accumulate(
     feats: FeatureSet, statistics: Sequence[Statistic]
-) -> tuple[dict[Statistic, Any], dict[Statistic, float]]:
-    """The results of statistics from one pass, and the seconds of each."""
+) -> tuple[dict[Statistic, Any], dict[Statistic, Cost]]:
+    """The results of statistics from one pass, and the cost of each."""
     accumulators = {statistic: statistic.start(feats) for statistic in statistics}
-    seconds = dict.fromkeys(statistics, 0.0)
+    costs = {statistic: Cost() for statistic in statistics}
     if statistics:
+        working(f"collecting {len(statistics)} statistics of the fit set", len(feats), "rows")
         for block in feats.blocks(only={name for statistic in statistics for name in statistic.reads}):
             block.require_finite()
             for statistic, accumulator in accumulators.items():
-                start = perf_counter()
-                accumulator.update(block)
-                seconds[statistic] += perf_counter() - start
-    return {statistic: accumulator.result() for statistic, accumulator in accumulators.items()}, seconds
+                with costs[statistic].measured():
+                    accumulator.update(block)
+            worked(block.start + len(block))
+    return {statistic: accumulator.result() for statistic, accumulator in accumulators.items()}, costs
 
 
 def _source(statistic: Statistic, feats: FeatureSet) -> Statistic:
