@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -191,9 +192,11 @@ def save(results: Results, files: Sequence[str]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Convert a value for JSON: keys to strings, tuples to lists, NaN to None."""
+    """Convert a value for JSON: keys to strings, tuples to lists, NaN to None, infinity to a string."""
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput
 from ood_scores.parameters import check_choices
 
@@ -18,7 +21,9 @@ class ModelTable:
 
     Attributes:
         name: Name that timm knows, or the name of a CIFAR network of this package.
-        checkpoint: Weights to start from instead of random ones; a classifier of another size is left out.
+        checkpoint: Weights to start from instead of random ones; a classifier of another size is left out. ``{seed}``
+            stands for the seed of the recipe and ``{out}`` for the output folder, so that
+            ``{out}/../ce_seed{seed}/last.safetensors`` is a run next to this one.
         arguments: Arguments of the network itself: every other key of the table. ``num_classes`` defaults to the
             number of classes of the data.
     """
@@ -26,6 +31,12 @@ class ModelTable:
     name: str
     checkpoint: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def checkpoint_for(self, seed: int, out: Path) -> Path | None:
+        """Return the path of the weights to start from, with ``{seed}`` and ``{out}`` replaced."""
+        if self.checkpoint is None:
+            return None
+        return user_path(os.path.normpath(self.checkpoint.replace("{seed}", str(seed)).replace("{out}", str(out))))
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from torchvision import transforms
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.data.sources import open_dataset
-from ood_scores.errors import BadInput, BadLabels, MissingInput
+from ood_scores.errors import BadInput, BadLabels, CheckpointError, MissingInput
 from ood_scores.models.checkpoints import read_checkpoint
 from ood_scores.models.networks.classifier import batchnorms, linear_classifier
 from ood_scores.models.opening import fill, make, preprocessing
@@ -119,8 +121,8 @@ class Rows:
     labels: np.ndarray
 
 
-def prepare(recipe: Recipe, who: Processes) -> Prepared:
-    """Create the network and open the images of a recipe.
+def prepare(recipe: Recipe, who: Processes, out: Path) -> Prepared:
+    """Create the network and open the images of a recipe whose output folder is ``out``.
 
     Raises:
         UnknownName: if a model, objective, augmentation or dataset does not exist.
@@ -137,7 +139,7 @@ def prepare(recipe: Recipe, who: Processes) -> Prepared:
     test = None if recipe.data.test is None else _labelled(open_dataset(recipe.data.test))
     auxiliary = _auxiliary_rows(recipe, train)
     arguments = {"num_classes": int(train.labels.max()) + 1, **recipe.model.arguments}
-    model = make_model(recipe.model, arguments, recipe.seed)
+    model = make_model(recipe.model, arguments, recipe.seed, out)
     counts = _class_counts(recipe, train.labels, linear_classifier(model).out_features)
     if test is not None:
         _check_known(recipe.data.test or "", test.labels, len(counts))
@@ -217,7 +219,7 @@ def _open_images(to_input: ToInput, device: torch.device, workers: int, rows: Ro
     return make_images(opened, torch.from_numpy(rows.labels), device, hold=not crop, workers=workers)
 
 
-def make_model(table: ModelTable, arguments: dict[str, Any], seed: int) -> nn.Module:
+def make_model(table: ModelTable, arguments: dict[str, Any], seed: int, out: Path) -> nn.Module:
     """Create a timm network with random weights, which depend on the seed, or with those of the checkpoint.
 
     Raises:
@@ -230,9 +232,20 @@ def make_model(table: ModelTable, arguments: dict[str, Any], seed: int) -> nn.Mo
         torch.manual_seed(seed_of(seed, "model"))
         model = make(table.name, arguments)
     head = linear_classifier(model)
-    if table.checkpoint is not None:
-        fill(model, read_checkpoint(table.checkpoint), table.checkpoint, new_head=head)
+    checkpoint = table.checkpoint_for(seed, out)
+    if checkpoint is not None:
+        if not checkpoint.exists():
+            raise CheckpointError(_how_to_train(checkpoint, seed))
+        fill(model, read_checkpoint(checkpoint), str(checkpoint), new_head=head)
     return model
+
+
+def _how_to_train(checkpoint: Path, seed: int) -> str:
+    folder = checkpoint.parent
+    return (
+        f"there is no checkpoint {checkpoint} to start from: check the path, or train it first, by the recipe "
+        f"{folder.name.removesuffix(f'_seed{seed}')} with --set seed={seed} --out {shlex.quote(str(folder))}."
+    )
 
 
 def make_objective(stage: Stage, model: nn.Module, class_counts: list[int], seed: int) -> Objective:

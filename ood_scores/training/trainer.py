@@ -102,7 +102,7 @@ def train(
     with processes(device) as who, locked(folder) if who.first else nullcontext():
         state = who.broadcast(find_state(folder, recipe) if who.first and not overwrite else None)
         with showing_work("reading the images …", progress and who.first):
-            prepared = prepare(recipe, who)
+            prepared = prepare(recipe, who, folder)
         if state is not None:
             require_same(folder, "data", state.data, prepared.facts())
         if overwrite and who.first:

@@ -63,16 +63,11 @@ def test_names_in_shipped_specs_exist(name: str) -> None:
 
 
 @every_file
-def test_recipe_trains_the_network_of_its_model(name: str) -> None:
+def test_kept_checkpoints_are_kept_by_their_recipe(name: str) -> None:
     for model in (model for part in spec(name).parts for model in part.models):
         files = (model.checkpoint,) if isinstance(model.checkpoint, str) else model.checkpoint or ()
-        kept = [match.groups() for match in map(EPOCH.fullmatch, files) if match]
-        for made, epoch in [(model.recipe, None)] if model.recipe else kept:
-            trained = recipe(made)
-            assert trained.model.name == model.name
-            arguments = {key: value for key, value in model.arguments.items() if key != "normalize_eval"}
-            assert arguments.items() <= trained.model.arguments.items()
-            assert epoch is None or int(epoch) % trained.checkpoint_every == 0
+        for made, epoch in [match.groups() for match in map(EPOCH.fullmatch, files) if match]:
+            assert int(epoch) % recipe(made).checkpoint_every == 0
 
 
 @every_paper

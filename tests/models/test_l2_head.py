@@ -13,6 +13,7 @@ from networks import SMALL, assert_extracted, create, head_call, images, settle,
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import ood_scores
 from ood_scores.errors import HeadNotFound
 from ood_scores.models.networks import L2Head, with_l2_head
 
@@ -76,7 +77,10 @@ def test_l2_head_of_haas_networks_normalizes_only_in_training(name: str) -> None
     other = small(name, num_classes=5, normalize_eval=True).eval()
     z, logits = head_call(other, images())
     head = other.get_classifier()
-    torch.testing.assert_close(logits, z / z.norm(dim=1, keepdim=True) @ head.weight.T + head.bias)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(len(z)))
+    torch.testing.assert_close(logits, z @ head.weight.T + head.bias)
+    kept = ood_scores.extract(other, [images()], progress=False).features
+    torch.testing.assert_close(torch.as_tensor(kept[:]), z)
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "mobilenetv3_small_050"])

@@ -139,9 +139,9 @@ def test_sync_batchnorm_keeps_names_and_weights() -> None:
 def test_settings_that_two_processes_cannot_use_are_refused(tmp_path: Path) -> None:
     pair = Processes(rank=1, count=2)
     with pytest.raises(BadInput, match="a batch of 63 cannot be split among 2 processes"):
-        prepare(recipe_from(tiny.tables(batch_size=63)), pair)
+        prepare(recipe_from(tiny.tables(batch_size=63)), pair, tmp_path)
     with pytest.raises(BadInput, match="sync_batchnorm needs GPUs"):
-        prepare(recipe_from(tiny.tables(sync_batchnorm=True)), pair)
+        prepare(recipe_from(tiny.tables(sync_batchnorm=True)), pair, tmp_path)
     with pytest.raises(BadInput, match="the device 'nothing' is not available"):
         train(recipe_from(tiny.tables()), tmp_path, device="nothing")
 

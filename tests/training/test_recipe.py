@@ -343,7 +343,8 @@ def test_recipes_of_imagenet_lt_and_fine_tuning() -> None:
     assert (stage.epochs, stage.batch_size, stage.trainable) == (100, 256, ("!batchnorm",))
     assert stage.optimizer == OptimizerTable(0.1, "sgd", 5e-4, 0.9, nesterov=True)
     tuned = named("finetune_rna_ce_la_cifar10_lt")
-    assert tuned.model.checkpoint == "runs/ce_cifar10_lt/last.safetensors"
+    out = Path("data/runs/finetune_rna_ce_la_cifar10_lt_seed3")
+    assert tuned.model.checkpoint_for(3, out) == Path("data/runs/ce_cifar10_lt_seed3/last.safetensors")
     assert (tuned.epochs, tuned.stages[0].objective.name) == (10, "rna")
     assert tuned.model.arguments == named("ce_cifar10_lt").model.arguments == {"bn_affine": True}
     assert tuned.stages[0].trainable == ("!batchnorm",)

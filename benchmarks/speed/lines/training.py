@@ -62,7 +62,7 @@ def _one(epoch: Epoch, folder: Path, device: torch.device, images: int) -> Itera
         settings.append(f"auxiliary.data={data}")
     recipe = load_recipe(RECIPES / f"{epoch.recipe}.toml", settings)
     who = Processes(device=device)
-    prepared = prepare(recipe, who)
+    prepared = prepare(recipe, who, folder)
     batch = recipe.stages[0].batch_size
     inputs = torch.randn(batch * (2 if epoch.auxiliary else 1), 3, 32, 32, device=device)
     inputs = inputs.contiguous(memory_format=torch.channels_last) if recipe.channels_last else inputs

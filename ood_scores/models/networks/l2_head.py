@@ -18,7 +18,9 @@ class L2Head(nn.Linear):
     its equation, which this class follows, uses one per sample.
 
     In eval mode the classifier is the affine map ``W z + b`` of the unnormalized z, whose norm is the score of Haas et
-    al. (2024). With a bias the two differ in accuracy; ``normalize_eval=True`` normalizes in eval mode too.
+    al. (2024). With a bias the two differ in accuracy; ``normalize_eval=True`` normalizes in eval mode too, as Haas et
+    al. (2022) do. The input is normalized before ``forward``, so that the map itself is affine in both modes: with
+    ``normalize_eval``, extraction keeps the unit features z/‖z‖.
     """
 
     def __init__(
@@ -32,11 +34,14 @@ class L2Head(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.eps = eps
         self.normalize_eval = normalize_eval
+        self.register_forward_pre_hook(_normalized)
 
-    def forward(self, features: Tensor) -> Tensor:
-        if self.training or self.normalize_eval:
-            features = F.normalize(features, dim=-1, eps=self.eps)
-        return super().forward(features)
+
+def _normalized(head: L2Head, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    (features,) = inputs
+    if head.training or head.normalize_eval:
+        features = F.normalize(features, dim=-1, eps=head.eps)
+    return (features,)
 
 
 class PooledL2Classifier(PooledClassifier):
