@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_scores.errors import BadInput, MissingInput, NotFitted
-from ood_scores.extraction import heads
+from ood_scores.extraction.heads import FirstPass
 from ood_scores.extraction.hooks import Capture
 from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer
@@ -66,20 +66,21 @@ class DetectorGraph(nn.Module):
             raise BadInput(f"cannot export {scorer.name!r}, because {reason}: choose one of {', '.join(exportable())}.")
         self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.scorer, self.stored = scorer, stored
-        requested, module = heads.resolve_module(self.model, head)
-        with torch.no_grad(), heads.record_calls(self.model, module) as calls:
-            self.found = heads.find_head(calls, heads.logits_of(self.model(images.cpu())), requested)
+        first = FirstPass(self.model, images.cpu(), head)
+        with torch.no_grad():
+            with first.recorded():
+                output = self.model(images.cpu())
+            self.found = first.find(output)
         if "head" in scorer.needs and self.found.head is None:
             raise MissingInput(f"{scorer.name!r} needs the head's weights: export the model with its head.")
         self.register_buffer("threshold", torch.as_tensor(threshold, dtype=torch.float64).cpu())
         self.register_buffer("margin", torch.zeros((), dtype=torch.float64))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        capture = Capture(self.found.modules)
-        with capture.running():
-            logits = heads.logits_of(self.model(images))
-            features = heads.features_of(capture.received).to(self.stored)
-        block = Block(features, logits.to(self.stored), head=self.found.head)
+        capture = Capture(self.found.places)
+        with capture.running(), capture.recording():
+            features, logits = self.found.read(capture, self.model(images))
+        block = Block(features.to(self.stored), logits.to(self.stored), head=self.found.head)
         score = self.scorer.score_block(block).double()
         threshold = self.threshold[block.prediction()] if self.threshold.ndim else self.threshold
         return logits, score, ~(score + self.margin >= threshold)

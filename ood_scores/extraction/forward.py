@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,9 +16,10 @@ from ood_scores.errors import BadInput, BadLabels, OodScoresError, ShapeMismatch
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.hooks import Capture
 from ood_scores.extraction.options import ExtractionOptions
+from ood_scores.extraction.outputs import logits_of
 from ood_scores.extraction.probes.base import Pass, Probe, watch_all
 from ood_scores.extraction.writers import feature_set
-from ood_scores.features import FeatureSet, Head
+from ood_scores.features import FeatureSet
 from ood_scores.features.finite import require_finite
 from ood_scores.models.running import autocasting, evaluating, model_device, model_dtype
 from ood_scores.runtime import Arriving, Transfers, callers_default_device, default_torch_state
@@ -113,31 +114,37 @@ class Forward:
 
     def _first_rows(self, inputs: Tensor, labels: Tensor | None, start: int) -> Arriving:
         """Find and check the head on the first batch, without ``torch.compile``."""
-        requested, module = heads.resolve_module(self.model, self.options.head)
+        first = heads.FirstPass(self.model, inputs, self.options.head)
         self._probes: list[Probe] = [probe.for_model(self.model, inputs) for probe in self.options.all_probes]
-        with heads.record_calls(self.model, module) as calls, watch_all(self._probes, self.model) as seen:
-            logits = heads.logits_of(self.model(inputs))
-        require_finite({"logits": logits}, start)
-        found = heads.find_head(calls, logits, requested)
-        rows = self._columns(found.features_in(calls), Pass(self.model, inputs, logits, labels, start), seen)
+        with first.recorded(), watch_all(self._probes, self.model) as seen:
+            output = self.model(inputs)
+        require_finite({"logits": logits_of(output)}, start)
+        found = first.find(output)
+        if found.log_probabilities and self._probes:
+            raise BadInput(
+                "layers and probes need a model that returns logits, not their log-softmax: wrap the model so that it "
+                f"returns the output of {found.names[0]}."
+            )
+        features, logits = first.rows(found, output)
+        rows = self._columns(features, Pass(self.model, inputs, logits, labels, start), seen)
         require_finite(rows.wait(), start)
         self._shapes = {name: values.shape[1:] for name, values in rows.columns.items()}
-        self._capture = Capture(found.modules, self.options.compile)
+        self._capture = Capture(found.places, self.options.compile)
         self._hooks.enter_context(self._capture.running())
-        self.found = _cloned(found)
+        self.found = found
         return rows
 
     def _rows(self, inputs: Tensor, labels: Tensor | None, start: int) -> Arriving:
         if (labels is None) == ("labels" in self._shapes):
             raise BadLabels(f"some batches have labels and others have none, first at row {start}.")
-        self._capture.forget()
-        with watch_all(self._probes, self.model) as seen:
+        with self._capture.recording(), watch_all(self._probes, self.model) as seen:
             output = self._run(inputs)
-            if self.options.compile and any(values is None for values in self._capture.received):
+            if self.options.compile and not self._capture.is_complete:
                 torch.compiler.reset()  # it was compiled before the hooks were registered
                 output = self._run(inputs)
-        features = heads.features_of(self._capture.received)
-        rows = self._columns(features, Pass(self.model, inputs, heads.logits_of(output), labels, start), seen)
+        assert self.found is not None
+        features, logits = self.found.read(self._capture, output)
+        rows = self._columns(features, Pass(self.model, inputs, logits, labels, start), seen)
         if rows.columns.keys() != self._shapes.keys():
             names = ", ".join(sorted(rows.columns.keys() ^ self._shapes.keys()))
             raise ShapeMismatch(f"the batch at row {start} has different extras than the first batch: {names}.")
@@ -161,14 +168,6 @@ class Forward:
         return self._transfers.to_host(
             columns if done.labels is None else columns | {"labels": (done.labels, torch.int64)}
         )
-
-
-def _cloned(found: heads.FoundHead) -> heads.FoundHead:
-    """Return the same with a copy of the head: tensors created in inference mode cannot be used under autograd."""
-    if found.head is None:
-        return found
-    with torch.inference_mode(False):
-        return replace(found, head=Head(found.head.weight.clone(), found.head.bias.clone()))
 
 
 @contextmanager

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ood_scores.errors import BadInput, HeadMismatch, HeadNotFound
-from ood_scores.extraction.hooks import hooked
+from ood_scores.extraction.affine import find_affine_place, place_of_features
+from ood_scores.extraction.hooks import Capture, Place, first_argument, hooked
+from ood_scores.extraction.outputs import close, features_of, joined, logits_of, raw_logits_of, rounding, rows_of
 from ood_scores.features import Head
 
 HOW_TO_NAME = (
     "Name the affine map that computes the logits with head='module.name' (see model.named_modules()), or pass "
-    "head=False to keep logits and the input of the last layer without a head, which some scorers need"
+    "head=False to keep logits and features without a head, which some scorers need"
 )
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the logits ``[B, C]`` from the output of a model: a tensor, or an object or dict with ``logits``."""
-    logits = output
-    if isinstance(output, dict):
-        logits = output.get("logits")
-    elif not isinstance(output, Tensor):
-        logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise HeadNotFound(
-            f"the model returned {type(output).__name__}, but a classifier returns a tensor of logits [batch, classes] "
-            "or an object with .logits: wrap the model so that it does."
-        )
-    if logits.ndim != 2:
-        raise HeadNotFound(
-            f"the model returned a tensor of shape {tuple(logits.shape)}, not logits [batch, classes]; it has no "
-            "classifier (timm: num_classes=0?) or is not an image classifier: create it with num_classes, or wrap it "
-            "so that it returns logits."
-        )
-    return logits
+@dataclass
+class FoundHead:
+    """Where a model has its penultimate features, and the head that maps them to its logits.
+
+    Attributes:
+        places: the places whose values are concatenated to the features; none if the features are the model's output.
+        head: the head; None if there is none.
+        log_probabilities: whether the model returns the log-softmax of the logits, which are then those of the head.
+    """
+
+    places: list[Place]
+    head: Head | None
+    log_probabilities: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the places."""
+        return [str(place) for place in self.places] or ["output of the model"]
+
+    def read(self, capture: Capture, output: Any) -> tuple[Tensor, Tensor]:
+        """Return the features ``[B, D]`` and the logits ``[B, C]`` of a pass from what it captured and returned."""
+        features = features_of(capture.calls, raw_logits_of(output))
+        return features, self.head(features) if self.head and self.log_probabilities else logits_of(output)
 
 
 @dataclass
-class _Call:
-    """The last input and output of a module, flattened to rows; None if they cannot be flattened."""
+class _Layer:
+    """A leaf module with weights, and what it received ``[B, D]`` and returned ``[B, K]`` in a pass.
+
+    ``returned`` is None if it is not one vector per input.
+    """
 
     name: str
     module: nn.Module
@@ -59,87 +68,111 @@ class _Call:
         return weight[0].numel() == self.received.shape[1] and len(weight) == self.returned.shape[1]
 
 
-@contextmanager
-def record_calls(model: nn.Module, only: nn.Module | None = None) -> Iterator[list[_Call]]:
-    """List, in order of execution, the calls of leaf modules (in ``only``) whose input is one vector per sample."""
-    calls: list[_Call] = []
-    among = set((only or model).modules())
-    leaves = [
-        (name, module) for name, module in model.named_modules() if module in among and _is_leaf_with_weights(module)
-    ]
-    with hooked((module, _recorder(name, calls)) for name, module in leaves):
-        yield calls
+class FirstPass:
+    """The pass of a model over its first batch, made within ``recorded``, in which the head is found.
 
-
-def _is_leaf_with_weights(module: nn.Module) -> bool:
-    return next(module.children(), None) is None and next(module.parameters(), None) is not None
-
-
-def _recorder(name: str, calls: list[_Call]) -> Any:
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        received = _rows(inputs[0]) if inputs else None
-        if received is not None:
-            calls.append(_Call(name, module, received, _rows(output)))
-
-    return record
-
-
-def _rows(values: Any) -> Tensor | None:
-    """Return ``[B, K]`` for a tensor with one vector per sample, wherever its dimensions of size 1 are, else None."""
-    if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim < 2:
-        return None
-    rows = values.flatten(1)
-    return rows if rows.shape[1] == max(values.shape[1:]) else None
-
-
-@dataclass
-class FoundHead:
-    """The modules whose inputs are the penultimate features, and the head that they form (None: no head)."""
-
-    names: list[str]
-    modules: list[nn.Module]
-    head: Head | None
-
-    def features_in(self, calls: list[_Call]) -> Tensor:
-        """Return the features ``[B, D]`` from recorded calls."""
-        last = {id(call.module): call.received for call in calls}
-        return features_of([last[id(module)] for module in self.modules])
-
-
-def features_of(received: Sequence[Tensor | None]) -> Tensor:
-    """Return the features ``[B, D]`` from captured inputs; several are concatenated."""
-    rows = [_rows(values) for values in received]
-    present = [row for row in rows if row is not None]
-    if len(present) < len(rows):
-        raise HeadNotFound("the head did not receive one feature vector per input in this batch.")
-    return torch.cat(present, dim=1) if len(present) > 1 else present[0]
-
-
-def find_head(calls: list[_Call], logits: Tensor, requested: str | bool | None) -> FoundHead:
-    """Find the head among recorded calls.
-
-    The head is the affine module whose output *is* the logits; otherwise all affine modules with that many outputs, if
-    the mean of their outputs is the logits (distilled models: features are concatenated and weights divided). The map
-    is then checked to reproduce the logits from the features.
+    Args:
+        model: the model, in eval mode.
+        inputs: the first batch ``[B, ...]``.
+        requested: the head, as in ``ExtractionOptions``.
 
     Raises:
-        HeadNotFound: if no affine map computes the logits.
-        HeadMismatch: if the named module does not.
+        BadInput: if the requested module is not one of the model.
     """
-    if requested is False:
-        return _without_head(calls)
-    candidates = [
-        call for call in calls if call.is_affine and call.returned is not None and call.returned.shape == logits.shape
+
+    def __init__(self, model: nn.Module, inputs: Tensor, requested: str | nn.Module | bool | None) -> None:
+        self._model, self._inputs = model, inputs
+        self._requested, self._named = resolve_module(model, requested)
+        self._calls: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record what the leaf modules (in the requested one) with one vector per input receive and return."""
+        inside = set((self._named or self._model).modules())
+        leaves = [(name, leaf) for name, leaf in _leaves_with_weights(self._model) if leaf in inside]
+        with hooked(((leaf, self._recorder(name)) for name, leaf in leaves), with_kwargs=True):
+            yield
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            received = rows_of(first_argument(inputs, named))
+            if received is not None:
+                self._calls.setdefault(name, []).append((received, rows_of(output)))
+
+        return record
+
+    def find(self, output: Any) -> FoundHead:
+        """Find the head from what the model returned.
+
+        The head is the affine layer whose output *is* the logits; otherwise all affine layers with that many outputs,
+        if the mean of their outputs is the logits (distilled models: features are concatenated and weights divided);
+        otherwise the map from the last place at which the logits are an affine map of one vector per input. The map is
+        checked to reproduce the logits from the features.
+
+        Raises:
+            HeadNotFound: if no affine map computes the logits.
+            HeadMismatch: if the named module does not.
+        """
+        logits = raw_logits_of(output)
+        if self._requested is False:
+            return self._without_head(logits)
+        found = self._find(logits)
+        assert found.head is not None
+        with torch.inference_mode(False):  # tensors created in inference mode cannot be used under autograd
+            head = Head(found.head.weight.cpu().clone(), found.head.bias.cpu().clone())
+            return replace(found, head=head.with_two_classes())
+
+    def rows(self, found: FoundHead, output: Any) -> tuple[Tensor, Tensor]:
+        """Return the features ``[B, D]`` and the logits ``[B, C]`` of the pass."""
+        capture = Capture(found.places)
+        recorded = [self._calls.get(place.name, []) for place in found.places if not place.after]
+        if len(recorded) == len(found.places) and all(recorded):
+            for calls, pairs in zip(capture.calls, recorded, strict=True):
+                calls += [received for received, _ in pairs]
+        else:
+            with capture.running(), capture.recording():
+                output = self._model(self._inputs)
+                return found.read(capture, output)
+        return found.read(capture, output)
+
+    def _find(self, logits: Tensor) -> FoundHead:
+        layers = self._layers(len(logits))
+        try:
+            return _of_layers(layers, logits, self._requested)
+        except HeadNotFound:
+            found = find_affine_place(self._model, self._inputs, self._named)
+            if found is None:
+                raise
+            return FoundHead([found[0]], found[1])
+
+    def _without_head(self, logits: Tensor) -> FoundHead:
+        if getattr(self._model, "num_classes", None) == 0:  # an encoder of timm, which returns its features
+            return FoundHead([], None)
+        try:
+            return replace(self._find(logits), head=None)
+        except HeadNotFound:
+            place = place_of_features(self._model, self._inputs)
+            return FoundHead([] if place is None else [place], None)
+
+    def _layers(self, rows: int) -> list[_Layer]:
+        found = []
+        for name, pairs in self._calls.items():
+            received = joined([inputs for inputs, _ in pairs], rows)
+            assert received is not None
+            module = self._model.get_submodule(name)
+            found.append(_Layer(name, module, received, joined([outputs for _, outputs in pairs], rows)))
+        return found
+
+
+def _leaves_with_weights(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules with parameters and without children other than torch's parametrizations of weights."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if {child for child, _ in module.named_children()} <= {"parametrizations"}
+        and next(module.parameters(), None) is not None
+        and "parametrizations" not in name.split(".")
     ]
-    latest = list({id(call.module): call for call in candidates}.values())
-    exact = [call for call in reversed(latest) if _close(call.returned, logits)]
-    if exact:
-        chosen = exact[:1]
-    elif len(latest) > 1 and _is_mean([call.returned for call in latest if call.returned is not None], logits):
-        chosen = latest
-    else:
-        raise _not_found(latest, calls, logits, requested)
-    return _checked(chosen, logits)
 
 
 def resolve_module(
@@ -157,26 +190,39 @@ def resolve_module(
     raise BadInput(f"the model has no module {requested!r}; its last modules with weights: {', '.join(leaves[-5:])}.")
 
 
-def _without_head(calls: list[_Call]) -> FoundHead:
-    if not calls:
-        raise HeadNotFound("no layer of the model receives one vector per input, so there are no features to keep.")
-    last = calls[-1]
-    return FoundHead([last.name], [last.module], None)
+def _of_layers(layers: list[_Layer], logits: Tensor, requested: str | bool | None) -> FoundHead:
+    candidates = [layer for layer in layers if layer.is_affine and _has_shape(layer.returned, logits)]
+    exact = [layer for layer in reversed(candidates) if close(layer.returned, logits)]
+    if exact:
+        return _checked(exact[:1], logits)
+    outputs = [layer.returned for layer in candidates if layer.returned is not None]
+    if len(candidates) > 1 and _is_mean(outputs, logits):
+        return _checked(candidates, logits)
+    if isinstance(requested, str):
+        for layer in reversed(candidates):
+            if layer.returned is not None and close(layer.returned.log_softmax(dim=1), logits, rounding(logits)):
+                return replace(_checked([layer], layer.returned), log_probabilities=True)
+    raise _not_found(candidates, layers, logits, requested)
 
 
-def _checked(chosen: list[_Call], logits: Tensor) -> FoundHead:
-    names = [call.name for call in chosen]
-    weight = torch.cat([_weight(call.module) for call in chosen], dim=1) / len(chosen)
-    biases = [getattr(call.module, "bias", None) for call in chosen]
+def _has_shape(returned: Tensor | None, logits: Tensor) -> bool:
+    return returned is not None and returned.shape == logits.shape
+
+
+def _checked(chosen: list[_Layer], logits: Tensor) -> FoundHead:
+    names = [layer.name for layer in chosen]
+    weight = torch.cat([_weight(layer.module) for layer in chosen], dim=1) / len(chosen)
+    biases = [getattr(layer.module, "bias", None) for layer in chosen]
     bias = sum((b.detach().float() for b in biases if b is not None), torch.zeros(len(weight), device=weight.device))
     head = Head(weight.cpu(), (bias / len(chosen)).cpu())
-    features = torch.cat([call.received for call in chosen], dim=1).float()
-    if not _close(head(features).to(logits.device), logits, _tolerance(chosen, logits)):
+    features = torch.cat([layer.received for layer in chosen], dim=1).float()
+    tolerance = rounding(logits, *(values for layer in chosen for values in (layer.received, layer.returned)))
+    if not close(head(features).to(logits.device), logits, tolerance):
         raise HeadMismatch(
             f"{' + '.join(names)} outputs the logits, but not as weight @ input + bias (largest difference "
             f"{float((head(features).to(logits.device) - logits).abs().max()):.3g}). {HOW_TO_NAME}."
         )
-    return FoundHead(names, [call.module for call in chosen], head)
+    return FoundHead([Place(layer.name, layer.module) for layer in chosen], head)
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -185,49 +231,41 @@ def _weight(module: nn.Module) -> Tensor:
     return weight.detach().flatten(1).float()
 
 
-def _tolerance(chosen: list[_Call], logits: Tensor) -> float:
-    """The relative error that rounding may cause: autocast and TF32 compute float32 inputs with less precision."""
-    if any(_is_half(values) for call in chosen for values in (call.received, call.returned, logits)):
-        return 2e-2
-    return 5e-3 if logits.is_cuda else 1e-4
-
-
-def _is_half(values: Tensor | None) -> bool:
-    return values is not None and values.dtype in (torch.float16, torch.bfloat16)
-
-
 def _is_mean(outputs: list[Tensor], logits: Tensor) -> bool:
-    tolerance = 1e-2 if any(map(_is_half, outputs)) else 1e-6
-    return _close(torch.stack(outputs).mean(0), logits, tolerance)
-
-
-def _close(values: Tensor | None, logits: Tensor, tolerance: float = 1e-6) -> bool:
-    """Whether values are equal within a tolerance relative to the largest logit."""
-    if values is None or not logits.isfinite().all():
-        return False
-    scale = logits.abs().max().clamp_min(1e-6).double()
-    return bool(((values.double() - logits.double()).abs().max() / scale) <= tolerance)
+    half = any(values.dtype in (torch.float16, torch.bfloat16) for values in outputs)
+    return close(torch.stack(outputs).mean(0), logits, 1e-2 if half else 1e-6)
 
 
 def _not_found(
-    candidates: list[_Call], calls: list[_Call], logits: Tensor, requested: str | bool | None
+    candidates: list[_Layer], layers: list[_Layer], logits: Tensor, requested: str | bool | None
 ) -> HeadNotFound:
     if not logits.isfinite().all():
         return HeadNotFound(
             "the logits of the first batch contain NaN or infinite values: check the weights and inputs."
         )
+    for layer in candidates:
+        if layer.returned is not None and close(layer.returned.log_softmax(dim=1), logits, rounding(logits)):
+            return HeadNotFound(
+                f"the model returns the log-softmax of what {layer.name} outputs: pass head={layer.name!r} to keep the "
+                "outputs as logits, or wrap the model so that it returns them."
+            )
+        if layer.returned is not None and close(layer.returned.softmax(dim=1), logits, rounding(logits)):
+            return HeadNotFound(
+                f"the model returns probabilities, the softmax of what {layer.name} outputs: wrap the model so that it "
+                "returns these outputs."
+            )
     if isinstance(requested, str):
         return HeadMismatch(f"the module {requested!r} is not an affine map whose output is the logits. {HOW_TO_NAME}.")
     if not candidates:
-        last = ", ".join(call.name for call in calls[-3:]) or "none"
+        last = ", ".join(layer.name for layer in layers[-3:]) or "none"
         return HeadNotFound(
             f"no affine module (Linear or 1x1 convolution) outputs {logits.shape[1]} values per input (timm: "
             f"num_classes=0?); the last layers that receive one vector per input: {last}. {HOW_TO_NAME}."
         )
     found = ", ".join(
-        f"{call.name} (differs by up to {float((call.returned - logits).abs().max()):.3g})"
-        for call in candidates
-        if call.returned is not None
+        f"{layer.name} (differs by up to {float((layer.returned - logits).abs().max()):.3g})"
+        for layer in candidates
+        if layer.returned is not None
     )
     return HeadNotFound(
         f"the logits are neither the output of an affine module nor the mean of several; modules with "

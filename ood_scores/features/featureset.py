@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch
 from ood_scores.features.block import Block
-from ood_scores.features.head import Head
+from ood_scores.features.head import Head, as_two_classes
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import columns as col
 from ood_scores.runtime import CPU, blocks_on, find_device
@@ -38,10 +38,11 @@ class FeatureSet:
     Args:
         features: Floating-point penultimate features ``[N, D]``: a torch tensor, a NumPy array (shared, not copied), or
             an open ``h5py.Dataset`` (read lazily; the file may be closed afterwards).
-        logits: Logits ``[N, C]`` of the same types, or None.
+        logits: Logits ``[N, C]`` of the same types, or None. A single logit z per row, that of a sigmoid, becomes the
+            two logits (0, z), and its head likewise.
         labels: Integer class indices ``[N]``, or None. They may lie outside ``0 .. C-1``, since the labels of an OoD
             set often belong to another label space; whatever requires class indices checks them.
-        head: The last affine map of the model, or None.
+        head: The last affine map of the model, a ``Head``, or None.
         extras: Further arrays ``[N, ...]`` by name.
         provenance: The origin of the arrays, or None.
 
@@ -81,10 +82,12 @@ class FeatureSet:
                 raise BadInput(f"the name of an extra must be valid in HDF5 and hold no '/', got {name!r}.")
         given |= {f"extras/{name}": values for name, values in (extras or {}).items()}
         self._columns = {name: col.as_column(name, values) for name, values in given.items() if values is not None}
-        self.head = head
+        if "logits" in self._columns:
+            self._columns["logits"] = _with_two_classes(self._columns["logits"])
+        self.head = None if head is None else _as_head(head).with_two_classes()
         self.provenance = provenance
         self.statistics: dict[Any, Any] = {}
-        _check_columns(self._columns, head)
+        _check_columns(self._columns, self.head)
 
     def __len__(self) -> int:
         return self._columns["features"].shape[0]
@@ -354,6 +357,23 @@ def _arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Columns as arguments of a FeatureSet or a Block."""
     extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
     return {name: columns.get(name) for name in ("features", "logits", "labels")} | {"extras": extras}
+
+
+def _with_two_classes(logits: col.Column) -> col.Column:
+    """Return the logits; a single logit z per row becomes (0, z) when it is read."""
+    is_single = len(logits.shape) == 2 and logits.shape[1] == 1
+    return col.CombinedColumn((logits,), _two_classes_of) if is_single else logits
+
+
+def _two_classes_of(parts: Sequence[Tensor]) -> Tensor:
+    return as_two_classes(parts[0])
+
+
+def _as_head(head: Any) -> Head:
+    if not isinstance(head, Head):
+        kind = type(head).__name__
+        raise BadInput(f"head must be an ood_scores.Head, got {kind}: pass Head(layer.weight, layer.bias).")
+    return head
 
 
 def _check_columns(columns: Mapping[str, col.Column], head: Head | None) -> None:

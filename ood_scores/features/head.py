@@ -51,11 +51,22 @@ class Head:
         dtype = torch.promote_types(features.dtype, self.weight.dtype)
         return linear(features.to(dtype), self.weight.to(features.device, dtype), self.bias.to(features.device, dtype))
 
+    def with_two_classes(self) -> Head:
+        """Return the head, with the logits (0, z) if it computes a single logit z."""
+        if self.num_classes > 1:
+            return self
+        return Head(torch.cat([torch.zeros_like(self.weight), self.weight]), as_two_classes(self.bias[None])[0])
+
     def to(self, device: torch.device | str) -> Head:
         return Head(self.weight.to(device), self.bias.to(device))
 
     def __repr__(self) -> str:
         return f"Head({self.num_features} features -> {self.num_classes} classes)"
+
+
+def as_two_classes(logits: Tensor) -> Tensor:
+    """Return the logits ``[B, C]``; a single logit z per row becomes (0, z), whose softmax is ``sigmoid(z)``."""
+    return torch.cat([torch.zeros_like(logits), logits], dim=1) if logits.shape[1] == 1 else logits
 
 
 def _floating(values: Any) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.base import Found, Statistic
@@ -34,8 +33,7 @@ class FDBD(Scorer):
     Source: Liu & Qin 2024, "Fast Decision Boundary based Out-of-Distribution Detector". Departures: classes with equal
     weights have no boundary between them and are left out of the mean; where ``z = mu``, the distance counts as 1e-12.
 
-    Fails where OoD features lie near mu: the division then makes their scores large. A model with a single class has no
-    decision boundary.
+    Fails where OoD features lie near mu: the division then makes their scores large.
 
     Cost: one gathered row of C distances and one pass over the logits for each row.
     """
@@ -49,7 +47,6 @@ class FDBD(Scorer):
             "https://arxiv.org/abs/2312.11536",
             "https://github.com/litianliu/fDBD-OOD",
         ),
-        exceptions={"single_class": "a single class has no decision boundary"},
     )
     mean_: Tensor = fitted()
     inverse_distances_: Tensor = fitted()
@@ -61,8 +58,6 @@ class FDBD(Scorer):
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
-        if feats.head.num_classes < 2:
-            raise BadInput("fdbd: a model with a single class has no decision boundary: choose another scorer.")
         self.mean_ = found[Means("features")].means[0]
         self.inverse_distances_ = _inverse_distances(feats.head.weight.double().to(self.mean_.device))
 
@@ -94,7 +89,7 @@ class ORA(Scorer):
 
     Fails where OoD features lie near mu, from where a small step is a large angle, and where one far boundary
     determines the score: on a ResNet-20 for CIFAR-10, the mean separates CIFAR-100 better (AUROC 0.88) than the maximum
-    (0.80). A model with a single class has no decision boundary.
+    (0.80).
 
     Args:
         aggregate: ``"max"`` or ``"mean"`` over the classes.
@@ -111,7 +106,6 @@ class ORA(Scorer):
             "https://arxiv.org/abs/2410.04525",
             "https://github.com/berkerdemirel/ORA-OOD-Detection-with-Relative-Angles",
         ),
-        exceptions={"single_class": "a single class has no decision boundary"},
     )
     aggregate: Literal["max", "mean"] = "max"
     mean_: Tensor = fitted()
@@ -128,8 +122,6 @@ class ORA(Scorer):
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         assert feats.head is not None
-        if feats.head.num_classes < 2:
-            raise BadInput("ora: a model with a single class has no decision boundary: choose another scorer.")
         self.mean_ = found[Means("features")].means[0]
         self.weight_ = feats.head.weight.double().to(self.mean_.device)
         self.squares_ = squares_between(self.weight_)

@@ -10,7 +10,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.row_samples import Logits
@@ -158,8 +157,7 @@ class Margin(Scorer):
     Information Extraction". The margin of the logits is the log of the ratio of the two probabilities and does not
     saturate; that of the softmax saturates where the model is confident.
 
-    Fails for models with classes that are near-duplicates: the margin of a known input is then small. A model with a
-    single class has no margin.
+    Fails for models with classes that are near-duplicates: the margin of a known input is then small.
 
     Args:
         space: ``"logits"`` or ``"softmax"``.
@@ -175,7 +173,6 @@ class Margin(Scorer):
             2024,
             "https://arxiv.org/abs/2405.05160",
         ),
-        exceptions={"single_class": "a single class has no second largest logit"},
     )
     space: Literal["logits", "softmax"] = "logits"
     needs = ("logits",)
@@ -185,8 +182,6 @@ class Margin(Scorer):
 
     def score_block(self, block: Block) -> Tensor:
         values = block.logits64() if self.space == "logits" else block.softmax()
-        if values.shape[1] < 2:
-            raise BadInput("margin: a model with a single class has no margin: choose another scorer.")
         largest, second = values.topk(2, dim=1).values.T
         return largest - second
 

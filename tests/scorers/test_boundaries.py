@@ -83,11 +83,12 @@ def test_ora_beyond_a_right_angle_and_at_the_mean() -> None:
     found = ours("ora", FeatureSet(features, features @ head.weight.numpy().T), FeatureSet(fit, head=head))
     expected = [0, math.pi, math.pi / 2, math.atan2(1.5, -1.5) - math.atan2(1.5, -0.5)]
     np.testing.assert_allclose(found, expected, atol=1e-12)
+    single = Head(np.array([[2.0, 0]]))  # the same boundary, between the logits (0, z)
+    found = ours("ora", FeatureSet(features, 2 * features[:, :1]), FeatureSet(fit, head=single))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_ora_of_a_single_class_and_of_another_aggregate() -> None:
-    with pytest.raises(BadInput, match="no decision boundary"):
-        ours("ora", fit=FeatureSet(FIT, head=Head(WEIGHT[:1], BIAS[:1])))
+def test_ora_of_an_unknown_aggregate() -> None:
     with pytest.raises(BadInput, match="aggregate must be 'max' or 'mean', got 'min'"):
         create_scorer("ora", aggregate="min")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from classified import (
     BIAS,
     CLASSES,
@@ -21,7 +20,6 @@ from classified import (
 from pytorch_ood import detector as peer
 
 from ood_scores import FeatureSet, Head
-from ood_scores.errors import BadInput
 
 
 def fdbd(weight: Array, logits: Array) -> list[float]:
@@ -51,6 +49,8 @@ def test_fdbd_leaves_out_classes_with_equal_weights() -> None:
     assert (ours("fdbd", FeatureSet(ROWS, ROWS @ level.weight.numpy().T), FeatureSet(FIT, head=level)) == 0).all()
 
 
-def test_fdbd_of_a_single_class() -> None:
-    with pytest.raises(BadInput, match="no decision boundary"):
-        ours("fdbd", fit=FeatureSet(FIT, head=Head(WEIGHT[:1], BIAS[:1])))
+def test_fdbd_of_a_single_logit() -> None:
+    weight, bias = np.stack([0 * WEIGHT[0], WEIGHT[0]]), np.array([0.0, BIAS[0]])
+    logits = ROWS @ weight.T + bias
+    found = ours("fdbd", FeatureSet(ROWS, logits[:, 1:]), FeatureSet(FIT, head=Head(WEIGHT[:1], BIAS[:1])))
+    np.testing.assert_allclose(found, fdbd(weight, logits), rtol=1e-9)

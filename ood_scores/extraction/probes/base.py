@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ood_scores.errors import BadInput
-from ood_scores.extraction.heads import logits_of
 from ood_scores.extraction.layers import Layers, resolve_layers, watching
+from ood_scores.extraction.outputs import logits_of
 from ood_scores.features.provenance import ProbeRecord, from_json, to_json
 from ood_scores.parameters import from_texts, require_known
 from ood_scores.registry import Registry

@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import log_softmax, softplus
 
 from ood_scores.errors import BadInput
-from ood_scores.extraction.heads import logits_of
 from ood_scores.extraction.layers import Layers, resolve_layers
+from ood_scores.extraction.outputs import logits_of
 from ood_scores.extraction.probes.base import Pass, Probe, register_probe
 from ood_scores.extraction.probes.reruns import seed_of
 from ood_scores.features.block import row_norm
