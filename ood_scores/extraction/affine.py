@@ -16,7 +16,7 @@ from ood_scores.extraction.outputs import close, joined, raw_logits_of, rounding
 from ood_scores.features import Head
 
 FEW = 4
-"""The number of inputs on which places are tried."""
+"""The number of inputs on which places are tried; a smaller batch is repeated, so that there is as much noise."""
 
 MOST_PLACES = 32
 """The number of places, from the output on, that are tried."""
@@ -44,7 +44,7 @@ def find_affine_place(model: nn.Module, inputs: Tensor, named: nn.Module | None)
         The place and the map; None if there is none.
     """
     with _differentiable(inputs):
-        inputs = inputs[:FEW].clone()
+        inputs = torch.cat([inputs[:FEW]] * FEW)[:FEW]
         trace = _Trace(model, inputs)
         for place, values in trace.candidates(named)[:MOST_PLACES]:
             try:
@@ -63,7 +63,7 @@ def place_of_features(model: nn.Module, inputs: Tensor) -> Place | None:
     receives whose outputs are added to other logits. What a gate or a convolution receives is neither.
     """
     with _differentiable(inputs), torch.no_grad():
-        inputs = inputs[:FEW].clone()
+        inputs = torch.cat([inputs[:FEW]] * FEW)[:FEW]
         trace = _Trace(model, inputs)
         try:
             last = trace.into_last_product()

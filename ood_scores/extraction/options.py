@@ -44,8 +44,8 @@ class ExtractionOptions:
         compile: whether to run the model through ``torch.compile``, which takes about a minute to start and needs a C++
             compiler. Not available with ``layers`` or ``probes``.
         dtype: the type in which features, logits and extras are stored: ``"float16"``, ``"float32"`` or ``"float64"``.
-        head: None to find the last affine map; a module or its name to choose it; False to keep the logits and the
-            input of the last layer with weights, without a head.
+        head: None to find the last affine map; a module or its name to choose it; False to keep the logits, and the
+            features or else the model's output, without a head.
         layers: names of modules whose outputs are pooled and kept as extras ``layers.<module>``, computed in the same
             pass; ``"stages"`` for the modules that end the stages of the model.
         probes: further extras to compute for every input, as objects of ``ood_scores.probes``, names, or names with

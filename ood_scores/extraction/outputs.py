@@ -65,7 +65,7 @@ def features_of(calls: Sequence[Sequence[Any]], logits: Tensor) -> Tensor:
     """
     if not calls:
         return logits
-    present = [joined([rows_of(values) for values in each], len(logits)) for each in calls]
+    present = [joined([rows_of(values) for values in each], logits.shape[0]) for each in calls]
     rows = [values for values in present if values is not None]
     if len(rows) < len(present):
         raise HeadNotFound("the head did not receive one feature vector per input in this batch.")

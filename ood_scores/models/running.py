@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from ood_scores.errors import BadInput
@@ -30,7 +31,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     The wrappers of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, and ``AveragedModel`` are removed.
 
     Raises:
-        BadInput: if this is not a module, or one from ``torch.jit`` or ``torch.export``, which runs no hooks.
+        BadInput: if this is not a module, or one from ``torch.jit`` or ``torch.export``, which runs no hooks; or if
+            weights are elsewhere (offloaded), not created (lazy), or cannot be read (quantized).
     """
     while isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
         model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)
@@ -41,7 +43,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise BadInput(f"the model must be a torch.nn.Module, got {type(model).__name__}: pass the classifier.")
+    _require_weights(model)
     return model
+
+
+def _require_weights(model: nn.Module) -> None:
+    """Check that all weights can be read, which the head and the identity of the model need."""
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(weight):
+            raise BadInput(
+                f"{name!r} is not initialized, since a lazy layer (LazyLinear) creates it from its first input: run "
+                "the model once, model(inputs), and load its weights."
+            )
+        if weight.device.type == "meta":
+            raise BadInput(
+                f"{name!r} is on the device 'meta', since the weights are offloaded (accelerate, device_map) or were "
+                "never loaded: load the whole model, without offloading."
+            )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise BadInput(
+                f"{name!r} is quantized ({type(module).__name__}), so that its weights cannot be read and its outputs "
+                "are not an affine map: pass the model before quantization."
+            )
 
 
 def _is_exported(model: Any) -> bool:

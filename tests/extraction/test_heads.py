@@ -45,10 +45,10 @@ class Net(nn.Module):
     def __init__(self, last: Step, fc: nn.Module | None = None) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, WIDTH, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc = fc or nn.Linear(WIDTH, CLASSES)
+        self.fc: Any = fc or nn.Linear(WIDTH, CLASSES)
         self.more, self.pixels = nn.Linear(WIDTH, 2), nn.Linear(3, CLASSES)
         self.norm = nn.BatchNorm1d(CLASSES)
-        self.norm.running_var.uniform_(1, 2)
+        self.norm.register_buffer("running_var", torch.linspace(1, 2, CLASSES))
         self.last = last
 
     def forward(self, x: Tensor) -> Tensor:

@@ -127,3 +127,26 @@ def test_models_without_hooks_are_refused(change):
 def test_something_else_than_a_module_is_refused(model):
     with pytest.raises(BadInput, match=r"must be a torch\.nn\.Module, got (str|dict)"):
         unwrapped(model)
+
+
+@pytest.mark.parametrize("spoil", ["offloaded", "lazy", "quantized"])
+def test_models_whose_weights_cannot_be_read_are_refused(spoil, tmp_path):
+    model, message = network(), "'4.weight' is on the device 'meta', since the weights are offloaded"
+    if spoil == "offloaded":
+        model[4].to("meta")
+    elif spoil == "lazy":
+        model[4], message = nn.LazyLinear(5), r"'4.weight' is not initialized.*run the model once, model\(inputs\)"
+    else:
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        message = r"'4' is quantized \(Linear\).*pass the model before quantization"
+    feats = extract(network())
+    for call in (
+        lambda: extract(model),
+        lambda: ood_scores.calibrate("energy", model, id=feats),
+        lambda: (
+            ood_scores.calibrate("energy", network(), id=feats).save(tmp_path / "detector")
+            or ood_scores.Detector.load(tmp_path / "detector", model)
+        ),
+    ):
+        with pytest.raises(BadInput, match=message):
+            call()
