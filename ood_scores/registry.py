@@ -38,14 +38,17 @@ class Registry(dict[str, T]):
         """
 
         def add(cls: Class) -> Class:
-            known = _qualified(self.get(name, cls))
-            if known != _qualified(cls):
-                raise BadInput(f"the {self.noun} {name!r} exists already: {known}.")
+            self.require_free(name, cls, self.get(name))
             cls.name = name  # type: ignore[attr-defined]
             self[name] = cls  # type: ignore[assignment]
             return cls
 
         return add
+
+    def require_free(self, name: str, new: object, known: object) -> None:
+        """Raise BadInput if a name belongs to an object of another module or qualified name than those of ``new``."""
+        if known is not None and _qualified(known) != _qualified(new):
+            raise BadInput(f"the {self.noun} {name!r} exists already: {_qualified(known)}.")
 
     def matching(self, pattern: str = "*") -> list[str]:
         """The sorted names that match a shell pattern, such as ``"*norm*"``."""

@@ -32,6 +32,7 @@ from ood_scores.errors import (
 )
 from ood_scores.extraction import extract
 from ood_scores.features import FeatureSet
+from ood_scores.models.class_names import in_models_order
 
 MOST_JOBS = 4
 
@@ -154,7 +155,7 @@ def _extract(job: Job, device: str, workers: int) -> FeatureSet:
     model, transform = _open(job)
     options = {each.name: getattr(job.options, each.name) for each in fields(job.options)}
     arguments: dict[str, Any] = {"device": device, "progress": False, "name": job.set, **options}
-    images = open_dataset(job.source, transform, root=job.data)
+    images = in_models_order(open_dataset(job.source, transform, root=job.data), model)
     loader = DataLoader(images, job.loading.batch_size, num_workers=workers)
     try:
         return extract(model, loader, job.cache, **arguments)

@@ -23,7 +23,7 @@ from ood_scores.benchmark.spec import Part
 from ood_scores.benchmark.unit_files import Found, SetScores
 from ood_scores.errors import EmptyInput, OodScoresError
 from ood_scores.evaluation import metrics
-from ood_scores.evaluation.accuracy import near_chance
+from ood_scores.evaluation.accuracy import label_warnings
 from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.features.statistics.row_hashes import overlaps
@@ -78,13 +78,12 @@ def _find(unit: Unit, found: Found) -> None:
 
 
 def _warn(unit: Unit, found: Found, sets: Mapping[str, FeatureSet], fit: FeatureSet | None) -> None:
-    """Record the sets that share rows, and an accuracy near chance."""
+    """Record the sets that share rows, and labels that do not seem to be the model's classes."""
     id, names = sets[unit.part.id], [name for name in unit.part.ood if name in sets]
     shared = overlaps(fit, id, {name: sets[name] for name in names})
     accuracy = next((row["value"] for row in found.measures if row["measure"] == "accuracy"), None)
-    chance = near_chance(accuracy, len(id), id.num_classes, "ID set")
     found.overlap += _tidy(unit, [overlap.as_dict() for overlap in shared])
-    texts = [*map(str, shared), *([chance] if chance else [])]
+    texts = [*map(str, shared), *label_warnings(id, "ID set", accuracy)]
     found.warnings += _tidy(unit, [{"warning": text} for text in texts])
 
 

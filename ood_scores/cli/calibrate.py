@@ -16,6 +16,8 @@ from ood_scores.terminal import marked
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import nn
+
     from ood_scores.detector import Detector
 
 CACHES = (".h5", ".hdf5")
@@ -47,7 +49,9 @@ def calibrate(
     ] = None,
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
-    classes: Annotated[Path | None, typer.Option(help="Text file with the names of the classes, one per line.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="File with the names of the classes: one per line, or JSON.")
+    ] = None,
     mean: options.Mean = None,
     std: options.Std = None,
     batch_size: options.BatchSize = 64,
@@ -72,6 +76,7 @@ def calibrate(
       folder:PATH, npz:PATH, imglist:PATH, torchvision:CIFAR10?split=test
     """
     import ood_scores
+    from ood_scores.data.class_names import read_classes
     from ood_scores.detector.bundle import DESCRIPTION
     from ood_scores.models.checkpoints import arguments_of
     from ood_scores.models.opening import load_model, preprocessing
@@ -83,7 +88,7 @@ def calibrate(
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
     ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))
     network = load_model(model, checkpoint, num_classes)
-    opened = _opener(preprocessing(network, **changes), batch_size, workers)
+    opened = _opener(network, preprocessing(network, **changes), batch_size, workers)
     detector = ood_scores.calibrate(
         ready,
         network,
@@ -92,8 +97,8 @@ def calibrate(
         keep=keep,
         delta=delta,
         per_class=per_class,
-        preprocessing=changes,
-        classes=_lines(user_path(classes)) if classes else None,
+        preprocessing=changes or None,
+        classes=read_classes(user_path(classes)) if classes else None,
         device=device,
         **extraction,
     )
@@ -101,27 +106,20 @@ def calibrate(
     _show(detector, out)
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"cannot read {path} as a text file ({error}): save it as UTF-8.") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _opener(transform: Any, batch_size: int, workers: int) -> Callable[[str], Any]:
+def _opener(network: nn.Module, transform: Any, batch_size: int, workers: int) -> Callable[[str], Any]:
     """Return a function that opens a cache, or a dataset as a loader, from its text."""
     from torch.utils.data import DataLoader
 
     import ood_scores
     from ood_scores.data.sources import open_dataset
     from ood_scores.features.storage.reading import is_hdf5
+    from ood_scores.models.class_names import in_models_order
 
     def opened(text: str) -> Any:
         if Path(text).suffix in CACHES or is_hdf5(user_path(text)):
             return ood_scores.load(text)
-        return DataLoader(open_dataset(text, transform), batch_size, num_workers=workers)
+        images = in_models_order(open_dataset(text, transform), network)
+        return DataLoader(images, batch_size, num_workers=workers)
 
     return opened
 

@@ -59,7 +59,8 @@ def extract(
       hf:OWNER/NAME?split=test       from the Hugging Face hub
       noise:gaussian?n=10000&size=32&seed=0     or noise:uniform
       digits?classes=0-6             scikit-learn's handwritten digits
-      options of all: rows=0:5000, take=500, long_tail=100, scramble=SEED
+      options of all: rows=0:5000, take=500, long_tail=100, scramble=SEED,
+                      classes=FILE    names in the order of the model's classes
       $NAME is replaced by the environment variable NAME
 
     \b
@@ -72,12 +73,14 @@ def extract(
     import ood_scores
     from ood_scores.data.sources import open_dataset
     from ood_scores.evaluation.accuracy import accuracy_of, near_chance
+    from ood_scores.models.class_names import in_models_order
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.runtime import Ranks
 
     means, stds = parsing.numbers(mean), parsing.numbers(std)
     dataset = open_dataset(data)
     network = load_model(model, checkpoint, num_classes)
+    dataset = in_models_order(dataset, network)
     dataset.transform = preprocessing(network, means, stds)
     with stoppable(lambda: _kept(cache, resume and not overwrite)):
         feats = ood_scores.extract(

@@ -293,7 +293,7 @@ CATALOG: tuple[KnownSet, ...] = (
     KnownSet(
         "imagenet_v2",
         "new test images of ImageNet's classes (Recht et al. 2019). The folders of the authors' archive are named 0, "
-        "1, 2, …, which folder: sorts as text; use the list instead",
+        "1, 2, …, which folder: sorts as numbers",
         10000,
         "https://github.com/modestyachts/ImageNetV2",
         _openood("imagenet_v2"),

@@ -26,10 +26,15 @@ class ImageDataset(Dataset[Any], ABC):
         name: a short name for tables.
         transform: function that is applied to the PIL image of every item, or None.
         text, root: the text that opened the dataset, and the folder where its paths start; None for other datasets.
+        class_names: the names of the classes, in the order of the labels; None if they are unknown.
+        label_order: the order of the labels, if it is not the dataset's own or, for folders, the alphabetical one. It
+            is part of the identity of a cache.
     """
 
     text: str | None = None
     root: str | None = None
+    class_names: Sequence[str] | None = None
+    label_order: str | None = None
 
     def __init__(self, name: str, transform: Transform | None) -> None:
         self.name = name
@@ -115,6 +120,9 @@ class TorchvisionImages(ImageDataset):
         if len(dataset) == 0:
             raise EmptyInput(f"{name} has no images.")
         self.dataset = dataset
+        names = getattr(dataset, "classes", None)
+        if isinstance(names, (list, tuple)) and names:
+            self.class_names = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
         match self._item(0):
             case (Image.Image(), int() | np.integer() | None):
                 pass

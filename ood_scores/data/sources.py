@@ -21,8 +21,11 @@ def open_dataset(
     """Open the dataset that a text names.
 
     Each module of ``ood_scores.data.kinds`` documents the options of a kind. Every kind also has the options below.
-    They are applied in this order, regardless of the order in the text, and are part of the name of the dataset.
+    They are applied in this order, regardless of the order in the text. All but the first are part of the name of the
+    dataset.
 
+    - ``classes=FILE``: labels in the order of the names in a file, see ``ood_scores.data.class_names``; not for
+      ``digits``, whose option of this name chooses classes.
     - ``scramble=SEED``: the pixels of each image in a random order, which depends on the seed and on the row in the
       whole dataset.
     - ``rows=0:5000``: a slice as in Python.
@@ -47,7 +50,7 @@ def open_dataset(
     name, target, options = parse(spec)
     base = Path("" if root is None else root).expanduser()
     kind = _kind(spec, base)
-    known = [*kind.options, *VIEWS]
+    known = list(dict.fromkeys([*kind.options, *VIEWS]))
     for option in options:
         if option not in known:
             raise unknown(f"{name} has no option", option, known)
@@ -57,7 +60,7 @@ def open_dataset(
         dataset = kind.open(expanded(target), base, **own)
     except MissingData as error:
         raise MissingData(error.reason, remedy(spec, root)) from error
-    dataset = seen_through(dataset, values)
+    dataset = seen_through(dataset, {name: value for name, value in values.items() if name not in own}, base)
     dataset.transform = transform
     dataset.text, dataset.root = spec, os.path.abspath(base)
     return dataset

@@ -1,16 +1,18 @@
-"""Options of every dataset: a subset of its rows, or images with scrambled pixels."""
+"""Options of every dataset: labels in another order, a subset of the rows, or images with scrambled pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ood_scores.data.dataset_spec import whole_number
+from ood_scores.data.class_names import read_classes, renumbered
+from ood_scores.data.dataset_spec import located, whole_number
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import long_tail
-from ood_scores.errors import BadInput, EmptyInput
+from ood_scores.errors import BadInput, EmptyInput, MissingData
 
 
 class ChosenImages(ImageDataset):
@@ -28,6 +30,7 @@ class ChosenImages(ImageDataset):
             raise EmptyInput(f"{name} has no images: {dataset.name} has {len(dataset)}.")
         self.dataset = dataset
         self.indices = indices
+        self.class_names, self.label_order = dataset.class_names, dataset.label_order
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -52,6 +55,7 @@ class ScrambledImages(ImageDataset):
         super().__init__(f"{dataset.name}[scramble={seed}]", dataset.transform)
         self.dataset = dataset
         self.seed = seed
+        self.class_names, self.label_order = dataset.class_names, dataset.label_order
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -64,19 +68,26 @@ class ScrambledImages(ImageDataset):
         return Image.fromarray(pixels.reshape(-1, 3)[order].reshape(pixels.shape)), label
 
 
-def seen_through(dataset: ImageDataset, options: Mapping[str, str]) -> ImageDataset:
-    """Apply the options of ``VIEWS`` to a dataset, in the order of ``VIEWS``."""
+def seen_through(dataset: ImageDataset, options: Mapping[str, str], base: Path = Path()) -> ImageDataset:
+    """Apply the options of ``VIEWS`` to a dataset, in the order of ``VIEWS``; relative paths start from ``base``."""
     for name in VIEWS:
         if name in options:
-            dataset = VIEWS[name](dataset, options[name])
+            dataset = VIEWS[name](dataset, options[name], base)
     return dataset
 
 
-def _scramble(dataset: ImageDataset, seed: str) -> ImageDataset:
+def _classes(dataset: ImageDataset, file: str, base: Path) -> ImageDataset:
+    path = located(file, base)
+    if not path.exists():
+        raise MissingData(f"there is no file {path} with the names of classes")
+    return renumbered(dataset, read_classes(path), path)
+
+
+def _scramble(dataset: ImageDataset, seed: str, base: Path) -> ImageDataset:
     return ScrambledImages(dataset, whole_number("scramble", seed))
 
 
-def _rows(dataset: ImageDataset, rows: str) -> ImageDataset:
+def _rows(dataset: ImageDataset, rows: str, base: Path) -> ImageDataset:
     bounds = rows.split(":")
     try:
         if len(bounds) not in (2, 3):
@@ -87,7 +98,7 @@ def _rows(dataset: ImageDataset, rows: str) -> ImageDataset:
     return ChosenImages(dataset, chosen, f"{dataset.name}[rows={rows}]")
 
 
-def _long_tail(dataset: ImageDataset, ratio: str) -> ImageDataset:
+def _long_tail(dataset: ImageDataset, ratio: str, base: Path) -> ImageDataset:
     try:
         number = float(ratio)
     except ValueError as error:
@@ -98,13 +109,14 @@ def _long_tail(dataset: ImageDataset, ratio: str) -> ImageDataset:
     return ChosenImages(dataset, tail.indices, tail.name)
 
 
-def _take(dataset: ImageDataset, number: str) -> ImageDataset:
+def _take(dataset: ImageDataset, number: str, base: Path) -> ImageDataset:
     wanted = whole_number("take", number, 1)
     step = max(1, len(dataset) // wanted)
     return ChosenImages(dataset, range(len(dataset))[::step][:wanted], f"{dataset.name}[take={wanted}]")
 
 
-VIEWS: dict[str, Callable[[ImageDataset, str], ImageDataset]] = {
+VIEWS: dict[str, Callable[[ImageDataset, str, Path], ImageDataset]] = {
+    "classes": _classes,
     "scramble": _scramble,
     "rows": _rows,
     "long_tail": _long_tail,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
+from ood_scores.data.class_names import ordered
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.detector import Detector, require_weights
 from ood_scores.detector.image_check import check_preprocessing
@@ -116,7 +116,7 @@ def calibrate(
     scores = ready.score(id_set).numpy()
     label, _ = predictions_of(id_set)
     num_classes = id_set.num_classes or 0
-    names_of_classes = None if classes is None else _class_names(classes, num_classes)
+    names_of_classes = None if classes is None else ordered(classes, num_classes)
     if len(scores) > 1 and scores.min() == scores.max():
         warnings.warn(
             f"{ready.name!r} gives all ID images the same score, so that the detector may reject nothing: choose "
@@ -140,29 +140,6 @@ def calibrate(
 def _opened(data: Data) -> FeatureSet | Iterable[Any]:
     """Open the path of a cache; return other data as they are."""
     return as_feature_set(data) if isinstance(data, (str, PathLike)) else data
-
-
-def _class_names(classes: Sequence[str] | Mapping[Any, Any], count: int) -> tuple[str, ...]:
-    """Return the names in the order of the logits.
-
-    Raises:
-        BadInput: if there is not one name for each class.
-    """
-    if isinstance(classes, Mapping):
-        by_name = all(isinstance(value, Integral) for value in classes.values())
-        pairs = [(number, name) for name, number in classes.items()] if by_name else list(classes.items())
-        names = {str(number): str(name) for number, name in pairs}
-        if len(pairs) != count or names.keys() != set(map(str, range(count))):
-            raise BadInput(
-                f"classes must number the model's {count} classes from 0 to {count - 1}, each once, got "
-                f"{', '.join(str(number) for number, _ in pairs[:10])}: pass a mapping like {{0: 'cat', 1: 'dog'}}."
-            )
-        return tuple(names[str(number)] for number in range(count))
-    if isinstance(classes, str) or not isinstance(classes, Iterable):
-        raise BadInput(f"classes must be a list of names or a mapping, got {classes!r}.")
-    if len(classes) != count:
-        raise BadInput(f"the model has {count} classes, but there are {len(classes)} names.")
-    return tuple(classes)
 
 
 def _options_of(feats: FeatureSet, probes: Sequence[str]) -> ExtractionOptions:

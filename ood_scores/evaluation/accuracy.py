@@ -50,10 +50,17 @@ def near_chance(accuracy: float | None, rows: int, classes: int | None, name: st
     )
 
 
-def label_warnings(feats: FeatureSet, name: str) -> list[str]:
-    """Return a warning if the labels of an ID set are not class indices, or if the accuracy on it is near chance."""
+def label_warnings(feats: FeatureSet, name: str, accuracy: float | None = None) -> list[str]:
+    """Return a warning if the labels of an ID set are not class indices, or if the accuracy on it is near chance.
+
+    Args:
+        feats: the set.
+        name: its name in the warning, such as ``ID set``.
+        accuracy: the accuracy on it, if it is known already.
+    """
     wrong = why_not_classes(feats)
     if wrong:
         return [f"the {name} has labels that are not classes of the model: {wrong}"]
-    found = near_chance(accuracy_of(feats), len(feats), feats.num_classes, name)
+    known = accuracy_of(feats) if accuracy is None else accuracy
+    found = near_chance(known, len(feats), feats.num_classes, name)
     return [found] if found else []

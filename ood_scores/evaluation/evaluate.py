@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.evaluation import metrics
-from ood_scores.evaluation.accuracy import near_chance
+from ood_scores.evaluation.accuracy import label_warnings
 from ood_scores.features import Block, FeatureSet, Sets, as_feature_set
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.progress import showing_work
@@ -93,13 +93,12 @@ def evaluate(
     accuracy = float(id_scores[_Correct.name].mean()) if correct else None
     fitted = any(chosen[label].fit_needs for label in dict.fromkeys(table["scorer"]))
     shared = overlaps(fit if fitted else None, id, others)
-    chance = near_chance(accuracy, len(id), id.num_classes, "ID set")
     table.attrs |= {
         "id_accuracy": accuracy,
         "id": id.provenance.dataset if id.provenance else None,
         "left_out": left_out,
         "overlap": [overlap.as_dict() for overlap in shared],
-        "warnings": [*map(str, shared), *([chance] if chance else [])],
+        "warnings": [*map(str, shared), *label_warnings(id, "ID set", accuracy)],
     }
     for text in table.attrs["warnings"]:
         warnings.warn(text, stacklevel=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from ood_scores.extraction.options import options_from, takes_options
 from ood_scores.extraction.probes.base import record_of
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import shards
+from ood_scores.models.class_names import other_order
 from ood_scores.models.running import architecture, choose_device, unwrapped, weights_sha256
 from ood_scores.progress import stderr_console
 from ood_scores.runtime import Ranks, default_torch_state
@@ -90,6 +92,9 @@ def extract(
     model = unwrapped(model)
     ranks = Ranks.here()
     forward = Forward(model, chosen, choose_device(model, device, ranks.local))
+    order = other_order(getattr(loader, "dataset", None), model) if ranks.first else None
+    if order:
+        warnings.warn(order, stacklevel=4)
     batches = loaders.Batches.look_into(loader, skip=chosen.on_error == "skip")
     provenance = _describe(forward, batches, name)
     task = Task(forward, batches, progress and ranks.first)
@@ -164,6 +169,7 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
         versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         probes=tuple(record_of(probe) for probe in options.all_probes),
+        label_order=getattr(getattr(loader, "dataset", None), "label_order", None),
         data_text=text,
         data_root=root,
     )

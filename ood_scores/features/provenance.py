@@ -40,7 +40,8 @@ class Provenance:
     and their labels, so that a changed resize, crop, or normalization is noticed; ``preprocessing`` describes the
     transform, if it can be read. ``dataset`` is the name under which the data were first extracted. ``head``, ``amp``,
     ``channels_last``, ``compiled``, and ``dtype`` are the options of ``extract``. ``shard`` names the rows of the
-    dataset in a file that is one of several. ``data_text`` opens the dataset with relative paths starting from
+    dataset in a file that is one of several. ``label_order`` is the order of the labels if it is not the dataset's own,
+    or the alphabetical one for folders. ``data_text`` opens the dataset with relative paths starting from
     ``data_root``, if its rows are those of the set, in order; see ``ood_scores.data.sources``. ``skipped`` lists the
     rows of the dataset that the set lacks because they cannot be read, each with the reason.
     """
@@ -66,6 +67,7 @@ class Provenance:
     created: str
     probes: tuple[ProbeRecord, ...] = ()
     shard: str | None = None
+    label_order: str | None = None
     data_text: str | None = None
     data_root: str | None = None
     skipped: tuple[tuple[int, str], ...] = ()
@@ -83,6 +85,7 @@ class Provenance:
         ("data_sha256", "first inputs and labels (data or preprocessing)"),
         ("precision", "precision"),
         ("probe_texts", "layers and probes"),
+        ("labels_numbered", "order of the classes"),
         ("shard", "rows of this shard"),
     )
 
@@ -90,6 +93,11 @@ class Provenance:
     def requested_head(self) -> str:
         """The requested head in words: ``found``, ``none``, or the name of a module."""
         return self.head if isinstance(self.head, str) else ("found" if self.head is None else "none")
+
+    @property
+    def labels_numbered(self) -> str:
+        """The order of the classes in words."""
+        return self.label_order or "the dataset's own"
 
     @property
     def precision(self) -> str:

@@ -34,7 +34,7 @@ def test_registered_dataset_kind_can_be_opened(monkeypatch: pytest.MonkeyPatch) 
 
     dataset = open_dataset("gray:3?level=7&take=2")
     assert (len(dataset), dataset.name, corner(dataset[1])) == (2, "gray[take=2]", (7, 7, 7))
-    with pytest.raises(UnknownName, match=r"'levle' \(did you mean 'level'\?\): choose from level, scramble"):
+    with pytest.raises(UnknownName, match=r"'levle' \(did you mean 'level'\?\): choose from level, classes, scramble"):
         open_dataset("gray:3?levle=7")
     with pytest.raises(MissingData, match=r"there is no paint\. To get it: paint gray"):
         open_dataset("gray")
@@ -45,7 +45,7 @@ def test_invalid_dataset_texts_are_refused() -> None:
         open_dataset("zip:a")
     with pytest.raises(UnknownName, match=r"no option 'class' \(did you mean 'classes'\?\): choose from classes"):
         open_dataset("digits?class=1")
-    with pytest.raises(UnknownName, match="folder has no option 'split': choose from scramble, rows, long_tail, take"):
+    with pytest.raises(UnknownName, match="folder has no option 'split': choose from classes, scramble, rows"):
         open_dataset("folder:x?split=test")
     with pytest.raises(UnknownName, match=r"'target'.*: choose from split, root, download"):
         open_dataset("torchvision:CIFAR10?target=1")

@@ -69,7 +69,7 @@ def test_invalid_subset_options_are_refused() -> None:
         open_dataset("digits?long_tail=much")
     with pytest.raises(EmptyInput, match=r"digits\[rows=5:5\] has no images: digits has 1797"):
         open_dataset("digits?rows=5:5")
-    with pytest.raises(UnknownName, match="noise has no option 'root': choose from n, size, seed, scramble, rows"):
+    with pytest.raises(UnknownName, match="noise has no option 'root': choose from n, size, seed, classes, scramble"):
         open_dataset("noise:uniform?root=x")
 
 

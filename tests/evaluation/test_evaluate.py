@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def test_id_accuracy_of_evaluate() -> None:
 
 
 def test_evaluate_returns_the_name_of_the_id_dataset() -> None:
-    blank: dict[str, Any] = dict.fromkeys(Provenance.__dataclass_fields__, "")
+    blank: dict[str, Any] = {each.name: "" for each in fields(Provenance)}
     provenance = replace(Provenance(**blank), dataset="cifar10-test")
     assert evaluate(["msp"], id=feature_set(1, provenance=provenance), ood=OOD).attrs["id"] == "cifar10-test"
     assert evaluate(["msp"], id=ID, ood=OOD).attrs["id"] is None

@@ -49,9 +49,17 @@ def register_dataset_kind(
     offline: Callable[[str], str | None] = lambda text: text,
     suggested_for: Callable[[Path], bool] = lambda path: False,
 ) -> Callable[[OpenT], OpenT]:
-    """Register the decorated function as the one that opens datasets of a kind; see ``DatasetKind``."""
+    """Register the decorated function as the one that opens datasets of a kind; see ``DatasetKind``.
+
+    A function replaces one of the same module and name, so that a module can be reloaded.
+
+    Raises:
+        BadInput: if the kind belongs to another function.
+    """
 
     def register(open: OpenT) -> OpenT:
+        known = DATASET_KINDS.get(name)
+        DATASET_KINDS.require_free(name, open, known.open if known else None)
         DATASET_KINDS[name] = DatasetKind(open, remedy, offline, suggested_for)
         return open
 

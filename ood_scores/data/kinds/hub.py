@@ -114,7 +114,9 @@ def open_hub(
     images = rows.select_columns([pictures])
     if pictures in _of_type("Image", rows.features):
         images = images.cast_column(pictures, datasets.Image(decode=False))
-    return HubImages(images, pictures, None if labels is None else list(rows[labels]), name)
+    dataset = HubImages(images, pictures, None if labels is None else list(rows[labels]), name)
+    dataset.class_names = getattr(rows.features[labels], "names", None) if labels else None
+    return dataset
 
 
 def _of_type(kind: str, features: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,161 @@
+"""Names of classes: lists of them, and labels in the order of such a list."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ood_scores.data.images import ImageDataset
+from ood_scores.data.long_tail import labels_of
+from ood_scores.errors import BadInput
+
+WORDNET_ID = re.compile(r"(n\d{8})\s+(.+)")
+"""A line such as ``n01440764 tench, Tinca tinca``."""
+
+SHOWN = 5
+"""How many names an error message lists."""
+
+
+class RenumberedImages(ImageDataset):
+    """A dataset whose labels are numbered in the order of a list of classes.
+
+    Attributes:
+        dataset: the original dataset, whose transform is not applied.
+        numbers: the number of each of its labels, int64 ``[C]``.
+        transform: function that is applied to the images.
+    """
+
+    def __init__(self, dataset: ImageDataset, numbers: NDArray[np.int64], classes: Sequence[str]) -> None:
+        super().__init__(dataset.name, dataset.transform)
+        self.dataset = dataset
+        self.numbers = numbers
+        self.text, self.root = dataset.text, dataset.root
+        self.class_names = tuple(classes)
+        self.label_order = f"renumbered, {hashlib.sha256(numbers.tobytes()).hexdigest()[:12]}"
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int | None]:
+        image, label = self.dataset.load(index)
+        return image, label if label is None or label < 0 else int(self.numbers[label])
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class indices, int64 ``[N]``, without reading images."""
+        own = labels_of(self.dataset)
+        return np.where(own < 0, own, self.numbers[own])
+
+
+def renumbered(dataset: ImageDataset, classes: Sequence[str], source: object = "the list") -> ImageDataset:
+    """Return a dataset with labels in the order of a list of classes.
+
+    Names are compared without regard to case, hyphens, and underscores. In an entry of the list such as
+    ``n01440764 tench, Tinca tinca``, the WordNet id and each synonym are names, too, if no other class has them.
+
+    Args:
+        dataset: a dataset that knows the names of its classes, such as the names of folders.
+        classes: the names, in the order of the numbers.
+        source: what error messages call the list.
+
+    Returns:
+        The dataset itself if its labels are in this order already.
+
+    Raises:
+        BadInput: if the names of the dataset's classes are unknown, or some are not in the list.
+    """
+    names = dataset.class_names
+    if names is None:
+        raise BadInput(f"the names of the classes of {dataset.name} are unknown: leave out classes=.")
+    found = numbers_of(names, classes)
+    missing = [name for name in names if name not in found]
+    if missing:
+        more = ", …" if len(missing) > SHOWN else ""
+        raise BadInput(
+            f"{len(missing)} of the {len(names)} classes of {dataset.name} are not in {source}: "
+            f"{', '.join(missing[:SHOWN])}{more}; it has {', '.join(classes[:SHOWN])}, …"
+        )
+    numbers = np.array([found[name] for name in names], dtype=np.int64)
+    return dataset if (numbers == np.arange(len(names))).all() else RenumberedImages(dataset, numbers, classes)
+
+
+def numbers_of(names: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
+    """Return the numbers in a list of classes of those names that are in it; see ``renumbered``."""
+    known: dict[str, int] = {}
+    for spelled in (_synonyms, lambda entry: {_plain(entry)}):  # the whole entry takes precedence
+        spellings = [spelled(entry) for entry in classes]
+        count = Counter(name for each in spellings for name in each)
+        known |= {name: number for number, each in enumerate(spellings) for name in each if count[name] == 1}
+    return {name: known[_plain(name)] for name in names if _plain(name) in known}
+
+
+def ordered(classes: Sequence[str] | Mapping[Any, Any], count: int | None = None) -> tuple[str, ...]:
+    """Return names of classes in the order of their numbers.
+
+    Args:
+        classes: the names in order; or a mapping from numbers to names (``id2label``) or from names to numbers
+            (``class_to_idx``).
+        count: the number of classes; None to accept any.
+
+    Raises:
+        BadInput: if there is not one name for each class.
+    """
+    if isinstance(classes, Mapping):
+        by_name = all(isinstance(value, Integral) for value in classes.values())
+        pairs = [(number, name) for name, number in classes.items()] if by_name else list(classes.items())
+        names = {str(number): str(name) for number, name in pairs}
+        size = len(pairs) if count is None else count
+        if len(pairs) != size or names.keys() != set(map(str, range(size))):
+            raise BadInput(
+                f"classes must number the model's {size} classes from 0 to {size - 1}, each once, got "
+                f"{', '.join(str(number) for number, _ in pairs[:10])}: pass a mapping like {{0: 'cat', 1: 'dog'}}."
+            )
+        return tuple(names[str(number)] for number in range(size))
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise BadInput(f"classes must be a list of names or a mapping, got {classes!r}.")
+    if count is not None and len(classes) != count:
+        raise BadInput(f"the model has {count} classes, but there are {len(classes)} names.")
+    return tuple(map(str, classes))
+
+
+def read_classes(path: str | PathLike[str]) -> tuple[str, ...]:
+    """Read the names of classes from a file: one per line, or a JSON list or mapping that ``ordered`` accepts.
+
+    Raises:
+        BadInput: if the file cannot be read, or contains no names.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        is_json = Path(path).suffix.lower() == ".json"
+        content = json.loads(text) if is_json else [line.strip() for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"cannot read the names of classes in {path} ({error}): save it as UTF-8, with one name per line, or as a "
+            "JSON list."
+        ) from error
+    names = ordered(content)
+    if not names:
+        raise BadInput(f"{path} contains no names of classes: write one name per line.")
+    return names
+
+
+def _synonyms(entry: str) -> set[str]:
+    """Return the WordNet id and the words of an entry."""
+    match = WORDNET_ID.fullmatch(entry.strip())
+    words = [*match.groups()] if match else [entry]
+    return {_plain(word) for part in words for word in part.split(",")}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()

@@ -1,0 +1,96 @@
+"""The names of a model's classes, and labels of datasets in their order."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+from torch.utils.data import Subset
+
+from ood_scores.data.class_names import numbers_of, renumbered
+from ood_scores.data.images import ImageDataset
+from ood_scores.models.running import unwrapped
+
+
+def class_names(model: nn.Module) -> list[str] | None:
+    """Return the names of a model's classes in the order of the logits, or None if they are unknown.
+
+    They are those of the model's ``config.id2label`` in Hugging Face's transformers; in timm, those that come with its
+    weights, or the WordNet ids of the ImageNet list that has as many classes.
+    """
+    model = unwrapped(model)
+    by_number = getattr(getattr(model, "config", None), "id2label", None)
+    if isinstance(by_number, dict):
+        names = [str(by_number.get(number)) for number in range(len(by_number))]
+        return None if all(re.fullmatch(r"LABEL_\d+|None", name) for name in names) else names
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if config is None:
+        return None
+    count = getattr(model, "num_classes", None)
+    if config.get("label_names") and len(config["label_names"]) == count:
+        return list(config["label_names"])
+    subset = infer_imagenet_subset(model)
+    return list(ImageNetInfo(subset).label_names()) if subset else None
+
+
+def in_models_order(dataset: ImageDataset, model: nn.Module) -> ImageDataset:
+    """Return a dataset with labels in the order of the model's classes, if the names of both are known.
+
+    Folders named by numbers from 0 are the classes of these numbers. If only some of the dataset's classes are among
+    those of the model, a warning names others, and the dataset is returned as it is.
+    """
+    names = dataset.class_names
+    classes = _numbers(names, model) or class_names(model)
+    if not names or not classes:
+        return dataset
+    found = numbers_of(names, classes)
+    if len(found) == len(names):
+        return renumbered(dataset, classes, "the model's list")
+    if found:
+        others = [name for name in names if name not in found]
+        warnings.warn(
+            f"{len(others)} of the {len(names)} classes of {dataset.name} are not classes of the model ("
+            f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}), so its labels are not in the model's order: "
+            "remove these classes, or name all in the model's order with ?classes=FILE.",
+            stacklevel=2,
+        )
+    return dataset
+
+
+def other_order(dataset: Any, model: nn.Module) -> str | None:
+    """Return a warning if a dataset's labels are known not to be in the order of the model's classes, or None.
+
+    Args:
+        dataset: a dataset with the names of its classes in ``class_names`` or, as in torchvision, ``classes``; or a
+            ``Subset`` of one.
+        model: the model.
+    """
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
+    classes = class_names(model)
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not classes or not names or not is_list or getattr(dataset, "target_transform", None):
+        return None
+    found = numbers_of(names, classes)
+    wrong = next((number for number, name in enumerate(names) if found.get(name, number) != number), None)
+    if len(found) < len(names) or wrong is None:
+        return None
+    return (
+        f"the labels of the dataset are not in the order of the model's classes: {names[wrong]!r} has the label "
+        f"{wrong}, but is class {found[names[wrong]]} of the model. Renumber them, with "
+        "ood_scores.models.class_names.in_models_order(dataset, model) or a target_transform."
+    )
+
+
+def _numbers(names: Sequence[str] | None, model: nn.Module) -> list[str] | None:
+    """Return the numbers of a model's classes as names, if a dataset's classes are named by numbers from 0."""
+    count = getattr(model, "num_classes", None)
+    if not names or not isinstance(count, int) or not all(name.isdecimal() for name in names):
+        return None
+    numbers = set(map(int, names))
+    return [str(number) for number in range(count)] if 0 in numbers and max(numbers) < count else None
