@@ -169,6 +169,8 @@ def _measures(part: Part) -> Found:
     for name in part.measures:
         yield from _unknown(("measures",), "measure", name, MEASURES)
         yield from _wrong(part.fit is None, ("measures",), f"{name} needs a fit set: write fit = ….")
+        for option in part.measure_options(name) if name in MEASURES else ():
+            yield from _unknown(("measures", name, option), f"option of {name}", option, MEASURES[name].options)
 
 
 def _searches(part: Part) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,13 +36,13 @@ def measured(part: Part, id: FeatureSet, fit: FeatureSet | None) -> Iterator[tup
     """Yield the name, the figures and, if they cannot be computed, the reason for each measure of the part."""
     for name in part.measures:
         try:
-            yield name, _rows(MEASURES[name](id, fit)), ""
+            yield name, _rows(MEASURES[name].figures(id, fit, **part.measure_options(name))), ""
         except OodScoresError as error:
             yield name, [], str(error)
 
 
-def _collapse(id: FeatureSet, fit: Any) -> dict[str, float]:
-    return asdict(neural_collapse(fit))
+def _collapse(id: FeatureSet, fit: Any, **options: Any) -> dict[str, float]:
+    return asdict(neural_collapse(fit, **options))
 
 
 def _long_tail(id: FeatureSet, fit: Any) -> dict[str, float]:
@@ -59,10 +60,29 @@ def _rows(figures: Mapping[str, float]) -> Figures:
     return [{"measure": name, "value": value} for name, value in figures.items()]
 
 
-MEASURES: Registry[Callable[[FeatureSet, Any], dict[str, float]]] = Registry(
-    "measure", {"neural_collapse": _collapse, "long_tail": _long_tail}
+@dataclass(frozen=True)
+class Measure:
+    """A measure that a spec can name.
+
+    Attributes:
+        figures: function of the ID set and the fit set, and of options, that returns figures by name.
+        options: names of the options.
+    """
+
+    figures: Callable[..., dict[str, float]]
+    options: tuple[str, ...] = ()
+
+
+def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+
+
+MEASURES: Registry[Measure] = Registry(
+    "measure",
+    {"neural_collapse": Measure(_collapse, _keywords(neural_collapse)), "long_tail": Measure(_long_tail)},
 )
-"""Measures that a spec can name: functions of the ID set and the fit set. Accuracy is always measured."""
+"""Measures by name. Accuracy is always measured."""
 
 
 @dataclass(frozen=True)

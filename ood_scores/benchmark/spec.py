@@ -189,7 +189,8 @@ class Part:
         scorers: the scorers, or ``"all"`` for every registered scorer whose requirements are met.
         ensembles: the models whose outputs are averaged and scored as one, by label.
         relabel: whether rows of OoD datasets with a label of 0 or above show an ID class and count as ID (SC-OOD).
-        measures: other figures of each model: ``neural_collapse`` (on the fit set), ``long_tail``.
+        measures: other figures of each model: ``neural_collapse`` (on the fit set), ``long_tail``. Either their names,
+            or their options by name: ``[measures.neural_collapse] normalize = true``.
         preprocessing: changes of the models' preprocessing.
         extraction: options of the extraction.
         search: parameters of scorers to tune on validation sets.
@@ -208,7 +209,7 @@ class Part:
     ensembles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: str = ""
     relabel: bool = False
-    measures: tuple[str, ...] = ()
+    measures: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
     preprocessing: Preprocessing = Preprocessing()
     extraction: Extraction = Extraction()
     search: Search | None = None
@@ -229,6 +230,10 @@ class Part:
         if isinstance(self.scorers, tuple):
             return self.scorers
         return tuple(ScorerTable(name, name) for name in list_scorers())
+
+    def measure_options(self, name: str) -> Mapping[str, Any]:
+        """Return the options of a measure of the part."""
+        return self.measures[name] if isinstance(self.measures, Mapping) else {}
 
     @property
     def scored(self) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from ood_scores.toml_tables import (
     with_overrides,
 )
 
-TABLES = ("models", "sets", "scorers", "ensembles", "preprocessing", "extraction", "search", "published")
+TABLES = ("models", "sets", "scorers", "measures", "ensembles", "preprocessing", "extraction", "search", "published")
 
 
 def _option_hint(default: Any) -> Any:
@@ -60,6 +60,7 @@ _PART: dict[str, Any] = {
     "sets": Table(rest=str),
     "model": [Table(hints_of(ModelTable, ("arguments",)), rest=Any)],
     "scorers": Table(rest=Table(rest=Any), instead=str | tuple[str, ...]),
+    "measures": Table(rest=Table(rest=Any), instead=tuple[str, ...]),
     "ensembles": Table(rest=tuple[str, ...]),
     "preprocessing": Table(hints_of(Preprocessing)),
     "extraction": Table(_EXTRACTION_KEYS),
@@ -151,6 +152,7 @@ def _part(raw: Raw) -> Part:
         models=tuple(filled(ModelTable, model, "[model]", "arguments") for model in raw["model"]),
         sets=raw["sets"],
         scorers=_scorers(raw.get("scorers", ALL)),
+        measures=_measures(raw.get("measures", ())),
         ensembles={label: tuple(members) for label, members in raw.get("ensembles", {}).items()},
         preprocessing=filled(Preprocessing, raw.get("preprocessing", {}), "preprocessing"),
         extraction=Extraction(
@@ -180,6 +182,10 @@ def _scorers(given: Any) -> tuple[ScorerTable, ...] | Literal["all"]:
 
 def _scorer(label: str, table: Raw) -> ScorerTable:
     return ScorerTable(label, table.pop("name", label), table)
+
+
+def _measures(given: Any) -> tuple[str, ...] | Mapping[str, Mapping[str, Any]]:
+    return given if isinstance(given, Mapping) else tuple(given)
 
 
 def _search(table: Raw) -> Search:

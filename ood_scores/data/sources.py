@@ -30,6 +30,8 @@ def open_dataset(
       whole dataset.
     - ``rows=0:5000``: a slice as in Python.
     - ``long_tail=100``: a long tail with this ratio, see ``ood_scores.data.long_tail``.
+    - ``validation=0.1``: the share of each class that a training recipe with ``validation = 0.1`` holds out;
+      ``without_validation=0.1``: the other images, on which it trains.
     - ``take=500``: the first 500 of every (N // 500)-th row; all rows if there are fewer.
 
     In paths and other values, ``$NAME`` and ``${NAME}`` are environment variables and ``$$`` is a dollar sign.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from ood_scores.data.class_names import read_classes, renumbered
 from ood_scores.data.dataset_spec import located, whole_number
 from ood_scores.data.images import ImageDataset
-from ood_scores.data.long_tail import long_tail
+from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.errors import BadInput, EmptyInput, MissingData
 
 
@@ -109,6 +110,36 @@ def _long_tail(dataset: ImageDataset, ratio: str, base: Path) -> ImageDataset:
     return ChosenImages(dataset, tail.indices, tail.name)
 
 
+def validation_split(labels: np.ndarray, part: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows for training and for validation, which gets a share ``part`` of each class, rounded down.
+
+    A class with one image keeps it for training. The split depends only on the labels.
+    """
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.bincount(labels)
+    rank = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
+    kept = rank < np.repeat((counts * part).astype(np.int64), counts)
+    return np.sort(by_class[~kept]), np.sort(by_class[kept])
+
+
+def _validation(dataset: ImageDataset, share: str, base: Path) -> ImageDataset:
+    _, aside = validation_split(labels_of(dataset), _share("validation", share))
+    return ChosenImages(dataset, aside.tolist(), f"{dataset.name}[validation={share}]")
+
+
+def _without_validation(dataset: ImageDataset, share: str, base: Path) -> ImageDataset:
+    kept, _ = validation_split(labels_of(dataset), _share("without_validation", share))
+    return ChosenImages(dataset, kept.tolist(), f"{dataset.name}[without_validation={share}]")
+
+
+def _share(name: str, value: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(value) < 1:
+            return float(value)
+    raise BadInput(f"cannot read {name}={value}: write the share of each class that is held out, such as 0.1.")
+
+
 def _take(dataset: ImageDataset, number: str, base: Path) -> ImageDataset:
     wanted = whole_number("take", number, 1)
     step = max(1, len(dataset) // wanted)
@@ -120,6 +151,8 @@ VIEWS: dict[str, Callable[[ImageDataset, str, Path], ImageDataset]] = {
     "scramble": _scramble,
     "rows": _rows,
     "long_tail": _long_tail,
+    "validation": _validation,
+    "without_validation": _without_validation,
     "take": _take,
 }
 """The options of every dataset by name, in the order in which they are applied."""

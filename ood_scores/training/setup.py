@@ -22,6 +22,7 @@ from torchvision import transforms
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.data.sources import open_dataset
+from ood_scores.data.subsets import validation_split
 from ood_scores.errors import BadInput, BadLabels, CheckpointError, MissingInput
 from ood_scores.models.checkpoints import read_checkpoint
 from ood_scores.models.networks.classifier import batchnorms, linear_classifier
@@ -31,7 +32,7 @@ from ood_scores.training.distributed import Processes
 from ood_scores.training.objectives import Objective, create_objective, objective_class
 from ood_scores.training.recipe import ModelTable, Recipe, Stage
 from ood_scores.training.step import leaves_some_unread, pre_logits
-from ood_scores.training.streams import Images, OpenedImages, make_images, validation_split
+from ood_scores.training.streams import Images, OpenedImages, make_images
 
 TRAINING_IMAGES = "train"
 """Value of ``data`` in ``[auxiliary]`` for the training images themselves."""

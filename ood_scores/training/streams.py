@@ -135,18 +135,5 @@ def share(batches: Sequence[Tensor], rank: int, processes: int) -> list[Tensor]:
     return [batch[rank::processes] for batch in batches]
 
 
-def validation_split(labels: np.ndarray, part: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows for training and for validation, which gets a share ``part`` of each class, rounded down.
-
-    A class with one image keeps it for training. The split depends only on the labels.
-    """
-    shuffled = np.random.default_rng(0).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    counts = np.bincount(labels)
-    rank = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
-    kept = rank < np.repeat((counts * part).astype(np.int64), counts)
-    return np.sort(by_class[~kept]), np.sort(by_class[kept])
-
-
 def _generator(*numbers: Any) -> Generator:
     return Generator().manual_seed(seed_of(*numbers))

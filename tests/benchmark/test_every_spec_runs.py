@@ -131,7 +131,7 @@ class Workshop:
         models: dict[Any, ModelTable] = {}
         for model in part.models:
             checkpoint = self.checkpoint(model)
-            form = checkpoint.resolve(), model.name, str(model.arguments), str(part.scorers), part.measures, part.id
+            form = checkpoint.resolve(), model.name, str([model.arguments, part.scorers, part.measures]), part.id
             if form in done and not part.ensembles:
                 continue
             done.add(form)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_features import random_set
 
 from ood_scores.benchmark import load_spec
 from ood_scores.benchmark.checks import check
+from ood_scores.benchmark.measures import measured
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Published, ScorerTable, Search, Spec
 from ood_scores.benchmark.unit import described
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
+from ood_scores.evaluation.neural_collapse import neural_collapse
 from ood_scores.extraction.options import ExtractionOptions
 
 SMALL = """
@@ -322,3 +325,22 @@ def test_spec_created_in_python_is_checked() -> None:
     made = Part("P", (ModelTable("cifar_resnet20"),), {"test": "digits"}, "test", near=("tset",))
     with pytest.raises(UnknownName, match=r"P: there is no dataset 'tset' \(did you mean 'test'\?\)"):
         check(Spec("s", "S", (made,)))
+
+
+# ---- options of measures
+
+
+def test_options_of_a_measure_are_read_and_used(tmp_path: Path) -> None:
+    options = "\n[measures.neural_collapse]\nnormalize = true\nnc1_over_classes = false\n"
+    only = part(toml(tmp_path, 'fit = "fits"\n' + SMALL + options))
+    feats = random_set(4, 6)
+    ((name, figures, reason),) = measured(only, feats, feats)
+    assert (name, reason) == ("neural_collapse", "")
+    expected = asdict(neural_collapse(feats, normalize=True, nc1_over_classes=False))
+    assert {each["measure"]: each["value"] for each in figures} == expected
+
+
+def test_unknown_option_of_a_measure_is_named(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'fit = "fits"\n' + SMALL + "\n[measures.neural_collapse]\nnormalise = true\n")
+    message = refused(path, error=UnknownName)
+    assert "there is no option of neural_collapse 'normalise' (did you mean 'normalize'?)" in message

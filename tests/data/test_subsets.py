@@ -19,7 +19,7 @@ from ood_scores.data.images import ImageArrays
 from ood_scores.data.kinds.digits import digits
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.data.sources import open_dataset
-from ood_scores.data.subsets import ChosenImages, ScrambledImages, seen_through
+from ood_scores.data.subsets import ChosenImages, ScrambledImages, seen_through, validation_split
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, UnknownName
 
 # --- some rows --------------------------------------------------------------------------------------------------------
@@ -163,3 +163,26 @@ def test_scrambling_depends_on_the_seed_and_the_row_in_the_whole_set() -> None:
         np.testing.assert_array_equal(pixels(some, index), pixels(whole, 100 + index * step))
     assert not np.array_equal(pixels(open_dataset("digits?scramble=6"), 0), pixels(whole, 0))
     np.testing.assert_array_equal(pixels(pickle.loads(pickle.dumps(some)), 1), pixels(some, 1))
+
+
+# --- the validation split of training recipes ------------------------------------------------------------------------
+
+
+def test_validation_options_split_a_dataset_as_a_recipe_does() -> None:
+    """The sets are the images on which a recipe with the same share trains, and those that it holds out."""
+    labels = labels_of(open_dataset("digits"))
+    kept, aside = validation_split(labels, 0.1)
+    trained, held_out = open_dataset("digits?without_validation=0.1"), open_dataset("digits?validation=0.1")
+    assert isinstance(trained, ChosenImages)
+    assert isinstance(held_out, ChosenImages)
+    assert (list(trained.indices), list(held_out.indices)) == (kept.tolist(), aside.tolist())
+    assert labels_of(held_out).tolist() == labels[aside].tolist()
+    assert held_out.name.endswith("[validation=0.1]")
+    tail = open_dataset("digits?long_tail=2&validation=0.1")
+    assert len(tail) < len(held_out)
+
+
+@pytest.mark.parametrize("share", ["0", "1", "1.5", "a", "nan"])
+def test_validation_share_out_of_range_is_refused(share: str) -> None:
+    with pytest.raises(BadInput, match=f"cannot read without_validation={share}: write the share"):
+        open_dataset(f"digits?without_validation={share}")

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from training_runs import OOD, digit_images, fresh_model
 
+from ood_scores.data.subsets import validation_split
 from ood_scores.errors import BadInput
 from ood_scores.training import state, train
 from ood_scores.training.augment import seed_of
 from ood_scores.training.distributed import Processes
 from ood_scores.training.recipe_file import recipe_from
 from ood_scores.training.setup import prepare
-from ood_scores.training.streams import cycled, order, validation_split
+from ood_scores.training.streams import cycled, order
 
 children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(["ood_scores.training.trainer", "sklearn.datasets", "tiny"])

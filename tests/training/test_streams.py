@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ood_scores.training.streams import cycled, order, share, validation_split
+from ood_scores.data.subsets import validation_split
+from ood_scores.training.streams import cycled, order, share
 
 
 def test_an_epoch_contains_every_image_once() -> None:

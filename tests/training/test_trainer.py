@@ -23,6 +23,7 @@ from training_runs import ID, OOD, digit_images, fresh_model, run, weights
 import ood_scores
 import ood_scores.training
 from ood_scores.data.sources import open_dataset
+from ood_scores.data.subsets import validation_split
 from ood_scores.errors import (
     BadInput,
     CheckpointError,
@@ -32,7 +33,7 @@ from ood_scores.training import Trained, train
 from ood_scores.training.augment import augmentation
 from ood_scores.training.recipe_file import recipe_from
 from ood_scores.training.setup import trainable_parameters
-from ood_scores.training.streams import cycled, order, validation_split
+from ood_scores.training.streams import cycled, order
 
 
 def test_training_reduces_the_loss(trained: Trained) -> None:
