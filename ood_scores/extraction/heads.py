@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ood_scores.errors import BadInput, HeadMismatch, HeadNotFound
 from ood_scores.extraction.affine import find_affine_place, place_of_features
@@ -211,7 +212,7 @@ def _has_shape(returned: Tensor | None, logits: Tensor) -> bool:
 
 def _checked(chosen: list[_Layer], logits: Tensor) -> FoundHead:
     names = [layer.name for layer in chosen]
-    weight = torch.cat([_weight(layer.module) for layer in chosen], dim=1) / len(chosen)
+    weight = torch.cat([_weight(layer) for layer in chosen], dim=1) / len(chosen)
     biases = [getattr(layer.module, "bias", None) for layer in chosen]
     bias = sum((b.detach().float() for b in biases if b is not None), torch.zeros(len(weight), device=weight.device))
     head = Head(weight.cpu(), (bias / len(chosen)).cpu())
@@ -225,10 +226,15 @@ def _checked(chosen: list[_Layer], logits: Tensor) -> FoundHead:
     return FoundHead([Place(layer.name, layer.module) for layer in chosen], head)
 
 
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
+def _weight(layer: _Layer) -> Tensor:
+    weight = layer.module.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().flatten(1).float()
+    if is_traceable_wrapper_subclass(weight):
+        raise HeadMismatch(
+            f"the weight of {layer.name} is quantized ({type(weight).__name__}), and the layer is not an affine map: "
+            f"pass the model before quantization. {HOW_TO_NAME}."
+        )
+    return weight.detach().to_dense().flatten(1).float()
 
 
 def _is_mean(outputs: list[Tensor], logits: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ood_scores.errors import BadInput
 from ood_scores.runtime import find_device
@@ -96,7 +97,7 @@ def evaluating(
         model: the model.
         device: the device to run on.
         differentiable: whether tensors that the model returns can be used in computations with gradients; otherwise
-            inference mode is used, which is faster.
+            inference mode is used, which is faster, if the model runs in it.
         channels_last: whether to use the channels-last memory format for the weights of convolutions.
     """
     home = model_device(model)
@@ -109,7 +110,7 @@ def evaluating(
             _original_parts(model),
             _laid_out(model, channels_last),
             _current(device),
-            torch.inference_mode(not differentiable),
+            torch.inference_mode(not differentiable and all(map(_is_plain, model.parameters()))),
             torch.no_grad(),
         ):
             yield
@@ -177,10 +178,25 @@ def weights_sha256(model: nn.Module) -> str:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    for name, tensor in sorted({name.replace("_orig_mod.", ""): tensor for name, tensor in named.items()}.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for whole, tensor in sorted({name.replace("_orig_mod.", ""): tensor for name, tensor in named.items()}.items()):
+        for name, part in _plain_parts(whole, tensor.detach()):
+            digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is neither sparse nor of a subclass (as torchao's are), which inference mode does not run."""
+    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
+
+
+def _plain_parts(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return a tensor, a sparse one as a dense one, or the tensors that one of a subclass (of torchao) consists of."""
+    if not _is_plain(tensor) and tensor.layout == torch.strided:
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from _plain_parts(f"{name}.{part}", getattr(tensor, part))
+    else:
+        yield name, tensor.to_dense()
 
 
 def architecture(model: nn.Module) -> str:

@@ -150,3 +150,50 @@ def test_models_whose_weights_cannot_be_read_are_refused(spoil, tmp_path):
     ):
         with pytest.raises(BadInput, match=message):
             call()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_weights_are_those_of_the_dense_model():
+    dense, model = network(), network()
+    dense[4].weight = nn.Parameter(dense[4].weight.detach().relu())
+    model[4].weight = nn.Parameter(dense[4].weight.detach().to_sparse_csr())
+    expected, feats = extract(dense), extract(model)
+    assert feats.provenance.weights_sha256 == expected.provenance.weights_sha256
+    assert torch.equal(feats.head.weight, expected.head.weight)
+    torch.testing.assert_close(feats.logits, expected.logits)
+
+
+class Halves(torch.Tensor):
+    """A weight that is stored as one half of it, as quantized weights are stored as parts."""
+
+    @staticmethod
+    def __new__(cls, half):
+        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)
+
+    def __init__(self, half):
+        self.half = half
+
+    def __tensor_flatten__(self):
+        return ["half"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, context, shape, stride):
+        return Halves(parts["half"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].half)
+        dense = [2 * arg.half if isinstance(arg, Halves) else arg for arg in args]
+        return func(*dense, **kwargs or {})
+
+
+def test_weights_made_of_parts_are_identified_and_the_head_is_found():
+    model, other = network(), network()
+    weight = model[4].weight.detach()
+    model[4].weight = nn.Parameter(Halves(weight / 2), requires_grad=False)
+    other[4].weight = nn.Parameter(Halves(weight / 4), requires_grad=False)
+    feats = extract(model)
+    torch.testing.assert_close(feats.head.weight, weight)
+    torch.testing.assert_close(feats.logits, extract(network()).logits)
+    assert weights_sha256(model) != weights_sha256(other)
