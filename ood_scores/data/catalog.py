@@ -46,6 +46,11 @@ def _unpacked(url: str) -> str:
     return f"wget -P {{data}} {url} && {unpack}"
 
 
+def _lt_list(split: str) -> str:
+    lists = "https://github.com/facebookresearch/classifier-balancing/raw/main/data/ImageNet_LT"
+    return f"wget -P {{data}} {lists}/ImageNet_LT_{split}.txt"
+
+
 def _large(name: str) -> str:
     return f"imglist:benchmark_imglist/imagenet/test_{name}.txt?root=images_largescale"
 
@@ -55,6 +60,7 @@ _MOS = "https://github.com/deeplearning-wisc/large_scale_ood"
 _MOS_FILES = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
 _ODIN = "https://github.com/facebookresearch/odin"
 _PASCL = "https://github.com/amazon-science/long-tailed-ood-detection"
+_LT = "https://liuziwei7.github.io/projects/LongTail.html"
 _IMAGENET = "https://image-net.org/download.php"
 _IMAGENET_TERMS = "ImageNet's terms of access: non-commercial research and education"
 
@@ -336,11 +342,30 @@ CATALOG: tuple[KnownSet, ...] = (
         "long-tailed list of ImageNet's training images (Liu et al. 2019), with 1,280 to 5 per class; the images are "
         "ImageNet's",
         115846,
-        "https://liuziwei7.github.io/projects/LongTail.html",
-        "wget -P {data} https://github.com/facebookresearch/classifier-balancing/raw/main/data/ImageNet_LT/"
-        "ImageNet_LT_train.txt",
+        _LT,
+        _lt_list("train"),
         "imglist:ImageNet_LT_train.txt?root=imagenet",
-        ("imagenet_lt", "imagenet_lt_train", "imagenet_lt_val", "imagenet_lt_test"),
+        ("imagenet_lt", "imagenet_lt_train"),
+        _IMAGENET_TERMS,
+    ),
+    KnownSet(
+        "imagenet_lt_val",
+        "list of ImageNet's training images for the validation of ImageNet-LT (Liu et al. 2019), 20 per class",
+        20000,
+        _LT,
+        _lt_list("val"),
+        "imglist:ImageNet_LT_val.txt?root=imagenet",
+        ("imagenet_lt_val",),
+        _IMAGENET_TERMS,
+    ),
+    KnownSet(
+        "imagenet_lt_test",
+        "list of ImageNet's validation images for the test of ImageNet-LT (Liu et al. 2019), 50 per class",
+        50000,
+        _LT,
+        _lt_list("test"),
+        "imglist:ImageNet_LT_test.txt?root=imagenet",
+        ("imagenet_lt_test",),
         _IMAGENET_TERMS,
     ),
     KnownSet(
