@@ -55,7 +55,14 @@ class UnknownName(OodScoresError, LookupError):
 
 
 class MissingInput(OodScoresError, ValueError):
-    """The feature set lacks logits, features, labels, a head, or an extra that a scorer requires."""
+    """The feature set lacks logits, features, labels, a head, or an extra that a scorer requires.
+
+    ``command`` is what to do on the command line, or "" if that is not known.
+    """
+
+    def __init__(self, message: str, command: str = "") -> None:
+        super().__init__(message)
+        self.command = command
 
 
 class NotFitted(OodScoresError, RuntimeError):

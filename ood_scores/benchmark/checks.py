@@ -82,9 +82,9 @@ def _wrong(condition: bool, path: KeyPath, message: str) -> Found:
         yield path, message, BadInput
 
 
-def _twice(path: KeyPath, names: Iterable[str], what: str) -> Found:
+def _twice(path: KeyPath, names: Iterable[str], what: str, remedy: str = "give each its own label") -> Found:
     for name, times in Counter(names).items():
-        yield from _wrong(times > 1, path, f"{what} {name!r} is listed {times} times: give each its own name.")
+        yield from _wrong(times > 1, path, f"{what} {name!r} is listed {times} times: {remedy}.")
 
 
 def _arguments(path: KeyPath, model: ModelTable) -> Found:
@@ -131,7 +131,7 @@ def _sets(part: Part) -> Found:
         known = name in (part.id, *part.covariate)
         key = "near" if name in part.near else "far"
         yield from _wrong(known, (key,), f"{name!r} is both in-distribution and OoD: remove it from one of the lists.")
-    yield from _twice(("far",), part.ood, "the OoD dataset")
+    yield from _twice(("far",), part.ood, "the OoD dataset", "list it once")
 
 
 def _scorers(part: Part) -> Found:

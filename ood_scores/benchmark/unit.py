@@ -28,6 +28,7 @@ from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.scorers import Scorer
+from ood_scores.scorers.requirements import Requirement
 from ood_scores.scorers.scorer_runs import ScorerRun, fit_runs, score_runs
 
 ID = "id"
@@ -108,8 +109,8 @@ def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, 
     fit_has = fit.has if fit is not None else None
     tables, lacking = runnable(part, fit_has, [feats.has for feats in sets.values()])
     for label, missing in lacking.items():
-        stem = missing.name.partition(".")[0]
-        if any(stem == probe.name for job in unit.jobs for probe in job.options.all_probes) and not missing.fitting:
+        if _does_not_apply(missing, unit, sets):
+            stem = missing.name.partition(".")[0]
             found.not_run.append(_not_run(label, f"the probe {stem!r} does not apply to the model"))
         else:
             found.not_run.append(_not_run(label, missing.reason, missing.how_to_get("benchmark")))
@@ -121,6 +122,13 @@ def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, 
     fit_runs(runs, fit)
     _drop_failed(runs, found)
     return runs
+
+
+def _does_not_apply(missing: Requirement, unit: Unit, sets: Mapping[str, FeatureSet]) -> bool:
+    """Whether an extra is missing because its probe, which was requested, does not apply to the model."""
+    stem = missing.name.partition(".")[0]
+    requested = any(stem == probe.name for job in unit.jobs for probe in job.options.all_probes)
+    return requested and not missing.fitting and not any(feats.has(stem) for feats in sets.values())
 
 
 def _drop_failed(runs: dict[str, ScorerRun], found: Found) -> None:

@@ -31,8 +31,9 @@ def console() -> SafeConsole:
 def print_error(error: Exception) -> None:
     stderr = stderr_console()
     stderr.print(Text(f"error: {error}", style="red"), soft_wrap=True)
-    if type(error) in HERE:
-        stderr.print(Text(f"here: {HERE[type(error)]}", style="dim"), soft_wrap=True)
+    here = getattr(error, "command", "") or HERE.get(type(error))
+    if here:
+        stderr.print(Text(f"here: {here}", style="dim"), soft_wrap=True)
 
 
 def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -192,7 +192,8 @@ class Scorer(ABC):
                 purpose = "be fitted on" if fitting else "score"
                 raise MissingInput(
                     f"{self.name!r} needs {requirement.name} to {purpose} this feature set: "
-                    f"{requirement.how_to_get('python')}."
+                    f"{requirement.how_to_get('python')}.",
+                    requirement.how_to_get("command line"),
                 )
 
     def require_positive(self, parameter: str) -> None:

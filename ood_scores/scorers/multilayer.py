@@ -80,11 +80,12 @@ class LayeredScorer(Scorer):
         stored = list(feats.extras)
         missing = [name for name in names if name not in stored]
         if missing or not names:
-            name = missing[0] if missing else self.extra
+            needed = Requirement(missing[0] if missing else self.extra, together=names)
+            has = ", ".join(stored) or "no extras"
             raise MissingInput(
-                f"{self.name!r} needs {name} to {purpose} this feature set, which has "
-                f"{', '.join(stored) or 'no extras'}: {Requirement(name).how_to_get('python')}, with the same layers "
-                "for all sets."
+                f"{self.name!r} needs {needed.name} to {purpose} this feature set, which has {has}: "
+                f"{needed.how_to_get('python')}, with the same layers for all sets.",
+                needed.how_to_get("command line"),
             )
         nothing = feats[:0].extras
         return [list(nothing[name].shape[1:]) for name in names]

@@ -45,9 +45,9 @@ HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
         "use a dataset with labels",
     ),
     "ensemble": (
-        "score a list of feature sets of the same data",
-        "score a list of feature sets in Python, or list the models under [ensembles] in a benchmark",
-        '[ensembles] "label" = ["model", "model"]',
+        "pass a list of feature sets with logits, one of each model, on the same data",
+        "pass a list of caches to ood_scores.evaluate in Python, or list models under [ensembles] in a benchmark",
+        'list two [[model]] or more in [ensembles] "label" = ["model", "model"]',
     ),
     "fit set": (
         "pass fit=train_feats, or call .fit(train_feats) first",
@@ -82,6 +82,8 @@ class Requirement:
         if self == FIT_SET:
             return "it needs a fit set"
         owner = "the dataset does not have" if self.name == "labels" else "the model does not have"
+        if self.name.startswith("ensemble."):
+            return "it scores an ensemble of several models"
         return (
             f"{'fitting' if self.fitting else 'scoring'} needs {self.name!r}, which "
             f"{owner if self.name in COLUMNS else 'was not extracted'}"

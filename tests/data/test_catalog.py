@@ -55,7 +55,11 @@ def test_names_of_known_datasets_are_unique() -> None:
         ("folder:/imagenet/ood/inaturalist", "/r", "folder:iNaturalist then opens it"),
         ("folder:~/LSUN", "/r", "-P ~ https://www.dropbox.com"),
         ("npz:data/300K_random_images.npz", None, "cd data && wget https://people.eecs.berkeley.edu"),
-        ("imglist:data/ImageNet_LT_test.txt?root=data/imagenet", None, "wget -P data https://github.com/facebookresearch"),
+        (
+            "imglist:data/ImageNet_LT_test.txt?root=data/imagenet",
+            None,
+            "wget -P data https://github.com/facebookresearch",
+        ),
         ("imglist:ImageNet_LT_val.txt", "/r", "main/data/ImageNet_LT/ImageNet_LT_val.txt (see "),
         ("imglist:x/ImageNet-LT-test.txt", "/r", "imglist:ImageNet_LT_test.txt?root=imagenet then opens it"),
         ("folder:/data/cifar-10", None, "write torchvision:CIFAR10?split=test&download=true"),
