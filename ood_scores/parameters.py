@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ood_scores.errors import BadInput
 from ood_scores.registry import unknown
@@ -58,6 +59,35 @@ def check_choices(owner: Any, title: str) -> None:
         if get_origin(hint) is Literal and getattr(owner, name) not in get_args(hint):
             allowed = " or ".join(map(repr, get_args(hint)))
             raise BadInput(f"{title}: {name} must be {allowed}, got {getattr(owner, name)!r}.")
+
+
+def check_types(cls: type, values: Mapping[str, Any], title: str) -> None:
+    """Check that values are of the types with which a class annotates its attributes of the same names.
+
+    Raises:
+        BadInput: if one is not; ``title`` names the object. Attributes without an annotation are not checked, and
+            items only those of lists.
+    """
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # an annotation is only known to type checkers
+        return
+    for name, value in values.items():
+        if name in hints and not _is_of(value, hints[name]):
+            raise BadInput(f"{title}: {name} must be {hints[name]}, got {type(value).__name__}.")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if kind is list:
+        return isinstance(value, list) and all(_is_of(item, parts[0]) for item in value)
+    if kind or hint is Any or not isinstance(hint, type):
+        return True
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def _as_type_of(default: Any, key: str, value: str) -> Any:

@@ -27,7 +27,7 @@ from ood_scores.features import Block, FeatureSet, Provenance, Sets, as_feature_
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.row_hashes import ROW_HASHES, pending
-from ood_scores.parameters import check_choices
+from ood_scores.parameters import check_choices, check_types
 from ood_scores.progress import tell_cost, worked, working
 from ood_scores.runtime import Cost, default_torch_state
 from ood_scores.scorers.registry import create_scorer
@@ -174,8 +174,15 @@ class Scorer(ABC):
         return {name: value for name, value in vars(self).items() if name.endswith("_") and not name.startswith("_")}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that ``fitted_state`` returned."""
+        """Restore the state that ``fitted_state`` returned.
+
+        Raises:
+            BadInput: if a name is not that of a fitted attribute, or if a value is not of the type that the class
+                declares for it.
+        """
+        check_types(type(self), state, self.name)
         for name, value in state.items():
+            self.require(name.endswith("_") and not name.startswith("_"), f"{name!r} is no fitted attribute")
             setattr(self, name, value)
 
     def check_has(self, feats: FeatureSet, fitting: bool = False) -> None:

@@ -18,7 +18,7 @@ from ood_scores.features.statistics.row_samples import Energies, Rows
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
-from ood_scores.scorers.numerics.faiss_index import kept_index, trained_index
+from ood_scores.scorers.numerics.faiss_index import index_of_bytes, kept_index, trained_index
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
@@ -173,10 +173,9 @@ class KNN(_BankScorer):
         return state if self.index == "Flat" else state | {"index": faiss.serialize_index(self._index)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        import faiss
-
         super().restore({name: value for name, value in state.items() if name != "index"})
-        self._index = faiss.deserialize_index(state["index"]) if "index" in state else None
+        self.require(self.k <= len(self.bank_), f"k={self.k} exceeds the {len(self.bank_)} rows of the bank")
+        self._index = None if self.index == "Flat" else index_of_bytes(state["index"], self.bank_)
 
     def why_no_graph(self) -> str | None:
         if self.index != "Flat":

@@ -1,17 +1,21 @@
 """Saved scorers: a safetensors file holds the parameters and the fitted state of a scorer.
 
 Tensors are stored as they are; everything else is JSON in the metadata of the file. Nothing is pickled, so opening a
-file runs none of its contents.
+file runs none of its contents. The metadata also hold a SHA-256 of the whole file, in which the digits of the SHA-256
+itself count as zeros.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import inspect
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,18 +26,53 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ood_scores.atomic import is_marked, replacing, user_path
-from ood_scores.errors import BadInput, DamagedCache, ForeignFile, NotFitted, UnknownName
-from ood_scores.features import Head, Provenance
+from ood_scores.atomic import COPY_BYTES, is_marked, replacing, user_path
+from ood_scores.errors import (
+    BadInput,
+    CacheError,
+    DamagedCache,
+    ForeignFile,
+    NotFitted,
+    OodScoresError,
+    ShapeMismatch,
+    UnknownName,
+)
+from ood_scores.features import Block, Head, Provenance
+from ood_scores.parameters import check_types
+from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers, scorer_class
 
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
 
 FORMAT = "ood_scores scorer"
-VERSION = 1
+VERSION = 2
+"""Version 1 has no checksum."""
+
 KEY = "scorer"
 """The key of the description in the metadata of the file."""
+
+CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+"""The entry of the metadata with the checksum. Quotes within other entries are escaped, so only the entry matches."""
+
+NO_CHECKSUM = 64 * "0"
+
+TRIED_BYTES = 2**26
+"""Scorers in files up to this size are tried when they are loaded."""
+
+DAMAGED = (
+    safetensors.SafetensorError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    AssertionError,
+    MemoryError,
+    OSError,
+)
+"""The errors to which a damaged file may lead. Those that are no OodScoresError are converted to DamagedCache."""
 
 
 def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
@@ -54,8 +93,13 @@ def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
         "ood_scores": importlib.metadata.version("ood_scores"),
         "scorer": _describe(scorer, "", tensors),
     }
-    content = safetensors.torch.save(_unshared(tensors), {KEY: json.dumps(described)})
-    _write(user_path(path), content)
+    content = memoryview(
+        safetensors.torch.save(_unshared(tensors), {KEY: json.dumps(described), "sha256": NO_CHECKSUM})
+    )
+    place = CHECKSUM.search(content)
+    assert place is not None
+    digest = hashlib.sha256(content).hexdigest().encode()
+    _write(user_path(path), [content[: place.start(1)], digest, content[place.end(1) :]])
 
 
 def load_scorer(path: str | os.PathLike[str]) -> Scorer:
@@ -64,14 +108,19 @@ def load_scorer(path: str | os.PathLike[str]) -> Scorer:
     Raises:
         FileNotFoundError: if there is no such file.
         ForeignFile: if it is not a saved scorer, or if a newer version of this package wrote it.
-        DamagedCache: if it is truncated or unreadable.
+        DamagedCache: if it is truncated, changed, or unreadable.
         UnknownName: if the class of the scorer is not registered, or no longer has one of its parameters.
     """
     file = user_path(path)
-    with _opened(file) as stored:
+    with _opened(file) as (stored, verified):
         described = json.loads((stored.metadata() or {}).get(KEY, "{}"))
         _check_format(described, file)
-        return _remake(described["scorer"], stored)
+        if described["version"] > 1 and not verified:
+            raise DamagedCache("its checksum is missing")
+        scorer = _remake(described["scorer"], stored)
+        if file.stat().st_size <= TRIED_BYTES:
+            _try(scorer)
+        return scorer
 
 
 def _describe(scorer: Scorer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -102,13 +151,52 @@ def _remake(described: Mapping[str, Any], stored: Any) -> Scorer:
             f"registers it first. Registered scorers: {', '.join(list_scorers())}."
         )
     parameters = {name: _decode(value, stored) for name, value in described["parameters"].items()}
-    before = scorer_class(described["name"]).tags.parameters_before
-    scorer = create_scorer(described["name"], **{**before, **parameters})
+    cls = scorer_class(described["name"])
+    check_types(cls, parameters, cls.name)
+    scorer = create_scorer(cls.name, **{**cls.tags.parameters_before, **parameters})
     if described["state"]:
         scorer.restore({name: _decode(value, stored) for name, value in described["state"].items()})
-    scorer.fitted_widths = described["fitted_widths"]
+    scorer.fitted_widths = _widths(described["fitted_widths"])
     scorer.fitted_on = Provenance.from_attributes(described["fitted_on"] or {})
     return scorer
+
+
+def _widths(widths: Any) -> dict[str, int] | None:
+    if widths is None:
+        return None
+    if not all(type(width) is int and width >= 0 for width in dict(widths).values()):
+        raise BadInput(f"its widths are {widths!r}")
+    return dict(widths)
+
+
+@default_torch_state()
+def _try(scorer: Scorer) -> None:
+    """Score one row of the fitted widths: values that are valid by themselves may not fit together.
+
+    A scorer that reads extras, whose shapes are not known, is not tried, nor is one that would need a large row or head
+    for it.
+
+    Raises:
+        ShapeMismatch, or an error of another package: if the scorer cannot score.
+    """
+    widths = scorer.fitted_widths or {}
+    with_head = "head" in scorer.needs
+    read = ({*scorer.needs, "features", "logits"} - {"head"}) if with_head else set(scorer.needs)
+    size = 8 * math.prod(widths.get(name, 0) for name in read)
+    if not 0 < size <= TRIED_BYTES:
+        return
+    row: dict[str, Any] = {name: torch.linspace(0.1, 1, widths[name])[None] for name in read}
+    head = Head(torch.ones(widths["logits"], widths["features"])) if with_head else None
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            shape = scorer.score_block(Block(**row, head=head, rows=1)).shape
+    except ShapeMismatch:
+        raise
+    except OodScoresError:
+        return
+    if shape != (1,):
+        raise ShapeMismatch(f"it returns scores of shape {tuple(shape)} for one row")
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -192,28 +280,54 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: Iterable[bytes | memoryview]) -> None:
     if path.exists() and not is_marked(path, FORMAT):
         raise ForeignFile(
             f"{path} is not a scorer that ood_scores saved and is not overwritten: choose another path, or delete it "
             "yourself."
         )
     with replacing(path) as file:
-        file.write(content)
+        for part in content:
+            file.write(part)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a file, and turn errors of reading it into errors of this package."""
+def _opened(path: Path) -> Iterator[tuple[Any, bool]]:
+    """Open a file, and turn errors of reading it into errors of this package; also return whether it was verified."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
     if not is_marked(path, FORMAT):
         raise ForeignFile(f"{path} is not a scorer that ood_scores saved: pass the path of a saved scorer.")
     try:
+        verified = _verified(path)
         with safetensors.safe_open(path, "pt") as stored:
-            yield stored
-    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError) as error:
-        raise DamagedCache(f"{path} is truncated or damaged ({error}): fit the scorer again and save it.") from error
+            yield stored, verified
+    except (UnknownName, ForeignFile):
+        raise
+    except (*DAMAGED, CacheError) as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise DamagedCache(f"{path} is truncated or damaged ({reason}): fit the scorer again and save it.") from error
+
+
+def _verified(path: Path) -> bool:
+    """Return whether the file holds a checksum.
+
+    Raises:
+        DamagedCache: if its content has another one.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        header = file.read(8 + min(length, path.stat().st_size))
+        place = CHECKSUM.search(header)
+        if not place:
+            return False
+        digest = hashlib.sha256(header[: place.start(1)] + NO_CHECKSUM.encode() + header[place.end(1) :])
+        while part := file.read(COPY_BYTES):
+            digest.update(part)
+    if digest.hexdigest().encode() != place[1]:
+        raise DamagedCache("its content differs from its checksum")
+    return True
 
 
 def _check_format(described: Mapping[str, Any], path: Path) -> None:

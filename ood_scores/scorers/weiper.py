@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ ROUNDED = 64
 
 PIECE = 2**20
 """How many perturbed logits are computed at a time, at least those of one repeat: few enough for the CPU caches."""
+
+WIDEST = 100
+"""The largest width of the average over bins, as a multiple of their number; all bins are nearly equal long before."""
 
 
 @register_scorer("weiper")
@@ -108,6 +111,12 @@ class WeiPer(Scorer):
         for weight in ("distance", "lambda_1", "lambda_2"):
             value = getattr(self, weight)
             self.require(0 <= value < math.inf, f"{weight} must be at least 0 and finite, got {value}")
+        widest = max(self.smoothing, self.perturbed_smoothing)
+        self.require(widest <= WIDEST * self.bins, f"smoothing must be at most {WIDEST} times bins, got {widest}")
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self.require(len(self.density_) == self.bins, f"bins={self.bins}, but {len(self.density_)} are stored")
 
     def statistics(self) -> tuple[PerturbedRange]:
         return (PerturbedRange(self.repeats, self.distance, self.seed),)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,13 @@ def saved(scorer: Scorer, path: Path) -> Scorer:
 
 def description(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, "pt") as stored:
-        assert list(stored.metadata()) == ["scorer"]
+        assert set(stored.metadata()) <= {"scorer", "sha256"}
         return json.loads(stored.metadata()["scorer"])
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Change the description of the scorer, or of the format, in a file."""
-    tensors, described = safetensors.torch.load_file(path), description(path)
+    """Change the description of the scorer, or of the format, in a file, which becomes one without a checksum."""
+    tensors, described = safetensors.torch.load_file(path), description(path) | {"version": 1}
     for name, value in changes.items():
         where = described if name in described else described["scorer"]
         where[name] = value
@@ -160,7 +161,7 @@ def test_a_loaded_scorer_outlives_its_file(path: Path) -> None:
 
 @dataclass
 class Holder(Scorer):
-    """A scorer that stores given values and scores with the tensor ``matrix_``."""
+    """A scorer that stores given values and scores with the tensor ``matrix_``, if that is one of them."""
 
     setting: Any = None
     contents: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -176,7 +177,7 @@ class Holder(Scorer):
         return ()
 
     def score_block(self, block: Block) -> Tensor:
-        matrix: Tensor = vars(self)["matrix_"]
+        matrix: Tensor = vars(self).get("matrix_", torch.ones(8, 1, dtype=torch.float64))
         return (block.features.double() @ matrix).sum(dim=1)
 
 
@@ -346,7 +347,7 @@ def test_a_removed_parameter_is_named(path: Path) -> None:
 def test_a_newer_format_is_refused(path: Path) -> None:
     create_scorer("energy").save(path)
     rewrite(path, version=storage.VERSION + 1)
-    with pytest.raises(ForeignFile, match=r"has scorer format 2, .* reads formats up to 1: update"):
+    with pytest.raises(ForeignFile, match=r"has scorer format 3, .* reads formats up to 2: update"):
         load_scorer(path)
 
 
@@ -398,7 +399,7 @@ def test_a_missing_tensor_is_named(path: Path) -> None:
     create_scorer("mahalanobis").fit(TRAIN).save(path)
     tensors = safetensors.torch.load_file(path)
     del tensors["means_"]
-    safetensors.torch.save_file(tensors, path, {"scorer": json.dumps(description(path))})
+    safetensors.torch.save_file(tensors, path, {"scorer": json.dumps(description(path) | {"version": 1})})
     with pytest.raises(DamagedCache, match="does not contain tensor means_"):
         load_scorer(path)
 
@@ -409,6 +410,118 @@ def test_the_file_holds_no_pickles(path: Path) -> None:
     header = json.loads(path.read_bytes()[8 : 8 + length])
     assert set(header) == {"__metadata__", "bank_", "index"}
     assert json.loads(header["__metadata__"]["scorer"])["format"] == "ood_scores scorer"
+
+
+# --- changed and hostile files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["energy", "mahalanobis", "react"])
+def test_every_changed_byte_is_noticed(name: str, path: Path) -> None:
+    create_scorer(name).fit(TRAIN).save(path)
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    places = np.unique(
+        np.concatenate([np.linspace(0, header - 1, 60), np.linspace(0, len(content) - 1, 20)]).astype(int)
+    )
+    for number, place in enumerate(places.tolist()):
+        changed = bytearray(content)
+        changed[place] ^= 1 << number % 8
+        path.write_bytes(changed)
+        with pytest.raises((DamagedCache, ForeignFile)):
+            load_scorer(path)
+
+
+def test_every_digit_of_the_checksum_counts(path: Path) -> None:
+    create_scorer("mahalanobis").fit(TRAIN).save(path)
+    content = path.read_bytes()
+    place = storage.CHECKSUM.search(content)
+    assert place is not None
+    for position in range(place.start() - 1, place.end() + 1):
+        for flip in (1, 8):
+            changed = bytearray(content)
+            changed[position] ^= flip
+            path.write_bytes(changed)
+            with pytest.raises(DamagedCache):
+                load_scorer(path)
+
+
+def test_a_changed_tensor_is_named_as_damage(path: Path) -> None:
+    create_scorer("mahalanobis").fit(TRAIN).save(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        DamagedCache, match=r"\(its content differs from its checksum\): fit the scorer again and save it"
+    ):
+        load_scorer(path)
+
+
+def test_a_file_of_an_earlier_version_has_no_checksum(path: Path) -> None:
+    scorer = create_scorer("mahalanobis").fit(TRAIN)
+    scorer.save(path)
+    rewrite(path, version=1)
+    assert torch.equal(load_scorer(path).score(ID), scorer.score(ID))
+    rewrite(path, version=2)
+    with pytest.raises(DamagedCache, match="its checksum is missing"):
+        load_scorer(path)
+
+
+FORGED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a state that is no attribute": ("energy", {"state": {"score_block": 1}}, "'score_block' is no fitted attribute"),
+    "a private state": ("vim", {"state": {"__class__": 1}}, "'__class__' is no fitted attribute"),
+    "a number for a tensor": ("mahalanobis", {"state": {"means_": 3}}, "means_ must be .*Tensor.*, got int"),
+    "a text for a number": ("react", {"parameters": {"q": "0.9"}}, "q must be .*float.*, got str"),
+    "a number for a text": ("feature_norm", {"parameters": {"space": 1}}, "space must be .*str.*, got int"),
+    "a parameter out of range": ("energy", {"parameters": {"temperature": -1.0}}, "temperature must be positive"),
+    "a k beyond the bank": ("knn", {"parameters": {"k": 10**9}}, "k=1000000000 exceeds the 120 rows of the bank"),
+    "an index to train": ("knn", {"parameters": {"index": "IVF9999999,Flat"}}, "'index'"),
+    "bins that are not stored": ("weiper", {"parameters": {"bins": 10**12}}, "bins=1000000000000, but 100 are stored"),
+    "a wide average": ("weiper", {"parameters": {"smoothing": 10**12}}, "smoothing must be at most 100 times bins"),
+    "widths that no tensor has": (
+        "mahalanobis",
+        {"fitted_widths": {"features": 10}},
+        "must match|cannot be multiplied",
+    ),
+    "widths that are no numbers": ("mahalanobis", {"fitted_widths": {"features": "8"}}, "its widths are"),
+    "a list for widths": ("mahalanobis", {"fitted_widths": [1, 2]}, "cannot convert dictionary"),
+}
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), FORGED.values(), ids=FORGED)
+def test_forged_values_are_refused(name: str, changes: dict[str, Any], message: str, path: Path) -> None:
+    create_scorer(name, **({"k": 3} if name == "knn" else {})).fit(TRAIN).save(path)
+    described = description(path)["scorer"]
+    rewrite(
+        path,
+        **{key: {**described[key], **value} if isinstance(value, dict) else value for key, value in changes.items()},
+    )
+    with pytest.raises(DamagedCache, match=f"truncated or damaged .*{message}"):
+        load_scorer(path)
+
+
+def test_tensors_that_do_not_fit_together_are_refused(path: Path) -> None:
+    create_scorer("vra").fit(TRAIN).save(path)
+    tensors, described = safetensors.torch.load_file(path), description(path) | {"version": 1}
+    tensors["low_"] = tensors["low_"][:-1].clone()
+    safetensors.torch.save_file(tensors, path, {"scorer": json.dumps(described)})
+    with pytest.raises(DamagedCache, match=r"size of tensor .* must match"):
+        load_scorer(path)
+
+
+def test_an_index_that_declares_more_than_it_holds_is_refused(path: Path) -> None:
+    """Eight bytes that are a length would have faiss allocate 2^38 values."""
+    create_scorer("knn", k=2, index="IVF4,Flat").fit(TRAIN).save(path)
+    tensors, described = safetensors.torch.load_file(path), description(path) | {"version": 1}
+    index = tensors["index"].clone()
+    places, accepted = range(40, len(index) - 8, 97), 0  # among them the lengths of vectors
+    for place in places:
+        index[place : place + 8] = torch.tensor([0, 0, 0, 0, 64, 0, 0, 0])
+        safetensors.torch.save_file(tensors | {"index": index}, path, {"scorer": json.dumps(described)})
+        with suppress(DamagedCache):
+            load_scorer(path)
+            accepted += 1
+        index = tensors["index"].clone()
+    assert accepted < len(places)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

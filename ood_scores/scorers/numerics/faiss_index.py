@@ -49,6 +49,29 @@ def trained_index(description: str, bank: Tensor) -> Any:
     return index
 
 
+def index_of_bytes(content: np.ndarray, bank: Tensor) -> Any:
+    """Return the faiss index in some bytes, which must be one of the bank ``[N, D]``.
+
+    Raises:
+        BadInput: if it is an index of another bank.
+        RuntimeError: if faiss cannot read it.
+    """
+    import faiss
+
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        index = faiss.deserialize_index(content)
+    else:
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(len(content))  # faiss allocates what the bytes declare
+        try:
+            index = faiss.deserialize_index(content)
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)
+    if (index.ntotal, index.d) != tuple(bank.shape):
+        raise BadInput(f"knn: the index holds {index.ntotal} rows of width {index.d}, the bank {tuple(bank.shape)}.")
+    return index
+
+
 def kept_index(description: str, bank: Tensor, feats: FeatureSet, bank_of: str) -> Any:
     """Return the ``trained_index`` of a bank, stored next to the cache of its feature set if the set has one.
 
