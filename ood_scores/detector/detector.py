@@ -93,8 +93,7 @@ class Detector(DetectorParts):
             BadInput: if there is no such key. Other errors are those of ``predict``.
         """
         is_frame = hasattr(batch, "assign")
-        named = isinstance(batch, Mapping) or is_frame
-        columns: dict[str, Any] = self.predict(images_in(batch) if named else batch).columns()
+        columns: dict[str, Any] = self.predict(images_in(batch) if is_frame else batch).columns()
         columns = {"predicted_label": columns.pop("label"), **columns}
         if is_frame:
             return batch.assign(**columns)

@@ -40,7 +40,7 @@ def input_batches(images: Any, transform: Transform | None, errors: dict[int, st
             and first in torch ``[B, 3, H, W]``, as is usual in each (1 instead of 3 for gray images); or an iterable of
             single images: PIL images, paths, encoded bytes, Hugging Face's ``{"bytes", "path"}``, uint8 or
             floating-point arrays and tensors without the first dimension. A single path, PIL image, or bytes object is
-            a batch of one.
+            a batch of one. A dictionary contains any of these under one of ``IMAGE_KEYS``, such as ``pixel_values``.
         transform: a function from a PIL image to ``[C, H, W]``; None if it is unknown.
         errors: receives the reason why a single image cannot be read, by its number, and the image is left out; None
             to raise it.
@@ -79,7 +79,9 @@ def images_in(batch: Mapping[str, Any]) -> Any:
 
 
 def _batches(images: Any, transform: Transform | None, errors: dict[int, str] | None) -> Iterator[Tensor]:
-    if isinstance(images, (str, PathLike, bytes, Image.Image)):
+    if isinstance(images, Mapping) and images.keys() != {"bytes", "path"}:
+        images = images_in(images)
+    if isinstance(images, (str, PathLike, bytes, Image.Image, Mapping)):
         images = [images]
     if isinstance(images, np.ndarray) and images.dtype != object:
         images = _of_array(images, "[B, H, W, 3]", 4)
@@ -88,7 +90,7 @@ def _batches(images: Any, transform: Transform | None, errors: dict[int, str] | 
     if isinstance(images, Tensor):
         _require_layout(images, "a batch of images must be [B, C, H, W]", 4)
         yield images
-    elif isinstance(images, Iterable) and not isinstance(images, Mapping):
+    elif isinstance(images, Iterable):
         singles = enumerate(images)
         while part := list(itertools.islice(singles, ROWS)):
             if readable := list(_readable(part, transform, errors)):

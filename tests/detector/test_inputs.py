@@ -62,6 +62,8 @@ def test_an_image_is_the_same_in_every_form(tmp_path: Path, model: nn.Module, de
     for form, images in (*forms(tmp_path), ("floats", inputs.numpy()), ("float64", inputs.double())):
         assert same(detector.predict(images), expected), form
     assert same(detector.predict(inputs.tolist()), expected)
+    assert same(detector.predict({"pixel_values": inputs, "labels": [0] * 5}), expected)
+    assert same(detector.predict({"bytes": None, "path": tmp_path / "3.png"}), detector.predict(tmp_path / "3.png"))
     assert detector.predict(tmp_path / "3.png").score == pytest.approx(expected.score[3], rel=1e-5)
 
 
@@ -101,7 +103,8 @@ def test_gray_images_and_long_lists(detector: Detector) -> None:
         ([b"no image"], BadInput, "cannot read the image from bytes"),
         ([3], BadInput, "an image cannot be of type int"),
         (3, BadInput, "a batch of images cannot be of type int"),
-        ({"image": []}, BadInput, "a batch of images cannot be of type dict"),
+        ({"image": []}, EmptyInput, "no image"),
+        ({"picture": []}, BadInput, "no images in a batch with the keys picture: use one of pixel_values"),
     ],
 )
 def test_errors_of_batches_of_images(

@@ -67,6 +67,7 @@ def test_image_processor_gives_its_own_labels_and_decisions(vit: nn.Module, proc
     assert 0 < expected.is_ood.sum() < len(IMAGES)
     assert same(detector.predict(inputs), expected)
     assert same(detector.predict(IMAGES), expected)
+    assert same(detector.predict(processor(images=IMAGES, return_tensors="pt")), expected)
 
     with pytest.raises(BadInput, match="the crop_mode, crop_pct, interpolation of its training are unknown"):
         calibrate(
