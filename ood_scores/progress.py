@@ -54,13 +54,14 @@ class ProgressBar:
         unit: The plural noun for what is counted.
         done: How many units are done at the start.
         visible: Whether to show anything.
-        keep: Whether the bar stays on the screen at the end.
+        keep: Whether the bar stays at the end, when it is also written to a file or pipe.
     """
 
     def __init__(
         self, label: str, total: int | None, unit: str, *, done: int = 0, visible: bool = True, keep: bool = False
     ) -> None:
-        self.visible = visible
+        console = SafeConsole(stderr=True)
+        self.visible = visible and (keep or console.is_terminal or console.is_jupyter)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),  # names of datasets hold brackets
             BarColumn(),
@@ -68,8 +69,8 @@ class ProgressBar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
-            console=SafeConsole(stderr=True),
-            disable=not visible,
+            console=console,
+            disable=not self.visible,
             transient=not keep,
         )
         self._task = self._progress.add_task(label, total=total, completed=done, unit=unit, note="")

@@ -26,7 +26,7 @@ from ood_scores.cli import (
     score,
     train,
 )
-from ood_scores.cli.printing import print_error, print_warning, stoppable
+from ood_scores.cli.printing import print_error, stoppable, warning_printer
 from ood_scores.errors import OodScoresError
 
 
@@ -35,7 +35,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
-            warnings.showwarning = print_warning
+            warnings.showwarning = warning_printer()
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt:

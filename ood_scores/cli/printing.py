@@ -36,9 +36,16 @@ def print_error(error: Exception) -> None:
         stderr.print(Text(f"here: {here}", style="dim"), soft_wrap=True)
 
 
-def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Replacement for ``warnings.showwarning`` that omits the location in the code."""
-    stderr_console().print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+def warning_printer() -> Callable[..., None]:
+    """Return a replacement for ``warnings.showwarning`` that prints each text once, without its place in the code."""
+    printed: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in printed:
+            printed.add(str(message))
+            stderr_console().print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+
+    return show
 
 
 @contextmanager

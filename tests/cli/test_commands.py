@@ -566,7 +566,10 @@ def test_warnings_of_commands_are_one_line(caches: dict[str, Path], monkeypatch:
     import warnings
 
     def score(*_: Any, **__: Any) -> Tensor:
-        warnings.warn("few rows", stacklevel=1)
+        for _turn in range(6):
+            warnings.warn("few rows", stacklevel=1)
+            with warnings.catch_warnings():  # makes Python forget what it has shown
+                pass
         raise OodScoresError("stopped")
 
     monkeypatch.setattr(ood_scores, "score", score, raising=False)
