@@ -1,4 +1,4 @@
-"""HDF5 files with the results of a unit: figures, scores, labels and predictions."""
+"""HDF5 files with the results of a unit: figures, scores, labels and predictions. They are sealed as a whole."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ood_scores.atomic import replacing
 from ood_scores.errors import OodScoresError
 from ood_scores.features.storage.reading import open_to_read
+from ood_scores.features.storage.seal import seal
 
 FOLDER = "scores"
 """Folder of the files in the folder of a run."""
@@ -109,18 +110,15 @@ def write(path: Path, digest: str, found: Found) -> dict[str, Any]:
     """Write the results of a unit and return its facts, like ``read``; raise CacheWriteFailed if the disk refuses."""
     facts = {key: value for key, value in vars(found).items() if key != "sets"}
     facts |= {"sets": list(found.sets), "names": [list(each.names) for each in found.sets.values()]}
-    with (
-        replacing(path, "make room on the disk and run the benchmark again to continue") as file,
-        h5py.File(file, "w") as h5,
-    ):
-        h5.attrs.update({"format": FORMAT, "digest": digest})
-        text = json.dumps(facts).encode()
-        h5.create_dataset("facts", data=np.frombuffer(text, np.uint8), chunks=True, fletcher32=True)
-        for number, each in enumerate(found.sets.values()):
-            for name in ARRAYS:
-                values = getattr(each, name).numpy()
-                summed = {"chunks": True, "fletcher32": True} if values.size else {}
-                h5.create_dataset(f"sets/{number}/{name}", data=values, **summed)
+    with replacing(path, "make room on the disk and run the benchmark again to continue") as file:
+        with h5py.File(file, "w") as h5:
+            h5.attrs.update({"format": FORMAT, "digest": digest})
+            h5["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+            for number, each in enumerate(found.sets.values()):
+                for name in ARRAYS:
+                    h5[f"sets/{number}/{name}"] = getattr(each, name).numpy()
+        file.check()
+        seal(file)
     return facts
 
 

@@ -19,16 +19,21 @@ if TYPE_CHECKING:
     from ood_scores.features.storage.cache import CacheState
 
 
-def inspect(cache: Annotated[Path, typer.Argument(help="File from ood-scores extract, finished or not.")]) -> None:
+def inspect(
+    cache: Annotated[Path, typer.Argument(help="File from ood-scores extract, finished or not.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read all rows and check their checksums.")] = False,
+) -> None:
     """Show the contents of a cache, whether it is finished, and how it was created.
 
     \b
     [bold]Examples[/]
       ood-scores inspect val.h5
+      ood-scores inspect val.h5 --verify
       for cache in cache/*.h5; do ood-scores inspect $cache; done
     """
     from ood_scores.features.storage import cache as caches
     from ood_scores.features.storage import statistics_store
+    from ood_scores.features.storage.layout import column_names
 
     screen = console()
     with caches.open_to_read(cache) as h5:
@@ -37,8 +42,11 @@ def inspect(cache: Annotated[Path, typer.Argument(help="File from ood-scores ext
         screen.print(
             f"[bold]{marked(cache)}[/]  {cache.stat().st_size / 1e6:,.1f} MB  {_progress(found)}", soft_wrap=True
         )
-        screen.print(_arrays(h5, caches.column_names(h5), head, found.rows))
+        screen.print(_arrays(h5, column_names(h5), head, found.rows))
         statistics = statistics_store.names(cache, h5.attrs["identity"])
+        if verify:
+            caches.require_finished(h5)
+            screen.print(_verified(h5))
     if statistics:
         screen.print(f"statistics kept: {', '.join(statistics)}", soft_wrap=True, markup=False, highlight=False)
     if found.provenance is None:
@@ -53,6 +61,15 @@ def _progress(found: CacheState) -> str:
     total = found.provenance.dataset_rows if found.provenance else None
     so_far = f"{found.rows:,} rows" if total is None else f"{found.rows:,} of {total:,} rows ({found.rows / total:.0%})"
     return f"[yellow]not finished[/], {so_far} so far"
+
+
+def _verified(h5: h5py.File) -> str:
+    from ood_scores.features.storage.checksums import verify_rows
+    from ood_scores.features.storage.layout import column_names
+
+    if verify_rows([h5[name] for name in column_names(h5)]):
+        return "[green]verified[/]: every row is the one that was written"
+    return "[yellow]not verified[/]: an earlier version wrote this cache without checksums; extract again to add them"
 
 
 def _arrays(h5: h5py.File, columns: list[str], head: list[str], rows: int) -> Table:

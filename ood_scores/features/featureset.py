@@ -6,8 +6,9 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from ood_scores.features.head import Head, as_two_classes
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import columns as col
 from ood_scores.runtime import CPU, blocks_on, find_device
+
+if TYPE_CHECKING:
+    from ood_scores.features.storage.checksums import Verify
 
 BLOCK_BYTES = 16 * 2**20
 """The largest default size of a block, measured in float64."""
@@ -325,12 +329,15 @@ class _Extras(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> FeatureSet:
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, verify: Verify = "once") -> FeatureSet:
     """Open a feature cache, which is read lazily.
 
     Args:
         path: The file.
         device: The device on which blocks are fitted and scored; ``"auto"`` is a GPU if one is available.
+        verify: When the checksums of rows are checked: the first time that this process reads them (``"once"``),
+            whenever they are read (``"always"``), or never (False), such as for a cache that another program changed.
+            With False, no stored statistics are used, and none are stored.
 
     Raises:
         BadInput: if the device is not available.
@@ -341,11 +348,14 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Fe
         CacheBusy: if another process is writing the file.
     """
     from ood_scores.features.storage import cache
+    from ood_scores.features.storage.layout import column_names
 
     found = find_device(device)
-    with cache.open_to_read(path) as h5:
+    if verify not in ("once", "always", False):
+        raise BadInput(f"verify must be 'once', 'always', or False, got {verify!r}.")
+    with cache.open_to_read(path, sealed=verify is not False) as h5:
         cache.require_finished(h5)
-        columns = {name: h5[name] for name in cache.column_names(h5)}
+        columns = {name: replace(col.disk_column(h5[name]), verify=verify) for name in column_names(h5)}
         provenance = cache.state(h5).provenance
         feats = FeatureSet(**_arguments(columns), head=cache.read_head(h5), provenance=provenance)
         feats.is_whole_file = True

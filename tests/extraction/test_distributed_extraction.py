@@ -123,11 +123,14 @@ def launch(path: Path, count: int, **options: Any) -> None:
 
 
 def contents(path: Path) -> dict[str, tuple[Any, ...]]:
-    """Return type, shape, and bytes of every HDF5 dataset except the list of shards, as any HDF5 reader sees them."""
+    """Return type, shape, and bytes of every HDF5 dataset, as any HDF5 reader sees them.
+
+    The list of shards is left out, and so are the checksums, which a joined cache does not have itself.
+    """
     found: dict[str, tuple[Any, ...]] = {}
 
     def note(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and not name.startswith("shards/"):
+        if isinstance(item, h5py.Dataset) and not name.startswith(("shards/", "checksums/")):
             found[name] = (item.dtype.str, item.shape, item[()].tobytes())
 
     with h5py.File(path, "r") as h5:

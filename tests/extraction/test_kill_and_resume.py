@@ -157,7 +157,14 @@ def rows_after_kill(path: Path) -> int | None:
 def test_an_uninterrupted_run_contains_the_outputs_of_the_model(uninterrupted: dict[str, tuple[Path, float]]) -> None:
     known, unknown = (contents(path) for path, _ in uninterrupted.values())
     assert known == unknown
-    assert known.keys() == {"features", "logits", "labels", "head/weight", "head/bias", "progress"}
+    columns = {"features", "logits", "labels"}
+    assert known.keys() == {
+        *columns,
+        *(f"checksums/{name}" for name in columns),
+        "head/weight",
+        "head/bias",
+        "progress",
+    }
     feats = ood_scores.load(uninterrupted["known length"][0])
     assert feats.labels is not None
     assert feats.labels.equal(SlowData().labels)

@@ -31,6 +31,8 @@ from ood_scores.errors import (
 )
 from ood_scores.features import Provenance
 from ood_scores.features.storage import cache as caches
+from ood_scores.features.storage import layout
+from ood_scores.features.storage.layout import VERSION, Shapes
 from ood_scores.models.running import weights_sha256
 
 
@@ -264,7 +266,7 @@ def _truncated_another_hdf5_file(path: Path) -> None:
 def _newer_format(path: Path) -> None:
     extract(path)
     with h5py.File(path, "r+") as h5:
-        h5.attrs["version"] = caches.VERSION + 1
+        h5.attrs["version"] = VERSION + 1
 
 
 FOREIGN = {
@@ -479,7 +481,7 @@ def test_shuffling_in_memory_does_not_warn() -> None:
 
 # --- the writer -------------------------------------------------------------------------------------------------------
 
-SHAPES: caches.Shapes = {"features": ((2,), np.dtype("float32")), "labels": ((), np.dtype("int64"))}
+SHAPES: Shapes = {"features": ((2,), np.dtype("float32")), "labels": ((), np.dtype("int64"))}
 
 
 def rows(*values: int) -> dict[str, Tensor]:
@@ -487,7 +489,7 @@ def rows(*values: int) -> dict[str, Tensor]:
 
 
 def test_writer_appends_and_grows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "UNKNOWN_LENGTH_ROWS", 2)
+    monkeypatch.setattr(layout, "UNKNOWN_LENGTH_ROWS", 2)
     with caches.CacheWriter.create(path, SHAPES, None, None, None) as writer:
         for run in itertools.pairwise(range(0, 30, 2)):
             writer.append(rows(*run))

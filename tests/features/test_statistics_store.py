@@ -415,7 +415,7 @@ def test_wrong_bytes_are_never_used(seed: int, path: Path) -> None:
 
 def test_damaged_entry_does_not_affect_the_others(path: Path, passes: list[FeatureSet]) -> None:
     collect(load(path), [FeatureMean(), ClassMoments()])
-    _another_number(statistics_path(path))
+    _flip_a_bit(statistics_path(path))
     passes.clear()
     collect(load(path), [ClassMoments()])
     assert not passes
@@ -521,7 +521,7 @@ def test_killed_while_writing_leaves_the_old_statistics(instant: str, path: Path
 def test_cache_without_statistics_can_be_read(path: Path) -> None:
     with h5py.File(path) as h5:
         assert cache.column_names(h5) == ["features", "logits", "labels", "extras/pooled"]
-        assert sorted(h5) == ["extras", "features", "head", "labels", "logits", "progress", "statistics"]
+        assert sorted(h5) == ["checksums", "extras", "features", "head", "labels", "logits", "progress", "statistics"]
         assert [name for name, item in h5.items() if item is None] == ["statistics"]
         visited: list[str] = []
         h5.visit(visited.append)

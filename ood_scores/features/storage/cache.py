@@ -9,15 +9,12 @@ when an HDF5 dataset is closed would be lost without an error, and the process w
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
-import torch
 from torch import Tensor
 
 from ood_scores.atomic import (
@@ -40,19 +37,21 @@ from ood_scores.errors import (
 )
 from ood_scores.features.head import Head
 from ood_scores.features.provenance import Provenance
-from ood_scores.features.storage.reading import FORMAT, open_to_read, zstd
-
-VERSION = 1
-UNKNOWN_LENGTH_ROWS = 1024
+from ood_scores.features.storage.checksums import SUM, OpenBlock
+from ood_scores.features.storage.layout import (
+    SKIPPED,
+    VERSION,
+    Place,
+    Shapes,
+    column_names,
+    identifying,
+    lay_out,
+    seal_layout,
+)
+from ood_scores.features.storage.reading import FORMAT, open_to_read
 
 UNFINISHED, FINISHED, HAS_GAPS = 0, 1, -1
 """The second number of ``progress``; the last is that of an unfinished file, some of whose rows are gaps."""
-
-SKIPPED = "skipped"
-"""The array with the rows that were left out, as JSON: too long for an attribute."""
-
-Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-"""The shape of a row and the dtype of each column by name."""
 
 
 def check_is_cache(h5: h5py.File) -> None:
@@ -121,17 +120,6 @@ def read_head(h5: h5py.File) -> Head | None:
     return Head(h5["head/weight"][()], h5["head/bias"][()]) if "head" in h5 else None
 
 
-def column_names(h5: h5py.File) -> list[str]:
-    """The names of the columns: ``features``, ``logits``, and ``labels`` if present, then ``extras/<name>``."""
-    extras = [f"extras/{name}" for name in h5.get("extras", {})]
-    return [name for name in ("features", "logits", "labels") if name in h5] + extras
-
-
-def statistics_file(path: Path) -> Path:
-    """The file with the statistics of a cache; see ``ood_scores.features.storage.statistics_store``."""
-    return path.with_name(f"{path.name}.statistics")
-
-
 def check_replaceable(path: Path) -> None:
     """Check that a file may be replaced by a cache.
 
@@ -173,6 +161,7 @@ class CacheWriter:
     rows: int
     has_gaps: bool
     _file: LockedFile
+    _blocks: dict[str, OpenBlock]
 
     def __init__(self, file: LockedFile, path: Path) -> None:
         self.path = path
@@ -194,7 +183,7 @@ class CacheWriter:
             CacheBusy: if ``replace`` is False and another process has just created the file.
         """
         with replacing(path, how_to_resume(0), exclusive=not replace, keep_open=True) as file:
-            _lay_out(file, path, columns, rows, head, identifying(provenance))
+            lay_out(file, path, columns, rows, head, identifying(provenance))
             writer = cls(file, path)
             if replace:
                 check_replaceable(path)  # another process may have begun to write it since the last check
@@ -229,14 +218,18 @@ class CacheWriter:
             if not self._growing:
                 raise BadInput(f"{self.path} was created for {self._capacity:,} rows, got {stop:,}.")
             self._move_to_capacity(max(stop, 2 * self._capacity))
+        blocks = dict(self._blocks)
         with disk_errors(self.path, how_to_resume(self.rows)):
             for name, array in arrays.items():
                 self._file.write_at(self._places[name].of_row(self.rows), array)
+                if name in blocks:
+                    blocks[name], sums = blocks[name].extended(array.reshape(-1).view(np.uint8))
+                    self._file.write_at(self._places[name].of_sum(self._blocks[name].number), sums)
             if gaps:
                 self.has_gaps = True
                 self._file.write_at(self._counter + 8, np.array([HAS_GAPS]))
             self._file.write_at(self._counter, np.array([stop]))
-        self.rows = stop
+        self.rows, self._blocks = stop, blocks
 
     def finish(self) -> None:
         """Mark the file as finished; a file of unknown length is first shortened to the rows that it holds."""
@@ -245,6 +238,9 @@ class CacheWriter:
                 raise BadInput(f"{self.path} was created for {self._capacity:,} rows, got {self.rows:,}.")
             self._move_to_capacity(self.rows)
         with disk_errors(self.path, how_to_resume(self.rows)):
+            for name, block in self._blocks.items():
+                if block.filled:
+                    self._file.write_at(self._places[name].of_sum(block.number), block.sum)
             os.fsync(self._file.fileno())
             self._file.write_at(self._counter, np.array([self.rows, 1]))
 
@@ -259,13 +255,14 @@ class CacheWriter:
 
     def _use(self, file: LockedFile) -> None:
         with h5py.File(file, "r") as h5:
-            self._places = {name: _Place.of(h5[name]) for name in column_names(h5)}
+            self._places = {name: Place.of(h5[name]) for name in column_names(h5)}
             self._counter = h5["progress"].id.get_offset()
             self._capacity = h5["features"].shape[0]
             self._growing = bool(h5.attrs["growing"])
             self.rows, finished = h5["progress"][()].tolist()
             self.has_gaps = finished == HAS_GAPS
         self._file = file
+        self._blocks = {name: place.open_block(file, self.rows) for name, place in self._places.items() if place.sums}
 
     def _arrays(self, rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """The rows as arrays of the dtypes in the file."""
@@ -287,10 +284,13 @@ class CacheWriter:
         with replacing(self.path, how_to_resume(self.rows), keep_open=True) as file:
             with h5py.File(old, "r") as h5:
                 shapes = {name: (place.width, place.dtype) for name, place in self._places.items()}
-                _lay_out(file, self.path, shapes, capacity, read_head(h5), dict(h5.attrs) | {"growing": True})
+                lay_out(file, self.path, shapes, capacity, read_head(h5), dict(h5.attrs) | {"growing": True})
             new = CacheWriter(file, self.path)
             for name, place in self._places.items():
                 copy_bytes(old, place.offset, file, new._places[name].offset, self.rows * place.row_bytes)
+            for name, block in self._blocks.items():
+                sums = self._places[name].of_sum(0), new._places[name].of_sum(0)
+                copy_bytes(old, sums[0], file, sums[1], block.number * SUM.itemsize)
             file.write_at(new._counter, np.array([self.rows]))
         self._use(file)
         old.close()
@@ -308,92 +308,15 @@ def write(
     """Write a whole cache file, which replaces ``path`` once it is complete."""
     check_replaceable(path)
     with replacing(path, how_to_resume(0)) as file:
-        _lay_out(file, path, columns, rows, head, identifying(provenance), compress)
+        lay_out(file, path, columns, rows, head, identifying(provenance), compress)
         if compress:
             _write_compressed(file, runs)
+            seal_layout(file)
         else:
             writer = CacheWriter(file, path)
             for run in runs:
                 writer.append(run)
             writer.finish()
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The place of a contiguous HDF5 dataset in its file."""
-
-    offset: int
-    width: tuple[int, ...]
-    dtype: np.dtype
-
-    @classmethod
-    def of(cls, dataset: h5py.Dataset) -> _Place:
-        return cls(dataset.id.get_offset() or 0, dataset.shape[1:], dataset.dtype)
-
-    @property
-    def row_bytes(self) -> int:
-        return int(np.prod(self.width, dtype=np.int64)) * self.dtype.itemsize
-
-    def of_row(self, row: int) -> int:
-        return self.offset + row * self.row_bytes
-
-
-def identifying(provenance: Provenance | None) -> dict[str, Any]:
-    """The attributes of a new file: a unique identity and the provenance."""
-    return {"identity": uuid.uuid4().hex} | (provenance.to_attributes() if provenance else {})
-
-
-def _lay_out(
-    file: LockedFile,
-    path: Path,
-    columns: Shapes,
-    rows: int | None,
-    head: Head | None,
-    attributes: Mapping[str, Any],
-    compress: bool = False,
-) -> None:
-    """Lay out a cache that will be renamed to ``path``, with a row count of 0. Raises OSError if the disk refuses."""
-    length = UNKNOWN_LENGTH_ROWS if rows is None else rows
-    with h5py.File(file, "w", alignment_threshold=1, alignment_interval=8) as h5:
-        write_header(h5, path, head, {"compressed": compress, "growing": rows is None} | dict(attributes))
-        if any(name.startswith("extras/") for name in columns):
-            h5.create_group("extras", track_order=True)  # in the given order, not the alphabetical one
-        for name, (width, dtype) in columns.items():
-            if compress and length:
-                h5.create_dataset(name, (length, *width), dtype, **zstd())
-            else:
-                _allocate(h5, name, (length, *width), dtype)
-    file.check()
-
-
-def write_header(h5: h5py.File, path: Path, head: Head | None, attributes: Mapping[str, Any]) -> None:
-    """Write everything but the columns of a file that will be renamed to ``path``, with a row count of 0."""
-    h5.attrs.update({"format": FORMAT, "version": VERSION})
-    h5.attrs.update({name: value for name, value in attributes.items() if name != SKIPPED})
-    if SKIPPED in attributes:
-        h5[SKIPPED] = np.frombuffer(attributes[SKIPPED].encode(), np.uint8)
-    if head is not None:
-        h5["head/weight"], h5["head/bias"] = _array(head.weight), _array(head.bias)
-    _allocate(h5, "progress", (2,), np.dtype(np.int64))
-    h5["progress"].attrs["meaning"] = "rows written; 1 if finished, else 0 or -1"
-    h5["statistics"] = h5py.ExternalLink(statistics_file(path).name, "/")
-
-
-def _array(values: Tensor) -> np.ndarray:
-    """A tensor as an array for HDF5; bfloat16, which HDF5 lacks, becomes float32 without rounding."""
-    values = values.detach().cpu()
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-
-
-def _allocate(h5: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    layout.set_layout(h5py.h5d.CONTIGUOUS)
-    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    space = h5py.h5s.create_simple(shape)
-    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-    links.set_create_intermediate_group(True)
-    h5py.h5d.create(h5.id, name.encode(), h5py.h5t.py_create(dtype), space, layout, links)
 
 
 def _write_compressed(file: LockedFile, runs: Iterable[Mapping[str, Tensor]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,13 +18,15 @@ from ood_scores.errors import BadInput, CacheError
 if TYPE_CHECKING:
     import h5py
 
+    from ood_scores.features.storage.checksums import Verify
+
 
 @dataclass(frozen=True)
 class DiskColumn:
     """Rows ``start .. stop`` of one HDF5 dataset; the file is open only while rows are read.
 
     ``identity`` is the identity of the file when the column was created (None for a file without one), so that rows
-    of a file that was replaced since are never returned.
+    of a file that was replaced since are never returned. ``verify`` tells when checksums of rows are checked.
     """
 
     file: str
@@ -34,15 +36,14 @@ class DiskColumn:
     width: tuple[int, ...]
     dtype: torch.dtype
     identity: str | None
+    verify: Verify = "once"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.stop - self.start, *self.width)
 
     def slice(self, start: int, stop: int) -> DiskColumn:
-        return DiskColumn(
-            self.file, self.name, self.start + start, self.start + stop, self.width, self.dtype, self.identity
-        )
+        return replace(self, start=self.start + start, stop=self.start + stop)
 
     @contextmanager
     def reader(self, copied: bool = False) -> Iterator[Callable[[int, int], Tensor]]:
@@ -51,19 +52,22 @@ class DiskColumn:
         Unless ``copied``, the rows may be the mapped file itself (see ``MappedRows``) and are valid only within the
         context.
         """
+        from ood_scores.features.storage.checksums import checked
         from ood_scores.features.storage.mmap import mapped_rows
         from ood_scores.features.storage.reading import damage_named, opened
 
-        with opened(self.file) as h5:
+        with opened(self.file, sealed=self.verify is not False) as h5, ExitStack() as stack:
             if h5.attrs.get("identity") != self.identity:
                 raise CacheError(f"{self.file} was replaced after it was loaded: load it again.")
             with damage_named(self.file):
                 dataset = h5[self.name]
+                check = stack.enter_context(checked(dataset, self.verify))
                 mapped = None if copied else mapped_rows(dataset)
 
             def read(start: int, stop: int) -> Tensor:
                 with damage_named(self.file):
                     rows = slice(self.start + start, self.start + stop)
+                    check(rows.start, rows.stop)
                     values = mapped.read(rows.start, rows.stop) if mapped else dataset[rows]
                     return torch.from_numpy(_native(values))
 
@@ -120,7 +124,7 @@ def as_column(name: str, values: Any) -> Column:
         return values.detach()
     try:
         if type(values).__module__.startswith("h5py"):
-            return _disk_column(values)
+            return disk_column(values)
         return torch.from_numpy(_native(np.ascontiguousarray(values)))
     except (TypeError, ValueError) as error:
         raise BadInput(f"{name} must be a torch tensor, a NumPy array, or an open h5py dataset: {error}") from error
@@ -156,7 +160,8 @@ def gather(column: Column, rows: Tensor) -> Tensor:
     return found
 
 
-def _disk_column(dataset: h5py.Dataset) -> DiskColumn:
+def disk_column(dataset: h5py.Dataset) -> DiskColumn:
+    """Return the rows of an open HDF5 dataset. Raises ValueError if it has none, or TypeError for a foreign dtype."""
     if not dataset or not dataset.shape:
         raise ValueError("the dataset is closed or has no rows")
     dtype = torch.from_numpy(_native(np.empty(0, dtype=dataset.dtype))).dtype

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.features.storage import cache as caches
+from ood_scores.features.storage.layout import column_names
 from ood_scores.features.storage.reading import open_to_read
 
 COPIED_ROWS = 4096
@@ -40,7 +41,7 @@ def remove(path: Path, gaps: Sequence[int], skipped: Sequence[tuple[int, str]]) 
     with open_to_read(path) as h5:
         found = caches.state(h5)
         assert found.provenance is not None
-        columns = {name: h5[name] for name in caches.column_names(h5)}
+        columns = {name: h5[name] for name in column_names(h5)}
         shapes = {name: (column.shape[1:], column.dtype) for name, column in columns.items()}
         kept = np.delete(np.arange(found.rows), gaps)
         provenance = replace(found.provenance, skipped=tuple(skipped))

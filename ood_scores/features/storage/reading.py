@@ -13,6 +13,7 @@ import h5py
 
 from ood_scores.atomic import NO_LOCKS, user_path
 from ood_scores.errors import CacheBusy, DamagedCache, ForeignFile, OodScoresError
+from ood_scores.features.storage.seal import check_seal
 from ood_scores.features.storage.structure import check_structure, objects
 
 FORMAT = "ood_scores features"
@@ -34,23 +35,24 @@ DAMAGE = (
 
 
 @contextmanager
-def open_to_read(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
+def open_to_read(file: str | os.PathLike[str], sealed: bool = True) -> Iterator[h5py.File]:
     """Open an HDF5 file of any origin to read its structure.
 
     Errors of h5py become errors that say what to do, also those that are raised in the context.
     """
-    with opened(file) as h5, damage_named(file):
+    with opened(file, sealed) as h5, damage_named(file):
         yield h5
 
 
 @contextmanager
-def opened(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
+def opened(file: str | os.PathLike[str], sealed: bool = True) -> Iterator[h5py.File]:
     """Open an HDF5 file of any origin, for a context whose own errors stay as they are.
 
-    A file of this package is checked: it must contain what it declares, and refer to no other files than its shards.
+    A file of this package is checked: its seal must be right, if it has one and unless ``sealed`` is False; it must
+    contain what it declares, and refer to no other files than its shards.
     """
     path = user_path(file)
-    with _open(path) as h5:
+    with _open(path, sealed) as h5:
         with damage_named(path):
             if h5.attrs.get("compressed", False):
                 zstd()  # h5py can read such a file once the module is imported
@@ -61,11 +63,13 @@ def opened(file: str | os.PathLike[str]) -> Iterator[h5py.File]:
         yield h5
 
 
-def _open(path: Path) -> h5py.File:
+def _open(path: Path, sealed: bool = True) -> h5py.File:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
     if not is_hdf5(path):
         raise ForeignFile(f"{path} is not an HDF5 file: pass a cache that extract wrote.")
+    if sealed:
+        check_seal(path)
     try:
         return _with_or_without_lock(path)
     except BlockingIOError as error:
@@ -113,17 +117,16 @@ def _require_shards(joined: h5py.File) -> None:
 
     HDF5 itself would return zeros for the rows of a missing shard.
     """
-    names, identities = (joined[f"shards/{what}"].asstr()[()] for what in ("file", "identity"))
+    shards, identities = shard_files(joined), joined["shards/identity"].asstr()[()]
     advice = (
-        f"{joined.filename} reads its rows from {len(names)} shards in its folder. Put the shard back, or delete "
+        f"{joined.filename} reads its rows from {len(shards)} shards in its folder. Put the shard back, or delete "
         f"{joined.filename} and the shard and run the same torchrun command again, which extracts the missing rows."
     )
     virtual = [each for each in objects(joined) if isinstance(each, h5py.Dataset) and each.is_virtual]
     rows = dict.fromkeys((column.name for column in virtual), 0)
-    for name, identity in zip(names, identities, strict=True):
-        shard = Path(joined.filename).resolve().parent / name
+    for shard, identity in zip(shards, identities, strict=True):
         try:
-            with _opened_shard(shard) as h5:
+            with opened_shard(shard) as h5:
                 found = h5.attrs.get("identity")
                 shapes = {column.name: h5[column.name].shape for column in virtual} if found == identity else {}
         except FileNotFoundError as error:
@@ -137,8 +140,14 @@ def _require_shards(joined: h5py.File) -> None:
         raise DamagedCache(f"{joined.filename} has another number of rows than its shards. {advice}")
 
 
+def shard_files(joined: h5py.File) -> list[Path]:
+    """Return the files of the shards of a joined cache in the order of their rows."""
+    folder = Path(joined.filename).resolve().parent
+    return [folder / name for name in joined["shards/file"].asstr()[()]]
+
+
 @contextmanager
-def _opened_shard(shard: Path) -> Iterator[h5py.File]:
+def opened_shard(shard: Path) -> Iterator[h5py.File]:
     """Open a shard, which has no shards itself."""
     with _open(shard) as h5, damage_named(shard):
         check_structure(h5)

@@ -20,7 +20,9 @@ from ood_scores.atomic import replacing
 from ood_scores.errors import DamagedCache, ForeignFile, ShapeMismatch, StaleCache
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import cache as caches
+from ood_scores.features.storage.layout import Shapes, column_names, identifying, write_header
 from ood_scores.features.storage.reading import open_to_read
+from ood_scores.features.storage.seal import seal
 
 
 def shard_path(cache: Path, rank: int, count: int) -> Path:
@@ -67,19 +69,19 @@ def join(cache: Path, shards: Mapping[Path, Provenance]) -> None:
         found = [caches.state(part).provenance for part in parts]
         skipped = tuple(row for each in found if each for row in each.skipped)
         made_by = replace(found[0], shard=None, skipped=skipped)  # type: ignore[type-var]
-        attributes = {"compressed": False, "growing": False} | caches.identifying(made_by)
-        with (
-            replacing(cache, caches.how_to_resume(0)) as file,
-            h5py.File(file, "w", alignment_threshold=1, alignment_interval=8) as h5,
-        ):
-            caches.write_header(h5, cache, caches.read_head(parts[0]), attributes)
-            h5["shards/file"] = [shard.name for shard in shards]
-            h5["shards/identity"] = [part.attrs["identity"] for part in parts]
-            h5["progress"][:] = sum(counts), 1
-            if "extras" in parts[0]:
-                h5.create_group("extras", track_order=True)
-            for name, (width, dtype) in columns.items():
-                h5.create_virtual_dataset(name, _one_after_the_other(name, width, dtype, list(shards), counts))
+        attributes = {"compressed": False, "growing": False} | identifying(made_by)
+        with replacing(cache, caches.how_to_resume(0)) as file:
+            with h5py.File(file, "w", alignment_threshold=1, alignment_interval=8) as h5:
+                write_header(h5, cache, caches.read_head(parts[0]), attributes)
+                h5["shards/file"] = [shard.name for shard in shards]
+                h5["shards/identity"] = [part.attrs["identity"] for part in parts]
+                h5["progress"][:] = sum(counts), 1
+                if "extras" in parts[0]:
+                    h5.create_group("extras", track_order=True)
+                for name, (width, dtype) in columns.items():
+                    h5.create_virtual_dataset(name, _one_after_the_other(name, width, dtype, list(shards), counts))
+            file.check()
+            seal(file)
 
 
 def _shards_beside(cache: Path) -> dict[Path, int]:
@@ -103,10 +105,8 @@ def _opened(shard: Path, wanted: Provenance) -> Iterator[h5py.File]:
         yield h5
 
 
-def _columns_of_all(parts: Sequence[h5py.File]) -> caches.Shapes:
-    first, *others = [
-        {name: (part[name].shape[1:], part[name].dtype) for name in caches.column_names(part)} for part in parts
-    ]
+def _columns_of_all(parts: Sequence[h5py.File]) -> Shapes:
+    first, *others = [{name: (part[name].shape[1:], part[name].dtype) for name in column_names(part)} for part in parts]
     for part, columns in zip(parts[1:], others, strict=True):
         if columns != first:
             raise ShapeMismatch(

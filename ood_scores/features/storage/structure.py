@@ -14,6 +14,7 @@ from pathlib import Path
 import h5py
 
 from ood_scores.errors import DamagedCache
+from ood_scores.features.storage.file_states import State, is_settled, state_of
 
 STATISTICS = "/statistics"
 """The link to the statistics beside a cache. It serves other readers; this package does not follow it."""
@@ -22,7 +23,7 @@ MOST_OBJECTS = 10_000
 LARGEST_CHUNK = 2**26
 """Bytes of a compressed chunk; those that this package writes have at most a tenth of that."""
 
-_CHECKED: set[tuple[int, ...]] = set()
+_CHECKED: set[State] = set()
 """The states of files that were found in order."""
 
 
@@ -32,15 +33,15 @@ def check_structure(h5: h5py.File) -> None:
     Raises:
         DamagedCache: if it refers to other files than shards in its folder, or lacks values that it declares.
     """
-    stat = os.stat(h5.filename)
-    state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    state = state_of(Path(h5.filename))
+    file_bytes = os.path.getsize(h5.filename)
     if state in _CHECKED:
         return
     if not isinstance(h5.attrs.get("identity", ""), str):
         raise DamagedCache(f"{h5.filename} has a damaged identity: pass overwrite=True to extract again.")
     arrays = [each for each in objects(h5) if isinstance(each, h5py.Dataset)]
     for array in arrays:
-        if not array.is_virtual and not _is_complete(array, stat.st_size):
+        if not array.is_virtual and not _is_complete(array, file_bytes):
             raise DamagedCache(
                 f"{h5.filename} does not contain the values of {array.name} that it declares: delete it, or pass "
                 "overwrite=True to extract again."
@@ -49,7 +50,8 @@ def check_structure(h5: h5py.File) -> None:
     for array in arrays:
         if array.is_virtual and not {each.file_name for each in array.virtual_sources()} <= shards:
             raise _refers_elsewhere(h5, array.name)
-    _CHECKED.add(state)
+    if is_settled(state):
+        _CHECKED.add(state)
 
 
 def objects(h5: h5py.File) -> Iterator[h5py.Group | h5py.Dataset]:

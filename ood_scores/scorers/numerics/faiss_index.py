@@ -1,8 +1,8 @@
 """faiss indexes of a bank: created from a factory string, trained, and stored next to the cache of the bank.
 
-The file of an index can be read by faiss. It ends with a SHA-256 of the index, of the identity of the cache, and of
-the settings; an index with another digest is ignored. The file is replaced as a whole and may be deleted at any time.
-If it cannot be written, the index is not stored.
+The file of an index can be read by faiss. It ends with a SHA-256 of the index, of the identity of the cache, of the
+bank, and of the settings; an index with another digest is ignored. The file is replaced as a whole and may be deleted
+at any time. If it cannot be written, the index is not stored.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from torch import Tensor
 
 from ood_scores.atomic import COPY_BYTES, replacing
@@ -89,7 +90,8 @@ def kept_index(description: str, bank: Tensor, feats: FeatureSet, bank_of: str) 
     file, identity = cache
     made_by = [description, bank_of]
     place = file.with_name(f"{file.name}.{_sha256(made_by).hexdigest()[:16]}.faiss")
-    settings = [identity, *made_by, faiss.__version__, importlib.metadata.version("ood_scores")]
+    rows = xxhash.xxh3_128_hexdigest(bank.contiguous().numpy().data)
+    settings = [identity, rows, *made_by, faiss.__version__, importlib.metadata.version("ood_scores")]
     with suppress(OSError, RuntimeError):
         if _is_whole(place, settings):
             return faiss.read_index(str(place))
