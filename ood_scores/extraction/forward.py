@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ood_scores.errors import BadInput, BadLabels, OodScoresError, ShapeMismatch
 from ood_scores.extraction import heads, loaders
+from ood_scores.extraction.further_inputs import further_inputs, passed_by_name
 from ood_scores.extraction.hooks import Capture
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.outputs import logits_of
@@ -75,12 +76,13 @@ class Forward:
             HeadNotFound, HeadMismatch, NotFinite: if no affine map computes the logits of the first batch.
         """
         inputs, labels = self._unpack(batch)
-        with _naming(inputs, start), callers_default_device():
+        further = self._further(batch)
+        with _naming(inputs, start), callers_default_device(), passed_by_name(self.model, batch, further):
             if self.found is None:
-                rows = self._first_rows(inputs, labels, start)
+                rows = self._first_rows(inputs, labels, further, start)
                 if not self.options.compile:
                     return rows
-            return self._rows(inputs, labels, start)
+            return self._rows(inputs, labels, further, start)
 
     def feature_set(self, batch: Any, start: int = 0) -> FeatureSet:
         """Prepare the model, and return the rows of one batch as a feature set.
@@ -103,16 +105,31 @@ class Forward:
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Return the inputs on the device, in the model's floating-point type and memory format, and the labels."""
         inputs, labels = loaders.unpack(batch)
-        inputs = self._transfers.to_device({"inputs": inputs}).on_device()["inputs"]
-        if inputs.is_floating_point():
-            inputs = inputs.to(model_dtype(self.model, inputs.dtype))
+        inputs = self._to_model({"inputs": inputs})["inputs"]
         if self.options.channels_last:
             if inputs.ndim != 4:
                 raise BadInput(f"channels_last requires inputs [batch, channels, height, width], got {inputs.ndim}-D.")
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, labels
 
-    def _first_rows(self, inputs: Tensor, labels: Tensor | None, start: int) -> Arriving:
+    def _further(self, batch: Any) -> dict[str, Tensor]:
+        """Return the inputs of a model with several inputs besides the first, as ``_unpack`` returns that."""
+        further = further_inputs(batch, self.model)
+        if further and self.options.compile:
+            raise BadInput(
+                f"compile=True is for models with one input, but the batch has {', '.join(further)} too: leave it out."
+            )
+        return self._to_model(further) if further else {}
+
+    def _to_model(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move tensors to the device, and floating-point ones to the model's type."""
+        moved = self._transfers.to_device(inputs).on_device()
+        return {
+            name: values.to(model_dtype(self.model, values.dtype)) if values.is_floating_point() else values
+            for name, values in moved.items()
+        }
+
+    def _first_rows(self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int) -> Arriving:
         """Find and check the head on the first batch, without ``torch.compile``."""
         first = heads.FirstPass(self.model, inputs, self.options.head)
         self._probes: list[Probe] = [probe.for_model(self.model, inputs) for probe in self.options.all_probes]
@@ -126,7 +143,7 @@ class Forward:
                 f"returns the output of {found.names[0]}."
             )
         features, logits = first.rows(found, output)
-        rows = self._columns(features, Pass(self.model, inputs, logits, labels, start), seen)
+        rows = self._columns(features, Pass(self.model, inputs, logits, labels, start, further), seen)
         require_finite(rows.wait(), start)
         self._shapes = {name: values.shape[1:] for name, values in rows.columns.items()}
         self._capture = Capture(found.places, self.options.compile)
@@ -134,7 +151,7 @@ class Forward:
         self.found = found
         return rows
 
-    def _rows(self, inputs: Tensor, labels: Tensor | None, start: int) -> Arriving:
+    def _rows(self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int) -> Arriving:
         if (labels is None) == ("labels" in self._shapes):
             raise BadLabels(f"some batches have labels and others have none, first at row {start}.")
         with self._capture.recording(), watch_all(self._probes, self.model) as seen:
@@ -144,7 +161,7 @@ class Forward:
                 output = self._run(inputs)
         assert self.found is not None
         features, logits = self.found.read(self._capture, output)
-        rows = self._columns(features, Pass(self.model, inputs, logits, labels, start), seen)
+        rows = self._columns(features, Pass(self.model, inputs, logits, labels, start, further), seen)
         if rows.columns.keys() != self._shapes.keys():
             names = ", ".join(sorted(rows.columns.keys() ^ self._shapes.keys()))
             raise ShapeMismatch(f"the batch at row {start} has different extras than the first batch: {names}.")
@@ -190,7 +207,10 @@ def _advice(inputs: Tensor, error: Exception) -> str:
     if inputs.dtype == torch.uint8:
         return ". The inputs are uint8: convert them to floating point and normalize them as in training"
     if isinstance(error, TypeError):
-        return ". Only the images of a batch are passed to the model: wrap a model that needs more"
+        return (
+            ". Besides the images, the model receives the entries of a dict batch that its forward has parameters for: "
+            "use such a batch, or wrap the model"
+        )
     if inputs.ndim == 3:
         return ". If this is a single image, pass DataLoader(dataset, batch_size=...)"
     return ""

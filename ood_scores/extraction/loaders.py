@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -28,6 +28,7 @@ from ood_scores.extraction.unreadable import Partial, Unreadable, copy_of, leavi
 from ood_scores.runtime import from_workers
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "inputs", "input", "x", "data")
+INPUT_KEYS = (*IMAGE_KEYS, "input_ids", "input_values", "input_features")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 END = object()
 CHECKSUM_ROWS = 16
@@ -57,13 +58,27 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _from_mapping(batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    image_key = next((key for key in IMAGE_KEYS if key in batch), None)
-    if image_key is None:
-        raise BadInput(
-            f"no inputs in a batch with the keys {', '.join(map(str, batch))}: use one of {', '.join(IMAGE_KEYS)}."
-        )
-    label_key = next((key for key in LABEL_KEYS if key in batch), None)
-    return batch[image_key], None if label_key is None else batch[label_key]
+    key = label_key(batch)
+    return batch[input_key(batch)], None if key is None else batch[key]
+
+
+def input_key(batch: Mapping[str, Any]) -> str:
+    """Return the key of the inputs, which the model receives first.
+
+    Raises:
+        BadInput: if there is none of ``INPUT_KEYS``.
+    """
+    for key in INPUT_KEYS:
+        if key in batch:
+            return key
+    raise BadInput(
+        f"no inputs in a batch with the keys {', '.join(map(str, batch))}: use one of {', '.join(INPUT_KEYS)}."
+    )
+
+
+def label_key(batch: Mapping[str, Any]) -> str | None:
+    """Return the key of the labels; None if there are none."""
+    return next((key for key in LABEL_KEYS if key in batch), None)
 
 
 def _as_labels(labels: Any, rows: int) -> Tensor:
@@ -187,8 +202,12 @@ class Batches:
         parts = ((start, as_partial(batch)) for start, batch in _numbered(self.first, 0))
         return next((start, part.batch) for start, part in parts if part.batch is not None)
 
-    def checksum(self) -> str:
-        """Return the SHA-256 of the first ``CHECKSUM_ROWS`` inputs, as the model sees them, and of their labels."""
+    def checksum(self, further_inputs: Callable[[Any], Mapping[str, Tensor]] = lambda batch: {}) -> str:
+        """Return the SHA-256 of the first ``CHECKSUM_ROWS`` inputs, as the model sees them, and of their labels.
+
+        Args:
+            further_inputs: returns what the model receives of a batch besides the inputs, by name; by default nothing.
+        """
         digest = hashlib.sha256()
         parts = [as_partial(batch).batch for batch in self.first]
         pairs = [unpack(batch) for batch in parts if batch is not None]
@@ -198,6 +217,12 @@ class Batches:
         labels = [y for _, y in pairs if y is not None]
         if labels:
             digest.update(torch.cat(labels)[:CHECKSUM_ROWS].cpu().numpy().tobytes())
+        further = [further_inputs(batch) for batch in parts if batch is not None]
+        for name in sorted(further[0]):
+            rows = itertools.chain.from_iterable(values[name] for values in further)
+            for row in itertools.islice(rows, CHECKSUM_ROWS):
+                digest.update(f"{name} {row.dtype} {tuple(row.shape)}".encode())
+                digest.update(row.cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def after(self, rows: int, stop: int | None = None) -> Iterator[tuple[int, Any]]:
@@ -236,9 +261,13 @@ def as_partial(batch: Any) -> Partial:
     return Partial(batch, 0 if batch is None else len(unpack(batch)[0]), {})
 
 
-def _cloned(batch: Any) -> tuple[Tensor, Tensor | None]:
+def _cloned(batch: Any) -> Any:
     inputs, labels = unpack(batch)
-    return inputs.clone(), None if labels is None else labels.clone()
+    copies = inputs.clone(), None if labels is None else labels.clone()
+    if not isinstance(batch, Mapping):
+        return copies
+    further = {key: values.clone() for key, values in batch.items() if isinstance(values, Tensor)}
+    return further | dict(zip((input_key(batch), label_key(batch)), copies, strict=True))
 
 
 def _leaving_out(loader: Iterable[Any]) -> DataLoader[Any]:

@@ -19,6 +19,7 @@ from ood_scores.errors import UnfinishedCache
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
 from ood_scores.extraction.forward import Forward
+from ood_scores.extraction.further_inputs import further_inputs
 from ood_scores.extraction.one_pass import Target, Task, run, state_of, warn_of_rows_left_out
 from ood_scores.extraction.options import options_from, takes_options
 from ood_scores.extraction.probes.base import record_of
@@ -155,7 +156,7 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
         head_modules="",
         dataset=name or loaders.dataset_name(loader),
         dataset_rows=loaders.row_count(loader),
-        data_sha256=batches.checksum(),
+        data_sha256=batches.checksum(lambda batch: further_inputs(batch, model)),
         labelled=labels is not None,
         shuffled=loaders.is_shuffled(loader),
         batch_size=getattr(loader, "batch_size", None) or len(inputs),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ood_scores
@@ -73,20 +73,3 @@ def test_uint8_images_that_the_model_cannot_take_are_named() -> None:
         extract([images])
     with pytest.raises(BadInput, match="The inputs are uint8: convert them to floating point"):
         ood_scores.calibrate("energy", network(), id=[images])
-
-
-class WithMask(nn.Module):
-    """A model with two inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(6, 3)
-
-    def forward(self, pixel_values: Tensor, pixel_attention_mask: Tensor) -> Tensor:
-        return self.fc((pixel_values * pixel_attention_mask[..., None]).mean(1))
-
-
-def test_a_model_with_two_inputs_is_told_that_only_images_are_passed() -> None:
-    batch = {"pixel_values": torch.randn(8, 4, 6), "pixel_attention_mask": torch.ones(8, 4), "labels": Y[:8]}
-    with pytest.raises(BadInput, match=r"'pixel_attention_mask'\. Only the images of a batch are passed to the model"):
-        extract([batch], WithMask())

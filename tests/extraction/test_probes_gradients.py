@@ -204,8 +204,8 @@ def test_pieces_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None
     sizes = []
     together = gradients._norms_together
 
-    def noting(model: Any, parameters: dict[str, Tensor], inputs: Tensor, *rest: Any) -> Tensor:
-        sizes.append((len(inputs), sum(values.nbytes for values in parameters.values())))
+    def noting(model: Any, parameters: dict[str, Tensor], inputs: dict[str, Tensor], *rest: Any) -> Tensor:
+        sizes.append((len(inputs[""]), sum(values.nbytes for values in parameters.values())))
         return together(model, parameters, inputs, *rest)
 
     monkeypatch.setattr(gradients, "_norms_together", noting)

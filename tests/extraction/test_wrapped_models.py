@@ -129,6 +129,7 @@ def test_something_else_than_a_module_is_refused(model):
         unwrapped(model)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spoil", ["offloaded", "lazy", "quantized"])
 def test_models_whose_weights_cannot_be_read_are_refused(spoil, tmp_path):
     model, message = network(), "'4.weight' is on the device 'meta', since the weights are offloaded"

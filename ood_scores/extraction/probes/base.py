@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -35,6 +35,8 @@ class Pass:
         logits: their logits ``[B, C]``, on the model's device.
         labels: their labels ``[B]``, on the loader's device; None if there are none.
         start: the number of the first row.
+        further: the other inputs ``[B, ...]`` of a model with several, by name. Calls of the model with all ``inputs``
+            receive them; a call with some rows must pass their rows.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Pass:
     logits: Tensor
     labels: Tensor | None
     start: int
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self, inputs: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of other inputs."""

@@ -185,28 +185,43 @@ def gradient_norms(
     parts = []
     with _casting_anew(inputs.device), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that vmap runs row by row
-        for part in inputs.split(rows):
+        for part in _parts({**done.further, "": inputs}, rows):
             try:
                 found = _norms_together(done.model, parameters, part, loss, p)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
-                found = torch.cat([_norms_of_one(done.model, parameters, row, loss, p) for row in part.split(1)])
+                found = torch.cat([_norms_of_one(done.model, parameters, row, loss, p) for row in _parts(part, 1)])
             parts.append(found)
     return torch.cat(parts)
 
 
-def _norms_together(model: nn.Module, parameters: dict[str, Tensor], inputs: Tensor, loss: Loss, p: float) -> Tensor:
-    def of_one(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
-        return loss(logits_of(functional_call(model, parameters, (row[None],))).float())
+def _parts(inputs: dict[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
+    """Split all inputs of a model into parts of some rows; the name of the first input is empty."""
+    split = [values.split(rows) for values in inputs.values()]
+    return [dict(zip(inputs, part, strict=True)) for part in zip(*split, strict=True)]
+
+
+def _logits(model: nn.Module, parameters: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    further = {name: values for name, values in inputs.items() if name}
+    return logits_of(functional_call(model, parameters, (inputs[""],), further)).float()
+
+
+def _norms_together(
+    model: nn.Module, parameters: dict[str, Tensor], inputs: dict[str, Tensor], loss: Loss, p: float
+) -> Tensor:
+    def of_one(parameters: dict[str, Tensor], row: dict[str, Tensor]) -> Tensor:
+        return loss(_logits(model, parameters, {name: values[None] for name, values in row.items()}))
 
     return _norms(vmap(grad(of_one), in_dims=(None, 0))(parameters, inputs).values(), p)
 
 
-def _norms_of_one(model: nn.Module, parameters: dict[str, Tensor], row: Tensor, loss: Loss, p: float) -> Tensor:
+def _norms_of_one(
+    model: nn.Module, parameters: dict[str, Tensor], row: dict[str, Tensor], loss: Loss, p: float
+) -> Tensor:
     with torch.enable_grad():
         leaves = {name: values.detach().requires_grad_() for name, values in parameters.items()}
-        value = loss(logits_of(functional_call(model, leaves, (row,))).float())
+        value = loss(_logits(model, leaves, row))
         found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
     return _norms((gradient[None] for gradient in found), p)
 

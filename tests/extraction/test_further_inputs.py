@@ -1,0 +1,103 @@
+"""Models with several inputs, which dict batches pass by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+import ood_scores
+from ood_scores.errors import BadInput, StaleCache
+
+ROWS = 12
+PIXELS = torch.randn(ROWS, 4, 6, generator=torch.Generator().manual_seed(0))
+MASK = (torch.rand(ROWS, 4, generator=torch.Generator().manual_seed(1)) > 0.4).long().index_fill_(1, torch.tensor(0), 1)
+LABELS = torch.arange(ROWS) % 3
+
+
+class WithMask(nn.Module):
+    """A model whose first parameter is not the image, and which divides its logits by 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(6, 3)
+
+    def pooled(self, pixel_values: Tensor, mask: Tensor) -> Tensor:
+        weights = mask[..., None].to(pixel_values)
+        return (pixel_values.tanh() * weights).sum(1) / weights.sum(1)
+
+    def forward(self, mask: Tensor, pixel_values: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is None
+        return self.fc(self.pooled(pixel_values, mask)) / 2
+
+
+def batches(mask: Tensor = MASK, size: int = 5, **further: Any) -> list[dict[str, Any]]:
+    parts = zip(PIXELS.split(size), mask.split(size), LABELS.split(size), strict=True)
+    return [{"pixel_values": x, "mask": m, "labels": y, "path": ["?"] * len(x), **further} for x, m, y in parts]
+
+
+def extract(data: Any, **options: Any) -> ood_scores.FeatureSet:
+    return ood_scores.extract(WithMask(), data, **{"progress": False} | options)
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_further_inputs_are_passed_by_name(size: int) -> None:
+    feats, model = extract(batches(size=size)), WithMask()
+    with torch.no_grad():
+        torch.testing.assert_close(feats.features, model.pooled(PIXELS, MASK))
+        torch.testing.assert_close(feats.logits, model(MASK, PIXELS))
+    assert feats.head is not None
+    torch.testing.assert_close(feats.head.weight, model.fc.weight.detach() / 2)
+    assert feats.labels is not None
+    assert feats.labels.equal(LABELS)
+
+
+def test_probes_receive_them() -> None:
+    feats, model = extract(batches(), probes=["odin", "gradnorm"]), WithMask()
+    for row in range(ROWS):
+        x = PIXELS[row : row + 1].clone().requires_grad_()
+        logits = model(MASK[row : row + 1], x)
+        (norm,) = torch.autograd.grad(-log_softmax(logits, 1).mean(), [model.fc.weight], retain_graph=True)
+        (bias,) = torch.autograd.grad(-log_softmax(logits, 1).mean(), [model.fc.bias], retain_graph=True)
+        expected = float(norm.abs().sum() + bias.abs().sum())
+        assert float(feats.extras["gradnorm.all"][row]) == pytest.approx(expected, rel=1e-5)
+        (gradient,) = torch.autograd.grad(-log_softmax(logits / 1000, 1).amax(), x)
+        with torch.no_grad():
+            moved = model(MASK[row : row + 1], x - 0.0014 * gradient.sign())
+        torch.testing.assert_close(feats.extras["odin"][row : row + 1], moved)
+
+
+def test_they_are_part_of_the_identity_of_a_cache(tmp_path: Path) -> None:
+    extract(batches(), cache=tmp_path / "c.h5")
+    extract(batches(), cache=tmp_path / "c.h5")
+    with pytest.raises(StaleCache, match="first inputs and labels"):
+        extract(batches(mask=MASK.flip(1).index_fill(1, torch.tensor(0), 1)), cache=tmp_path / "c.h5")
+
+
+def test_errors_say_what_is_passed() -> None:
+    with pytest.raises(BadInput, match=r"'pixel_values'\. Besides the images, the model receives"):
+        extract([PIXELS])
+    with pytest.raises(BadInput, match=r"'mask' of a batch has shape \[3, 4\], but there are 12 inputs"):
+        extract([{"pixel_values": PIXELS, "mask": MASK[:3]}])
+    with pytest.raises(BadInput, match="compile=True is for models with one input"):
+        extract(batches(), compile=True)
+
+
+def test_a_text_classifier() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    ids = torch.randint(20, (ROWS, 4), generator=torch.Generator().manual_seed(0))
+    batch = transformers.BatchEncoding({"input_ids": ids, "attention_mask": MASK, "labels": LABELS})
+    feats = ood_scores.extract(model, [batch], progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(feats.logits, model(input_ids=ids, attention_mask=MASK).logits)
+        torch.testing.assert_close(feats.features, model.bert(ids, MASK).pooler_output)
