@@ -34,4 +34,6 @@ def show_registered_name(app, what, name, obj, options, lines):
         cited = f" Paper: `{paper.title} <{paper.url}>`__ ({paper.venue} {paper.year})." if paper else ""
         code = f" `Code of the authors <{paper.code}>`__." if paper and paper.code else ""
         note = f" Experimental: {obj.tags.experimental}." if obj.tags.experimental else ""
-        lines[:0] = [f'Registered as ``"{obj.name}"``.{cited}{code}{note}', ""]
+        aliases = ", ".join(f'``"{alias}"``' for alias in obj.tags.aliases)
+        known = f" Also found as {aliases}." if aliases else ""
+        lines[:0] = [f'Registered as ``"{obj.name}"``.{known}{cited}{code}{note}', ""]

@@ -48,6 +48,13 @@ def reference() -> str:
     return "\n\n".join(sections)
 
 
+def other_names() -> str:
+    """The names of scorers in other packages."""
+    known = {alias: cls.name for group in packaged().values() for cls in group for alias in cls.tags.aliases}
+    rows = ["| Elsewhere | Here |", "|---|---|"]
+    return "\n".join([*rows, *(f"| `{alias}` | `{known[alias]}` |" for alias in sorted(known))])
+
+
 def exportable_names() -> str:
     """The scorers that can be exported."""
     return wrapped(f"{', '.join(f'`{name}`' for name in exportable())}.")
@@ -108,7 +115,7 @@ def probe_reference() -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"scorers": scorer_table},
-    "docs/scorers.md": {"scorers": reference},
+    "docs/scorers.md": {"aliases": other_names, "scorers": reference},
     "docs/datasets.md": {"kinds": dataset_kinds, "catalog": known_datasets, "reference": kind_reference},
     "docs/probes.md": {"probes": probe_table, "probe-reference": probe_reference},
     "docs/deploy.md": {"exportable": exportable_names, "not-exportable": not_exportable},

@@ -15,6 +15,7 @@ from ood_scores.evaluation.metrics import METRICS, headline_metrics
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.registry import unknown
 from ood_scores.scorers import list_scorers
+from ood_scores.scorers.registry import registered_name
 from ood_scores.toml_tables import KeyPath
 
 GROUPS = ("near", "far", "mean")
@@ -139,7 +140,7 @@ def _scorers(part: Part) -> Found:
     yield from _twice(("scorers",), [table.label for table in tables], "the scorer")
     for table in tables:
         path = ("scorers", table.label)
-        if table.name not in list_scorers():
+        if registered_name(table.name) is None:
             yield from _unknown(path, "scorer", table.name, list_scorers())
         else:
             yield from _raised(path, table.create)

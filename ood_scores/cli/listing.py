@@ -48,8 +48,9 @@ def list_scorers(
     """
     from ood_scores.scorers import list_scorers as names
     from ood_scores.scorers.families import families
+    from ood_scores.scorers.registry import registered_name
 
-    found = families(pattern or "*")
+    found = families((pattern and registered_name(pattern)) or pattern or "*")
     if not found:
         raise unknown("no scorer matches", pattern or "*", names())
     if bibtex:
@@ -95,7 +96,8 @@ def _scorers(group: list[type[Scorer]]) -> Table:
     table.add_column(ratio=2, style="dim")
     for cls in group:
         scorer = cls()
-        note = f" Experimental: {cls.tags.experimental}." if cls.tags.experimental else ""
+        note = f" Elsewhere: {', '.join(cls.tags.aliases)}." if cls.tags.aliases else ""
+        note += f" Experimental: {cls.tags.experimental}." if cls.tags.experimental else ""
         table.add_row(scorer.name, Text(f"{summary_of(cls)}{note}"), _needs(scorer), Text(_parameters(cls)))
     return table
 

@@ -57,7 +57,7 @@ def sweep(
     numbers = table["scorer"].astype(int)
     for place, parameter in enumerate(grid, start=1):
         table.insert(place, parameter, [_shown(combinations[number][parameter]) for number in numbers])
-    table["scorer"] = name
+    table["scorer"] = scorers["0"].name
     return table
 
 

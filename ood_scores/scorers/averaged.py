@@ -59,6 +59,7 @@ class MCDropout(_Averaged):
     """
 
     tags = Tags(
+        aliases=("mcd", "dropout"),
         paper=Paper(
             "Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep Learning",
             "Yarin Gal, Zoubin Ghahramani",
@@ -98,6 +99,7 @@ class Ensemble(_Averaged):
     """
 
     tags = Tags(
+        aliases=("deep_ensemble", "deep_ensembles"),
         paper=Paper(
             "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles",
             "Balaji Lakshminarayanan, Alexander Pritzel, Charles Blundell",

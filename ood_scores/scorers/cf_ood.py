@@ -61,6 +61,7 @@ class CFOOD(Scorer):
     """
 
     tags = Tags(
+        aliases=("cfood",),
         paper=Paper(
             "CF-OOD: Concentration-Free Density Estimation for Reliable Out-of-Distribution Detection",
             "Fabrizio Angiulli, Fabio Fassetti, Maria Pia Zupi",

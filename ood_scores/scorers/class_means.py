@@ -41,7 +41,7 @@ class KLMatching(Scorer):
     Cost: one product with a ``[C, C]`` matrix for each block.
     """
 
-    tags = Tags(paper=HENDRYCKS_2022)
+    tags = Tags(aliases=("klm", "klmatching"), paper=HENDRYCKS_2022)
     log_means_: Tensor = fitted()
     needs = ("logits",)
     fit_needs = ("logits",)

@@ -28,7 +28,7 @@ class MaxLogit(Scorer):
     Cost: one maximum for each row.
     """
 
-    tags = Tags(paper=HENDRYCKS_2022)
+    tags = Tags(aliases=("mls", "maxlogit", "maxlogits"), paper=HENDRYCKS_2022)
     needs = ("logits",)
 
     def score_block(self, block: Block) -> Tensor:
@@ -52,6 +52,7 @@ class Energy(Scorer):
     """
 
     tags = Tags(
+        aliases=("ebo", "energybased", "energy_based"),
         paper=Paper(
             "Energy-based Out-of-distribution Detection",
             "Weitang Liu, Xiaoyun Wang, John D. Owens, Yixuan Li",
@@ -59,7 +60,7 @@ class Energy(Scorer):
             2020,
             "https://arxiv.org/abs/2010.03759",
             "https://github.com/wetliu/energy_ood",
-        )
+        ),
     )
     temperature: float = 1.0
     needs = ("logits",)
@@ -90,6 +91,7 @@ class WeightedEnergy(Scorer):
     """
 
     tags = Tags(
+        aliases=("weightedebo",),
         paper=Paper(
             "VOS: Learning What You Don't Know by Virtual Outlier Synthesis",
             "Xuefeng Du, Zhaoning Wang, Mu Cai, Yixuan Li",
@@ -97,7 +99,7 @@ class WeightedEnergy(Scorer):
             2022,
             "https://arxiv.org/abs/2202.01197",
             "https://github.com/deeplearning-wisc/vos",
-        )
+        ),
     )
     weights: Sequence[float] | None = None
     temperature: float = 1.0

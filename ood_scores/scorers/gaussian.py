@@ -45,7 +45,7 @@ class Mahalanobis(Scorer):
     Cost: one product with a ``[D, D]`` and one with a ``[D, C]`` matrix for each block.
     """
 
-    tags = Tags(paper=LEE_2018)
+    tags = Tags(aliases=("mds",), paper=LEE_2018)
     normalize: bool = False
     whitening_: Tensor = fitted()
     means_: Tensor = fitted()
@@ -90,6 +90,7 @@ class MahalanobisPP(Mahalanobis):
     """
 
     tags = Tags(
+        aliases=("mahalanobis++", "mahalanobispp"),
         paper=Paper(
             "Mahalanobis++: Improving OOD Detection via Feature Normalization",
             "Maximilian Mueller, Matthias Hein",
@@ -97,7 +98,7 @@ class MahalanobisPP(Mahalanobis):
             2025,
             "https://arxiv.org/abs/2505.18032",
             "https://github.com/mueller-mp/maha-norm",
-        )
+        ),
     )
     normalize: bool = True
 
@@ -131,6 +132,7 @@ class RelativeMahalanobis(Scorer):
     """
 
     tags = Tags(
+        aliases=("rmds", "rmd"),
         paper=Paper(
             "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
             "Jie Ren, Stanislav Fort, Jeremiah Liu, Abhijit Guha Roy, Shreyas Padhy, Balaji Lakshminarayanan",

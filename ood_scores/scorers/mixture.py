@@ -75,6 +75,7 @@ class GMM(Scorer):
     """
 
     tags = Tags(
+        aliases=("ddu",),
         paper=Paper(
             "Deep Deterministic Uncertainty: A New Simple Baseline",
             "Jishnu Mukhoti, Andreas Kirsch, Joost van Amersfoort, Philip H.S. Torr, Yarin Gal",

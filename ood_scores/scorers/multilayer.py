@@ -125,6 +125,7 @@ class MahalanobisLayers(LayeredScorer):
     """
 
     tags = Tags(
+        aliases=("mds_ensemble", "multimahalanobis"),
         paper=LEE_2018,
         search_space={"combine": ("regression", "sum")},
         small_extras={

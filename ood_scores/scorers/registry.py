@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ood_scores.parameters import require_known
@@ -11,7 +13,19 @@ from ood_scores.registry import Registry
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
 
-SCORERS: Registry[type[Scorer]] = Registry("scorer")
+
+class ScorerRegistry(Registry["type[Scorer]"]):
+    """The registered scorer classes by name; a class is also found by its names in other packages, with a warning."""
+
+    def __missing__(self, name: str) -> type[Scorer]:
+        known = registered_name(name)
+        if known is None:
+            return super().__missing__(name)
+        tell_alias(name, known)
+        return self[known]
+
+
+SCORERS = ScorerRegistry("scorer")
 """The registered scorer classes by name."""
 
 S = TypeVar("S", bound="type[Scorer]")
@@ -28,12 +42,29 @@ def list_scorers(pattern: str = "*") -> list[str]:
 
 
 def scorer_class(name: str) -> type[Scorer]:
-    """Return the class registered under a name.
+    """Return the class registered under a name or an alias (see ``registered_name``), which a warning then translates.
 
     Raises:
         UnknownName: if no scorer has this name; the message lists all names.
     """
     return SCORERS[name]
+
+
+def registered_name(name: str) -> str | None:
+    """Return the registered name of the scorer of a name or alias, or None if there is none.
+
+    Aliases are names of scorers in other packages (see ``Tags.aliases``), and names in another case or with hyphens.
+    """
+    if name in SCORERS:
+        return name
+    plain = str(name).casefold().replace("-", "_")
+    return next((each for each, cls in SCORERS.items() if plain in (each, *cls.tags.aliases)), None)
+
+
+@cache
+def tell_alias(alias: str, name: str) -> None:
+    """Say what an alias stands for, once in a process."""
+    warnings.warn(f"{alias} is {name} here.", stacklevel=6)
 
 
 def is_registered(cls: type) -> bool:
@@ -42,7 +73,7 @@ def is_registered(cls: type) -> bool:
 
 
 def create_scorer(name: str, **params: Any) -> Scorer:
-    """Create a scorer by name.
+    """Create a scorer by its name or an alias (see ``registered_name``), which a warning then translates.
 
     Raises:
         UnknownName: if there is no such scorer or parameter; the message lists the existing ones.

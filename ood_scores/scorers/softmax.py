@@ -48,6 +48,7 @@ class MSP(Scorer):
     """
 
     tags = Tags(
+        aliases=("max_softmax", "maxsoftmax", "mcp"),
         paper=Paper(
             "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
             "Dan Hendrycks, Kevin Gimpel",
@@ -55,7 +56,7 @@ class MSP(Scorer):
             2017,
             "https://arxiv.org/abs/1610.02136",
             "https://github.com/hendrycks/error-detection",
-        )
+        ),
     )
     temperature: float = 1.0
     double: bool = False
@@ -117,6 +118,7 @@ class Temperature(Scorer):
     """
 
     tags = Tags(
+        aliases=("temp_scaling", "temperature_scaling", "temperaturescaling"),
         paper=Paper(
             "On Calibration of Modern Neural Networks",
             "Chuan Guo, Geoff Pleiss, Yu Sun, Kilian Q. Weinberger",
@@ -124,7 +126,7 @@ class Temperature(Scorer):
             2017,
             "https://arxiv.org/abs/1706.04599",
             "https://github.com/gpleiss/temperature_scaling",
-        )
+        ),
     )
     temperature_: float = fitted()
     needs = ("logits",)

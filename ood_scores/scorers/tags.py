@@ -65,6 +65,7 @@ class Tags:
         exceptions: Conformance properties that the scorer does not have, each with the reason.
         float32_tolerance: The relative error of scores that float32 inputs may cause.
         search_space: Values to try for each parameter when the scorer is tuned on validation data.
+        aliases: Names of the scorer in other packages, in lower case with underscores.
         parameters_before: Values of parameters in files that were saved before the parameters existed, if these values
             are not the defaults.
         experimental: Why scores may not be those of the paper, for instance because only its abstract was available.
@@ -77,5 +78,6 @@ class Tags:
     exceptions: Mapping[str, str] = field(default_factory=dict)
     float32_tolerance: float = 1e-4
     search_space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    aliases: Sequence[str] = ()
     parameters_before: Mapping[str, Any] = field(default_factory=dict)
     experimental: str | None = None
