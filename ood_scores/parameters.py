@@ -49,6 +49,19 @@ def from_texts(cls: type, texts: Iterable[str], usage: str) -> dict[str, Any]:
     return params
 
 
+def plain_values(texts: Iterable[str], usage: str) -> dict[str, Any]:
+    """Return ``key=value`` texts as names and values: numbers, booleans, None, lists, and other texts.
+
+    Raises:
+        BadInput: if a text has no ``=``.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for key, equals, value in pairs:
+        if not (key and equals):
+            raise BadInput(f"cannot read the parameter {key + equals + value!r}: write {usage}.")
+    return {key: _literal(value) for key, _, value in pairs}
+
+
 def check_choices(owner: Any, title: str) -> None:
     """Check the attributes of an object whose class annotates them as ``Literal``.
 
@@ -102,6 +115,7 @@ def _as_type_of(default: Any, key: str, value: str) -> Any:
 
 
 def _literal(value: str) -> Any:
+    value = {"true": "True", "false": "False", "none": "None"}.get(value.lower(), value)
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):

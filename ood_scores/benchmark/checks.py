@@ -14,8 +14,6 @@ from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.registry import unknown
-from ood_scores.scorers import list_scorers
-from ood_scores.scorers.registry import registered_name
 from ood_scores.toml_tables import KeyPath
 
 GROUPS = ("near", "far", "mean")
@@ -89,11 +87,11 @@ def _twice(path: KeyPath, names: Iterable[str], what: str, remedy: str = "give e
 
 
 def _arguments(path: KeyPath, model: ModelTable) -> Found:
-    from ood_scores.models.arguments import check_arguments
+    from ood_scores.models.opening import require_known
 
     for key, value in model.arguments.items():
         try:
-            check_arguments(model.name, {key: value})
+            require_known(model.name, {key: value})
         except BadInput as error:
             yield (*path, key), str(error), BadInput
 
@@ -140,10 +138,7 @@ def _scorers(part: Part) -> Found:
     yield from _twice(("scorers",), [table.label for table in tables], "the scorer")
     for table in tables:
         path = ("scorers", table.label)
-        if registered_name(table.name) is None:
-            yield from _unknown(path, "scorer", table.name, list_scorers())
-        else:
-            yield from _raised(path, table.create)
+        yield from _raised(path, table.create)
 
 
 def _raised(path: KeyPath, make: Callable[[], Any]) -> Found:

@@ -33,6 +33,7 @@ from ood_scores.errors import (
 from ood_scores.extraction import extract
 from ood_scores.features import FeatureSet
 from ood_scores.models.class_names import in_models_order
+from ood_scores.user_code import import_code, imported_code
 
 MOST_JOBS = 4
 
@@ -82,7 +83,9 @@ def _one_by_one(jobs: Sequence[Job], device: str) -> Iterator[tuple[Job, Done]]:
 def _in_processes(jobs: Sequence[Job], device: str, at_once: int, threads: int) -> Iterator[tuple[Job, Done]]:
     spawn = multiprocessing.get_context("spawn")
     with _ended_together():
-        pool = ProcessPoolExecutor(at_once, mp_context=spawn, initializer=_start_worker, initargs=(threads,))
+        pool = ProcessPoolExecutor(
+            at_once, mp_context=spawn, initializer=_start_worker, initargs=(threads, imported_code())
+        )
         try:
             tasks = _submit(pool, jobs, device)
             for task in as_completed(tasks):
@@ -117,7 +120,9 @@ def _ended_together() -> Iterator[None]:
                 process.terminate()
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int, code: Sequence[str]) -> None:
+    for name in code:
+        import_code(name)
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()

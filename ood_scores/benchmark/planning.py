@@ -16,11 +16,13 @@ from ood_scores.benchmark.results import NotRun
 from ood_scores.benchmark.spec import Loading, Part, Preprocessing, ScorerTable, Spec
 from ood_scores.data.dataset_spec import parse
 from ood_scores.data.images import ImageDataset
+from ood_scores.data.kinds.base import DATASET_KINDS
 from ood_scores.errors import BadInput, CacheError, MissingData, OodScoresError, UnknownName
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes import Probe
 from ood_scores.features import FeatureSet, load
 from ood_scores.scorers.requirements import Has, Requirement, unmet
+from ood_scores.user_code import is_reference, referenced, source_digests
 
 CACHES = "caches"
 
@@ -53,7 +55,16 @@ class Job:
     @cached_property
     def cache(self) -> Path:
         """The file of features, named after everything that determines its content."""
-        return self.out / CACHES / self.network.key / f"{file_name(self.set)}-{digest(self)[:8]}.h5"
+        code = self._code()
+        name = digest(self, code) if code else digest(self)
+        return self.out / CACHES / self.network.key / f"{file_name(self.set)}-{name[:8]}.h5"
+
+    def _code(self) -> dict[str, str]:
+        """Return the digests of the user's own code that computes the features."""
+        kind = DATASET_KINDS.get(parse(self.source).kind)
+        names = (self.network.table.name, self.source.partition("?")[0])
+        functions = [referenced(name) for name in names if is_reference(name)]
+        return source_digests([*functions, *map(type, self.options.all_probes), *([kind.open] if kind else [])])
 
     def features(self) -> FeatureSet | None:
         """Open the cache; return None if it does not exist, is not finished, or lacks rows that must not be lacking."""

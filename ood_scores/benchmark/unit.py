@@ -28,8 +28,10 @@ from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.scorers import Scorer
+from ood_scores.scorers.registry import scorer_class
 from ood_scores.scorers.requirements import Requirement
 from ood_scores.scorers.scorer_runs import ScorerRun, fit_runs, score_runs
+from ood_scores.user_code import source_digests
 
 ID = "id"
 
@@ -268,4 +270,6 @@ def _not_run(what: str, reason: str, remedy: str = "") -> dict[str, str]:
 def key_of(unit: Unit) -> str:
     """Return a digest of everything that determines the results of a unit."""
     features = [_made_by([job]) for job in unit.jobs]
-    return digest(unit, unit.part.scorer_tables, features, list(metrics.METRICS), version("ood_scores"))
+    code = source_digests(scorer_class(table.name) for table in unit.part.scorer_tables)
+    facts = (unit, unit.part.scorer_tables, features, list(metrics.METRICS), version("ood_scores"))
+    return digest(*facts, code) if code else digest(*facts)

@@ -26,6 +26,7 @@ from ood_scores.cli import (
     score,
     train,
 )
+from ood_scores.cli.options import takes_imports
 from ood_scores.cli.printing import print_error, stoppable, warning_printer
 from ood_scores.errors import OodScoresError
 
@@ -104,7 +105,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 for name, command in COMMANDS.items():
-    app.command(name, help=_help_of(command))(command)
+    app.command(name, help=_help_of(command))(takes_imports(command))
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ def benchmark(
       ood-scores benchmark benchmarks/suites/real.toml
       ood-scores benchmark mine.toml --set extraction.rows=500 --out quick
       ood-scores benchmark mine.toml --data /data --jobs 2
+      ood-scores benchmark mine.toml --import my_scorers.py
 
     \b
     [bold]Example of a file[/]

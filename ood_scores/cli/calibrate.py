@@ -49,6 +49,7 @@ def calibrate(
     ] = None,
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
+    model_arg: options.ModelArg = None,
     classes: Annotated[
         Path | None, typer.Option(help="File with the names of the classes: one per line, or JSON.")
     ] = None,
@@ -78,16 +79,17 @@ def calibrate(
     import ood_scores
     from ood_scores.data.class_names import read_classes
     from ood_scores.detector.bundle import DESCRIPTION
-    from ood_scores.models.checkpoints import arguments_of
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.scorers import create_scorer
 
     out = user_path(out)
     if (out / DESCRIPTION).exists() and not overwrite:
         raise BadInput(f"there is a detector in {out}: pass --overwrite to replace it, or choose another --out.")
+    parsing.import_named(model, [id, *([fit] if fit else [])], extraction.get("probes", ()))
+    scorer = parsing.scorer_name(scorer)
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
     ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))
-    network = load_model(model, checkpoint, num_classes)
+    network = load_model(model, checkpoint, num_classes, **parsing.model_arguments(model_arg))
     opened = _opener(network, preprocessing(network, **changes), batch_size, workers)
     detector = ood_scores.calibrate(
         ready,
@@ -102,7 +104,7 @@ def calibrate(
         device=device,
         **extraction,
     )
-    detector.save(out, arguments=arguments_of(checkpoint, model) if checkpoint else None)
+    detector.save(out)
     _show(detector, out)
 
 

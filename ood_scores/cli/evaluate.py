@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ood_scores.cli import options
-from ood_scores.cli.parsing import check_table_path, named_caches, write_table
+from ood_scores.cli.parsing import check_table_path, named_caches, scorer_name, write_table
 from ood_scores.cli.printing import console, stoppable
 from ood_scores.cli.tables import legend, metric_columns, metric_tables
 from ood_scores.terminal import marked
@@ -51,7 +51,7 @@ def evaluate(
     id_feats = ood_scores.load(id, device)
     ood_feats = {name: ood_scores.load(cache, device) for name, cache in named_caches(ood).items()}
     fit_feats = ood_scores.load(fit, device) if fit else None
-    chosen = scorer if scorer and scorer != ["all"] else "all"
+    chosen = [scorer_name(each) for each in scorer] if scorer and scorer != ["all"] else "all"
     with stoppable("the caches are unchanged; run the same command again"):
         table = ood_scores.evaluate(chosen, id=id_feats, ood=ood_feats, fit=fit_feats)
     table.attrs["left_out"] |= _remedies(table.attrs["left_out"], [id_feats, *ood_feats.values()], fit_feats)

@@ -20,6 +20,7 @@ def extract(
     cache: Annotated[Path, typer.Argument(help="HDF5 file to write.")],
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
+    model_arg: options.ModelArg = None,
     batch_size: options.BatchSize = 64,
     workers: options.Workers = 2,
     device: options.Device = "auto",
@@ -44,7 +45,8 @@ def extract(
       ood-scores extract resnet50 folder:imagenet/val val.h5 --amp bf16
       ood-scores extract cifar_resnet20 "torchvision:CIFAR10?split=test" \\
           test.h5 --checkpoint cifar10.safetensors
-      ood-scores extract vit_tiny_patch16_224 imglist:textures.txt dtd.h5
+      ood-scores extract hf-hub:OWNER/NAME imglist:textures.txt dtd.h5
+      ood-scores extract nets.py:small folder:photos c.h5 --model-arg width=32
       ood-scores extract resnet50 folder:imagenet/val val.h5 \\
           --layers stages --probe odin:epsilon=0.004 --probe rankfeat
       torchrun --nproc-per-node 4 -m ood_scores extract resnet50 folder:imagenet/val val.h5
@@ -77,9 +79,10 @@ def extract(
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.runtime import Ranks
 
+    parsing.import_named(model, [data], extraction.get("probes", ()))
     means, stds = parsing.numbers(mean), parsing.numbers(std)
     dataset = open_dataset(data)
-    network = load_model(model, checkpoint, num_classes)
+    network = load_model(model, checkpoint, num_classes, **parsing.model_arguments(model_arg))
     dataset = in_models_order(dataset, network)
     dataset.transform = preprocessing(network, means, stds)
     with stoppable(lambda: _kept(cache, resume and not overwrite)):

@@ -85,7 +85,7 @@ def _readable(provenance: Provenance) -> dict[str, str]:
     probes = {"probes": ", ".join(provenance.probe_texts)} if provenance.probes else {}
     left_out = {"left out": provenance.left_out} if provenance.skipped else {}
     return {
-        "model": f"{provenance.architecture}, weights {provenance.weights_sha256[:16]}…",
+        "model": f"{provenance.model or provenance.architecture}, weights {provenance.weights_sha256[:16]}…",
         "head": provenance.head_modules or "none",
         "data": f"{provenance.dataset}, first inputs {provenance.data_sha256[:16]}…",
         **left_out,

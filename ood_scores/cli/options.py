@@ -14,13 +14,20 @@ import typer
 
 from ood_scores.cli import parsing
 from ood_scores.extraction.options import ExtractionOptions
+from ood_scores.user_code import import_code
 
-Model = Annotated[str, typer.Argument(help="Name of a timm model or of one of this package's CIFAR networks.")]
+Model = Annotated[
+    str, typer.Argument(help="Name of a model: timm's, hf-hub:, local-dir:, torchvision:, hf:, or FILE.py:FUNCTION.")
+]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="File with weights, .safetensors or .pth; defaults to timm's pretrained weights.")
+    Path | None, typer.Option(help="File with weights, .safetensors or .pth; defaults to the model's own weights.")
 ]
 NumClasses = Annotated[
     int | None, typer.Option(min=1, help="Number of classes of the checkpoint, if it cannot be inferred.")
+]
+ModelArg = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Argument of the network as KEY=VALUE; may be repeated."),
 ]
 Mean = Annotated[
     str | None,
@@ -35,6 +42,29 @@ Std = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of images per batch.")]
 Workers = Annotated[int, typer.Option(min=0, help="Number of processes that load images.")]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, …; auto uses a GPU if there is one.")]
+
+
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE|FILE.py", help="Your own code to import first; may be repeated."),
+]
+
+
+def takes_imports(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option ``--import``, for code of the user that is imported before the command runs."""
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("imports", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Imports)
+    parameters = [*signature.parameters.values(), option]
+
+    @functools.wraps(command)
+    def run(*, imports: list[str] | None, **given: Any) -> None:
+        for name in imports or ():
+            import_code(name)
+        command(**given)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
 
 
 def takes_extraction_options(command: Callable[..., None]) -> Callable[..., None]:

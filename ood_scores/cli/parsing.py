@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ood_scores.atomic import replace_text, user_path
 from ood_scores.errors import BadInput
 from ood_scores.terminal import csv_text
+from ood_scores.user_code import import_referenced
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,12 +21,43 @@ if TYPE_CHECKING:
 TABLE_SUFFIXES = (".csv", ".json")
 
 
+def scorer_name(text: str) -> str:
+    """Return the name of a scorer, and import the code that it names, if any."""
+    from ood_scores.scorers.registry import SCORERS, scorer_class
+
+    import_referenced(text, SCORERS)
+    return scorer_class(text).name
+
+
+def import_named(model: str, datasets: Iterable[str], probes: Iterable[str]) -> None:
+    """Import the code that names on the command line stand for."""
+    import ood_scores.data.kinds
+    import ood_scores.models.kinds  # noqa: F401  registers every kind, as the line above
+    from ood_scores.data.kinds.base import DATASET_KINDS
+    from ood_scores.extraction.probes import PROBES, probe_from
+    from ood_scores.models.kinds.base import MODEL_KINDS
+
+    import_referenced(model, MODEL_KINDS)
+    for text in datasets:
+        import_referenced(text, DATASET_KINDS)
+    for text in probes:
+        import_referenced(text, PROBES)
+        probe_from(text)  # registers a class that is not registered
+
+
 def parameters(scorer: str, texts: Iterable[str]) -> dict[str, Any]:
     """Return ``key=value`` texts as parameters of a scorer, each with the type of its default."""
     from ood_scores.parameters import from_texts
     from ood_scores.scorers.registry import scorer_class
 
     return from_texts(scorer_class(scorer), texts, "--param key=value")
+
+
+def model_arguments(texts: Iterable[str] | None) -> dict[str, Any]:
+    """Return ``key=value`` texts as arguments of a network."""
+    from ood_scores.parameters import plain_values
+
+    return plain_values(texts or (), "--model-arg key=value")
 
 
 def layers(text: str | None) -> Layers | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ood_scores.cli import options
-from ood_scores.cli.parsing import check_table_path, parameters, write_table
+from ood_scores.cli.parsing import check_table_path, parameters, scorer_name, write_table
 from ood_scores.cli.printing import console
 from ood_scores.progress import showing_work
 from ood_scores.terminal import marked
@@ -41,11 +41,13 @@ def score(
       ood-scores score energy val.h5 --out scores.csv
       ood-scores score gradnorm val.h5 --param p=2 --param temperature=2
       ood-scores score mahalanobis textures.h5 --fit train.h5
+      ood-scores score my_scorers.py:MyScorer val.h5
     """
     import ood_scores
 
     check_table_path(out)
     feats = ood_scores.load(cache, device)
+    scorer = scorer_name(scorer)
     params = parameters(scorer, param or ())
     with showing_work(f"{scorer} …"):
         scores = ood_scores.score(scorer, feats, ood_scores.load(fit, device) if fit else None, **params)

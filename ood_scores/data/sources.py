@@ -11,8 +11,10 @@ from ood_scores.data.dataset_spec import expanded, located, parse
 from ood_scores.data.images import ImageDataset, Transform
 from ood_scores.data.kinds.base import DATASET_KINDS, DatasetKind
 from ood_scores.data.subsets import VIEWS, seen_through
+from ood_scores.data.user_functions import user_kind
 from ood_scores.errors import MissingData, UnknownName
 from ood_scores.registry import unknown
+from ood_scores.user_code import is_reference
 
 
 def open_dataset(
@@ -33,6 +35,9 @@ def open_dataset(
     - ``validation=0.1``: the share of each class that a training recipe with ``validation = 0.1`` holds out;
       ``without_validation=0.1``: the other images, on which it trains.
     - ``take=500``: the first 500 of every (N // 500)-th row; all rows if there are fewer.
+
+    ``FILE.py:FUNCTION?option=value`` is the dataset that a function of imported code returns; see
+    ``ood_scores.user_code``.
 
     In paths and other values, ``$NAME`` and ``${NAME}`` are environment variables and ``$$`` is a dollar sign.
 
@@ -71,6 +76,8 @@ def open_dataset(
 def _kind(spec: str, base: Path) -> DatasetKind:
     """Return the kind of dataset that a text names; the error for a path without a kind suggests one."""
     name = parse(spec).kind
+    if name not in DATASET_KINDS and is_reference(spec):
+        return user_kind(spec)
     if name not in DATASET_KINDS:
         path = located(spec.partition("?")[0], base)
         for suggested, kind in DATASET_KINDS.items():

@@ -34,8 +34,8 @@ from ood_scores.extraction.probes.base import probe_of, record_of
 from ood_scores.features import Provenance
 from ood_scores.features.migration import migrated
 from ood_scores.features.provenance import ProbeRecord
-from ood_scores.models.arguments import check_arguments
-from ood_scores.models.opening import load_model
+from ood_scores.models.opening import load_stored_model, require_known
+from ood_scores.models.origin import origin_of
 from ood_scores.models.running import architecture, model_device, unwrapped, weights_sha256
 from ood_scores.scorers.storage import load_scorer
 
@@ -58,7 +58,8 @@ def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model
         if with_model:
             _write_model(detector, new.place("model"))
         new.describe(_describe(detector))
-    if detector.transform is not None and detector.stored_preprocessing is None:
+    transform, own = detector.transform, _own_transform(detector.model)
+    if transform is not None and transform is not own and detector.stored_preprocessing is None:
         warnings.warn(
             f"the preprocessing is a function, {detector.transform_text}, which is not saved with the detector: pass "
             "it to Detector.load(path, preprocessing=...), or calibrate with an image processor, weights.transforms(), "
@@ -81,6 +82,8 @@ def load_parts(
             model = unwrapped(model)
             _require_weights(model, described["model"], folder)
         stored = described["preprocessing"]
+        if stored is None and described.get("example") and preprocessing is None:
+            preprocessing = _own_transform(model)
         parts = DetectorParts(
             forward=Forward(model, _read_options(described["run"])),
             scorer=load_scorer(files["scorer"]),
@@ -93,6 +96,12 @@ def load_parts(
         )
         _require_example(parts, described.get("example"), folder)
         return parts
+
+
+def _own_transform(model: nn.Module) -> Transform | None:
+    """Return the transform that comes with a model of the user's own code."""
+    origin = origin_of(model)
+    return origin.transform if origin else None
 
 
 def _describe(detector: DetectorParts) -> dict[str, Any]:
@@ -110,6 +119,7 @@ def _describe(detector: DetectorParts) -> dict[str, Any]:
         "model": {
             "architecture": architecture(detector.model),
             "weights_sha256": detector.weights,
+            "network": _network_of(detector)[0],
             "arguments": dict(detector.arguments),
             "channels_last": _is_channels_last(detector.model),
         },
@@ -183,11 +193,12 @@ def _read_calibration(file: Path, keep: float, delta: float | None) -> Calibrati
 
 def _write_model(detector: DetectorParts, file: Path) -> None:
     """Write the weights as a checkpoint of ``ood_scores.training``, if ``load_model`` restores the model from it."""
-    model, name = detector.model, architecture(detector.model)
-    if not (hasattr(model, "pretrained_cfg") and timm.is_model(name)):
+    model = detector.model
+    name, arguments = _network_of(detector)
+    if not (origin_of(model) or (hasattr(model, "pretrained_cfg") and timm.is_model(name))):
         return
-    check_arguments(name, detector.arguments)
-    facts = {"architecture": json.dumps(name), "arguments": json.dumps(dict(detector.arguments))}
+    require_known(name, arguments)
+    facts = {"architecture": json.dumps(name), "arguments": json.dumps(arguments)}
     state = {key: values.detach().cpu().contiguous().clone() for key, values in model.state_dict().items()}
     with replacing(file) as content:
         content.write(safetensors.torch.save(state, facts))
@@ -201,16 +212,24 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
         )
 
 
+def _network_of(detector: DetectorParts) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments that create the detector's network again."""
+    origin = origin_of(detector.model)
+    if origin is None:
+        return architecture(detector.model), dict(detector.arguments)
+    return origin.network, {**origin.network_arguments, **detector.arguments}
+
+
 def _difference(detector: DetectorParts, file: Path) -> str:
     """Return how the saved model differs from the detector's; "" if it does not."""
     model = detector.model
     try:
-        again = _load_network(file, architecture(model), _is_channels_last(model)).to(model_device(model))
+        again = _load_network(file, _network_of(detector)[0], _is_channels_last(model)).to(model_device(model))
     except OodScoresError as error:
         return str(error).rstrip(".")
     if weights_sha256(again) != detector.weights:
         return f"timm creates {architecture(model)} with other weights or buffers from its checkpoint"
-    if not torch.equal(_logits(detector, model), _logits(detector, again)):
+    if detector.transform and not torch.equal(_logits(detector, model), _logits(detector, again)):
         return f"timm creates {architecture(model)} with other logits"
     return ""
 
@@ -226,7 +245,7 @@ def _logits(detector: DetectorParts, model: nn.Module) -> Tensor:
 
 
 def _load_network(file: Path, name: str, channels_last: bool) -> nn.Module:
-    model = load_model(name, file)
+    model = load_stored_model(name, file)
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
@@ -242,7 +261,8 @@ def _model_in(folder: Path, file: Path | None, described: Mapping[str, Any]) -> 
             f"{folder} contains no model: pass the {described['architecture']} that it was calibrated with, "
             "Detector.load(path, model)."
         )
-    model = _load_network(file, described["architecture"], described["channels_last"])
+    name = described.get("network", described["architecture"])
+    model = _load_network(file, name, described["channels_last"])
     if weights_sha256(model) != described["weights_sha256"]:
         raise DamagedCache(
             f"timm {timm.__version__} creates a different {described['architecture']} from {file} than the "

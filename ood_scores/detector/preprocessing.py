@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,11 +24,14 @@ from torchvision.transforms._presets import ImageClassification
 
 from ood_scores.errors import BadInput, MissingInput
 from ood_scores.models.opening import preprocessing as timm_transform
+from ood_scores.models.origin import origin_of
+from ood_scores.models.processors import ProcessorTransform
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 Preprocessing: TypeAlias = Mapping[str, Any] | Transform
 
 PROCESSOR, PRESET = "image_processor", "image_classification"
+DESCRIBED = {PROCESSOR, PRESET}
 PRESET_PARAMETERS = ("crop_size", "resize_size", "mean", "std", "interpolation", "antialias")
 
 TEXTS = ("image_processor_type", "data_format")
@@ -39,16 +41,6 @@ FUNCTIONS = "a Hugging Face image processor, torchvision's weights.transforms(),
 
 EXAMPLE_SIZE = (320, 400)
 """Height and width of the image that shows what a transform returns; larger than most crops."""
-
-
-@dataclass(frozen=True)
-class ProcessorTransform:
-    """An image processor of transformers as a function from a PIL image to ``[C, H, W]``."""
-
-    processor: Any
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def preprocessing_of(model: nn.Module, given: Any) -> Preprocessing | None:
@@ -67,10 +59,13 @@ def preprocessing_of(model: nn.Module, given: Any) -> Preprocessing | None:
         BadInput: if an entry does not exist or has a wrong value; if entries are missing for a model that is not from
             timm; or if this is no function from an RGB image to a tensor.
     """
+    origin = origin_of(model)
+    if origin and origin.transform and (given is None or (isinstance(given, Mapping) and not given.keys() & DESCRIBED)):
+        given = timm_transform(model, **(given or {}))
     if given is None:
         return _timm_config(model, {}) if hasattr(model, "pretrained_cfg") else None
     if isinstance(given, Mapping):
-        return given if given.keys() & {PROCESSOR, PRESET} else _timm_config(model, given)
+        return given if given.keys() & DESCRIBED else _timm_config(model, given)
     transform = _function_of(given)
     expected = example_input(transform)
     described = _description(transform)

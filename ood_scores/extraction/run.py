@@ -26,6 +26,7 @@ from ood_scores.extraction.probes.base import record_of
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import shards
 from ood_scores.models.class_names import other_order
+from ood_scores.models.origin import origin_of
 from ood_scores.models.running import architecture, choose_device, unwrapped, weights_sha256
 from ood_scores.progress import stderr_console
 from ood_scores.runtime import Ranks, default_torch_state
@@ -145,6 +146,7 @@ def _named(feats: FeatureSet, name: str | None) -> FeatureSet:
 
 def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> Provenance:
     model, options, device = forward.model, forward.options, forward.device
+    origin = origin_of(model)
     loader = batches.loader
     inputs, labels = loaders.unpack(batches.example[1])
     text, root = loaders.data_text(loader)
@@ -173,4 +175,6 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
         label_order=getattr(getattr(loader, "dataset", None), "label_order", None),
         data_text=text,
         data_root=root,
+        model=origin.name if origin else None,
+        arguments=origin.unseen_arguments if origin else None,
     )

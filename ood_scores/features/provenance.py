@@ -43,7 +43,9 @@ class Provenance:
     dataset in a file that is one of several. ``label_order`` is the order of the labels if it is not the dataset's own,
     or the alphabetical one for folders. ``data_text`` opens the dataset with relative paths starting from
     ``data_root``, if its rows are those of the set, in order; see ``ood_scores.data.sources``. ``skipped`` lists the
-    rows of the dataset that the set lacks because they cannot be read, each with the reason.
+    rows of the dataset that the set lacks because they cannot be read, each with the reason. ``model`` is the name that
+    ``load_model`` opened, and ``arguments`` are those of the network that its weights do not show; both are None for
+    other models.
     """
 
     architecture: str
@@ -71,6 +73,8 @@ class Provenance:
     data_text: str | None = None
     data_root: str | None = None
     skipped: tuple[tuple[int, str], ...] = ()
+    model: str | None = None
+    arguments: Mapping[str, Any] | None = None
 
     NOT_IN_DIGEST: ClassVar = frozenset({"skipped"})
     """Sets with different skipped rows have different times of creation."""
@@ -78,6 +82,7 @@ class Provenance:
     FINGERPRINT = (
         ("architecture", "architecture"),
         ("weights_sha256", "weights"),
+        ("arguments", "arguments of the network"),
         ("requested_head", "requested head"),
         ("dataset_rows", "number of rows"),
         ("labelled", "labels present"),
@@ -140,7 +145,10 @@ class Provenance:
     def differences(self, other: Provenance) -> dict[str, tuple[Any, Any]]:
         """Return the parts of the fingerprint that differ, by title, as the value here and the other one."""
         pairs = {title: (getattr(self, name), getattr(other, name)) for name, title in self.FINGERPRINT}
-        return {title: (mine, theirs) for title, (mine, theirs) in pairs.items() if mine != theirs}
+        differ = {title: (mine, theirs) for title, (mine, theirs) in pairs.items() if mine != theirs}
+        if None in (self.arguments, other.arguments):  # of a model that was not opened by its name
+            differ.pop("arguments of the network", None)
+        return differ
 
     def require_same(self, other: Provenance, file: str) -> None:
         """Check that ``other`` has the same fingerprint.
@@ -161,6 +169,7 @@ class Provenance:
         values = asdict(self)
         values |= {name: json.dumps(values[name]) for name in ("versions", "probes")}
         values["skipped"] = json.dumps(self.skipped) if self.skipped else None
+        values["arguments"] = None if self.arguments is None else json.dumps(self.arguments)
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
@@ -172,7 +181,8 @@ class Provenance:
         values = {field.name: _plain(known.get(field.name)) for field in fields(cls)}
         probes = tuple(ProbeRecord(**record) for record in json.loads(values["probes"] or "[]"))
         skipped = tuple((int(row), str(reason)) for row, reason in json.loads(values["skipped"] or "[]"))
-        return cls(**values | {"versions": json.loads(values["versions"]), "probes": probes, "skipped": skipped})
+        read = {name: json.loads(values[name] or "null") for name in ("versions", "arguments")}
+        return cls(**values | read | {"probes": probes, "skipped": skipped})
 
 
 def to_json(value: Any) -> Any:

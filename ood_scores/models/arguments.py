@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, model_entrypoint
 from torch import nn
 
 from ood_scores.errors import BadInput
+from ood_scores.registry import did_you_mean
 
 ALWAYS = frozenset({"num_classes", "in_chans"})
 """Arguments that every network takes."""
@@ -38,13 +39,17 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         BadInput: if one is not an argument of the network's own constructor, or is not a plain value: a number, a
             boolean, a word, None, or a list of those.
     """
-    own = _own_arguments(model_entrypoint(name)) | ALWAYS
+    check_plain(name, arguments, own_arguments(model_entrypoint(name)) | ALWAYS)
+
+
+def check_plain(name: str, arguments: Mapping[str, Any], own: Collection[str]) -> None:
+    """Check that arguments are among a network's own, and that their values are plain; see ``check_arguments``."""
     for key, value in arguments.items():
         if key not in own:
             raise BadInput(
-                f"{key!r} is not an argument of the network {name!r}: remove it. Only arguments of the network itself "
-                "are accepted, because others of timm.create_model can fetch and write files; to use weights of your "
-                "own, set the checkpoint."
+                f"{key!r} is not an argument of the network {name!r}: remove it{did_you_mean(key, own)}. Only "
+                "arguments of the network itself are accepted, because others can fetch and write files; to use "
+                "weights of your own, set the checkpoint."
             )
         if not _is_plain(value):
             raise BadInput(
@@ -53,8 +58,8 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _own_arguments(entrypoint: Callable[..., Any]) -> set[str]:
-    """Return the parameters of the networks and configurations in the module of an entry point of timm."""
+def own_arguments(entrypoint: Callable[..., Any]) -> set[str]:
+    """Return the parameters of the networks and configurations in the module of a function that creates a network."""
     module = vars(sys.modules[entrypoint.__module__]).values()
     classes = (each for each in module if isinstance(each, type))
     networks = [each for each in classes if issubclass(each, nn.Module) or is_dataclass(each)]

@@ -38,6 +38,9 @@ WRAPPERS = (
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 """Starts of all names, from wrappers such as DistributedDataParallel, torch.compile, AveragedModel, and Lightning."""
 
+INDEX = "model.safetensors.index.json"
+"""The name under which transformers stores the list of the files of a sharded checkpoint."""
+
 DEEPEST = 3
 """The number of mappings inside each other in which weights are looked for."""
 
@@ -67,14 +70,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the weights of a checkpoint by name, without the wrappers and prefixes that training scripts add.
 
     The content decides the format, not the suffix. If the file is a mapping, the weights are looked for under
-    ``WRAPPERS`` first; otherwise the only mapping from names to tensors in it is taken.
+    ``WRAPPERS`` first; otherwise the only mapping from names to tensors in it is taken. The index of a sharded
+    checkpoint, such as ``INDEX``, stands for the files in its folder that it lists.
 
     Raises:
         CheckpointError: if the file is missing or damaged, contains no weights or several sets of them, or would run
             code when opened.
     """
     path = user_path(path)
-    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    content = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
     state = without_prefix(clean_state_dict(_without_average_count(_weights_in(content, path))))
     for name, values in state.items():
         if values.is_meta:
@@ -98,7 +102,7 @@ def arguments_of(path: Path, name: str) -> dict[str, Any]:
         known = "arguments" in facts and json.loads(facts.get("architecture", "null")) == name
         arguments = json.loads(facts["arguments"]) if known else {}
     except (safetensors.SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} has damaged metadata ({_short(error)}): restore it.") from error
+        raise CheckpointError(f"{path} has damaged metadata ({first_sentence(error)}): restore it.") from error
     if not isinstance(arguments, dict):
         raise CheckpointError(f"{path} has damaged metadata (its arguments are not a table): restore it.")
     return arguments
@@ -122,6 +126,32 @@ def shared_prefix(state: Mapping[str, Any]) -> str:
     return found
 
 
+def _read_file(path: Path) -> Any:
+    return _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """Return the weights in the files that an index lists."""
+    try:
+        places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {index}: check the path.") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index} is not the index of a sharded checkpoint ({error!r:.200}): restore it."
+        ) from error
+    state: dict[str, Any] = {}
+    for name in sorted(set(map(str, places.values()))):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} lists {name!r}, which is not a file in its folder: restore it.")
+        content = _read_file(index.with_name(name))
+        state |= content if isinstance(content, dict) else {}
+    missing = sorted(places.keys() - state.keys())
+    if missing:
+        raise CheckpointError(f"{index} lists {missing[0]}, which is not in {places[missing[0]]}: restore both.")
+    return state
+
+
 def _is_safetensors(path: Path) -> bool:
     """Return whether a file starts like a safetensors file, or is called one and nothing else."""
     if not path.exists():
@@ -132,7 +162,7 @@ def _is_safetensors(path: Path) -> bool:
         with open(path, "rb") as file:
             start = file.read(9)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({_short(error)}): check its permissions.") from error
+        raise CheckpointError(f"{path} cannot be read ({first_sentence(error)}): check its permissions.") from error
     header = int.from_bytes(start[:8], "little")
     is_zip = start.startswith(b"PK\x03\x04")
     return (start[8:] == b"{" and header <= path.stat().st_size) or (path.suffix == ".safetensors" and not is_zip)
@@ -142,7 +172,9 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # of the library, of torch, or of the disk; the file may hold anything
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({_short(error)}): restore it.") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({first_sentence(error)}): restore it."
+        ) from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -156,8 +188,9 @@ def _read_pickle(path: Path) -> Any:
         if wanted is None:
             raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint: restore it.") from error
         raise CheckpointError(
-            f"{path} was not opened because that would call {wanted[1]}: if you trust the file, save only its "
-            "state_dict, preferably as safetensors."
+            f"{path} was not opened because that would call {wanted[1]}. If you trust the file, save its weights alone "
+            f"in Python:\n  model = torch.load({str(path)!r}, weights_only=False)\n"
+            f"  torch.save(model.state_dict(), {f'{path.stem}_weights.pth'!r})"
         ) from error
 
 
@@ -207,6 +240,6 @@ def _without_average_count(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: values for name, values in state.items() if not (averaged and name == "n_averaged")}
 
 
-def _short(error: Exception) -> str:
-    """Return the first sentence of an error."""
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of an error, at most 200 characters."""
     return re.split(r"\.\s|\n", str(error), maxsplit=1)[0].rstrip(".")[:200]

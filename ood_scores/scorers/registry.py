@@ -7,8 +7,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ood_scores.errors import BadInput
 from ood_scores.parameters import require_known
 from ood_scores.registry import Registry
+from ood_scores.user_code import is_reference, referenced
 
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
@@ -44,10 +46,18 @@ def list_scorers(pattern: str = "*") -> list[str]:
 def scorer_class(name: str) -> type[Scorer]:
     """Return the class registered under a name or an alias (see ``registered_name``), which a warning then translates.
 
+    ``FILE.py:CLASS`` is a class in code that has been imported. It is registered under this text, unless it has a name.
+
     Raises:
         UnknownName: if no scorer has this name; the message lists all names.
+        BadInput: if the text names code that has not been imported, or something other than a scorer.
     """
-    return SCORERS[name]
+    if name in SCORERS or not is_reference(name):
+        return SCORERS[name]
+    cls = referenced(name)
+    if not isinstance(cls, type) or not hasattr(cls, "score_block"):
+        raise BadInput(f"{name} is not a scorer: name a class that inherits ood_scores.Scorer.")
+    return cls if is_registered(cls) else SCORERS.register(name)(cls)
 
 
 def registered_name(name: str) -> str | None:

@@ -145,11 +145,13 @@ def _describe(scorer: Scorer, prefix: str, tensors: dict[str, Tensor]) -> dict[s
 
 def _remake(described: Mapping[str, Any], stored: Any) -> Scorer:
     """Create the scorer from its description."""
-    if described["name"] not in list_scorers():
+    try:
+        scorer_class(described["name"])
+    except (UnknownName, BadInput) as error:
         raise UnknownName(
-            f"the file holds a scorer {described['name']!r}, which is not registered: import the module that "
-            f"registers it first. Registered scorers: {', '.join(list_scorers())}."
-        )
+            f"the file holds a scorer {described['name']!r}, which is not registered: import the module that registers "
+            f"it first (--import on the command line). Registered scorers: {', '.join(list_scorers())}."
+        ) from error
     parameters = {name: _decode(value, stored) for name, value in described["parameters"].items()}
     cls = scorer_class(described["name"])
     check_types(cls, parameters, cls.name)

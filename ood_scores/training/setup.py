@@ -25,8 +25,10 @@ from ood_scores.data.sources import open_dataset
 from ood_scores.data.subsets import validation_split
 from ood_scores.errors import BadInput, BadLabels, CheckpointError, MissingInput
 from ood_scores.models.checkpoints import read_checkpoint
+from ood_scores.models.filling import fill
+from ood_scores.models.kinds.timm_names import make
 from ood_scores.models.networks.classifier import batchnorms, linear_classifier
-from ood_scores.models.opening import fill, make, preprocessing
+from ood_scores.models.opening import preprocessing
 from ood_scores.training.augment import Augmentation, augmentation, random_resized_crop, seed_of
 from ood_scores.training.distributed import Processes
 from ood_scores.training.objectives import Objective, create_objective, objective_class

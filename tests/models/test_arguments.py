@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 import ood_scores
 from ood_scores.errors import BadInput, CheckpointError
 from ood_scores.models.arguments import check_arguments
-from ood_scores.models.opening import load_model, make
+from ood_scores.models.kinds.timm_names import make
+from ood_scores.models.opening import load_model
 
 FETCHING: dict[str, Any] = {
     "pretrained": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from ood_scores.errors import CheckpointError
 from ood_scores.models.checkpoints import read_checkpoint
-from ood_scores.models.opening import fill, load_model
+from ood_scores.models.filling import fill
+from ood_scores.models.opening import load_model
 
 State = dict[str, Tensor]
 
@@ -168,3 +170,54 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, state: State) -> None:
     with pytest.raises(CheckpointError, match=r"would call posix\.mkdir"):
         read_checkpoint(tmp_path / "c.pth")
     assert not (tmp_path / "made").exists()
+
+
+# ---- several files
+
+
+def sharded(state: State, folder: Path) -> Path:
+    names = sorted(state)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, own in parts.items():
+        save_file({name: state[name] for name in own}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {name: file for file in parts for name in parts[file]}}))
+    return index
+
+
+def test_sharded_checkpoint_is_all_its_files(state: State, tmp_path: Path) -> None:
+    found = read_checkpoint(sharded(state, tmp_path))
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_damaged_index_ends_in_checkpoint_error(state: State, tmp_path: Path) -> None:
+    index = sharded(state, tmp_path)
+    whole = json.loads(index.read_text())["weight_map"]
+    first = next(iter(whole))
+    for content, message in [
+        ("{", "is not the index of a sharded checkpoint"),
+        ("[1]", "is not the index of a sharded checkpoint"),
+        (json.dumps({"weight_map": {first: "../model.safetensors"}}), "which is not a file in its folder"),
+        (json.dumps({"weight_map": {first: "absent.safetensors"}}), "there is no checkpoint"),
+        (json.dumps({"weight_map": whole | {"extra": whole[first]}}), "lists extra, which is not in model-0000"),
+    ]:
+        index.write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(index)
+    index.unlink()
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        read_checkpoint(index)
+
+
+def test_error_for_a_pickled_module_contains_the_lines_that_convert_it(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(resnet(num_classes=7), tmp_path / "whole.pth")
+    with pytest.raises(CheckpointError, match=r"would call .*CifarResNet") as refused:
+        read_checkpoint(tmp_path / "whole.pth")
+    lines = [line.strip() for line in str(refused.value).split("\n")[1:]]
+    exec("\n".join(["import torch", *lines]), {})
+    found = read_checkpoint(tmp_path / "whole_weights.pth")
+    assert found.keys() == resnet(num_classes=7).state_dict().keys()

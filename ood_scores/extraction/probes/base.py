@@ -18,6 +18,7 @@ from ood_scores.extraction.outputs import logits_of
 from ood_scores.features.provenance import ProbeRecord, from_json, to_json
 from ood_scores.parameters import from_texts, require_known
 from ood_scores.registry import Registry
+from ood_scores.user_code import defined, is_reference, referenced, split_reference
 
 PROBES: Registry[type[Probe]] = Registry("probe")
 """The probe classes by their default names."""
@@ -137,16 +138,30 @@ def register_probe(cls: P) -> P:
 def probe_from(text: str) -> Probe:
     """Create a probe from its ``name``, or from ``name:key=value,key=value`` with parameters.
 
+    The name may be ``FILE.py:CLASS`` or ``MODULE:CLASS`` in code that has been imported.
+
     Raises:
         UnknownName: if there is no such probe, or it has no such parameter.
-        BadInput: if a parameter has a value of the wrong type.
+        BadInput: if a parameter has a value of the wrong type, or the name is that of code that has not been imported.
     """
     name, _, rest = text.partition(":")
+    if name not in PROBES and is_reference(text):
+        name, rest = _registered_reference(text)
     cls = PROBES[name]
     texts = re.split(r",(?![^(]*\))", rest) if rest else []
     params = from_texts(cls, texts, f"{name}:key=value,key=value")
     require_known(cls, params, f"probe {name!r}")
     return cls(**params)
+
+
+def _registered_reference(text: str) -> tuple[str, str]:
+    """Register the probe of the user's code that a text starts with; return its name and the rest of the text."""
+    module, attribute, rest = split_reference(text) or ("", "", "")
+    cls = referenced(f"{module}:{attribute}")
+    if not isinstance(cls, type) or not issubclass(cls, Probe):
+        raise BadInput(f"{module}:{attribute} is not a probe: name a class that inherits ood_scores.probes.Probe.")
+    register_probe(cls)
+    return cls.name, rest.removeprefix(":")
 
 
 def as_probes(layers: Layers | None, probes: Iterable[str | Probe]) -> list[Probe]:
@@ -184,12 +199,15 @@ def probe_of(record: ProbeRecord) -> Probe:
         BadInput: if its class is not registered, or a parameter cannot be restored.
     """
     classes = {cls.__qualname__: cls for cls in PROBES.values()}
+    own = defined(record.kind)
+    if isinstance(own, type) and issubclass(own, Probe):
+        classes.setdefault(record.kind, own)
     try:
         return classes[record.kind](**{name: from_json(value) for name, value in record.parameters.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
             f"cannot create the probe {record} again; registered are {', '.join(sorted(classes))}: import the module "
-            "that registers it first."
+            "that registers it first (--import on the command line)."
         ) from error
 
 

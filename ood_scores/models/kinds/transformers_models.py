@@ -1,0 +1,160 @@
+"""Models of Hugging Face's transformers: ``hf:OWNER/NAME`` on the hub, or a folder that ``save_pretrained`` wrote.
+
+The class is the one that saved the model, one of transformers itself: code in a repository is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ood_scores.errors import BadInput, CheckpointError, MissingInput, UnknownName
+from ood_scores.models.checkpoints import first_sentence
+from ood_scores.models.hub import hub_file, unreachable
+from ood_scores.models.kinds.base import MODEL_KINDS, ModelKind
+from ood_scores.models.processors import ProcessorTransform
+
+CLASSES = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification", "Model")
+"""Endings of the names of classes that are opened."""
+
+DESCRIPTION = "config.json"
+PROCESSOR = "preprocessor_config.json"
+
+
+class TransformersModel(ModelKind):
+    """A repository of the hub, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, or a folder."""
+
+    form = "hf:OWNER/NAME"
+    offline = False
+
+    def check(self, target: str, arguments: Mapping[str, Any]) -> None:
+        if not target:
+            raise BadInput(f"the name of the model is missing: write {self.form}, or hf:FOLDER.")
+        others = sorted(arguments.keys() - {"num_classes"})
+        if others:
+            raise BadInput(f"a model of transformers has no argument {others[0]!r}: its config.json has all of them.")
+
+    def create(self, target: str, arguments: Mapping[str, Any]) -> nn.Module:
+        return _created(self._class_name(target), self._config(target), arguments.get("num_classes"))
+
+    def open(self, target: str, arguments: Mapping[str, Any]) -> nn.Module:
+        cls = _model_class(self._class_name(target))
+        where, options = _place(target)
+        try:
+            model, found = cls.from_pretrained(where, output_loading_info=True, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            if Path(where).is_dir():
+                raise CheckpointError(
+                    f"transformers cannot open the weights in {where} ({first_sentence(error)}): save the model again."
+                ) from error
+            raise unreachable(target, error) from error
+        lacking = [*found["missing_keys"], *found["mismatched_keys"]]
+        if lacking:
+            raise CheckpointError(f"{target} has no weights for {lacking[0]} of {cls.__name__}: save the model again.")
+        for parameter in model.parameters():  # mapped from the file, whose alignment changes how sums are rounded
+            parameter.data = parameter.data.clone()
+        return model
+
+    def transform(self, model: nn.Module, target: str) -> ProcessorTransform | None:
+        try:
+            self._file(target, PROCESSOR)
+        except CheckpointError:
+            return None
+        where, options = _place(target)
+        return ProcessorTransform(_library().AutoImageProcessor.from_pretrained(where, **options))
+
+    def again(self, model: nn.Module, target: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        config: Any = model.config
+        return f"transformers:{type(model).__name__}", {"config": json.loads(config.to_json_string(use_diff=False))}
+
+    def _class_name(self, target: str) -> str:
+        names = self._config(target).get("architectures") or [None]
+        return str(names[0])
+
+    def _config(self, target: str) -> dict[str, Any]:
+        path = self._file(target, DESCRIPTION)
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is not a description of a model ({error}): save the model again.") from error
+
+    def _file(self, target: str, name: str) -> Path:
+        where, _ = _place(target)
+        if not Path(where).is_dir():
+            return hub_file(target, (name,))
+        if not (Path(where) / name).is_file():
+            raise CheckpointError(f"there is no {name} in {where}: pass a folder that save_pretrained wrote.")
+        return Path(where) / name
+
+
+class TransformersClass(ModelKind):
+    """A class of transformers, whose configuration is the argument ``config``. Detectors store this kind."""
+
+    form = "transformers:CLASS"
+
+    def check(self, target: str, arguments: Mapping[str, Any]) -> None:
+        others = sorted(arguments.keys() - {"config", "num_classes"})
+        if others:
+            raise BadInput(f"a model of transformers has no argument {others[0]!r}: remove it.")
+        _model_class(target)
+
+    def create(self, target: str, arguments: Mapping[str, Any]) -> nn.Module:
+        if not isinstance(arguments.get("config"), Mapping):
+            raise BadInput(
+                f"{self.form} is for detectors, which store a configuration: write hf:OWNER/NAME or hf:FOLDER."
+            )
+        return _created(target, dict(arguments["config"]), arguments.get("num_classes"))
+
+    def open(self, target: str, arguments: Mapping[str, Any]) -> nn.Module:
+        raise BadInput(f"{self.form} has no weights of its own: write hf:OWNER/NAME or hf:FOLDER.")
+
+    def again(self, model: nn.Module, target: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        return f"transformers:{target}", dict(arguments)
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingInput("models of Hugging Face need transformers: pip install transformers.") from error
+    return transformers
+
+
+def _place(target: str) -> tuple[str, dict[str, Any]]:
+    """Return the folder or repository that a name stands for, and the arguments of ``from_pretrained``."""
+    folder = Path(target).expanduser()
+    if folder.is_dir():
+        return str(folder), {"local_files_only": True}
+    name, _, revision = target.partition("@")
+    return name, {"revision": revision} if revision else {}
+
+
+def _model_class(name: str) -> Any:
+    transformers = _library()
+    cls = getattr(transformers, name, None) if name.endswith(CLASSES) else None
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel) or name.startswith("Timm"):
+        raise UnknownName(
+            f"transformers {transformers.__version__} has no classifier or encoder {name!r}: write hf-hub:OWNER/NAME "
+            "for a model of timm, and FILE.py:FUNCTION for a class of your own."
+        )
+    return cls
+
+
+def _created(class_name: str, config: dict[str, Any], num_classes: int | None) -> nn.Module:
+    cls = _model_class(class_name)
+    try:
+        described = cls.config_class.from_dict(config | {"use_pretrained_backbone": False})
+        if num_classes is not None:
+            described.num_labels = num_classes
+        model = cls(described)
+    except Exception as error:  # of a configuration with any content
+        raise BadInput(f"{class_name} cannot be created ({first_sentence(error)}): check its configuration.") from error
+    return model.to(described.dtype or next(model.parameters()).dtype)
+
+
+MODEL_KINDS["hf"] = TransformersModel()
+MODEL_KINDS["transformers"] = TransformersClass()
