@@ -26,7 +26,7 @@ from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.features.statistics.row_hashes import shared_rows
 from ood_scores.models.running import unwrapped, weights_sha256
 from ood_scores.runtime import default_torch_state
-from ood_scores.scorers.base import Scorer, as_scorer
+from ood_scores.scorers.base import Scorer, as_scorer, fit_all
 from ood_scores.scorers.requirements import probes_for
 
 Data = OneSet | Iterable[Any]
@@ -108,7 +108,7 @@ def calibrate(
     fit_set = None
     if fit is not None and ready.fit_needs:
         fit_set = as_set(fit, "fit", (*ready.fit_needs, *ready.needs))
-        ready.fit(fit_set)
+        fit_all([ready], fit_set, hashed=True)
     id_set = as_set(id, "id", ready.needs)
     _warn_of_same_data(ready, fit_set, id_set, fit is id)
     for text in label_warnings(id_set, "ID set"):

@@ -113,7 +113,7 @@ def _score_all(
 ) -> tuple[Scores, dict[str, str]]:
     """Fit and score all scorers, and raise the first error. ``correct`` is scored on the first set only."""
     if fit is not None:
-        fit_all(chosen.values(), fit)
+        fit_all(chosen.values(), fit, hashed=True)
     for feats in sets:
         for scorer in chosen.values():
             scorer.check_ready(feats)

@@ -231,6 +231,7 @@ def fit_all(
     *,
     block_rows: int | None = None,
     spent: list[Cost] | None = None,
+    hashed: bool = False,
 ) -> None:
     """Fit every scorer that needs a fit, from statistics collected in one pass over the set.
 
@@ -240,6 +241,7 @@ def fit_all(
         block_rows: rows per block; by default, ``FeatureSet.blocks`` chooses it.
         spent: a list to which the cost of each scorer is appended, 0 if it needs no fit. A statistic shared by
             several scorers is charged to the first of them; a statistic stored with the cache is charged to none.
+        hashed: whether to compute ``RowHashes`` of the set in the same pass, if the fits read its features.
 
     Raises:
         EmptyInput, MissingInput, NotFinite, BadLabels: as ``Scorer.fit``.
@@ -252,8 +254,8 @@ def fit_all(
         scorer.fitted_widths = None
     by_statistic: dict[Statistic, Cost] = {}
     wanted: list[Statistic] = [statistic for scorer in fitted for statistic in scorer.statistics()]
-    reads_features = any("features" in statistic.reads for statistic in wanted)
-    found = collect(feats, [*wanted, *[ROW_HASHES] * reads_features], by_statistic)
+    hashed = hashed and any("features" in statistic.reads for statistic in wanted)
+    found = collect(feats, [*wanted, *[ROW_HASHES] * hashed], by_statistic)
     costs = {id(scorer): Cost() for scorer in scorers}
     for number, scorer in enumerate(fitted):
         working("fitting", len(fitted), "scorers")  # again for each, because a shaper fits its base
@@ -272,9 +274,12 @@ def fit_all(
 def fit_each(
     scorers: Sequence[Scorer], feats: FeatureSet, *, spent: list[Cost] | None = None
 ) -> list[OodScoresError | None]:
-    """Fit all scorers with ``fit_all``, or one at a time if that fails, and return the error of each, or None."""
+    """Fit all scorers with ``fit_all``, or one at a time if that fails, and return the error of each, or None.
+
+    ``RowHashes`` of the set are computed in the same pass.
+    """
     try:
-        fit_all(scorers, feats, spent=spent)
+        fit_all(scorers, feats, spent=spent, hashed=True)
         return [None] * len(scorers)
     except OodScoresError:
         return [_fit_error(scorer, feats, spent) for scorer in scorers]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ood_scores.features import Sets, as_feature_set
 from ood_scores.features.statistics.row_hashes import shared_rows, warn_of_overlaps
-from ood_scores.scorers.base import Scorer, as_scorer, score_all
+from ood_scores.scorers.base import Scorer, as_scorer, fit_all, score_all
 
 
 def score(
@@ -35,7 +35,7 @@ def score(
     ready, feats = as_scorer(scorer, **params), as_feature_set(feats)
     fit_set = as_feature_set(fit) if fit is not None and ready.fit_needs else None
     if fit_set is not None:
-        ready.fit(fit_set)
+        fit_all([ready], fit_set, hashed=True)
     ready.check_ready(feats)
     (scores,) = score_all([ready], feats, hashed=fit_set is not None)
     if fit_set is not None:

@@ -526,6 +526,9 @@ def test_one_pass_serves_all_statistics(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(feats is fit for feats in passes) == 1
     assert set(fit.statistics) == {SampledRows(), FeatureMean(), ClassMoments(), Rows(True), RowHashes()}
     passes.clear()
+    score("mahalanobis", FEATS, fit=feature_set(0, 140))
+    assert len(passes) == 2  # the rows of both sets are hashed in the passes that fit and score
+    passes.clear()
     create_scorer("react", base="mahalanobis").fit(fit)
     assert sum(feats is fit for feats in passes) == 1  # the shaped rows; the quantiles are known already
     assert ClassMoments() in fit.statistics
