@@ -7,7 +7,7 @@ import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -69,7 +69,8 @@ class Source:
 
 def hints_of(cls: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
     """The types of the fields of a dataclass."""
-    return {key: hint for key, hint in get_type_hints(cls).items() if key not in leave_out}
+    hints = get_type_hints(cls)
+    return {each.name: hints[each.name] for each in fields(cls) if each.name not in leave_out}
 
 
 def read(path: Path, table: Table, what: str) -> tuple[Raw, list[Source]]:

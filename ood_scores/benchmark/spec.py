@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+from ood_scores.evaluation.metrics import Rule
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes import Probe
 from ood_scores.scorers import Scorer, create_scorer, list_scorers
@@ -191,6 +192,8 @@ class Part:
         relabel: whether rows of OoD datasets with a label of 0 or above show an ID class and count as ID (SC-OOD).
         measures: other figures of each model: ``neural_collapse`` (on the fit set), ``long_tail``. Either their names,
             or their options by name: ``[measures.neural_collapse] normalize = true``.
+        rule: threshold of FPR95, see ``evaluation.metrics.fpr_at_tpr_id``: ``first``, or ``nearest`` as in the code of
+            several papers. Intervals are always those of ``first``.
         preprocessing: changes of the models' preprocessing.
         extraction: options of the extraction.
         search: parameters of scorers to tune on validation sets.
@@ -210,6 +213,7 @@ class Part:
     notes: str = ""
     relabel: bool = False
     measures: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
+    rule: Rule = "first"
     preprocessing: Preprocessing = Preprocessing()
     extraction: Extraction = Extraction()
     search: Search | None = None

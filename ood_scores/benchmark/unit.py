@@ -201,7 +201,7 @@ def _table(
                     "scorer": label,
                     "ood": name,
                     "group": "near" if name in part.near else "far",
-                    **_compared(known.scores[number].numpy(), other.scores[number].numpy()),
+                    **_compared(known.scores[number].numpy(), other.scores[number].numpy(), part.rule),
                     "id_accuracy": accuracy,
                     "fit_seconds": each.fit_seconds,
                     "score_microseconds": 1e6 * each.score_seconds / each.rows,
@@ -223,8 +223,8 @@ def _sides(part: Part, sets: Mapping[str, SetScores], ood: str) -> tuple[SetScor
     return _rows(inside, torch.tensor([name in ours for name in inside.names])[inside.origins]), sets[ood]
 
 
-def _compared(inside: np.ndarray, outside: np.ndarray) -> dict[str, Any]:
-    figures = dict(metrics.compare(inside, outside))
+def _compared(inside: np.ndarray, outside: np.ndarray, rule: metrics.Rule) -> dict[str, Any]:
+    figures = dict(metrics.compare(inside, outside, rule=rule))
     for metric in metrics.headline_metrics():
         found = interval(metric.name, inside, outside)
         figures |= zip(interval_columns(metric), (found.low, found.high), strict=True)

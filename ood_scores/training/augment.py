@@ -32,14 +32,14 @@ class Augmentation:
     Attributes:
         pixels: Operations on uint8 images, in order.
         colors: Operations on float images, applied afterwards.
-        opening_crop: Whether each image is cropped at random from the file before it is resized, so that images cannot
-            be held in memory.
+        opening_crop: Smallest share of the area of an image that a random crop of the file keeps before it is resized;
+            None for no such crop. Images that are cropped cannot be held in memory.
         color_only: Whether the images need three channels.
     """
 
     pixels: tuple[Operation, ...] = ()
     colors: tuple[Operation, ...] = ()
-    opening_crop: bool = False
+    opening_crop: float | None = None
     color_only: bool = False
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
@@ -140,13 +140,13 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def random_resized_crop(
-    image: Image.Image, size: tuple[int, int], resample: Image.Resampling, seed: int
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling, seed: int, smallest: float = 0.08
 ) -> Image.Image:
-    """Crop as ``RandomResizedCrop``: 8 to 100% of the area, aspect ratio 3/4 to 4/3, ``size`` (height, width)."""
+    """Crop as ``RandomResizedCrop``: share ``smallest`` to 1, aspect ratio 3/4 to 4/3, ``size`` (height, width)."""
     draw = random.Random(seed)
     wide, high = image.size
     for _ in range(10):
-        area = wide * high * draw.uniform(0.08, 1)
+        area = wide * high * draw.uniform(smallest, 1)
         aspect = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= wide and 0 < height <= high:
@@ -184,7 +184,8 @@ AUGMENTATIONS: Registry[Augmentation] = Registry(
         "crop_flip": Augmentation((crop, flip)),
         "rna": Augmentation((crop, flip), (jitter, some_gray), color_only=True),
         "small_crops": Augmentation((flip,), (small_crops,)),
-        "imagenet": Augmentation((flip,), opening_crop=True),
+        "imagenet": Augmentation((flip,), opening_crop=0.08),
+        "imagenet_lt": Augmentation((flip,), (jitter, some_gray), opening_crop=0.2, color_only=True),
     },
 )
 """Augmentations by name.
@@ -194,6 +195,8 @@ AUGMENTATIONS: Registry[Augmentation] = Registry(
 - ``crop_flip``: ``RandomCrop(32, padding=4)`` and random flip, for CIFAR.
 - ``rna``: crop_flip, then ``ColorJitter(0.4, 0.4, 0.4, 0.1)`` with probability 0.8 and grayscale with probability 0.2
   (Shin et al. 2024).
-- ``small_crops``: 5 to 25% of an image, as a substitute for OoD images (Shin et al. 2024, Table 7).
+- ``small_crops``: 5 to 25% of an image, as a substitute for OoD images (Shin et al. 2024, Table 6).
 - ``imagenet``: ``RandomResizedCrop`` of the file and random flip.
+- ``imagenet_lt``: ``RandomResizedCrop`` with at least 20% of the area, random flip, and the colors of ``rna``
+  (the code of Wang et al. 2022 and Shin et al. 2024).
 """

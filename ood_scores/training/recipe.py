@@ -72,11 +72,14 @@ class AuxiliaryTable:
             augmentation.
         augmentation: Name of the augmentation; defaults to that of the training images.
         batch_size: Number of OoD images in each step; defaults to the number of ID images.
+        repeat: Whether the images are repeated as long as there are ID images. Otherwise an epoch ends when they are
+            used up, as in the code of Shin et al. (2024), which zips the two loaders.
     """
 
     data: str
     augmentation: str | None = None
     batch_size: int | None = None
+    repeat: bool = True
 
     def __post_init__(self) -> None:
         _require(self.batch_size is None or self.batch_size >= 1, "auxiliary.batch_size", self.batch_size, "at least 1")
@@ -125,19 +128,23 @@ class ScheduleTable:
         name: ``constant``; ``steps``, which multiplies by ``gamma`` at each milestone; or ``cosine``, from lr to 0.
         milestones: Numbers of completed epochs of the stage.
         gamma: Factor at each milestone.
+        per_step: Whether ``cosine`` changes the learning rate in every step instead of every epoch.
     """
 
     name: Literal["constant", "steps", "cosine"] = "constant"
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
+    per_step: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self, "schedule")
+        if self.per_step and self.name != "cosine":
+            raise BadInput('per_step belongs to [schedule] name = "cosine": remove it.')
         if (self.name == "steps") != bool(self.milestones):
             raise BadInput('milestones and [schedule] name = "steps" belong together: set both or neither.')
 
-    def factor(self, epoch: int, epochs: int) -> float:
-        """Return the factor of the learning rate in an epoch, counted from 0, of a stage of ``epochs`` epochs."""
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return the factor of the learning rate after ``epoch`` of the ``epochs`` epochs of a stage."""
         if self.name == "cosine":
             return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
@@ -170,9 +177,10 @@ class Stage:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
-    def lr(self, epoch: int) -> float:
-        """Return the learning rate of an epoch of this stage, counted from 0."""
-        return self.optimizer.lr * self.schedule.factor(epoch, self.epochs)
+    def lr(self, epoch: int, step: int = 0, steps: int = 1) -> float:
+        """Return the learning rate of a step, of ``steps`` steps, of an epoch of this stage, all counted from 0."""
+        done = step / steps if self.schedule.per_step else 0
+        return self.optimizer.lr * self.schedule.factor(epoch + done, self.epochs)
 
 
 @dataclass(frozen=True)

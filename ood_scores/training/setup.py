@@ -63,9 +63,9 @@ class ToInput:
         """Apply the geometry of the evaluation transform."""
         return self.geometry(image)
 
-    def open_crop(self, image: Image.Image, seed: int) -> Image.Image:
-        """Crop a random part of the image, at the size of the network."""
-        cropped = random_resized_crop(image, self.size, self.resample, seed)
+    def open_crop(self, image: Image.Image, seed: int, smallest: float) -> Image.Image:
+        """Crop a random part of the image, at least the share ``smallest``, at the size of the network."""
+        cropped = random_resized_crop(image, self.size, self.resample, seed, smallest)
         return cropped.convert("L") if self.channels == 1 else cropped
 
     def standardized(self, images: Tensor) -> Tensor:
@@ -217,9 +217,12 @@ def _normalizes_single_values(model: nn.Module) -> bool:
     return any(found)
 
 
-def _open_images(to_input: ToInput, device: torch.device, workers: int, rows: Rows, crop: bool = False) -> Images:
-    opened = OpenedImages(rows.dataset, rows.rows, to_input.open_crop if crop else to_input.open)
-    return make_images(opened, torch.from_numpy(rows.labels), device, hold=not crop, workers=workers)
+def _open_images(
+    to_input: ToInput, device: torch.device, workers: int, rows: Rows, crop: float | None = None
+) -> Images:
+    opening = to_input.open if crop is None else partial(to_input.open_crop, smallest=crop)
+    opened = OpenedImages(rows.dataset, rows.rows, opening)
+    return make_images(opened, torch.from_numpy(rows.labels), device, hold=crop is None, workers=workers)
 
 
 def make_model(table: ModelTable, arguments: dict[str, Any], seed: int, out: Path) -> nn.Module:

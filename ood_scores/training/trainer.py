@@ -198,6 +198,9 @@ class Run:
         rows = order(self.recipe.seed, epoch, len(self.prepared.train), stage.batch_size, stage.drop_last)
         if rows and len(rows[-1]) < self.who.count:
             rows.pop()
+        table, auxiliary = self.recipe.auxiliary, self.prepared.auxiliary
+        if table is not None and auxiliary is not None and not table.repeat:
+            rows = rows[: max(1, len(auxiliary) // (table.batch_size or stage.batch_size))]
         if not rows:
             raise BadInput(
                 f"{len(self.prepared.train)} training images do not fill a batch of {stage.batch_size}: lower "
@@ -207,15 +210,16 @@ class Run:
 
     def _epoch(self, epoch: int) -> None:
         stage = self._stage(epoch)
-        lr = stage.lr(self.recipe.stage_of(epoch)[1])
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        inner = self.recipe.stage_of(epoch)[1]
         rows = self._rows(epoch)
         first = self.progress.step
         losses: list[Tensor] = []
         batches = zip(rows[first:], self._batches(epoch, rows), strict=True)
         for step, (whole, (images, labels, ood)) in enumerate(batches, start=first):
             torch.manual_seed(self._seed("dropout", epoch, step))
+            lr = stage.lr(inner, step, len(rows))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             weight = len(labels) * self.who.count / (len(whole) * self.objective.views)
             sums = train_step(self.step, self.head, self.optimizer, images, labels, ood, weight)
             self.sums += torch.cat([sums, sums.new_full((1,), len(labels))])
@@ -229,7 +233,7 @@ class Run:
                 losses = []
             if save:
                 self._save_state(step + 1)
-        self._end_epoch(epoch, lr)
+        self._end_epoch(epoch, stage.lr(inner, len(rows) - 1, len(rows)))
 
     def _batches(self, epoch: int, rows: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield the remaining steps of an epoch: this process's images, labels, and OoD images, ready for the model."""

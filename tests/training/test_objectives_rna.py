@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ood_scores.evaluation.metrics import auroc
+from ood_scores.models.networks import OodResNet
 from ood_scores.models.networks.classifier import PooledClassifier
+from ood_scores.models.networks.ood_resnet import BasicBlock
 from ood_scores.training.objectives.amplification import RNA, mean_log_norm, rna_loss, without_ood_gradient
 from ood_scores.training.objectives.classification import LogitAdjustment
+from ood_scores.training.step import TrainingStep, pre_logits, train_step
 
 COUNTS = [70, 20, 9, 1]
 
@@ -174,3 +180,66 @@ def test_rna_owns_the_parameters_of_its_projector() -> None:
         "projector.2.weight",
         "projector.2.bias",
     ]
+
+
+# ---- Algorithm 1 and its effect
+
+
+def transcribed_steps(net: OodResNet, projection: list[Tensor], batches: list[Any], weight: float, lr: float) -> None:
+    """Algorithm 1 of the paper with SGD, as plain tensor operations on the parameters of the network and projection.
+
+    One pass of ID and OoD images through the network, the logit-adjusted cross-entropy and the norm of the projection
+    of the ID images alone, and a step against the gradient.
+    """
+    prior = torch.tensor(COUNTS, dtype=torch.float64) / sum(COUNTS)
+    parameters = [*net.parameters(), *projection]
+    for images, labels, ood in batches:
+        z = net.forward_features(torch.cat([images, ood])).mean(dim=(2, 3))[: len(images)]
+        logits = z @ net.fc.weight.T + net.fc.bias + prior.log()
+        picked = logits[torch.arange(len(labels)), labels]
+        adjusted = (logits.exp().sum(dim=1).log() - picked).mean()
+        first, first_bias, second, second_bias = projection
+        h = (z @ first.T + first_bias).clamp_min(0) @ second.T + second_bias
+        loss = adjusted - weight * (1 + h.square().sum(dim=1).sqrt()).log().mean()
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= lr * gradient
+
+
+def test_steps_equal_a_transcription_of_algorithm_1() -> None:
+    """After 8 steps, all weights and all BatchNorm statistics agree in float64."""
+    torch.manual_seed(0)
+    net = OodResNet(BasicBlock, (1, 1, 1, 1), num_classes=4, width=4, bn_affine=False).double().train()
+    objective = RNA(COUNTS, 32, width=16).double()
+    other, projection = deepcopy(net), [each.detach().clone().requires_grad_() for each in objective.parameters()]
+    labels = torch.tensor([0, 0, 1, 2, 0, 3])
+    batches = [
+        (torch.rand(6, 3, 8, 8).double(), labels[torch.randperm(6)], torch.rand(5, 3, 8, 8).double()) for _ in range(8)
+    ]
+    transcribed_steps(other, projection, batches, weight=0.5, lr=0.1)
+    training = TrainingStep(net, objective)
+    optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
+    for images, labels, ood in batches:
+        train_step(training, net.get_classifier(), optimizer, images, labels, ood)
+    torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(list(objective.parameters()), projection, rtol=1e-9, atol=1e-11)
+
+
+def test_rna_separates_the_images_that_it_trains_on() -> None:
+    """Fixed ID and OoD images end with AUROC above 99 of the norm, and OoD norms below half of those of ID images."""
+    torch.manual_seed(0)
+    net = OodResNet(BasicBlock, (1, 1, 1, 1), num_classes=4, width=8, bn_affine=False).train()
+    training = TrainingStep(net, RNA([64] * 4, 64))
+    optimizer = torch.optim.Adam(training.parameters(), lr=1e-3, weight_decay=5e-4)
+    labels = torch.arange(256) % 4
+    patterns = F.interpolate(torch.rand(4, 3, 4, 4), size=16)
+    images = 0.6 * patterns[labels] + 0.4 * torch.rand(256, 3, 16, 16)
+    ood = 0.6 * F.interpolate(torch.rand(256, 3, 4, 4), size=16) + 0.4 * torch.rand(256, 3, 16, 16)
+    for _ in range(60):
+        rows = torch.randperm(256)[:64]
+        train_step(training, net.get_classifier(), optimizer, images[rows], labels[rows], ood[rows])
+    with torch.no_grad():
+        norms = [pre_logits(net.eval(), each).norm(dim=1) for each in (images, ood)]
+    assert auroc(*norms) > 0.99
+    assert norms[1].mean() < 0.5 * norms[0].mean()

@@ -15,7 +15,7 @@ from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.training import Recipe, load_recipe
 from ood_scores.training.augment import AUGMENTATIONS
 from ood_scores.training.objectives import create_objective
-from ood_scores.training.recipe import OptimizerTable, ScheduleTable, flat_tables
+from ood_scores.training.recipe import OptimizerTable, ScheduleTable, Stage, flat_tables
 from ood_scores.training.recipe_file import recipe_from
 
 RECIPES = Path(__file__).parents[2] / "benchmarks" / "recipes"
@@ -114,6 +114,16 @@ def test_stage_of_counts_epochs_over_all_stages(tmp_path: Path) -> None:
 )
 def test_learning_rate_schedules(schedule: ScheduleTable, factors: list[float]) -> None:
     assert [schedule.factor(epoch, 4) for epoch in range(4)] == pytest.approx(factors)
+
+
+def test_cosine_per_step_falls_within_an_epoch() -> None:
+    stage = Stage(2, OptimizerTable(1.0), schedule=ScheduleTable("cosine", per_step=True))
+    assert [stage.lr(epoch, step, 2) for epoch in (0, 1) for step in (0, 1)] == pytest.approx(
+        [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
+    )
+    assert Stage(2, OptimizerTable(1.0), schedule=ScheduleTable("cosine")).lr(1, 1, 2) == 0.5
+    with pytest.raises(BadInput, match="per_step belongs to"):
+        ScheduleTable("constant", per_step=True)
 
 
 # ---- inheritance and overrides
@@ -272,6 +282,8 @@ def named(name: str) -> Recipe:
         ("haas_resnet18_350", "haas_resnet18", 350, (150, 250), 1024, False),
         ("haas_resnet50_350_l2", "haas_resnet50", 350, (150, 250), 768, True),
         ("haas_resnet50_350", "haas_resnet50", 350, (150, 250), 768, False),
+        ("haas2022_resnet50_100_l2", "haas_resnet50", 100, (75, 90), 1024, True),
+        ("haas2022_resnet50_350", "haas_resnet50", 350, (150, 250), 1024, False),
     ],
 )
 def test_recipes_of_haas_et_al(
@@ -314,12 +326,38 @@ def test_recipes_of_cifar_lt(row: str, objective: str, data: str) -> None:
     recipe = named(f"{row}_{data}_lt")
     stage = recipe.stages[0]
     assert recipe.data.train == f"torchvision:{data.upper()}?split=train"
-    assert (recipe.model.name, recipe.data.long_tail, stage.epochs) == ("rna_resnet18", 100, 200)
-    assert recipe.model.arguments == {"bn_affine": row != "rna"}
-    assert (stage.batch_size, stage.drop_last, stage.objective.name) == (128, True, objective)
-    assert stage.optimizer == OptimizerTable(1e-3, "adam", 5e-4)
-    assert stage.schedule == ScheduleTable("cosine")
+    tuned = {"energy_oe": 10, "oecc": 15, "balanced_energy": 20}
+    assert (recipe.model.name, recipe.data.long_tail) == ("rna_resnet18", 100)
+    assert stage.epochs == tuned.get(row, 200)
+    shortcuts = {"shortcut_affine": True} if row == "rna" else {}
+    assert recipe.model.arguments == {"bn_affine": row != "rna", **shortcuts}
+    batch_size = 256 if row == "pascl" else 128
+    assert (stage.batch_size, stage.drop_last, stage.objective.name) == (batch_size, True, objective)
     assert (recipe.auxiliary is None) == (row in ("ce", "la"))
+    if row in tuned:
+        out = Path("runs/x_seed2")
+        assert recipe.model.checkpoint_for(2, out) == Path(f"runs/ce_{data}_lt_seed2/last.safetensors")
+        assert stage.optimizer == OptimizerTable(1e-3, "sgd", 5e-4, 0.9, nesterov=True)
+        assert stage.schedule == ScheduleTable("cosine", per_step=True)
+        assert recipe.auxiliary is not None
+        assert recipe.auxiliary.batch_size == 256
+    else:
+        assert recipe.model.checkpoint is None
+        assert stage.optimizer == OptimizerTable(1e-3, "adam", 5e-4)
+        assert stage.schedule == ScheduleTable("cosine")
+
+
+def test_counts_of_balanced_energy_are_those_of_all_auxiliary_images() -> None:
+    for data, classes in (("cifar10", 10), ("cifar100", 100)):
+        counts = named(f"balanced_energy_{data}_lt").stages[0].objective.settings["ood_counts"]
+        assert (len(counts), sum(counts)) == (classes, 300_000)
+
+
+def test_few_auxiliary_images_end_the_epoch() -> None:
+    for name in ("rna_cifar10_lt_aux300", "rna_cifar10_lt_aux3k"):
+        auxiliary = named(name).auxiliary
+        assert auxiliary is not None
+        assert not auxiliary.repeat
 
 
 def test_settings_of_ablation_recipes() -> None:
@@ -334,7 +372,12 @@ def test_settings_of_ablation_recipes() -> None:
     assert settings("pascl_cifar100_lt") == {"contrast_weight": 0.02, "temperature": 0.2, "ood_weight": 0.5}
     _, second = named("pascl_cifar10_lt").stages
     assert (second.objective.name, second.trainable) == ("logit_adjustment", ("batchnorm", "head"))
-    assert (second.epochs, second.optimizer) == (10, OptimizerTable(5e-4, "adam", 5e-4))
+    assert (second.epochs, second.batch_size, second.optimizer) == (10, 128, OptimizerTable(5e-4, "adam", 5e-4))
+    first, second = named("pascl_imagenet_lt").stages
+    assert dict(first.objective.settings) == {"contrast_weight": 0.1, "temperature": 0.07, "ood_weight": 0.5}
+    assert (first.optimizer.weight_decay, first.schedule) == (5e-5, ScheduleTable("steps", (60, 80)))
+    assert (second.batch_size, second.optimizer) == (128, OptimizerTable(0.01, "sgd", 5e-5, 0.9))
+    assert second.schedule.factor(1, 3) == pytest.approx(0.75)
 
 
 def test_recipes_of_imagenet_lt_and_fine_tuning() -> None:
@@ -346,7 +389,8 @@ def test_recipes_of_imagenet_lt_and_fine_tuning() -> None:
     out = Path("data/runs/finetune_rna_ce_la_cifar10_lt_seed3")
     assert tuned.model.checkpoint_for(3, out) == Path("data/runs/ce_cifar10_lt_seed3/last.safetensors")
     assert (tuned.epochs, tuned.stages[0].objective.name) == (10, "rna")
-    assert tuned.model.arguments == named("ce_cifar10_lt").model.arguments == {"bn_affine": True}
+    assert named("ce_cifar10_lt").model.arguments == {"bn_affine": True}
+    assert tuned.model.arguments == {"bn_affine": True, "shortcut_affine": True}, "the same network"
     assert tuned.stages[0].trainable == ("!batchnorm",)
 
 

@@ -33,6 +33,7 @@ from ood_scores.training import Trained, train
 from ood_scores.training.augment import augmentation
 from ood_scores.training.recipe_file import recipe_from
 from ood_scores.training.setup import trainable_parameters
+from ood_scores.training.state import load_state
 from ood_scores.training.streams import cycled, order
 
 
@@ -300,3 +301,15 @@ def test_tensorboard_log_contains_the_history(tmp_path: Path, monkeypatch: pytes
     result = run(tmp_path, tensorboard=True)
     assert ("loss", result.history[1]["loss"], 2) in written
     assert {name for name, _, _ in written} == {"loss", "accuracy", "feature_norm", "lr", "closed"}
+
+
+def test_epoch_ends_with_the_auxiliary_images_unless_they_repeat(tmp_path: Path) -> None:
+    """20 auxiliary images in batches of 8 are two steps of 16 images."""
+    lengths = {}
+    for repeat in (True, False):
+        ood = {"data": "digits?classes=7-9&rows=0:20", "batch_size": 8, "repeat": repeat}
+        result = run(tmp_path / str(repeat), epochs=1, batch_size=16, objective={"name": "oe"}, auxiliary=ood)
+        state = load_state(result.checkpoint.parent / "state.safetensors")
+        lengths[repeat] = int(state.part("model")["bn1.num_batches_tracked"])
+    assert lengths[False] == 2
+    assert lengths[True] > 50

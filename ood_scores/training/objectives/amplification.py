@@ -50,7 +50,7 @@ class RNA(Objective):
         width: Width of the projection; the authors' code uses 128, also for ResNet-50.
         amplify: Whether the loss contains ``L_RNA``.
         attenuate: Whether the loss contains ``+weight mean log(1 + ||h||)`` of the OoD images (Table 3).
-        auxiliary: Whether each step has OoD images; Table 7 has a training without them.
+        auxiliary: Whether each step has OoD images; Table 6 has a training without them.
     """
 
     def __init__(
