@@ -276,9 +276,9 @@ def test_rule_of_a_part_selects_the_threshold_of_fpr95(data: Path, tmp_path: Pat
     """With 40 ID and 30 OoD rows, the nearest threshold may accept less than 95%, as in the code of several papers."""
     found = results(data, tmp_path, part(title="Nearest", rule="nearest", scorers=named("msp", "energy"), fit=None))
     scores = found.scored[0].scores
-    for row in found.table.itertuples():
-        known, other = scores[row.scorer]["id"].numpy(), scores[row.scorer][row.ood].numpy()
+    for row in found.table.to_dict("records"):
+        known, other = scores[row["scorer"]]["id"].numpy(), scores[row["scorer"]][row["ood"]].numpy()
         nearest = metrics.compare(known, other, rule="nearest")
-        assert (row.fpr95_id, row.fpr95_ood) == (nearest["fpr95_id"], nearest["fpr95_ood"])
+        assert (row["fpr95_id"], row["fpr95_ood"]) == (nearest["fpr95_id"], nearest["fpr95_ood"])
     first = results(data, tmp_path, part(title="First", scorers=named("msp", "energy"), fit=None)).table
     assert not np.array_equal(first["fpr95_ood"], found.table["fpr95_ood"])

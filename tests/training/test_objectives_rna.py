@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ood_scores.evaluation.metrics import auroc
 from ood_scores.models.networks import OodResNet
-from ood_scores.models.networks.classifier import PooledClassifier
+from ood_scores.models.networks.classifier import PooledClassifier, linear_classifier
 from ood_scores.models.networks.ood_resnet import BasicBlock
 from ood_scores.training.objectives.amplification import RNA, mean_log_norm, rna_loss, without_ood_gradient
 from ood_scores.training.objectives.classification import LogitAdjustment
@@ -185,7 +185,7 @@ def test_rna_owns_the_parameters_of_its_projector() -> None:
 # ---- Algorithm 1 and its effect
 
 
-def transcribed_steps(net: OodResNet, projection: list[Tensor], batches: list[Any], weight: float, lr: float) -> None:
+def transcribed_steps(net: Any, projection: list[Tensor], batches: list[Any], weight: float, lr: float) -> None:
     """Algorithm 1 of the paper with SGD, as plain tensor operations on the parameters of the network and projection.
 
     One pass of ID and OoD images through the network, the logit-adjusted cross-entropy and the norm of the projection
@@ -221,7 +221,7 @@ def test_steps_equal_a_transcription_of_algorithm_1() -> None:
     training = TrainingStep(net, objective)
     optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
     for images, labels, ood in batches:
-        train_step(training, net.get_classifier(), optimizer, images, labels, ood)
+        train_step(training, linear_classifier(net), optimizer, images, labels, ood)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(list(objective.parameters()), projection, rtol=1e-9, atol=1e-11)
 
@@ -238,7 +238,7 @@ def test_rna_separates_the_images_that_it_trains_on() -> None:
     ood = 0.6 * F.interpolate(torch.rand(256, 3, 4, 4), size=16) + 0.4 * torch.rand(256, 3, 16, 16)
     for _ in range(60):
         rows = torch.randperm(256)[:64]
-        train_step(training, net.get_classifier(), optimizer, images[rows], labels[rows], ood[rows])
+        train_step(training, linear_classifier(net), optimizer, images[rows], labels[rows], ood[rows])
     with torch.no_grad():
         norms = [pre_logits(net.eval(), each).norm(dim=1) for each in (images, ood)]
     assert auroc(*norms) > 0.99
