@@ -265,7 +265,7 @@ class PNML(Scorer):
 
     Fails where the logits of normalized features are all small: p is then nearly uniform, and q alone determines the
     score. With a large fit set, q is small for every row in its span. The part of a row outside the span does not
-    count, as with any pseudo-inverse. With a single class, the regret is 0 for every row.
+    count, as with any pseudo-inverse.
 
     Args:
         bias: Append a 1 to each normalized feature, in the fit and in the score.
