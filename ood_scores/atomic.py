@@ -102,7 +102,24 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise BadInput(f"expected a path, got {type(path).__name__}.")
+    if "\0" in os.fspath(path):
+        raise BadInput(f"no path contains a null character, got {os.fspath(path)!r}.")
     return Path(os.path.expanduser(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a UTF-8 text file, without a byte order mark.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        BadInput: if it is not a file, or not UTF-8.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise BadInput(f"cannot read {path} as a text file, since it is not a regular file: choose another.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"cannot read {path} as a text file ({error}): save it as UTF-8.") from error
 
 
 def copy_bytes(source: io.FileIO, start: int, target: LockedFile, to: int, size: int) -> None:

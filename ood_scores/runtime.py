@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 CPU = torch.device("cpu")
 
+MOST_WORKERS = 1024
+"""Maximum number of processes of a loader; a larger one is a mistake that would stop the machine."""
+
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 _callers_default_device: ContextVar[torch.device | None] = ContextVar("callers_default_device", default=None)
@@ -173,9 +176,9 @@ class Ranks:
         """Read the ranks from the environment variables that ``torchrun`` sets.
 
         Raises:
-            BadInput: if ``WORLD_SIZE`` is above 1 and ``MASTER_ADDR`` is not set.
+            BadInput: if one of them is not a whole number, or ``WORLD_SIZE`` is above 1 and ``MASTER_ADDR`` is not set.
         """
-        rank, count, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        rank, count, local = map(_whole_number_of, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         if count > 1 and "MASTER_ADDR" not in os.environ:
             raise BadInput(
                 f"WORLD_SIZE={count} is set, but MASTER_ADDR is not: start the processes with torchrun, "
@@ -187,6 +190,17 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the process of rank 0."""
         return self.rank == 0
+
+
+def _whole_number_of(variable: str) -> int:
+    """Return the value of an environment variable; 0 if it is not set, or empty."""
+    value = os.environ.get(variable) or "0"
+    if not (value.isdecimal() and len(value) < 10):
+        raise BadInput(
+            f"the environment variable {variable} is {value[:30]!r}, not a whole number: start the processes with "
+            "torchrun, or unset it to run alone."
+        )
+    return int(value)
 
 
 def find_device(device: str | torch.device, own: torch.device = CPU, local_rank: int = 0) -> torch.device:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ood_scores.atomic import read_text, user_path
 from ood_scores.errors import BadInput
 from ood_scores.registry import unknown
 
@@ -98,17 +99,19 @@ def _read(path: Path, table: Table, what: str, seen: tuple[Path, ...]) -> tuple[
     if path.resolve() in seen:
         raise BadInput(f"{path} extends itself, through {' and '.join(str(other) for other in seen)}.")
     try:
-        source = Source(str(path), f"a {what}", path.read_text(encoding="utf-8-sig"))
+        source = Source(str(path), f"a {what}", read_text(path))
         raw = tomllib.loads(source.text)
+    except BadInput:
+        raise
     except FileNotFoundError as error:
         raise BadInput(f"there is no {what} {path}.") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read the {what} {path}: {error}.") from error
     check(raw, table, source)
     extended = raw.pop("extends", None)
     if not extended:
         return raw, [source]
-    base, sources = _read(path.parent / extended, table, what, (*seen, path.resolve()))
+    base, sources = _read(path.parent / user_path(extended), table, what, (*seen, path.resolve()))
     return merged(base, raw), [source, *sources]
 
 
@@ -166,7 +169,7 @@ def _numbered(given: Raw, raw: Raw, table: Table, what: str) -> Raw:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -199,6 +202,11 @@ def _check_value(value: Any, hint: Any, source: Source, path: KeyPath) -> None:
             raise BadInput(f"{source.place(path)}: {name} is {value!r}, not a table: write [{name}].")
         elif not _fits(value, hint.instead):
             raise BadInput(f"{source.place(path)}: {name} is {value!r}: give {_wanted(hint.instead)}, or a table.")
+    elif _is_out_of_range(value):
+        raise BadInput(
+            f"{source.place(path)}: {name} contains a whole number of more than 64 bits, or a null character: correct "
+            "it."
+        )
     elif not _fits(value, hint):
         raise BadInput(f"{source.place(path)}: {name} is {value!r}: give {_wanted(hint)}.")
 
@@ -228,6 +236,12 @@ def converted(value: Any, hint: Any) -> Any:
         return tuple(value)
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return float(value) if float in options and not isinstance(value, bool) else value
+
+
+def _is_out_of_range(value: Any) -> bool:
+    if isinstance(value, (list, dict)):
+        return any(map(_is_out_of_range, value.values() if isinstance(value, dict) else value))
+    return "\0" in value if isinstance(value, str) else isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def _title(path: Sequence[str | int]) -> str:

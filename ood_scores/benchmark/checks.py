@@ -14,6 +14,7 @@ from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.registry import unknown
+from ood_scores.runtime import MOST_WORKERS
 from ood_scores.toml_tables import KeyPath
 
 GROUPS = ("near", "far", "mean")
@@ -159,6 +160,8 @@ def _extraction(part: Part) -> Found:
         value = getattr(extraction, key)
         small = value is not None and value < least
         yield from _wrong(small, ("extraction", key), f"{key} = {value} is out of range: give at least {least}.")
+    many = f"workers = {extraction.workers} is out of range: give at most {MOST_WORKERS}."
+    yield from _wrong(extraction.workers > MOST_WORKERS, ("extraction", "workers"), many)
 
 
 def _measures(part: Part) -> Found:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ood_scores.atomic import replace_text, user_path
+from ood_scores.atomic import read_text, replace_text, user_path
 from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.errors import BadInput
@@ -129,15 +129,20 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
     """
     folder = user_path(folder)
     try:
-        kept = json.loads((folder / JSON).read_text(encoding="utf-8"))
+        return _loaded(folder, json.loads(read_text(folder / JSON)))
     except FileNotFoundError as error:
         raise BadInput(
             f"there is no finished benchmark in {folder}, since {JSON} is missing: run the benchmark first."
         ) from error
-    except ValueError as error:
+    except BadInput:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(
             f"{folder / JSON} is damaged ({error}): run the benchmark again, which computes nothing again."
         ) from error
+
+
+def _loaded(folder: Path, kept: Mapping[str, Any]) -> Results:
     scored = []
     for name in kept["scores"]:
         path = folder / unit_files.FOLDER / name

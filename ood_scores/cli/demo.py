@@ -28,7 +28,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Output folder for caches, tables, and the figure.")] = Path(
         "ood_scores_demo"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the split, the networks, and the noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split, the networks, and the noise.")
+    ] = 0,
 ) -> None:
     """Train, extract, score, and compare on real handwritten digits; offline, in half a minute.
 

@@ -23,7 +23,8 @@ Checkpoint = Annotated[
     Path | None, typer.Option(help="File with weights, .safetensors or .pth; defaults to the model's own weights.")
 ]
 NumClasses = Annotated[
-    int | None, typer.Option(min=1, help="Number of classes of the checkpoint, if it cannot be inferred.")
+    int | None,
+    typer.Option(min=1, max=1_000_000, help="Number of classes of the checkpoint, if it cannot be inferred."),
 ]
 ModelArg = Annotated[
     list[str] | None,
@@ -39,8 +40,8 @@ Std = Annotated[
         metavar="R,G,B", help="Normalization standard deviation for pixels in [0, 1]; defaults to the model's."
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Number of images per batch.")]
-Workers = Annotated[int, typer.Option(min=0, help="Number of processes that load images.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of images per batch.")]
+Workers = Annotated[int, typer.Option(min=0, max=1024, help="Number of processes that load images.")]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, …; auto uses a GPU if there is one.")]
 
 

@@ -81,6 +81,8 @@ def named_caches(texts: Iterable[str]) -> dict[str, Path]:
     caches: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
+        if equals and not (name and path):
+            raise BadInput(f"cannot read --ood {text}: write --ood NAME=CACHE.")
         is_named = equals and os.sep not in name and not user_path(text).exists()
         cache = Path(path if is_named else text)
         name = name if is_named else cache.stem

@@ -35,7 +35,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Table to write, with a row per image: .csv or .json.")] = None,
     fail_on_ood: Annotated[bool, typer.Option("--fail-on-ood", help="Exit with code 3 if an image is OoD.")] = False,
     batch_size: options.BatchSize = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Number of processes that decode images.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Number of processes that decode images.")] = 2,
     device: options.Device = "auto",
 ) -> None:
     """Classify images and flag those that are out of distribution.

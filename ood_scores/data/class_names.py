@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ood_scores.atomic import read_text
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import labels_of
 from ood_scores.errors import BadInput
@@ -136,10 +137,10 @@ def read_classes(path: str | PathLike[str]) -> tuple[str, ...]:
         BadInput: if the file cannot be read, or contains no names.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(Path(path))
         is_json = Path(path).suffix.lower() == ".json"
         content = json.loads(text) if is_json else [line.strip() for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(
             f"cannot read the names of classes in {path} ({error}): save it as UTF-8, with one name per line, or as a "
             "JSON list."

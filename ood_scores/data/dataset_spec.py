@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
+from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput, MissingData
 
 
@@ -52,7 +53,7 @@ def expanded(text: str) -> str:
 
 def located(target: str, base: Path) -> Path:
     """Return the path of a target; ``~`` is the user's folder, and relative paths start from ``base``."""
-    return base / Path(target).expanduser()
+    return base / user_path(target)
 
 
 def existing(kind: str, target: str, base: Path) -> Path:
@@ -70,8 +71,8 @@ def existing(kind: str, target: str, base: Path) -> Path:
     return path
 
 
-def whole_number(name: str, value: str, least: int = 0) -> int:
-    """Return the value of an option as an integer of at least ``least``; raise BadInput if it is none."""
-    if value.isdecimal() and int(value) >= least:
+def whole_number(name: str, value: str, least: int = 0, most: int = 2**31 - 1) -> int:
+    """Return the value of an option as an integer from ``least`` to ``most``; raise BadInput if it is none."""
+    if value.isdecimal() and len(value) <= len(str(most)) and least <= int(value) <= most:
         return int(value)
-    raise BadInput(f"cannot read {name}={value}: write a whole number from {least}.")
+    raise BadInput(f"cannot read {name}={value[:30]}: write a whole number from {least} to {most}.")

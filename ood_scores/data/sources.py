@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 import ood_scores.data.kinds  # noqa: F401  registers every kind
+from ood_scores.atomic import user_path
 from ood_scores.data.dataset_spec import expanded, located, parse
 from ood_scores.data.images import ImageDataset, Transform
 from ood_scores.data.kinds.base import DATASET_KINDS, DatasetKind
@@ -55,7 +56,7 @@ def open_dataset(
         EmptyInput: if there are no images.
     """
     name, target, options = parse(spec)
-    base = Path("" if root is None else root).expanduser()
+    base = user_path("" if root is None else root)
     kind = _kind(spec, base)
     known = list(dict.fromkeys([*kind.options, *VIEWS]))
     for option in options:

@@ -170,7 +170,7 @@ class Provenance:
         values |= {name: json.dumps(values[name]) for name in ("versions", "probes")}
         values["skipped"] = json.dumps(self.skipped) if self.skipped else None
         values["arguments"] = None if self.arguments is None else json.dumps(self.arguments)
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: _encodable(value) for name, value in values.items() if value is not None}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Provenance | None:
@@ -236,6 +236,11 @@ def _literal(value: Any) -> str:
         case list():
             return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
     return repr(value)
+
+
+def _encodable(value: Any) -> Any:
+    """Return a text without the bytes of names that are not UTF-8, which files cannot contain, and others unchanged."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

@@ -51,6 +51,10 @@ def check_plain(name: str, arguments: Mapping[str, Any], own: Collection[str]) -
                 "arguments of the network itself are accepted, because others can fetch and write files; to use "
                 "weights of your own, set the checkpoint."
             )
+        if key == "in_chans" and not (type(value) is int and value >= 1):
+            raise BadInput(
+                f"in_chans of the network {name!r} is {str(value)[:80]}: give the number of channels, from 1."
+            )
         if not _is_plain(value):
             raise BadInput(
                 f"the argument {key!r} of the network {name!r} is {str(value)[:80]!r}, which is not a plain value: use "

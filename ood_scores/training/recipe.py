@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput
 from ood_scores.parameters import check_choices
+from ood_scores.runtime import MOST_WORKERS
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,7 @@ class Recipe:
         check_choices(self, "recipe")
         for key in ("seed", "workers", "checkpoint_every"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
+        _require(self.workers <= MOST_WORKERS, "workers", self.workers, f"at most {MOST_WORKERS}")
         _require(self.state_every >= 1, "state_every", self.state_every, "at least 1")
 
     @property

@@ -6,6 +6,7 @@ import ast
 import operator
 from pathlib import Path
 
+from ood_scores.atomic import read_text
 from ood_scores.data.dataset_spec import existing, located
 from ood_scores.data.images import ImageFiles
 from ood_scores.data.kinds.base import register_dataset_kind
@@ -24,13 +25,13 @@ def open_imglist(target: str, base: Path, *, root: str | None = None) -> ImageFi
     path = existing("imglist", target, base)
     folder = path.parent if root is None else located(root, base)
     paths, labels = [], []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             file, label = _file_and_label(line.strip())
-        except (ValueError, SyntaxError, TypeError, AttributeError) as error:
-            raise BadInput(f"line {number} of {path} is {line!r}: write relative/path integer-label.") from error
+        except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError) as error:
+            raise BadInput(f"line {number} of {path} is {line[:200]!r}: write relative/path integer-label.") from error
         paths.append(str(folder / file))
         labels.append(label)
     if not paths:
@@ -47,10 +48,3 @@ def _file_and_label(line: str) -> tuple[str, int]:
         return file.strip(), operator.index(labels.get("sc_label", labels.get("label")))
     file, label = line.rsplit(maxsplit=1)
     return file, int(label)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path} as a text file ({error}): save it as UTF-8.") from error

@@ -15,6 +15,9 @@ from ood_scores.data.images import ImageDataset
 from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.registry import Registry
 
+MOST_PIXELS = 10_000
+"""The largest height and width."""
+
 Pixels = Callable[[Generator, tuple[int, ...]], NDArray[np.uint8]]
 
 
@@ -65,4 +68,5 @@ def open_noise(target: str, base: Path, *, n: str = "10000", size: str = "32", s
         UnknownName: if there is no such noise.
         BadInput: if an option is not a whole number.
     """
-    return NoiseImages(target, whole_number("n", n, 1), whole_number("size", size, 1), whole_number("seed", seed))
+    side = whole_number("size", size, 1, MOST_PIXELS)
+    return NoiseImages(target, whole_number("n", n, 1), side, whole_number("seed", seed))

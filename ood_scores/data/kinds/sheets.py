@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ood_scores.atomic import read_text
 from ood_scores.data.dataset_spec import located
 from ood_scores.data.decoding import read_rgb
 from ood_scores.data.images import ImageArrays
@@ -53,8 +54,13 @@ def open_sheets(target: str, base: Path) -> ImageArrays:
         raise BadInput("sheets needs a path: write sheets:DIR/NAME.")
     path = located(target, base)
     index = _read_index(path.with_name(f"{path.name}.json"))
+    starts = range(0, index.count, index.per_file)
+    sheets = [path.with_name(f"{path.name}.{number:02d}.webp") for number in (0, len(starts) - 1)]
+    if not sheets[-1].exists():  # before memory is allocated for the images of all sheets
+        raise MissingData(f"there is no image {sheets[-1]}")
+    _tiles(sheets[0], index, min(index.per_file, index.count))
     images = np.empty((index.count, index.size, index.size, 3), dtype=np.uint8)
-    for number, first in enumerate(range(0, index.count, index.per_file)):
+    for number, first in enumerate(starts):
         part = images[first : first + index.per_file]
         part[:] = _tiles(path.with_name(f"{path.name}.{number:02d}.webp"), index, len(part))
     return ImageArrays(images, index.labels, name=path.name)
@@ -62,10 +68,12 @@ def open_sheets(target: str, base: Path) -> ImageArrays:
 
 def _read_index(path: Path) -> Index:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8-sig"))
+        stored = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise MissingData(f"there is no {path}") from error
-    except (OSError, ValueError) as error:
+    except BadInput:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {path} as JSON ({error}): write the index again.") from error
     names = [field.name for field in fields(Index)]
     if not isinstance(stored, dict) or not set(names) <= set(stored):
