@@ -89,6 +89,7 @@ def _readable(provenance: Provenance) -> dict[str, str]:
         "head": provenance.head_modules or "none",
         "data": f"{provenance.dataset}, first inputs {provenance.data_sha256[:16]}…",
         **left_out,
+        **({"labels": provenance.label_order} if provenance.label_order else {}),
         "preprocessing": provenance.preprocessing or "unknown",
         **probes,
         "precision": provenance.precision,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ood_scores.data.original_images import original_image
 from ood_scores.data.sources import offline, open_dataset
+from ood_scores.detector.inputs import input_batches
 from ood_scores.detector.parts import DetectorParts
-from ood_scores.detector.preprocessing import model_input
 from ood_scores.errors import BadInput
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.loaders import is_in_order
@@ -58,7 +58,7 @@ def check_preprocessing(detector: DetectorParts, feats: FeatureSet, data: Any) -
     if not images:
         _warn_of_other_text(detector)
         return
-    inputs = torch.stack([model_input(detector.transform, image) for image in images.values()])
+    (inputs,) = input_batches(list(images.values()), detector.transform)
     options = replace(detector.forward.options, compile=False, probes=())
     found, expected = Forward(detector.model, options).feature_set(inputs), feats[list(images)]
     differences = _relative(found.features, expected.features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Sequence
@@ -28,29 +29,29 @@ def class_names(model: nn.Module) -> list[str] | None:
         names = [str(by_number.get(number)) for number in range(len(by_number))]
         return None if all(re.fullmatch(r"LABEL_\d+|None", name) for name in names) else names
     config: Any = getattr(model, "pretrained_cfg", None)
-    if config is None:
+    if not isinstance(config, dict):
         return None
-    count = getattr(model, "num_classes", None)
-    if config.get("label_names") and len(config["label_names"]) == count:
-        return list(config["label_names"])
+    own = config.get("label_names")
+    if own and len(own) == getattr(model, "num_classes", None):
+        return list(own)
     subset = infer_imagenet_subset(model)
-    return list(ImageNetInfo(subset).label_names()) if subset else None
+    return _wordnet_ids(subset) if subset else None
 
 
 def in_models_order(dataset: ImageDataset, model: nn.Module) -> ImageDataset:
     """Return a dataset with labels in the order of the model's classes, if the names of both are known.
 
     Folders named by numbers from 0 are the classes of these numbers. If only some of the dataset's classes are among
-    those of the model, a warning names others, and the dataset is returned as it is.
+    those of the model, and have other labels, a warning names the rest, and the dataset is returned as it is.
     """
     names = dataset.class_names
-    classes = _numbers(names, model) or class_names(model)
+    classes = (_numbers(names, model) or class_names(model)) if names else None
     if not names or not classes:
         return dataset
     found = numbers_of(names, classes)
     if len(found) == len(names):
         return renumbered(dataset, classes, "the model's list")
-    if found:
+    if any(found.get(name, number) != number for number, name in enumerate(names)):
         others = [name for name in names if name not in found]
         warnings.warn(
             f"{len(others)} of the {len(names)} classes of {dataset.name} are not classes of the model ("
@@ -72,9 +73,10 @@ def other_order(dataset: Any, model: nn.Module) -> str | None:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
     classes = class_names(model)
-    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    if not classes or not names or not is_list or getattr(dataset, "target_transform", None):
+    if not names or not classes or getattr(dataset, "target_transform", None):
         return None
     found = numbers_of(names, classes)
     wrong = next((number for number, name in enumerate(names) if found.get(name, number) != number), None)
@@ -85,6 +87,11 @@ def other_order(dataset: Any, model: nn.Module) -> str | None:
         f"{wrong}, but is class {found[names[wrong]]} of the model. Renumber them, with "
         "ood_scores.models.class_names.in_models_order(dataset, model) or a target_transform."
     )
+
+
+@functools.cache
+def _wordnet_ids(subset: str) -> list[str]:
+    return list(ImageNetInfo(subset).label_names())
 
 
 def _numbers(names: Sequence[str] | None, model: nn.Module) -> list[str] | None:

@@ -158,6 +158,9 @@ def test_labels_in_the_order_of_the_model(tmp_path: Path) -> None:
     assert in_models_order(animals, with_names({0: "x", 1: "y", 2: "z"})) is animals
     with pytest.warns(UserWarning, match=r"1 of the 3 classes of animals are not classes of the model \(ant\)"):
         assert in_models_order(animals, with_names({0: "dog", 1: "cat", 2: "ox"})) is animals
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert in_models_order(animals, with_names({0: "ant", 1: "cat", 2: "hound"})) is animals  # perhaps the dogs
     some = open_dataset(f"folder:{folders(tmp_path / 'some', WORDNET_IDS)}")
     assert labels(some) == [0, 1, 2, 3]
     assert labels(in_models_order(some, network(1000))) == list(WORDNET_IDS.values())
