@@ -41,6 +41,8 @@ def input_batches(images: Any, transform: Transform | None, errors: dict[int, st
             single images: PIL images, paths, encoded bytes, Hugging Face's ``{"bytes", "path"}``, uint8 or
             floating-point arrays and tensors without the first dimension. A single path, PIL image, or bytes object is
             a batch of one. A dictionary contains any of these under one of ``IMAGE_KEYS``, such as ``pixel_values``.
+            Without a transform, a tensor ``[B, ...]`` of any other shape and type is an input of the model, too, such
+            as audio or the numbers of tokens.
         transform: a function from a PIL image to ``[C, H, W]``; None if it is unknown.
         errors: receives the reason why a single image cannot be read, by its number, and the image is left out; None
             to raise it.
@@ -88,7 +90,8 @@ def _batches(images: Any, transform: Transform | None, errors: dict[int, str] | 
     elif isinstance(images, Tensor) and images.dtype == torch.uint8:
         images = _of_uint8_tensor(images, "[B, 3, H, W]", 4)
     if isinstance(images, Tensor):
-        _require_layout(images, "a batch of images must be [B, C, H, W]", 4)
+        if transform is not None or images.ndim < 2:
+            _require_layout(images, "a batch of images must be [B, C, H, W]", 4)
         yield images
     elif isinstance(images, Iterable):
         singles = enumerate(images)

@@ -14,6 +14,7 @@ from detecting import PIXELS, Plain, Rows, extracted, network, same
 from PIL import Image
 from torch import Tensor, nn
 
+import ood_scores
 from ood_scores import Detector, calibrate
 from ood_scores.errors import BadInput, EmptyInput, MissingData, NotFinite, OodScoresError, ShapeMismatch
 from ood_scores.models.opening import preprocessing
@@ -144,6 +145,23 @@ def test_models_that_are_not_from_timm() -> None:
         calibrate("energy", plain, id=feats, preprocessing={"input_size": (3, 8, 8), "mean": (0.5,)})
     with pytest.raises(BadInput, match=r"preprocessing has no size: choose from input_size"):
         calibrate("energy", plain, id=feats, preprocessing={"size": 8})
+
+
+def test_models_whose_inputs_are_not_images() -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    table, audio = torch.randn(60, 12, generator=generator), torch.randn(60, 2, 40, generator=generator)
+    tokens = torch.randint(30, (60, 7), generator=generator)
+    to_logits = (nn.ReLU(), nn.Linear(6, 4))
+    for inputs, model in (
+        (table, nn.Sequential(nn.Linear(12, 6), *to_logits)),
+        (audio, nn.Sequential(nn.Conv1d(2, 6, 5), nn.AdaptiveMaxPool1d(1), nn.Flatten(), *to_logits)),
+        (tokens, nn.Sequential(nn.EmbeddingBag(30, 6), *to_logits)),
+    ):
+        feats = ood_scores.extract(model.eval(), [inputs], progress=False)
+        detector = calibrate("energy", model, id=feats)
+        assert same(detector.predict(inputs), detector.decide(feats))
+        assert same(detector.predict({"x": inputs, "y": None}), detector.decide(feats))
 
 
 # ---- batches of columns
