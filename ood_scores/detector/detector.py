@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from ood_scores.detector.bundle import load_parts, save_parts
-from ood_scores.detector.inputs import images_in, input_batches
+from ood_scores.detector.inputs import further_tensors, input_batches
 from ood_scores.detector.parts import DetectorParts
 from ood_scores.detector.prediction import Prediction, predictions_of
 from ood_scores.detector.preprocessing import Preprocessing
 from ood_scores.errors import BadInput, OtherModel
+from ood_scores.extraction.loaders import input_key
 from ood_scores.extraction.options import ON_ERROR
 from ood_scores.features import FeatureSet
 from ood_scores.models.running import architecture, choose_device, model_dtype
@@ -43,7 +44,8 @@ class Detector(DetectorParts):
         Args:
             images: a batch in any of the forms that ``ood_scores.detector.inputs.input_batches`` lists: floating-point
                 tensors ``[B, C, H, W]`` are inputs of the model; uint8 arrays and tensors, PIL images, paths, and bytes
-                are images to which the model's preprocessing is applied.
+                are images to which the model's preprocessing is applied. Other tensors of a dictionary with a tensor of
+                inputs are passed to a model whose ``forward`` has parameters of their names.
             on_error: ``"skip"`` to leave out images of a list that cannot be read; ``Prediction.errors`` lists them.
 
         Raises:
@@ -55,8 +57,12 @@ class Detector(DetectorParts):
             raise BadInput(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
         parts: list[Prediction] = []
         errors: dict[int, str] = {}
+        further = further_tensors(images)
         for inputs in input_batches(images, self.transform, errors if on_error == "skip" else None):
-            parts.append(self.decide(self.forward.feature_set(inputs, sum(map(len, parts)))))
+            start = sum(map(len, parts))
+            others = {name: values[start : start + len(inputs)] for name, values in further.items()}
+            batch = {input_key(images): inputs, **others} if others else inputs
+            parts.append(self.decide(self.forward.feature_set(batch, start)))
         return replace(parts[0] if len(parts) == 1 else Prediction.joined(parts), errors=errors)
 
     @default_torch_state()
@@ -87,13 +93,13 @@ class Detector(DetectorParts):
         ``predict_batch_udf``), a dict of the new columns is returned. The columns have the names of the attributes of
         ``Prediction``, except for ``predicted_label``: many datasets store the true label under ``label``.
 
-        The images must be under one of ``ood_scores.extraction.loaders.IMAGE_KEYS``: ``pixel_values``, ``image``, …
+        The images must be under one of ``ood_scores.extraction.loaders.INPUT_KEYS``: ``pixel_values``, ``image``, …
 
         Raises:
             BadInput: if there is no such key. Other errors are those of ``predict``.
         """
         is_frame = hasattr(batch, "assign")
-        columns: dict[str, Any] = self.predict(images_in(batch) if is_frame else batch).columns()
+        columns: dict[str, Any] = self.predict(batch[input_key(batch)] if is_frame else batch).columns()
         columns = {"predicted_label": columns.pop("label"), **columns}
         if is_frame:
             return batch.assign(**columns)

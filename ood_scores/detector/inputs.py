@@ -16,7 +16,7 @@ from torch import Tensor
 from ood_scores.data.decoding import as_rgb, read_rgb
 from ood_scores.detector.preprocessing import FUNCTIONS, Transform, model_input
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
-from ood_scores.extraction.loaders import IMAGE_KEYS
+from ood_scores.extraction.loaders import input_key, label_key
 from ood_scores.features.finite import require_finite
 
 ROWS = 64
@@ -40,7 +40,8 @@ def input_batches(images: Any, transform: Transform | None, errors: dict[int, st
             and first in torch ``[B, 3, H, W]``, as is usual in each (1 instead of 3 for gray images); or an iterable of
             single images: PIL images, paths, encoded bytes, Hugging Face's ``{"bytes", "path"}``, uint8 or
             floating-point arrays and tensors without the first dimension. A single path, PIL image, or bytes object is
-            a batch of one. A dictionary contains any of these under one of ``IMAGE_KEYS``, such as ``pixel_values``.
+            a batch of one. A dictionary contains any of these under one of the keys
+            ``ood_scores.extraction.loaders.INPUT_KEYS``, such as ``pixel_values``.
             Without a transform, a tensor ``[B, ...]`` of any other shape and type is an input of the model, too, such
             as audio or the numbers of tokens.
         transform: a function from a PIL image to ``[C, H, W]``; None if it is unknown.
@@ -66,23 +67,20 @@ def input_batches(images: Any, transform: Transform | None, errors: dict[int, st
         raise EmptyInput("the batch contains no image: pass at least one.")
 
 
-def images_in(batch: Mapping[str, Any]) -> Any:
-    """Return the images in a batch dictionary, under one of ``IMAGE_KEYS``.
-
-    Raises:
-        BadInput: if the batch has none of these keys.
-    """
-    for key in IMAGE_KEYS:
-        if key in batch:
-            return batch[key]
-    raise BadInput(
-        f"no images in a batch with the keys {', '.join(map(str, batch))}: use one of {', '.join(IMAGE_KEYS)}."
-    )
+def further_tensors(images: Any) -> dict[str, Tensor]:
+    """Return the tensors of a dictionary with a tensor of inputs, other than the inputs and labels, by name."""
+    if not isinstance(images, Mapping) or _is_encoded(images):
+        return {}
+    first, label = input_key(images), label_key(images)
+    if not isinstance(images[first], Tensor):
+        return {}
+    others = {name: values for name, values in images.items() if name not in (first, label)}
+    return {name: values for name, values in others.items() if isinstance(values, Tensor) and values.ndim}
 
 
 def _batches(images: Any, transform: Transform | None, errors: dict[int, str] | None) -> Iterator[Tensor]:
-    if isinstance(images, Mapping) and images.keys() != {"bytes", "path"}:
-        images = images_in(images)
+    if isinstance(images, Mapping) and not _is_encoded(images):
+        images = images[input_key(images)]
     if isinstance(images, (str, PathLike, bytes, Image.Image, Mapping)):
         images = [images]
     if isinstance(images, np.ndarray) and images.dtype != object:
@@ -145,13 +143,18 @@ def _as_pil(image: Any) -> Image.Image:
         return Image.fromarray(image[:, :, 0] if gray else image).convert("RGB")
     if isinstance(image, Tensor):
         return _as_pil(_of_uint8_tensor(image, "[3, H, W]", 3))
-    if isinstance(image, Mapping) and image.keys() == {"bytes", "path"}:
+    if isinstance(image, Mapping) and _is_encoded(image):
         image = image["path"] if image["bytes"] is None else image["bytes"]
     if isinstance(image, (str, PathLike, bytes)):
         return read_rgb(image)
     if isinstance(image, Image.Image):
         return as_rgb(image, str(getattr(image, "filename", "")))
     raise BadInput(f"an image cannot be of type {type(image).__name__}: {ACCEPTED}.")
+
+
+def _is_encoded(image: Mapping[str, Any]) -> bool:
+    """Whether this is an image as Hugging Face stores it."""
+    return image.keys() == {"bytes", "path"}
 
 
 def _of_array(array: NDArray[Any], layout: str, ndim: int) -> Tensor | NDArray[np.uint8]:

@@ -105,7 +105,7 @@ def test_gray_images_and_long_lists(detector: Detector) -> None:
         ([3], BadInput, "an image cannot be of type int"),
         (3, BadInput, "a batch of images cannot be of type int"),
         ({"image": []}, EmptyInput, "no image"),
-        ({"picture": []}, BadInput, "no images in a batch with the keys picture: use one of pixel_values"),
+        ({"picture": []}, BadInput, "no inputs in a batch with the keys picture: use one of pixel_values"),
     ],
 )
 def test_errors_of_batches_of_images(
@@ -162,6 +162,34 @@ def test_models_whose_inputs_are_not_images() -> None:
         detector = calibrate("energy", model, id=feats)
         assert same(detector.predict(inputs), detector.decide(feats))
         assert same(detector.predict({"x": inputs, "y": None}), detector.decide(feats))
+
+
+class Masked(nn.Module):
+    """A model of patches and a mask of those that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Any:
+        weights = pixel_mask[..., None].float()
+        return self.fc((pixel_values * weights).sum(1) / weights.sum(1))
+
+
+def test_models_with_several_inputs() -> None:
+    torch.manual_seed(0)
+    model = Masked().eval()
+    batch = {"pixel_values": torch.randn(60, 5, 6), "pixel_mask": (torch.rand(60, 5) < 0.5).long()}
+    batch["pixel_mask"][:, 0] = 1
+    feats = ood_scores.extract(model, [batch], progress=False)
+    detector = calibrate("energy", model, id=feats)
+    assert same(
+        detector.predict(batch | {"labels": torch.zeros(60).long(), "size": torch.tensor(5)}), detector.decide(feats)
+    )
+    assert np.array_equal(detector(batch)["score"], detector.decide(feats).score)
+    lists = {"pixel_values": batch["pixel_values"], "pixel_mask": batch["pixel_mask"][:9]}
+    with pytest.raises(BadInput, match=r"'pixel_mask' of a batch has shape \[9, 5\], but there are 60 inputs"):
+        detector.predict(lists)
 
 
 # ---- batches of columns
