@@ -14,12 +14,15 @@ from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 
+OUTPUTS = ("entropy", "msp", "mutual_information")
 
+
+@dataclass
 class _Averaged(Scorer):
     """Base class of scores of several predictions: their mean softmax ``[N, C]`` and mean entropy ``[N]``."""
 
     averaged: ClassVar[str]
-    output: Literal["entropy", "msp", "mutual_information"]
+    output: Literal["entropy", "msp", "mutual_information"] = "entropy"
 
     def __post_init__(self) -> None:
         self.require_choices()
@@ -68,12 +71,11 @@ class MCDropout(_Averaged):
             "https://arxiv.org/abs/1506.02142",
             "https://github.com/yaringal/DropoutUncertaintyExps",
         ),
-        search_space={"output": ("entropy", "msp", "mutual_information")},
+        search_space={"output": OUTPUTS},
         small_extras={
             "mc_dropout.mean": lambda features, logits: (0.5 * logits).softmax(dim=1),
         },
     )
-    output: Literal["entropy", "msp", "mutual_information"] = "entropy"
     averaged = "mc_dropout"
     needs = ("mc_dropout.mean",)
 
@@ -107,11 +109,10 @@ class Ensemble(_Averaged):
             2017,
             "https://arxiv.org/abs/1612.01474",
         ),
-        search_space={"output": ("entropy", "msp", "mutual_information")},
+        search_space={"output": OUTPUTS},
         small_extras={
             "ensemble.mean": lambda features, logits: (0.7 * logits).softmax(dim=1),
         },
     )
-    output: Literal["entropy", "msp", "mutual_information"] = "entropy"
     averaged = "ensemble"
     needs = ("ensemble.mean",)
