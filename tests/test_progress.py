@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from ood_scores import FeatureSet, create_scorer, evaluate, progress
-from ood_scores.features.statistics.base import Statistic
+from ood_scores.features import Block
+from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.means import FeatureMean
 from ood_scores.progress import ProgressBar, showing_work, stderr_console, tell_cost
 from ood_scores.runtime import Cost
-from ood_scores.scorers.base import fit_all
+from ood_scores.scorers.base import Scorer, fit_all
+from ood_scores.scorers.scorer_runs import fit_each
 from ood_scores.terminal import SafeConsole
 
 
@@ -120,3 +122,22 @@ def test_cost_is_time_and_the_growth_of_the_peak_memory() -> None:
     spent: dict[Statistic, Cost] = {}
     collect(FeatureSet(torch.randn(60, 4)), [FeatureMean()], spent)
     assert spent[FeatureMean()].seconds > 0
+
+
+def test_scorer_that_cannot_be_fitted_does_not_make_the_others_fit_twice() -> None:
+    class Counting(Scorer):
+        fits = 0
+        fit_needs = ("features",)
+
+        def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
+            self.fits += 1
+
+        def score_block(self, block: Block) -> torch.Tensor:
+            return block.features.double().sum(dim=1)
+
+    feats = FeatureSet(torch.randn(60, 4))
+    first, last, spent = Counting(), Counting(), list[Cost]()
+    errors = fit_each([first, create_scorer("knn", k=100), create_scorer("energy"), last], feats, spent=spent)
+    assert [str(error)[:12] for error in errors] == ["None", "knn: k=100 n", "None", "None"]
+    assert (first.fits, last.fits, first.is_fitted, last.is_fitted) == (1, 1, True, True)
+    assert len(spent) == 4

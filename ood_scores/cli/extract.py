@@ -107,7 +107,7 @@ def extract(
     )
     chance = near_chance(accuracy, len(feats), feats.num_classes, f"dataset {data!r}")
     if chance:
-        warnings.warn(chance, stacklevel=1)
+        warnings.warn(f"{chance} That of an OoD set means nothing.", stacklevel=1)
 
 
 def _kept(cache: Path, continues: bool) -> str:

@@ -232,6 +232,7 @@ def fit_all(
     block_rows: int | None = None,
     spent: list[Cost] | None = None,
     hashed: bool = False,
+    errors: list[OodScoresError | None] | None = None,
 ) -> None:
     """Fit every scorer that needs a fit, from statistics collected in one pass over the set.
 
@@ -242,6 +243,8 @@ def fit_all(
         spent: a list to which the cost of each scorer is appended, 0 if it needs no fit. A statistic shared by
             several scorers is charged to the first of them; a statistic stored with the cache is charged to none.
         hashed: whether to compute ``RowHashes`` of the set in the same pass, if the fits read its features.
+        errors: a list that receives the error of each scorer, or None; without it, the first error is raised. Errors
+            about the set itself are always raised, before a scorer is fitted.
 
     Raises:
         EmptyInput, MissingInput, NotFinite, BadLabels: as ``Scorer.fit``.
@@ -257,42 +260,27 @@ def fit_all(
     hashed = hashed and any("features" in statistic.reads for statistic in wanted)
     found = collect(feats, [*wanted, *[ROW_HASHES] * hashed], by_statistic)
     costs = {id(scorer): Cost() for scorer in scorers}
+    failed: dict[int, OodScoresError] = {}
     for number, scorer in enumerate(fitted):
         working("fitting", len(fitted), "scorers")  # again for each, because a shaper fits its base
         worked(number, scorer.name)
         cost = Cost()
-        with cost.measured():
-            own = Found({statistic: found[statistic] for statistic in scorer.statistics()})
-            scorer.fit_statistics(own, feats)
+        own = Found({statistic: found[statistic] for statistic in scorer.statistics()})
+        try:
+            with cost.measured():
+                scorer.fit_statistics(own, feats)
+        except OodScoresError as error:
+            if errors is None:
+                raise
+            failed[id(scorer)] = error
+            continue
         scorer.fitted_widths, scorer.fitted_on = _widths(feats), feats.provenance
         costs[id(scorer)] = sum((by_statistic.pop(statistic, Cost()) for statistic in own), cost)
         tell_cost(f"the fit of {scorer.name}", costs[id(scorer)])
     if spent is not None:
         spent += [costs[id(scorer)] for scorer in scorers]
-
-
-def fit_each(
-    scorers: Sequence[Scorer], feats: FeatureSet, *, spent: list[Cost] | None = None
-) -> list[OodScoresError | None]:
-    """Fit all scorers with ``fit_all``, or one at a time if that fails, and return the error of each, or None.
-
-    ``RowHashes`` of the set are computed in the same pass.
-    """
-    try:
-        fit_all(scorers, feats, spent=spent, hashed=True)
-        return [None] * len(scorers)
-    except OodScoresError:
-        return [_fit_error(scorer, feats, spent) for scorer in scorers]
-
-
-def _fit_error(scorer: Scorer, feats: FeatureSet, spent: list[Cost] | None) -> OodScoresError | None:
-    try:
-        fit_all([scorer], feats, spent=spent)
-    except OodScoresError as error:
-        if spent is not None:
-            spent.append(Cost())
-        return error
-    return None
+    if errors is not None:
+        errors += [failed.get(id(scorer)) for scorer in scorers]
 
 
 @default_torch_state()

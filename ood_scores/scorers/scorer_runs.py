@@ -10,7 +10,7 @@ from torch import Tensor
 from ood_scores.errors import OodScoresError
 from ood_scores.features import FeatureSet
 from ood_scores.runtime import Cost
-from ood_scores.scorers.base import Scorer, fit_each, score_all
+from ood_scores.scorers.base import Scorer, fit_all, score_all
 
 
 @dataclass
@@ -22,6 +22,31 @@ class ScorerRun:
     score_seconds: float = 0.0
     rows: int = 0
     failure: str = ""
+
+
+def fit_each(
+    scorers: Sequence[Scorer], feats: FeatureSet, *, spent: list[Cost] | None = None
+) -> list[OodScoresError | None]:
+    """Fit all scorers in one pass, or one at a time if the set is wrong for some; return the error of each, or None.
+
+    ``RowHashes`` of the set are computed in the same pass.
+    """
+    errors: list[OodScoresError | None] = []
+    try:
+        fit_all(scorers, feats, spent=spent, hashed=True, errors=errors)
+        return errors
+    except OodScoresError:
+        return [_fit_error(scorer, feats, spent) for scorer in scorers]
+
+
+def _fit_error(scorer: Scorer, feats: FeatureSet, spent: list[Cost] | None) -> OodScoresError | None:
+    try:
+        fit_all([scorer], feats, spent=spent)
+    except OodScoresError as error:
+        if spent is not None:
+            spent.append(Cost())
+        return error
+    return None
 
 
 def fit_runs(runs: Mapping[str, ScorerRun], fit: FeatureSet | None) -> None:
