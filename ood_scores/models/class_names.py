@@ -20,21 +20,21 @@ from ood_scores.models.running import unwrapped
 def class_names(model: nn.Module) -> list[str] | None:
     """Return the names of a model's classes in the order of the logits, or None if they are unknown.
 
-    They are those of the model's ``config.id2label`` in Hugging Face's transformers; in timm, those that come with its
-    weights, or the WordNet ids of the ImageNet list that has as many classes.
+    They are those of ``config.id2label`` in Hugging Face's transformers, or those that come with the weights in timm. A
+    model without names that has as many classes as a list of ImageNet has the WordNet ids of that list.
     """
     model = unwrapped(model)
     by_number = getattr(getattr(model, "config", None), "id2label", None)
     if isinstance(by_number, dict):
         names = [str(by_number.get(number)) for number in range(len(by_number))]
-        return None if all(re.fullmatch(r"LABEL_\d+|None", name) for name in names) else names
+        if not all(re.fullmatch(r"LABEL_\d+|None", name) for name in names):
+            return names
+    count = _count(model)
     config: Any = getattr(model, "pretrained_cfg", None)
-    if not isinstance(config, dict):
-        return None
-    own = config.get("label_names")
-    if own and len(own) == getattr(model, "num_classes", None):
+    own = config.get("label_names") if isinstance(config, dict) else None
+    if own and len(own) == count:
         return list(own)
-    subset = infer_imagenet_subset(model)
+    subset = infer_imagenet_subset({"num_classes": count})
     return _wordnet_ids(subset) if subset else None
 
 
@@ -89,6 +89,13 @@ def other_order(dataset: Any, model: nn.Module) -> str | None:
     )
 
 
+def _count(model: nn.Module) -> int | None:
+    """Return the number of a model's classes: as it says, or else as its last layer has outputs."""
+    known = getattr(model, "num_classes", None)
+    widths = [part.out_features for part in model.modules() if isinstance(part, nn.Linear)]
+    return known if isinstance(known, int) else next(reversed(widths), None)
+
+
 @functools.cache
 def _wordnet_ids(subset: str) -> list[str]:
     return list(ImageNetInfo(subset).label_names())
@@ -96,8 +103,8 @@ def _wordnet_ids(subset: str) -> list[str]:
 
 def _numbers(names: Sequence[str] | None, model: nn.Module) -> list[str] | None:
     """Return the numbers of a model's classes as names, if a dataset's classes are named by numbers from 0."""
-    count = getattr(model, "num_classes", None)
-    if not names or not isinstance(count, int) or not all(name.isdecimal() for name in names):
+    count = _count(unwrapped(model))
+    if not names or count is None or not all(name.isdecimal() for name in names):
         return None
     numbers = set(map(int, names))
     return [str(number) for number in range(count)] if 0 in numbers and max(numbers) < count else None

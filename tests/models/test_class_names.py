@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
+from torchvision.models import resnet18
 from torchvision.transforms.functional import to_tensor
 from typer.testing import CliRunner
 
@@ -144,11 +145,12 @@ def test_names_and_synonyms() -> None:
 def test_class_names_of_models() -> None:
     assert class_names(with_names({0: "cat", 1: "dog"})) == ["cat", "dog"]
     assert class_names(with_names({0: "LABEL_0", 1: "LABEL_1"})) is None
-    assert class_names(nn.Linear(3, 1000)) is None
     assert class_names(network(10)) is None
-    synsets = class_names(network(1000))
-    assert synsets is not None
-    assert {name: synsets.index(name) for name in WORDNET_IDS} == WORDNET_IDS
+    assert class_names(nn.Flatten()) is None
+    for model in (network(1000), resnet18().eval(), nn.DataParallel(nn.Sequential(nn.Linear(3, 1000), nn.Softmax()))):
+        synsets = class_names(model)
+        assert synsets is not None
+        assert {name: synsets.index(name) for name in WORDNET_IDS} == WORDNET_IDS
 
 
 def test_labels_in_the_order_of_the_model(tmp_path: Path) -> None:
