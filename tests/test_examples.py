@@ -49,6 +49,83 @@ def test_detector_example_rejects_photographs_and_keeps_digits(name, tmp_path):
     assert shares["photographs"] > 0.9
 
 
+PHOTO = np.full((8, 8, 3), 200, np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A client of the server example, and the module."""
+    pytest.importorskip("fastapi", reason="pip install fastapi httpx")
+    pytest.importorskip("httpx", reason="pip install fastapi httpx")
+    from fastapi.testclient import TestClient
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    monkeypatch.syspath_prepend(FOLDER)
+    import serve_fastapi
+    import torch
+
+    import ood_scores
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    preprocessing = {
+        "input_size": (3, 8, 8),
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "interpolation": "bilinear",
+    }
+    detector = ood_scores.calibrate("energy", model, id=[torch.rand(40, 3, 8, 8)], preprocessing=preprocessing)
+    return TestClient(serve_fastapi.make_app(detector)), serve_fastapi
+
+
+def test_server_example_limits_what_it_reads(server, monkeypatch):
+    client, module = server
+    monkeypatch.setattr(module, "MOST_BYTES", 2**20)
+    assert client.post("/predict", content=bytes(2**20)).status_code == 422
+    for body in (bytes(2**20 + 1), (bytes(2**18) for _ in range(5))):
+        answer = client.post("/predict", content=body)
+        assert answer.status_code == 413
+        assert answer.json()["detail"] == "the body has more than 1 MiB: send fewer or smaller images."
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    answer = client.post("/predict", content=png(np.zeros((400, 400), np.uint8)))
+    assert answer.status_code == 422
+    assert "exceeds limit of 100000" in answer.json()["detail"]
+    assert client.post("/predict", content=png(PHOTO)).status_code == 200
+    noise = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for content in (b"", b"no image", noise[:5000]):
+        answer = client.post("/predict", content=content)
+        assert answer.status_code == 422
+        assert len(answer.json()["detail"].splitlines()) == 1
+
+
+def test_server_example_describes_its_body(server):
+    content = server[0].get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert content["application/octet-stream"]["schema"] == {"type": "string", "format": "binary"}
+    assert content["multipart/form-data"]["schema"]["properties"]["image"]["maxItems"] == 16
+
+
+def test_server_example_reads_forms(server, monkeypatch):
+    pytest.importorskip("python_multipart", reason="pip install python-multipart")
+    client, module = server
+    files = [("image", ("a.png", png(PHOTO), "image/png")), ("image", ("b.png", png(PHOTO // 2), "image/png"))]
+    answer = client.post("/predict", files=files)
+    assert answer.status_code == 200
+    alone = [client.post("/predict", content=png(image)).json() for image in (PHOTO, PHOTO // 2)]
+    assert [each["score"] for each in answer.json()] == pytest.approx([each["score"] for each in alone], rel=1e-5)
+    assert client.post("/predict", files=files[:1] * 17).status_code == 400
+    assert client.post("/predict", files=[("photo", files[0][1])]).status_code == 422
+    assert client.post("/predict", files=[*files, ("image", ("c.png", b"no image"))]).status_code == 422
+    monkeypatch.setattr(module, "MOST_BYTES", 1000)
+    assert client.post("/predict", files=files * 8).status_code == 413
+
+
 def test_server_example_answers_refuses_and_reports_drift(monkeypatch):
     pytest.importorskip("fastapi", reason="pip install fastapi httpx")
     pytest.importorskip("httpx", reason="pip install fastapi httpx")
