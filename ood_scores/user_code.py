@@ -60,7 +60,7 @@ def imported_code() -> tuple[str, ...]:
 
 def split_reference(text: str) -> tuple[str, str, str] | None:
     """Return the module or file, the attribute, and the rest of a text; None for other texts."""
-    found = _REFERENCE.match(text)
+    found = _REFERENCE.match(str(text))
     return (found["module"], found["attribute"], text[found.end() :]) if found else None
 
 
