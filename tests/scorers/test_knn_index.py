@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -203,6 +204,25 @@ def test_the_index_of_another_cache_is_replaced(path: Path, trained: list[str]) 
     assert len(kept(path)) == 1
     expected = create_scorer("knn", k=5, index="IVF16,Flat").fit(FeatureSet(rows(1000, seed=5)))
     assert torch.equal(found.score(FeatureSet(VALUES)), expected.score(FeatureSet(VALUES)))
+
+
+def test_the_index_of_a_cache_that_another_program_edited_is_not_used(path: Path, trained: list[str]) -> None:
+    knn(path)
+    with h5py.File(path, "r+") as h5:
+        del h5["checksums"]
+        h5["features"][:] = rows(1000, seed=5)
+    found = knn(path)
+    assert len(trained) == 2
+    expected = create_scorer("knn", k=5, index="IVF16,Flat").fit(FeatureSet(rows(1000, seed=5)))
+    assert torch.equal(found.score(FeatureSet(VALUES)), expected.score(FeatureSet(VALUES)))
+
+
+def test_pipes_in_place_of_an_index_or_of_statistics_are_not_waited_for(path: Path) -> None:
+    expected = knn(path).score(FeatureSet(VALUES))
+    for file in (*kept(path), path.with_name(f"{path.name}.statistics")):
+        file.unlink()
+        os.mkfifo(file)
+    assert torch.equal(knn(path).score(FeatureSet(VALUES)), expected)
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut", "empty", "other"])

@@ -6,9 +6,8 @@ import os
 import time
 from pathlib import Path
 
-SETTLING_NS = 10**9
-"""Two writes within one tick of the clock of a file system leave the same time, so the time of a young file is not
-trusted."""
+TICK_NS, COARSE_TICK_NS = 5 * 10**7, 2 * 10**9
+"""Longest steps of the clocks of file systems: those that record parts of a second, and those that do not."""
 
 State = tuple[int, ...]
 
@@ -20,5 +19,6 @@ def state_of(path: Path) -> State:
 
 
 def is_settled(state: State) -> bool:
-    """Return whether a later write would give the file another state."""
-    return time.time_ns() - max(state[-2:]) > SETTLING_NS
+    """Return whether a later write would give the file another state: two writes within one step would not."""
+    written = max(state[-2:])
+    return time.time_ns() - written > (TICK_NS if written % 10**9 else COARSE_TICK_NS)

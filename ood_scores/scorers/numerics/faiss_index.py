@@ -93,7 +93,7 @@ def kept_index(description: str, bank: Tensor, feats: FeatureSet, bank_of: str) 
     rows = xxhash.xxh3_128_hexdigest(bank.contiguous().numpy().data)
     settings = [identity, rows, *made_by, faiss.__version__, importlib.metadata.version("ood_scores")]
     with suppress(OSError, RuntimeError):
-        if _is_whole(place, settings):
+        if place.is_file() and _is_whole(place, settings):
             return faiss.read_index(str(place))
     index = trained_index(description, bank)
     with suppress(OSError, RuntimeError, CacheError):

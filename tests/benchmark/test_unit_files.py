@@ -1,0 +1,30 @@
+"""Files with the results of a unit: every changed byte makes them unusable."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+from ood_scores.benchmark import unit_files
+from ood_scores.benchmark.unit_files import Found, SetScores
+
+
+def test_changed_or_cut_files_are_not_used(tmp_path: Path) -> None:
+    scores = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    numbers = torch.arange(9)
+    of_set = SetScores(scores, numbers % 3, numbers % 2, numbers, numbers * 0, ["set"])
+    path = tmp_path / "a.h5"
+    facts = unit_files.write(path, "digest", Found("part", "model", 0, ["msp", "energy"], {"id": of_set}))
+    content = path.read_bytes()
+    chosen = random.Random(0)
+    damaged = [content[: len(content) * share // 10] for share in range(10)] + [content[:-1], content + b"0"]
+    for place in [chosen.randrange(len(content)) for _ in range(60)]:
+        damaged.append(content[:place] + bytes([content[place] ^ (1 << chosen.randrange(8))]) + content[place + 1 :])
+    for changed in damaged:
+        path.write_bytes(changed)
+        assert unit_files.read(path, "digest") is None
+    path.write_bytes(content)
+    assert unit_files.read(path, "digest") == facts
+    assert torch.equal(unit_files.scored(path, facts).scores["energy"]["id"], scores[1])
