@@ -167,7 +167,8 @@ def _extraction(part: Part) -> Found:
 def _measures(part: Part) -> Found:
     for name in part.measures:
         yield from _unknown(("measures",), "measure", name, MEASURES)
-        yield from _wrong(part.fit is None, ("measures",), f"{name} needs a fit set: write fit = ….")
+        lacking = part.fit is None and name in MEASURES and MEASURES[name].needs_fit
+        yield from _wrong(lacking, ("measures",), f"{name} needs a fit set: write fit = ….")
         for option in part.measure_options(name) if name in MEASURES else ():
             yield from _unknown(("measures", name, option), f"option of {name}", option, MEASURES[name].options)
 

@@ -75,7 +75,7 @@ def _find(unit: Unit, found: Found) -> None:
     left_out = dict.fromkeys(each.left_out for of_set in made_by.values() for each in of_set)
     found.warnings += _tidy(unit, [{"warning": text} for text in left_out if text])
     found.table = _table(unit, found, runs, made_by)
-    for name, figures, reason in measured(part, sets[part.id], fit):
+    for name, figures, reason in measured(part, sets[part.id], fit, _outside(part, sets)):
         found.measures += _tidy(unit, figures)
         found.not_run += [_not_run(f"{name} of {unit.title}", reason)] if reason else []
 
@@ -88,6 +88,17 @@ def _warn(unit: Unit, found: Found, sets: Mapping[str, FeatureSet], fit: Feature
     found.overlap += _tidy(unit, [overlap.as_dict() for overlap in shared])
     texts = [*map(str, shared), *label_warnings(id, "ID set", accuracy)]
     found.warnings += _tidy(unit, [{"warning": text} for text in texts])
+
+
+def _outside(part: Part, sets: Mapping[str, FeatureSet]) -> list[FeatureSet]:
+    """Return the OoD sets of a part, without rows that show an ID class."""
+    found = []
+    for name in part.ood:
+        feats = sets.get(name)
+        labels = feats.labels if feats is not None and part.relabel else None
+        outside = feats if feats is None or labels is None else feats[torch.nonzero(torch.as_tensor(labels) < 0)[:, 0]]
+        found += [outside] if outside is not None and len(outside) else []
+    return found
 
 
 def _id_and_ood(part: Part, by_set: Mapping[str, SetScores], found: Found) -> dict[str, SetScores]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -81,20 +82,34 @@ class LogitNorm(Scorer):
 @register_scorer("activation_ratio")
 @dataclass
 class ActivationRatio(Scorer):
-    """Share of the penultimate features that are positive, between 0 and 1.
+    """Share of the activations of the last layer that are positive, between 0 and 1.
 
-    Source: Shin et al. 2024 (RNA), section 5.2. Meant for features after a ReLU.
+    Source: Shin et al. 2024 (RNA), section 5.2, at the last ReLU layer, which is the map before it is pooled:
+    ``of="map"`` with ``extract(..., probes=["activations"])``. The default reads the penultimate features, which every
+    set has, and is another quantity.
 
-    Fails where features are averages over many positions, nearly all of which are positive (0.999 of those of a
+    Fails for features that are averages over many positions, nearly all of which are positive (0.999 of those of a
     ResNet-20).
 
-    Cost: one pass over the features.
+    Args:
+        of: ``"features"``, or ``"map"`` for the last map of the extra ``activations``.
+
+    Cost: one pass over the features, or none.
     """
 
-    tags = Tags(paper=SHIN_2024)
+    tags = Tags(
+        paper=SHIN_2024, small_extras={"activations.a": lambda features, logits: (features > 0).float().mean(dim=1)}
+    )
+    of: Literal["features", "map"] = "features"
     needs = ("features",)
 
+    def __post_init__(self) -> None:
+        self.require_choices()
+        self.needs = ("activations",) if self.of == "map" else ("features",)
+
     def score_block(self, block: Block) -> Tensor:
+        if self.of == "map":
+            return [share for name, share in block.extras.items() if name.startswith("activations.")][-1].double()
         positive = by_pieces(lambda features: (features > 0).float().sum(dim=1), block.features)
         return positive.double() / block.features.shape[1]
 

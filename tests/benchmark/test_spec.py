@@ -7,12 +7,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_features import random_set
 
+from ood_scores import FeatureSet
 from ood_scores.benchmark import load_spec
 from ood_scores.benchmark.checks import check
-from ood_scores.benchmark.measures import measured
+from ood_scores.benchmark.measures import MEASURES, measured
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Published, ScorerTable, Search, Spec
 from ood_scores.benchmark.unit import described
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
@@ -344,3 +346,26 @@ def test_unknown_option_of_a_measure_is_named(tmp_path: Path) -> None:
     path = toml(tmp_path, 'fit = "fits"\n' + SMALL + "\n[measures.neural_collapse]\nnormalise = true\n")
     message = refused(path, error=UnknownName)
     assert "there is no option of neural_collapse 'normalise' (did you mean 'normalize'?)" in message
+
+
+def test_representation_measures_norms_and_activations_of_id_and_ood_sets() -> None:
+    """The mean over OoD sets weighs them equally; the share of the map replaces that of the features if all have it."""
+    sets = [random_set(4, 6, rows=rows, seed=rows) for rows in (20, 30, 50)]
+    figures = MEASURES["representation"].figures(sets[0], None, sets[1:])
+    norms = [float(feats.features.norm(dim=1).mean()) for feats in sets]
+    shares = [float((feats.features > 0).double().mean()) for feats in sets]
+    assert figures == pytest.approx(
+        {
+            "representation_norm_id": norms[0],
+            "representation_norm_ood": (norms[1] + norms[2]) / 2,
+            "activation_ratio_id": shares[0],
+            "activation_ratio_ood": (shares[1] + shares[2]) / 2,
+        }
+    )
+    maps = [
+        FeatureSet(
+            each.features, each.logits, each.labels, each.head, extras={"activations.a": np.full(len(each), 0.25)}
+        )
+        for each in sets
+    ]
+    assert MEASURES["representation"].figures(maps[0], None, maps[1:])["activation_ratio_ood"] == 0.25

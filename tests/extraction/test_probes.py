@@ -18,7 +18,7 @@ import ood_scores
 from ood_scores import FeatureSet, load
 from ood_scores.errors import BadInput, NotFinite, ShapeMismatch, StaleCache, UnknownName
 from ood_scores.extraction.probes import PROBES, as_probes, register_probe
-from ood_scores.probes import FGSM, ODIN, GramSums, LayerNorms, Pass, PooledLayers, Probe
+from ood_scores.probes import FGSM, ODIN, ActiveShares, GramSums, LayerNorms, Pass, PooledLayers, Probe
 
 ROWS = 20
 INPUTS = torch.randn(ROWS, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -106,6 +106,18 @@ def test_layer_norms() -> None:
         maps = outputs()[name].double().relu()
         expected = [sum(float(channel.square().sum()) ** 0.5 for channel in row) / len(row) for row in maps]
         assert_close(feats.extras[f"norms.{name}"], torch.tensor(expected))
+
+
+def test_active_shares_count_the_positions_of_the_map_before_pooling() -> None:
+    feats = extract(probes=[ActiveShares(layers=LAYERS)])
+    for name in LAYERS:
+        maps = outputs()[name]
+        expected = [int((row > 0).sum()) / row.numel() for row in maps]
+        assert_close(feats.extras[f"activations.{name}"], torch.tensor(expected))
+    ratio = ood_scores.create_scorer("activation_ratio", of="map").score(feats)
+    assert torch.equal(ratio, feats.extras[f"activations.{LAYERS[-1]}"].double())
+    pooled = ood_scores.create_scorer("activation_ratio").score(feats)
+    assert torch.equal(pooled, (feats.features > 0).double().mean(dim=1))
 
 
 def gram_by_matrices(maps: Tensor, orders: Sequence[int]) -> Tensor:

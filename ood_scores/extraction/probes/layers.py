@@ -50,6 +50,24 @@ class LayerNorms(LayerProbe):
 
 @register_probe
 @dataclass(frozen=True)
+class ActiveShares(LayerProbe):
+    """The share of the map that is positive, before pooling: one extra ``activations.<module>`` ``[N]`` per layer.
+
+    Used by the scorer ``activation_ratio`` with ``of="map"``. Source: Shin et al. 2024 (RNA), section 5.2: the
+    activation ratio at the last ReLU layer.
+
+    Args:
+        layers: names of modules, or ``"stages"`` for the modules that end the stages of the model.
+    """
+
+    name: str = "activations"
+
+    def reduce(self, maps: Tensor) -> Tensor:
+        return (maps > 0).float().mean(dim=(1, 2))
+
+
+@register_probe
+@dataclass(frozen=True)
 class GramSums(LayerProbe):
     """Row sums of the Gram matrices of some layers: one extra ``gram.<module>`` ``[N, orders, C]`` per layer.
 
