@@ -19,7 +19,7 @@ class ModelTable:
     """A ``[[model]]`` table: a classifier with one checkpoint, or with several that differ in the seed.
 
     Attributes:
-        name: name in timm, or of a network of this package.
+        name: name of a model, see ``ood_scores.models.opening``. Code of the user runs only if it was imported.
         label: label in tables; defaults to the name.
         checkpoint: file of weights, or a list of files for the same network trained with several seeds, whose results
             are shown as mean and SD. By default, timm downloads its pretrained weights.

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from networks import resnet
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typer.testing import CliRunner, Result
@@ -378,6 +380,24 @@ def test_equals_sign_in_the_path_of_a_cache_starts_no_name(tmp_path: Path, monke
         "a=b": Path("a=b.h5"),
         "c": Path("d.h5"),
     }
+
+
+def test_cache_of_the_command_line_is_opened_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the README and the quick start, where both write cache/val.h5."""
+    model = resnet(num_classes=2).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    for number, name in enumerate("ab"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        pixels = np.full((40, 40, 3), 100 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "val" / name / "0.png")
+    cache = tmp_path / "val.h5"
+    words = ("--checkpoint", tmp_path / "weights.pth", "--workers", 0)
+    ok("extract", "cifar_resnet20", f"folder:{tmp_path / 'val'}", cache, *words)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    dataset = timm.data.create_dataset("folder", str(tmp_path / "val"), transform=transform)
+    monkeypatch.setattr(type(model), "forward", pytest.fail)
+    feats = ood_scores.extract(model, DataLoader(dataset, batch_size=64), cache)
+    assert len(feats) == 2
 
 
 # ---- inspect
