@@ -23,9 +23,23 @@ AMPLIFIED = 3e5
 """Float32 features are whitened in float32 unless whitening multiplies the length of deviations by more than this."""
 
 
+@dataclass
+class _TiedGaussians(Scorer):
+    """Base class of scores under class means and one covariance; ``double_`` says whether rows need float64."""
+
+    normalize: bool = False
+    means_: Tensor = fitted()
+    double_: bool = fitted(False)
+    needs = ("features",)
+    fit_needs = ("features", "labels")
+
+    def statistics(self) -> tuple[ClassMoments]:
+        return (ClassMoments("features", self.normalize),)
+
+
 @register_scorer("mahalanobis")
 @dataclass
-class Mahalanobis(Scorer):
+class Mahalanobis(_TiedGaussians):
     """Negative squared distance to the nearest class mean, ``-min_c (z - mu_c)^T Sigma^-1 (z - mu_c)``.
 
     Fits class means and one tied covariance, the pooled within-class scatter divided by N, in float64. Scores are
@@ -46,16 +60,8 @@ class Mahalanobis(Scorer):
     """
 
     tags = Tags(aliases=("mds",), paper=LEE_2018)
-    normalize: bool = False
     whitening_: Tensor = fitted()
-    means_: Tensor = fitted()
     centre_: Tensor = fitted()
-    double_: bool = fitted(False)
-    needs = ("features",)
-    fit_needs = ("features", "labels")
-
-    def statistics(self) -> tuple[ClassMoments]:
-        return (ClassMoments("features", self.normalize),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         moments = found[self.statistics()[0]]
@@ -105,7 +111,7 @@ class MahalanobisPP(Mahalanobis):
 
 @register_scorer("relative_mahalanobis")
 @dataclass
-class RelativeMahalanobis(Scorer):
+class RelativeMahalanobis(_TiedGaussians):
     """Distance to the nearest class relative to the distance to all data, ``-min_c (d_c - d_0)``.
 
     ``d_c = (z - mu_c)^T Sigma^-1 (z - mu_c)`` with the tied covariance of ``mahalanobis``, and ``d_0 = (z - mu)^T
@@ -142,17 +148,9 @@ class RelativeMahalanobis(Scorer):
         ),
         search_space={"normalize": (False, True)},
     )
-    normalize: bool = False
     mean_: Tensor = fitted()
     directions_: Tensor = fitted()
-    means_: Tensor = fitted()
     shares_: Tensor = fitted()
-    double_: bool = fitted(False)
-    needs = ("features",)
-    fit_needs = ("features", "labels")
-
-    def statistics(self) -> tuple[ClassMoments]:
-        return (ClassMoments("features", self.normalize),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         moments = found[self.statistics()[0]]

@@ -26,6 +26,7 @@ DJURISIC_2023 = Paper(
     "https://arxiv.org/abs/2209.09858",
     "https://github.com/andrijazz/ash",
 )
+ASH = Tags(paper=DJURISIC_2023, search_space={"percentile": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)})
 
 LARGEST_RATIO = 50
 """The exponential of a ratio up to this, times any activation, is within float32."""
@@ -135,7 +136,7 @@ class ASHP(Pruner):
     Cost: a partial sort of each row and one product with the head for each block.
     """
 
-    tags = Tags(paper=DJURISIC_2023, search_space={"percentile": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)})
+    tags = ASH
 
     def shape_features(self, features: Tensor) -> Tensor:
         return torch.where(self.kept(features), features, 0)
@@ -161,7 +162,7 @@ class ASHB(Pruner):
     Cost: as ``ash_p``.
     """
 
-    tags = Tags(paper=DJURISIC_2023, search_space={"percentile": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)})
+    tags = ASH
 
     def shape_features(self, features: Tensor) -> Tensor:
         kept = self.kept(features)
@@ -188,7 +189,7 @@ class ASHS(Pruner):
     Cost: as ``ash_p``.
     """
 
-    tags = Tags(paper=DJURISIC_2023, search_space={"percentile": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)})
+    tags = ASH
 
     def shape_features(self, features: Tensor) -> Tensor:
         values, kept = self.wide_enough(features), self.kept(features)
