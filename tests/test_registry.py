@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from ood_scores.errors import BadInput, UnknownName
-from ood_scores.parameters import check_choices, from_texts, require_known
+from ood_scores.parameters import check_choices, from_texts, plain_values, require_known
 from ood_scores.registry import Registry, did_you_mean, unknown
 
 
@@ -97,6 +97,15 @@ def test_invalid_texts(text: str, message: str) -> None:
     with pytest.raises(BadInput) as error:
         from_texts(Settings, [text], "--param key=value")
     assert str(error.value) == message
+
+
+def test_plain_values_have_the_types_that_they_show() -> None:
+    texts = ["a=1", "b=0.5", "c=true", "d=None", "e=max", "f=[8, 8]", "g=a=b"]
+    expected = {"a": 1, "b": 0.5, "c": True, "d": None, "e": "max", "f": [8, 8], "g": "a=b"}
+    assert plain_values(texts, "--model-arg key=value") == expected
+    for text in ("a", "=1"):
+        with pytest.raises(BadInput, match="write --model-arg key=value"):
+            plain_values([text], "--model-arg key=value")
 
 
 def test_unknown_parameters_are_refused() -> None:
