@@ -204,8 +204,6 @@ def _weight(feats: FeatureSet) -> Tensor:
     if feats.head is None:
         raise MissingInput("neural collapse needs a head, and this feature set has none: extract it.")
     weight = feats.head.weight.double().cpu()
-    if len(weight) < 2:
-        raise BadInput("neural collapse needs at least two classes, and the head has one: use a classifier of more.")
     if not weight.any():
         raise BadInput("the weight of the head is all zeros: use a trained model.")
     return weight

@@ -184,7 +184,7 @@ def test_neural_collapse_errors() -> None:
         neural_collapse(FeatureSet(z, None, labels))
     with pytest.raises(BadLabels, match="no labels"):
         neural_collapse(FeatureSet(z, None, None, feats.head))
-    with pytest.raises(BadInput, match="the head has one"):
+    with pytest.raises(BadLabels, match=r"1 of 2 classes have no rows \(1\)"):
         neural_collapse(FeatureSet(z, None, [0] * len(z), Head(np.ones((1, 6)))))
     with pytest.raises(BadLabels, match=r"2 of 6 classes have no rows \(4, 5\)"):
         neural_collapse(FeatureSet(z, None, labels, Head(np.ones((6, 6)))))
