@@ -237,7 +237,13 @@ def test_all_scorers_run_once_the_remedies_of_a_benchmark_are_followed(folder: P
     output = user.run("--jobs", "1")
     results = ood_scores.benchmark.load_results(folder / "run")
     assert set(results.table["scorer"]) == set(ood_scores.list_scorers()), output
-    assert set(PROBES) <= set(re.findall(r"\w+", str(user.extraction)))
+    read = {need.partition(".")[0] for name, _ in SCORERS for need in _needs(name)} & set(PROBES)
+    assert read <= set(re.findall(r"\w+", str(user.extraction)))
+
+
+def _needs(name: str) -> list[str]:
+    scorer = create_scorer(name)
+    return [*scorer.fit_needs, *scorer.needs]
 
 
 def test_probe_without_the_part_that_a_scorer_reads_has_a_remedy(folder: Path) -> None:
