@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import ood_scores
 from ood_scores.benchmark import load_results, runner
 from ood_scores.detector import Detector
+from ood_scores.errors import DamagedCache
 from ood_scores.features.storage import cache as caches
 from ood_scores.scorers import Scorer
 from ood_scores.training import state, train
@@ -88,9 +89,15 @@ def calibrate(folder: Path) -> None:
 
 
 def saved_detectors(folder: Path) -> int:
+    """Return whether there is a detector; the first save of one is refused until it is complete."""
     if not (folder / "detector" / "detector.json").exists():
         return 0
-    Detector.load(folder / "detector")
+    try:
+        Detector.load(folder / "detector")
+    except DamagedCache as error:
+        if "contains an unfinished detector: save the detector again" not in str(error):
+            raise
+        return 0
     return 1
 
 
