@@ -17,6 +17,7 @@ from torch import Tensor
 from ood_scores.atomic import user_path
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch
 from ood_scores.features.block import Block
+from ood_scores.features.checks import check_columns
 from ood_scores.features.head import Head, as_two_classes
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import columns as col
@@ -91,7 +92,7 @@ class FeatureSet:
         self.head = None if head is None else _as_head(head).with_two_classes()
         self.provenance = provenance
         self.statistics: dict[Any, Any] = {}
-        _check_columns(self._columns, self.head)
+        check_columns(self._columns, self.head)
 
     def __len__(self) -> int:
         return self._columns["features"].shape[0]
@@ -384,44 +385,6 @@ def _as_head(head: Any) -> Head:
         kind = type(head).__name__
         raise BadInput(f"head must be an ood_scores.Head, got {kind}: pass Head(layer.weight, layer.bias).")
     return head
-
-
-def _check_columns(columns: Mapping[str, col.Column], head: Head | None) -> None:
-    for name in ("features", "logits"):
-        if name not in columns:
-            continue
-        if len(columns[name].shape) != 2:
-            raise ShapeMismatch(
-                f"{name} must be [rows, width], got {tuple(columns[name].shape)}: pool or flatten first."
-            )
-        if not columns[name].dtype.is_floating_point:
-            raise BadInput(f"{name} must be floating point, got {columns[name].dtype}.")
-    if "labels" in columns:
-        _check_labels(columns["labels"])
-    rows = columns["features"].shape[0]
-    for name, column in columns.items():
-        if tuple(column.shape[:1]) != (rows,):
-            raise ShapeMismatch(f"features have {rows} rows, but {name} has shape {tuple(column.shape)}.")
-    if head is not None:
-        _check_head(columns, head)
-
-
-def _check_labels(labels: col.Column) -> None:
-    if len(labels.shape) != 1:
-        raise ShapeMismatch(f"labels must be [rows], got {tuple(labels.shape)}.")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise BadLabels(f"labels must be integer class indices, got {labels.dtype}.")
-
-
-def _check_head(columns: Mapping[str, col.Column], head: Head) -> None:
-    if head.num_features != columns["features"].shape[1]:
-        raise ShapeMismatch(
-            f"the head has {head.num_features} inputs, but the set has {columns['features'].shape[1]} features."
-        )
-    if "logits" in columns and head.num_classes != columns["logits"].shape[1]:
-        raise ShapeMismatch(
-            f"the head has {head.num_classes} classes, but the set has {columns['logits'].shape[1]} logits."
-        )
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:

@@ -181,7 +181,8 @@ class Provenance:
         values = {field.name: _plain(known.get(field.name)) for field in fields(cls)}
         probes = tuple(ProbeRecord(**record) for record in json.loads(values["probes"] or "[]"))
         skipped = tuple((int(row), str(reason)) for row, reason in json.loads(values["skipped"] or "[]"))
-        read = {name: json.loads(values[name] or "null") for name in ("versions", "arguments")}
+        absent = {"versions": "", "arguments": "null"}
+        read = {name: json.loads(values[name] or text) for name, text in absent.items()}
         return cls(**values | read | {"probes": probes, "skipped": skipped})
 
 
