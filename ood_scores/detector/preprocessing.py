@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,6 +36,9 @@ PROCESSOR, PRESET = "image_processor", "image_classification"
 DESCRIBED = {PROCESSOR, PRESET}
 PRESET_PARAMETERS = ("crop_size", "resize_size", "mean", "std", "interpolation", "antialias")
 
+RESIZING = ("crop_pct", "crop_mode", "interpolation")
+"""Entries of timm's data configuration without which only images of the input size are accepted."""
+
 TEXTS = ("image_processor_type", "data_format")
 """Entries of an image processor that may be texts: others could name files or addresses to read."""
 
@@ -41,6 +46,33 @@ FUNCTIONS = "a Hugging Face image processor, torchvision's weights.transforms(),
 
 EXAMPLE_SIZE = (320, 400)
 """Height and width of the image that shows what a transform returns; larger than most crops."""
+
+
+@dataclass(frozen=True)
+class SameSize:
+    """A transform of images that have the size of the input, because how others are resized is unknown.
+
+    Attributes:
+        height, width: the size of the images.
+        transform: the transform, which does not resize such images.
+    """
+
+    height: int
+    width: int
+    transform: Transform
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the input ``[C, H, W]``.
+
+        Raises:
+            BadInput: if the image has another size.
+        """
+        if image.size != (self.width, self.height):
+            raise BadInput(
+                f"the preprocessing has no {', '.join(RESIZING)}, so images must be {self.width} x {self.height} "
+                f"pixels, got {image.width} x {image.height}: calibrate with these entries, too."
+            )
+        return self.transform(image)
 
 
 def preprocessing_of(model: nn.Module, given: Any) -> Preprocessing | None:
@@ -56,8 +88,8 @@ def preprocessing_of(model: nn.Module, given: Any) -> Preprocessing | None:
         The preprocessing; None for a model that is not from timm, if nothing is given.
 
     Raises:
-        BadInput: if an entry does not exist or has a wrong value; if entries are missing for a model that is not from
-            timm; or if this is no function from an RGB image to a tensor.
+        BadInput: if an entry does not exist or has a wrong value; if entries other than those of ``RESIZING`` are
+            missing for a model that is not from timm; or if this is no function from an RGB image to a tensor.
     """
     origin = origin_of(model)
     if origin and origin.transform and (given is None or (isinstance(given, Mapping) and not given.keys() & DESCRIBED)):
@@ -87,7 +119,10 @@ def transform_of(model: nn.Module, preprocessing: Preprocessing) -> Transform:
         return _processor_of(preprocessing[PROCESSOR])
     if PRESET in preprocessing:
         return _preset_of(preprocessing[PRESET])
-    return timm_transform(model, **preprocessing)
+    if preprocessing.keys() >= set(RESIZING):
+        return timm_transform(model, **preprocessing)
+    height, width = preprocessing["input_size"][-2:]
+    return SameSize(height, width, timm_transform(model, **preprocessing, crop_pct=1.0, crop_mode="center"))
 
 
 def model_input(transform: Transform, image: Image.Image) -> Tensor:
@@ -109,7 +144,8 @@ def example_input(transform: Transform) -> Tensor:
     Raises:
         BadInput: if the transform cannot be applied to it, or the result is not one of ``model_input``.
     """
-    pixels = np.random.default_rng(0).integers(0, 256, (*EXAMPLE_SIZE, 3), dtype=np.uint8)
+    size = (transform.height, transform.width) if isinstance(transform, SameSize) else EXAMPLE_SIZE
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     try:
         return model_input(transform, Image.fromarray(pixels))
     except BadInput:
@@ -177,22 +213,39 @@ def _preset_of(parameters: Mapping[str, Any]) -> ImageClassification:
 
 
 def _timm_config(model: nn.Module, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return timm's data configuration of a model, with changes; any other model must have all entries among them."""
+    """Return timm's data configuration of a model, with changes; any other model must have all entries among them.
+
+    Of the other models, those of ``RESIZING`` may be missing together.
+    """
     config = resolve_model_data_config(model)
     given = {key: _plain(value) for key, value in changes.items()}
     if given.keys() - config.keys():
         extra = ", ".join(sorted(given.keys() - config.keys()))
         raise BadInput(f"preprocessing has no {extra}: choose from {', '.join(config)}.")
-    missing = sorted(config.keys() - given.keys())
-    if missing and not hasattr(model, "pretrained_cfg"):
-        raise BadInput(
-            f"the model is not from timm, so the {', '.join(missing)} of its training are unknown: pass them in "
-            f"preprocessing, too ({', '.join(f'{key}={config[key]!r}' for key in missing)} is common); or pass "
-            f"{FUNCTIONS}."
-        )
+    if not hasattr(model, "pretrained_cfg"):
+        _require_known(config, config.keys() - given.keys())
+        config = {}
     for key in {"mean", "std"} & given.keys():
         _require_numbers(key, given[key], count=(config | given)["input_size"][0])
     return config | given
+
+
+def _require_known(config: Mapping[str, Any], missing: Set[str]) -> None:
+    """Check that a model's preprocessing has the entries that cannot be guessed."""
+    if not missing:
+        return
+    names = ", ".join(sorted(missing))
+    how = (
+        f"pass them in preprocessing, too ({', '.join(f'{key}={config[key]!r}' for key in sorted(missing))} is "
+        f"common); or pass {FUNCTIONS}."
+    )
+    if missing != set(RESIZING):
+        raise BadInput(f"the model is not from timm, so the {names} of its training are unknown: {how}")
+    warnings.warn(
+        f"the model is not from timm, so the {names} of its training are unknown, and the detector will accept only "
+        f"images of the input size: {how}",
+        stacklevel=2,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -126,7 +126,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, detector: Detector) -> None:
         detector.predict([lazy])
 
 
-def test_models_that_are_not_from_timm() -> None:
+def test_models_that_are_not_from_timm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = Plain().eval()
     feats = extracted(plain, 100, 2)
@@ -135,11 +135,17 @@ def test_models_that_are_not_from_timm() -> None:
     with pytest.raises(BadInput, match="the preprocessing of images for this model is unknown"):
         detector.predict(PIXELS)
     entries: dict[str, Any] = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
-    with pytest.raises(BadInput, match="not from timm, so the crop_mode, crop_pct, interpolation of its training"):
-        calibrate("energy", plain, id=feats, preprocessing=entries)
+    inputs = (torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255 - 0.5) / 0.2
+    with pytest.warns(UserWarning, match="not from timm, so the crop_mode, crop_pct, interpolation of its training"):
+        detector = calibrate("energy", plain, id=feats, preprocessing=entries)
+    assert np.allclose(detector.predict(PIXELS).score, detector.predict(inputs).score, rtol=1e-5)
+    detector.save(tmp_path / "detector")
+    detector = Detector.load(tmp_path / "detector", plain)
+    assert np.allclose(detector.predict(PIXELS).score, detector.predict(inputs).score, rtol=1e-5)
+    with pytest.raises(BadInput, match="so images must be 8 x 8 pixels, got 9 x 8: calibrate with these entries"):
+        detector.predict([np.zeros((8, 9, 3), dtype=np.uint8)])
     entries |= {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"}
     detector = calibrate("energy", plain, id=feats, preprocessing=entries)
-    inputs = (torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255 - 0.5) / 0.2
     assert np.allclose(detector.predict(PIXELS).score, detector.predict(inputs).score, rtol=1e-5)
     with pytest.raises(BadInput, match="interpolation, std of its training are unknown"):
         calibrate("energy", plain, id=feats, preprocessing={"input_size": (3, 8, 8), "mean": (0.5,)})

@@ -69,10 +69,12 @@ def test_image_processor_gives_its_own_labels_and_decisions(vit: nn.Module, proc
     assert same(detector.predict(IMAGES), expected)
     assert same(detector.predict(processor(images=IMAGES, return_tensors="pt")), expected)
 
-    with pytest.raises(BadInput, match="the crop_mode, crop_pct, interpolation of its training are unknown"):
-        calibrate(
+    with pytest.warns(UserWarning, match="the crop_mode, crop_pct, interpolation of its training are unknown"):
+        unsized = calibrate(
             "energy", vit, id=feats, preprocessing={"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.5] * 3}
         )
+    with pytest.raises(BadInput, match="so images must be 32 x 32 pixels, got"):
+        unsized.predict(IMAGES)
     timm_crop = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
     guessed = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.5] * 3, **timm_crop}
     other = calibrate("energy", vit, id=feats, preprocessing=guessed).predict(IMAGES)
