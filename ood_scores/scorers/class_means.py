@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import by_pieces, entropy, row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
+from ood_scores.scorers.gaussian import classes_present
 from ood_scores.scorers.numerics.distances import inner
 from ood_scores.scorers.papers import HENDRYCKS_2022
 from ood_scores.scorers.registry import register_scorer
@@ -106,6 +108,48 @@ class SHE(Scorer):
 
     def score_block(self, block: Block) -> Tensor:
         return inner(block.features, self.means_.to(block.features)[block.prediction()])
+
+
+@register_scorer("ctm")
+@dataclass
+class CTM(Scorer):
+    """Cosine similarity to the nearest class mean, ``max_c cos(z, mu_c)``.
+
+    Fits mu_c, the mean feature of the fit rows labeled c; classes without rows are left out, with a warning.
+
+    Source: Ngoc-Hieu et al. 2023, "A Cosine Similarity-based Method for Out-of-Distribution Detection" (class typical
+    matching). Its formulas were not available; this one is that of a public implementation, in which rows are
+    normalized before the product but not before the mean. A feature of zeros scores 0.
+
+    Fails where all features point in nearly the same direction, such as those with a large common offset, and where
+    the norm is what separates OoD rows.
+
+    Cost: one product with a ``[D, C]`` matrix for each block.
+    """
+
+    tags = Tags(
+        paper=Paper(
+            "A Cosine Similarity-based Method for Out-of-Distribution Detection",
+            "Nguyen Ngoc-Hieu, Nguyen Hung-Quang, The-Anh Ta, Thanh Nguyen-Tang, Khoa D Doan, Hoang Thanh-Tung",
+            "arXiv",
+            2023,
+            "https://arxiv.org/abs/2306.14920",
+        ),
+        experimental="the paper was available as its abstract and an implementation by others",
+    )
+    means_: Tensor = fitted()
+    needs = ("features",)
+    fit_needs = ("features", "labels")
+
+    def statistics(self) -> tuple[Means]:
+        return (Means("features", "label"),)
+
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
+        labeled = found[self.statistics()[0]]
+        self.means_ = normalize(labeled.means[classes_present(labeled.counts, self.name)], dim=1)
+
+    def score_block(self, block: Block) -> Tensor:
+        return (block.unit_features() @ self.means_.to(block.features).T).amax(dim=1).double()
 
 
 @register_scorer("nci")

@@ -1,4 +1,4 @@
-"""kl_matching, she, and nci against plain float64 references and pytorch-ood."""
+"""kl_matching, she, ctm, and nci against plain float64 references and pytorch-ood."""
 
 from __future__ import annotations
 
@@ -87,6 +87,16 @@ def test_she_of_a_class_never_predicted_correctly_is_0() -> None:
         found = ours("she", fit=wrong)
     assert (found[PREDICTED == 3] == 0).all()
     np.testing.assert_allclose(found[PREDICTED != 3], ours("she")[PREDICTED != 3], rtol=1e-9, atol=1e-12)
+
+
+def test_ctm() -> None:
+    means = np.stack([FIT[labels_of_fit == c].mean(axis=0) for c in range(CLASSES)])
+    expected = [max(z @ m / np.linalg.norm(z) / np.linalg.norm(m) for m in means) for z in ROWS]
+    np.testing.assert_allclose(ours("ctm"), expected, rtol=1e-9)
+    with pytest.warns(UserWarning, match="ctm: 1 of 5 classes have no fit row and are left out"):
+        found = ours("ctm", fit=TRAIN[labels_of_fit != 2])
+    assert (found <= ours("ctm") + 1e-12).all()
+    assert ours("ctm", FeatureSet(np.zeros((1, WIDTH)))).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("name", ["fdbd", "nci"])
