@@ -54,6 +54,24 @@ class Energies:
 
 
 @dataclass(frozen=True)
+class Probabilities:
+    """The softmax of the logits, float32 ``[M, C]``, of the rows that ``Rows`` selects by the same share and seed."""
+
+    share: float = 1.0
+    seed: int = 0
+
+    reads: ClassVar[Sequence[str]] = ("logits",)
+
+    def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
+        if self.share < 1:
+            return ChosenRows(drawn_numbers(len(feats), self.share, self.seed), self._values)
+        return _AllRows(self._values, len(feats))
+
+    def _values(self, block: Block) -> Tensor:
+        return block.softmax().float()
+
+
+@dataclass(frozen=True)
 class Logits:
     """The logits ``[N, C]`` on the CPU, in the dtype of blocks (float32 or float64)."""
 

@@ -1,0 +1,96 @@
+"""Relations: sums of similarities to the rows of the fit set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ood_scores.features import Block, FeatureSet
+from ood_scores.features.statistics.base import Found
+from ood_scores.features.statistics.row_samples import Probabilities, Rows
+from ood_scores.scorers.base import Scorer, fitted
+from ood_scores.scorers.neighbors import why_no_graph_of
+from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
+
+BANK_PIECE = 4096
+"""Number of bank rows that a block is compared with at a time."""
+
+
+@register_scorer("relation")
+@dataclass
+class Relation(Scorer):
+    """Sum of the relations to the fit rows, ``sum_i k_i^power`` over those with ``k_i > threshold``.
+
+    ``k_i = max(0, cos(z, z_i)) <p, p_i>``: two rows are related if their features point in the same direction and their
+    softmax probabilities agree.
+
+    Fits a bank: the L2-normalized features and the softmax of the fit rows, both float32. The fit does not read labels.
+
+    Source: Kim et al. 2023, "Neural Relation Graph: A Unified Framework for Identifying Label Noise and Outlier Data",
+    and their code, whose OoD score is the inverse of the sum; power = 1 and a threshold of 0.03 are theirs. They sum
+    over one training row in ``hop``; here a share is drawn. Departure: a feature of zeros has no relations.
+
+    Fails on classes of different sizes, because rows of a large class have more relations, and where OoD rows are
+    predicted with confidence and their features are not orthogonal to those of the class.
+
+    Args:
+        power: The exponent of a relation; a large one counts only the strongest.
+        threshold: The largest relation that is left out.
+        share: The share of the fit rows that make up the bank, drawn by their number.
+        seed: The seed of the draw.
+
+    Cost: one inner product of features and one of probabilities with each bank row for each row, in the precision in
+    which the columns are stored; ``4 (D + C)`` bytes for each bank row.
+    """
+
+    tags = Tags(
+        paper=Paper(
+            "Neural Relation Graph: A Unified Framework for Identifying Label Noise and Outlier Data",
+            "Jang-Hyun Kim, Sangdoo Yun, Hyun Oh Song",
+            "NeurIPS",
+            2023,
+            "https://arxiv.org/abs/2301.12321",
+            "https://github.com/snu-mllab/Neural-Relation-Graph",
+        ),
+        search_space={"power": (1.0, 2.0, 4.0, 6.0, 8.0)},
+    )
+    power: float = 1.0
+    threshold: float = 0.03
+    share: float = 1.0
+    seed: int = 0
+    bank_: Tensor = fitted()
+    probabilities_: Tensor = fitted()
+    needs = ("features", "logits")
+    fit_needs = ("features", "logits")
+
+    def __post_init__(self) -> None:
+        self.require_positive("power")
+        self.require(0 <= self.threshold < 1, f"threshold must be in [0, 1), got {self.threshold}")
+        self.require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
+
+    def statistics(self) -> tuple[Rows, Probabilities]:
+        draw = (self.share, self.seed if self.share < 1 else 0)
+        return Rows(True, *draw), Probabilities(*draw)
+
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
+        rows, probabilities = self.statistics()
+        self.bank_, self.probabilities_ = found[rows], found[probabilities]
+
+    def why_no_graph(self) -> str | None:
+        return super().why_no_graph() or why_no_graph_of(getattr(self, "bank_", None))
+
+    def score_block(self, block: Block) -> Tensor:
+        rows = block.unit_features()
+        softmax = block.softmax().to(rows)
+        pieces = zip(self.bank_.split(BANK_PIECE), self.probabilities_.split(BANK_PIECE), strict=True)
+        sums = [self._sum(rows, softmax, features.to(rows), shares.to(rows)) for features, shares in pieces]
+        return torch.stack(sums).sum(dim=0)
+
+    def _sum(self, rows: Tensor, softmax: Tensor, features: Tensor, shares: Tensor) -> Tensor:
+        """The sum of the relations to some rows of the bank, float64 ``[B]``."""
+        relations = (rows @ features.T).clamp_min_(0).mul_(softmax @ shares.T)
+        relations = relations.where(relations > self.threshold, 0)
+        return (relations if self.power == 1 else relations.pow(self.power)).sum(dim=1, dtype=torch.float64)
