@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
@@ -143,11 +143,12 @@ class Forward:
                 f"returns the output of {found.names[0]}."
             )
         features, logits = first.rows(found, output)
-        rows = self._columns(features, Pass(self.model, inputs, logits, labels, start, further), seen)
-        require_finite(rows.wait(), start)
-        self._shapes = {name: values.shape[1:] for name, values in rows.columns.items()}
         self._capture = Capture(found.places, self.options.compile)
         self._hooks.enter_context(self._capture.running())
+        done = Pass(self.model, inputs, logits, labels, start, further, self._features_of(found))
+        rows = self._columns(features, done, seen)
+        require_finite(rows.wait(), start)
+        self._shapes = {name: values.shape[1:] for name, values in rows.columns.items()}
         self.found = found
         return rows
 
@@ -161,7 +162,8 @@ class Forward:
                 output = self._run(inputs)
         assert self.found is not None
         features, logits = self.found.read(self._capture, output)
-        rows = self._columns(features, Pass(self.model, inputs, logits, labels, start, further), seen)
+        done = Pass(self.model, inputs, logits, labels, start, further, self._features_of(self.found))
+        rows = self._columns(features, done, seen)
         if rows.columns.keys() != self._shapes.keys():
             names = ", ".join(sorted(rows.columns.keys() ^ self._shapes.keys()))
             raise ShapeMismatch(f"the batch at row {start} has different extras than the first batch: {names}.")
@@ -170,6 +172,16 @@ class Forward:
                 expected = (len(values), *self._shapes[name])
                 raise ShapeMismatch(f"{name} have shape {tuple(values.shape)} at row {start}, but {expected} before.")
         return rows
+
+    def _features_of(self, found: heads.FoundHead) -> Callable[[Tensor], Tensor]:
+        """Return the function that probes call for the features of other inputs."""
+
+        def features_of(inputs: Tensor) -> Tensor:
+            with self._capture.recording():
+                output = self.model(inputs)
+            return found.read(self._capture, output)[0]
+
+        return features_of
 
     def _columns(self, features: Tensor, done: Pass, seen: Sequence[Mapping[str, Tensor]]) -> Arriving:
         found = {"features": features, "logits": done.logits}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
@@ -38,6 +38,7 @@ class Pass:
         start: the number of the first row.
         further: the other inputs ``[B, ...]`` of a model with several, by name. Calls of the model with all ``inputs``
             receive them; a call with some rows must pass their rows.
+        features_of: returns the features ``[B, D]`` of other inputs, as extraction stores those of ``inputs``.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Pass:
     labels: Tensor | None
     start: int
     further: Mapping[str, Tensor] = field(default_factory=dict)
+    features_of: Callable[[Tensor], Tensor] | None = None
 
     def run(self, inputs: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of other inputs."""

@@ -95,6 +95,44 @@ class FGSM(LayerProbe):
         return super().columns(done, adversarial)
 
 
+@register_probe
+@dataclass(frozen=True)
+class AdaSCALE(Probe):
+    """Features of inputs whose least influential values are moved: the extra ``adascale`` ``[N, D]``.
+
+    ``z(x + epsilon sign(g) m)``, where g is the gradient of the largest logit and m selects the ``share`` of the
+    input's values with the smallest ``|g|``. Used by the scorers ``adascale_a`` and ``adascale_l``.
+
+    Source: Regmi 2025, "AdaSCALE: Adaptive Scaling for OOD Detection"; share and epsilon are those of the authors'
+    code.
+
+    Args:
+        epsilon: the size of the step, in units of the model's inputs, after their normalization.
+        share: the share of the values that are moved, rounded down to a number of values.
+
+    Cost: one additional forward and backward pass, and a forward pass.
+    """
+
+    name: str = "adascale"
+    epsilon: float = 0.5
+    share: float = 0.05
+    gradients = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.epsilon > 0 or not 0 < self.share <= 1:
+            raise BadInput(f"adascale: epsilon must be positive and share in (0, 1], got {self!r}.")
+
+    def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert done.features_of is not None
+        predicted = done.logits.argmax(dim=1, keepdim=True)
+        gradient = input_gradient(done, lambda logits: logits.gather(1, predicted))
+        sizes = gradient.flatten(1).abs()
+        least = sizes.topk(int(sizes.shape[1] * self.share), dim=1, largest=False).indices
+        moved = torch.zeros_like(sizes).scatter_(1, least, 1).view_as(gradient)
+        return {self.name: done.features_of(done.inputs + step(gradient, self.epsilon, None) * moved)}
+
+
 def step(gradient: Tensor, epsilon: float, std: tuple[float, ...] | None) -> Tensor:
     """Return epsilon times the sign of the gradient ``[B, channels, ...]``, divided by the channels' std."""
     signed = epsilon * gradient.sign()
