@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ood_scores
 from ood_scores import FeatureSet, load
-from ood_scores.errors import BadInput, NotFinite, ShapeMismatch, StaleCache, UnknownName
+from ood_scores.errors import BadInput, NotFinite, ProbeDoesNotApply, ShapeMismatch, StaleCache, UnknownName
 from ood_scores.extraction.probes import PROBES, as_probes, register_probe
 from ood_scores.probes import FGSM, ODIN, ActiveShares, GramSums, LayerNorms, Pass, PooledLayers, Probe
 
@@ -45,6 +45,11 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.passes.append(len(x))
         return self.fc(self.drop(self.body(self.stem(x).relu()).relu().mean((2, 3))))
+
+
+class MeanMap(nn.Module):
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.mean(dim=(2, 3))
 
 
 def loader(batch: int = 8, inputs: Tensor = INPUTS, labels: Tensor | None = LABELS) -> DataLoader:
@@ -118,6 +123,22 @@ def test_active_shares_count_the_positions_of_the_map_before_pooling() -> None:
     assert torch.equal(ratio, feats.extras[f"activations.{LAYERS[-1]}"].double())
     pooled = ood_scores.create_scorer("activation_ratio").score(feats)
     assert torch.equal(pooled, (feats.features > 0).double().mean(dim=1))
+
+
+def test_extremes_of_the_inputs_of_activations() -> None:
+    parts = [nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3), nn.GELU(), MeanMap(), nn.Linear(6, 5)]
+    model = nn.Sequential(*parts)
+    found = extract(model.eval(), probes=["extremes"]).extras["extremes"]
+    with torch.no_grad():
+        first = model[0](INPUTS)
+        maps = [values.flatten(1) for values in (first, model[2](first.relu()))]
+    ends = [end for values in maps for end in (-values.amin(dim=1), values.amax(dim=1))]
+    assert_close(found, torch.stack(ends, dim=1))
+
+
+def test_extremes_of_a_model_without_activation_modules() -> None:
+    with pytest.raises(ProbeDoesNotApply, match="no activation module ran in the model"):
+        extract(probes=["extremes"])
 
 
 def gram_by_matrices(maps: Tensor, orders: Sequence[int]) -> Tensor:

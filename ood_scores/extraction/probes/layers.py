@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ood_scores.extraction.probes.base import LayerProbe, register_probe
+from ood_scores.errors import ProbeDoesNotApply
+from ood_scores.extraction.hooks import hooked
+from ood_scores.extraction.probes.base import LayerProbe, Pass, Probe, register_probe
+
+ACTIVATIONS = (nn.ReLU, nn.GELU, nn.LeakyReLU)
+"""The modules whose inputs the probe ``extremes`` reads, as in the code of COMBOOD."""
 
 
 @register_probe
@@ -102,3 +110,47 @@ class GramSums(LayerProbe):
 def _signed_root_of_row_sums(powers: Tensor, order: int) -> Tensor:
     sums = torch.einsum("bcp,bp->bc", powers, powers.sum(dim=1))
     return sums.sign() * sums.abs() ** (1 / order)
+
+
+@register_probe
+@dataclass(frozen=True)
+class ActivationExtremes(Probe):
+    """Smallest and largest values that activation functions receive: the extra ``extremes`` ``[N, 2 L]``.
+
+    For each module of a class in ``ACTIVATIONS``, minus the smallest and then the largest value of its input, in the
+    model's order; a module that runs several times counts with its last run. Used by the scorer ``combood``.
+
+    Source: Rajasekaran et al. 2024, "COMBOOD: A Semiparametric Approach for Detecting Out-of-distribution Data for
+    Image Classification", after Berglind et al. 2022 (XOOD), and their code.
+
+    Fails for models that call activation functions without modules: these are refused.
+    """
+
+    name: str = "extremes"
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Mapping[str, Tensor]]:
+        seen: dict[str, Tensor] = {}
+        with hooked(((module, _extremes_of(name, seen)) for name, module in activations(model)), before=True):
+            yield seen
+
+    def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not seen:
+            raise ProbeDoesNotApply(
+                self.name, "no activation module ran in the model (torch.nn.ReLU, GELU, LeakyReLU)."
+            )
+        ordered = [seen[name] for name, _ in activations(done.model) if name in seen]
+        return {self.name: torch.cat(ordered, dim=1)}
+
+
+def activations(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the activation modules of a model with their names."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ACTIVATIONS)]
+
+
+def _extremes_of(name: str, seen: dict[str, Tensor]) -> Any:
+    def keep(module: nn.Module, inputs: Any) -> None:
+        low, high = inputs[0].flatten(1).float().aminmax(dim=1)
+        seen[name] = torch.stack([-low, high], dim=1)
+
+    return keep
