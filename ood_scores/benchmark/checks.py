@@ -64,7 +64,7 @@ Found = Iterator[tuple[KeyPath, str, type[OodScoresError]]]
 
 
 def _of_part(part: Part) -> Found:
-    for check_some in (_models, _sets, _scorers, _extraction, _measures, _searches):
+    for check_some in (_models, _sets, _scorers, _extraction, _metrics, _measures, _searches):
         yield from check_some(part)
     for number in part.published:
         yield from _published(part, number)
@@ -85,6 +85,11 @@ def _wrong(condition: bool, path: KeyPath, message: str) -> Found:
 def _twice(path: KeyPath, names: Iterable[str], what: str, remedy: str = "give each its own label") -> Found:
     for name, times in Counter(names).items():
         yield from _wrong(times > 1, path, f"{what} {name!r} is listed {times} times: {remedy}.")
+
+
+def _metrics(part: Part) -> Found:
+    for name in part.metrics:
+        yield from _unknown(("metrics",), "metric", name, METRICS)
 
 
 def _arguments(path: KeyPath, model: ModelTable) -> Found:

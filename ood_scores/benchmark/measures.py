@@ -12,6 +12,7 @@ import torch
 from ood_scores.benchmark.spec import Part
 from ood_scores.benchmark.unit_files import SetScores
 from ood_scores.errors import OodScoresError
+from ood_scores.evaluation.calibration_error import classifier_calibration
 from ood_scores.evaluation.long_tail import long_tail_report
 from ood_scores.evaluation.metrics import METRICS, Metric
 from ood_scores.evaluation.neural_collapse import TITLES, neural_collapse
@@ -62,6 +63,10 @@ def _long_tail(id: FeatureSet, fit: Any, ood: Sequence[FeatureSet]) -> dict[str,
     }
 
 
+def _calibration(id: FeatureSet, fit: Any, ood: Sequence[FeatureSet], **options: Any) -> dict[str, float]:
+    return asdict(classifier_calibration(id, **options))
+
+
 def _representation(id: FeatureSet, fit: Any, ood: Sequence[FeatureSet]) -> dict[str, float]:
     """Return the mean norm of the features and the mean activation ratio, before pooling where the sets have it."""
     sets = {"id": [id], "ood": ood}
@@ -110,6 +115,7 @@ MEASURES: Registry[Measure] = Registry(
     {
         "neural_collapse": Measure(_collapse, _keywords(neural_collapse)),
         "long_tail": Measure(_long_tail),
+        "calibration": Measure(_calibration, ("bins",), needs_fit=False),
         "representation": Measure(_representation, needs_fit=False),
     },
 )
@@ -131,6 +137,8 @@ class Figure:
 FIGURES = {
     "accuracy": Figure("ID accuracy"),
     **{name: Figure(title, percent=False) for name, title in TITLES.items()},
+    **{name: Figure(name, percent=False) for name in ("brier", "nll")},
+    **{name: Figure(name) for name in ("ece_equal_mass", "rms_debiased")},
     **{name: Figure(name) for name in ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")},
     **{name: Figure(name) for name in ("confidence", "confidence_few", "confidence_ood")},
     **{f"activation_ratio_{group}": Figure(f"activation_ratio_{group}") for group in ("id", "ood")},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ood_scores.atomic import read_text, replace_text, user_path
 from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.errors import BadInput
-from ood_scores.evaluation.metrics import METRICS, Metric
+from ood_scores.evaluation.metrics import METRICS, Metric, headline_metrics, table_metrics
 from ood_scores.terminal import csv_text
 
 JSON = "results.json"
@@ -56,12 +56,12 @@ WHOLE = ("checkpoint", "n_id", "n_ood", "n", "rows", "of")
 
 def interval_columns(metric: Metric) -> tuple[str, ...]:
     """Names of the columns with the ends of a metric's interval; empty for a metric without an interval."""
-    return (f"{metric.name}_low", f"{metric.name}_high") if metric.headline else ()
+    return (f"{metric.name}_low", f"{metric.name}_high") if metric.headline or metric.on_request else ()
 
 
-def table_columns() -> tuple[str, ...]:
-    """Columns of ``Results.table``."""
-    figures = [name for metric in METRICS.values() for name in (metric.name, *interval_columns(metric))]
+def table_columns(asked: Iterable[str] = ()) -> tuple[str, ...]:
+    """Columns of ``Results.table`` with the metrics on request that are asked for."""
+    figures = [name for metric in table_metrics(asked) for name in (metric.name, *interval_columns(metric))]
     return (*KEY, "group", *figures, "n_id", "n_ood", "id_accuracy", *COSTS, "parameters", *HASHES, "versions")
 
 
@@ -120,6 +120,16 @@ class Results:
     overlap: pd.DataFrame = field(default_factory=lambda: frame("overlap", []))
     warnings: pd.DataFrame = field(default_factory=lambda: frame("warnings", []))
 
+    @property
+    def metrics(self) -> list[Metric]:
+        """The metrics of ``table``, in the order of ``METRICS``."""
+        return table_metrics(_on_request(map(str, self.table.columns)))
+
+    @property
+    def headline(self) -> list[Metric]:
+        """The metrics of summary tables, in the order of ``METRICS``."""
+        return headline_metrics(_on_request(map(str, self.table.columns)))
+
 
 def load_results(folder: str | os.PathLike[str]) -> Results:
     """Load the results of a finished run from its folder. Scores are read when they are accessed.
@@ -175,10 +185,14 @@ def recorded_environment(folder: Path, files: Sequence[str]) -> Mapping[str, Any
 
 def frame(name: str, rows: Any) -> pd.DataFrame:
     """Make a data frame of ``Results`` from rows; columns that are missing in rows of an earlier version are NaN."""
-    columns = table_columns() if name == "table" else FRAMES[name]
+    columns = table_columns(_on_request(name for row in rows for name in row)) if name == "table" else FRAMES[name]
     made = pd.DataFrame(rows, columns=list(columns))
     kinds = {name: "int64" if name in WHOLE else "float64" for name in columns if name not in (*TEXTS, "chosen")}
     return made.astype(kinds | ({"chosen": bool} if "chosen" in columns else {}))
+
+
+def _on_request(columns: Iterable[str]) -> list[str]:
+    return [name for name in dict.fromkeys(columns) if name in METRICS and METRICS[name].on_request]
 
 
 def save(results: Results, files: Sequence[str]) -> None:

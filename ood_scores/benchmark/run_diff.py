@@ -12,7 +12,7 @@ from scipy.special import ndtr, ndtri
 
 from ood_scores.benchmark.results import KEY, Results
 from ood_scores.benchmark.unit_files import Scored
-from ood_scores.evaluation.metrics import Metric, headline_metrics
+from ood_scores.evaluation.metrics import Metric
 from ood_scores.evaluation.uncertainty import compare_auroc
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def compare_runs(a: Results, b: Results) -> pd.DataFrame:
     frame = keys.to_frame(index=False)
     frame["found"] = np.select([~keys.isin(right.index), ~keys.isin(left.index)], ["a", "b"], "both")
     left, right = left.reindex(keys), right.reindex(keys)
-    for metric in headline_metrics():
+    for metric in shared_headline(a, b):
         before, after = (run[metric.name].to_numpy(float) for run in (left, right))
         for column, values in zip(comparison_columns(metric), (before, after, after - before), strict=True):
             frame[column] = values
@@ -55,6 +55,11 @@ def compare_runs(a: Results, b: Results) -> pd.DataFrame:
     frame["p_holm"] = holm(frame["p_value"].to_numpy())
     frame["paired"] = [paired for _, paired in tests]
     return frame
+
+
+def shared_headline(a: Results, b: Results) -> list[Metric]:
+    """Return the metrics of the summary tables of both runs, in the order of ``METRICS``."""
+    return [metric for metric in a.headline if metric in b.headline]
 
 
 def comparison_columns(metric: Metric) -> tuple[str, str, str]:

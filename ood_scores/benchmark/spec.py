@@ -190,9 +190,11 @@ class Part:
         scorers: the scorers, or ``"all"`` for every registered scorer whose requirements are met.
         ensembles: the models whose outputs are averaged and scored as one, by label.
         relabel: whether rows of OoD datasets with a label of 0 or above show an ID class and count as ID (SC-OOD).
-        measures: other figures of each model: ``neural_collapse`` (on the fit set), ``long_tail``, ``representation``
-            (norms and activation ratios of ID and OoD sets). Either their names, or their options by name:
-            ``[measures.neural_collapse] normalize = true``.
+        measures: other figures of each model: ``neural_collapse`` (on the fit set), ``long_tail``, ``calibration``
+            (Brier score, negative log-likelihood, calibration errors), ``representation`` (norms and activation ratios
+            of ID and OoD sets). Either their names, or their options by name: ``[measures.neural_collapse] normalize =
+            true``.
+        metrics: metrics on request, such as ``oscr`` or ``augrc_scod``, see ``evaluation.metrics.METRICS``.
         rule: threshold of FPR95, see ``evaluation.metrics.fpr_at_tpr_id``: ``first``, or ``nearest`` as in the code of
             several papers. Intervals are always those of ``first``.
         preprocessing: changes of the models' preprocessing.
@@ -214,6 +216,7 @@ class Part:
     notes: str = ""
     relabel: bool = False
     measures: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
+    metrics: tuple[str, ...] = ()
     rule: Rule = "first"
     preprocessing: Preprocessing = Preprocessing()
     extraction: Extraction = Extraction()

@@ -212,7 +212,7 @@ def _table(
                     "scorer": label,
                     "ood": name,
                     "group": "near" if name in part.near else "far",
-                    **_compared(known.scores[number].numpy(), other.scores[number].numpy(), part.rule),
+                    **_compared(known.scores[number], other.scores[number], _correct(known), part),
                     "id_accuracy": accuracy,
                     "fit_seconds": each.fit_seconds,
                     "score_microseconds": 1e6 * each.score_seconds / each.rows,
@@ -234,10 +234,16 @@ def _sides(part: Part, sets: Mapping[str, SetScores], ood: str) -> tuple[SetScor
     return _rows(inside, torch.tensor([name in ours for name in inside.names])[inside.origins]), sets[ood]
 
 
-def _compared(inside: np.ndarray, outside: np.ndarray, rule: metrics.Rule) -> dict[str, Any]:
-    figures = dict(metrics.compare(inside, outside, rule=rule))
-    for metric in metrics.headline_metrics():
-        found = interval(metric.name, inside, outside)
+def _correct(known: SetScores) -> Tensor | None:
+    """Return whether each ID row is classified correctly; None if a row has no label or no prediction."""
+    is_known = (known.labels >= 0) & (known.predictions >= 0)
+    return known.labels == known.predictions if is_known.all() else None
+
+
+def _compared(inside: Tensor, outside: Tensor, correct: Tensor | None, part: Part) -> dict[str, Any]:
+    figures = dict(metrics.compare(inside, outside, correct=correct, metrics=part.metrics, rule=part.rule))
+    for metric in metrics.headline_metrics(part.metrics):
+        found = interval(metric.name, inside, outside, correct)
         figures |= zip(interval_columns(metric), (found.low, found.high), strict=True)
     return figures
 
@@ -282,5 +288,11 @@ def key_of(unit: Unit) -> str:
     """Return a digest of everything that determines the results of a unit."""
     features = [_made_by([job]) for job in unit.jobs]
     code = source_digests(scorer_class(table.name) for table in unit.part.scorer_tables)
-    facts = (unit, unit.part.scorer_tables, features, list(metrics.METRICS), version("ood_scores"))
+    facts = (
+        unit,
+        unit.part.scorer_tables,
+        features,
+        [metric.name for metric in metrics.table_metrics()],
+        version("ood_scores"),
+    )
     return digest(*facts, code) if code else digest(*facts)

@@ -88,10 +88,9 @@ def benchmark(
 
 
 def _show(screen: Console, results: Results) -> None:
-    """Print the first two headline metrics, averaged over checkpoints."""
-    from ood_scores.evaluation.metrics import headline_metrics
-
-    metrics = headline_metrics()[:2]
+    """Print the first two headline metrics and those on request, averaged over checkpoints."""
+    headline = results.headline
+    metrics = [metric for metric in headline if metric in headline[:2] or metric.on_request]
     screen.print(f"[bold]{marked(results.title)}[/]")
     for (part, model), table in results.table.groupby(["part", "model"], sort=False):
         title = f"{part}: {model}" if part != results.title else str(model)

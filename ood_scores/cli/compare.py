@@ -16,6 +16,8 @@ from ood_scores.progress import showing_work
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from ood_scores.benchmark.results import Results
@@ -55,8 +57,7 @@ def compare(
 
 
 def _show(frame: pd.DataFrame, a: Results, b: Results) -> None:
-    from ood_scores.benchmark.run_diff import comparison_columns
-    from ood_scores.evaluation.metrics import headline_metrics
+    from ood_scores.benchmark.run_diff import comparison_columns, shared_headline
 
     screen = console()
     for name, run in (("A", a), ("B", b)):
@@ -64,12 +65,13 @@ def _show(frame: pd.DataFrame, a: Results, b: Results) -> None:
             f"{name} [bold]{marked(str(run.folder))}[/] {marked(run.title)}, {marked(run.environment['created'])}"
         )
     both = frame[frame["found"] == "both"]
-    differences = [comparison_columns(metric)[-1] for metric in headline_metrics()]
+    metrics = shared_headline(a, b)
+    differences = [comparison_columns(metric)[-1] for metric in metrics]
     changed = both[(both[differences].fillna(0) != 0).any(axis=1)]
     real = int((both["p_holm"] < LEVEL).sum())
     screen.print(f"{len(both):,} rows in both: {len(changed):,} differ, {real:,} of them by more than chance")
     if len(changed):
-        screen.print(_table(_largest(changed), several=bool(frame["checkpoint"].any())))
+        screen.print(_table(_largest(changed), metrics, several=bool(frame["checkpoint"].any())))
         more = f"The {SHOWN} largest of {len(changed):,}; --out writes all. " if len(changed) > SHOWN else ""
         screen.print(more + LEGEND, style="dim")
     for name, found in (("A", "a"), ("B", "b")):
@@ -83,11 +85,9 @@ def _largest(changed: pd.DataFrame) -> pd.DataFrame:
     return sized.sort_values(["real", "size"], ascending=False, kind="stable").head(SHOWN)
 
 
-def _table(rows: pd.DataFrame, several: bool) -> Table:
+def _table(rows: pd.DataFrame, metrics: Sequence[Metric], several: bool) -> Table:
     """Return the table of changes; checkpoints are numbered if a model has several."""
-    from ood_scores.evaluation.metrics import headline_metrics
-
-    auroc, *others = headline_metrics()
+    auroc, *others = metrics
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
     names = ["model", *(["checkpoint"] if several else []), "scorer", "ood"]
     if rows["part"].nunique() > 1:

@@ -32,6 +32,14 @@ def evaluate(
     scorer: Annotated[
         list[str] | None, typer.Option(help="Scorer name; may be repeated. Default: all that can run.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Further metrics: aurc, e_aurc, augrc (each also with _scod), oscr, ccr_fpr1 … ccr_fpr4, "
+            "detection_error, autc.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the table with all metrics, .csv or .json.")] = None,
     device: options.Device = "auto",
 ) -> None:
@@ -44,6 +52,7 @@ def evaluate(
           --out table.csv
       ood-scores evaluate --id val.h5 --ood textures.h5 --scorer energy \\
           --scorer gradnorm
+      ood-scores evaluate --id val.h5 --ood textures.h5 --metrics oscr,augrc
     """
     import ood_scores
 
@@ -51,11 +60,12 @@ def evaluate(
     id_feats = ood_scores.load(id, device)
     ood_feats = {name: ood_scores.load(cache, device) for name, cache in named_caches(ood).items()}
     fit_feats = ood_scores.load(fit, device) if fit else None
+    asked = [name.strip() for name in metrics.split(",")] if metrics else []
     chosen = [scorer_name(each) for each in scorer] if scorer and scorer != ["all"] else "all"
     with stoppable("the caches are unchanged; run the same command again"):
-        table = ood_scores.evaluate(chosen, id=id_feats, ood=ood_feats, fit=fit_feats)
+        table = ood_scores.evaluate(chosen, id=id_feats, ood=ood_feats, fit=fit_feats, metrics=asked)
     table.attrs["left_out"] |= _remedies(table.attrs["left_out"], [id_feats, *ood_feats.values()], fit_feats)
-    _show(table, id, len(id_feats))
+    _show(table, id, len(id_feats), asked)
     if out:
         write_table(table, out)
         console().print(f"[green]✓[/] all metrics in [bold]{marked(out)}[/]")
@@ -70,7 +80,7 @@ def _remedies(left_out: Iterable[str], sets: Sequence[FeatureSet], fit: FeatureS
     return cannot_run(scorers, fit.has if fit else None, [feats.has for feats in sets], "command line")
 
 
-def _show(table: pd.DataFrame, id: Path, rows: int) -> None:
+def _show(table: pd.DataFrame, id: Path, rows: int, asked: Sequence[str]) -> None:
     from ood_scores.evaluation.metrics import headline_metrics
 
     screen = console()
@@ -79,9 +89,9 @@ def _show(table: pd.DataFrame, id: Path, rows: int) -> None:
     screen.print(f"ID [bold]{marked(table.attrs['id'] or id.stem)}[/]: {rows:,} rows{knows}")
     sets = list(dict.fromkeys(table["ood"]))
     groups = {name: [name] for name in sets} | ({"average": sets} if len(sets) > 1 else {})
-    for part in metric_tables(metric_columns(table, groups, headline_metrics()), screen.width):
+    for part in metric_tables(metric_columns(table, groups, headline_metrics(asked)), screen.width):
         screen.print(part)
-    screen.print(legend(headline_metrics()), style="dim")
+    screen.print(legend(headline_metrics(asked)), style="dim")
     left_out = table.attrs["left_out"]
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name in left_out if left_out[name] == reason)

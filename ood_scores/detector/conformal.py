@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.special import betainc
 
 from ood_scores.errors import BadInput, BadLabels, ShapeMismatch
-from ood_scores.evaluation.metrics import Scores, checked_scores
+from ood_scores.evaluation.threshold_counts import Scores, checked_scores
 
 ROUNDING = 1e-12
 """Relative amount by which p-values may exceed Benjamini and Hochberg's bounds, since both are rounded."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
-from ood_scores.evaluation import metrics
 from ood_scores.evaluation.accuracy import label_warnings
+from ood_scores.evaluation.metrics import compare, table_metrics
 from ood_scores.features import Block, FeatureSet, Sets, as_feature_set
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.progress import showing_work
@@ -27,7 +27,13 @@ ALL = "all"
 
 
 def evaluate(
-    scorers: Scorers, *, id: Sets, ood: Mapping[str, Sets], fit: Sets | None = None, progress: bool = True
+    scorers: Scorers,
+    *,
+    id: Sets,
+    ood: Mapping[str, Sets],
+    fit: Sets | None = None,
+    metrics: Sequence[str] = (),
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Measure how well each scorer separates an in-distribution (ID) set from each OoD set.
 
@@ -41,12 +47,16 @@ def evaluate(
         ood: OoD sets by name.
         fit: ID set that scorers are fitted on, usually the training set. If None, scorers must be fitted already or
             need no fit.
+        metrics: Names of metrics on request, such as ``"oscr"`` or ``"augrc_scod"``; see
+            ``ood_scores.metrics.METRICS``. Those that need to know which ID rows are classified correctly are NaN if
+            ``id`` has no labels or no logits.
         progress: Whether to show on a terminal which scorer is fitted or scored, and to print (on standard error) those
             that took 10 seconds or raised the peak memory by 1 GB.
 
     Returns:
         A tidy data frame with one row for each scorer and OoD set. Columns: ``scorer``, ``ood``, every metric of
-        ``ood_scores.metrics.METRICS`` (shares, not percentages), ``n_id`` and ``n_ood``. ``.attrs["id_accuracy"]`` is
+        ``ood_scores.metrics.METRICS`` that is not on request, or is in ``metrics`` (shares, not percentages), ``n_id``
+        and ``n_ood``. ``.attrs["id_accuracy"]`` is
         the accuracy of the model on ``id``, or None without labels or logits; ``.attrs["id"]`` is the name of the ID
         dataset from its provenance, or None. ``.attrs["left_out"]`` has the reason for each scorer that ``"all"`` left
         out. ``.attrs["overlap"]`` lists the sets that share rows (``set``, ``other``, ``rows`` shared ``of`` the rows
@@ -54,7 +64,8 @@ def evaluate(
         them, and about an accuracy near chance.
 
     Raises:
-        UnknownName, NotFitted, MissingInput, NotFinite: as for ``Scorer.score``.
+        UnknownName: if there is no such metric, or as for ``Scorer.score``.
+        NotFitted, MissingInput, NotFinite: as for ``Scorer.score``.
         EmptyInput: if there is no scorer (or none that can run) or no OoD set, or as for ``Scorer.score``.
         ShapeMismatch: if the sets have different numbers of features or classes.
         OtherModel: if the sets were extracted with different weights.
@@ -62,6 +73,7 @@ def evaluate(
     """
     import pandas as pd
 
+    table_metrics(metrics)  # raises UnknownName before the work
     chosen = _named(scorers)
     if not chosen:
         raise EmptyInput("there is no scorer to evaluate: pass scorers=['energy', ...].")
@@ -81,8 +93,9 @@ def evaluate(
     with showing_work("evaluating", progress):
         found, left_out = score_sets(chosen, fit, [id, *others.values()], correct)
     id_scores, *ood_scores = found
+    is_correct = id_scores[_Correct.name] if correct else None
     rows = [
-        {"scorer": label, "ood": name, **metrics.compare(id_scores[label], scores[label])}
+        {"scorer": label, "ood": name, **compare(id_scores[label], scores[label], correct=is_correct, metrics=metrics)}
         for label in chosen
         if label not in left_out
         for name, scores in zip(others, ood_scores, strict=True)
@@ -90,7 +103,7 @@ def evaluate(
     if not rows:
         raise EmptyInput(f"no scorer can run on these sets: {next(iter(left_out.values()))}")
     table = pd.DataFrame(rows)
-    accuracy = float(id_scores[_Correct.name].mean()) if correct else None
+    accuracy = None if is_correct is None else float(is_correct.mean())
     fitted = any(chosen[label].fit_needs for label in dict.fromkeys(table["scorer"]))
     shared = overlaps(fit if fitted else None, id, others)
     table.attrs |= {

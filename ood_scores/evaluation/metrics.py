@@ -8,55 +8,25 @@ ratios float64, so ties and thresholds are exact. FPR95 has two meanings in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from math import ceil, isnan
-from typing import Any, Literal, TypeAlias
+from math import ceil, isnan, nan
+from typing import Literal, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
+from ood_scores.errors import BadInput
+from ood_scores.evaluation import selective
+from ood_scores.evaluation.threshold_counts import Correct, RocCounts, Scores, roc_counts
 from ood_scores.registry import Registry
 
-Scores: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[float]"
 Rule: TypeAlias = Literal["first", "nearest"]
 Interpolation: TypeAlias = Literal["step", "trapezoid"]
 NONE = "–"
 """Text that tables show for NaN."""
-
-
-@dataclass(frozen=True)
-class RocCounts:
-    """Numbers of positive and negative rows that each threshold accepts.
-
-    The T thresholds are the distinct scores in descending order. A threshold accepts the rows whose score is at least
-    the threshold, so the last threshold accepts every row.
-
-    Attributes:
-        thresholds: Distinct scores, float64 ``[T]``, strictly descending.
-        positives: Number of accepted rows of the positive class, int64 ``[T]``.
-        negatives: Number of accepted rows of the negative class, int64 ``[T]``.
-    """
-
-    thresholds: NDArray[np.float64]
-    positives: NDArray[np.int64]
-    negatives: NDArray[np.int64]
-
-    @property
-    def n_positive(self) -> int:
-        return int(self.positives[-1])
-
-    @property
-    def n_negative(self) -> int:
-        return int(self.negatives[-1])
-
-    def mirrored(self) -> RocCounts:
-        """Swap the classes and negate the scores, so that rejected rows become accepted rows."""
-        return RocCounts(-self.thresholds[::-1], _rejected(self.negatives), _rejected(self.positives))
 
 
 class Metrics(dict[str, float]):
@@ -89,7 +59,10 @@ class Metric:
         higher_is_better: Whether higher values are better.
         percent: Whether values are shares, which are shown in percent.
         headline: Whether the metric appears in summary tables and comparisons of runs, has an interval in benchmark
-            results, and can be used to choose parameters. All metrics appear in data frames, files and the HTML report.
+            results, and can be used to choose parameters.
+        on_request: Whether the metric is computed only where it is asked for by name; it is then a headline metric
+            there. All other metrics appear in data frames, files and the HTML report.
+        needs_correct: Whether the formula needs to know which ID rows are classified correctly.
         interval: Method of the interval: DeLong (AUROC only) or the bootstrap.
         options: Names of the options of ``compare`` that the formula accepts.
         resampled: Function of the counts, the number of replicates R and a random generator that returns the metric on
@@ -104,6 +77,8 @@ class Metric:
     higher_is_better: bool = True
     percent: bool = True
     headline: bool = False
+    on_request: bool = False
+    needs_correct: bool = False
     interval: Literal["DeLong", "bootstrap"] = "bootstrap"
     options: tuple[str, ...] = ()
     resampled: Callable[[RocCounts, int, np.random.Generator], NDArray[np.float64]] | None = None
@@ -126,56 +101,49 @@ class Metric:
         """Factor by which a value is multiplied before it is shown."""
         return 100 if self.percent else 1
 
-    def __call__(self, id_scores: Scores, ood_scores: Scores) -> float:
-        """Compute the metric of two score vectors with default options; errors are those of ``roc_counts``."""
-        return self.formula(self.counts(roc_counts(id_scores, ood_scores)))
+    def __call__(self, id_scores: Scores, ood_scores: Scores, correct: Correct | None = None) -> float:
+        """Compute the metric of two score vectors with default options; errors are those of ``roc_counts``.
+
+        The value is NaN if the metric needs ``correct`` and it is None.
+        """
+        return self.of(roc_counts(id_scores, ood_scores, correct))
+
+    def of(self, as_id: RocCounts, **options: object) -> float:
+        """Compute the metric of counts with ID as the positive class; NaN if it needs ``correct`` and they lack it."""
+        if self.needs_correct and as_id.correct is None:
+            return nan
+        return self.formula(self.counts(as_id), **{name: options[name] for name in self.options if name in options})
 
     def counts(self, as_id: RocCounts) -> RocCounts:
         """Convert counts with ID as the positive class to those that the formula expects."""
         return as_id.mirrored() if self.positive == "OoD" else as_id
 
 
-def roc_counts(id_scores: Scores, ood_scores: Scores) -> RocCounts:
-    """Count accepted rows with ID as the positive class, in O(n log n) time and linear memory.
+def compare(
+    id_scores: Scores,
+    ood_scores: Scores,
+    *,
+    correct: Correct | None = None,
+    metrics: Iterable[str] = (),
+    rule: Rule = "first",
+    interpolation: Interpolation = "step",
+) -> Metrics:
+    """Compute all metrics that are not on request, and those asked for, from one sort of the scores.
 
     Args:
-        id_scores: Scores of ID rows, ``[N]``: a tensor on any device, an array, or a list of numbers. Infinities are
-            allowed.
-        ood_scores: Scores of OoD rows, ``[M]``, in the same forms.
+        id_scores: Scores of ID rows, ``[N]``, as for ``roc_counts``.
+        ood_scores: Scores of OoD rows, ``[M]``, as for ``roc_counts``.
+        correct: Whether each ID row is classified correctly, bool ``[N]``. Metrics that need it are NaN without it.
+        metrics: Names of metrics on request, see ``METRICS``.
+        rule: See ``fpr_at_tpr_id``.
+        interpolation: See ``aupr_in``.
 
     Raises:
-        NotFinite: if a score is NaN.
-        EmptyInput: if there are no ID scores or no OoD scores.
-        ShapeMismatch: if scores are not one-dimensional.
-        BadInput: if scores are not real numbers.
+        UnknownName: if there is no such metric, rule or interpolation.
+        NotFinite, EmptyInput, ShapeMismatch, BadInput: as for ``roc_counts``.
     """
-    id_negated, ood_negated = -checked_scores(id_scores, "ID"), -checked_scores(ood_scores, "OoD")
-    id_negated.sort()
-    ood_negated.sort()
-    scores = np.concatenate([id_negated, ood_negated])
-    order = np.argsort(scores, kind="stable")  # merges two sorted runs: linear time
-    scores = scores[order]
-    last_of_value = np.append(np.flatnonzero(scores[1:] != scores[:-1]), len(scores) - 1)
-    positives = np.cumsum(order < len(id_negated), dtype=np.int64)[last_of_value]
-    return RocCounts(-scores[last_of_value], positives, last_of_value + 1 - positives)
-
-
-def compare(
-    id_scores: Scores, ood_scores: Scores, *, rule: Rule = "first", interpolation: Interpolation = "step"
-) -> Metrics:
-    """Compute all metrics from one sort of the scores.
-
-    See ``fpr_at_tpr_id`` for ``rule`` and ``aupr_in`` for ``interpolation``; errors are those of these functions.
-    """
-    as_id = roc_counts(id_scores, ood_scores)
-    as_ood = as_id.mirrored()
-    options = {"rule": rule, "interpolation": interpolation}
-    values = {
-        name: metric.formula(
-            as_ood if metric.positive == "OoD" else as_id, **{option: options[option] for option in metric.options}
-        )
-        for name, metric in METRICS.items()
-    }
+    as_id = roc_counts(id_scores, ood_scores, correct)
+    values = {each.name: each.of(as_id, rule=rule, interpolation=interpolation) for each in table_metrics(metrics)}
     return Metrics(values, n_id=as_id.n_positive, n_ood=as_id.n_negative)
 
 
@@ -251,32 +219,6 @@ def fpr_at_tpr_id(id_scores: Scores, ood_scores: Scores, tpr: float, *, rule: Ru
 def fpr_at_tpr_ood(id_scores: Scores, ood_scores: Scores, tpr: float, *, rule: Rule = "first") -> float:
     """Share of ID rows rejected by the threshold that rejects the share ``tpr`` of OoD rows; see ``fpr_at_tpr_id``."""
     return fpr_of(roc_counts(id_scores, ood_scores).mirrored(), tpr, rule)
-
-
-def checked_scores(scores: Scores, side: str) -> NDArray[np.float64]:
-    """Return scores as float64 ``[N]``; errors are those of ``roc_counts`` and name the side."""
-    if isinstance(scores, torch.Tensor):
-        scores = scores.detach().cpu().to(torch.promote_types(scores.dtype, torch.float64)).numpy()
-    array = np.asarray(scores)
-    if array.ndim != 1:
-        raise ShapeMismatch(f"{side} scores have shape {list(array.shape)}: pass one score per row, shape [N].")
-    if len(array) == 0:
-        raise EmptyInput(f"there are no {side} scores: pass at least one.")
-    if array.dtype.kind not in "biuf":
-        raise BadInput(f"{side} scores have dtype {array.dtype}: pass real numbers.")
-    array = array.astype(np.float64, copy=False)
-    n_nan = np.count_nonzero(np.isnan(array))
-    if n_nan:
-        raise NotFinite(f"{n_nan} of {len(array)} {side} scores are NaN: NaN has no rank, so find where it comes from.")
-    return array
-
-
-def _rejected(accepted: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers of rows below each threshold, from the lowest threshold up, ending with all rows."""
-    below = np.empty_like(accepted)
-    np.subtract(accepted[-1], accepted[-2::-1], out=below[:-1])
-    below[-1] = accepted[-1]
-    return below
 
 
 def auroc_of(counts: RocCounts) -> float:
@@ -356,6 +298,8 @@ _fpr95 = partial(
     options=("rule",),
     resampled=partial(resampled_fpr, tpr=0.95),
 )
+_system = partial(Metric, on_request=True, needs_correct=True)
+_risk = partial(_system, higher_is_better=False)
 _ROWS = (
     Metric(
         "auroc",
@@ -369,6 +313,74 @@ _ROWS = (
     _aupr("aupr_out", positive="OoD", meaning="area under the precision-recall curve with OoD images as positives"),
     _fpr95("fpr95_id", positive="ID", meaning="share of OoD images accepted when 95% of ID images are accepted"),
     _fpr95("fpr95_ood", positive="OoD", meaning="share of ID images rejected when 95% of OoD images are rejected"),
+    _risk(
+        "aurc",
+        label="AURC",
+        formula=selective.aurc_of,
+        meaning="mean error rate among accepted ID images over all coverages",
+    ),
+    _risk(
+        "e_aurc",
+        label="E-AURC",
+        formula=selective.e_aurc_of,
+        meaning="AURC minus that of the best ranking of the same predictions",
+    ),
+    _risk(
+        "augrc",
+        label="AUGRC",
+        formula=selective.augrc_of,
+        meaning="mean share of ID images that are accepted and misclassified over all coverages",
+    ),
+    _risk(
+        "aurc_scod",
+        label="AURC-SCOD",
+        formula=partial(selective.aurc_of, ood=True),
+        meaning="AURC on ID and OoD images together, where accepted OoD images are errors",
+    ),
+    _risk(
+        "e_aurc_scod",
+        label="E-AURC-SCOD",
+        formula=partial(selective.e_aurc_of, ood=True),
+        meaning="E-AURC on ID and OoD images together, where accepted OoD images are errors",
+    ),
+    _risk(
+        "augrc_scod",
+        label="AUGRC-SCOD",
+        formula=partial(selective.augrc_of, ood=True),
+        meaning="AUGRC on ID and OoD images together, where accepted OoD images are errors",
+    ),
+    _system(
+        "oscr",
+        label="OSCR",
+        formula=selective.oscr_of,
+        meaning="probability that an ID image is classified correctly and has a higher score than an OoD image",
+    ),
+    *(
+        _system(
+            f"ccr_fpr{places}",
+            label=f"CCR@1e-{places}",
+            formula=partial(selective.ccr_of, fpr=f"1e-{places}"),
+            meaning=f"share of ID images accepted and classified correctly when at most 1e-{places} of OoD images are "
+            "accepted",
+        )
+        for places in (1, 2, 3, 4)
+    ),
+    Metric(
+        "detection_error",
+        label="detection error",
+        formula=selective.detection_error_of,
+        meaning="smallest mean of the shares of rejected ID images and accepted OoD images over all thresholds",
+        higher_is_better=False,
+        on_request=True,
+    ),
+    Metric(
+        "autc",
+        label="AUTC",
+        formula=selective.autc_of,
+        meaning="mean error over thresholds that are uniform between the lowest and the highest score",
+        higher_is_better=False,
+        on_request=True,
+    ),
 )
 METRICS: Registry[Metric] = Registry("metric", {metric.name: metric for metric in _ROWS})
 """All metrics by name, in the order of data frames and files. To add a metric, add a row."""
@@ -382,6 +394,16 @@ def number(value: float, percent: bool = True, digits: int | None = None, *, sig
     return f"{value:{'+' if signed else ''}.{digits}{'f' if percent else 'g'}}"
 
 
-def headline_metrics() -> list[Metric]:
-    """Metrics of summary tables, in the order of ``METRICS``."""
-    return [metric for metric in METRICS.values() if metric.headline]
+def table_metrics(asked: Iterable[str] = ()) -> list[Metric]:
+    """Metrics of data frames and files: all that are not on request, and those asked for, in the order of ``METRICS``.
+
+    Raises:
+        UnknownName: if there is no metric with a name that is asked for.
+    """
+    wanted = {METRICS[name].name for name in asked}
+    return [metric for metric in METRICS.values() if metric.name in wanted or not metric.on_request]
+
+
+def headline_metrics(asked: Iterable[str] = ()) -> list[Metric]:
+    """Metrics of summary tables, in the order of ``METRICS``: the usual ones, and those on request asked for."""
+    return [metric for metric in table_metrics(asked) if metric.headline or metric.on_request]

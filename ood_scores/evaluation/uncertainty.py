@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,7 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit, ndtr, ndtri
 
 from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
-from ood_scores.evaluation.metrics import METRICS, RocCounts, Scores, checked_scores, roc_counts
+from ood_scores.evaluation.metrics import METRICS
+from ood_scores.evaluation.threshold_counts import Correct, RocCounts, Scores, checked_scores, roc_counts
 
 ScoreTable: TypeAlias = "torch.Tensor | NDArray[Any] | Sequence[Scores]"
 
@@ -233,11 +235,11 @@ def tied_with_best(aurocs: ArrayLike, covariance: ArrayLike, level: float = 0.05
     return ~worse
 
 
-def interval(metric: str, id_scores: Scores, ood_scores: Scores) -> Interval:
+def interval(metric: str, id_scores: Scores, ood_scores: Scores, correct: Correct | None = None) -> Interval:
     """95% interval of a metric, by DeLong's method or the bootstrap as its row of ``METRICS`` says."""
     if METRICS[metric].interval == "DeLong":
         return auroc_interval(id_scores, ood_scores)
-    return bootstrap(id_scores, ood_scores, metric)
+    return bootstrap(id_scores, ood_scores, metric, correct=correct)
 
 
 def bootstrap(
@@ -245,6 +247,7 @@ def bootstrap(
     ood_scores: Scores,
     metric: str = "auroc",
     *,
+    correct: Correct | None = None,
     replicates: int = 1000,
     seed: int = 0,
     level: float = 0.95,
@@ -259,6 +262,7 @@ def bootstrap(
         id_scores: Scores of ID rows, ``[N]``, as for ``roc_counts``.
         ood_scores: Scores of OoD rows, ``[M]``, as for ``roc_counts``.
         metric: Name of a metric in ``METRICS``, which is computed with default options.
+        correct: Whether each ID row is classified correctly, bool ``[N]``. A metric that needs it is NaN without it.
         replicates: Number of resamples R, at least 2.
         seed: Seed of the resamples; the same seed produces the same replicates.
         level: Confidence level, in (0, 1).
@@ -272,8 +276,10 @@ def bootstrap(
     measured = METRICS[metric]
     if replicates < 2:
         raise BadInput(f"replicates must be at least 2, got {replicates}: pass 1000.")
-    counts = measured.counts(roc_counts(id_scores, ood_scores))
+    counts = measured.counts(roc_counts(id_scores, ood_scores, correct))
     rng = np.random.default_rng(seed)
+    if measured.needs_correct and counts.correct is None:
+        return BootstrapInterval(nan, nan, nan, nan, np.full(replicates, nan))
     if measured.resampled:
         values = measured.resampled(counts, replicates, rng)
     else:
@@ -351,13 +357,29 @@ def _quantile(level: float) -> float:
 def _resamples(counts: RocCounts, replicates: int, rng: np.random.Generator) -> Iterator[RocCounts]:
     """Counts of each resample, without thresholds that have no row in it."""
     indices = np.arange(len(counts.thresholds))
-    positive_rows = np.repeat(indices, np.diff(counts.positives, prepend=0))
+    at_threshold = np.diff(counts.positives, prepend=0)
+    positive_rows = np.repeat(indices, at_threshold)
     negative_rows = np.repeat(indices, np.diff(counts.negatives, prepend=0))
+    correct = None if counts.correct is None else _first_of_each(np.diff(counts.correct, prepend=0), at_threshold)
 
     def drawn(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.bincount(rows[rng.integers(len(rows), size=len(rows))], minlength=len(indices))
+        return rows[rng.integers(len(rows), size=len(rows))]
+
+    def counted(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.bincount(rows, minlength=len(indices))
 
     for _ in range(replicates):
-        positives, negatives = drawn(positive_rows), drawn(negative_rows)
+        chosen = drawn(np.arange(len(positive_rows)))
+        positives, negatives = counted(positive_rows[chosen]), counted(drawn(negative_rows))
         kept = np.flatnonzero(positives + negatives)
-        yield RocCounts(counts.thresholds[kept], np.cumsum(positives[kept]), np.cumsum(negatives[kept]))
+        right = None
+        if correct is not None:
+            right = np.cumsum(counted(positive_rows[chosen[correct[chosen]]])[kept])
+        yield RocCounts(counts.thresholds[kept], np.cumsum(positives[kept]), np.cumsum(negatives[kept]), right)
+
+
+def _first_of_each(chosen: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark the first ``chosen[t]`` of the ``rows[t]`` rows of each threshold t."""
+    place = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+    marked: NDArray[np.bool_] = place < np.repeat(chosen, rows)
+    return marked

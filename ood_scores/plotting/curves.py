@@ -13,7 +13,8 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from ood_scores.evaluation.metrics import METRICS, Scores, number
+from ood_scores.evaluation.metrics import METRICS, number
+from ood_scores.evaluation.threshold_counts import Scores
 from ood_scores.plotting.style import ID_COLOR, LABEL, SMALL, TICK, color, new_figure
 
 BINS = 40

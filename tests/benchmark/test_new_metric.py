@@ -21,7 +21,8 @@ from ood_scores.benchmark.results import save
 from ood_scores.benchmark.run_diff import compare_runs
 from ood_scores.benchmark.spec import Published, ScorerTable, Search
 from ood_scores.cli import app
-from ood_scores.evaluation.metrics import METRICS, Metric, RocCounts, compare, fpr_at_tpr_id, fpr_of
+from ood_scores.evaluation.metrics import METRICS, Metric, compare, fpr_at_tpr_id, fpr_of
+from ood_scores.evaluation.threshold_counts import RocCounts
 from ood_scores.evaluation.uncertainty import bootstrap, interval
 
 pytestmark = [
@@ -62,6 +63,7 @@ def new_metrics() -> Iterator[None]:
 def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     small = part(
         scorers=(ScorerTable("msp", "msp"), ScorerTable("knn", "knn")),
+        metrics=("oscr", "autc"),
         search=Search("val_id", ("val_ood",), "fpr80_id", {"knn": {"k": (1, 9)}}),
         published=tuple(
             Published("Net", "msp", "dark", metric, value, "A paper")
@@ -98,6 +100,28 @@ def test_results_hold_the_new_metric_and_its_interval(results: Results) -> None:
     assert (row["fpr80_id"], row["fpr80_id_low"], row["fpr80_id_high"]) == (expected.value, expected.low, expected.high)
     assert row["gap"] == METRICS["gap"](*scores)
     assert "gap_low" not in results.table
+
+
+def test_metrics_on_request_reach_results_and_reports(results: Results, tmp_path: Path) -> None:
+    (row,) = results.table.query("scorer == 'msp' and ood == 'dark'").to_dict("records")
+    (unit,) = results.scored
+    scores, correct = unit.scores["msp"], unit.labels["id"] == unit.predictions["id"]
+    expected = interval("oscr", scores["id"], scores["dark"], correct)
+    assert (row["oscr"], row["oscr_low"], row["oscr_high"]) == (expected.value, expected.low, expected.high)
+    assert "augrc" not in results.table
+    assert [metric.name for metric in results.headline] == [
+        "auroc",
+        "fpr95_id",
+        "fpr95_ood",
+        "oscr",
+        "autc",
+        "fpr80_id",
+    ]
+    texts = {path.name: path.read_text() for path in write_report(dataclasses.replace(results, folder=tmp_path))}
+    assert "overall, OSCR" in texts["report.md"]
+    assert "- OSCR: probability that an ID image is classified correctly" in texts["report.md"]
+    assert '<option value="oscr">OSCR</option>' in texts["report.html"]
+    assert "AUGRC" not in texts["report.html"]
 
 
 def test_saved_results_hold_the_new_metric(results: Results) -> None:

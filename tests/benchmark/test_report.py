@@ -21,7 +21,7 @@ from ood_scores.benchmark.report.tables import ScoreTable, errors_and_ties, part
 from ood_scores.benchmark.results import Results, table_columns
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.data.images import ImageArrays, ImageDataset
-from ood_scores.evaluation.metrics import METRICS, auroc
+from ood_scores.evaluation.metrics import auroc, table_metrics
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance
 
 SEVERAL, SINGLE = "ResNet-20", "DenseNet-100 (k=12)"
@@ -101,7 +101,7 @@ def test_cells_are_means_over_sets_and_checkpoints(results: Results, parts: dict
     assert [table.model for table in parts[PART]] == list(MODELS)
     for table in parts[PART]:
         assert [column.name for column in table.columns] == list(SETS)
-        for metric in METRICS.values():
+        for metric in table_metrics():
             for i, column in enumerate(SETS):
                 by_scorer = expected(results, table.model, column, metric.name)
                 for row in table.rows:
@@ -155,7 +155,7 @@ def test_markdown_shows_the_numbers_of_the_table(results: Results, parts: dict[s
 
 
 def test_latex_shows_the_numbers_of_the_table(results: Results, parts: dict[str, list[ScoreTable]]) -> None:
-    section = latex.tables(parts).split(r"\begin{table}")[2]
+    section = latex.tables(results, parts).split(r"\begin{table}")[2]
     assert section.count(r"\begin") == 1 == section.count(r"\toprule")
     rows = dict(
         line.removesuffix(r" \\").split(" & ", 1) for line in section.splitlines() if line.startswith("weighted")
@@ -172,7 +172,7 @@ def test_latex_shows_the_numbers_of_the_table(results: Results, parts: dict[str,
 def test_html_shows_the_numbers_of_the_table(results: Results, page: str) -> None:
     tables = [rows for classes, rows in Page(page).tables if classes == "scores"]
     assert len(tables) == 1 + len(MODELS)
-    wanted = [(metric.name, column) for metric in shown_metrics() for column in SETS]
+    wanted = [(metric.name, column) for metric in shown_metrics(results) for column in SETS]
     for model, (_, *rows) in zip(MODELS, tables[1:], strict=True):
         assert len(rows) == len(SCORERS)
         for i, (metric, column) in enumerate(wanted, start=1):
@@ -269,7 +269,7 @@ def test_ties_are_not_significantly_below_the_best(checkpoints: int) -> None:
     assert [row.scorer for row in table.rows if row.scorer != "like"] == ["good", "same", "worse"]
     for row in table.rows:
         assert [cell.tied for cell in row.cells["auroc"]] == [row.scorer != "worse"] * len(SETS)
-        assert not any(cell.tied for metric in list(METRICS.values())[1:] for cell in row.cells[metric.name])
+        assert not any(cell.tied for metric in table_metrics()[1:] for cell in row.cells[metric.name])
     assert set(table.tied) == {"good", "same", "like"} - {table.rows[0].scorer}
 
 
@@ -293,7 +293,7 @@ def test_ties_are_marked_in_every_report(results: Results, parts: dict[str, list
     daggers = [line for line in text.splitlines() if line.startswith("| `") and "†" in line.split("|")[2]]
     cells = {row.scorer: row.cells["auroc"][0] for row in table.rows}
     assert [line.split("`")[1] for line in daggers] == [name for name in table.tied if not cells[name].best]
-    in_latex = latex.tables(parts).split(r"\begin{table}")[2].count(r"$^\dagger$")
+    in_latex = latex.tables(results, parts).split(r"\begin{table}")[2].count(r"$^\dagger$")
     everywhere = [cell for row in table.rows for cell in row.cells["auroc"]]
     assert in_latex == sum(cell.tied and not cell.best for cell in everywhere)
     rows = [rows for classes, rows in Page(page).tables if classes == "scores"][2][1:]
@@ -337,7 +337,7 @@ def test_names_are_escaped_in_reports(results: Results, parts: dict[str, list[Sc
     lines = [line for line in markdown.report(results, parts).splitlines() if "ash_s" in line]
     assert all(len(re.findall(r"(?<!\\)\|", line)) == len(SETS) + 3 for line in lines)
     assert all(r"`` <script>alert('ash_s')</script>\|` ``" in line for line in lines)
-    text = latex.tables(parts)
+    text = latex.tables(results, parts)
     assert r"\textless{}script\textgreater{}alert(\textquotesingle{}ash\_s\textquotesingle{})" in text
     assert r"ODIN T=1000 \& $\varepsilon$=0.004" in text
     assert r"100\% real\_data" in text

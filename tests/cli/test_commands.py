@@ -312,6 +312,19 @@ def test_evaluate_command_writes_the_frame_of_evaluate(caches: dict[str, Path], 
         assert [float(cell) for cell in line.split()[1:]] == pytest.approx(cells, abs=0.051)
 
 
+def test_evaluate_command_shows_and_writes_the_metrics_asked_for(caches: dict[str, Path], tmp_path: Path) -> None:
+    words = ["evaluate", "--id", caches["id"], "--ood", caches["near"], "--scorer", "energy"]
+    output = ok(*words, "--metrics", "oscr, autc", "--out", tmp_path / "t.csv")
+    assert "OSCR: probability that an ID image is classified correctly" in " ".join(output.split())
+    sets = {name: ood_scores.load(caches[name]) for name in ("id", "near")}
+    expected = ood_scores.evaluate(["energy"], id=sets["id"], ood={"near": sets["near"]}, metrics=["oscr", "autc"])
+    written = pd.read_csv(tmp_path / "t.csv")
+    assert written[["oscr", "autc"]].to_numpy() == pytest.approx(expected[["oscr", "autc"]].to_numpy())
+    assert "there is no metric 'oscar' (did you mean 'oscr'?)" in " ".join(
+        refused(*words, "--metrics", "oscar").split()
+    )
+
+
 def test_evaluate_command_names_scorers_that_cannot_run(caches: dict[str, Path], tmp_path: Path) -> None:
     output = ok("evaluate", "--id", caches["id"], "--ood", caches["near"], "--out", tmp_path / "t.json")
     content = json.loads((tmp_path / "t.json").read_text())

@@ -25,7 +25,7 @@ from ood_scores.errors import (
 from ood_scores.evaluation.accuracy import near_chance
 from ood_scores.features import Block, Provenance
 
-COLUMNS = ["scorer", "ood", *metrics.METRICS, "n_id", "n_ood"]
+COLUMNS = ["scorer", "ood", "auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "n_id", "n_ood"]
 HEAD = Head(torch.randn(4, 6, generator=torch.Generator().manual_seed(9)))
 
 

@@ -32,7 +32,7 @@ def write_report(results: Results, *, images: Callable[[str, str], ImageDataset 
     parts = part_tables(results)
     texts = {
         "report.md": markdown.report(results, parts),
-        "tables.tex": latex.tables(parts),
+        "tables.tex": latex.tables(results, parts),
         "report.html": html.page(results, parts, images or (lambda part, name: None)),
     }
     for name, text in texts.items():

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ood_scores.benchmark.unit_files import Scored
-from ood_scores.evaluation.metrics import auroc, roc_counts
+from ood_scores.evaluation.metrics import auroc
+from ood_scores.evaluation.threshold_counts import roc_counts
 from ood_scores.plotting.curves import BINS, bin_edges, heights
 from ood_scores.plotting.style import OOD_COLORS
 

@@ -38,7 +38,7 @@ from ood_scores.benchmark.report.tables import (
     versions,
 )
 from ood_scores.benchmark.results import NotRun, Results
-from ood_scores.evaluation.metrics import METRICS, NONE, headline_metrics, number
+from ood_scores.evaluation.metrics import NONE, Metric, number
 from ood_scores.evaluation.neural_collapse import TITLES as COLLAPSE
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def page(
     return environment.get_template("report.html.j2").render(
         results=results,
         parts=_parts(results, parts, cache(images), most_figures),
-        metrics=shown_metrics(),
-        headline=headline_metrics(),
+        metrics=shown_metrics(results),
+        headline=results.headline,
         shown=SHOWN,
         roc_size=ROC_SIZE,
         histogram_size=HISTOGRAM_SIZE,
@@ -151,7 +151,7 @@ def _part(
         id=id,
         title=part,
         notes=_as_html(f"{notes(results, part)}\n\n{warned(results, part)}"),
-        together=side_by_side(tables) if len(tables) > 1 else None,
+        together=side_by_side(tables, results.metrics) if len(tables) > 1 else None,
         models=[_model(results, f"{id}-model{i}", table, figures, images) for i, table in enumerate(tables)],
         comparisons=comparison_tables(results, part),
         collapse={COLLAPSE[name]: list(_bars(models, cells)) for name, cells in drawn.items()},
@@ -184,12 +184,12 @@ def _model(
     return ModelView(id, table.model, table, drawn, hardest(unit, scorers[0], lambda name: images(table.part, name)))
 
 
-def side_by_side(tables: Sequence[ScoreTable]) -> ScoreTable:
+def side_by_side(tables: Sequence[ScoreTable], metrics: Sequence[Metric]) -> ScoreTable:
     """Return a table with one column per model for the mean over the OoD sets, after the mean over models."""
     rows = {(table.model, row.scorer): row for table in tables for row in table.rows}
     scorers = dict.fromkeys(row.scorer for table in tables for row in table.rows)
     cells: dict[str, dict[str, tuple[Cell, ...]]] = {scorer: {} for scorer in scorers}
-    for metric in METRICS.values():
+    for metric in metrics:
         of_models = {
             scorer: [
                 row.cells[metric.name][0] if row else Cell(nan, percent=metric.percent)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from ood_scores.benchmark.report.tables import Cell, ScoreTable, compact_metrics, titles
+from ood_scores.benchmark.results import Results
 
 HEAD = r"""% \usepackage[T1]{fontenc}
 % \usepackage{booktabs,graphicx}
@@ -48,15 +49,15 @@ ESCAPES = {
 }
 
 
-def tables(parts: Mapping[str, Sequence[ScoreTable]]) -> str:
+def tables(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> str:
     """Render all tables as one file."""
-    made = ["\n".join(_lines(table)) for of in parts.values() for table in of]
+    made = ["\n".join(_lines(results, table)) for of in parts.values() for table in of]
     return "\n\n".join([HEAD, *made]) + "\n"
 
 
-def _lines(table: ScoreTable) -> Iterator[str]:
+def _lines(results: Results, table: ScoreTable) -> Iterator[str]:
     seeds = rf" Mean $\pm$ standard deviation of {table.checkpoints} checkpoints." if table.checkpoints > 1 else ""
-    in_cells, on_the_right = compact_metrics()
+    in_cells, on_the_right = compact_metrics(results)
     caption = CAPTION.format(
         in_cells=titles(in_cells, r"\,/\,"),
         on_the_right=titles(on_the_right, ", "),

@@ -19,7 +19,7 @@ from ood_scores.benchmark.report.tables import (
     versions,
 )
 from ood_scores.benchmark.results import NotRun, Results
-from ood_scores.evaluation.metrics import NONE, headline_metrics
+from ood_scores.evaluation.metrics import NONE
 
 LEGEND = """Percent. Each cell is {in_cells}; on the right: {on_the_right} of the first column. Overall, near
 and far are unweighted means over datasets. The best of a column is bold; † marks an AUROC that is not significantly
@@ -35,9 +35,9 @@ def report(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> str:
 
 def _lines(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> Iterator[str]:
     yield f"# {escape(results.title)}\n"
-    in_cells, on_the_right = compact_metrics()
+    in_cells, on_the_right = compact_metrics(results)
     yield LEGEND.format(in_cells=titles(in_cells, " / "), on_the_right=titles(on_the_right, ", "))
-    yield from (f"- {metric.title}: {metric.legend}." for metric in headline_metrics())
+    yield from (f"- {metric.title}: {metric.legend}." for metric in results.headline)
     yield ""
     for part, tables in parts.items():
         if list(parts) != [results.title]:
@@ -47,7 +47,7 @@ def _lines(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> Itera
         if warned(results, part):
             yield f"{warned(results, part)}\n"
         for table in tables:
-            yield from _scores(table)
+            yield from _scores(results, table)
         for comparison in comparison_tables(results, part):
             yield from _comparison(comparison)
         yield from _measures(results, part)
@@ -63,11 +63,11 @@ def warned(results: Results, part: str) -> str:
     )
 
 
-def _scores(table: ScoreTable) -> Iterator[str]:
+def _scores(results: Results, table: ScoreTable) -> Iterator[str]:
     seeds = f" Mean ± standard deviation of {table.checkpoints} checkpoints." if table.checkpoints > 1 else ""
     yield f"### {escape(table.model)}\n"
     yield f"{table.known}.{seeds}\n"
-    in_cells, on_the_right = compact_metrics()
+    in_cells, on_the_right = compact_metrics(results)
     names = [escape(column.name) for column in table.columns]
     heads = ["scorer", *names, *(f"{names[0]}, {metric.title}" for metric in on_the_right)]
     yield f"| {' | '.join(heads)} |"

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ood_scores.benchmark.measures import shown_as
 from ood_scores.benchmark.results import NotRun, Results, interval_columns
 from ood_scores.benchmark.unit_files import Scored
-from ood_scores.evaluation.metrics import METRICS, Metric, headline_metrics, number
+from ood_scores.evaluation.metrics import METRICS, Metric, number
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance, tied_with_best
 
 if TYPE_CHECKING:
@@ -166,15 +166,15 @@ class ComparisonTable:
     rows: tuple[ComparisonRow, ...]
 
 
-def shown_metrics() -> list[Metric]:
-    """Return all metrics, headline metrics first."""
-    return sorted(METRICS.values(), key=lambda metric: not metric.headline)
+def shown_metrics(results: Results) -> list[Metric]:
+    """Return the metrics of a run, those of its summary tables first."""
+    headline = results.headline
+    return sorted(results.metrics, key=lambda metric: metric not in headline)
 
 
-def compact_metrics() -> tuple[list[Metric], list[Metric]]:
-    """Return the headline metrics of every cell of a compact table, and those shown for its first column only."""
-    headline = headline_metrics()
-    return headline[:2], headline[2:]
+def compact_metrics(results: Results) -> tuple[list[Metric], list[Metric]]:
+    """Return the metrics of every cell of a compact table, and those shown for its first column only."""
+    return results.headline[:2], results.headline[2:]
 
 
 def titles(metrics: Iterable[Metric], separator: str) -> str:
@@ -236,8 +236,8 @@ def _score_table(results: Results, part: str, model: str) -> ScoreTable:
     by_sets = {sets: errors_and_ties(scores, order, sets) for sets in dict.fromkeys(column.sets for column in columns)}
     tests = [by_sets[column.sets] for column in columns]
     cells = {
-        name: [_cells(frame, metric, column, order, test) for column, test in zip(columns, tests, strict=True)]
-        for name, metric in METRICS.items()
+        metric.name: [_cells(frame, metric, column, order, test) for column, test in zip(columns, tests, strict=True)]
+        for metric in results.metrics
     }
     by_scorer = frame.groupby("scorer", sort=False)
     cost = by_scorer[["fit_seconds", "score_microseconds"]].mean().loc[order]
