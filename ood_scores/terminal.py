@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,13 +40,23 @@ def csv_cell(value: Any) -> Any:
     return f"'{safe(value)}" if value.startswith(FORMULA) else safe(value)
 
 
-def csv_text(table: pd.DataFrame) -> str:
-    """Return a table as CSV, without its index and with texts as ``csv_cell`` returns them."""
-    texts = table.copy()
+def encodable(value: Any) -> Any:
+    """Return a text without the bytes of names that are not UTF-8, which files cannot contain, and others unchanged."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def with_texts(table: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFrame:
+    """Return a table whose texts, and other objects, are those that a function returns for them."""
+    changed = table.copy()
     for name, column in table.items():
         if column.dtype.kind == "O":
-            texts[name] = np.array([csv_cell(value) for value in column], dtype=object)
-    return texts.to_csv(index=False)
+            changed[name] = np.array([change(value) for value in column], dtype=object)
+    return changed
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV, without its index and with texts as ``csv_cell`` returns them."""
+    return with_texts(table, csv_cell).to_csv(index=False)
 
 
 class SafeConsole(Console):

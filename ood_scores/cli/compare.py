@@ -34,7 +34,7 @@ LEGEND = (
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Folder of a benchmark run.")],
     run_b: Annotated[Path, typer.Argument(help="Folder of another benchmark run.")],
-    out: Annotated[Path | None, typer.Option(help="File for all compared rows, .csv or .json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for all compared rows: .csv, .parquet, or .json.")] = None,
 ) -> None:
     """Compare two benchmark runs and test which changes are more than chance.
 

@@ -40,7 +40,7 @@ def evaluate(
             "detection_error, autc.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the table with all metrics, .csv or .json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for all metrics: .csv, .parquet, or .json.")] = None,
     device: options.Device = "auto",
 ) -> None:
     """Compare how well scorers separate an in-distribution set from out-of-distribution sets.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ood_scores.atomic import replace_text, user_path
+from ood_scores.atomic import replace_text, replacing, user_path
 from ood_scores.errors import BadInput
-from ood_scores.terminal import csv_text
+from ood_scores.terminal import csv_text, encodable, with_texts
 from ood_scores.user_code import import_referenced
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from ood_scores.extraction.layers import Layers
 
-TABLE_SUFFIXES = (".csv", ".json")
+TABLE_SUFFIXES = (".csv", ".parquet", ".json")
 
 
 def scorer_name(text: str) -> str:
@@ -94,14 +95,24 @@ def named_caches(texts: Iterable[str]) -> dict[str, Path]:
 
 def check_table_path(path: Path | None) -> None:
     """Raise BadInput, before any work is done, if ``write_table`` cannot write this kind of file."""
-    if path is not None and path.suffix not in TABLE_SUFFIXES:
-        raise BadInput(f"cannot write {path}: use a file name that ends in {' or '.join(TABLE_SUFFIXES)}.")
+    if path is None:
+        return
+    if path.suffix not in TABLE_SUFFIXES:
+        allowed = f"{', '.join(TABLE_SUFFIXES[:-1])}, or {TABLE_SUFFIXES[-1]}"
+        raise BadInput(f"cannot write {path}: use a file name that ends in {allowed}.")
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise BadInput(f"cannot write {path}, since pyarrow is not installed: pip install pyarrow, or use .csv.")
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV, without formulas of spreadsheets, or as JSON with its ``attrs`` and its rows."""
+    """Write a table as CSV without formulas of spreadsheets, as Parquet, or as JSON with its ``attrs`` and its rows."""
     path = user_path(path)
     if path.suffix == ".csv":
         replace_text(path, csv_text(table))
+    elif path.suffix == ".parquet":
+        content = with_texts(table, encodable).to_parquet(None, index=False)
+        with replacing(path) as file:
+            file.write(content)
+            file.check()
     else:
         replace_text(path, json.dumps(table.attrs | {"rows": table.to_dict("records")}, indent=2) + "\n")

@@ -32,7 +32,7 @@ SHOWN = 5
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGES…", help="Files, folders, or quoted patterns.")],
     detector: Annotated[Path, typer.Option(metavar="DIR", help="Folder from ood-scores calibrate.")],
-    out: Annotated[Path | None, typer.Option(help="Table to write, with a row per image: .csv or .json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File with a row per image: .csv, .parquet, or .json.")] = None,
     fail_on_ood: Annotated[bool, typer.Option("--fail-on-ood", help="Exit with code 3 if an image is OoD.")] = False,
     batch_size: options.BatchSize = 64,
     workers: Annotated[int, typer.Option(min=0, max=1024, help="Number of processes that decode images.")] = 2,

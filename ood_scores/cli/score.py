@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from ood_scores.features import FeatureSet
-
 QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 LOWEST = 5
 
@@ -31,7 +29,7 @@ def score(
     param: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Scorer parameter as KEY=VALUE; may be repeated.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the score of every row: .csv or .json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the score of every row: .csv, .parquet, or .json.")] = None,
     device: options.Device = "auto",
 ) -> None:
     """Score every row of a cache; higher = more in-distribution.
@@ -39,11 +37,13 @@ def score(
     \b
     [bold]Examples[/]
       ood-scores score energy val.h5 --out scores.csv
+      ood-scores score energy val.h5 --out scores.parquet
       ood-scores score gradnorm val.h5 --param p=2 --param temperature=2
       ood-scores score mahalanobis textures.h5 --fit train.h5
       ood-scores score my_scorers.py:MyScorer val.h5
     """
     import ood_scores
+    from ood_scores.evaluation.score_table import score_table
 
     check_table_path(out)
     feats = ood_scores.load(cache, device)
@@ -62,22 +62,6 @@ def score(
         screen.print(f"[green]✓[/] every row in [bold]{marked(out)}[/]")
 
 
-def score_table(feats: FeatureSet, scores: Tensor) -> pd.DataFrame:
-    """Return a table of the rows of the dataset and scores, with labels and predictions if the set has them."""
-    import pandas as pd
-    import torch
-
-    rows = feats.provenance.rows_in_dataset(len(feats)) if feats.provenance else range(len(feats))
-    table = pd.DataFrame({"row": rows, "score": scores.numpy()})
-    if feats.labels is not None:
-        table["label"] = feats.labels.numpy()
-    if feats.has("logits"):
-        table["prediction"] = torch.cat(
-            [block.prediction() for block in feats.blocks(device="cpu", only=["logits"])]
-        ).numpy()
-    return table
-
-
 def _summary(scores: Tensor) -> Table:
     import numpy as np
     from rich.table import Table
@@ -89,10 +73,11 @@ def _summary(scores: Tensor) -> Table:
 
 def _lowest(scores: pd.DataFrame) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Least in-distribution", title_justify="left", title_style="bold", header_style="dim")
     for column in scores.columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="left" if column == "id" else "right", overflow="fold")
     for row in scores.nsmallest(LOWEST, "score").itertuples(index=False):
-        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(*(Text(f"{value:.6g}" if isinstance(value, float) else str(value)) for value in row))
     return table

@@ -45,6 +45,11 @@ class RenumberedImages(ImageDataset):
         self.class_names = tuple(classes)
         self.label_order = f"renumbered, {hashlib.sha256(numbers.tobytes()).hexdigest()[:12]}"
 
+    @property
+    def ids(self) -> Sequence[Any] | None:
+        """The names of the rows of the original dataset."""
+        return self.dataset.ids
+
     def __len__(self) -> int:
         return len(self.dataset)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ood_scores.data.decoding import as_rgb, read_rgb, unreadable
+from ood_scores.data.row_ids import below, ids_of
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch
 
 Transform: TypeAlias = Callable[[Image.Image], Any]
@@ -40,6 +42,11 @@ class ImageDataset(Dataset[Any], ABC):
         self.name = name
         self.transform = transform
 
+    @property
+    def ids(self) -> Sequence[Any] | None:
+        """The name of each row, such as its file in the folder of the dataset; None if rows have no names."""
+        return None
+
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -62,11 +69,12 @@ class ImageArrays(ImageDataset):
         labels: class indices ``[N]``, or None.
         transform: function that is applied to each PIL image, or None.
         name: a short name for tables.
+        names: the name of each image ``[N]``, or None.
 
     Raises:
         BadInput: if the images are not uint8.
         BadLabels: if the labels are not integers.
-        ShapeMismatch: if the images have another shape, or there is not one label per image.
+        ShapeMismatch: if the images have another shape, or there is not one label or name per image.
         EmptyInput: if there are no images.
     """
 
@@ -76,6 +84,7 @@ class ImageArrays(ImageDataset):
         labels: ArrayLike | None = None,
         transform: Transform | None = None,
         name: str = "arrays",
+        names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(name, transform)
         if images.dtype != np.uint8:
@@ -84,8 +93,16 @@ class ImageArrays(ImageDataset):
             raise ShapeMismatch(f"images have shape {list(images.shape)}: pass [N, H, W, 3], or [N, H, W] if gray.")
         if len(images) == 0:
             raise EmptyInput(f"{name} has no images.")
+        if names is not None and len(names) != len(images):
+            raise ShapeMismatch(f"there are {len(names)} names for {len(images)} images: pass one name per image.")
         self.images = images
         self.labels = None if labels is None else checked_labels(labels, len(images))
+        self.names = names
+
+    @property
+    def ids(self) -> Sequence[str] | None:
+        """The names of the images."""
+        return self.names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,14 +113,28 @@ class ImageArrays(ImageDataset):
 
 
 class ImageFiles(ImageDataset):
-    """Images in files, which are opened one by one; an error names the file that is missing or cannot be read."""
+    """Images in files, which are opened one by one; an error names the file that is missing or cannot be read.
+
+    The ids are the files, relative to the folder ``top`` if they are in it.
+    """
 
     def __init__(
-        self, paths: Sequence[str], labels: Sequence[int] | None, transform: Transform | None, name: str
+        self,
+        paths: Sequence[str],
+        labels: Sequence[int] | None,
+        transform: Transform | None,
+        name: str,
+        top: str | os.PathLike[str] = "",
     ) -> None:
         super().__init__(name, transform)
         self.paths = paths
+        self.top = top
         self.labels = None if labels is None else checked_labels(labels, len(paths))
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The files, relative to ``top`` if they are in it."""
+        return below(self.paths, self.top)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -128,6 +159,11 @@ class TorchvisionImages(ImageDataset):
                 pass
             case _:
                 raise BadInput(f"the items of {name} are not an image and its class: name a classification dataset.")
+
+    @property
+    def ids(self) -> Sequence[Any] | None:
+        """The files of the dataset, if it has a list of them."""
+        return ids_of(self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)

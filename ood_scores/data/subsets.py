@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,6 +34,12 @@ class ChosenImages(ImageDataset):
         self.indices = indices
         self.class_names, self.label_order = dataset.class_names, dataset.label_order
 
+    @property
+    def ids(self) -> Sequence[Any] | None:
+        """The names of these rows in the whole dataset."""
+        ids = self.dataset.ids
+        return None if ids is None else [ids[index] for index in self.indices]
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -57,6 +64,11 @@ class ScrambledImages(ImageDataset):
         self.dataset = dataset
         self.seed = seed
         self.class_names, self.label_order = dataset.class_names, dataset.label_order
+
+    @property
+    def ids(self) -> Sequence[Any] | None:
+        """The names of the rows of the original dataset."""
+        return self.dataset.ids
 
     def __len__(self) -> int:
         return len(self.dataset)

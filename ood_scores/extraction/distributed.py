@@ -49,7 +49,8 @@ def extract_shards(task: Task, path: Path, provenance: Provenance, ranks: Ranks,
         if overwrite and ranks.first:
             path.unlink(missing_ok=True)
             shards.remove(path, keep=ranks.count)
-        state = state_of(own, made_by[own], resume, overwrite, task.skip) if resume else None
+        first = parts[own].start
+        state = state_of(own, made_by[own], resume, overwrite, task.skip, task.row_ids, first) if resume else None
         if not (state and state.finished):
             run(task, Target(made_by[own], own, parts[own], state, replace=overwrite or not resume))
         others.wait()

@@ -30,6 +30,8 @@ from ood_scores.runtime import from_workers
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "inputs", "input", "x", "data")
 INPUT_KEYS = (*IMAGE_KEYS, "input_ids", "input_values", "input_features")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+ID_KEYS = ("id", "ids", "__key__", "image_id", "file_name", "filename")
+"""Keys of a dict batch under which the names of its rows are looked for, in this order."""
 END = object()
 CHECKSUM_ROWS = 16
 """Number of inputs and labels at the start that identify the data."""
@@ -267,6 +269,7 @@ def _cloned(batch: Any) -> Any:
     if not isinstance(batch, Mapping):
         return copies
     further = {key: values.clone() for key, values in batch.items() if isinstance(values, Tensor)}
+    further |= {key: values for key, values in batch.items() if key in ID_KEYS and key not in further}
     return further | dict(zip((input_key(batch), label_key(batch)), copies, strict=True))
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -14,10 +15,12 @@ from ood_scores.errors import BadInput, RowsLeftOut, ShuffledLoader, StaleCache
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.heads import FoundHead
 from ood_scores.extraction.loaders import Batches, as_partial
+from ood_scores.extraction.row_ids import NO_IDS, RowIds
 from ood_scores.extraction.writers import BackgroundWriter, MemorySink
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import cache as caches
 from ood_scores.features.storage import gaps
+from ood_scores.features.storage.texts import IDS
 from ood_scores.progress import ProgressBar
 from ood_scores.runtime import Arriving
 
@@ -34,6 +37,11 @@ class Task:
     def skip(self) -> bool:
         """Whether rows that cannot be read are left out."""
         return self.forward.options.on_error == "skip"
+
+    @cached_property
+    def row_ids(self) -> RowIds:
+        """The ids of the rows."""
+        return RowIds.of(self.batches)
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,11 @@ def run(task: Task, target: Target) -> FeatureSet:
         first_start, example = task.batches.example
         first_rows = forward(example, first_start)
         no_rows = Arriving({name: values[:0] for name, values in first_rows.columns.items()})
+        some_ids = task.row_ids.columns(first_start, as_partial(example))
         reasons: dict[int, str] = {}
         assert forward.found is not None
-        with _open_sink(target, forward.found, first_rows.columns) as sink:
+        with _open_sink(target, forward.found, first_rows.columns | some_ids) as sink:
+            row_ids = replace(task.row_ids, exist=sink.has_ids)
             with (
                 _progress_bar(target, sink.rows, task.progress) as bar,
                 BackgroundWriter(sink, first, bar.update) as writer,
@@ -85,7 +95,8 @@ def run(task: Task, target: Target) -> FeatureSet:
                         rows = no_rows
                     else:
                         rows = first_rows if start == first_start else forward(part.batch, start)
-                    writer.put(start, rows, part.reasons)
+                    ids = row_ids.columns(start, part)
+                    writer.put(start, Arriving(rows.columns | ids, rows.arrived), part.reasons)
             _require_length(target.promised, sink.rows, ended=True)
             if not sink.has_gaps:
                 sink.finish()
@@ -114,10 +125,28 @@ def warn_of_rows_left_out(feats: FeatureSet) -> None:
         warnings.warn(feats.provenance.left_out, RowsLeftOut, stacklevel=4)
 
 
-def state_of(path: Path, provenance: Provenance, resume: bool, overwrite: bool, skip: bool) -> caches.CacheState | None:
+def state_of(
+    path: Path,
+    provenance: Provenance,
+    resume: bool,
+    overwrite: bool,
+    skip: bool,
+    row_ids: RowIds = NO_IDS,
+    first: int = 0,
+) -> caches.CacheState | None:
     """Return the state of the cache to open or continue; None if a new file is to be written.
 
+    Args:
+        path: the file.
+        provenance: the provenance of the rows.
+        resume: whether to continue an unfinished file.
+        overwrite: whether to replace the file.
+        skip: whether rows that cannot be read may be missing.
+        row_ids: the ids of the rows of the loader.
+        first: the row of the loader that is the first of the file.
+
     Raises:
+        StaleCache: if the cache has another provenance, or its rows have other ids than those of the dataset.
         BadInput: if the cache lacks rows that cannot be read, and ``skip`` is False.
     """
     if not path.exists():
@@ -132,9 +161,10 @@ def state_of(path: Path, provenance: Provenance, resume: bool, overwrite: bool, 
         )
     with caches.open_to_read(path) as h5:
         state = caches.state(h5)
-    if state.provenance is None:
-        raise StaleCache(f"{path} has no provenance, so it cannot be compared: open it with ood_scores.load.")
-    state.provenance.require_same(provenance, str(path))
+        if state.provenance is None:
+            raise StaleCache(f"{path} has no provenance, so it cannot be compared: open it with ood_scores.load.")
+        state.provenance.require_same(provenance, str(path))
+        row_ids.require_those_of(h5, path, first)
     if not skip and (state.has_gaps or state.provenance.skipped) and (state.finished or resume):
         raise BadInput(
             f"{path} lacks rows that could not be read: pass on_error='skip' to use it, or overwrite=True to extract "
@@ -157,7 +187,7 @@ def _open_sink(
 ) -> Iterator[MemorySink | caches.CacheWriter]:
     provenance = replace(target.provenance, head_modules=" + ".join(found.names))
     if target.path is None:
-        yield MemorySink(target.promised, found.head, provenance)
+        yield MemorySink(target.promised, found.head, provenance, IDS in columns)
         return
     if provenance.shuffled:
         warnings.warn(

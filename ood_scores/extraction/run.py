@@ -23,6 +23,7 @@ from ood_scores.extraction.further_inputs import further_inputs
 from ood_scores.extraction.one_pass import Target, Task, run, state_of, warn_of_rows_left_out
 from ood_scores.extraction.options import options_from, takes_options
 from ood_scores.extraction.probes.base import record_of
+from ood_scores.extraction.row_ids import warn_of_repeated_ids
 from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import shards
 from ood_scores.models.class_names import other_order
@@ -115,9 +116,11 @@ def _extracted(
     overwrite: bool,
 ) -> FeatureSet:
     if cache is None:
-        return run(task, Target(provenance))
+        feats = run(task, Target(provenance))
+        warn_of_repeated_ids(feats)
+        return feats
     path = user_path(cache)
-    state = state_of(path, provenance, resume, overwrite, task.skip)
+    state = state_of(path, provenance, resume, overwrite, task.skip, task.row_ids)
     if state and state.finished:
         if task.progress:
             stderr_console().print(f"{path} is complete: reused, the model was not run", soft_wrap=True, markup=False)
@@ -129,10 +132,14 @@ def _extracted(
                 "or pass overwrite=True to extract again."
             )
         extract_shards(task, path, provenance, ranks, resume, overwrite)
-        return load(path)
+        feats = load(path)
+        if ranks.first:
+            warn_of_repeated_ids(feats)
+        return feats
     if not (state or overwrite):
         shards.require_no_others(path)
     feats = run(task, Target(provenance, path, state=state, replace=overwrite or not resume))
+    warn_of_repeated_ids(feats)
     shards.remove(path)  # of the cache that was replaced
     return feats
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ood_scores.features import FeatureSet, Head, Provenance
 from ood_scores.features.finite import require_finite
+from ood_scores.features.storage.texts import IDS, padded
 from ood_scores.runtime import Arriving
 
 AHEAD = 2
@@ -33,16 +34,20 @@ class Sink(Protocol):
 class MemorySink:
     """Collects rows in preallocated arrays, which are doubled when full if the number of rows is unknown."""
 
-    def __init__(self, rows: int | None, head: Head | None, provenance: Provenance) -> None:
+    def __init__(self, rows: int | None, head: Head | None, provenance: Provenance, has_ids: bool = False) -> None:
         self._capacity = rows or 0
         self._arrays: dict[str, Tensor] = {}
         self._head, self._provenance = head, provenance
         self.gaps: list[int] = []
         self.rows = 0
+        self.has_ids = has_ids
 
     def append(self, rows: Mapping[str, Tensor], gaps: Sequence[int] = ()) -> None:
         self.gaps += [self.rows + gap for gap in gaps]
         stop = self.rows + len(rows["features"])
+        if IDS in rows and self._arrays:
+            self._arrays[IDS] = padded(self._arrays[IDS], rows[IDS].shape[1])
+            rows = {**rows, IDS: padded(rows[IDS], self._arrays[IDS].shape[1])}
         if stop > self._capacity or not self._arrays:
             self._grow(max(stop, 2 * self._capacity if self._arrays else self._capacity), rows)
         for name, values in rows.items():
@@ -84,7 +89,8 @@ def feature_set(
 ) -> FeatureSet:
     """Return columns, by the names that they have in a cache, as a feature set in memory."""
     extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
-    return FeatureSet(columns["features"], columns["logits"], columns.get("labels"), head, extras, provenance)
+    labels, ids = columns.get("labels"), columns.get(IDS)
+    return FeatureSet(columns["features"], columns["logits"], labels, head, extras, provenance, ids)
 
 
 class BackgroundWriter:

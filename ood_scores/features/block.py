@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import threshold
 
 from ood_scores.features.finite import require_finite
 from ood_scores.features.head import Head
+from ood_scores.features.storage.texts import unpacked
 
 if TYPE_CHECKING:
     from typing import Concatenate
@@ -62,7 +65,9 @@ class Block:
         extras: Mapping[str, Tensor] | None = None,
         start: int = 0,
         rows: int | None = None,
+        ids: Tensor | None = None,
     ) -> None:
+        self._ids = ids
         self._features = None if features is None else _at_least_float32(features)
         self._logits = None if logits is None else _at_least_float32(logits)
         self._labels = None if labels is None else labels.long()
@@ -88,6 +93,11 @@ class Block:
         return _present(self._labels, "labels")
 
     @property
+    def ids(self) -> NDArray[np.str_]:
+        """The name of each row, ``[B]``; "" for a row without one."""
+        return unpacked(_present(self._ids, "ids"))
+
+    @property
     def head(self) -> Head:
         return _present(self._head, "head")
 
@@ -108,6 +118,7 @@ class Block:
             self.extras,
             self.start,
             self._rows,
+            self._ids,
         )
 
     def require_finite(self) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +37,8 @@ def ensemble(members: Sequence[OneSet]) -> FeatureSet:
 
     Raises:
         EmptyInput: if there is no member.
-        BadInput: if the members are not sets of the same data: their numbers of rows, labels, or names differ, or rows
-            are in random order.
+        BadInput: if the members are not sets of the same data: their numbers of rows, labels, ids, or names differ, or
+            rows are in random order.
         ShapeMismatch: if the models have different numbers of classes.
     """
     return _combined([_member(member) for member in members])
@@ -55,9 +56,8 @@ def _combined(members: Sequence[FeatureSet]) -> FeatureSet:
         columns = {"logits": col.CombinedColumn(logits, _mean)}
         columns["ensemble.mean"] = col.CombinedColumn(logits, _mean_softmax)
         columns["ensemble.entropy"] = col.CombinedColumn(logits, _mean_entropy)
-    labelled = next((member for member in members if member.has("labels")), None)
-    labels = labelled.columns["labels"] if labelled else None
-    joint = FeatureSet(features, columns.pop("logits", None), labels, _joint_head(members), columns)
+    labels, ids = (next((each.columns[name] for each in members if each.has(name)), None) for name in ("labels", "ids"))
+    joint = FeatureSet(features, columns.pop("logits", None), labels, _joint_head(members), columns, ids=ids)
     joint.device = members[0].device
     return joint
 
@@ -99,6 +99,9 @@ def _check_same_data(members: Sequence[FeatureSet]) -> None:
     labels = [labels for labels in (member.labels for member in members) if labels is not None]
     if any(not torch.equal(labels[0], other) for other in labels[1:]):
         raise BadInput("the members of an ensemble have different labels: all must be sets of the same data.")
+    ids = [ids for ids in (member.ids for member in members) if ids is not None]
+    if any(not np.array_equal(ids[0], other) for other in ids[1:]):
+        raise BadInput("the members of an ensemble have different ids: all must be sets of the same data.")
 
 
 def _joint_head(members: Sequence[FeatureSet]) -> Head | None:

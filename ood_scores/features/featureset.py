@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ood_scores.atomic import user_path
@@ -21,6 +22,7 @@ from ood_scores.features.checks import check_columns
 from ood_scores.features.head import Head, as_two_classes
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import columns as col
+from ood_scores.features.storage.texts import IDS, unpacked
 from ood_scores.runtime import CPU, blocks_on, find_device
 
 if TYPE_CHECKING:
@@ -50,10 +52,12 @@ class FeatureSet:
         head: The last affine map of the model, a ``Head``, or None.
         extras: Further arrays ``[N, ...]`` by name.
         provenance: The origin of the arrays, or None.
+        ids: The name of each row, such as that of its file: strings or integers ``[N]``, with "" or None for a row
+            without one; or None.
 
     Raises:
         ShapeMismatch: if the shapes of the arrays do not match.
-        BadInput: if an array has an invalid dtype.
+        BadInput: if an array has an invalid dtype, or an id is not valid text.
     """
 
     is_whole_file = False
@@ -73,6 +77,7 @@ class FeatureSet:
         head: Head | None = None,
         extras: Mapping[str, Any] | None = None,
         provenance: Provenance | None = None,
+        ids: Any = None,
     ) -> None:
         if features is None:
             raise BadInput(
@@ -87,6 +92,7 @@ class FeatureSet:
                 raise BadInput(f"the name of an extra must be valid in HDF5 and hold no '/', got {name!r}.")
         given |= {f"extras/{name}": values for name, values in (extras or {}).items()}
         self._columns = {name: col.as_column(name, values) for name, values in given.items() if values is not None}
+        self._columns |= {} if ids is None else {IDS: col.id_column(ids)}
         if "logits" in self._columns:
             self._columns["logits"] = _with_two_classes(self._columns["logits"])
         self.head = None if head is None else _as_head(head).with_two_classes()
@@ -112,6 +118,12 @@ class FeatureSet:
         """Class indices, int64 ``[N]``, or None."""
         labels = self._read("labels")
         return None if labels is None else labels.long()
+
+    @property
+    def ids(self) -> NDArray[np.str_] | None:
+        """The name of each row, such as that of its file, ``[N]``; "" for a row without one; None if no row has one."""
+        ids = self._read(IDS)
+        return None if ids is None else unpacked(ids)
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
@@ -140,15 +152,15 @@ class FeatureSet:
         """Return whether the set has a column or head.
 
         Args:
-            name: ``features``, ``logits``, ``labels``, ``head``, or the name of an extra. The name of a probe, such as
-                ``layers``, stands for all of its extras, ``layers.layer1``, ``layers.layer2``, and so on.
+            name: ``features``, ``logits``, ``labels``, ``ids``, ``head``, or the name of an extra. The name of a probe,
+                such as ``layers``, stands for all of its extras, ``layers.layer1``, ``layers.layer2``, and so on.
         """
         return bool(self._columns_of([name])) or (name == "head" and self.head is not None)
 
     @property
     def columns(self) -> Mapping[str, col.Column]:
-        """The columns as they are stored, in memory or on disk: ``features``, ``logits``, ``labels`` and
-        ``extras/<name>``."""
+        """The columns as they are stored, in memory or on disk: ``features``, ``logits``, ``labels``, ``ids`` (the
+        bytes of texts, see ``ood_scores.features.storage.texts``), and ``extras/<name>``."""
         return self._columns
 
     def class_labels(self) -> Tensor:
@@ -269,7 +281,7 @@ class FeatureSet:
         parts = [f"{len(self):,} rows", f"{self.num_features} features"]
         if self.num_classes is not None:
             parts.append(f"{self.num_classes} classes")
-        parts += [name for name in ("labels", "head") if self.has(name)]
+        parts += [name for name in ("labels", "ids", "head") if self.has(name)]
         parts += [f"{name!r}" for name in self.extras]
         if self.provenance:
             parts.append(f"{self.provenance.dataset} by {self.provenance.architecture}")
@@ -367,7 +379,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, ve
 def _arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Columns as arguments of a FeatureSet or a Block."""
     extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
-    return {name: columns.get(name) for name in ("features", "logits", "labels")} | {"extras": extras}
+    return {name: columns.get(name) for name in ("features", "logits", "labels", IDS)} | {"extras": extras}
 
 
 def _with_two_classes(logits: col.Column) -> col.Column:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ood_scores.errors import StaleCache
 from ood_scores.features.migration import migrated
+from ood_scores.terminal import encodable
 
 SHOWN = 3
 """Number of skipped rows that a sentence lists."""
@@ -170,7 +171,7 @@ class Provenance:
         values |= {name: json.dumps(values[name]) for name in ("versions", "probes")}
         values["skipped"] = json.dumps(self.skipped) if self.skipped else None
         values["arguments"] = None if self.arguments is None else json.dumps(self.arguments)
-        return {name: _encodable(value) for name, value in values.items() if value is not None}
+        return {name: encodable(value) for name, value in values.items() if value is not None}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Provenance | None:
@@ -237,11 +238,6 @@ def _literal(value: Any) -> str:
         case list():
             return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
     return repr(value)
-
-
-def _encodable(value: Any) -> Any:
-    """Return a text without the bytes of names that are not UTF-8, which files cannot contain, and others unchanged."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

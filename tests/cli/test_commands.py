@@ -279,7 +279,7 @@ def test_scorer_parameters_have_the_type_of_their_default(scorer: str, text: str
         (("--param", "bias=maybe"), "bias is a value such as false"),
         (("--param", "q=1"), "has no parameter 'q': choose from p, temperature"),
         (("--param", "p=-1"), r"p must be in \(0, inf\]"),
-        (("--out", "scores.xlsx"), "use a file name that ends in .csv or .json"),
+        (("--out", "scores.xlsx"), "use a file name that ends in .csv, .parquet, or .json"),
     ],
 )
 def test_score_refuses_bad_options(caches: dict[str, Path], words: tuple[str, ...], message: str) -> None:

@@ -254,7 +254,7 @@ def test_errors_are_one_line(home: Path) -> None:
     assert "is not a detector" in refused("predict", home / "photos", "--detector", home / "photos")
     assert "there is no image in" in refused("predict", home / "no*.png", "--detector", home / "detector")
     to_text = ("--detector", home / "detector", "--out", home / "results.txt")
-    assert "use a file name that ends in .csv or .json" in refused("predict", home / "photos", *to_text)
+    assert "use a file name that ends in .csv, .parquet, or .json" in refused("predict", home / "photos", *to_text)
 
 
 def test_calibrate_on_images_and_with_other_arguments(home: Path) -> None:

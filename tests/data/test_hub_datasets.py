@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
 
@@ -54,8 +55,23 @@ class FakeRows:
         assert feature == {"decode": False}
         return FakeRows(self.features, self.columns | {name: [encoded(image) for image in self.columns[name]]})
 
+    def with_format(self, kind: str) -> Any:
+        assert kind == "arrow"
+        return ArrowRows(self.columns)
+
     def select_columns(self, names: list[str]) -> FakeRows:
         return FakeRows({n: self.features[n] for n in names}, {n: self.columns[n] for n in names})
+
+
+class ArrowRows:
+    """The same columns as Arrow arrays, without decoding images."""
+
+    def __init__(self, columns: dict[str, list[Any]]) -> None:
+        self.columns = columns
+
+    def __getitem__(self, rows: slice) -> dict[str, Any]:
+        assert rows == slice(None)
+        return {name: pyarrow.array(values) for name, values in self.columns.items()}
 
 
 PICTURE = type("Image", (), {})()
@@ -87,6 +103,7 @@ def test_hub_columns_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_dataset("hf:owner/pictures")
     assert asked == [("owner/pictures", None, "test")]
     assert (len(dataset), dataset.name) == (3, "pictures[test]")
+    assert dataset.ids == [7, 8, 9]
     assert [(image.getpixel((0, 0)), label) for image, label in (dataset[i] for i in range(3))] == [
         ((10, 10, 10), 2),
         ((20, 20, 20), -1),
@@ -169,3 +186,28 @@ def test_hub_without_the_datasets_library(module: Any, monkeypatch: pytest.Monke
     with pytest.raises(MissingData, match=r"which is not installed\. To get it: pip install datasets && ") as missing:
         open_dataset("hf:owner/pictures?config=big")
     assert missing.value.remedy.endswith('; load_dataset("owner/pictures", "big")\'')
+
+
+def stored(image: Image.Image, path: str) -> dict[str, Any]:
+    return {"bytes": (encoded(image) or {})["bytes"], "path": path}
+
+
+def test_hub_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {"img": PICTURE, "id": Value("string"), "code": Value("int64")}
+
+    def ids(paths: list[str], id: list[str], text: str = "hf:a/b") -> Any:
+        pictures = [stored(*each) for each in zip(PICTURES, paths, strict=True)]
+        serve(monkeypatch, features, img=pictures, id=id, code=[4, 5, 5])
+        return open_dataset(text).ids
+
+    assert ids(["a.png", "b.png", "c.png"], ["x", "y", "z"]) == ["x", "y", "z"]
+    assert ids(["a.png", "b.png", "c.png"], ["x", "y", "y"]) == ["a.png", "b.png", "c.png"]
+    assert ids(["/d/cat/a.png", "/d/cat/b.png", "/d/dog/a.png"], ["", "", ""]) == [
+        "cat/a.png",
+        "cat/b.png",
+        "dog/a.png",
+    ]
+    assert ids(["image.png"] * 3, ["x"] * 3) is None
+    assert ids(["a.png", "b.png", "c.png"], ["x"] * 3, "hf:a/b?id=code") == [4, 5, 5]
+    with pytest.raises(UnknownName, match="there is no column 'cod'"):
+        ids(["a.png", "b.png", "c.png"], ["x"] * 3, "hf:a/b?id=cod")

@@ -41,7 +41,7 @@ def open_folder(target: str, base: Path) -> ImageFiles:
     search.warn(f"folder:{path}")
     if not paths:
         raise EmptyInput(f"there are no images in {path}: files must end in {', '.join(IMAGE_SUFFIXES)}.")
-    dataset = ImageFiles(paths, labels, None, path.resolve().name)
+    dataset = ImageFiles(paths, labels, None, path.resolve().name, path)
     if labels is not None:
         dataset.class_names = classes
         dataset.label_order = None if classes == names else BY_NUMBER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from ood_scores.data.decoding import as_rgb, read_rgb
 from ood_scores.data.images import ImageDataset, checked_labels
 from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.data.remedies import literal, python_command
+from ood_scores.data.row_ids import below
 from ood_scores.errors import BadInput, EmptyInput, MissingData
 from ood_scores.registry import unknown
 
 LABEL_COLUMNS = ("label", "labels")
 """Columns of integers that are used as labels if no column has the type ``ClassLabel``."""
+
+ID_COLUMNS = ("id", "image_id", "__key__", "file_name", "filename")
+"""Columns whose texts or integers are used as ids, if they are different in all rows."""
 
 
 class HubImages(ImageDataset):
@@ -31,8 +36,16 @@ class HubImages(ImageDataset):
         labels: class indices, int64 ``[N]``, with -1 for rows without a label; None if no row has one.
     """
 
-    def __init__(self, rows: Any, column: str, labels: Sequence[int | None] | None, name: str) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        column: str,
+        labels: Sequence[int | None] | None,
+        name: str,
+        ids: Sequence[Any] | None = None,
+    ) -> None:
         super().__init__(name, None)
+        self._ids = ids
         if len(rows) == 0:
             raise EmptyInput(f"{name} has no images.")
         self.rows = rows
@@ -40,6 +53,11 @@ class HubImages(ImageDataset):
         self.labels: NDArray[np.int64] | None = None
         if labels is not None and any(label is not None for label in labels):
             self.labels = checked_labels([-1 if label is None else label for label in labels], len(rows))
+
+    @property
+    def ids(self) -> Sequence[Any] | None:
+        """The values of the column of ids, or the paths of the images, as the dataset has them."""
+        return self._ids
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,11 +98,14 @@ def open_hub(
     config: str | None = None,
     image: str | None = None,
     label: str | None = None,
+    id: str | None = None,
 ) -> HubImages:
     """Open ``hf:OWNER/NAME?split=test``: an image dataset of the Hugging Face hub.
 
     The library ``datasets`` downloads the dataset or finds it in its cache. ``image`` and ``label`` name columns; they
     are only needed if the dataset has several columns of images or classes. Rows without a label have the label -1.
+    ``id`` names the column with the ids of the rows; by default it is one of ``ID_COLUMNS``, or else the ids are the
+    paths of the images, if all rows have different ones.
 
     Raises:
         MissingData: if the library is not installed, or neither the hub nor its local cache has the dataset.
@@ -114,9 +135,40 @@ def open_hub(
     images = rows.select_columns([pictures])
     if pictures in _of_type("Image", rows.features):
         images = images.cast_column(pictures, datasets.Image(decode=False))
-    dataset = HubImages(images, pictures, None if labels is None else list(rows[labels]), name)
+    ids = _ids(rows, images, pictures, id)
+    dataset = HubImages(images, pictures, None if labels is None else list(rows[labels]), name, ids)
     dataset.class_names = getattr(rows.features[labels], "names", None) if labels else None
     return dataset
+
+
+def _ids(rows: Any, images: Any, pictures: str, named: str | None) -> list[Any] | None:
+    """Return the ids in the column that the user named, or else those that are different in all rows."""
+    if named is not None:
+        return list(rows[_column("id", named, rows.features, [])])
+    for name in ID_COLUMNS:
+        if str(getattr(rows.features.get(name), "dtype", "")).startswith(("string", "int", "uint")):
+            found = list(rows[name])
+            if len(set(found)) == len(found):
+                return found
+    return _paths(images, pictures)
+
+
+def _paths(images: Any, column: str) -> list[str] | None:
+    """Return the paths of the images, without decoding one; None unless all rows have different ones.
+
+    Absolute paths are shortened to those below their common folder.
+    """
+    if column not in _of_type("Image", images.features):
+        return None
+    import pyarrow.compute
+
+    cells = images.with_format("arrow")[:][column]
+    if not pyarrow.types.is_struct(cells.type):
+        return None
+    paths = pyarrow.compute.struct_field(cells, "path").to_pylist()
+    if not all(paths) or len(set(paths)) < len(paths):
+        return None
+    return below(paths, os.path.commonpath(map(os.path.dirname, paths))) if all(map(os.path.isabs, paths)) else paths
 
 
 def _of_type(kind: str, features: Mapping[str, Any]) -> list[str]:

@@ -38,7 +38,7 @@ def open_imglist(target: str, base: Path, *, root: str | None = None) -> ImageFi
         raise EmptyInput(f"{path} lists no images: write relative/path integer-label, one line per image.")
     if not Path(paths[0]).exists():
         raise MissingData(f"the first image of {path} is not at {paths[0]}: name their folder with ?root=DIR")
-    return ImageFiles(paths, labels, None, path.stem)
+    return ImageFiles(paths, labels, None, path.stem, folder)
 
 
 def _file_and_label(line: str) -> tuple[str, int]:

@@ -49,6 +49,8 @@ from ood_scores.features.storage.layout import (
     seal_layout,
 )
 from ood_scores.features.storage.reading import FORMAT, open_to_read
+from ood_scores.features.storage.seal import pieces
+from ood_scores.features.storage.texts import IDS, as_stored, padded
 
 UNFINISHED, FINISHED, HAS_GAPS = 0, 1, -1
 """The second number of ``progress``; the last is that of an unfinished file, some of whose rows are gaps."""
@@ -160,6 +162,7 @@ class CacheWriter:
     path: Path
     rows: int
     has_gaps: bool
+    has_ids: bool
     _file: LockedFile
     _blocks: dict[str, OpenBlock]
 
@@ -209,6 +212,7 @@ class CacheWriter:
 
         ``gaps`` are the rows of this run that cannot be read; see ``ood_scores.features.storage.gaps``.
         """
+        rows = self._with_room_for_ids(rows)
         arrays = self._arrays(rows)
         if gaps:
             arrays["features"] = arrays["features"].copy()
@@ -217,7 +221,7 @@ class CacheWriter:
         if stop > self._capacity:
             if not self._growing:
                 raise BadInput(f"{self.path} was created for {self._capacity:,} rows, got {stop:,}.")
-            self._move_to_capacity(max(stop, 2 * self._capacity))
+            self._move_to(max(stop, 2 * self._capacity))
         blocks = dict(self._blocks)
         with disk_errors(self.path, how_to_resume(self.rows)):
             for name, array in arrays.items():
@@ -236,7 +240,7 @@ class CacheWriter:
         if self.rows < self._capacity:
             if not self._growing:
                 raise BadInput(f"{self.path} was created for {self._capacity:,} rows, got {self.rows:,}.")
-            self._move_to_capacity(self.rows)
+            self._move_to(self.rows)
         with disk_errors(self.path, how_to_resume(self.rows)):
             for name, block in self._blocks.items():
                 if block.filled:
@@ -258,6 +262,7 @@ class CacheWriter:
             self._places = {name: Place.of(h5[name]) for name in column_names(h5)}
             self._counter = h5["progress"].id.get_offset()
             self._capacity = h5["features"].shape[0]
+            self.has_ids = IDS in self._places
             self._growing = bool(h5.attrs["growing"])
             self.rows, finished = h5["progress"][()].tolist()
             self.has_gaps = finished == HAS_GAPS
@@ -278,22 +283,52 @@ class CacheWriter:
                 )
         return arrays
 
-    def _move_to_capacity(self, capacity: int) -> None:
-        """Continue in a copy with room for ``capacity`` rows, which replaces the file in one step."""
+    def _with_room_for_ids(self, rows: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return rows whose ids are as wide as those of the file, which is widened if they are longer."""
+        if IDS not in rows or IDS not in self._places:
+            return rows
+        longest, width = rows[IDS].shape[1], self._places[IDS].row_bytes
+        if longest > width:
+            self._move_to(self._capacity, longest + longest // 2)
+        return {**rows, IDS: padded(rows[IDS], self._places[IDS].row_bytes)}
+
+    def _move_to(self, capacity: int, id_bytes: int | None = None) -> None:
+        """Continue in a copy with room for ``capacity`` rows or longer ids, which replaces the file in one step."""
         old = self._file
         with replacing(self.path, how_to_resume(self.rows), keep_open=True) as file:
             with h5py.File(old, "r") as h5:
                 shapes = {name: (place.width, place.dtype) for name, place in self._places.items()}
-                lay_out(file, self.path, shapes, capacity, read_head(h5), dict(h5.attrs) | {"growing": True})
+                if id_bytes is not None:
+                    shapes[IDS] = (id_bytes,), np.dtype(np.uint8)
+                growing = {"growing": self._growing}
+                lay_out(file, self.path, shapes, capacity, read_head(h5), dict(h5.attrs) | growing)
             new = CacheWriter(file, self.path)
             for name, place in self._places.items():
+                if place.row_bytes != new._places[name].row_bytes:
+                    new._write_widened(name, old, place, self.rows)
+                    continue
                 copy_bytes(old, place.offset, file, new._places[name].offset, self.rows * place.row_bytes)
-            for name, block in self._blocks.items():
-                sums = self._places[name].of_sum(0), new._places[name].of_sum(0)
-                copy_bytes(old, sums[0], file, sums[1], block.number * SUM.itemsize)
-            file.write_at(new._counter, np.array([self.rows]))
+                if name in self._blocks:
+                    sums = place.of_sum(0), new._places[name].of_sum(0)
+                    copy_bytes(old, sums[0], file, sums[1], self._blocks[name].number * SUM.itemsize)
+            state = [self.rows, HAS_GAPS if self.has_gaps else UNFINISHED]
+            file.write_at(new._counter, np.array(state))
         self._use(file)
         old.close()
+
+    def _write_widened(self, name: str, old: LockedFile, narrow: Place, rows: int) -> None:
+        """Copy rows from another file to a wider column of this one, and their checksums."""
+        place = self._places[name]
+        block = OpenBlock(place.block * place.row_bytes)
+        for start in range(0, rows, place.block):
+            count = min(place.block, rows - start)
+            parts = b"".join(map(bytes, pieces(old, narrow.of_row(start), count * narrow.row_bytes)))
+            array = np.zeros((count, place.row_bytes), np.uint8)
+            array[:, : narrow.row_bytes] = np.frombuffer(parts, np.uint8).reshape(count, -1)
+            self._file.write_at(place.of_row(start), array)
+            number = block.number
+            block, sums = block.extended(array.reshape(-1))
+            self._file.write_at(place.of_sum(number), sums)
 
 
 def write(
@@ -325,7 +360,7 @@ def _write_compressed(file: LockedFile, runs: Iterable[Mapping[str, Tensor]]) ->
         for run in runs:
             stop = done + len(run["features"])
             for name, values in run.items():
-                h5[name][done:stop] = values.numpy()
+                h5[name][done:stop] = as_stored(values.numpy(), h5[name])
             file.check()
             done = stop
         h5["progress"][:] = done, 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput, CacheError
+from ood_scores.features.storage.texts import as_bytes, packed, row_type
 
 if TYPE_CHECKING:
     import h5py
@@ -69,7 +70,7 @@ class DiskColumn:
                     rows = slice(self.start + start, self.start + stop)
                     check(rows.start, rows.stop)
                     values = mapped.read(rows.start, rows.stop) if mapped else dataset[rows]
-                    return torch.from_numpy(_native(values))
+                    return torch.from_numpy(_native(as_bytes(values)))
 
             yield read
 
@@ -130,6 +131,19 @@ def as_column(name: str, values: Any) -> Column:
         raise BadInput(f"{name} must be a torch tensor, a NumPy array, or an open h5py dataset: {error}") from error
 
 
+def id_column(ids: Any) -> Column:
+    """Create the column of the ids of rows from strings or integers ``[N]``; one that is already a column is unchanged.
+
+    Raises:
+        BadInput: if an id is not valid text.
+    """
+    if isinstance(ids, DiskColumn) or (isinstance(ids, Tensor) and ids.ndim == 2 and ids.dtype == torch.uint8):
+        return ids
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise BadInput(f"ids must be a list of names, one for each row, got {type(ids).__name__}.")
+    return packed(ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else ids)
+
+
 def read_all(column: Column) -> Tensor:
     """Read a whole column into memory."""
     with column.reader(copied=True) if isinstance(column, DiskColumn) else reader(column) as read:
@@ -164,10 +178,11 @@ def disk_column(dataset: h5py.Dataset) -> DiskColumn:
     """Return the rows of an open HDF5 dataset. Raises ValueError if it has none, or TypeError for a foreign dtype."""
     if not dataset or not dataset.shape:
         raise ValueError("the dataset is closed or has no rows")
-    dtype = torch.from_numpy(_native(np.empty(0, dtype=dataset.dtype))).dtype
+    width, row_dtype = row_type(dataset)
+    dtype = torch.from_numpy(_native(np.empty(0, dtype=row_dtype))).dtype
     identity = dataset.file.attrs.get("identity")
     file = os.path.abspath(dataset.file.filename)
-    return DiskColumn(file, dataset.name, 0, dataset.shape[0], tuple(dataset.shape[1:]), dtype, identity)
+    return DiskColumn(file, dataset.name, 0, dataset.shape[0], tuple(width), dtype, identity)
 
 
 def _native(values: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ood_scores.features.storage import cache as caches
 from ood_scores.features.storage.layout import column_names
 from ood_scores.features.storage.reading import open_to_read
+from ood_scores.features.storage.texts import as_bytes, row_type
 
 COPIED_ROWS = 4096
 """Number of rows that are copied at a time."""
@@ -42,7 +43,7 @@ def remove(path: Path, gaps: Sequence[int], skipped: Sequence[tuple[int, str]]) 
         found = caches.state(h5)
         assert found.provenance is not None
         columns = {name: h5[name] for name in column_names(h5)}
-        shapes = {name: (column.shape[1:], column.dtype) for name, column in columns.items()}
+        shapes = {name: row_type(column) for name, column in columns.items()}
         kept = np.delete(np.arange(found.rows), gaps)
         provenance = replace(found.provenance, skipped=tuple(skipped))
         caches.write(path, shapes, len(kept), caches.read_head(h5), provenance, _runs(columns, found.rows, kept))
@@ -51,4 +52,5 @@ def remove(path: Path, gaps: Sequence[int], skipped: Sequence[tuple[int, str]]) 
 def _runs(columns: dict[str, h5py.Dataset], rows: int, kept: np.ndarray) -> Iterator[dict[str, Tensor]]:
     for start in range(0, rows, COPIED_ROWS):
         here = kept[(kept >= start) & (kept < start + COPIED_ROWS)] - start
-        yield {name: torch.from_numpy(column[start : start + COPIED_ROWS][here]) for name, column in columns.items()}
+        runs = {name: as_bytes(column[start : start + COPIED_ROWS]) for name, column in columns.items()}
+        yield {name: torch.from_numpy(run[here]) for name, run in runs.items()}

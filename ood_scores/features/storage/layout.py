@@ -19,6 +19,7 @@ from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage.checksums import SUM, SUMS, OpenBlock, rows_of_block
 from ood_scores.features.storage.reading import FORMAT, zstd
 from ood_scores.features.storage.seal import Range, pieces, seal
+from ood_scores.features.storage.texts import IDS, row_type, text_type
 
 VERSION = 1
 UNKNOWN_LENGTH_ROWS = 1024
@@ -27,13 +28,13 @@ SKIPPED = "skipped"
 """The array with the rows that were left out, as JSON: too long for an attribute."""
 
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-"""The shape of a row and the dtype of each column by name."""
+"""The shape of a row and the dtype of each column by name; ids are uint8 ``[W]``."""
 
 
 def column_names(h5: h5py.File) -> list[str]:
-    """The names of the columns: ``features``, ``logits``, and ``labels`` if present, then ``extras/<name>``."""
+    """The names of the columns: ``features``, ``logits``, ``labels``, ``ids`` if present, then ``extras/<name>``."""
     extras = [f"extras/{name}" for name in h5.get("extras", {})]
-    return [name for name in ("features", "logits", "labels") if name in h5] + extras
+    return [name for name in ("features", "logits", "labels", IDS) if name in h5] + extras
 
 
 def statistics_file(path: Path) -> Path:
@@ -55,7 +56,7 @@ class Place:
     def of(cls, column: h5py.Dataset) -> Place:
         sums = column.file.get(f"{SUMS}{column.name}")
         place, block = (None, 1) if sums is None else (sums.id.get_offset(), int(sums.attrs["rows"]))
-        return cls(column.id.get_offset() or 0, column.shape[1:], column.dtype, place, block)
+        return cls(column.id.get_offset() or 0, *row_type(column), place, block)
 
     @property
     def row_bytes(self) -> int:
@@ -101,7 +102,8 @@ def lay_out(
         write_header(h5, path, head, {"compressed": compress, "growing": rows is None} | dict(attributes))
         if any(name.startswith("extras/") for name in columns):
             h5.create_group("extras", track_order=True)  # in the given order, not the alphabetical one
-        for name, (width, dtype) in columns.items():
+        for name, row in columns.items():
+            width, dtype = stored_row(name, *row)
             if compress and length:
                 h5.create_dataset(name, (length, *width), dtype, fletcher32=True, **zstd())
             else:
@@ -110,6 +112,11 @@ def lay_out(
     file.check()
     if not compress:
         seal_layout(file)
+
+
+def stored_row(name: str, width: tuple[int, ...], dtype: np.dtype) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape of a row and the dtype of a column in its file, where ids are texts."""
+    return ((), text_type(width[0])) if name == IDS else (width, dtype)
 
 
 def seal_layout(file: LockedFile) -> None:

@@ -20,9 +20,10 @@ from ood_scores.atomic import replacing
 from ood_scores.errors import DamagedCache, ForeignFile, ShapeMismatch, StaleCache
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import cache as caches
-from ood_scores.features.storage.layout import Shapes, column_names, identifying, write_header
+from ood_scores.features.storage.layout import Shapes, column_names, identifying, stored_row, write_header
 from ood_scores.features.storage.reading import open_to_read
 from ood_scores.features.storage.seal import seal
+from ood_scores.features.storage.texts import IDS, row_type
 
 
 def shard_path(cache: Path, rank: int, count: int) -> Path:
@@ -106,7 +107,10 @@ def _opened(shard: Path, wanted: Provenance) -> Iterator[h5py.File]:
 
 
 def _columns_of_all(parts: Sequence[h5py.File]) -> Shapes:
-    first, *others = [{name: (part[name].shape[1:], part[name].dtype) for name in column_names(part)} for part in parts]
+    found = [{name: row_type(part[name]) for name in column_names(part)} for part in parts]
+    for columns in found if all(IDS in columns for columns in found) else ():  # each shard is as wide as its longest id
+        columns[IDS] = max((each[IDS] for each in found), key=lambda row: row[0])
+    first, *others = found
     for part, columns in zip(parts[1:], others, strict=True):
         if columns != first:
             raise ShapeMismatch(
@@ -118,6 +122,7 @@ def _columns_of_all(parts: Sequence[h5py.File]) -> Shapes:
 def _one_after_the_other(
     name: str, width: tuple[int, ...], dtype: np.dtype, shards: Sequence[Path], counts: Sequence[int]
 ) -> h5py.VirtualLayout:
+    width, dtype = stored_row(name, width, dtype)
     layout = h5py.VirtualLayout((sum(counts), *width), dtype)
     start = 0
     for shard, count in zip(shards, counts, strict=True):

@@ -1,0 +1,67 @@
+"""Ids of rows: the names by which a dataset knows its rows, such as the files of its images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Subset
+
+from ood_scores.errors import BadInput
+
+FILES_ATTRIBUTES = ("samples", "imgs", "_samples", "_image_files")
+"""Attributes in which datasets, such as those of torchvision, keep their files, or pairs of a file and its label."""
+
+
+def ids_of(dataset: Any) -> Sequence[Any] | None:
+    """Return the id of each row of a dataset, a text or an integer, without reading images; None if there are none.
+
+    They are the ``ids`` of a dataset, such as those of this package, or else the files in its ``samples`` or ``imgs``,
+    as torchvision has them, relative to its ``root``. Those of a ``Subset`` or ``ConcatDataset`` are those of its
+    datasets.
+
+    Raises:
+        BadInput: if a dataset has ``ids``, but not one for each row.
+    """
+    own = getattr(dataset, "ids", None)
+    if isinstance(own, (np.ndarray, torch.Tensor)):
+        own = own.tolist()
+    if isinstance(own, Sequence) and not isinstance(own, str):
+        if len(own) != len(dataset):
+            raise BadInput(
+                f"the dataset {type(dataset).__name__} has {len(own)} ids for {len(dataset)} rows: give it one id for "
+                "each row, in their order."
+            )
+        return own
+    if isinstance(dataset, Subset):
+        whole = ids_of(dataset.dataset)
+        return None if whole is None else [whole[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [ids_of(part) for part in dataset.datasets]
+        if all(part is None for part in parts):
+            return None
+        named = zip(parts, dataset.datasets, strict=True)
+        return list(chain.from_iterable([""] * len(data) if ids is None else ids for ids, data in named))  # type: ignore[arg-type]
+    return _files_of(dataset)
+
+
+def below(paths: Sequence[str], top: str | os.PathLike[str]) -> list[str]:
+    """Return paths relative to a folder; those outside of it are unchanged."""
+    start = os.path.join(os.fspath(top), "")
+    return [path.removeprefix(start) for path in paths]
+
+
+def _files_of(dataset: Any) -> list[str] | None:
+    for name in FILES_ATTRIBUTES:
+        entries = getattr(dataset, name, None)
+        if isinstance(entries, (list, tuple)) and len(entries) == len(dataset):
+            files = [entry[0] if isinstance(entry, tuple) and entry else entry for entry in entries]
+            if all(isinstance(file, (str, os.PathLike)) for file in files):
+                root = getattr(dataset, "root", "")
+                paths = [os.fspath(file) for file in files]
+                return below(paths, root) if isinstance(root, (str, os.PathLike)) and os.fspath(root) else paths
+    return None
