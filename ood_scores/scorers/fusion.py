@@ -33,6 +33,12 @@ def smallest(p: Tensor) -> Tensor:
     return p.amin(dim=0)
 
 
+def p_values(scores: Tensor, reference: Tensor) -> Tensor:
+    """Return the p-values ``[M, B]`` of scores among reference scores ``[M, n]``, sorted: all in (0, 1)."""
+    places = torch.searchsorted(reference, scores, right=True)
+    return (1 + places).double() / (reference.shape[1] + 2)
+
+
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {"fisher": fisher, "stouffer": stouffer, "min": smallest}
 
 
@@ -123,8 +129,7 @@ class Fusion(Scorer):
             if row.isnan().any():
                 first = block.start + int(row.isnan().nonzero()[0])
                 raise NotFinite(f"{member.name!r} returned NaN for finite inputs, first for row {first}.")
-        places = torch.searchsorted(self.reference_.to(scores.device), scores, right=True)
-        return METHODS[self.method]((1 + places).double() / (self.reference_.shape[1] + 2))
+        return METHODS[self.method](p_values(scores, self.reference_.to(scores.device)))
 
     def _members(self) -> list[Scorer]:
         return [self._trained.get(number, member) for number, member in enumerate(self._given)]

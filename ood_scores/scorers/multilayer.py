@@ -73,7 +73,7 @@ class LayeredScorer(Scorer):
         self._read_only_these()
 
     def _read_only_these(self) -> None:
-        self.needs = (*self.names(), *(name for name in type(self).needs if name != self.extra))
+        self.needs = (*self.names(), *(name for name in self.needs if name.partition(".")[0] != self.extra))
 
     def _shapes(self, feats: FeatureSet, names: Sequence[str], purpose: str) -> list[list[int]]:
         """The shape of a row of each extra, without reading any."""

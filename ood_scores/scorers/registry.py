@@ -85,10 +85,16 @@ def is_registered(cls: type) -> bool:
 def create_scorer(name: str, **params: Any) -> Scorer:
     """Create a scorer by its name or an alias (see ``registered_name``), which a warning then translates.
 
+    ``space="layers.MODULE"`` creates the scorer ``layers`` with this one at that layer.
+
     Raises:
         UnknownName: if there is no such scorer or parameter; the message lists the existing ones.
         BadInput: if a parameter is out of range.
     """
+    space = str(params.get("space", ""))
+    if space.startswith("layers."):
+        base = create_scorer(name, **{key: value for key, value in params.items() if key != "space"})
+        return create_scorer("layers", base=base, layers=(space.removeprefix("layers."),))
     cls = scorer_class(name)
     require_known(cls, params, f"scorer {name!r}")
     return cls(**params)

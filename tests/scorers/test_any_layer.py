@@ -1,0 +1,140 @@
+"""Scorers at inner layers against the same scorers on these features, and combinations against oodeel's formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from classified import FIT, FIT_LOGITS, HEAD, LOGITS, ROWS, TRAIN, Array, labels_of_fit, ours
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ood_scores import FeatureSet, create_scorer, extract, load, score
+from ood_scores.errors import BadInput, MissingInput
+from ood_scores.features.layer_set import LayerSet
+from ood_scores.scorers.any_layer import head_at
+from ood_scores.scorers.storage import load_scorer
+
+MIX = np.random.default_rng(7).normal(size=(FIT.shape[1], 6))
+
+
+def layers_of(rows: Array) -> dict[str, Array]:
+    return {"layers.a": np.tanh(rows @ MIX), "layers.b": rows[:, 1:] ** 2}
+
+
+def set_with_layers(rows: Array, logits: Array, labels: Any = None) -> FeatureSet:
+    return FeatureSet(rows, logits, labels, HEAD, layers_of(rows))
+
+
+FIT_LAYERS, SCORED = set_with_layers(FIT, FIT_LOGITS, labels_of_fit), set_with_layers(ROWS, LOGITS)
+
+
+def at(layer: str, rows: Array, logits: Array, labels: Any = None, head: Any = None) -> FeatureSet:
+    return FeatureSet(layers_of(rows)[layer], logits, labels, head)
+
+
+@pytest.mark.parametrize("name", ["knn", "mahalanobis_pp", "gmm", "she", "nnguide", "ctm", "wdiscood", "relation"])
+def test_scores_at_a_layer_are_those_of_its_outputs_as_features(name: str) -> None:
+    expected = score(name, at("layers.b", ROWS, LOGITS), at("layers.b", FIT, FIT_LOGITS, labels_of_fit))
+    assert torch.equal(score(name, SCORED, FIT_LAYERS, space="layers.b"), expected)
+
+
+def least_squares(layer: str) -> tuple[Any, Any]:
+    columns = np.column_stack([layers_of(FIT)[layer], np.ones(len(FIT))])
+    solution = np.linalg.lstsq(columns, FIT_LOGITS, rcond=None)[0]
+    return solution[:-1].T, solution[-1]
+
+
+@pytest.mark.parametrize(("name", "params"), [("nci", {}), ("vim", {"dimension": 3}), ("fdbd", {}), ("react", {})])
+def test_a_base_that_reads_the_head_finds_the_least_squares_head(name: str, params: dict[str, Any]) -> None:
+    head = head_at(LayerSet(FIT_LAYERS, "layers.a"))
+    weight, bias = least_squares("layers.a")
+    np.testing.assert_allclose(head.weight, weight, rtol=1e-7, atol=1e-10)
+    np.testing.assert_allclose(head.bias, bias, rtol=1e-7, atol=1e-10)
+    fit = at("layers.a", FIT, FIT_LOGITS, labels_of_fit, head)
+    expected = score(name, at("layers.a", ROWS, LOGITS, head=head), fit, **params)
+    assert torch.equal(score(name, SCORED, FIT_LAYERS, space="layers.a", **params), expected)
+
+
+def test_the_penultimate_layer_has_the_head_of_the_model() -> None:
+    fit = FeatureSet(FIT, FIT_LOGITS, labels_of_fit, HEAD, {"layers.pool": FIT})
+    scored = FeatureSet(ROWS, LOGITS, head=HEAD, extras={"layers.pool": ROWS})
+    np.testing.assert_allclose(head_at(LayerSet(fit, "layers.pool")).weight, HEAD.weight, rtol=1e-9)
+    for name in ("nci", "react", "vim"):
+        np.testing.assert_allclose(ours(name, scored, fit, space="layers.pool"), ours(name), rtol=1e-7, atol=1e-9)
+
+
+def of_layers(rows: slice, scored: FeatureSet) -> Array:
+    """Scores ``[L, N]`` of the layers by scorers fitted on some rows of the fit set."""
+    found = []
+    for layer in ("layers.a", "layers.b"):
+        fitted = create_scorer("mahalanobis").fit(at(layer, FIT[rows], FIT_LOGITS[rows], labels_of_fit[rows]))
+        found.append(fitted.score(FeatureSet(scored.extras[layer])).numpy())
+    return np.array(found)
+
+
+def combined(combine: str) -> Array:
+    reference = of_layers(slice(None, None, 2), FIT_LAYERS[1::2])
+    scores = of_layers(slice(None, None, 2), SCORED)
+    if combine == "fisher":
+        n = reference.shape[1]
+        p = [[(1 + (r <= s).sum()) / (n + 2) for s in row] for row, r in zip(scores, reference, strict=True)]
+        return np.log(p).sum(axis=0)
+    center, spread = reference.mean(axis=1, keepdims=True), reference.std(axis=1, keepdims=True)
+    standardized = (scores - center) / spread
+    if combine == "learned":
+        weights = np.linalg.inv(np.corrcoef(reference)).sum(axis=1)
+        return weights @ standardized / weights.sum()
+    return {"mean": np.mean, "min": np.min, "max": np.max}[combine](standardized, axis=0)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("combine", ["mean", "min", "max", "fisher", "learned"])
+def test_combinations(combine: str) -> None:
+    found = ours("layers", SCORED, FIT_LAYERS, base="mahalanobis", combine=combine)
+    np.testing.assert_allclose(found, combined(combine), rtol=1e-7)
+
+
+def test_the_mean_ranks_rows_as_oodeel_does() -> None:
+    """``StdNormalizedAggregator`` divides by the standard deviation and averages, without centering."""
+    reference, scores = of_layers(slice(None, None, 2), FIT_LAYERS[1::2]), of_layers(slice(None, None, 2), SCORED)
+    theirs = (-scores / reference.std(axis=1, keepdims=True)).mean(axis=0)
+    assert (np.argsort(theirs) == np.argsort(-combined("mean"))).all()
+
+
+def test_learned_weights_vary_least() -> None:
+    scorer: Any = create_scorer("layers", base="mahalanobis", combine="learned").fit(FIT_LAYERS)
+    reference = of_layers(slice(None, None, 2), FIT_LAYERS[1::2])
+    standardized = (reference - reference.mean(axis=1, keepdims=True)) / reference.std(axis=1, keepdims=True)
+    assert scorer.weights_.sum() == pytest.approx(1)
+    variances = [np.var(np.array([w, 1 - w]) @ standardized) for w in np.linspace(-1, 2, 61)]
+    assert np.var(scorer.weights_.numpy() @ standardized) <= min(variances)
+
+
+def test_extracted_layers_on_disk_and_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    sets = []
+    for number in range(2):
+        inputs = torch.randn(40, 5, generator=torch.Generator().manual_seed(number))
+        data = DataLoader(TensorDataset(inputs, torch.arange(40) % 3), batch_size=16)
+        sets.append(extract(model, data, tmp_path / f"{number}.h5", layers=["1", "3"], progress=False))
+    scorer = create_scorer("knn", k=3, space="layers.3").fit(load(tmp_path / "0.h5"))
+    found = scorer.score(sets[1])
+    assert torch.equal(found, score("knn", sets[1], sets[0], k=3))  # layer 3 outputs the features
+    for fitted in (scorer, create_scorer("layers", base="react", combine="fisher").fit(sets[0])):
+        fitted.save(tmp_path / "scorer.safetensors")
+        assert torch.equal(load_scorer(tmp_path / "scorer.safetensors").score(sets[1]), fitted.score(sets[1]))
+
+
+def test_messages() -> None:
+    with pytest.raises(BadInput, match="base='energy' does not read features"):
+        create_scorer("layers", base="energy")
+    with pytest.raises(BadInput, match="base='adascale_a' reads adascale"):
+        create_scorer("adascale_a", space="layers.a")
+    with pytest.raises(MissingInput, match=r"'layers' needs layers.c to be fitted on .*layers=\('c',\)"):
+        create_scorer("knn", space="layers.c").fit(TRAIN)
+    with pytest.raises(BadInput, match="several layers need at least 4 rows"):
+        create_scorer("layers", base="mahalanobis").fit(FIT_LAYERS[:3])
