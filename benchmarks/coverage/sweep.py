@@ -21,15 +21,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-EXACT, REFUSED, FAILED, TOO_LARGE = "exact", "refused", "failed", "too large"
-OUTCOMES = (EXACT, REFUSED, FAILED, TOO_LARGE)
+from ood_scores.errors import HeadNotFound
+
+EXACT, ENCODER, REFUSED, FAILED, TOO_LARGE = "exact", "encoder", "refused", "failed", "too large"
+OUTCOMES = (EXACT, ENCODER, REFUSED, FAILED, TOO_LARGE)
 BATCH = 2
 GIVEN_CLASSES = 10
 TOLERANCE = 1e-4
 NOTES = """\
 - VOLO adds half the maximum over its patches' logits to those of the class token, so no one map gives the sum.
 - `resnet*_clip`: attention pooling applies its last linear layer to every position and then takes one.
-- `*_enc` and `mobilenetv5_300m_enc` return tokens or a feature map for a language model, whatever `num_classes` says.
+- `*_enc` and `mobilenetv5_300m_enc` return tokens or a feature map for a language model, whatever `num_classes` says:
+  they are encoders with `pool="mean"`, and refused without a pooling.
+- `resnet*_clip` declare the width of their embedding as `num_classes`; `model.num_classes = 0` makes them encoders.
 """
 
 
@@ -52,6 +56,8 @@ class Result:
     seconds: str = ""
     given_classes: str = ""
     """The outcome with ``num_classes=GIVEN_CLASSES`` of an architecture without a classifier."""
+    pool: str = ""
+    """The pooling of an encoder that returns tokens or maps."""
 
 
 class TooLarge(Exception):
@@ -159,7 +165,7 @@ def try_architecture(name: str, max_parameters: float = 1.5e9) -> Result:
     """Create an architecture and extract from it; if it has no classes, also with some."""
     started = time.perf_counter()
     result = _try(name, max_parameters)
-    if result.outcome == REFUSED and result.num_classes == 0:
+    if result.num_classes == 0:
         result.given_classes = _try(name, max_parameters, num_classes=GIVEN_CLASSES).outcome
     result.seconds = f"{time.perf_counter() - started:.1f}"
     return result
@@ -167,8 +173,6 @@ def try_architecture(name: str, max_parameters: float = 1.5e9) -> Result:
 
 def _try(name: str, max_parameters: float, **given: int) -> Result:
     """Determine the outcome of an architecture at the smallest input size that works."""
-    from ood_scores.errors import HeadNotFound
-
     result = Result(name, family_of(name), FAILED)
     for kwargs, size in _attempts(name):
         try:
@@ -216,18 +220,45 @@ def _extract(result: Result, name: str, kwargs: dict[str, Any], size: tuple[int,
     result.num_classes = model.num_classes
     result.parameters = sum(parameter.numel() for parameter in model.parameters())
     result.input = "x".join(map(str, size))
-    features = extract(model, [torch.randn(BATCH, *size)], device="cpu", progress=False)
+    images = torch.randn(BATCH, *size)
+    try:
+        features = extract(model, [images], device="cpu", progress=False)
+    except HeadNotFound:
+        with torch.inference_mode():
+            if model.eval()(images).ndim == 2:
+                raise
+        result.pool = "mean"
+        features = extract(model, [images], device="cpu", progress=False, pool="mean")
     head, logits, provenance = features.head, features.logits, features.provenance
+    result.features = features.num_features
+    if logits is None:
+        _check_encoder(model.eval(), images, features.features, result)
+        return
     assert head is not None
-    assert logits is not None
     assert provenance is not None
     difference = float((head(features.features) - logits).abs().max() / logits.abs().max())
     result.head = provenance.head_modules
-    result.features, result.classes = features.features.shape[1], logits.shape[1]
+    result.classes = logits.shape[1]
     result.difference = f"{difference:.1e}"
     if difference > TOLERANCE or torch.equal(logits[0], logits[1]):
         raise AssertionError("the head does not reproduce the logits, or they are the same for every input")
     result.outcome, result.error, result.message = EXACT, "", ""
+
+
+def _check_encoder(model: Any, images: Any, features: Any, result: Result) -> None:
+    """Check that the features of an encoder are its output, bit for bit, or the mean over its tokens or positions."""
+    import torch
+
+    with torch.inference_mode():
+        output = model(images)
+    if result.pool:
+        output = output.mean(dim=1) if output.ndim == 3 else output.mean(dim=(2, 3))
+        same = torch.allclose(features, output, rtol=1e-5, atol=1e-6)
+    else:
+        same = torch.equal(features, output.flatten(1))
+    if not same or torch.equal(features[0], features[1]):
+        raise AssertionError("the features are not the output of the model, or they are the same for every input")
+    result.outcome, result.error, result.message = ENCODER, "", ""
 
 
 @contextmanager
@@ -297,6 +328,7 @@ def summary(results: list[Result], max_parameters: float) -> str:
 
     counts = Counter(result.outcome for result in results)
     given = Counter(result.given_classes for result in results if result.given_classes)
+    pooled = sum(result.outcome == ENCODER and bool(result.pool) for result in results)
     listed = len(timm.list_models())
     families = {result.family for result in results if EXACT in (result.outcome, result.given_classes)}
     largest = max((float(result.difference) for result in results if result.outcome == EXACT), default=0.0)
@@ -310,11 +342,13 @@ def summary(results: list[Result], max_parameters: float) -> str:
         "| --- | ---: | --- |",
         f"| exact | {counts[EXACT]} | `head(features)` is the logits; largest difference relative to the largest logit "
         f"{largest:.1e} |",
+        f"| encoder | {counts[ENCODER]} | no classifier: the features are the output, bit for bit; {pooled} return "
+        "tokens or maps and need `pool` |",
         f"| refused | {counts[REFUSED]} | no affine map gives the logits: `HeadNotFound` or `HeadMismatch` |",
         f"| failed | {counts[FAILED]} | anything else |",
         f"| too large | {counts[TOO_LARGE]} | over {max_parameters:.3g} parameters, not run |",
         "",
-        f"Of those refused, {given.total()} have no classifier of their own (`num_classes=0` in timm). With "
+        f"{given.total()} have no classifier of their own (`num_classes=0` in timm). With "
         f"`num_classes={GIVEN_CLASSES}`: " + ", ".join(f"{given[outcome]} {outcome}" for outcome in OUTCOMES) + ".",
         "",
         f"Of timm's {len(timm.list_modules())} modules (families), {len(families)} have an exact architecture; without "

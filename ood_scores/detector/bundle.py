@@ -23,15 +23,16 @@ from torch import Tensor, nn
 from ood_scores.atomic import replacing, user_path
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.conformal import Threshold
-from ood_scores.detector.folder import DESCRIPTION, read_description, replacing_detector, verified_files
+from ood_scores.detector.folder import DESCRIPTION, NewFiles, read_description, replacing_detector, verified_files
 from ood_scores.detector.inputs import input_batches
 from ood_scores.detector.parts import DetectorParts
 from ood_scores.detector.preprocessing import Preprocessing, Transform, example_input, preprocessing_of
 from ood_scores.errors import BadInput, DamagedCache, OodScoresError, OtherModel
+from ood_scores.extraction.encoders import pool_text
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes.base import probe_of, record_of
-from ood_scores.features import Provenance
+from ood_scores.features import Head, Provenance
 from ood_scores.features.migration import migrated
 from ood_scores.features.provenance import ProbeRecord
 from ood_scores.models.opening import load_stored_model, require_known
@@ -55,6 +56,7 @@ def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model
     with replacing_detector(user_path(path)) as new:
         detector.scorer.save(new.place("scorer"))
         _write_calibration(detector.calibration, new.place("calibration"))
+        _write_head(detector.forward.options.head, new)
         if with_model:
             _write_model(detector, new.place("model"))
         new.describe(_describe(detector))
@@ -85,7 +87,7 @@ def load_parts(
         if stored is None and described.get("example") and preprocessing is None:
             preprocessing = _own_transform(model)
         parts = DetectorParts(
-            forward=Forward(model, _read_options(described["run"])),
+            forward=Forward(model, _read_options(described["run"], files.get("head"))),
             scorer=load_scorer(files["scorer"]),
             calibration=_read_calibration(files["calibration"], described["keep"], described["delta"]),
             weights=described["model"]["weights_sha256"],
@@ -159,14 +161,24 @@ def _require_example(parts: DetectorParts, expected: Mapping[str, Any] | None, f
 
 def _describe_options(options: ExtractionOptions) -> dict[str, Any]:
     """Return the fields of the options as JSON."""
+    values = {each.name: getattr(options, each.name) for each in fields(options)}
+    head = options.head.digest if isinstance(options.head, Head) else options.head
     probes = [asdict(record_of(probe)) for probe in options.all_probes]
-    return {each.name: getattr(options, each.name) for each in fields(options)} | {"layers": None, "probes": probes}
+    return values | {"head": head, "layers": None, "pool": pool_text(options.pool), "probes": probes}
 
 
-def _read_options(described: Mapping[str, Any]) -> ExtractionOptions:
+def _read_options(described: Mapping[str, Any], head: Path | None) -> ExtractionOptions:
     """Return the options that ``_describe_options``, or an earlier version, described."""
-    known = migrated(described)
+    known = migrated(described) | ({"head": Head(**safetensors.torch.load_file(head))} if head else {})
     return ExtractionOptions(**known | {"probes": [probe_of(ProbeRecord(**record)) for record in known["probes"]]})
+
+
+def _write_head(head: Any, new: NewFiles) -> None:
+    """Write a head that was given to the extraction, not found in the model."""
+    if isinstance(head, Head):
+        with replacing(new.place("head")) as content:
+            tensors = {"weight": head.weight, "bias": head.bias}
+            content.write(safetensors.torch.save({name: values.cpu().contiguous() for name, values in tensors.items()}))
 
 
 def _write_calibration(calibration: Calibration, file: Path) -> None:
@@ -229,19 +241,18 @@ def _difference(detector: DetectorParts, file: Path) -> str:
         return str(error).rstrip(".")
     if weights_sha256(again) != detector.weights:
         return f"timm creates {architecture(model)} with other weights or buffers from its checkpoint"
-    if detector.transform and not torch.equal(_logits(detector, model), _logits(detector, again)):
+    if detector.transform and not torch.equal(_outputs(detector, model), _outputs(detector, again)):
         return f"timm creates {architecture(model)} with other logits"
     return ""
 
 
-def _logits(detector: DetectorParts, model: nn.Module) -> Tensor:
-    """Return the logits of two images of noise, computed by the model or by a copy."""
+def _outputs(detector: DetectorParts, model: nn.Module) -> Tensor:
+    """Return the logits, or the features of an encoder, of two images of noise, from the model or from a copy."""
     noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     (inputs,) = input_batches(noise, detector.transform)
     options = replace(detector.forward.options, compile=False, dtype="float64", probes=())
-    logits = Forward(model, options).feature_set(inputs).logits
-    assert logits is not None
-    return logits
+    feats = Forward(model, options).feature_set(inputs)
+    return feats.features if feats.logits is None else feats.logits
 
 
 def _load_network(file: Path, name: str, channels_last: bool) -> nn.Module:

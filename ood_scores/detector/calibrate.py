@@ -155,7 +155,7 @@ def _options_of(feats: FeatureSet, probes: Sequence[str]) -> ExtractionOptions:
                 f"the ID set contains {name}, but its provenance does not describe how it was computed: create it with "
                 f"ood_scores.extract(..., probes=[{name!r}])."
             )
-    return ExtractionOptions.of(feats.provenance, probes) if feats.provenance else ExtractionOptions()
+    return ExtractionOptions.of(feats.provenance, probes, feats.head) if feats.provenance else ExtractionOptions()
 
 
 def _warn_of_same_data(scorer: Scorer, fit: FeatureSet | None, id: FeatureSet, same: bool) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ood_scores.detector.conformal import Threshold, class_thresholds, p_values, threshold
+from ood_scores.errors import MissingInput
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +30,24 @@ class Calibration:
     def of(
         cls,
         scores: NDArray[np.float64],
-        predicted: NDArray[np.int64],
+        predicted: NDArray[np.int64] | None,
         classes: int,
         keep: float,
         delta: float | None,
         per_class: bool,
     ) -> Calibration:
-        """Calibrate on the scores and predicted classes of ID rows; raises the errors of ``conformal.threshold``."""
+        """Calibrate on the scores and predicted classes of ID rows; raises the errors of ``conformal.threshold``.
+
+        Raises:
+            MissingInput: if there are no predicted classes, and each is to have a threshold.
+        """
         order = np.argsort(scores, kind="stable")
         if per_class:
+            if predicted is None:
+                raise MissingInput(
+                    "a threshold per class needs predicted classes, but the sets have no logits: leave out per_class, "
+                    "or calibrate on sets with the head of a linear probe."
+                )
             found = class_thresholds(scores, predicted, classes, keep, delta=delta)
             return cls(scores[order], found, predicted[order])
         return cls(scores[order], (threshold(scores, keep, delta=delta),))
@@ -64,17 +74,17 @@ class Calibration:
         )
         return f"at least {self.keep:.2%} of the ID rows predicted as each class are kept {of}"
 
-    def rejects(self, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def rejects(self, scores: NDArray[np.float64], labels: NDArray[np.int64] | None) -> NDArray[np.bool_]:
         """Return which rows ``[m]`` are below the threshold, or that of their predicted class if each has its own."""
         limits = np.array([each.value for each in self.thresholds])
         return scores < (limits[0] if self.predicted is None else limits[labels])
 
-    def p_values(self, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    def p_values(self, scores: NDArray[np.float64], labels: NDArray[np.int64] | None) -> NDArray[np.float64]:
         """Return conformal p-values ``[m]``, within each predicted class if each has its own threshold.
 
         The p-values of a class without calibration rows are 1.
         """
-        if self.predicted is None:
+        if self.predicted is None or labels is None:
             return p_values(self.scores, scores)
         found = np.ones(len(scores))
         for label in np.unique(labels):

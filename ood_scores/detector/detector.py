@@ -82,7 +82,7 @@ class Detector(DetectorParts):
             score=scores,
             p_value=self.calibration.p_values(scores, label),
             is_ood=self.calibration.rejects(scores, label),
-            class_name=None if self.classes is None else np.array(self.classes)[label],
+            class_name=None if self.classes is None or label is None else np.array(self.classes)[label],
         )
 
     def __call__(self, batch: Any) -> Any:
@@ -100,7 +100,8 @@ class Detector(DetectorParts):
         """
         is_frame = hasattr(batch, "assign")
         columns: dict[str, Any] = self.predict(batch[input_key(batch)] if is_frame else batch).columns()
-        columns = {"predicted_label": columns.pop("label"), **columns}
+        if "label" in columns:
+            columns = {"predicted_label": columns.pop("label"), **columns}
         if is_frame:
             return batch.assign(**columns)
         return batch | columns if type(batch) is dict else columns
@@ -174,6 +175,8 @@ class Detector(DetectorParts):
         inputs = given.to(model_dtype(self.model))
         limits = torch.tensor([each.value for each in self.calibration.thresholds], dtype=torch.float64)
         threshold = limits if self.calibration.predicted is not None else limits[0]
+        if options.pool is not None:
+            raise BadInput("a graph has the logits of a classifier, not a pooling: export a model that pools itself.")
         stored = getattr(torch, options.dtype)
         return DetectorGraph(self.model, self.scorer, threshold, inputs, head=options.head, stored=stored), inputs
 

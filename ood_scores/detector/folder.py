@@ -24,7 +24,7 @@ VERSION = 2
 """Version 1 has no checksum of the description, and its files have their plain names."""
 
 DESCRIPTION, LOCK, CHECKSUM = "detector.json", ".detector.lock", "sha256"
-FILE = r"(scorer|calibration|model)(\.[0-9a-f]{8})?\.safetensors"
+FILE = r"(scorer|calibration|head|model)(\.[0-9a-f]{8})?\.safetensors"
 PART = rf"\.(?P<name>{re.escape(DESCRIPTION)}|{FILE})\.[0-9a-f]{{8}}\.part"
 
 
@@ -36,7 +36,7 @@ class NewFiles:
         self.paths: list[Path] = []
 
     def place(self, kind: str) -> Path:
-        """Return a free path for the file of a kind: scorer, calibration, or model."""
+        """Return a free path for the file of a kind: scorer, calibration, head, or model."""
         path = self.folder / f"{kind}.safetensors"
         if path.exists():
             path = self.folder / f"{kind}.{uuid4().hex[:8]}.safetensors"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ood_scores.errors import BadInput, MissingInput, NotFitted
 from ood_scores.extraction.heads import FirstPass
 from ood_scores.extraction.hooks import Capture
-from ood_scores.features import Block
+from ood_scores.features import Block, Head
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.registry import create_scorer, list_scorers
 
@@ -55,7 +55,7 @@ class DetectorGraph(nn.Module):
         threshold: float | Tensor,
         images: Tensor,
         *,
-        head: str | nn.Module | bool | None = None,
+        head: str | nn.Module | bool | Head | None = None,
         stored: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -71,6 +71,9 @@ class DetectorGraph(nn.Module):
             with first.recorded():
                 output = self.model(images.cpu())
             self.found = first.find(output)
+            _, logits = first.rows(self.found, output)
+        if logits is None:
+            raise BadInput("an encoder has no logits to export: calibrate on sets with the head of a linear probe.")
         if "head" in scorer.needs and self.found.head is None:
             raise MissingInput(f"{scorer.name!r} needs the head's weights: export the model with its head.")
         self.register_buffer("threshold", torch.as_tensor(threshold, dtype=torch.float64).cpu())
@@ -79,7 +82,8 @@ class DetectorGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         capture = Capture(self.found.places)
         with capture.running(), capture.recording():
-            features, logits = self.found.read(capture, self.model(images))
+            features, logits = self.found.read(capture, self.model(images), images)
+            assert logits is not None
         block = Block(features.to(self.stored), logits.to(self.stored), head=self.found.head)
         score = self.scorer.score_block(block).double()
         threshold = self.threshold[block.prediction()] if self.threshold.ndim else self.threshold

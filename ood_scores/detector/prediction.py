@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_scores.errors import MissingInput
 from ood_scores.features import FeatureSet
 
 if TYPE_CHECKING:
@@ -22,8 +21,8 @@ class Prediction:
     """The predictions of a detector for B images, as NumPy arrays ``[B]``.
 
     Attributes:
-        label: the predicted class, int64.
-        probability: its softmax probability, float64.
+        label: the predicted class, int64; None for an encoder without a head.
+        probability: its softmax probability, float64; None for an encoder without a head.
         score: the score of the detector's scorer, float64; higher means more in-distribution.
         p_value: the conformal p-value of "this image is in-distribution", float64; small means OoD.
         is_ood: whether the score is below the threshold.
@@ -31,8 +30,8 @@ class Prediction:
         errors: why images were left out, by their number in the input; empty unless ``predict`` was told to skip them.
     """
 
-    label: NDArray[np.int64]
-    probability: NDArray[np.float64]
+    label: Any
+    probability: Any
     score: NDArray[np.float64]
     p_value: NDArray[np.float64]
     is_ood: NDArray[np.bool_]
@@ -40,7 +39,7 @@ class Prediction:
     errors: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.label)
+        return len(self.score)
 
     @property
     def image(self) -> NDArray[np.int64]:
@@ -63,17 +62,13 @@ class Prediction:
         """Concatenate several predictions of one detector."""
         columns = [part.columns() for part in parts]
         joined: dict[str, Any] = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-        return cls(**joined)
+        return cls(**{"label": None, "probability": None} | joined)
 
 
-def predictions_of(feats: FeatureSet) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the predicted class of every row and its probability, both ``[N]``.
-
-    Raises:
-        MissingInput: if the feature set has no logits.
-    """
+def predictions_of(feats: FeatureSet) -> tuple[Any, Any]:
+    """Return the predicted class of every row and its probability, both ``[N]``; None of a set without logits."""
     if not feats.has("logits"):
-        raise MissingInput("a detector predicts classes, but the feature set has no logits: extract them.")
+        return None, None
     parts = [(block.prediction(), block.confidence()) for block in feats.blocks(device="cpu", only=["logits"])]
     label, probability = (torch.cat(part) for part in zip(*parts, strict=True))
     return label.numpy(), probability.numpy()

@@ -75,6 +75,20 @@ def place_of_features(model: nn.Module, inputs: Tensor) -> Place | None:
             return None
 
 
+def is_trunk(model: nn.Module, inputs: Tensor, output: Tensor) -> bool:
+    """Whether a model without an affine head has the form of an encoder: its last matrix product returns maps or
+    tokens, which are normalized afterwards.
+
+    A classifier applies its last product to vectors, or does not normalize what it returns. A model that declares as
+    many classes as its output ``[B, D]`` has values is none.
+    """
+    if getattr(model, "num_classes", None) == output.shape[1]:
+        return False
+    with _differentiable(inputs), torch.no_grad():
+        trace = _Trace(model, inputs[:FEW])
+    return trace.normalizes_last_product()
+
+
 @dataclass(frozen=True)
 class _Event:
     """A place that was reached, its value as rows ``[B, D]`` (None if it is not one vector per input), and whether it
@@ -125,6 +139,11 @@ class _Trace:
         """Return the place and value reached just before the last product, if it is a matrix ``[B, D]``."""
         last = self._before_last_product[-1] if self._before_last_product else None
         return (last.place, last.rows) if last and last.rows is not None and last.is_matrix else None
+
+    def normalizes_last_product(self) -> bool:
+        """Whether the last product returns maps or tokens, and a normalization runs after it."""
+        after = self.events[len(self._before_last_product) :]
+        return not after[0].is_matrix and any("norm" in type(event.place.module).__name__.lower() for event in after)
 
     def layers_like_logits(self) -> list[Place]:
         """Return the inputs of the layers with weights that map matrices to matrices of the shape of the logits."""

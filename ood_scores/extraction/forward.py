@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ood_scores.errors import BadInput, BadLabels, OodScoresError, ShapeMismatch
+from ood_scores.errors import BadInput, BadLabels, HeadNotFound, OodScoresError, ShapeMismatch
 from ood_scores.extraction import heads, loaders
+from ood_scores.extraction.encoders import Encoder
 from ood_scores.extraction.further_inputs import further_inputs, passed_by_name
 from ood_scores.extraction.hooks import Capture
 from ood_scores.extraction.options import ExtractionOptions
@@ -36,7 +37,7 @@ class Forward:
     The head is found, and checked, on the first batch. Calls are made within ``ready``.
 
     Attributes:
-        model: the classifier; its modes, device and gradient settings are the same after ``ready`` as before.
+        model: the model; its modes, device and gradient settings are the same after ``ready`` as before.
         options: how it is run, and what is computed.
         device: where it runs; None for the device that the model is on.
         found: the head and the modules whose inputs are the features; None before the first batch.
@@ -60,6 +61,7 @@ class Forward:
             _LOCKS.setdefault(self.model, RLock()),
             evaluating(self.model, device, differentiates, self.options.channels_last),
             autocasting(device, self.options.amp),
+            Encoder(self.model, self.options.pooling).ready(),
             ExitStack() as self._hooks,
         ):
             self._transfers = Transfers(device)
@@ -131,22 +133,22 @@ class Forward:
 
     def _first_rows(self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int) -> Arriving:
         """Find and check the head on the first batch, without ``torch.compile``."""
-        first = heads.FirstPass(self.model, inputs, self.options.head)
+        mask = further.get("attention_mask")
+        first = heads.FirstPass(self.model, inputs, self.options.head, self.options.pooling, mask)
         self._probes: list[Probe] = [probe.for_model(self.model, inputs) for probe in self.options.all_probes]
         with first.recorded(), watch_all(self._probes, self.model) as seen:
             output = self.model(inputs)
-        require_finite({"logits": logits_of(output)}, start)
-        found = first.find(output)
-        if found.log_probabilities and self._probes:
-            raise BadInput(
-                "layers and probes need a model that returns logits, not their log-softmax: wrap the model so that it "
-                f"returns the output of {found.names[0]}."
-            )
+        try:
+            found = first.find(output)
+        except HeadNotFound:
+            require_finite({"logits": logits_of(output)}, start)
+            raise
+        self._check_probes(found)
         features, logits = first.rows(found, output)
         self._capture = Capture(found.places, self.options.compile)
         self._hooks.enter_context(self._capture.running())
-        done = Pass(self.model, inputs, logits, labels, start, further, self._features_of(found))
-        rows = self._columns(features, done, seen)
+        done = self._pass(found, inputs, logits, labels, start, further)
+        rows = self._columns(features, logits, done, seen)
         require_finite(rows.wait(), start)
         self._shapes = {name: values.shape[1:] for name, values in rows.columns.items()}
         self.found = found
@@ -161,9 +163,9 @@ class Forward:
                 torch.compiler.reset()  # it was compiled before the hooks were registered
                 output = self._run(inputs)
         assert self.found is not None
-        features, logits = self.found.read(self._capture, output)
-        done = Pass(self.model, inputs, logits, labels, start, further, self._features_of(self.found))
-        rows = self._columns(features, done, seen)
+        features, logits = self.found.read(self._capture, output, inputs, further.get("attention_mask"))
+        done = self._pass(self.found, inputs, logits, labels, start, further)
+        rows = self._columns(features, logits, done, seen)
         if rows.columns.keys() != self._shapes.keys():
             names = ", ".join(sorted(rows.columns.keys() ^ self._shapes.keys()))
             raise ShapeMismatch(f"the batch at row {start} has different extras than the first batch: {names}.")
@@ -173,18 +175,43 @@ class Forward:
                 raise ShapeMismatch(f"{name} have shape {tuple(values.shape)} at row {start}, but {expected} before.")
         return rows
 
-    def _features_of(self, found: heads.FoundHead) -> Callable[[Tensor], Tensor]:
-        """Return the function that probes call for the features of other inputs."""
+    def _check_probes(self, found: heads.FoundHead) -> None:
+        """Check that the model returns the logits that the probes read."""
+        if found.log_probabilities and self._probes:
+            raise BadInput(
+                "layers and probes need a model that returns logits, not their log-softmax: wrap the model so that it "
+                f"returns the output of {found.names[0]}."
+            )
+        reading = [probe.name for probe in self._probes if probe.needs_logits]
+        if reading and not found.returns_logits:
+            raise BadInput(
+                f"the probe {reading[0]!r} reads the logits of the model, which returns none: wrap it with a linear "
+                "layer, torch.nn.Sequential(model, layer), or leave out the probe."
+            )
 
-        def features_of(inputs: Tensor) -> Tensor:
+    def _pass(
+        self,
+        found: heads.FoundHead,
+        inputs: Tensor,
+        logits: Tensor | None,
+        labels: Tensor | None,
+        start: int,
+        further: dict[str, Tensor],
+    ) -> Pass:
+        """Return the pass for the probes, with the function that they call for the features of other inputs."""
+
+        def features_of(others: Tensor) -> Tensor:
             with self._capture.recording():
-                output = self.model(inputs)
-            return found.read(self._capture, output)[0]
+                output = self.model(others)
+            return found.read(self._capture, output, others, further.get("attention_mask"))[0]
 
-        return features_of
+        known = inputs.new_empty((len(inputs), 0), dtype=torch.float32) if logits is None else logits
+        return Pass(self.model, inputs, known, labels, start, further, features_of)
 
-    def _columns(self, features: Tensor, done: Pass, seen: Sequence[Mapping[str, Tensor]]) -> Arriving:
-        found = {"features": features, "logits": done.logits}
+    def _columns(
+        self, features: Tensor, logits: Tensor | None, done: Pass, seen: Sequence[Mapping[str, Tensor]]
+    ) -> Arriving:
+        found = {"features": features} | ({} if logits is None else {"logits": logits})
         for probe, own in zip(self._probes, seen, strict=True):
             found |= {f"extras/{name}": values for name, values in probe.columns(done, own).items()}
         for name, values in found.items():

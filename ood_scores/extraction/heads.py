@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ood_scores.errors import BadInput, HeadMismatch, HeadNotFound
-from ood_scores.extraction.affine import find_affine_place, place_of_features
+from ood_scores.extraction.affine import find_affine_place, is_trunk, place_of_features
+from ood_scores.extraction.encoders import Encoder, declared_encoder
 from ood_scores.extraction.hooks import Capture, Place, first_argument, hooked
 from ood_scores.extraction.outputs import close, features_of, joined, logits_of, raw_logits_of, rounding, rows_of
 from ood_scores.features import Head
 
 HOW_TO_NAME = (
-    "Name the affine map that computes the logits with head='module.name' (see model.named_modules()), or pass "
-    "head=False to keep logits and features without a head, which some scorers need"
+    "Name the affine map that computes the logits with head='module.name' (see model.named_modules()); set "
+    "model.num_classes = 0 if the model is an encoder, whose output is the features; or pass head=False to keep logits "
+    "and features without a head, which some scorers need"
 )
 
 
@@ -31,21 +33,47 @@ class FoundHead:
         places: the places whose values are concatenated to the features; none if the features are the model's output.
         head: the head; None if there is none.
         log_probabilities: whether the model returns the log-softmax of the logits, which are then those of the head.
+        encoder: the model, if it has no classifier; its logits are those of the head, if there is one.
+        is_given: whether the head is not the model's own.
     """
 
     places: list[Place]
     head: Head | None
     log_probabilities: bool = False
+    encoder: Encoder | None = None
+    is_given: bool = False
 
     @property
     def names(self) -> list[str]:
         """The names of the places."""
         return [str(place) for place in self.places] or ["output of the model"]
 
-    def read(self, capture: Capture, output: Any) -> tuple[Tensor, Tensor]:
-        """Return the features ``[B, D]`` and the logits ``[B, C]`` of a pass from what it captured and returned."""
-        features = features_of(capture.calls, raw_logits_of(output))
-        return features, self.head(features) if self.head and self.log_probabilities else logits_of(output)
+    @property
+    def returns_logits(self) -> bool:
+        """Whether the model itself returns the logits."""
+        return not (self.log_probabilities or self.encoder or self.is_given)
+
+    def read(
+        self, capture: Capture, output: Any, inputs: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the features ``[B, D]`` and the logits ``[B, C]`` of a pass from what it captured and returned.
+
+        Args:
+            capture: what the pass captured.
+            output: what the model returned.
+            inputs: the inputs of the pass.
+            mask: which tokens are no padding, for encoders.
+
+        Returns:
+            The features and the logits; None instead of these for an encoder without a head.
+        """
+        if self.encoder:
+            features = self.encoder.features(output, inputs, mask)
+        else:
+            features = features_of(capture.calls, raw_logits_of(output))
+        if self.returns_logits:
+            return features, logits_of(output)
+        return features, self.head(features) if self.head else None
 
 
 @dataclass
@@ -76,13 +104,23 @@ class FirstPass:
         model: the model, in eval mode.
         inputs: the first batch ``[B, ...]``.
         requested: the head, as in ``ExtractionOptions``.
+        pool: the pooling of an encoder, as in ``Encoder``.
+        mask: which tokens are no padding, for encoders.
 
     Raises:
         BadInput: if the requested module is not one of the model.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor, requested: str | nn.Module | bool | None) -> None:
-        self._model, self._inputs = model, inputs
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        requested: str | nn.Module | bool | Head | None,
+        pool: Any = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        self._model, self._inputs, self._pool, self._mask = model, inputs, pool, mask
+        self._given = requested if isinstance(requested, Head) else None
         self._requested, self._named = resolve_module(model, requested)
         self._calls: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
 
@@ -110,21 +148,35 @@ class FirstPass:
         otherwise the map from the last place at which the logits are an affine map of one vector per input. The map is
         checked to reproduce the logits from the features.
 
+        An encoder has no head of its own: its pooled output is the features.
+
         Raises:
-            HeadNotFound: if no affine map computes the logits.
-            HeadMismatch: if the named module does not.
+            HeadNotFound: if no affine map computes the logits, or an encoder returns several vectors per input.
+            HeadMismatch: if the named module does not, or a given head is for features of another width.
         """
-        logits = raw_logits_of(output)
+        if self._given:
+            return replace(self._without_head(output), head=self._given.with_two_classes(), is_given=True)
         if self._requested is False:
-            return self._without_head(logits)
-        found = self._find(logits)
+            return self._without_head(output)
+        encoder = None if self._named else declared_encoder(self._model, output, self._pool)
+        if encoder:
+            return FoundHead([], None, encoder=encoder)
+        logits = raw_logits_of(output)
+        try:
+            found = self._find(logits)
+        except HeadMismatch:
+            raise
+        except HeadNotFound:
+            if self._named or not is_trunk(self._model, self._inputs, logits):
+                raise
+            return FoundHead([], None, encoder=Encoder(self._model, is_declared=False))
         assert found.head is not None
         with torch.inference_mode(False):  # tensors created in inference mode cannot be used under autograd
             head = Head(found.head.weight.cpu().clone(), found.head.bias.cpu().clone())
             return replace(found, head=head.with_two_classes())
 
-    def rows(self, found: FoundHead, output: Any) -> tuple[Tensor, Tensor]:
-        """Return the features ``[B, D]`` and the logits ``[B, C]`` of the pass."""
+    def rows(self, found: FoundHead, output: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the features ``[B, D]`` and the logits ``[B, C]`` of the pass, as ``FoundHead.read``."""
         capture = Capture(found.places)
         recorded = [self._calls.get(place.name, []) for place in found.places if not place.after]
         if len(recorded) == len(found.places) and all(recorded):
@@ -133,8 +185,8 @@ class FirstPass:
         else:
             with capture.running(), capture.recording():
                 output = self._model(self._inputs)
-                return found.read(capture, output)
-        return found.read(capture, output)
+                return found.read(capture, output, self._inputs, self._mask)
+        return found.read(capture, output, self._inputs, self._mask)
 
     def _find(self, logits: Tensor) -> FoundHead:
         layers = self._layers(len(logits))
@@ -146,9 +198,11 @@ class FirstPass:
                 raise
             return FoundHead([found[0]], found[1])
 
-    def _without_head(self, logits: Tensor) -> FoundHead:
-        if getattr(self._model, "num_classes", None) == 0:  # an encoder of timm, which returns its features
-            return FoundHead([], None)
+    def _without_head(self, output: Any) -> FoundHead:
+        encoder = declared_encoder(self._model, output, self._pool)
+        if encoder:
+            return FoundHead([], None, encoder=encoder)
+        logits = raw_logits_of(output)
         try:
             return replace(self._find(logits), head=None)
         except HeadNotFound:
@@ -177,11 +231,16 @@ def _leaves_with_weights(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def resolve_module(
-    model: nn.Module, requested: str | nn.Module | bool | None
+    model: nn.Module, requested: str | nn.Module | bool | Head | None
 ) -> tuple[str | bool | None, nn.Module | None]:
-    """Return the name and the module of a requested head; (request, None) if none is named."""
+    """Return the name and the module of a requested head; (request, None) if none is named.
+
+    A head that is given has its digest as a name.
+    """
     if requested is None or requested is False:
         return requested, None
+    if isinstance(requested, Head):
+        return requested.digest, None
     for name, module in model.named_modules():
         if module is requested or name == requested:
             return name, module

@@ -12,11 +12,12 @@ from ood_scores.errors import BadInput
 from ood_scores.parameters import require_known
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from ood_scores.extraction.encoders import Pool, PoolName
     from ood_scores.extraction.layers import Layers
     from ood_scores.extraction.probes import Probe
-    from ood_scores.features import Provenance
+    from ood_scores.features import Head, Provenance
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,10 +45,15 @@ class ExtractionOptions:
         compile: whether to run the model through ``torch.compile``, which takes about a minute to start and needs a C++
             compiler. Not available with ``layers`` or ``probes``.
         dtype: the type in which features, logits and extras are stored: ``"float16"``, ``"float32"`` or ``"float64"``.
-        head: None to find the last affine map; a module or its name to choose it; False to keep the logits, and the
-            features or else the model's output, without a head.
+        head: None to find the last affine map; a module or its name to choose it; a ``Head`` to compute the logits
+            from the features, such as a linear probe of an encoder; False to keep the logits, and the features or else
+            the model's output, without a head.
         layers: names of modules whose outputs are pooled and kept as extras ``layers.<module>``, computed in the same
             pass; ``"stages"`` for the modules that end the stages of the model.
+        pool: how the tokens ``[B, T, D]`` or maps ``[B, C, H, W]`` of an encoder become its features: ``"cls"`` for the
+            class token, ``"mean"`` for the mean over patches, words, or positions, ``"cls+mean"`` for both, or a
+            function from the output of the model to ``[B, D]``, which is named ``FILE.py:FUNCTION`` in texts. None for
+            the pooling of the model itself.
         probes: further extras to compute for every input, as objects of ``ood_scores.probes``, names, or names with
             parameters: ``[ODIN(epsilon=0.004), "gram", "odin:epsilon=0.004"]``. Most run the model again.
         on_error: ``"skip"`` to leave out rows that cannot be read, such as damaged images, with a warning; they are
@@ -68,12 +74,18 @@ class ExtractionOptions:
         default="float32",
         metadata=_shown("Type to store: float16, float32, or float64.", choices=DTYPES, metavar="TYPE"),
     )
-    head: str | nn.Module | bool | None = field(
+    head: str | nn.Module | bool | Head | None = field(
         default=None, metadata=_shown("Name of the last linear layer, if it cannot be found.")
     )
     layers: Layers | None = field(
         default=None,
         metadata=_shown("Layers to pool and keep: 'stages', or names separated by commas.", metavar="NAMES"),
+    )
+    pool: Pool | None = field(
+        default=None,
+        metadata=_shown(
+            "Pooling of an encoder without a classifier: mean, cls, cls+mean, or FILE.py:FUNCTION.", metavar="POOL"
+        ),
     )
     probes: Iterable[str | Probe] = field(
         default=(), metadata=_shown("Probe to compute, as NAME or NAME:key=value,…; may be repeated.", metavar="NAME")
@@ -100,6 +112,7 @@ class ExtractionOptions:
                 raise BadInput(f"{each.name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}.")
         if not isinstance(self.layers, Iterable | None):
             raise BadInput(f"layers must be 'stages' or a list of names of modules, got {self.layers!r}.")
+        _ = self.pooling
         if self.all_probes and self.compile:
             raise BadInput(
                 "compile=True cannot be combined with layers or probes, whose hooks compiled code does not see."
@@ -112,9 +125,19 @@ class ExtractionOptions:
 
         return tuple(as_probes(self.layers, self.probes))
 
+    @cached_property
+    def pooling(self) -> PoolName | Callable[[Any], Tensor] | None:
+        """The name or the function of the pooling."""
+        from ood_scores.extraction.encoders import pool_function
+
+        return pool_function(self.pool)
+
     @classmethod
-    def of(cls, provenance: Provenance, probes: Sequence[str] = ()) -> ExtractionOptions:
-        """Return the options that a feature set was extracted with, and of its probes those with the given names."""
+    def of(cls, provenance: Provenance, probes: Sequence[str] = (), head: Head | None = None) -> ExtractionOptions:
+        """Return the options that a feature set was extracted with, and of its probes those with the given names.
+
+        ``head`` is the head of the set, which is used if it was given to the extraction.
+        """
         from ood_scores.extraction.probes.base import probe_of
 
         return cls(
@@ -122,7 +145,8 @@ class ExtractionOptions:
             channels_last=provenance.channels_last,
             compile=provenance.compiled,
             dtype=provenance.dtype,
-            head=provenance.head,
+            head=head if head and provenance.head == head.digest else provenance.head,
+            pool=provenance.pool,
             probes=[probe_of(record) for record in provenance.probes if record.parameters["name"] in probes],
         )
 

@@ -21,7 +21,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def raw_logits_of(output: Any) -> Tensor:
-    """Return the logits ``[B, C]`` as the model returns them.
+    """Return the logits ``[B, C]`` as the model returns them; ``[B, C, 1, 1]`` without the last dimensions.
 
     Raises:
         HeadNotFound: if there are none.
@@ -36,6 +36,8 @@ def raw_logits_of(output: Any) -> Tensor:
             f"the model returned {type(output).__name__}, but a classifier returns a tensor of logits [batch, classes] "
             "or an object with .logits: wrap the model so that it does."
         )
+    if is_flat(logits):
+        return logits.flatten(1)
     if logits.ndim != 2:
         raise HeadNotFound(
             f"the model returned a tensor of shape {tuple(logits.shape)}, not logits [batch, classes]; it has no "
@@ -43,6 +45,11 @@ def raw_logits_of(output: Any) -> Tensor:
             "so that it returns logits."
         )
     return logits
+
+
+def is_flat(values: Tensor) -> bool:
+    """Whether these are maps ``[B, C, 1, 1]`` of a single position."""
+    return values.ndim == 4 and values.shape[2:] == (1, 1)
 
 
 def rows_of(values: Any) -> Tensor | None:

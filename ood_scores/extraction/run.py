@@ -18,6 +18,7 @@ from ood_scores.atomic import user_path
 from ood_scores.errors import UnfinishedCache
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
+from ood_scores.extraction.encoders import pool_text
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.further_inputs import further_inputs
 from ood_scores.extraction.one_pass import Target, Task, run, state_of, warn_of_rows_left_out
@@ -49,19 +50,22 @@ def extract(
     name: str | None = None,
     **options: Any,
 ) -> FeatureSet:
-    """Run a classifier once over a loader and keep its penultimate features, logits, labels, and head.
+    """Run a model once over a loader and keep its features, and of a classifier its logits and head.
 
     The model may be any ``nn.Module`` (timm, torchvision, Hugging Face, your own) whose logits are an affine map of a
-    vector: that vector is kept as the features, exactly as the map received it. The model's device, modes, and gradient
-    settings are restored afterwards.
+    vector: that vector is kept as the features, exactly as the map received it. Of an encoder, a model without a
+    classifier, the pooled output is kept as the features, without logits and head. The model's device, modes, and
+    gradient settings are restored afterwards.
 
     Under ``torchrun`` and with a ``cache``, each process writes its share of the rows to a shard next to the cache, and
     the cache joins the shards; the result is the same as with one process. ``loader`` must then be a ``DataLoader``
     over all rows, in order, and all processes must make the same call.
 
     Args:
-        model: a module that returns logits ``[B, C]``, or an object or dict with ``logits``. The original module is
-            run if it is wrapped by ``torch.compile``, ``DataParallel``, or the like.
+        model: a module that returns logits ``[B, C]``, or an object or dict with ``logits``; or an encoder, which
+            returns a vector ``[B, D]`` or an output with one (``pooler_output``, ``image_embeds``), or tokens or maps,
+            for which ``pool`` is needed. The original module is run if it is wrapped by ``torch.compile``,
+            ``DataParallel``, or the like.
         loader: an iterable of batches ``(x, y)``, ``x``, or dicts, of known or unknown length, with or without labels.
         cache: the HDF5 file to write. If it exists and was created with the same weights, data, preprocessing, and
             options, it is opened and the model is not run; if its extraction was interrupted, it is continued.
@@ -73,7 +77,7 @@ def extract(
         name: the dataset's name in tables; by default the dataset's own ``name`` or its class. An existing cache of the
             same data is opened, or continued, under whatever name it was created.
         **options: how the model is run and what is computed: the fields of ``ExtractionOptions``, which are ``amp``,
-            ``channels_last``, ``compile``, ``dtype``, ``head``, ``layers``, ``probes``, and ``on_error``.
+            ``channels_last``, ``compile``, ``dtype``, ``head``, ``layers``, ``pool``, ``probes``, and ``on_error``.
 
     Returns:
         The feature set: read lazily from the cache if there is one, else in memory.
@@ -104,6 +108,7 @@ def extract(
     feats = _named(_extracted(task, provenance, cache, ranks, resume, overwrite), name)
     if ranks.first:
         warn_of_rows_left_out(feats)
+        _warn_of_encoder(forward)
     return feats
 
 
@@ -151,6 +156,18 @@ def _named(feats: FeatureSet, name: str | None) -> FeatureSet:
     return feats
 
 
+def _warn_of_encoder(forward: Forward) -> None:
+    """Warn of a model that was taken for an encoder although nothing says so."""
+    encoder = forward.found.encoder if forward.found else None
+    if encoder and not encoder.is_declared:
+        warnings.warn(
+            f"no affine map computes the output of {architecture(forward.model)}, which is taken for an encoder: the "
+            "output is kept as the features, without logits. Set model.num_classes = 0 to confirm it; if these are the "
+            "logits of a classifier, name its last layer with head='module.name'.",
+            stacklevel=5,
+        )
+
+
 def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> Provenance:
     model, options, device = forward.model, forward.options, forward.device
     origin = origin_of(model)
@@ -178,6 +195,7 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
         device=torch.cuda.get_device_name(device) if device and device.type == "cuda" else str(device),
         versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        pool=pool_text(options.pool),
         probes=tuple(record_of(probe) for probe in options.all_probes),
         label_order=getattr(getattr(loader, "dataset", None), "label_order", None),
         data_text=text,

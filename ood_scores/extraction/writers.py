@@ -90,7 +90,7 @@ def feature_set(
     """Return columns, by the names that they have in a cache, as a feature set in memory."""
     extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
     labels, ids = columns.get("labels"), columns.get(IDS)
-    return FeatureSet(columns["features"], columns["logits"], labels, head, extras, provenance, ids)
+    return FeatureSet(columns["features"], columns.get("logits"), labels, head, extras, provenance, ids)
 
 
 class BackgroundWriter:

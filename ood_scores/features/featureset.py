@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +196,23 @@ class FeatureSet:
         chosen.device, chosen.block_rows = self.device, self.block_rows
         return chosen
 
+    def with_head(self, head: Head) -> FeatureSet:
+        """Return a view of the set with another head, whose logits are computed from the features as they are read.
+
+        Args:
+            head: The head, such as that of a linear probe (``ood_scores.fit_linear_probe``).
+
+        Raises:
+            ShapeMismatch: if the head is for features of another width.
+        """
+        head = _as_head(head).with_two_classes()
+        logits = col.CombinedColumn((self._columns["features"],), _LogitsOf(head))
+        columns = {**self._columns, "logits": logits}
+        origin = self.provenance and replace(self.provenance, head=head.digest)
+        view = FeatureSet(**_arguments(columns), head=head, provenance=origin)
+        view.device, view.block_rows = self.device, self.block_rows
+        return view
+
     def in_blocks(self, rows: int | None) -> FeatureSet:
         """Return a view of the set whose blocks have ``rows`` rows by default; None returns the set itself."""
         if rows is None:
@@ -380,6 +397,16 @@ def _arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Columns as arguments of a FeatureSet or a Block."""
     extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
     return {name: columns.get(name) for name in ("features", "logits", "labels", IDS)} | {"extras": extras}
+
+
+@dataclass(frozen=True)
+class _LogitsOf:
+    """The logits of a head, as a function of columns."""
+
+    head: Head
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        return self.head(parts[0].to(torch.promote_types(parts[0].dtype, torch.float32)))
 
 
 def _with_two_classes(logits: col.Column) -> col.Column:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,24 @@ class Head:
         return self.weight.shape[1]
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Compute the logits ``[N, C]`` of features ``[N, D]`` in the wider of the two dtypes."""
+        """Compute the logits ``[N, C]`` of features ``[N, D]`` in the wider of the two dtypes.
+
+        Raises:
+            ShapeMismatch: if the features have another width.
+        """
+        if features.shape[-1] != self.num_features:
+            raise ShapeMismatch(
+                f"the head is for {self.num_features} features, got {features.shape[-1]}: use features of the same "
+                "model and pooling as those it was fitted on."
+            )
         dtype = torch.promote_types(features.dtype, self.weight.dtype)
         return linear(features.to(dtype), self.weight.to(features.device, dtype), self.bias.to(features.device, dtype))
+
+    @property
+    def digest(self) -> str:
+        """The name of a head that was given to an extraction: ``head`` and the SHA-256 of its weight and bias."""
+        parts = [values.detach().cpu().float().contiguous().numpy().tobytes() for values in (self.weight, self.bias)]
+        return f"head {hashlib.sha256(b''.join(parts)).hexdigest()}"
 
     def with_two_classes(self) -> Head:
         """Return the head, with the logits (0, z) if it computes a single logit z."""

@@ -40,13 +40,13 @@ class Provenance:
     used; the rest is information for the reader. ``data_sha256`` covers the first inputs exactly as the model saw them,
     and their labels, so that a changed resize, crop, or normalization is noticed; ``preprocessing`` describes the
     transform, if it can be read. ``dataset`` is the name under which the data were first extracted. ``head``, ``amp``,
-    ``channels_last``, ``compiled``, and ``dtype`` are the options of ``extract``. ``shard`` names the rows of the
-    dataset in a file that is one of several. ``label_order`` is the order of the labels if it is not the dataset's own,
-    or the alphabetical one for folders. ``data_text`` opens the dataset with relative paths starting from
-    ``data_root``, if its rows are those of the set, in order; see ``ood_scores.data.sources``. ``skipped`` lists the
-    rows of the dataset that the set lacks because they cannot be read, each with the reason. ``model`` is the name that
-    ``load_model`` opened, and ``arguments`` are those of the network that its weights do not show; both are None for
-    other models.
+    ``channels_last``, ``compiled``, ``dtype``, and ``pool`` are the options of ``extract``; the name of a head that was
+    given is its digest. ``shard`` names the rows of the dataset in a file that is one of several. ``label_order`` is
+    the order of the labels if it is not the dataset's own, or the alphabetical one for folders. ``data_text`` opens the
+    dataset with relative paths starting from ``data_root``, if its rows are those of the set, in order; see
+    ``ood_scores.data.sources``. ``skipped`` lists the rows of the dataset that the set lacks because they cannot be
+    read, each with the reason. ``model`` is the name that ``load_model`` opened, and ``arguments`` are those of the
+    network that its weights do not show; both are None for other models.
     """
 
     architecture: str
@@ -76,6 +76,7 @@ class Provenance:
     skipped: tuple[tuple[int, str], ...] = ()
     model: str | None = None
     arguments: Mapping[str, Any] | None = None
+    pool: str | None = None
 
     NOT_IN_DIGEST: ClassVar = frozenset({"skipped"})
     """Sets with different skipped rows have different times of creation."""
@@ -85,6 +86,7 @@ class Provenance:
         ("weights_sha256", "weights"),
         ("arguments", "arguments of the network"),
         ("requested_head", "requested head"),
+        ("pooling", "pooling"),
         ("dataset_rows", "number of rows"),
         ("labelled", "labels present"),
         ("shuffled", "random order"),
@@ -99,6 +101,11 @@ class Provenance:
     def requested_head(self) -> str:
         """The requested head in words: ``found``, ``none``, or the name of a module."""
         return self.head if isinstance(self.head, str) else ("found" if self.head is None else "none")
+
+    @property
+    def pooling(self) -> str:
+        """The pooling in words."""
+        return self.pool or "the model's own"
 
     @property
     def labels_numbered(self) -> str:

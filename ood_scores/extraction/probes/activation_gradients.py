@@ -40,6 +40,7 @@ class NeuronStates(LayerProbe):
 
     name: str = "nac"
     gradients = True
+    needs_logits = True
 
     def reduce(self, maps: Tensor) -> Tensor:
         return maps.float().sum(dim=2)

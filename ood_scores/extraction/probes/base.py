@@ -33,7 +33,7 @@ class Pass:
     Attributes:
         model: the model, in eval mode.
         inputs: the inputs ``[B, ...]``, on the model's device.
-        logits: their logits ``[B, C]``, on the model's device.
+        logits: their logits ``[B, C]``, on the model's device; ``[B, 0]`` of an encoder.
         labels: their labels ``[B]``, on the loader's device; None if there are none.
         start: the number of the first row.
         further: the other inputs ``[B, ...]`` of a model with several, by name. Calls of the model with all ``inputs``
@@ -65,11 +65,13 @@ class Probe(ABC):
     Attributes:
         name: the name of its extras, or what these start with.
         gradients: whether it differentiates.
+        needs_logits: whether it reads the logits of the model, so that it is refused for encoders.
         random: whether it draws random numbers for each batch, so that its extras depend on the size of batches.
     """
 
     name: str = ""
     gradients: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -98,6 +100,7 @@ class Probe(ABC):
 class LayerProbe(Probe):
     """A probe of the outputs of layers in the ordinary forward pass, with one extra ``name.layer`` per layer."""
 
+    needs_logits: ClassVar[bool] = False
     layers: Layers = "stages"
 
     def __post_init__(self) -> None:

@@ -80,6 +80,7 @@ class FGSM(LayerProbe):
     epsilon: float = 0.05
     std: tuple[float, ...] | None = None
     gradients = True
+    needs_logits = True
 
     def reduce(self, maps: Tensor) -> Tensor:
         return PooledLayers.reduce(PooledLayers(), maps)

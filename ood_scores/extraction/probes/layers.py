@@ -127,6 +127,7 @@ class ActivationExtremes(Probe):
     """
 
     name: str = "extremes"
+    needs_logits = False
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[Mapping[str, Tensor]]:

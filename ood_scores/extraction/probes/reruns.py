@@ -53,6 +53,7 @@ class RankFeat(LayerProbe):
     Cost: a forward pass per layer, and an eigendecomposition, ``min(C, P)^3``, per input and layer.
     """
 
+    needs_logits = True
     name: str = "rankfeat"
 
     def __post_init__(self) -> None:
