@@ -62,7 +62,7 @@ class Job:
     def _code(self) -> dict[str, str]:
         """Return the digests of the user's own code that computes the features."""
         kind = DATASET_KINDS.get(parse(self.source).kind)
-        names = (self.network.table.name, self.source.partition("?")[0])
+        names = (self.network.table.name, self.source.partition("?")[0], str(self.options.pool))
         functions = [referenced(name) for name in names if is_reference(name)]
         return source_digests([*functions, *map(type, self.options.all_probes), *([kind.open] if kind else [])])
 
@@ -319,6 +319,7 @@ def _has(jobs: tuple[Job, ...], facts: Mapping[str, SetFacts]) -> Has:
     feats = job.features()
     if feats is not None:
         return feats.has
-    there = {"features", "logits", "head", *(probe.name for probe in job.options.all_probes)}
+    there = {"features", *(probe.name for probe in job.options.all_probes)}
+    there |= set() if job.options.pool else {"logits", "head"}
     there |= {"labels"} if facts[job.source].labeled else set()
     return lambda name: name.partition(".")[0] in there

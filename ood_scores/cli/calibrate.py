@@ -85,7 +85,7 @@ def calibrate(
     out = user_path(out)
     if (out / DESCRIPTION).exists() and not overwrite:
         raise BadInput(f"there is a detector in {out}: pass --overwrite to replace it, or choose another --out.")
-    parsing.import_named(model, [id, *([fit] if fit else [])], extraction.get("probes", ()))
+    parsing.import_named(model, [id, *([fit] if fit else [])], extraction.get("probes", ()), extraction.get("pool"))
     scorer = parsing.scorer_name(scorer)
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
     ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))

@@ -36,6 +36,7 @@ def extract(
     **extraction: Any,
 ) -> None:
     """Run a model once over a dataset and store its features, logits, labels, and last layer in an HDF5 file.
+    Of an encoder without a classifier, the features and labels are stored.
 
     An interrupted run continues where it stopped; a cache that was created with different settings is refused. Under
     torchrun, the processes share the rows.
@@ -47,6 +48,7 @@ def extract(
           test.h5 --checkpoint cifar10.safetensors
       ood-scores extract hf-hub:OWNER/NAME imglist:textures.txt dtd.h5
       ood-scores extract nets.py:small folder:photos c.h5 --model-arg width=32
+      ood-scores extract vit_small_patch14_dinov2 folder:photos c.h5 --pool cls+mean
       ood-scores extract resnet50 folder:imagenet/val val.h5 \\
           --layers stages --probe odin:epsilon=0.004 --probe rankfeat
       torchrun --nproc-per-node 4 -m ood_scores extract resnet50 folder:imagenet/val val.h5
@@ -79,7 +81,7 @@ def extract(
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.runtime import Ranks
 
-    parsing.import_named(model, [data], extraction.get("probes", ()))
+    parsing.import_named(model, [data], extraction.get("probes", ()), extraction.get("pool"))
     means, stds = parsing.numbers(mean), parsing.numbers(std)
     dataset = open_dataset(data)
     network = load_model(model, checkpoint, num_classes, **parsing.model_arguments(model_arg))

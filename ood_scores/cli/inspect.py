@@ -87,6 +87,7 @@ def _readable(provenance: Provenance) -> dict[str, str]:
     return {
         "model": f"{provenance.model or provenance.architecture}, weights {provenance.weights_sha256[:16]}…",
         "head": provenance.head_modules or "none",
+        **({"pooling": provenance.pool} if provenance.pool else {}),
         "data": f"{provenance.dataset}, first inputs {provenance.data_sha256[:16]}…",
         **left_out,
         **({"labels": provenance.label_order} if provenance.label_order else {}),

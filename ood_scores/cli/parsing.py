@@ -30,7 +30,7 @@ def scorer_name(text: str) -> str:
     return scorer_class(text).name
 
 
-def import_named(model: str, datasets: Iterable[str], probes: Iterable[str]) -> None:
+def import_named(model: str, datasets: Iterable[str], probes: Iterable[str], pool: str | None = None) -> None:
     """Import the code that names on the command line stand for."""
     import ood_scores.data.kinds
     import ood_scores.models.kinds  # noqa: F401  registers every kind, as the line above
@@ -41,6 +41,7 @@ def import_named(model: str, datasets: Iterable[str], probes: Iterable[str]) -> 
     import_referenced(model, MODEL_KINDS)
     for text in datasets:
         import_referenced(text, DATASET_KINDS)
+    import_referenced(pool or "")
     for text in probes:
         import_referenced(text, PROBES)
         probe_from(text)  # registers a class that is not registered

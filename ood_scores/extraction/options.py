@@ -102,6 +102,9 @@ class ExtractionOptions:
     NOT_IN_DIGEST: ClassVar = frozenset({"on_error"})
     """The provenance of a cache lists the rows that it lacks."""
 
+    IN_DIGEST_IF_SET: ClassVar = frozenset({"pool"})
+    """Earlier versions did not have it."""
+
     def __post_init__(self) -> None:
         if isinstance(self.probes, Iterable) and not isinstance(self.probes, str):
             object.__setattr__(self, "probes", tuple(self.probes))

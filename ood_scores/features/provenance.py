@@ -81,6 +81,9 @@ class Provenance:
     NOT_IN_DIGEST: ClassVar = frozenset({"skipped"})
     """Sets with different skipped rows have different times of creation."""
 
+    IN_DIGEST_IF_SET: ClassVar = frozenset({"pool"})
+    """Earlier versions did not have it."""
+
     FINGERPRINT = (
         ("architecture", "architecture"),
         ("weights_sha256", "weights"),

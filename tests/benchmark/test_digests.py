@@ -16,6 +16,7 @@ from ood_scores.benchmark.networks import Network
 from ood_scores.benchmark.planning import Job, Unit
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Published, ScorerTable, Search
 from ood_scores.benchmark.unit import key_of
+from ood_scores.extraction.options import ExtractionOptions
 
 
 def unit_of(data: Path, **changes: Any) -> Unit:
@@ -104,6 +105,7 @@ def test_presentation_does_not_change_the_digest_of_a_unit(data: Path, changes: 
         {"extraction": Extraction(probes=("odin",))},
         {"extraction": Extraction(fit_probes=("odin",))},
         {"extraction": Extraction(channels_last=True)},
+        {"extraction": Extraction(pool="mean")},
     ],
     ids=str,
 )
@@ -116,6 +118,13 @@ def test_other_models_do_not_change_the_digest_of_a_unit(data: Path) -> None:
     first, second = plan(spec(part(models=both)), data, data).units
     (alone,) = plan(spec(part()), data, data).units
     assert key_of(first) == key_of(alone) != key_of(second)
+
+
+def test_options_that_earlier_versions_lack_change_the_digest_only_if_they_are_set() -> None:
+    known = {each.name: getattr(ExtractionOptions(), each.name) for each in fields(ExtractionOptions)}
+    earlier = {name: value for name, value in known.items() if name not in ("on_error", "pool")}
+    assert digest(ExtractionOptions()) == digest(["ExtractionOptions", earlier])
+    assert digest(ExtractionOptions(pool="cls")) != digest(ExtractionOptions())
 
 
 def test_label_does_not_change_the_digest_of_a_model() -> None:

@@ -337,8 +337,10 @@ def test_errors_of_calibrate(model: nn.Module, sets: dict[str, FeatureSet]) -> N
         calibrate("mahalanobis", model, id=sets["id"])
     with pytest.raises(BadInput, match="'ensemble', which no registered probe computes"):
         calibrate("ensemble", model, id=sets["id"])
-    with pytest.raises(MissingInput, match="logits"):
-        calibrate("feature_norm", model, id=FeatureSet(torch.rand(30, 16)))
+    with pytest.raises(
+        MissingInput, match="a threshold per class needs predicted classes, but the sets have no logits"
+    ):
+        calibrate("feature_norm", model, id=FeatureSet(torch.rand(30, 16)), per_class=True)
     with pytest.raises(BadInput, match="keep"):
         calibrate("energy", model, id=sets["id"], keep=1.0)
     with pytest.warns(UserWarning, match="at least 99 are needed"):
