@@ -137,6 +137,11 @@ def worked(done: int, note: str = "") -> None:
         bar.describe(note)
 
 
+def tells_costs() -> bool:
+    """Return whether ``tell_cost`` may print something."""
+    return _WORK.get() is not None
+
+
 def tell_cost(what: str, cost: Cost) -> None:
     """Print what something cost, within ``showing_work``, if it took long or raised the peak memory by much."""
     if _WORK.get() and (cost.seconds >= LONG or cost.memory >= LARGE):

@@ -54,12 +54,16 @@ class Cost:
     memory: int = 0
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Add what the work within the context costs."""
-        start, peak = perf_counter(), _peak_memory()
+    def measured(self, memory: bool = True) -> Iterator[None]:
+        """Add what the work within the context costs.
+
+        Without ``memory``, only the seconds: some systems take milliseconds to tell the peak memory.
+        """
+        peak = _peak_memory() if memory else 0
+        start = perf_counter()
         yield
         self.seconds += perf_counter() - start
-        self.memory += _peak_memory() - peak
+        self.memory += _peak_memory() - peak if memory else 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.seconds + other.seconds, self.memory + other.memory)

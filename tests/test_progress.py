@@ -116,6 +116,8 @@ def test_cost_is_time_and_the_growth_of_the_peak_memory() -> None:
         for _ in range(2):
             with cost.measured():
                 pass
+        with cost.measured(memory=False):
+            pass
     assert cost.memory == 30
     assert 0 < cost.seconds < 1
     assert cost + Cost(1.0, 5) == Cost(cost.seconds + 1.0, 35)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
 R = TypeVar("R")
 
-PIECE = 2**20
+PIECE = 2**18
 """The number of values that a CPU processes at a time when only a reduction of them is kept: they fit its caches."""
 
 
@@ -76,6 +76,7 @@ class Block:
         self.start = start
         self._rows = features.shape[0] if features is not None else rows or 0  # len() would fix it in a traced graph
         self._derived: dict[Any, Any] = {}
+        self._total_logit: Tensor | None = None
 
     def __len__(self) -> int:
         return self._rows
@@ -134,12 +135,13 @@ class Block:
         """Whether the sums of all columns are finite, as they cannot be if a value is not.
 
         A sum is the cheapest pass there is. Norms of the features are not finite either if a feature is not, so where
-        one has been derived the features are not read again.
+        one has been derived the features are not read again; nor are logits that ``reduced`` has summed.
         """
         norms = [value for (name, *_), value in self._derived.items() if name == "feature_norm"]
-        known = any(bool(norm.isfinite().all()) for norm in norms)
-        columns = {name: values for name, values in self.floating_columns().items() if name != "features" or not known}
-        return all(math.isfinite(values.sum()) for values in columns.values())
+        known = {"features"} if any(bool(norm.isfinite().all()) for norm in norms) else set()
+        if self._total_logit is not None and math.isfinite(self._total_logit):
+            known.add("logits")
+        return all(math.isfinite(values.sum()) for name, values in self.floating_columns().items() if name not in known)
 
     def floating_columns(self) -> dict[str, Tensor]:
         """The features, logits, and extras that the block has, by name."""
@@ -228,7 +230,24 @@ class Block:
         The softmax is computed in the precision of the logits, at half the cost of ``softmax``, and is never in memory
         as a whole; in float32 every probability above 1 - 6e-8 is 1.
         """
-        return by_pieces(lambda logits: reduced(_divided(logits, temperature).softmax(dim=1)), self.logits)
+        return self.reduced(lambda logits: reduced(_divided(logits, temperature).softmax(dim=1)))
+
+    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """Reduce the logits of each row as ``by_pieces`` does.
+
+        The first time, each piece is also summed while it is in the processor's caches, for ``require_finite``.
+        """
+        if self._total_logit is not None or torch.compiler.is_compiling():
+            return by_pieces(reduce, self.logits)
+        totals = []
+
+        def summed(logits: Tensor) -> Tensor:
+            totals.append(logits.sum())
+            return reduce(logits)
+
+        values = by_pieces(summed, self.logits)
+        self._total_logit = torch.stack(totals).sum()
+        return values
 
     @once
     def confidence(self, temperature: float = 1.0) -> Tensor:
@@ -243,15 +262,20 @@ class Block:
 
         The difference to the largest logit is computed in the precision of the logits by one kernel.
         """
-        added = by_pieces(lambda logits: _divided(logits, temperature).log_softmax(dim=1).amax(dim=1), self.logits)
-        sums = self.max_logit() / temperature - added.double()
+
+        def parts(logits: Tensor) -> Tensor:
+            added = _divided(logits, temperature).log_softmax(dim=1).amax(dim=1)
+            return torch.stack([logits.amax(dim=1), added])
+
+        largest, added = self.reduced(parts).unbind()
+        sums = largest.double() / temperature - added.double()
         uniform = added < math.log(NEARLY_UNIFORM / self.logits.shape[1])
         return self.refined(sums, uniform, lambda logits: logits.logsumexp(dim=1), temperature)
 
     @once
     def entropy(self) -> Tensor:
         """The entropy of the softmax in nats, float64 ``[B]``."""
-        entropies = by_pieces(lambda logits: entropy(logits.softmax(dim=1), logits), self.logits)
+        entropies = self.reduced(lambda logits: entropy(logits.softmax(dim=1), logits))
         uniform = entropies > math.log(self.logits.shape[1] / NEARLY_UNIFORM)
         return self.refined(entropies, uniform, lambda logits: entropy(logits.softmax(dim=1), logits))
 
@@ -285,11 +309,11 @@ class Block:
 
 
 def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Reduce each row of ``[B, K]`` to one value, ``[B]``; on a CPU in pieces of ``PIECE`` values."""
+    """Reduce each row of ``[B, K]`` to one value ``[B]`` or several ``[..., B]``; on a CPU, by ``PIECE`` values."""
     rows = max(1, PIECE // max(1, values.shape[1]))
     if values.device.type != "cpu" or torch.compiler.is_compiling() or len(values) <= rows:
         return reduced(values)
-    return torch.cat([reduced(piece) for piece in values.split(rows)])
+    return torch.cat([reduced(piece) for piece in values.split(rows)], dim=-1)
 
 
 def entropy(softmax: Tensor, logits: Tensor) -> Tensor:
@@ -299,12 +323,15 @@ def entropy(softmax: Tensor, logits: Tensor) -> Tensor:
     return -_largest_share(softmax).log() - below_largest
 
 
-def row_norm(values: Tensor, p: float) -> Tensor:
-    """The p-norm of each row, p in (0, inf], float64 ``[B]``; rows are scaled first if a power could overflow."""
+def row_norm(values: Tensor, p: float, overwritten: bool = False) -> Tensor:
+    """The p-norm of each row, p in (0, inf], float64 ``[B]``; rows are scaled first if a power could overflow.
+
+    If the values may be ``overwritten``, a 1-norm takes no other memory.
+    """
     if p == float("inf"):
         return values.abs().amax(dim=1).double()
     if p == 1.0:
-        return by_pieces(lambda piece: piece.abs().sum(dim=1), values).double()
+        return by_pieces(lambda piece: (piece.abs_() if overwritten else piece.abs()).sum(dim=1), values).double()
     if p == 2.0:
         return torch.linalg.vector_norm(values, 2, dim=1).double()
     largest = values.abs().amax(dim=1, keepdim=True)

@@ -28,7 +28,7 @@ from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.row_hashes import ROW_HASHES, pending
 from ood_scores.parameters import check_choices, check_types
-from ood_scores.progress import tell_cost, worked, working
+from ood_scores.progress import tell_cost, tells_costs, worked, working
 from ood_scores.runtime import Cost, default_torch_state
 from ood_scores.scorers.registry import create_scorer
 from ood_scores.scorers.requirements import FIT_SET, requirements
@@ -267,7 +267,7 @@ def fit_all(
         cost = Cost()
         own = Found({statistic: found[statistic] for statistic in scorer.statistics()})
         try:
-            with cost.measured():
+            with cost.measured(tells_costs()):
                 scorer.fit_statistics(own, feats)
         except OodScoresError as error:
             if errors is None:
@@ -310,7 +310,7 @@ def score_all(
     read = {name for scorer in scorers for name in scorer.needs}
     scores = torch.empty(len(scorers), len(feats), dtype=torch.float64)
     groups = _scored_together(scorers)
-    costs = [Cost() for _ in scorers]
+    costs, memory = [Cost() for _ in scorers], tells_costs()
     working(f"scoring {feats.provenance.dataset if feats.provenance else 'a set'}", len(feats), "rows")
     hashes = pending(feats) if hashed and "features" in read else None
     for block in feats.blocks(block_rows, only=read):
@@ -319,7 +319,7 @@ def score_all(
             for group in groups:
                 worked(block.start, scorers[group[0]].name)
                 cost = Cost()
-                with cost.measured():
+                with cost.measured(memory):
                     _score_group(group, scorers, block, rows)
                 for number in group:
                     costs[number] += Cost(cost.seconds / len(group), cost.memory // len(group))

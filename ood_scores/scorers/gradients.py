@@ -89,7 +89,7 @@ class GradNorm(Scorer):
         if self.target == "uniform":
             classes = block.logits.shape[1]
             return classes * block.from_native_softmax(
-                self.temperature, lambda softmax: row_norm(softmax.sub_(1 / classes), float(self.p))
+                self.temperature, lambda softmax: row_norm(softmax.sub_(1 / classes), float(self.p), overwritten=True)
             )
         softmax = block.softmax(self.temperature)
         others = softmax.scatter(1, block.prediction()[:, None], 0.0)

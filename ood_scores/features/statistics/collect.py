@@ -8,7 +8,7 @@ from typing import Any
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.statistics.base import Derivable, Found, Statistic
 from ood_scores.features.storage import statistics_store
-from ood_scores.progress import worked, working
+from ood_scores.progress import tells_costs, worked, working
 from ood_scores.runtime import Cost, default_torch_state
 
 
@@ -49,13 +49,13 @@ def _accumulate(
 ) -> tuple[dict[Statistic, Any], dict[Statistic, Cost]]:
     """The results of statistics from one pass, and the cost of each."""
     accumulators = {statistic: statistic.start(feats) for statistic in statistics}
-    costs = {statistic: Cost() for statistic in statistics}
+    costs, memory = {statistic: Cost() for statistic in statistics}, tells_costs()
     if statistics:
         working(f"collecting {len(statistics)} statistics of the fit set", len(feats), "rows")
         for block in feats.blocks(only={name for statistic in statistics for name in statistic.reads}):
             block.require_finite()
             for statistic, accumulator in accumulators.items():
-                with costs[statistic].measured():
+                with costs[statistic].measured(memory):
                     accumulator.update(block)
             worked(block.start + len(block))
     return {statistic: accumulator.result() for statistic, accumulator in accumulators.items()}, costs
