@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ood_scores.evaluation import evaluate, sweep
     from ood_scores.extraction import extract
     from ood_scores.features import FeatureSet, Head, ensemble, load
+    from ood_scores.features.linear_probe import fit_linear_probe
     from ood_scores.scorers import Scorer, create_scorer, list_scorers, register_scorer, score
     from ood_scores.scorers.storage import load_scorer
 
@@ -33,6 +34,7 @@ __all__ = [
     "ensemble",
     "evaluate",
     "extract",
+    "fit_linear_probe",
     "list_scorers",
     "load",
     "load_scorer",
@@ -48,6 +50,7 @@ _HOME = {
     "FeatureSet": "features",
     "Head": "features",
     "ensemble": "features",
+    "fit_linear_probe": "features.linear_probe",
     "load": "features",
     "extract": "extraction",
     "Scorer": "scorers",

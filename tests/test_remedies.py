@@ -20,7 +20,7 @@ import ood_scores
 from ood_scores import FeatureSet, create_scorer
 from ood_scores.cli import app
 from ood_scores.extraction.probes import PROBES
-from ood_scores.scorers.requirements import unmet
+from ood_scores.scorers.requirements import HOW_TO_GET, unmet
 
 SCORERS: list[tuple[str, dict[str, str]]] = [
     *((name, {}) for name in ood_scores.list_scorers()),
@@ -66,8 +66,8 @@ def network(seed: int) -> tiny.TinyNet:
 
 
 PARTS = {
-    "pass logits=... to FeatureSet, for instance head(features)": {"logits"},
-    "pass head=Head(weight, bias) to FeatureSet, or extract(model, loader), which finds it": {"head"},
+    HOW_TO_GET["logits"][0]: {"logits"},
+    HOW_TO_GET["head"][0]: {"head"},
     "extract from a loader that yields (images, labels), or pass labels=... to FeatureSet": {"labels"},
     "pass a list of feature sets with logits, one of each model, on the same data": {"ensemble", "logits"},
     "pass fit=train_feats, or call .fit(train_feats) first": {"fit"},

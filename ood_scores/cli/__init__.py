@@ -21,6 +21,7 @@ from ood_scores.cli import (
     evaluate,
     extract,
     inspect,
+    linear_probe,
     listing,
     predict,
     score,
@@ -93,6 +94,7 @@ def _help_of(command: Callable[..., None]) -> str:
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "extract": extract.extract,
+    "linear-probe": linear_probe.linear_probe,
     "score": score.score,
     "evaluate": evaluate.evaluate,
     "compare": compare.compare,

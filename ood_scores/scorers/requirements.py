@@ -30,13 +30,17 @@ HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
         "use a model that has features",
     ),
     "logits": (
-        "pass logits=... to FeatureSet, for instance head(features)",
-        "extract from a model with a classifier",
+        "extract from a classifier, or give the features of an encoder the logits of a linear probe, "
+        "ood_scores.fit_linear_probe(train_feats) and feats.with_head(probed.head)",
+        "extract from a classifier, or give the caches of an encoder the logits of a linear probe with ood-scores "
+        "linear-probe",
         "use a model with a classifier",
     ),
     "head": (
-        "pass head=Head(weight, bias) to FeatureSet, or extract(model, loader), which finds it",
-        "extract from a model whose last layer is linear",
+        "pass head=Head(weight, bias) to FeatureSet, extract from a classifier, or give the features of an encoder the "
+        "head of a linear probe, ood_scores.fit_linear_probe(train_feats) and feats.with_head(probed.head)",
+        "extract from a model whose last layer is linear, or give the caches of an encoder the head of a linear probe "
+        "with ood-scores linear-probe",
         "use a model whose last layer is linear",
     ),
     "labels": (
