@@ -119,6 +119,7 @@ def _unit(rng: np.random.Generator, part: str, model: str, checkpoint: int, n_id
         predictions={name: torch.from_numpy(rng.integers(0, 10, n)) for name, n in rows.items()},
         rows={name: torch.arange(n) for name, n in rows.items()},
         origins={name: ["cifar10_test" if name == "id" else name] * n for name, n in rows.items()},
+        ids={name: np.array([f"{name}/<b>{row}.png" for row in range(n)]) for name, n in rows.items()},
     )
 
 

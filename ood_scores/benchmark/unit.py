@@ -180,19 +180,21 @@ def _set_scores(
         rows=torch.from_numpy(made_by[0].rows_in_dataset(len(feats)) if made_by else np.arange(len(feats))),
         origins=torch.zeros(len(feats), dtype=torch.int64),
         names=[name],
+        ids=np.full(len(feats), "") if feats.ids is None else feats.ids,
     )
 
 
 def _rows(whole: SetScores, mask: Tensor) -> SetScores:
     arrays = {name: getattr(whole, name)[..., mask] for name in unit_files.ARRAYS}
-    return SetScores(**arrays, names=whole.names)
+    return SetScores(**arrays, names=whole.names, ids=whole.ids[mask.numpy()])
 
 
 def _joined(parts: Sequence[SetScores]) -> SetScores:
     """Concatenate the rows of several datasets."""
     arrays = {name: torch.cat([getattr(each, name) for each in parts], dim=-1) for name in unit_files.ARRAYS}
     arrays["origins"] = torch.cat([torch.full_like(each.origins, number) for number, each in enumerate(parts)])
-    return SetScores(**arrays, names=[each.names[0] for each in parts])
+    ids = np.concatenate([each.ids for each in parts])
+    return SetScores(**arrays, names=[each.names[0] for each in parts], ids=ids)
 
 
 def _table(

@@ -6,17 +6,22 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import h5py
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ood_scores.atomic import replacing
 from ood_scores.errors import OodScoresError
 from ood_scores.features.storage.reading import open_to_read
 from ood_scores.features.storage.seal import seal
+from ood_scores.features.storage.texts import IDS, as_bytes, as_stored, packed, text_type, unpacked
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = "scores"
 """Folder of the files in the folder of a run."""
@@ -36,6 +41,7 @@ class SetScores:
         rows: row of each item in its dataset, int64 ``[N]``.
         origins: index in ``names`` of the dataset of each item, int64 ``[N]``.
         names: names of the datasets.
+        ids: name of each item, such as its file, ``[N]``; "" for an item without one.
     """
 
     scores: Tensor
@@ -44,6 +50,7 @@ class SetScores:
     rows: Tensor
     origins: Tensor
     names: Sequence[str]
+    ids: NDArray[np.str_]
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Scored:
         rows: row of each item in its dataset, int64 ``[N]``. With ``relabel`` or ``covariate``, ID rows come from
             several datasets.
         origins: name of the dataset of each item, ``[N]`` by dataset.
+        ids: name of each item, such as its file, ``[N]`` by dataset; "" for an item without one.
     """
 
     part: str
@@ -73,6 +81,16 @@ class Scored:
     predictions: Mapping[str, Tensor]
     rows: Mapping[str, Tensor]
     origins: Mapping[str, list[str]]
+    ids: Mapping[str, NDArray[np.str_]]
+
+    def to_pandas(self, name: str) -> pd.DataFrame:
+        """Return a frame with a row for each item of a dataset: ``set, row, id, label, prediction``, and the scores."""
+        import pandas as pd
+
+        columns = {"set": self.origins[name], "row": self.rows[name].numpy()}
+        columns |= {"id": pd.Series(self.ids[name].tolist(), dtype=object)}
+        columns |= {"label": self.labels[name].numpy(), "prediction": self.predictions[name].numpy()}
+        return pd.DataFrame(columns | {scorer: scores[name].numpy() for scorer, scores in self.scores.items()})
 
 
 @dataclass
@@ -117,6 +135,10 @@ def write(path: Path, digest: str, found: Found) -> dict[str, Any]:
             for number, each in enumerate(found.sets.values()):
                 for name in ARRAYS:
                     h5[f"sets/{number}/{name}"] = getattr(each, name).numpy()
+                if each.ids.any():
+                    column = packed(each.ids)
+                    texts = h5.create_dataset(f"sets/{number}/{IDS}", len(column), text_type(column.shape[1]))
+                    texts[:] = as_stored(column.numpy(), texts)
         file.check()
         seal(file)
     return facts
@@ -150,6 +172,13 @@ def scored(path: Path, facts: Mapping[str, Any]) -> Scored:
         names = facts["names"][numbers[name]]
         return [names[number] for number in array(name, "origins").tolist()]
 
+    def ids(name: str) -> NDArray[np.str_]:
+        with open_to_read(path) as h5:
+            place = f"sets/{numbers[name]}"
+            if IDS not in h5[place]:
+                return np.full(len(h5[f"{place}/rows"]), "")
+            return unpacked(torch.from_numpy(as_bytes(h5[f"{place}/{IDS}"][()])))
+
     def by_set(what: str) -> Lazy[Tensor]:
         return Lazy(numbers, lambda name: array(name, what))
 
@@ -162,6 +191,7 @@ def scored(path: Path, facts: Mapping[str, Any]) -> Scored:
         predictions=by_set("predictions"),
         rows=by_set("rows"),
         origins=Lazy(numbers, origins),
+        ids=Lazy(numbers, ids),
     )
 
 

@@ -25,6 +25,7 @@ from ood_scores.cli import (
     listing,
     predict,
     score,
+    show,
     train,
 )
 from ood_scores.cli.options import takes_imports
@@ -96,6 +97,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "extract": extract.extract,
     "linear-probe": linear_probe.linear_probe,
     "score": score.score,
+    "show": show.show,
     "evaluate": evaluate.evaluate,
     "compare": compare.compare,
     "benchmark": benchmark.benchmark,

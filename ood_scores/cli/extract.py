@@ -61,6 +61,7 @@ def extract(
       sheets:DIR/NAME                images packed on a few large ones
       torchvision:CIFAR10?split=test&root=DIR&download=true
       hf:OWNER/NAME?split=test       from the Hugging Face hub
+      wds:DIR/shards-{000..127}.tar  tar files of webdataset
       noise:gaussian?n=10000&size=32&seed=0     or noise:uniform
       digits?classes=0-6             scikit-learn's handwritten digits
       options of all: rows=0:5000, take=500, long_tail=100, scramble=SEED,

@@ -75,7 +75,9 @@ def _verified(h5: h5py.File) -> str:
 def _arrays(h5: h5py.File, columns: list[str], head: list[str], rows: int) -> Table:
     table = Table("array", "shape", "type", header_style="dim")
     for name in columns:
-        table.add_row(Text(name), " × ".join(f"{size:,}" for size in (rows, *h5[name].shape[1:])), str(h5[name].dtype))
+        kind = h5[name].dtype
+        text = f"text, {kind.itemsize} bytes" if kind.kind == "S" else str(kind)
+        table.add_row(Text(name), " × ".join(f"{size:,}" for size in (rows, *h5[name].shape[1:])), text)
     for name in head:
         table.add_row(Text(name), " × ".join(f"{size:,}" for size in h5[name].shape), str(h5[name].dtype))
     return table

@@ -243,7 +243,7 @@ def constructed(checkpoints: int) -> Results:
 
 
 def made_unit(checkpoint: int) -> Scored:
-    return Scored(PART, SEVERAL, checkpoint, {}, {}, {}, {}, {})
+    return Scored(PART, SEVERAL, checkpoint, {}, {}, {}, {}, {}, {})
 
 
 def bare(folder: Path = Path("unused")) -> Results:
@@ -412,6 +412,7 @@ def test_hardest_images_have_the_highest_ood_and_the_lowest_id_scores(results: R
     assert [(sample.set, sample.row) for sample in found.id] == [("cifar10_test", row) for row in lowest]
     for sample in found.id:
         assert (sample.label, sample.prediction) == (sample.row % 10, unit.predictions["id"][sample.row].item())
+        assert sample.name == f"id/<b>{sample.row}.png"
         assert float(sample.score) == pytest.approx(scores["id"][sample.row], rel=1e-3)
         image = Image.open(io.BytesIO(base64.b64decode(sample.image.split(",")[1])))
         assert image.size == (72, 96)
@@ -419,6 +420,16 @@ def test_hardest_images_have_the_highest_ood_and_the_lowest_id_scores(results: R
     in_mnist = {name: values for name, values in unit.scores["knn"].items() if name in ("id", "mnist")}
     alone = figures.hardest(dataclasses.replace(unit, scores={"knn": in_mnist}), "knn", images)
     assert [sample.image for sample in alone.ood] == [""] * 8
+    nameless = {name: np.full(len(ids), "") for name, ids in unit.ids.items()}
+    found = figures.hardest(dataclasses.replace(unit, ids=nameless), "knn", images)
+    assert [sample.name for sample in found.id] == [f"row {sample.row}" for sample in found.id]
+
+
+def test_pictures_have_the_names_of_their_files(results: Results, page: str) -> None:
+    unit = results.scored[0]
+    lowest = int(np.argsort(unit.scores[part_tables(results)[unit.part][0].rows[0].scorer]["id"].numpy())[0])
+    assert f"id/&lt;b&gt;{lowest}.png</span>" in page
+    assert "<b>0.png" not in page
 
 
 def test_collapse_bars_are_drawn_for_several_models(results: Results, page: str) -> None:

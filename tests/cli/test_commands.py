@@ -33,7 +33,7 @@ from ood_scores.features import FeatureSet, Head
 from ood_scores.scorers import create_scorer
 
 COMMANDS = (
-    *("extract", "score", "evaluate", "inspect", "list", "demo"),
+    *("extract", "score", "show", "evaluate", "inspect", "list", "demo"),
     *("train", "benchmark", "compare", "calibrate", "predict"),
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -17,6 +17,7 @@ from ood_scores.evaluation.metrics import auroc
 from ood_scores.evaluation.threshold_counts import roc_counts
 from ood_scores.plotting.curves import BINS, bin_edges, heights
 from ood_scores.plotting.style import OOD_COLORS
+from ood_scores.terminal import safe
 
 if TYPE_CHECKING:
     from ood_scores.data.images import ImageDataset
@@ -52,10 +53,14 @@ class ScorerFigure:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row with one of the worst scores; ``image`` is a data URI, empty if the image is unavailable."""
+    """A row with one of the worst scores.
+
+    ``name`` is its file, or else its number; ``image`` is a data URI, empty if the image is unavailable.
+    """
 
     set: str
     row: int
+    name: str
     score: str
     prediction: int
     label: int
@@ -130,7 +135,10 @@ def _samples(
         origin, row = of.origins[i], int(of.rows[i])
         dataset = images(origin)
         image = "" if dataset is None else data_uri(dataset.load(row)[0])
-        samples.append(Sample(origin, row, f"{of.scores[i]:.4g}", int(of.predictions[i]), int(of.labels[i]), image))
+        name = safe(str(of.ids[i])) or f"row {row}"
+        samples.append(
+            Sample(origin, row, name, f"{of.scores[i]:.4g}", int(of.predictions[i]), int(of.labels[i]), image)
+        )
     return tuple(samples)
 
 
@@ -139,7 +147,7 @@ class _Columns:
 
     def __init__(self, unit: Scored, scorer: str, name: str) -> None:
         self.scores, self.rows, self.origins = unit.scores[scorer][name], unit.rows[name], unit.origins[name]
-        self.predictions, self.labels = unit.predictions[name], unit.labels[name]
+        self.predictions, self.labels, self.ids = unit.predictions[name], unit.labels[name], unit.ids[name]
 
 
 def data_uri(image: Image.Image) -> str:
