@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ood_scores"
 
 FLOORS = (
     {"errors", "terminal"},
-    {"user_code"},
+    {"user_code", "notebook"},
     {"registry", "atomic", "progress", "runtime"},
     {"parameters", "toml_tables"},
     {"features", "data"},

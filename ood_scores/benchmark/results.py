@@ -17,6 +17,7 @@ from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.errors import BadInput
 from ood_scores.evaluation.metrics import METRICS, Metric, headline_metrics, table_metrics
+from ood_scores.notebook import facts_html
 from ood_scores.terminal import csv_text
 
 JSON = "results.json"
@@ -119,6 +120,11 @@ class Results:
     environment: Mapping[str, Any] = field(default_factory=dict)
     overlap: pd.DataFrame = field(default_factory=lambda: frame("overlap", []))
     warnings: pd.DataFrame = field(default_factory=lambda: frame("warnings", []))
+
+    def _repr_html_(self) -> str:
+        facts = {"folder": self.folder, "rows": len(self.table), "not run": len(self.not_run) or None}
+        auroc = self.table.pivot_table("auroc", ["part", "model", "scorer"], "ood", sort=False)
+        return facts_html(self.title, facts, f"AUROC in percent{(100 * auroc).round(1).to_html(max_rows=30)}")
 
     @property
     def metrics(self) -> list[Metric]:

@@ -18,6 +18,7 @@ from ood_scores.cli import (
     calibrate,
     compare,
     demo,
+    doctor,
     evaluate,
     extract,
     inspect,
@@ -106,6 +107,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.inspect,
     "list": listing.list_scorers,
     "demo": demo.demo,
+    "doctor": doctor.doctor,
 }
 
 for name, command in COMMANDS.items():

@@ -22,6 +22,7 @@ from ood_scores.extraction.loaders import input_key
 from ood_scores.extraction.options import ON_ERROR
 from ood_scores.features import FeatureSet
 from ood_scores.models.running import architecture, choose_device, model_dtype
+from ood_scores.notebook import facts_html
 from ood_scores.runtime import default_torch_state
 
 if TYPE_CHECKING:
@@ -234,6 +235,19 @@ class Detector(DetectorParts):
         """
         found = load_parts(path, model, preprocessing)
         return Detector(**{each.name: getattr(found, each.name) for each in fields(found) if each.init}).to(device)
+
+    def _repr_html_(self) -> str:
+        calibration = self.calibration
+        limits = sorted({each.value for each in calibration.thresholds})
+        facts = {
+            "model": architecture(self.model),
+            "scorer": self.scorer.name,
+            "threshold": f"{limits[0]:.6g}" + (f" … {limits[-1]:.6g}, by predicted class" if len(limits) > 1 else ""),
+            "guarantee": calibration.guarantee,
+            "calibrated on": f"{len(calibration.scores):,} rows" + (f" of {self.data.dataset}" if self.data else ""),
+            "passes": self.passes,
+        }
+        return facts_html("Detector", facts)
 
     def __repr__(self) -> str:
         return f"Detector({self.scorer.name} on {architecture(self.model)}: {self.calibration}; {self.passes})"

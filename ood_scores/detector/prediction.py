@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ood_scores.features import FeatureSet
+from ood_scores.notebook import facts_html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +57,10 @@ class Prediction:
         import pandas as pd
 
         return pd.DataFrame(self.columns())
+
+    def _repr_html_(self) -> str:
+        facts = {"images": len(self), "OoD": int(self.is_ood.sum()), "not read": len(self.errors) or None}
+        return facts_html("Prediction", facts, self.to_pandas().to_html(max_rows=10))
 
     @classmethod
     def joined(cls, parts: Sequence[Prediction]) -> Prediction:

@@ -23,6 +23,7 @@ from ood_scores.features.head import Head, as_two_classes
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import columns as col
 from ood_scores.features.storage.texts import IDS, unpacked
+from ood_scores.notebook import facts_html
 from ood_scores.runtime import CPU, blocks_on, find_device
 
 if TYPE_CHECKING:
@@ -304,6 +305,19 @@ class FeatureSet:
             parts.append(f"{self.provenance.dataset} by {self.provenance.architecture}")
         parts.append(f"on disk: {self.file}" if self.file else "in memory")
         return f"FeatureSet({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        made = self.provenance
+        facts = {
+            "rows": len(self),
+            "features": self.num_features,
+            "classes": self.num_classes,
+            "columns": ", ".join([*self._columns, *(["head"] if self.has("head") else [])]),
+            "dataset": made.dataset if made else None,
+            "model": made.architecture if made else None,
+            "file": self.file,
+        }
+        return facts_html("FeatureSet", facts)
 
     def _read(self, name: str) -> Tensor | None:
         return col.read_all(self._columns[name]) if name in self._columns else None

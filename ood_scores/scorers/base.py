@@ -6,7 +6,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, field
+from dataclasses import MISSING, field, fields, is_dataclass
 from numbers import Integral
 from typing import Any
 
@@ -27,6 +27,7 @@ from ood_scores.features import Block, FeatureSet, Provenance, Sets, as_feature_
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.row_hashes import ROW_HASHES, pending
+from ood_scores.notebook import facts_html
 from ood_scores.parameters import check_choices, check_types
 from ood_scores.progress import tell_cost, tells_costs, worked, working
 from ood_scores.runtime import Cost, default_torch_state
@@ -124,6 +125,17 @@ class Scorer(ABC):
         self.check_ready(feats)
         (scores,) = score_all([self], feats, block_rows=block_rows)
         return scores
+
+    def _repr_html_(self) -> str:
+        paper = self.tags.paper
+        parameters: list[Any] = [each for each in fields(self) if each.init] if is_dataclass(self) else []
+        facts = {
+            **{each.name: repr(getattr(self, each.name)) for each in parameters},
+            "reads": ", ".join(self.needs),
+            "is fitted": None if not self.fit_needs else "yes" if self.is_fitted else "no",
+            "paper": f"{paper.title} ({paper.venue} {paper.year})" if paper else None,
+        }
+        return facts_html(f"Scorer {self.name}", facts)
 
     def check_ready(self, feats: FeatureSet) -> None:
         """Raise the errors that ``score(feats)`` raises before it reads a row."""
