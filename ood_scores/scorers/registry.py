@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from ood_scores.errors import BadInput
 from ood_scores.parameters import require_known
@@ -85,16 +85,17 @@ def is_registered(cls: type) -> bool:
 def create_scorer(name: str, **params: Any) -> Scorer:
     """Create a scorer by its name or an alias (see ``registered_name``), which a warning then translates.
 
-    ``space="layers.MODULE"`` creates the scorer ``layers`` with this one at that layer.
+    ``space="layers.MODULE"`` creates the scorer ``layers`` with this one at that layer, unless the scorer itself reads
+    any space that it is given.
 
     Raises:
         UnknownName: if there is no such scorer or parameter; the message lists the existing ones.
         BadInput: if a parameter is out of range.
     """
+    cls = scorer_class(name)
     space = str(params.get("space", ""))
-    if space.startswith("layers."):
+    if space.startswith("layers.") and get_type_hints(cls).get("space") is not str:
         base = create_scorer(name, **{key: value for key, value in params.items() if key != "space"})
         return create_scorer("layers", base=base, layers=(space.removeprefix("layers."),))
-    cls = scorer_class(name)
     require_known(cls, params, f"scorer {name!r}")
     return cls(**params)

@@ -42,6 +42,11 @@ def test_scores_at_a_layer_are_those_of_its_outputs_as_features(name: str) -> No
     assert torch.equal(score(name, SCORED, FIT_LAYERS, space="layers.b"), expected)
 
 
+def test_a_scorer_that_reads_any_space_itself_needs_no_fit() -> None:
+    norms = np.linalg.norm(layers_of(ROWS)["layers.a"], axis=1)
+    np.testing.assert_allclose(score("feature_norm", SCORED, space="layers.a"), norms)
+
+
 def least_squares(layer: str) -> tuple[Any, Any]:
     columns = np.column_stack([layers_of(FIT)[layer], np.ones(len(FIT))])
     solution = np.linalg.lstsq(columns, FIT_LOGITS, rcond=None)[0]
