@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -121,3 +122,44 @@ class WeightedEnergy(Scorer):
             )
         log_weights = logits.new_tensor([float(weight) for weight in self.weights]).clamp_min(0).log()
         return self.temperature * (logits / self.temperature + log_weights).logsumexp(dim=1)
+
+
+@register_scorer("joint_energy")
+@dataclass
+class JointEnergy(Scorer):
+    """Sum of the free energies of all labels of a multi-label classifier, ``sum_c log(1 + exp(f_c))``.
+
+    Source: Wang et al. 2021, "Can Multi-label Classification Networks Know What They Don't Know?", for models trained
+    with one sigmoid for each label, in which several labels may apply to an input.
+
+    Fails for models trained with a softmax, whose logits have no zero: a constant that is added to all logits changes
+    the score, but not the prediction.
+
+    Args:
+        combine: ``"sum"``, the paper's score, or ``"max"``: the largest free energy of a label, which ranks rows as
+            ``max_logit`` does, except for rounding.
+
+    Cost: one softplus for each logit.
+    """
+
+    tags = Tags(
+        paper=Paper(
+            "Can Multi-label Classification Networks Know What They Don't Know?",
+            "Haoran Wang, Weitang Liu, Alex Bocchieri, Yixuan Li",
+            "NeurIPS",
+            2021,
+            "https://arxiv.org/abs/2109.14162",
+            "https://github.com/deeplearning-wisc/multi-label-ood",
+        ),
+        search_space={"combine": ("sum", "max")},
+    )
+    combine: Literal["sum", "max"] = "sum"
+    needs = ("logits",)
+
+    def __post_init__(self) -> None:
+        self.require_choices()
+
+    def score_block(self, block: Block) -> Tensor:
+        logits = block.logits64()
+        energies = logits.relu() + (-logits.abs()).exp().log1p()
+        return energies.sum(dim=1) if self.combine == "sum" else energies.amax(dim=1)

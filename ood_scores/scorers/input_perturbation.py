@@ -53,7 +53,36 @@ class ODIN(Scorer):
         self.require_positive("temperature")
 
     def score_block(self, block: Block) -> Tensor:
-        return (read_extra(block, "odin", self.name).double() / self.temperature).softmax(dim=1).amax(dim=1)
+        return (read_extra(block, self.needs[0], self.name).double() / self.temperature).softmax(dim=1).amax(dim=1)
+
+
+@register_scorer("iodin")
+@dataclass
+class IODIN(ODIN):
+    """``odin`` with a single value of each input perturbed, ``max_c softmax(f(x') / T)_c``, in float64.
+
+    Reads ``iodin`` ``[N, C]``, the logits that the probe of that name keeps: ``extract(..., probes=["iodin"])``. The
+    probe moves only the value of the input with the largest gradient.
+
+    Source: OpenOOD v1.5 (``iodin``), after Liang et al. 2018; no other paper is named there.
+
+    Fails as ``odin`` does; with OpenOOD's epsilon, a single value changes the logits little, and the score is nearly
+    ``msp`` at temperature T.
+
+    Args:
+        temperature: The divisor T of the logits.
+
+    Cost: one softmax for each row.
+    """
+
+    tags = Tags(
+        paper=ODIN.tags.paper,
+        search_space={"temperature": (1.0, 10.0, 100.0, 1000.0)},
+        small_extras={
+            "iodin": lambda features, logits: 1.1 * logits,
+        },
+    )
+    needs = ("iodin",)
 
 
 @register_scorer("rankfeat")

@@ -156,10 +156,12 @@ class KNN(_BankScorer):
         self.bank_ = found[self.statistics()[0]]
         if len(self.bank_) < self.k:
             raise BadInput(
-                f"knn: k={self.k} needs at least as many bank rows, got {len(self.bank_)}: lower k or fit more."
+                f"{self.name}: k={self.k} needs at least as many bank rows, got {len(self.bank_)}: lower k or fit more."
             )
         if not self.bank_.isfinite().all():
-            raise BadInput("knn: the features exceed the range of float32, in which faiss computes: scale them down.")
+            raise BadInput(
+                f"{self.name}: the features exceed the range of float32, in which faiss computes: scale them down."
+            )
         self._index: Any = None
         if self.index != "Flat":
             drawn = "rows drawn by number, " if self.share < 1 else ""  # earlier versions drew others
@@ -194,17 +196,17 @@ class KNN(_BankScorer):
         _, found = self._index.search(rows.float().contiguous().numpy(), count)
         if (found < 0).any():
             raise BadInput(
-                f"knn: the index {self.index!r} found fewer than k={self.k} neighbors: lower k or use 'Flat'."
+                f"{self.name}: the index {self.index!r} found fewer than k={self.k} neighbors: lower k or use 'Flat'."
             )
         return torch.from_numpy(found)
 
     def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
         first = max(0, self.k - 1 - AROUND) if self.index == "Flat" else self.k - 1
-        distances = self._distances(rows, candidates[:, first:]).sort(dim=1).values[:, self.k - 1 - first]
+        distances = self.distances(rows, candidates[:, first:]).sort(dim=1).values[:, self.k - 1 - first]
         close = distances < CLOSE * row_norm(rows, 2.0)
         if self.index == "Flat" and close.any():
             kth = kth_neighbors(rows[close], self.bank_, self.k)
-            distances[close] = self._distances(rows[close], kth[:, None])[:, 0]
+            distances[close] = self.distances(rows[close], kth[:, None])[:, 0]
         return -distances
 
     def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:
@@ -214,7 +216,7 @@ class KNN(_BankScorer):
     def _rows(self, block: Block) -> Tensor:
         return block.space("features", self.normalize).cpu()
 
-    def _distances(self, rows: Tensor, numbers: Tensor) -> Tensor:
+    def distances(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """Distances of each row to some rows of the bank, ``[B, K]``."""
         columns = [(rows - self.bank_[column]).square_().sum(dim=1).sqrt_() for column in numbers.unbind(dim=1)]
         return torch.stack(columns, dim=1)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ood_scores import FeatureSet, extract
 from ood_scores.errors import BadInput
-from ood_scores.probes import AdaSCALE, Probe
+from ood_scores.probes import IODIN, AdaSCALE, Probe
 
 IMAGES = torch.randn(9, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
@@ -46,3 +46,19 @@ def test_adascale_refuses_parameters_that_cannot_be_right() -> None:
         AdaSCALE(epsilon=0)
     with pytest.raises(BadInput, match=r"share in \(0, 1\]"):
         AdaSCALE(share=2)
+
+
+@pytest.mark.parametrize("std", [None, (0.5, 1.0, 2.0)])
+def test_iodin_moves_the_most_influential_value(std: tuple[float, ...] | None) -> None:
+    """As the mask of OpenOOD's ``IODINPostprocessor``."""
+    feats = extracted(IODIN(epsilon=0.2, temperature=10.0, std=std))
+    for image, found in zip(IMAGES, feats.extras["iodin"], strict=True):
+        leaf = image[None].clone().requires_grad_()
+        logits = network()(leaf)
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(logits / 10, logits.argmax(dim=1)), leaf)
+        place = int(gradient.abs().argmax())
+        moved = image.flatten().clone()
+        moved[place] -= 0.2 * gradient.flatten()[place].sign() / (std[place // 36] if std else 1)
+        torch.testing.assert_close(found, network()(moved.view(1, 3, 6, 6))[0].detach())
+    assert feats.logits is not None
+    assert not torch.isclose(feats.extras["iodin"], feats.logits, rtol=1e-4).any()

@@ -156,9 +156,19 @@ def test_margin() -> None:
     np.testing.assert_array_equal(ours("margin", np.array([[3.0], [-2.0]])), [3.0, 2.0])
 
 
+@pytest.mark.parametrize("combine", ["sum", "max"])
+def test_joint_energy(combine: str) -> None:
+    """``log(1 + exp(f))``, summed or its largest value, as ``get_logits`` of deeplearning-wisc/multi-label-ood."""
+    energies = np.log(1 + np.exp(LOGITS))
+    expected = energies.sum(axis=1) if combine == "sum" else energies.max(axis=1)
+    np.testing.assert_allclose(ours("joint_energy", combine=combine), expected, rtol=1e-12)
+    np.testing.assert_allclose(ours("joint_energy", np.array([[800.0, -800.0]]), combine=combine), [800.0])
+
+
 @pytest.mark.parametrize(
     ("name", "params"),
     [
+        ("joint_energy", {"combine": "mean"}),
         ("doctor", {"temperature": 0.0}),
         ("weighted_energy", {"temperature": -1.0}),
         ("renyi", {"alpha": 0.0}),

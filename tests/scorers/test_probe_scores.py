@@ -37,8 +37,9 @@ def entropy(probabilities: Array) -> Array:
 
 
 @pytest.mark.parametrize("temperature", [1000.0, 1.0, 3.0])
-def test_odin(temperature: float) -> None:
-    found = score("odin", feats(odin=LOGITS), temperature=temperature)
+@pytest.mark.parametrize("name", ["odin", "iodin"])
+def test_odin(name: str, temperature: float) -> None:
+    found = score(name, feats(**{name: LOGITS}), temperature=temperature)
     np.testing.assert_allclose(found, softmax(LOGITS / temperature).max(axis=1), rtol=1e-12)
 
 

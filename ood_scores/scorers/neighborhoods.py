@@ -1,0 +1,149 @@
+"""Neighborhoods: what the nearest rows of the fit set say besides their distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ood_scores.features import Block, FeatureSet
+from ood_scores.features.layer_set import LayerSet
+from ood_scores.features.statistics.base import Found
+from ood_scores.scorers.base import Scorer, fitted
+from ood_scores.scorers.extras import read_extra
+from ood_scores.scorers.neighbors import KNN
+from ood_scores.scorers.registry import register_scorer
+from ood_scores.scorers.tags import Paper, Tags
+
+SMALLEST = 1e-12
+"""The smallest distance that counts, and the smallest mean logarithm of ratios of distances."""
+
+
+@register_scorer("lid")
+@dataclass
+class LID(KNN):
+    """Negative local intrinsic dimensionality among the k nearest fit rows, ``k / sum_i log(r_i / r_k)``.
+
+    r_i is the distance to the i-th nearest feature of the fit set; the sum is negative, and its inverse the maximum
+    likelihood estimate of how fast the number of neighbors grows with the distance.
+
+    Fits the bank of ``knn``.
+
+    Source: Ma et al. 2018, "Characterizing Adversarial Subspaces Using Local Intrinsic Dimensionality", and their code,
+    whose estimate, k = 20, and features that are not normalized are used here. Departures: neighbors are those among
+    all fit rows, and not among a batch of 100; the score is that of one layer, while the authors combine layers by a
+    logistic regression on adversarial examples (``layers`` combines them without OoD data); a row that equals k fit
+    rows has dimension 0; a dimension is at most 1e12.
+
+    Fails where OoD rows lie far from all fit rows: these then seem to lie at nearly the same distance, but so do ID
+    rows in many dimensions; and for rows of the fit set, which are their own neighbors.
+
+    Args:
+        k: The number of neighbors.
+        normalize: L2-normalize features in the fit and in the score.
+        index: A faiss factory string, as for ``knn``.
+        share: The share of the fit rows that make up the bank, drawn by their number.
+        seed: The seed of the draw.
+
+    Cost: as ``knn``, plus the distances to k rows in float64.
+    """
+
+    tags = Tags(
+        paper=Paper(
+            "Characterizing Adversarial Subspaces Using Local Intrinsic Dimensionality",
+            (
+                "Xingjun Ma, Bo Li, Yisen Wang, Sarah M. Erfani, Sudanthi Wijewickrema, Grant Schoenebeck, Dawn Song, "
+                "Michael E. Houle, James Bailey"
+            ),
+            "ICLR",
+            2018,
+            "https://arxiv.org/abs/1801.02613",
+            "https://github.com/xingjunm/lid_adversarial_subspace_detection",
+        ),
+        no_graph="logarithms of small distances need more digits than a graph computes",
+        small_parameters={"k": 5},
+        search_space={"k": (10, 20, 50, 100, 200)},
+    )
+    k: int = 20
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.k > 1, f"k must be at least 2, got {self.k}")
+
+    def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
+        distances = self.distances(rows, candidates).sort(dim=1).values[:, : self.k]
+        known = distances.clamp_min(SMALLEST).log()
+        logs = (known[:, -1:] - known).mean(dim=1).clamp_min(SMALLEST)
+        return torch.where(distances[:, -1] > SMALLEST, -1 / logs, 0)
+
+
+@register_scorer("dknn")
+@dataclass
+class DkNN(Scorer):
+    """Largest share of a label among the nearest fit rows of all layers, ``max_c sum_l n_lc / (k L)``.
+
+    n_lc is the number of the k nearest fit rows, in layer l, that are labeled c.
+
+    Fits the bank of ``knn`` for each layer, and keeps the labels.
+
+    Source: Papernot & McDaniel 2018, "Deep k-Nearest Neighbors: Towards Confident, Interpretable and Robust Deep
+    Learning". Their credibility is the share of calibration rows with at least as many neighbors of other labels than
+    the best candidate; it ranks rows as this share does, except that it may make more of them equal, so that no
+    calibration rows are needed. Cosine distance and k = 75 are theirs; the search is exact, while theirs uses hashing.
+
+    Fails to tell many rows apart: there are only ``k L`` scores, and most ID rows have the highest. OoD rows nearer to
+    one class than to all others score as ID rows do, however far away they are.
+
+    Args:
+        k: The number of neighbors.
+        layers: What to read: ``"features"`` for the penultimate features, and names of modules, whose outputs
+            ``extract(layers=...)`` keeps.
+        normalize: L2-normalize features in the fit and in the score.
+
+    Cost: that of ``knn`` for each layer.
+    """
+
+    tags = Tags(
+        paper=Paper(
+            "Deep k-Nearest Neighbors: Towards Confident, Interpretable and Robust Deep Learning",
+            "Nicolas Papernot, Patrick McDaniel",
+            "arXiv",
+            2018,
+            "https://arxiv.org/abs/1803.04765",
+        ),
+        no_graph="it looks up the labels of neighbors that an index finds",
+        small_parameters={"k": 20},
+        search_space={"k": (25, 50, 75, 100, 200)},
+    )
+    k: int = 75
+    layers: Sequence[str] = ("features",)
+    normalize: bool = True
+    banks_: list[KNN] = fitted()
+    labels_: Tensor = fitted()
+
+    def __post_init__(self) -> None:
+        self.require_count("k")
+        given = not isinstance(self.layers, str) and len(self.layers) > 0
+        self.require(given, f"layers must be a list of 'features' and names of modules, got {self.layers!r}")
+        self.needs = tuple(name if name == "features" else f"layers.{name}" for name in self.layers)
+        self.fit_needs = (*self.needs, "labels")
+
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
+        self.labels_ = feats.class_labels().cpu()
+        self.banks_ = []
+        for name in self.needs:
+            bank = KNN(k=self.k, normalize=self.normalize)
+            bank.fit(feats if name == "features" else LayerSet(feats, name))
+            self.banks_.append(bank)
+
+    def score_block(self, block: Block) -> Tensor:
+        counts = torch.zeros(len(block), int(self.labels_.max()) + 1, dtype=torch.float64)
+        for name, bank in zip(self.needs, self.banks_, strict=True):
+            if name != "features":
+                read_extra(block, name, self.name)
+            nearest = bank.search(block.space(name, self.normalize).cpu())[:, : self.k]
+            counts.scatter_add_(1, self.labels_[nearest], counts.new_ones(nearest.shape))
+        return counts.amax(dim=1) / (self.k * len(self.banks_))

@@ -1,0 +1,71 @@
+"""lid and dknn against transcriptions of their authors' formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from classified import CLASSES, FIT, FIT_LOGITS, LOGITS, ROWS, TRAIN, Array, labels_of_fit, ours
+from scipy.spatial.distance import cdist
+
+from ood_scores import FeatureSet, create_scorer
+from ood_scores.errors import BadInput
+
+
+def unit(rows: Array) -> Array:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [5, 20])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_lid(k: int, normalize: bool) -> None:
+    """``mle_batch`` of the authors' code, with all fit rows as the batch."""
+    bank, rows = (unit(FIT), unit(ROWS)) if normalize else (FIT, ROWS)
+    nearest = np.sort(cdist(rows, bank.astype(np.float32)), axis=1)[:, :k]
+    dimensions = [-k / np.sum(np.log(distances / distances[-1])) for distances in nearest]
+    np.testing.assert_allclose(ours("lid", k=k, normalize=normalize), -np.array(dimensions), rtol=1e-6)
+
+
+def test_lid_of_copies_of_fit_rows_and_of_equal_distances() -> None:
+    rows = np.repeat(FIT[:1], 5, axis=0).astype(np.float32)
+    assert ours("lid", FeatureSet(rows[:1]), FeatureSet(rows), k=4).tolist() == [0.0]
+    corners = np.eye(8)
+    assert ours("lid", FeatureSet(np.zeros((1, 8))), FeatureSet(corners), k=4).tolist() == [-1e12]
+
+
+def counts(bank: Array, rows: Array, k: int) -> Array:
+    nearest = np.argsort(cdist(unit(rows), unit(bank)), axis=1)[:, :k]
+    return np.array([np.bincount(labels_of_fit[places], minlength=CLASSES) for places in nearest])
+
+
+LAYER, FIT_LAYER = np.tanh(ROWS[:, :5]), np.tanh(FIT[:, :5])
+FEATS = FeatureSet(ROWS, LOGITS, extras={"layers.a": LAYER})
+FIT_SET = FeatureSet(FIT, FIT_LOGITS, labels_of_fit, extras={"layers.a": FIT_LAYER})
+
+
+def test_dknn() -> None:
+    np.testing.assert_allclose(ours("dknn", k=20), counts(FIT, ROWS, 20).max(axis=1) / 20)
+    both = counts(FIT, ROWS, 20) + counts(FIT_LAYER, LAYER, 20)
+    found = ours("dknn", FEATS, FIT_SET, k=20, layers=("features", "a"))
+    np.testing.assert_allclose(found, both.max(axis=1) / 40)
+
+
+def test_dknn_ranks_rows_as_credibility_does() -> None:
+    """``preds_conf_cred`` of cleverhans: the largest p-value of a label among the calibration rows' nonconformities."""
+    fit, calibration = FIT_SET[:200], FIT_SET[200:]
+    others = 20 - counts(FIT[:200], FIT[200:], 20)[np.arange(100), labels_of_fit[200:]]
+    candidates = 20 - counts(FIT[:200], ROWS, 20)
+    credibility = (others[:, None, None] >= candidates).mean(axis=0).max(axis=1)
+    found = create_scorer("dknn", k=20).fit(fit).score(FEATS).numpy()
+    assert len(calibration) == len(others)
+    assert len(np.unique(credibility)) > 3
+    better = found[:, None] > found
+    assert (credibility[:, None] >= credibility)[better].all()
+
+
+def test_messages() -> None:
+    with pytest.raises(BadInput, match="lid: k=999 needs at least as many bank rows"):
+        create_scorer("lid", k=999).fit(TRAIN)
+    with pytest.raises(BadInput, match="lid: k must be at least 2"):
+        create_scorer("lid", k=1)
+    with pytest.raises(BadInput, match="dknn: layers must be a list"):
+        create_scorer("dknn", layers="layer4")
