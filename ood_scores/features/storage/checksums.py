@@ -64,16 +64,18 @@ class OpenBlock:
 
     def extended(self, data: np.ndarray) -> tuple[OpenBlock, np.ndarray]:
         """Append bytes, uint8 ``[B]``; return the new open block, and the checksums of the blocks that are now full."""
-        block, full = self, []
-        while len(data) >= block.size - block.filled:
-            part, data = np.split(data, [block.size - block.filled])
-            full.append(block._plus(part).state.intdigest())
-            block = OpenBlock(block.size, block.number + 1)
-        return block._plus(data), np.array(full, SUM)
+        left = self.size - self.filled
+        if len(data) < left:
+            return self._plus(data.data), np.empty(0, SUM)
+        starts = range(left, len(data) - self.size + 1, self.size)
+        full = [self._plus(data.data[:left]).state.intdigest()]
+        full += [xxhash.xxh3_64_intdigest(data.data[start : start + self.size]) for start in starts]
+        rest = data.data[left + len(starts) * self.size :]
+        return OpenBlock(self.size, self.number + len(full))._plus(rest), np.array(full, SUM)
 
-    def _plus(self, data: np.ndarray) -> OpenBlock:
+    def _plus(self, data: memoryview) -> OpenBlock:
         state = self.state.copy()
-        state.update(data.data)
+        state.update(data)
         return replace(self, filled=self.filled + len(data), state=state)
 
 
