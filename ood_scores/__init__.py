@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from ood_scores.detector.calibrate import calibrate
     from ood_scores.evaluation import evaluate, sweep
     from ood_scores.extraction import extract
-    from ood_scores.features import FeatureSet, Head, ensemble, load
+    from ood_scores.features import FeatureSet, Head, ensemble, load, zero_shot_head
     from ood_scores.features.linear_probe import fit_linear_probe
+    from ood_scores.models.zero_shot.build import zero_shot_classifier
+    from ood_scores.models.zero_shot.negatives import NegativeWords
     from ood_scores.scorers import Scorer, create_scorer, list_scorers, register_scorer, score
     from ood_scores.scorers.storage import load_scorer
 
@@ -27,6 +29,7 @@ __all__ = [
     "Detector",
     "FeatureSet",
     "Head",
+    "NegativeWords",
     "Scorer",
     "benchmark",
     "calibrate",
@@ -44,6 +47,8 @@ __all__ = [
     "score",
     "sweep",
     "training",
+    "zero_shot_classifier",
+    "zero_shot_head",
 ]
 
 _HOME = {
@@ -52,6 +57,9 @@ _HOME = {
     "ensemble": "features",
     "fit_linear_probe": "features.linear_probe",
     "load": "features",
+    "zero_shot_head": "features",
+    "zero_shot_classifier": "models.zero_shot.build",
+    "NegativeWords": "models.zero_shot.negatives",
     "extract": "extraction",
     "Scorer": "scorers",
     "create_scorer": "scorers",

@@ -42,6 +42,9 @@ from ood_scores.scorers.storage import load_scorer
 
 PACKAGES = ("ood_scores", "torch", "timm", "numpy")
 
+NEGATIVE = "negatives."
+"""The start of the names of the negatives of a given head."""
+
 EXAMPLE_VALUES = 50
 """Number of values, about, that are stored of an input for an image of noise."""
 
@@ -169,7 +172,7 @@ def _describe_options(options: ExtractionOptions) -> dict[str, Any]:
 
 def _read_options(described: Mapping[str, Any], head: Path | None) -> ExtractionOptions:
     """Return the options that ``_describe_options``, or an earlier version, described."""
-    known = migrated(described) | ({"head": Head(**safetensors.torch.load_file(head))} if head else {})
+    known = migrated(described) | ({"head": _read_head(head)} if head else {})
     return ExtractionOptions(**known | {"probes": [probe_of(ProbeRecord(**record)) for record in known["probes"]]})
 
 
@@ -177,8 +180,15 @@ def _write_head(head: Any, new: NewFiles) -> None:
     """Write a head that was given to the extraction, not found in the model."""
     if isinstance(head, Head):
         with replacing(new.place("head")) as content:
-            tensors = {"weight": head.weight, "bias": head.bias}
+            words = {f"{NEGATIVE}{kind}": values for kind, values in head.negatives.items()}
+            tensors = {"weight": head.weight, "bias": head.bias, **words}
             content.write(safetensors.torch.save({name: values.cpu().contiguous() for name, values in tensors.items()}))
+
+
+def _read_head(file: Path) -> Head:
+    tensors = safetensors.torch.load_file(file)
+    words = {name.removeprefix(NEGATIVE): values for name, values in tensors.items() if name not in ("weight", "bias")}
+    return Head(tensors["weight"], tensors["bias"], words)
 
 
 def _write_calibration(calibration: Calibration, file: Path) -> None:
@@ -207,7 +217,8 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
     """Write the weights as a checkpoint of ``ood_scores.training``, if ``load_model`` restores the model from it."""
     model = detector.model
     name, arguments = _network_of(detector)
-    if not (origin_of(model) or (hasattr(model, "pretrained_cfg") and timm.is_model(name))):
+    origin = origin_of(model)
+    if not ((origin and origin.network) or (hasattr(model, "pretrained_cfg") and timm.is_model(name))):
         return
     require_known(name, arguments)
     facts = {"architecture": json.dumps(name), "arguments": json.dumps(arguments)}
@@ -227,7 +238,7 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
 def _network_of(detector: DetectorParts) -> tuple[str, dict[str, Any]]:
     """Return the name and the arguments that create the detector's network again."""
     origin = origin_of(detector.model)
-    if origin is None:
+    if origin is None or origin.network is None:
         return architecture(detector.model), dict(detector.arguments)
     return origin.network, {**origin.network_arguments, **detector.arguments}
 

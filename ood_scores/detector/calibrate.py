@@ -25,6 +25,7 @@ from ood_scores.extraction.options import ExtractionOptions, options_from, takes
 from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.features.statistics.row_hashes import shared_rows
 from ood_scores.models.running import unwrapped, weights_sha256
+from ood_scores.models.zero_shot.classifier import ZeroShotClassifier
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer, as_scorer, fit_all
 from ood_scores.scorers.requirements import probes_for
@@ -71,7 +72,7 @@ def calibrate(
             the detector of such a model accepts only tensors. If the images of ``id`` can be opened again, features of
             a few are compared with those of the set.
         classes: the names of the classes, in the order of the logits; or a mapping from numbers to names
-            (``id2label``) or from names to numbers (``class_to_idx``).
+            (``id2label``) or from names to numbers (``class_to_idx``). A zero-shot classifier has its own.
         device: the device of the detector; ``"auto"`` uses a GPU if there is one, else the model's own device.
         **options: how loaders are run through the model: the options of ``extract``. Probes that the scorer needs are
             added if they are missing. The detector runs the model with the options of the ``id`` set.
@@ -116,7 +117,8 @@ def calibrate(
     scores = ready.score(id_set).numpy()
     label, _ = predictions_of(id_set)
     num_classes = id_set.num_classes or 0
-    names_of_classes = None if classes is None else ordered(classes, num_classes)
+    own = model.class_names if isinstance(model, ZeroShotClassifier) else None
+    names_of_classes = own if classes is None else ordered(classes, num_classes)
     if len(scores) > 1 and scores.min() == scores.max():
         warnings.warn(
             f"{ready.name!r} gives all ID images the same score, so that the detector may reject nothing: choose "

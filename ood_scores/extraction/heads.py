@@ -17,6 +17,7 @@ from ood_scores.extraction.encoders import Encoder, declared_encoder
 from ood_scores.extraction.hooks import Capture, Place, first_argument, hooked
 from ood_scores.extraction.outputs import close, features_of, joined, logits_of, raw_logits_of, rounding, rows_of
 from ood_scores.features import Head
+from ood_scores.models.zero_shot.classifier import negatives_of
 
 HOW_TO_NAME = (
     "Name the affine map that computes the logits with head='module.name' (see model.named_modules()); set "
@@ -172,7 +173,8 @@ class FirstPass:
             return FoundHead([], None, encoder=Encoder(self._model, is_declared=False))
         assert found.head is not None
         with torch.inference_mode(False):  # tensors created in inference mode cannot be used under autograd
-            head = Head(found.head.weight.cpu().clone(), found.head.bias.cpu().clone())
+            words = {kind: values.cpu().clone() for kind, values in negatives_of(self._model).items()}
+            head = Head(found.head.weight.cpu().clone(), found.head.bias.cpu().clone(), words)
             return replace(found, head=head.with_two_classes())
 
     def rows(self, found: FoundHead, output: Any) -> tuple[Tensor, Tensor | None]:

@@ -30,6 +30,8 @@ from ood_scores.features.storage import shards
 from ood_scores.models.class_names import other_order
 from ood_scores.models.origin import origin_of
 from ood_scores.models.running import architecture, choose_device, unwrapped, weights_sha256
+from ood_scores.models.zero_shot.build import as_classifier
+from ood_scores.models.zero_shot.towers import Tokenizer
 from ood_scores.progress import stderr_console
 from ood_scores.runtime import Ranks, default_torch_state
 
@@ -48,6 +50,10 @@ def extract(
     resume: bool = True,
     overwrite: bool = False,
     name: str | None = None,
+    classes: Any = None,
+    templates: Any = None,
+    negatives: Any = None,
+    tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> FeatureSet:
     """Run a model once over a loader and keep its features, and of a classifier its logits and head.
@@ -76,6 +82,12 @@ def extract(
         overwrite: whether to replace an existing cache, whatever created it.
         name: the dataset's name in tables; by default the dataset's own ``name`` or its class. An existing cache of the
             same data is opened, or continued, under whatever name it was created.
+        classes: the names of classes, which make a vision-language model such as CLIP or SigLIP a zero-shot classifier.
+            For several datasets, call ``ood_scores.zero_shot_classifier`` once instead, and pass its result as
+            ``model``; its arguments have the same meaning as here.
+        templates: texts in which the name of a class replaces ``{}``.
+        negatives: words that are not classes, which the scorers ``neglabel`` and ``csp`` need.
+        tokenizer: the tokenizer of a vision-language model; by default its own.
         **options: how the model is run and what is computed: the fields of ``ExtractionOptions``, which are ``amp``,
             ``channels_last``, ``compile``, ``dtype``, ``head``, ``layers``, ``pool``, ``probes``, and ``on_error``.
 
@@ -88,6 +100,7 @@ def extract(
         EmptyInput: if the loader yields nothing, or nothing that can be read.
         UnreadableRow: if an input cannot be read, without ``on_error="skip"``. The cache keeps earlier batches.
         NotFinite: if an activation is NaN or infinite; the message names the row. The cache keeps earlier batches.
+        MissingInput: if there are ``classes``, but no tokenizer.
         BadLabels, ShapeMismatch, BadInput: if a batch or an option cannot be used, or the model cannot take a batch.
         UnknownName: if there is no probe of that name.
         StaleCache: if the cache was created with different settings; the message lists both.
@@ -96,8 +109,10 @@ def extract(
         ForeignFile, DamagedCache, CacheBusy, CacheWriteFailed: see ``ood_scores.errors``.
     """
     chosen = options_from(options)
-    model = unwrapped(model)
-    ranks = Ranks.here()
+    model, ranks = unwrapped(model), Ranks.here()
+    model = as_classifier(
+        model, classes, templates, negatives, tokenizer, device=choose_device(model, device, ranks.local)
+    )
     forward = Forward(model, chosen, choose_device(model, device, ranks.local))
     order = other_order(getattr(loader, "dataset", None), model) if ranks.first else None
     if order:

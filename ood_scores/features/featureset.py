@@ -155,8 +155,13 @@ class FeatureSet:
         Args:
             name: ``features``, ``logits``, ``labels``, ``ids``, ``head``, or the name of an extra. The name of a probe,
                 such as ``layers``, stands for all of its extras, ``layers.layer1``, ``layers.layer2``, and so on.
+                ``negatives`` and, for one kind, ``negatives.nouns`` stand for the negatives of the head.
         """
-        return bool(self._columns_of([name])) or (name == "head" and self.head is not None)
+        if name == "head":
+            return self.head is not None
+        if name.partition(".")[0] == "negatives" and self.head and self.head.negatives:
+            return name == "negatives" or name.removeprefix("negatives.") in self.head.negatives
+        return bool(self._columns_of([name]))
 
     @property
     def columns(self) -> Mapping[str, col.Column]:
@@ -299,7 +304,7 @@ class FeatureSet:
         parts = [f"{len(self):,} rows", f"{self.num_features} features"]
         if self.num_classes is not None:
             parts.append(f"{self.num_classes} classes")
-        parts += [name for name in ("labels", "ids", "head") if self.has(name)]
+        parts += [name for name in ("labels", "ids", "head", "negatives") if self.has(name)]
         parts += [f"{name!r}" for name in self.extras]
         if self.provenance:
             parts.append(f"{self.provenance.dataset} by {self.provenance.architecture}")

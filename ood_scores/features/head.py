@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ from torch.nn.functional import linear
 
 from ood_scores.errors import BadInput, NotFinite, ShapeMismatch
 
+NEGATIVES = ("nouns", "adjectives", "conjugated")
+"""The kinds of words that are not classes; see ``ood_scores.models.zero_shot.negatives``."""
+
 
 class Head:
     """The last affine map of a classifier: ``head(features) = features @ weight.T + bias`` are the logits.
@@ -19,14 +24,16 @@ class Head:
     Args:
         weight: Floating-point ``[C, D]``, a torch tensor or NumPy array.
         bias: ``[C]``, or None for a map without a bias, which is stored as zeros.
+        negatives: For zero-shot classifiers, text features ``[M, D]`` of words that are not classes, by kind: any of
+            ``NEGATIVES``. The logits do not depend on them.
 
     Raises:
-        BadInput: if the weight or bias is not an array.
+        BadInput: if the weight, the bias, or the negatives are not arrays, or a kind does not exist.
         ShapeMismatch: if the shapes do not match.
         NotFinite: if a value is NaN or infinite.
     """
 
-    def __init__(self, weight: Any, bias: Any = None) -> None:
+    def __init__(self, weight: Any, bias: Any = None, negatives: Mapping[str, Any] | None = None) -> None:
         self.weight = _floating(weight)
         if self.weight.ndim != 2:
             raise ShapeMismatch(f"the weight of a head must be [classes, features], got {tuple(self.weight.shape)}.")
@@ -38,6 +45,20 @@ class Head:
             )
         if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
             raise NotFinite("the weight or bias of the head holds NaN or infinite values: check the checkpoint.")
+        self.negatives = {kind: self._checked_negatives(kind, values) for kind, values in (negatives or {}).items()}
+
+    def _checked_negatives(self, kind: str, values: Any) -> Tensor:
+        words = _floating(values)
+        if kind not in NEGATIVES:
+            raise BadInput(f"negatives must be of the kinds {', '.join(NEGATIVES)}, got {kind!r}.")
+        if words.ndim != 2 or words.shape[1] != self.num_features or not len(words):
+            raise ShapeMismatch(
+                f"negatives of a head with {self.num_features} inputs must be [words, {self.num_features}], got "
+                f"{tuple(words.shape)}."
+            )
+        if not words.isfinite().all():
+            raise NotFinite(f"the {kind} among the negatives hold NaN or infinite values: check the text encoder.")
+        return words
 
     @property
     def num_classes(self) -> int:
@@ -63,21 +84,74 @@ class Head:
 
     @property
     def digest(self) -> str:
-        """The name of a head that was given to an extraction: ``head`` and the SHA-256 of its weight and bias."""
-        parts = [values.detach().cpu().float().contiguous().numpy().tobytes() for values in (self.weight, self.bias)]
+        """The name of a head that was given to an extraction: ``head`` and the SHA-256 of its tensors."""
+        words = [self.negatives[kind] for kind in NEGATIVES if kind in self.negatives]
+        tensors = (self.weight, self.bias, *words)
+        parts = [values.detach().cpu().float().contiguous().numpy().tobytes() for values in tensors]
         return f"head {hashlib.sha256(b''.join(parts)).hexdigest()}"
 
     def with_two_classes(self) -> Head:
         """Return the head, with the logits (0, z) if it computes a single logit z."""
         if self.num_classes > 1:
             return self
-        return Head(torch.cat([torch.zeros_like(self.weight), self.weight]), as_two_classes(self.bias[None])[0])
+        weight = torch.cat([torch.zeros_like(self.weight), self.weight])
+        return Head(weight, as_two_classes(self.bias[None])[0], self.negatives)
 
     def to(self, device: torch.device | str) -> Head:
-        return Head(self.weight.to(device), self.bias.to(device))
+        negatives = {kind: values.to(device) for kind, values in self.negatives.items()}
+        return Head(self.weight.to(device), self.bias.to(device), negatives)
 
     def __repr__(self) -> str:
-        return f"Head({self.num_features} features -> {self.num_classes} classes)"
+        words = f", {sum(map(len, self.negatives.values())):,} negatives" if self.negatives else ""
+        return f"Head({self.num_features} features -> {self.num_classes} classes{words})"
+
+
+def zero_shot_head(
+    text_features: Any, logit_scale: float, logit_bias: float = 0.0, *, negatives: Mapping[str, Any] | None = None
+) -> Head:
+    """Return the head that compares image features with the texts of classes, as CLIP and SigLIP do.
+
+    ``logit_scale * cos(image, text_c) + logit_bias`` is affine in image features of length 1: ``features`` of a set
+    with this head must be L2-normalized, and ``head(features)`` are the logits.
+
+    Source: Radford et al. 2021 (CLIP), section 3.1.4; Zhai et al. 2023 (SigLIP), Algorithm 1, for the bias.
+
+    Args:
+        text_features: Features of the classes, ``[C, D]``, of any length; or those of the T templates of each class,
+            ``[C, T, D]``, whose directions are averaged.
+        logit_scale: The factor of the cosine, about 100 for CLIP: ``model.logit_scale.exp()``, not its logarithm.
+        logit_bias: The constant that SigLIP adds.
+        negatives: Text features ``[M, D]`` of words that are not classes, by kind; see ``Head``.
+
+    Raises:
+        BadInput: if the features are not arrays, or the scale is not positive and finite.
+        ShapeMismatch: if the shapes do not match.
+        NotFinite: if a feature is NaN or infinite, or is zero.
+    """
+    scale, constant = float(logit_scale), float(logit_bias)
+    if not (0 < scale < math.inf and math.isfinite(constant)):
+        raise BadInput(f"logit_scale must be positive and finite, and logit_bias finite, got {scale} and {constant}.")
+    texts = _floating(text_features)
+    if texts.ndim not in (2, 3) or 0 in texts.shape:
+        raise ShapeMismatch(
+            f"text features must be [classes, features] or [classes, templates, features], got {tuple(texts.shape)}."
+        )
+    unit = mean_direction(texts if texts.ndim == 3 else texts[:, None])
+    units = {kind: mean_direction(_floating(values)[:, None]) for kind, values in (negatives or {}).items()}
+    return Head(scale * unit, unit.new_full((len(unit),), constant), units)
+
+
+def mean_direction(texts: Tensor) -> Tensor:
+    """Return the directions ``[C, D]``, of length 1, of the mean directions of features ``[C, T, D]``.
+
+    Raises:
+        NotFinite: if a feature is NaN or infinite, or has no direction.
+    """
+    mean = (texts / texts.norm(dim=-1, keepdim=True)).mean(dim=1)
+    unit = mean / mean.norm(dim=-1, keepdim=True)
+    if not unit.isfinite().all():
+        raise NotFinite("a text feature is zero, NaN, or infinite: check the text encoder and the tokenizer.")
+    return unit
 
 
 def as_two_classes(logits: Tensor) -> Tensor:

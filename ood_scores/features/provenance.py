@@ -17,6 +17,9 @@ from ood_scores.terminal import encodable
 SHOWN = 3
 """Number of skipped rows that a sentence lists."""
 
+LONGEST_TEXT = 300
+"""Number of characters of a value that an error message quotes."""
+
 WHAT_TO_DO = "pass overwrite=True to extract again, or another cache path to keep both"
 
 
@@ -159,6 +162,8 @@ class Provenance:
         differ = {title: (mine, theirs) for title, (mine, theirs) in pairs.items() if mine != theirs}
         if None in (self.arguments, other.arguments):  # of a model that was not opened by its name
             differ.pop("arguments of the network", None)
+        if "arguments of the network" in differ:
+            differ |= {"arguments of the network": _that_differ(self.arguments or {}, other.arguments or {})}
         return differ
 
     def require_same(self, other: Provenance, file: str) -> None:
@@ -254,6 +259,13 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
+def _that_differ(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return of each of two mappings the entries that the other lacks or has with another value."""
+    pairs = ((mine, theirs), (theirs, mine))
+    own, other = ({key: each[key] for key in each if key not in of or each[key] != of[key]} for each, of in pairs)
+    return own, other
+
+
 def _short(value: Any) -> str:
     text = str(value)
-    return text[:12] + "…" if len(text) == 64 else text
+    return text[:12] + "…" if len(text) == 64 else text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"

@@ -15,15 +15,19 @@ from torch.utils.data import Subset
 from ood_scores.data.class_names import numbers_of, renumbered
 from ood_scores.data.images import ImageDataset
 from ood_scores.models.running import unwrapped
+from ood_scores.models.zero_shot.classifier import ZeroShotClassifier
 
 
 def class_names(model: nn.Module) -> list[str] | None:
     """Return the names of a model's classes in the order of the logits, or None if they are unknown.
 
-    They are those of ``config.id2label`` in Hugging Face's transformers, or those that come with the weights in timm. A
-    model without names that has as many classes as a list of ImageNet has the WordNet ids of that list.
+    They are those of a zero-shot classifier, those of ``config.id2label`` in Hugging Face's transformers, or those that
+    come with the weights in timm. A model without names that has as many classes as a list of ImageNet has the WordNet
+    ids of that list.
     """
     model = unwrapped(model)
+    if isinstance(model, ZeroShotClassifier):
+        return list(model.class_names)
     by_number = getattr(getattr(model, "config", None), "id2label", None)
     if isinstance(by_number, dict):
         names = [str(by_number.get(number)) for number in range(len(by_number))]

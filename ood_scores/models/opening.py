@@ -1,8 +1,9 @@
 """Opening models by name, with pretrained weights or a checkpoint, without running code that a file contains.
 
 A name is timm's (``resnet50.a1_in1k``, ``hf-hub:OWNER/NAME``, ``local-dir:PATH``), that of a model of torchvision
-(``torchvision:resnet50``) or transformers (``hf:OWNER/NAME``, ``hf:PATH``, or the path of a folder that
-``save_pretrained`` wrote), or that of a function of the user's own code (``FILE.py:FUNCTION``, ``MODULE:FUNCTION``).
+(``torchvision:resnet50``), open_clip (``open_clip:NAME/WEIGHTS``), or transformers (``hf:OWNER/NAME``, ``hf:PATH``, or
+the path of a folder that ``save_pretrained`` wrote), or that of a function of the user's own code
+(``FILE.py:FUNCTION``, ``MODULE:FUNCTION``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ood_scores.models.kinds.timm_names import TimmNames, size_of
 from ood_scores.models.kinds.user_functions import UserFunction
 from ood_scores.models.origin import Origin, origin_of, remember_origin
 from ood_scores.models.processors import ProcessorTransform
+from ood_scores.models.zero_shot.build import STORED, TEXTS, as_classifier, check_texts
 from ood_scores.registry import did_you_mean
 from ood_scores.user_code import is_reference
 
@@ -37,14 +40,16 @@ def load_model(
 ) -> nn.Module:
     """Open a model in eval mode.
 
-    A checkpoint that this package trained also contains the arguments of its network.
+    A checkpoint that this package trained also contains the arguments of its network. With ``classes``, a model with a
+    text encoder is returned as a zero-shot classifier; see ``ood_scores.zero_shot_classifier``.
 
     Args:
         name: Name of a model, in one of the forms above.
         checkpoint: A ``.safetensors`` file, the index of several, or a file of ``torch.save``; defaults to the model's
             own weights, which are downloaded if they are not in a folder.
         num_classes: Number of classes of the checkpoint; defaults to the size of its classifier.
-        **arguments: Arguments of the network itself; see ``ood_scores.models.arguments``.
+        **arguments: Arguments of the network itself; see ``ood_scores.models.arguments``. ``classes``, ``templates``,
+            and ``negatives`` are those of a zero-shot classifier.
 
     Raises:
         UnknownName: if there is no such model.
@@ -55,6 +60,7 @@ def load_model(
         MissingInput: if transformers is needed and not installed.
     """
     kind, target = _kind_of(name)
+    arguments, texts = _without_texts(kind, arguments)
     kind.check(target, arguments)
     if checkpoint is not None:
         model, own = _from_checkpoint(kind, target, name, user_path(checkpoint), num_classes, arguments)
@@ -62,8 +68,9 @@ def load_model(
         raise BadInput("num_classes needs a checkpoint, since pretrained weights have their own classes: pass both.")
     else:
         model, own = kind.open(target, arguments), arguments
-    remember_origin(model, Origin(name, own, *kind.again(model, target, own), kind.transform(model, target)))
-    return model.eval()
+    transform, tokenizer = kind.transform(model, target), partial(kind.tokenizer, target)
+    remember_origin(model, Origin(name, own, *kind.again(model, target, own), transform, tokenizer))
+    return as_classifier(model, **texts).eval()
 
 
 def load_stored_model(network: str, checkpoint: str | os.PathLike[str]) -> nn.Module:
@@ -97,7 +104,7 @@ def preprocessing(
     origin = origin_of(model)
     if origin and origin.transform:
         return _changed(origin.transform, mean, std, changes)
-    if origin and not hasattr(model, "pretrained_cfg"):
+    if origin and origin.name and not hasattr(model, "pretrained_cfg"):
         warnings.warn(
             f"the preprocessing of {origin.name} is unknown, and images are resized and normalized as for ImageNet: "
             "give the model an attribute transform, a function from a PIL image to its input.",
@@ -135,7 +142,9 @@ def require_known(name: str, arguments: Mapping[str, Any] | None = None) -> None
             not been imported.
     """
     kind, target = _kind_of(name)
-    kind.check(target, arguments or {})
+    own, texts = _without_texts(kind, arguments or {})
+    kind.check(target, own)
+    check_texts(**texts)
 
 
 def _kind_of(name: str) -> tuple[ModelKind, str]:
@@ -154,6 +163,13 @@ def _kind_of(name: str) -> tuple[ModelKind, str]:
     if (description := Path(name).expanduser() / "config.json").is_file() and not timm.is_model(name):
         return MODEL_KINDS["local-dir" if '"architecture"' in description.read_text(errors="replace") else "hf"], name
     return TimmNames(), name
+
+
+def _without_texts(kind: ModelKind, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of the network itself, and those that make it a zero-shot classifier."""
+    given = set() if kind is MODEL_KINDS[STORED] else arguments.keys() & set(TEXTS)
+    own = {key: value for key, value in arguments.items() if key not in given}
+    return own, {key: arguments[key] for key in given}
 
 
 def _from_checkpoint(

@@ -18,18 +18,20 @@ class Origin:
     """The origin of a model.
 
     Attributes:
-        name: The name that was opened, such as ``hf-hub:OWNER/NAME``.
+        name: The name that was opened, such as ``hf-hub:OWNER/NAME``; None for a zero-shot classifier of another model.
         arguments: Arguments of the network that were given.
-        network: The name that creates the same network without any other file.
+        network: The name that creates the same network without any other file; None if there is none.
         network_arguments: The arguments of this network.
         transform: The function from a PIL image to the model's input; None if timm's data configuration describes it.
+        tokenizer: The function that opens the tokenizer of a model with a text encoder; None if it is unknown.
     """
 
-    name: str
+    name: str | None
     arguments: Mapping[str, Any]
-    network: str
+    network: str | None
     network_arguments: Mapping[str, Any]
     transform: Callable[[Any], Any] | None = None
+    tokenizer: Callable[[], Any] | None = None
 
     @property
     def unseen_arguments(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ Has = Callable[[str], bool]
 Where = Literal["python", "command line", "benchmark"]
 """The interface for which a remedy is phrased: a call, a command, or a key of a benchmark file."""
 
-COLUMNS = ("features", "logits", "labels", "head")
+COLUMNS = ("features", "logits", "labels", "head", "negatives", "negatives.conjugated")
 """The parts of a feature set that are available without a probe."""
 
 HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
@@ -42,6 +42,11 @@ HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
         "extract from a model whose last layer is linear, or give the caches of an encoder the head of a linear probe "
         "with ood-scores linear-probe",
         "use a model whose last layer is linear",
+    ),
+    "negatives": (
+        "extract from zero_shot_classifier(model, classes, negatives=NegativeWords(nouns, adjectives))",
+        "extract with --classes FILE, --negatives FILE, and --adjectives FILE",
+        'classes = "FILE" and negatives = {nouns = "FILE", adjectives = "FILE"} of a [[model]] of CLIP or SigLIP',
     ),
     "labels": (
         "extract from a loader that yields (images, labels), or pass labels=... to FeatureSet",
@@ -105,13 +110,16 @@ class Requirement:
         parameters = {key: value for key, value in asked.items() if value != getattr(default, key)}
         if stem == "layers":
             return _layers(parameters.get("layers", "stages"), where)
+        zero_shot = PROBES[stem].zero_shot
         if where == "python":
-            return f"extract it with extract(..., probes=[{_as_call(stem, parameters)}])"
+            model = " from a zero-shot classifier" if zero_shot else ""
+            return f"extract it with extract(..., probes=[{_as_call(stem, parameters)}]){model}"
         text = _as_text(stem, parameters)
         if where == "command line":
-            return f"extract it with --probe {shlex.quote(text)}"
+            return f"extract it with {'--classes FILE ' if zero_shot else ''}--probe {shlex.quote(text)}"
         key, quote = "fit_probes" if self.fitting else "probes", "'" if '"' in text else '"'
-        return f"[extraction] {key} = [{quote}{text}{quote}]"
+        model = ' for a [[model]] with classes = "FILE"' if zero_shot else ""
+        return f"[extraction] {key} = [{quote}{text}{quote}]{model}"
 
 
 FIT_SET = Requirement("fit set", fitting=True)

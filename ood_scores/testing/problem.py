@@ -76,9 +76,15 @@ def problem(rows: int, seed: int, extras: Extras, *, ood: bool = False, classes:
     means = 1.5 + 3 * torch.eye(classes, WIDTH)
     features = (noise if ood else means[labels] + noise).relu().double()
     weight = (means - means.mean(dim=1, keepdim=True)).double()
-    head = Head(weight, torch.full((classes,), 0.1, dtype=torch.float64))
+    head = Head(weight, torch.full((classes,), 0.1, dtype=torch.float64), _negatives())
     logits = head(features)
     return FeatureSet(features, logits, labels, head, {name: make(features, logits) for name, make in extras.items()})
+
+
+def _negatives() -> dict[str, Tensor]:
+    """Return words that are not classes: the features that no class has, alone and in pairs."""
+    alone = torch.eye(WIDTH, dtype=torch.float64)[CLASSES:]
+    return {"nouns": alone, "adjectives": (alone + alone.roll(1, 0)) / 2**0.5, "conjugated": alone.flip(0) + alone}
 
 
 @contextmanager
@@ -114,7 +120,9 @@ def reduced(feats: FeatureSet, names: list[str]) -> FeatureSet:
 
 
 def without(feats: FeatureSet, name: str) -> FeatureSet:
-    """Return the set without ``logits``, ``labels``, ``head``, or an extra and all extras below it."""
+    """Return the set without ``logits``, ``labels``, ``head``, its negatives, or an extra and all below it."""
+    if name.startswith("negatives") and feats.head:
+        return changed(feats, head=Head(feats.head.weight, feats.head.bias))
     if name in ("logits", "labels", "head"):
         return changed(feats, **{name: None})
     return changed(feats, extras=_extras(feats, [name], keep=False))

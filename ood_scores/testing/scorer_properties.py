@@ -255,7 +255,8 @@ def single_logit(case: Case) -> None:
     two = case.problem(30, seed=3, classes=2)
     assert two.logits is not None
     assert two.head is not None
-    head = Head(*(values[1:] - values[:1] for values in (two.head.weight, two.head.bias)))
+    weight, bias = (values[1:] - values[:1] for values in (two.head.weight, two.head.bias))
+    head = Head(weight, bias, two.head.negatives)
     feats = changed(two, logits=two.logits[:, 1:] - two.logits[:, :1], head=head)
     assert case.make().fit(feats).score(feats).isfinite().all(), "some scores are NaN or infinite"
 

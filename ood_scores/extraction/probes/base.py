@@ -67,12 +67,14 @@ class Probe(ABC):
         gradients: whether it differentiates.
         needs_logits: whether it reads the logits of the model, so that it is refused for encoders.
         random: whether it draws random numbers for each batch, so that its extras depend on the size of batches.
+        zero_shot: whether it needs a zero-shot classifier.
     """
 
     name: str = ""
     gradients: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = True
     random: ClassVar[bool] = False
+    zero_shot: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:

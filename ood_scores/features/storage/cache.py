@@ -41,13 +41,13 @@ from ood_scores.features.head import Head
 from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage.checksums import SUM, OpenBlock
 from ood_scores.features.storage.layout import (
-    SKIPPED,
     VERSION,
     Place,
     Shapes,
     column_names,
     identifying,
     lay_out,
+    read_attributes,
     seal_layout,
 )
 from ood_scores.features.storage.reading import FORMAT, open_to_read
@@ -109,8 +109,7 @@ def state(h5: h5py.File) -> CacheState:
 
 
 def _provenance(h5: h5py.File) -> Provenance | None:
-    skipped = {SKIPPED: h5[SKIPPED][()].tobytes().decode()} if SKIPPED in h5 else {}
-    return Provenance.from_attributes({**h5.attrs, **skipped})
+    return Provenance.from_attributes(read_attributes(h5))
 
 
 def require_finished(h5: h5py.File) -> None:
@@ -124,7 +123,10 @@ def require_finished(h5: h5py.File) -> None:
 
 
 def read_head(h5: h5py.File) -> Head | None:
-    return Head(h5["head/weight"][()], h5["head/bias"][()]) if "head" in h5 else None
+    if "head" not in h5:
+        return None
+    negatives = {kind: words[()] for kind, words in h5.get("head/negatives", {}).items()}
+    return Head(h5["head/weight"][()], h5["head/bias"][()], negatives)
 
 
 def check_replaceable(path: Path) -> None:
@@ -315,7 +317,7 @@ class CacheWriter:
                 if id_bytes is not None:
                     shapes[IDS] = (id_bytes,), np.dtype(np.uint8)
                 growing = {"growing": self._growing}
-                lay_out(file, self.path, shapes, capacity, read_head(h5), dict(h5.attrs) | growing)
+                lay_out(file, self.path, shapes, capacity, read_head(h5), read_attributes(h5) | growing)
             new = CacheWriter(file, self.path)
             for name, place in self._places.items():
                 if place.row_bytes != new._places[name].row_bytes:

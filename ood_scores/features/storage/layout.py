@@ -27,6 +27,12 @@ UNKNOWN_LENGTH_ROWS = 1024
 SKIPPED = "skipped"
 """The array with the rows that were left out, as JSON: too long for an attribute."""
 
+ARGUMENTS = "arguments"
+"""The array with the arguments of the network, as JSON, if they are longer than ``LONGEST_ATTRIBUTE``."""
+
+LONGEST_ATTRIBUTE = 2**15
+"""The most characters of an attribute; HDF5 limits attributes to 64 KiB."""
+
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """The shape of a row and the dtype of each column by name; ids are uint8 ``[W]``."""
 
@@ -145,14 +151,23 @@ def places(array: h5py.Dataset) -> list[Range]:
 def write_header(h5: h5py.File, path: Path, head: Head | None, attributes: Mapping[str, Any]) -> None:
     """Write everything but the columns of a file that will be renamed to ``path``, with a row count of 0."""
     h5.attrs.update({"format": FORMAT, "version": VERSION})
-    h5.attrs.update({name: value for name, value in attributes.items() if name != SKIPPED})
-    if SKIPPED in attributes:
-        h5[SKIPPED] = np.frombuffer(attributes[SKIPPED].encode(), np.uint8)
+    texts = {SKIPPED} | ({ARGUMENTS} if len(attributes.get(ARGUMENTS, "")) > LONGEST_ATTRIBUTE else set())
+    h5.attrs.update({name: value for name, value in attributes.items() if name not in texts})
+    for name in texts & attributes.keys():
+        h5[name] = np.frombuffer(attributes[name].encode(), np.uint8)
     if head is not None:
         h5["head/weight"], h5["head/bias"] = _array(head.weight), _array(head.bias)
+        for kind, words in head.negatives.items():
+            h5[f"head/negatives/{kind}"] = _array(words)
     _allocate(h5, "progress", (2,), np.dtype(np.int64))
     h5["progress"].attrs["meaning"] = "rows written; 1 if finished, else 0 or -1"
     h5["statistics"] = h5py.ExternalLink(statistics_file(path).name, "/")
+
+
+def read_attributes(h5: h5py.File) -> dict[str, Any]:
+    """Return the attributes of a file, also those that ``write_header`` has written as arrays."""
+    texts = {name: h5[name][()].tobytes().decode() for name in (SKIPPED, ARGUMENTS) if name in h5}
+    return {**h5.attrs, **texts}
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ood_scores.errors import MissingInput
 from ood_scores.models.filling import classes_in
 from ood_scores.registry import Registry
 
@@ -58,6 +59,14 @@ class ModelKind(ABC):
     def transform(self, model: nn.Module, target: str) -> Callable[[Any], Any] | None:
         """Return the function from a PIL image to the model's input; None if timm's data configuration describes it."""
         return None
+
+    def tokenizer(self, target: str) -> Any:
+        """Return the tokenizer of a model with a text encoder.
+
+        Raises:
+            MissingInput: if there is none.
+        """
+        raise MissingInput(f"{self.form} has no tokenizer: pass tokenizer= to zero_shot_classifier.")
 
     def again(self, model: nn.Module, target: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the name and the arguments that create the same network without any other file."""

@@ -17,6 +17,7 @@ from ood_scores.models.checkpoints import first_sentence
 from ood_scores.models.hub import hub_file, unreachable
 from ood_scores.models.kinds.base import MODEL_KINDS, ModelKind
 from ood_scores.models.processors import ProcessorTransform
+from ood_scores.models.zero_shot.build import tokenizer_of_transformers
 
 CLASSES = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification", "Model")
 """Endings of the names of classes that are opened."""
@@ -66,6 +67,10 @@ class TransformersModel(ModelKind):
             return None
         where, options = _place(target)
         return ProcessorTransform(_library().AutoImageProcessor.from_pretrained(where, **options))
+
+    def tokenizer(self, target: str) -> Any:
+        where, options = _place(target)
+        return tokenizer_of_transformers(where, **options)
 
     def again(self, model: nn.Module, target: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         config: Any = model.config
