@@ -81,7 +81,7 @@ def make_app(detector):
 
     def decide(images):
         with one_at_a_time:  # so that the decoded images of one request are in memory
-            found = detector.predict(images)
+            found = detector.predict(images, on_error="raise")
             monitor.update(found.score)
         return [{name: values[row].item() for name, values in found.columns().items()} for row in range(len(found))]
 

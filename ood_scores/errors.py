@@ -38,8 +38,20 @@ class EmptyInput(BadInput):
     """A loader or feature set has no rows."""
 
 
+class UnreadableImage(BadInput):
+    """An image cannot be decoded, or is refused because of its pixels."""
+
+
 class UnreadableRow(BadInput):
     """A row of a dataset cannot be read during an extraction."""
+
+
+class TooManyUnreadableRows(BadInput):
+    """So many rows of a dataset cannot be read that it is not used without them."""
+
+
+class FileSystemFault(BadInput):
+    """The file system does not deliver a file, which it may do later: unlike a damaged row, it is never left out."""
 
 
 class ProbeDoesNotApply(BadInput):

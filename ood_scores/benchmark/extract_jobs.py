@@ -145,7 +145,7 @@ def run_job(job: Job, device: str, workers: int) -> Done:
     except (CacheError, OSError):
         raise
     except UnreadableRow as error:
-        return Done(reason=str(error), remedy='write on_error = "skip" in [extraction]')
+        return Done(reason=str(error), remedy='leave out on_error = "raise" in [extraction]')
     except MissingData as error:
         return Done(reason=error.reason, remedy=error.remedy)
     except Exception as error:  # somebody's model: the others go on

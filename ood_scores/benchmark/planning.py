@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +16,10 @@ from ood_scores.benchmark.spec import Loading, Part, Preprocessing, ScorerTable,
 from ood_scores.data.dataset_spec import parse
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.kinds.base import DATASET_KINDS
-from ood_scores.errors import BadInput, CacheError, MissingData, OodScoresError, UnknownName
+from ood_scores.errors import CacheError, EmptyInput, MissingData, OodScoresError, UnknownName, UnreadableRow
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes import Probe
+from ood_scores.extraction.unreadable import ROW_ERRORS, as_row_error
 from ood_scores.features import FeatureSet, load
 from ood_scores.scorers.requirements import Has, Requirement, unmet
 from ood_scores.user_code import is_reference, referenced, source_digests
@@ -281,11 +281,15 @@ def _inspect(source: str, data: Path, download: bool, skip: bool) -> SetFacts:
 
 def _is_labeled(images: ImageDataset, skip: bool) -> bool:
     """Return whether the first row has a label, or the first that can be read."""
-    *others, last = range(len(images)) if skip else (0,)
-    for row in others:
-        with suppress(BadInput):
+    last = min(len(images) - 1, max(1, len(images) // 10)) if skip else 0
+    for row in range(last + 1):
+        try:
             return images.load(row)[1] is not None
-    return images.load(last)[1] is not None
+        except ROW_ERRORS as error:
+            found = as_row_error(error, f"row {row} of {images.name}")
+            if row == last or not isinstance(found, UnreadableRow):
+                raise found from (error if found is not error else error.__cause__)
+    raise EmptyInput(f"{images.name} has no images.")
 
 
 def _cost(job: Job, facts: SetFacts) -> float:

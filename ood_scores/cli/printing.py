@@ -18,7 +18,8 @@ HERE: dict[type[Exception], str] = {
     errors.NotFitted: "pass --fit CACHE, usually of the training set",
     errors.StaleCache: "pass --overwrite, or another CACHE to keep both",
     errors.DamagedCache: "ood-scores extract ... --overwrite",
-    errors.UnreadableRow: "add --on-error skip to the same command",
+    errors.UnreadableRow: "leave out --on-error raise",
+    errors.TooManyUnreadableRows: "repair or remove these images, then add --overwrite",
     errors.UnfinishedCache: "run the same ood-scores extract ... again",
 }
 """What to do on the command line, for errors whose message is about Python."""

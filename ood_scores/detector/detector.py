@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from ood_scores.detector.inputs import further_tensors, input_batches
 from ood_scores.detector.parts import DetectorParts
 from ood_scores.detector.prediction import Prediction, predictions_of
 from ood_scores.detector.preprocessing import Preprocessing
-from ood_scores.errors import BadInput, OtherModel
+from ood_scores.errors import BadInput, OtherModel, RowsLeftOut
 from ood_scores.extraction.loaders import input_key
 from ood_scores.extraction.options import ON_ERROR
 from ood_scores.features import FeatureSet
@@ -39,7 +40,7 @@ class Detector(DetectorParts):
     """
 
     @default_torch_state()
-    def predict(self, images: Any, *, on_error: Literal["raise", "skip"] = "raise") -> Prediction:
+    def predict(self, images: Any, *, on_error: Literal["skip", "raise"] = "skip") -> Prediction:
         """Classify images and flag those that are out of distribution.
 
         Args:
@@ -47,15 +48,19 @@ class Detector(DetectorParts):
                 tensors ``[B, C, H, W]`` are inputs of the model; uint8 arrays and tensors, PIL images, paths, and bytes
                 are images to which the model's preprocessing is applied. Other tensors of a dictionary with a tensor of
                 inputs are passed to a model whose ``forward`` has parameters of their names.
-            on_error: ``"skip"`` to leave out images of a list that cannot be read; ``Prediction.errors`` lists them.
+            on_error: ``"skip"`` to leave out images of a list that cannot be decoded, with a warning:
+                ``Prediction.errors`` lists them, and ``Prediction.image`` is the number of the image of each row.
+                ``"raise"`` stops at the first one, as a missing file and a fault of the file system always do.
 
         Raises:
             EmptyInput: if there is no image, or none that can be read.
-            BadInput, MissingData, ShapeMismatch: if these are not images, or the model cannot take their shape.
+            UnreadableImage: if an image cannot be decoded, with ``on_error="raise"`` or if it is the only one.
+            MissingData, FileSystemFault: if a file does not exist, or the operating system does not deliver it.
+            BadInput, ShapeMismatch: if these are not images, or the model cannot take their shape.
             NotFinite: if an image, a feature, or a logit is NaN or infinite.
         """
         if on_error not in ON_ERROR:
-            raise BadInput(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
+            raise BadInput(f"on_error must be 'skip' or 'raise', got {on_error!r}.")
         parts: list[Prediction] = []
         errors: dict[int, str] = {}
         further = further_tensors(images)
@@ -64,6 +69,15 @@ class Detector(DetectorParts):
             others = {name: values[start : start + len(inputs)] for name, values in further.items()}
             batch = {input_key(images): inputs, **others} if others else inputs
             parts.append(self.decide(self.forward.feature_set(batch, start)))
+        if errors:
+            first = min(errors)
+            warnings.warn(
+                f"{len(errors):,} of {len(errors) + sum(map(len, parts)):,} images cannot be read and are left out "
+                f"(image {first}: {errors[first].rstrip('.')}): errors of the prediction lists all, and image is the "
+                "number of the image of each row.",
+                RowsLeftOut,
+                stacklevel=3,
+            )
         return replace(parts[0] if len(parts) == 1 else Prediction.joined(parts), errors=errors)
 
     @default_torch_state()
@@ -100,7 +114,8 @@ class Detector(DetectorParts):
             BadInput: if there is no such key. Other errors are those of ``predict``.
         """
         is_frame = hasattr(batch, "assign")
-        columns: dict[str, Any] = self.predict(batch[input_key(batch)] if is_frame else batch).columns()
+        images = batch[input_key(batch)] if is_frame else batch
+        columns: dict[str, Any] = self.predict(images, on_error="raise").columns()
         if "label" in columns:
             columns = {"predicted_label": columns.pop("label"), **columns}
         if is_frame:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ood_scores.data.decoding import as_rgb, read_rgb
 from ood_scores.detector.preprocessing import FUNCTIONS, Transform, model_input
-from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
+from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch, UnreadableImage
 from ood_scores.extraction.loaders import input_key, label_key
 from ood_scores.features.finite import require_finite
 
@@ -45,13 +45,15 @@ def input_batches(images: Any, transform: Transform | None, errors: dict[int, st
             Without a transform, a tensor ``[B, ...]`` of any other shape and type is an input of the model, too, such
             as audio or the numbers of tokens.
         transform: a function from a PIL image to ``[C, H, W]``; None if it is unknown.
-        errors: receives the reason why a single image cannot be read, by its number, and the image is left out; None
-            to raise it.
+        errors: receives the reason why an image of a list cannot be read, by its number, and the image is left out;
+            None to raise it, as for a single image.
 
     Raises:
         EmptyInput: if there is no image, or none that can be read.
-        BadInput: if images are in none of these forms, an image cannot be read, or there is no transform for pixels.
+        BadInput: if images are in none of these forms, or there is no transform for pixels.
+        UnreadableImage: if an image cannot be decoded.
         MissingData: if a file does not exist.
+        FileSystemFault: if the operating system does not deliver a file.
         ShapeMismatch: if arrays have another shape, or the images of a batch have different sizes.
         NotFinite: if there are NaN or infinite values.
     """
@@ -82,7 +84,7 @@ def _batches(images: Any, transform: Transform | None, errors: dict[int, str] | 
     if isinstance(images, Mapping) and not _is_encoded(images):
         images = images[input_key(images)]
     if isinstance(images, (str, PathLike, bytes, Image.Image, Mapping)):
-        images = [images]
+        images, errors = [images], None
     if isinstance(images, np.ndarray) and images.dtype != object:
         images = _of_array(images, "[B, H, W, 3]", 4)
     elif isinstance(images, Tensor) and images.dtype == torch.uint8:
@@ -106,7 +108,7 @@ def _readable(
     for number, image in images:
         try:
             yield _single(image, transform)
-        except BadInput as error:
+        except UnreadableImage as error:
             if errors is None:
                 raise
             errors[number] = str(error)

@@ -28,7 +28,7 @@ class Prediction:
         p_value: the conformal p-value of "this image is in-distribution", float64; small means OoD.
         is_ood: whether the score is below the threshold.
         class_name: the name of the predicted class; None if the detector has no names.
-        errors: why images were left out, by their number in the input; empty unless ``predict`` was told to skip them.
+        errors: why images were left out, by their number in the input; empty if all could be read.
     """
 
     label: Any
@@ -53,10 +53,10 @@ class Prediction:
         return {name: values for name, values in columns.items() if values is not None}
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return a frame with a row per image and a column per array."""
+        """Return a frame with a row per image, whose index is ``image``, and a column per array."""
         import pandas as pd
 
-        return pd.DataFrame(self.columns())
+        return pd.DataFrame(self.columns(), index=self.image)
 
     def _repr_html_(self) -> str:
         facts = {"images": len(self), "OoD": int(self.is_ood.sum()), "not read": len(self.errors) or None}

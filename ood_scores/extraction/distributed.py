@@ -17,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ood_scores.errors import BadInput, ShuffledLoader, WorkerDied
 from ood_scores.extraction import loaders
 from ood_scores.extraction.one_pass import Target, Task, run, state_of
+from ood_scores.extraction.unreadable import require_few
 from ood_scores.features import Provenance
 from ood_scores.features.storage import shards
 from ood_scores.runtime import Ranks
@@ -33,6 +34,7 @@ def extract_shards(task: Task, path: Path, provenance: Provenance, ranks: Ranks,
     Raises:
         BadInput, ShuffledLoader: if the loader's rows cannot be shared, or another process has different settings.
         StaleCache: if existing shards were created with different settings, or by another number of processes.
+        TooManyUnreadableRows: if more rows cannot be read than may be left out.
         WorkerDied: if another process has ended.
     """
     rows = shares(task.batches.loader, ranks.count)
@@ -51,9 +53,14 @@ def extract_shards(task: Task, path: Path, provenance: Provenance, ranks: Ranks,
             shards.remove(path, keep=ranks.count)
         first = parts[own].start
         state = state_of(own, made_by[own], resume, overwrite, task.skip, task.row_ids, first) if resume else None
-        if not (state and state.finished):
-            run(task, Target(made_by[own], own, parts[own], state, replace=overwrite or not resume))
+        if state and state.finished:
+            found = state.provenance
+        else:
+            target = Target(made_by[own], own, parts[own], state, replace=overwrite or not resume)
+            found = run(task, target).provenance
         others.wait()
+        left_out = others.gather(found.skipped if found else ())
+        require_few(dict(itertools.chain(*left_out)), provenance.dataset_rows or 0, provenance.dataset)
         if ranks.first:
             shards.join(path, made_by)
         others.wait()

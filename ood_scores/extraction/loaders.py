@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -24,7 +24,16 @@ from torch.utils.data import (
 )
 
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, UnreadableRow
-from ood_scores.extraction.unreadable import Partial, Unreadable, copy_of, leaving_out_unreadable
+from ood_scores.extraction.unreadable import (
+    ROW_ERRORS,
+    Partial,
+    ReadableItems,
+    Unreadable,
+    as_row_error,
+    copy_of,
+    leaving_out_unreadable,
+    require_few,
+)
 from ood_scores.runtime import from_workers
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "inputs", "input", "x", "data")
@@ -147,16 +156,18 @@ class Batches:
     """A loader whose first rows have been read, without losing them.
 
     Attributes:
-        loader: the loader.
-        reading: the loader that is read: the same, or a copy whose batches are ``Partial`` where rows are unreadable.
+        loader: the loader. From its first error on, a copy is read whose batches are ``Partial``.
+        skip: whether to leave out rows that cannot be read.
         first: the first batches.
         rest: the iterator over the other batches.
+        unreadable: why rows cannot be read, by their number; "" if that is not known.
     """
 
     loader: Iterable[Any]
-    reading: Iterable[Any]
-    first: list[Any]
-    rest: Iterator[Any]
+    skip: bool = False
+    first: list[Any] = field(default_factory=list)
+    rest: Iterator[Any] = field(default_factory=lambda: iter(()))
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def look_into(cls, loader: Iterable[Any], skip: bool = False) -> Batches:
@@ -164,11 +175,11 @@ class Batches:
 
         Args:
             loader: the loader.
-            skip: whether to leave out rows that cannot be read.
+            skip: whether to leave out rows that cannot be read, if the loader allows it (see ``can_leave_out``).
 
         Raises:
             EmptyInput: if there is no row, or none that can be read.
-            BadInput: if rows of this loader cannot be left out.
+            UnreadableRow, TooManyUnreadableRows, FileSystemFault, MissingData: if rows cannot be read, nor left out.
         """
         if isinstance(loader, Dataset):
             raise BadInput("extract needs batches, got a dataset: pass DataLoader(dataset, batch_size=...).")
@@ -177,26 +188,24 @@ class Batches:
                 f"extract needs batches, got {type(loader).__name__}: pass DataLoader(dataset, batch_size=...); "
                 "ood_scores.data.sources.open_dataset opens a dataset such as 'folder:PATH'."
             )
-        reading = _leaving_out(loader) if skip else loader
-        rest = _read(reading, isinstance(loader, DataLoader) and can_jump(loader))
-        first: list[Any] = []
-        rows, reason = 0, ""
-        while rows < CHECKSUM_ROWS and (batch := next(rest, END)) is not END:
+        batches = cls(loader, skip and can_leave_out(loader))
+        batches.rest = batches._counted(loader, 0)
+        rows = 0
+        while rows < CHECKSUM_ROWS and (batch := next(batches.rest, END)) is not END:
             part = as_partial(batch)
-            reason = reason or next(iter(part.reasons.values()), "")
             if part.batch is not None:
                 part = part._replace(batch=_cloned(part.batch))  # loaders may reuse memory
             if part.rows:
-                first.append(part if part.reasons else part.batch)
+                batches.first.append(part if part.reasons else part.batch)
                 rows += part.rows - len(part.reasons)
         if not rows:
             raise EmptyInput(
-                f"no row of {dataset_name(loader)} can be read: {reason}"
-                if reason
+                f"no row of {dataset_name(loader)} can be read: {next(iter(batches.unreadable.values()))}"
+                if batches.unreadable
                 else "the loader yields no batch: check whether the dataset is empty, or smaller than a batch with "
                 "drop_last=True."
             )
-        return cls(loader, reading, first, rest)
+        return batches
 
     @property
     def example(self) -> tuple[int, Any]:
@@ -233,27 +242,64 @@ class Batches:
         A plain DataLoader skips earlier batches without loading them; other loaders are iterated over. ``stop``
         requires a loader that can skip. A batch with unreadable rows is a ``Partial``.
         """
-        loader = self.reading
+        loader = self.loader
         if (rows or stop is not None) and isinstance(loader, DataLoader) and can_jump(loader):
             self.rest = iter(())  # stops the workers of the first iterator
             size = loader.batch_sampler.batch_size  # type: ignore[union-attr]
             first, last = rows // size, None if stop is None else -(-stop // size)
             chosen = list(itertools.islice(loader.batch_sampler, first, last))  # type: ignore[arg-type]
-            return _numbered(_read(copy_of(loader, chosen), can_skip=True), first * size)
+            return _numbered(self._counted(copy_of(loader, chosen), first * size), first * size)
         numbered = _numbered(itertools.chain(self.first, self.rest), 0)
         return ((start, batch) for start, batch in numbered if start + as_partial(batch).rows > rows)
 
+    def _counted(self, loader: Iterable[Any], row: int) -> Iterator[Any]:
+        """Yield the batches of a loader, the first of which begins with row ``row``, and count what is unreadable."""
+        for batch in self._read(loader):
+            part = as_partial(batch)
+            if part.reasons:
+                self.unreadable |= {row + place: reason for place, reason in part.reasons.items()}
+                require_few(self.unreadable, row_count(self.loader) or 0, dataset_name(self.loader))
+            row += part.rows
+            yield batch
+
+    def _read(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches; an error of the dataset says how to go on, unless rows are left out from there on."""
+        done = 0
+        try:
+            for batch in from_workers(loader):
+                yield batch
+                done += 1
+        except ROW_ERRORS as error:
+            if not (self.skip and isinstance(loader, DataLoader)):
+                found = self._in_words(error)
+                raise found from (error if found is not error else error.__cause__)
+            remaining = list(itertools.islice(loader.batch_sampler, done, None))  # type: ignore[arg-type]
+            yield from from_workers(leaving_out_unreadable(loader, remaining))
+
+    def _in_words(self, error: Exception) -> BadInput:
+        found = as_row_error(error, f"a row of {dataset_name(self.loader)}")
+        if not isinstance(found, UnreadableRow):
+            return found
+        return UnreadableRow(
+            f"{found} To leave out such rows and continue, pass on_error='skip'."
+            if can_leave_out(self.loader)
+            else f"{found} Rows of this loader cannot be left out: leave them out in the loader itself, or pass a "
+            "DataLoader with a batch_size and shuffle=False over a dataset of known length."
+        )
+
     def reasons(self, rows: Collection[int]) -> dict[int, str]:
-        """Return why rows cannot be read, by reading them again."""
-        if not rows:
-            return {}
-        reading: Any = self.reading
-        indices = itertools.chain.from_iterable(reading.batch_sampler)
-        items = {row: reading.dataset[index] for row, index in enumerate(indices) if row in rows}
-        return {
-            row: item.reason if isinstance(item, Unreadable) else "it could not be read at first"
-            for row, item in items.items()
-        }
+        """Return why rows cannot be read; those whose reason is not known are read again."""
+        unknown = {row for row in rows if not self.unreadable.get(row)}
+        if unknown:
+            loader: Any = self.loader
+            indices = itertools.chain.from_iterable(loader.batch_sampler)
+            readable = ReadableItems(loader.dataset)
+            items = {row: readable[index] for row, index in enumerate(indices) if row in unknown}
+            self.unreadable |= {
+                row: item.reason if isinstance(item, Unreadable) else "it could not be read at first"
+                for row, item in items.items()
+            }
+        return {row: self.unreadable[row] for row in rows}
 
 
 def as_partial(batch: Any) -> Partial:
@@ -273,31 +319,19 @@ def _cloned(batch: Any) -> Any:
     return further | dict(zip((input_key(batch), label_key(batch)), copies, strict=True))
 
 
-def _leaving_out(loader: Iterable[Any]) -> DataLoader[Any]:
-    if isinstance(loader, DataLoader) and can_jump(loader):
-        return leaving_out_unreadable(loader)
-    raise BadInput(
-        "on_error='skip' applies to a DataLoader with a batch_size over a dataset of known length, got "
-        f"{type(loader).__name__}: leave out unreadable rows in the loader itself."
-    )
-
-
-def _read(loader: Iterable[Any], can_skip: bool) -> Iterator[Any]:
-    """Yield the batches; an error of the dataset says how to go on, if rows can be left out."""
-    try:
-        yield from from_workers(loader)
-    except BadInput as error:
-        if can_skip:
-            raise UnreadableRow(f"{error} To leave out such rows and continue, pass on_error='skip'.") from error
-        raise
-
-
 def _numbered(batches: Iterable[Any], start: int) -> Iterator[tuple[int, Any]]:
     for batch in batches:
         rows = as_partial(batch).rows
         if rows:
             yield start, batch
         start += rows
+
+
+def can_leave_out(loader: Iterable[Any]) -> bool:
+    """Return whether unreadable rows can be left out: the same batches can be read again, in the same order."""
+    if not isinstance(loader, DataLoader) or not can_jump(loader) or is_shuffled(loader):
+        return False
+    return isinstance(loader.batch_sampler.sampler, (SequentialSampler, Sequence))  # type: ignore[union-attr]
 
 
 def can_jump(loader: DataLoader[Any]) -> bool:

@@ -73,13 +73,14 @@ def run(task: Task, target: Target) -> FeatureSet:
     forward, first = task.forward, 0 if target.rows is None else target.rows.start
     done = target.state.rows if target.state else 0
     stop = None if target.rows is None else target.rows.stop
+    if target.path and target.state and target.state.has_gaps:
+        task.batches.unreadable |= dict.fromkeys((first + gap for gap in gaps.find(target.path)), "")
     remaining = task.batches.after(first + done, stop)  # before the cache is locked: forked workers share locks
     with forward.ready():
         first_start, example = task.batches.example
         first_rows = forward(example, first_start)
         no_rows = Arriving({name: values[:0] for name, values in first_rows.columns.items()})
         some_ids = task.row_ids.columns(first_start, as_partial(example))
-        reasons: dict[int, str] = {}
         assert forward.found is not None
         with _open_sink(target, forward.found, first_rows.columns | some_ids) as sink:
             row_ids = replace(task.row_ids, exist=sink.has_ids)
@@ -90,7 +91,6 @@ def run(task: Task, target: Target) -> FeatureSet:
                 for start, batch in remaining:
                     part = as_partial(batch)
                     _require_length(target.promised, start + part.rows - first, ended=False)
-                    reasons |= {start + place: reason for place, reason in part.reasons.items()}
                     if part.batch is None:
                         rows = no_rows
                     else:
@@ -101,18 +101,14 @@ def run(task: Task, target: Target) -> FeatureSet:
             if not sink.has_gaps:
                 sink.finish()
     if sink.has_gaps:
-        _remove_gaps(sink, first, task.batches, reasons)
+        _remove_gaps(sink, first, task.batches)
     return sink.feature_set() if isinstance(sink, MemorySink) else load(sink.path)
 
 
-def _remove_gaps(
-    sink: MemorySink | caches.CacheWriter, first: int, batches: Batches, reasons: Mapping[int, str]
-) -> None:
-    """Remove the rows that cannot be read; ``reasons`` are known for those that this call has met."""
+def _remove_gaps(sink: MemorySink | caches.CacheWriter, first: int, batches: Batches) -> None:
+    """Remove the rows that cannot be read."""
     found = sink.gaps if isinstance(sink, MemorySink) else gaps.find(sink.path)
-    rows = [first + gap for gap in found]
-    known = {**batches.reasons(set(rows) - reasons.keys()), **reasons}
-    skipped = [(row, known[row]) for row in rows]
+    skipped = list(batches.reasons([first + gap for gap in found]).items())
     if isinstance(sink, MemorySink):
         sink.remove_gaps(skipped)
     else:

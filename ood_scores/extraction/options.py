@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 AMP = ("bf16", "fp16")
 DTYPES = ("float16", "float32", "float64")
-ON_ERROR = ("raise", "skip")
+ON_ERROR = ("skip", "raise")
 
 
 def _shown(help: str, *, choices: Sequence[str] = (), metavar: str | None = None) -> dict[str, Any]:
@@ -58,7 +58,9 @@ class ExtractionOptions:
             parameters: ``[ODIN(epsilon=0.004), "gram", "odin:epsilon=0.004"]``. Most run the model again.
         on_error: ``"skip"`` to leave out rows that cannot be read, such as damaged images, with a warning; they are
             listed in the provenance. ``"raise"`` stops at the first one. A cache is continued with either, but one that
-            lacks rows is used only with ``"skip"``.
+            lacks rows is used only with ``"skip"``. Missing files, faults of the file system, and more than one
+            unreadable row in ten always stop, and so does any unreadable row of a loader that is not a ``DataLoader``
+            with a ``batch_size`` that reads a dataset of known length in order.
 
     Raises:
         BadInput: if a value is not one of those above, or two probes have the same name.
@@ -91,9 +93,9 @@ class ExtractionOptions:
         default=(), metadata=_shown("Probe to compute, as NAME or NAME:key=value,…; may be repeated.", metavar="NAME")
     )
     on_error: str = field(
-        default="raise",
+        default="skip",
         metadata=_shown(
-            "At an image that cannot be read: raise to stop, skip to leave it out and list it.",
+            "At an image that cannot be read: skip to leave it out and list it, raise to stop.",
             choices=ON_ERROR,
             metavar="WHAT",
         ),

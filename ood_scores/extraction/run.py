@@ -98,7 +98,11 @@ def extract(
         HeadNotFound, HeadMismatch: if no affine map computes the logits, or the named one does not; the message lists
             the candidates.
         EmptyInput: if the loader yields nothing, or nothing that can be read.
-        UnreadableRow: if an input cannot be read, without ``on_error="skip"``. The cache keeps earlier batches.
+        UnreadableRow: if an input cannot be read, with ``on_error="raise"`` or a loader of whose rows none can be left
+            out. The cache keeps earlier batches.
+        TooManyUnreadableRows: if more than one row, and more than a tenth, cannot be read.
+        MissingData, FileSystemFault: if a file is missing, or the file system does not deliver it. The cache keeps
+            earlier batches.
         NotFinite: if an activation is NaN or infinite; the message names the row. The cache keeps earlier batches.
         MissingInput: if there are ``classes``, but no tokenizer.
         BadLabels, ShapeMismatch, BadInput: if a batch or an option cannot be used, or the model cannot take a batch.

@@ -1,4 +1,8 @@
-"""Rows of a dataset that cannot be read: each is left out, and its reason is kept."""
+"""Rows of a dataset that cannot be read: each is left out, and its reason is kept.
+
+What the operating system reports, an ``OSError`` with an ``errno``, is never taken for a damaged row: a drive that
+drops out for a minute must not make a dataset smaller.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from ood_scores.errors import BadInput
+from ood_scores.errors import BadInput, FileSystemFault, MissingData, TooManyUnreadableRows, UnreadableRow
 
-REASONS = (BadInput, OSError)
+ROW_ERRORS = (BadInput, OSError)
 """Errors of a dataset that concern a single row."""
+
+SHOWN = 3
+"""Number of unreadable rows that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,11 @@ class ReadableItems(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         try:
             return self.dataset[index]
-        except REASONS as error:
-            return Unreadable(" ".join(str(error).split()))
+        except ROW_ERRORS as error:
+            found = as_row_error(error, f"row {index}")
+            if not isinstance(found, UnreadableRow):
+                raise found from (error if found is not error else error.__cause__)
+            return Unreadable(str(found))
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,39 @@ class CollateReadable:
             return self.collate(items)
         readable = [item for item in items if not isinstance(item, Unreadable)]
         return Partial(self.collate(readable) if readable else None, len(items), reasons)
+
+
+def as_row_error(error: Exception, row: str) -> BadInput:
+    """Return an ``UnreadableRow`` in one line for an error of a damaged row; for a fault of the file system, its error.
+
+    Args:
+        error: a ``BadInput`` or ``OSError`` of a dataset, perhaps with the traceback of a worker process.
+        row: what the message calls the row, if the error is not one of this package.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, (MissingData, FileSystemFault)):
+        return error
+    if isinstance(error, BadInput):
+        return UnreadableRow(text)
+    last = str(error).strip().rpartition("\n")[2].removeprefix(f"{type(error).__name__}: ")
+    if getattr(error, "errno", None) is not None or "[Errno " in last:
+        return FileSystemFault(f"{row} cannot be read ({last}): check the drive, then repeat the call.")
+    return UnreadableRow(f"{row} cannot be read ({last}): replace or remove it.")
+
+
+def require_few(reasons: Mapping[int, str], rows: int, dataset: str) -> None:
+    """Check that the unreadable rows of a dataset are few enough to leave out: one, or at most a tenth.
+
+    Raises:
+        TooManyUnreadableRows: if there are more.
+    """
+    if len(reasons) > max(1, rows // 10):
+        shown = [f"row {row}: {reasons[row].rstrip('.')}" for row in sorted(reasons) if reasons[row]][:SHOWN]
+        raise TooManyUnreadableRows(
+            f"at least {len(reasons):,} of the {rows:,} rows of {dataset} cannot be read ({'; '.join(shown)}), and no "
+            "more than a tenth is left out: check the drive and the format of the files, remove from the dataset what "
+            "cannot be repaired, and pass overwrite=True if a cache was begun."
+        )
 
 
 def copy_of(
@@ -79,7 +122,6 @@ def copy_of(
     )
 
 
-def leaving_out_unreadable(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a loader whose batches are ``Partial`` where an item cannot be read."""
-    sampler: Any = loader.batch_sampler
-    return copy_of(loader, sampler, ReadableItems(loader.dataset), CollateReadable(loader.collate_fn))
+def leaving_out_unreadable(loader: DataLoader[Any], batch_sampler: Iterable[Any]) -> DataLoader[Any]:
+    """Return the same loader with other batches, which are ``Partial`` where an item cannot be read."""
+    return copy_of(loader, batch_sampler, ReadableItems(loader.dataset), CollateReadable(loader.collate_fn))

@@ -164,7 +164,7 @@ def test_hub_row_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     dataset = open_dataset("hf:a/b")
     with pytest.raises(BadInput, match=r"cannot read the image in row 0 of b\[test\] \("):
         dataset[0]
-    with pytest.raises(MissingData, match=r"no image in row 1 of b\[test\]"):
+    with pytest.raises(BadInput, match=r"image in row 1 of b\[test\] \(it is empty\)"):
         dataset[1]
     with pytest.raises(MissingData, match=r"no image in row 2 of b\[test\], .*/b\.png"):
         dataset[2]

@@ -26,9 +26,12 @@ from ood_scores.detector.conformal import class_thresholds, p_values, threshold
 from ood_scores.errors import (
     BadInput,
     EmptyInput,
+    MissingData,
     MissingInput,
     NotFitted,
     OtherModel,
+    RowsLeftOut,
+    UnreadableImage,
 )
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes.base import probe_of, record_of
@@ -476,18 +479,22 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(tmp_path: Path) -> N
     detector = calibrate("energy", model, id=loader(64, 2))
     images: list[Any] = [Image.fromarray(pixels) for pixels in PIXELS]
     (tmp_path / "bad.png").write_bytes(b"damaged")
-    mixed = [tmp_path / "bad.png", images[0], b"no image", *images[1:], tmp_path / "none.png"]
-    found = detector.predict(mixed, on_error="skip")
-    assert found.image.tolist() == [1, 3, 4, 5, 6]
-    assert list(found.errors) == [0, 2, 7]
+    mixed = [tmp_path / "bad.png", images[0], b"no image", *images[1:]]
+    with pytest.warns(RowsLeftOut, match=r"2 of 7 images cannot be read and are left out \(image 0: .*bad\.png"):
+        found = detector.predict(mixed)
+    assert found.image.tolist() == found.to_pandas().index.tolist() == [1, 3, 4, 5, 6]
+    assert list(found.errors) == [0, 2]
     assert "bad.png" in found.errors[0]
-    assert "there is no image" in found.errors[7]
     assert same(found, detector.predict(images))
     assert list(found.to_pandas()) == list(detector.predict(images).to_pandas())
-    assert detector.predict(images, on_error="skip").errors == {}
-    with pytest.raises(BadInput, match=r"bad\.png"):
-        detector.predict(mixed)
+    assert detector.predict(images).errors == {}
+    for stopped in (lambda: detector.predict(mixed, on_error="raise"), lambda: detector.predict(mixed[0]),
+                    lambda: detector({"image": mixed})):  # fmt: skip
+        with pytest.raises(UnreadableImage, match=r"bad\.png"):
+            stopped()
+    with pytest.raises(MissingData, match=r"there is no image .*none\.png"):
+        detector.predict([*mixed, tmp_path / "none.png"])
     with pytest.raises(EmptyInput, match=r"none of the 2 images can be read, the first because: .*bad.png"):
-        detector.predict([tmp_path / "bad.png", b""], on_error="skip")
-    with pytest.raises(BadInput, match="on_error must be 'raise' or 'skip', got 'ignore'"):
+        detector.predict([tmp_path / "bad.png", b""])
+    with pytest.raises(BadInput, match="on_error must be 'skip' or 'raise', got 'ignore'"):
         detector.predict(images, on_error="ignore")  # type: ignore[arg-type]

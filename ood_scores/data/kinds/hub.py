@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ood_scores.data.dataset_spec import parse
-from ood_scores.data.decoding import as_rgb, read_rgb
+from ood_scores.data.decoding import as_rgb, read_rgb, unreadable
 from ood_scores.data.images import ImageDataset, checked_labels
 from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.data.remedies import literal, python_command
@@ -75,7 +75,7 @@ class HubImages(ImageDataset):
             case {"bytes": None, "path": str(path)}:
                 return read_rgb(path, f"{row}, {path}")
             case None:
-                raise MissingData(f"there is no image {row}")
+                raise unreadable(row, "it is empty")
             case other:
                 raise BadInput(
                     f"column {self.column!r} of {self.name} holds {type(other).__name__}, not images: write image=NAME."
