@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import shlex
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +28,12 @@ from ood_scores.models.networks.classifier import batchnorms, linear_classifier
 from ood_scores.models.opening import preprocessing
 from ood_scores.training.augment import Augmentation, augmentation, random_resized_crop, seed_of
 from ood_scores.training.distributed import Processes
-from ood_scores.training.objectives import Objective, create_objective, objective_class
+from ood_scores.training.objectives import Objective, objective_class
 from ood_scores.training.recipe import ModelTable, Recipe, Stage
-from ood_scores.training.step import leaves_some_unread, pre_logits
+from ood_scores.training.stages import trainable_parameters, tried_objective
+from ood_scores.training.step import pre_logits
 from ood_scores.training.streams import Images, OpenedImages, make_images
+from ood_scores.user_warnings import warn_user
 
 TRAINING_IMAGES = "train"
 """Value of ``data`` in ``[auxiliary]`` for the training images themselves."""
@@ -174,7 +173,7 @@ def prepare(recipe: Recipe, who: Processes, out: Path) -> Prepared:
 
 
 def _checked_objective(recipe: Recipe, stage: Stage, model: nn.Module, class_counts: list[int]) -> Objective:
-    objective = _tried_objective(stage, model, class_counts)
+    objective = tried_objective(stage, model, class_counts)
     if objective.auxiliary and recipe.auxiliary is None:
         raise MissingInput(
             f"objective {objective.name!r} needs OoD images in each step: add [auxiliary] with data = … to the recipe."
@@ -254,70 +253,6 @@ def _how_to_train(checkpoint: Path, seed: int) -> str:
     )
 
 
-def make_objective(stage: Stage, model: nn.Module, class_counts: list[int], seed: int) -> Objective:
-    """Create the objective of a stage; its own parameters depend on the seed."""
-    head = linear_classifier(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        objective = create_objective(
-            stage.objective.name,
-            class_counts=class_counts,
-            num_features=head.in_features,
-            **stage.objective.settings,
-        )
-    if objective.through_batchnorm and not batchnorms(model):
-        raise BadInput(
-            f"objective {objective.name!r} works through BatchNorm, and {type(model).__name__} has none: choose "
-            "another model, or set objective.auxiliary = false."
-        )
-    return objective
-
-
-def _tried_objective(stage: Stage, model: nn.Module, class_counts: list[int]) -> Objective:
-    """Create the objective of a stage and try it on random features, because not all check their settings."""
-    try:
-        objective = make_objective(stage, model, class_counts, seed=0)
-        leaves_some_unread(objective, linear_classifier(model))
-    except TypeError as error:
-        settings = dict(stage.objective.settings)
-        raise BadInput(
-            f"objective {stage.objective.name!r} failed ({error}): check its settings {settings}."
-        ) from error
-    return objective
-
-
-def trainable_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Return the names of the parameters that the patterns of ``Stage.trainable`` select.
-
-    Raises:
-        BadInput: if a pattern matches no parameter, or no parameter is left to train.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
-    chosen = {name for pattern in wanted for name in _matching(model, names, pattern)} if wanted else set(names)
-    for pattern in patterns:
-        if pattern.startswith("!"):
-            chosen -= set(_matching(model, names, pattern[1:]))
-    if not chosen:
-        raise BadInput(f"trainable = {list(patterns)} leaves no parameter to train: remove a pattern.")
-    return [name for name in names if name in chosen]
-
-
-def _matching(model: nn.Module, names: list[str], pattern: str) -> list[str]:
-    if pattern == "batchnorm":  # BatchNorm without parameters still updates its statistics
-        norms = {id(p) for norm in batchnorms(model) for p in norm.parameters()}
-        return [name for name, parameter in model.named_parameters() if id(parameter) in norms]
-    if pattern == "head":
-        head = {id(parameter) for parameter in linear_classifier(model).parameters()}
-        return [name for name, parameter in model.named_parameters() if id(parameter) in head]
-    found = fnmatch.filter(names, pattern)
-    if not found:
-        raise BadInput(
-            f"trainable: no parameter matches {pattern!r}: write batchnorm, head or a pattern such as {names[0]!r}."
-        )
-    return found
-
-
 def input_of(model: nn.Module) -> ToInput:
     """Return the evaluation transform of a model, in two parts."""
     steps = _steps(preprocessing(model))
@@ -389,7 +324,7 @@ def _class_counts(recipe: Recipe, labels: np.ndarray, outputs: int) -> np.ndarra
         lacking = f"{name} has no training images of {len(empty)} of {outputs} classes, such as class {empty[0]}"
         if "num_classes" not in recipe.model.arguments:
             raise BadLabels(f"{lacking}: number the classes without gaps, or set num_classes of [model].")
-        warnings.warn(f"{lacking}: the network learns never to predict them.", stacklevel=4)
+        warn_user(f"{lacking}: the network learns never to predict them.")
     return counts
 
 

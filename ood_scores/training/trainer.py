@@ -21,7 +21,8 @@ from ood_scores.training.distributed import Processes, processes
 from ood_scores.training.log import Log, require_tensorboard, write_log
 from ood_scores.training.recipe import Recipe, Stage
 from ood_scores.training.recipe_file import load_recipe
-from ood_scores.training.setup import Prepared, make_objective, prepare, trainable_parameters
+from ood_scores.training.setup import Prepared, prepare
+from ood_scores.training.stages import make_objective, trainable_parameters
 from ood_scores.training.state import (
     LAST,
     STATE,

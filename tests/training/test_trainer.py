@@ -32,7 +32,7 @@ from ood_scores.models.opening import load_model, preprocessing
 from ood_scores.training import Trained, train
 from ood_scores.training.augment import augmentation
 from ood_scores.training.recipe_file import recipe_from
-from ood_scores.training.setup import trainable_parameters
+from ood_scores.training.stages import trainable_parameters
 from ood_scores.training.state import load_state
 from ood_scores.training.streams import cycled, order
 
