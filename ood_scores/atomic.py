@@ -7,7 +7,6 @@ import glob
 import io
 import os
 import uuid
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ood_scores.errors import BadInput, CacheBusy, CacheWriteFailed
+from ood_scores.user_warnings import warn_user
 
 try:
     import fcntl
@@ -52,10 +52,9 @@ class LockedFile(io.FileIO):
             super().close()
             raise CacheBusy(f"{path} is being written by another process: wait for it.") from error
         except OSError as error:
-            warnings.warn(
+            warn_user(
                 f"the file system of {path.parent} has no locks ({error.strerror}): make sure that no two processes "
                 "write the same file there.",
-                stacklevel=2,
             )
 
     def write(self, data: Any) -> int:

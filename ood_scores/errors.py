@@ -131,3 +131,7 @@ class WorkerDied(OodScoresError, RuntimeError):
 
 class RowsLeftOut(UserWarning):
     """Rows of a dataset were left out of an extraction because they cannot be read."""
+
+
+class NearChance(UserWarning):
+    """The accuracy on a dataset that was extracted is near chance."""

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ood_scores"
 
 FLOORS = (
-    {"errors", "terminal"},
+    {"errors", "terminal", "user_warnings"},
     {"user_code", "notebook"},
     {"registry", "atomic", "progress", "runtime"},
     {"parameters", "toml_tables"},

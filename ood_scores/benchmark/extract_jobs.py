@@ -24,6 +24,7 @@ from ood_scores.errors import (
     CacheError,
     DamagedCache,
     MissingData,
+    NearChance,
     ProbeDoesNotApply,
     RowsLeftOut,
     StaleCache,
@@ -140,7 +141,8 @@ def run_job(job: Job, device: str, workers: int) -> Done:
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RowsLeftOut)  # the results have it
+            for category in (RowsLeftOut, NearChance):
+                warnings.simplefilter("ignore", category)  # the results have it
             feats = _extract(job, device, workers)
     except (CacheError, OSError):
         raise

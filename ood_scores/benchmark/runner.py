@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,6 +30,7 @@ from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput, CacheBusy, OodScoresError
 from ood_scores.extraction.run import PACKAGES
 from ood_scores.progress import showing_work, stderr_console
+from ood_scores.user_warnings import warn_user
 
 RUNS = "runs"
 LOCK = ".lock"
@@ -96,7 +96,7 @@ def run(
         save(results, files)
         _report(results, chosen, base, say)
     for part, text in results.warnings[["part", "warning"]].drop_duplicates().itertuples(index=False):
-        warnings.warn(f"{part}: {text}", stacklevel=2)
+        warn_user(f"{part}: {text}")
     return results
 
 

@@ -23,9 +23,9 @@ from ood_scores.benchmark.spec import Part
 from ood_scores.benchmark.unit_files import Found, SetScores
 from ood_scores.errors import EmptyInput, OodScoresError
 from ood_scores.evaluation import metrics
-from ood_scores.evaluation.accuracy import label_warnings
 from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
+from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.scorers import Scorer
 from ood_scores.scorers.registry import scorer_class

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +76,7 @@ def extract(
 
     import ood_scores
     from ood_scores.data.sources import open_dataset
-    from ood_scores.evaluation.accuracy import accuracy_of, near_chance
+    from ood_scores.features.accuracy import accuracy_of
     from ood_scores.models.class_names import in_models_order
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.runtime import Ranks
@@ -108,9 +107,6 @@ def extract(
         f"[green]✓[/] {len(feats):,} rows of {feats.num_features} features{classes}{correct} in "
         f"[bold]{marked(cache)}[/]"
     )
-    chance = near_chance(accuracy, len(feats), feats.num_classes, f"dataset {data!r}")
-    if chance:
-        warnings.warn(f"{chance} That of an OoD set means nothing.", stacklevel=1)
 
 
 def _kept(cache: Path, continues: bool) -> str:

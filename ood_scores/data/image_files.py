@@ -5,13 +5,13 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
 from ood_scores.data.decoding import SUFFIXES
+from ood_scores.user_warnings import warn_user
 
 IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 
@@ -89,7 +89,7 @@ class Search:
             shown["others"] = rest
         if shown:
             counts = ", ".join(f"{what} ({count:,})" for what, count in shown.items())
-            warnings.warn(f"left out in {place}: {counts}.", stacklevel=3)
+            warn_user(f"left out in {place}: {counts}.")
 
     def _entries(self, folder: str | PathLike[str]) -> list[os.DirEntry[str]]:
         try:

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -39,6 +38,7 @@ from ood_scores.models.opening import load_stored_model, require_known
 from ood_scores.models.origin import origin_of
 from ood_scores.models.running import architecture, model_device, unwrapped, weights_sha256
 from ood_scores.scorers.storage import load_scorer
+from ood_scores.user_warnings import warn_user
 
 PACKAGES = ("ood_scores", "torch", "timm", "numpy")
 
@@ -65,11 +65,10 @@ def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model
         new.describe(_describe(detector))
     transform, own = detector.transform, _own_transform(detector.model)
     if transform is not None and transform is not own and detector.stored_preprocessing is None:
-        warnings.warn(
+        warn_user(
             f"the preprocessing is a function, {detector.transform_text}, which is not saved with the detector: pass "
             "it to Detector.load(path, preprocessing=...), or calibrate with an image processor, weights.transforms(), "
             "or a dictionary.",
-            stacklevel=3,
         )
 
 
@@ -228,10 +227,9 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
     reason = _difference(detector, file)
     if reason:
         file.unlink()
-        warnings.warn(
+        warn_user(
             f"the model is not saved with the detector, because {reason}: if it was created with arguments of "
             "timm.create_model, pass save(..., arguments={...}); else pass the model to Detector.load(path, model).",
-            stacklevel=4,
         )
 
 

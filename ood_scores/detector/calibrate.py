@@ -17,18 +17,19 @@ from ood_scores.detector.detector import Detector, require_weights
 from ood_scores.detector.image_check import check_preprocessing
 from ood_scores.detector.prediction import predictions_of
 from ood_scores.detector.preprocessing import Preprocessing, preprocessing_of
-from ood_scores.errors import BadInput, NotFitted
-from ood_scores.evaluation.accuracy import label_warnings
+from ood_scores.errors import BadInput, NearChance, NotFitted
 from ood_scores.extraction import extract
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions, options_from, takes_options
 from ood_scores.features import FeatureSet, OneSet, as_feature_set
+from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import shared_rows
 from ood_scores.models.running import unwrapped, weights_sha256
 from ood_scores.models.zero_shot.classifier import ZeroShotClassifier
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer, as_scorer, fit_all
 from ood_scores.scorers.requirements import probes_for
+from ood_scores.user_warnings import warn_user
 
 Data = OneSet | Iterable[Any]
 
@@ -102,7 +103,9 @@ def calibrate(
         given = options_from(options)
         known = [probe.name for probe in given.all_probes]
         missing = [probe for probe in probes_for(needs) if probe.name not in known]
-        return extract(model, data, device=device, **options | {"probes": [*given.probes, *missing]})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NearChance)  # warned of below
+            return extract(model, data, device=device, **options | {"probes": [*given.probes, *missing]})
 
     if options and isinstance(id, FeatureSet) and isinstance(fit, FeatureSet | None):
         raise BadInput(f"{', '.join(options)} apply to loaders, but there are only feature sets: leave them out.")
@@ -113,17 +116,16 @@ def calibrate(
     id_set = as_set(id, "id", ready.needs)
     _warn_of_same_data(ready, fit_set, id_set, fit is id)
     for text in label_warnings(id_set, "ID set"):
-        warnings.warn(text, stacklevel=3)
+        warn_user(text)
     scores = ready.score(id_set).numpy()
     label, _ = predictions_of(id_set)
     num_classes = id_set.num_classes or 0
     own = model.class_names if isinstance(model, ZeroShotClassifier) else None
     names_of_classes = own if classes is None else ordered(classes, num_classes)
     if len(scores) > 1 and scores.min() == scores.max():
-        warnings.warn(
+        warn_user(
             f"{ready.name!r} gives all ID images the same score, so that the detector may reject nothing: choose "
             "another scorer, or check the model.",
-            stacklevel=3,
         )
     detector = Detector(
         forward=Forward(model, _options_of(id_set, names)),
@@ -166,11 +168,10 @@ def _warn_of_same_data(scorer: Scorer, fit: FeatureSet | None, id: FeatureSet, s
         return
     rows = _rows_fitted_on(scorer, fit, id)
     if same or rows:
-        warnings.warn(
+        warn_user(
             f"the threshold is calibrated on {rows or len(id):,} of {len(id):,} rows that {scorer.name!r} was fitted "
             "on, whose scores differ from those of new images, so that it keeps a different share of these: pass "
             "held-out data as id=.",
-            stacklevel=4,
         )
 
 

@@ -12,7 +12,6 @@ inductive conformal predictors (``delta``); Bates et al. 2023, Testing for outli
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -24,6 +23,7 @@ from scipy.special import betainc
 
 from ood_scores.errors import BadInput, BadLabels, ShapeMismatch
 from ood_scores.evaluation.threshold_counts import Scores, checked_scores
+from ood_scores.user_warnings import warn_user
 
 ROUNDING = 1e-12
 """Relative amount by which p-values may exceed Benjamini and Hochberg's bounds, since both are rounded."""
@@ -92,10 +92,9 @@ def threshold(scores: Scores, keep: float = 0.95, *, delta: float | None = None)
     check_shares(keep=keep, delta=delta)
     found = threshold_of(checked_scores(scores, "calibration"), keep, delta)
     if found.rank == 0:
-        warnings.warn(
+        warn_user(
             f"{found.n} calibration rows are too few to keep {keep:g}{_surely(delta)}, so that no row can be rejected "
             f"(the threshold is -inf): at least {_rows_needed(keep, delta)} are needed.",
-            stacklevel=2,
         )
     return found
 
@@ -127,11 +126,10 @@ def class_thresholds(
     too_few = [index for index, each in enumerate(found) if each.rank == 0]
     if too_few:
         named = ", ".join(map(str, too_few[:5])) + (", …" if len(too_few) > 5 else "")
-        warnings.warn(
+        warn_user(
             f"{len(too_few)} of {classes} classes ({named}) are predicted for too few calibration rows to keep "
             f"{keep:g}{_surely(delta)}, so that no row predicted as one of them can be rejected (its threshold is "
             f"-inf): each needs at least {_rows_needed(keep, delta)} rows.",
-            stacklevel=2,
         )
     return found
 

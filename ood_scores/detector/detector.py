@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +24,7 @@ from ood_scores.features import FeatureSet
 from ood_scores.models.running import architecture, choose_device, model_dtype
 from ood_scores.notebook import facts_html
 from ood_scores.runtime import default_torch_state
+from ood_scores.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from ood_scores.detector.export import DetectorGraph
@@ -71,12 +71,11 @@ class Detector(DetectorParts):
             parts.append(self.decide(self.forward.feature_set(batch, start)))
         if errors:
             first = min(errors)
-            warnings.warn(
+            warn_user(
                 f"{len(errors):,} of {len(errors) + sum(map(len, parts)):,} images cannot be read and are left out "
                 f"(image {first}: {errors[first].rstrip('.')}): errors of the prediction lists all, and image is the "
                 "number of the image of each row.",
                 RowsLeftOut,
-                stacklevel=3,
             )
         return replace(parts[0] if len(parts) == 1 else Prediction.joined(parts), errors=errors)
 

@@ -20,6 +20,7 @@ from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.loaders import is_in_order
 from ood_scores.features import FeatureSet
 from ood_scores.models.running import model_dtype
+from ood_scores.user_warnings import warn_user
 
 IMAGES = 8
 """Number of images to check, evenly spaced in the dataset."""
@@ -112,9 +113,8 @@ def _warn_of_other_text(detector: DetectorParts) -> None:
     """Warn if the text of the preprocessing differs from that of the calibration set."""
     known = detector.data.preprocessing if detector.data else ""
     if known and known != detector.transform_text:
-        warnings.warn(
+        warn_user(
             f"the preprocessing of the calibration images was {known}, but that of images passed to predict is "
             f"{detector.transform_text}; unless both are equivalent, the threshold is not valid: pass "
             "preprocessing=..., or tensors.",
-            stacklevel=4,
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -28,6 +27,7 @@ from ood_scores.errors import BadInput, MissingInput
 from ood_scores.models.opening import preprocessing as timm_transform
 from ood_scores.models.origin import origin_of
 from ood_scores.models.processors import ProcessorTransform
+from ood_scores.user_warnings import warn_user
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 Preprocessing: TypeAlias = Mapping[str, Any] | Transform
@@ -241,10 +241,9 @@ def _require_known(config: Mapping[str, Any], missing: Set[str]) -> None:
     )
     if missing != set(RESIZING):
         raise BadInput(f"the model is not from timm, so the {names} of its training are unknown: {how}")
-    warnings.warn(
+    warn_user(
         f"the model is not from timm, so the {names} of its training are unknown, and the detector will accept only "
         f"images of the input size: {how}",
-        stacklevel=2,
     )
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
-from ood_scores.evaluation.accuracy import label_warnings
 from ood_scores.evaluation.metrics import compare, table_metrics
 from ood_scores.features import Block, FeatureSet, Sets, as_feature_set
+from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.progress import showing_work
 from ood_scores.scorers.base import Scorer, as_scorer, fit_all, require_same_weights, score_all
 from ood_scores.scorers.registry import create_scorer, list_scorers
 from ood_scores.scorers.requirements import cannot_run
 from ood_scores.scorers.scorer_runs import ScorerRun, check_runs, fit_runs, score_runs
+from ood_scores.user_warnings import warn_user
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +114,7 @@ def evaluate(
         "warnings": [*map(str, shared), *label_warnings(id, "ID set", accuracy)],
     }
     for text in table.attrs["warnings"]:
-        warnings.warn(text, stacklevel=2)
+        warn_user(text)
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from ood_scores.features.storage import gaps
 from ood_scores.features.storage.texts import IDS
 from ood_scores.progress import ProgressBar
 from ood_scores.runtime import Arriving
+from ood_scores.user_warnings import warn_user
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _remove_gaps(sink: MemorySink | caches.CacheWriter, first: int, batches: Bat
 def warn_of_rows_left_out(feats: FeatureSet) -> None:
     """Warn of rows of the dataset that the set lacks, if it does."""
     if feats.provenance and feats.provenance.skipped:
-        warnings.warn(feats.provenance.left_out, RowsLeftOut, stacklevel=4)
+        warn_user(feats.provenance.left_out, RowsLeftOut)
 
 
 def state_of(
@@ -186,10 +186,9 @@ def _open_sink(
         yield MemorySink(target.promised, found.head, provenance, IDS in columns)
         return
     if provenance.shuffled:
-        warnings.warn(
+        warn_user(
             f"the order of the loader is random, so that {target.path} can neither be resumed nor compared with "
             "another run: use shuffle=False.",
-            stacklevel=7,
         )
     if target.state:
         writer = caches.CacheWriter.resume(target.path, target.state)

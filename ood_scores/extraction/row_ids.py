@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ood_scores.features.provenance import WHAT_TO_DO
 from ood_scores.features.storage import cache as caches
 from ood_scores.features.storage.checksums import checked
 from ood_scores.features.storage.texts import IDS, as_bytes, packed, padded, unpacked
+from ood_scores.user_warnings import warn_user
 
 SHOWN = 3
 """Number of repeated ids that a warning lists."""
@@ -124,6 +124,4 @@ def warn_of_repeated_ids(feats: FeatureSet) -> None:
     if repeated:
         shown = ", ".join(f"{str(name)!r} ({count} rows)" for name, count in repeated[:SHOWN])
         more = f", and {len(repeated) - SHOWN:,} more" if len(repeated) > SHOWN else ""
-        warnings.warn(
-            f"several rows have the same id: {shown}{more}. Their pictures cannot be told apart by it.", stacklevel=5
-        )
+        warn_user(f"several rows have the same id: {shown}{more}. Their pictures cannot be told apart by it.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from ood_scores.extraction.options import options_from, takes_options
 from ood_scores.extraction.probes.base import record_of
 from ood_scores.extraction.row_ids import warn_of_repeated_ids
 from ood_scores.features import FeatureSet, Provenance, load
+from ood_scores.features.accuracy import warn_of_chance
 from ood_scores.features.storage import shards
 from ood_scores.models.class_names import other_order
 from ood_scores.models.origin import origin_of
@@ -34,6 +34,7 @@ from ood_scores.models.zero_shot.build import as_classifier
 from ood_scores.models.zero_shot.towers import Tokenizer
 from ood_scores.progress import stderr_console
 from ood_scores.runtime import Ranks, default_torch_state
+from ood_scores.user_warnings import warn_user
 
 PACKAGES = ("ood_scores", "torch", "timm", "h5py", "numpy")
 
@@ -120,7 +121,7 @@ def extract(
     forward = Forward(model, chosen, choose_device(model, device, ranks.local))
     order = other_order(getattr(loader, "dataset", None), model) if ranks.first else None
     if order:
-        warnings.warn(order, stacklevel=4)
+        warn_user(order)
     batches = loaders.Batches.look_into(loader, skip=chosen.on_error == "skip")
     provenance = _describe(forward, batches, name)
     task = Task(forward, batches, progress and ranks.first)
@@ -142,6 +143,7 @@ def _extracted(
     if cache is None:
         feats = run(task, Target(provenance))
         warn_of_repeated_ids(feats)
+        warn_of_chance(feats)
         return feats
     path = user_path(cache)
     state = state_of(path, provenance, resume, overwrite, task.skip, task.row_ids)
@@ -157,14 +159,14 @@ def _extracted(
             )
         extract_shards(task, path, provenance, ranks, resume, overwrite)
         feats = load(path)
-        if ranks.first:
-            warn_of_repeated_ids(feats)
-        return feats
-    if not (state or overwrite):
-        shards.require_no_others(path)
-    feats = run(task, Target(provenance, path, state=state, replace=overwrite or not resume))
-    warn_of_repeated_ids(feats)
-    shards.remove(path)  # of the cache that was replaced
+    else:
+        if not (state or overwrite):
+            shards.require_no_others(path)
+        feats = run(task, Target(provenance, path, state=state, replace=overwrite or not resume))
+        shards.remove(path)  # of the cache that was replaced
+    if ranks.first:
+        warn_of_repeated_ids(feats)
+        warn_of_chance(feats)
     return feats
 
 
@@ -179,11 +181,10 @@ def _warn_of_encoder(forward: Forward) -> None:
     """Warn of a model that was taken for an encoder although nothing says so."""
     encoder = forward.found.encoder if forward.found else None
     if encoder and not encoder.is_declared:
-        warnings.warn(
+        warn_user(
             f"no affine map computes the output of {architecture(forward.model)}, which is taken for an encoder: the "
             "output is kept as the features, without logits. Set model.num_classes = 0 to confirm it; if these are the "
             "logits of a classifier, name its last layer with head='module.name'.",
-            stacklevel=5,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,24 +45,14 @@ def in_models_order(dataset: ImageDataset, model: nn.Module) -> ImageDataset:
     """Return a dataset with labels in the order of the model's classes, if the names of both are known.
 
     Folders named by numbers from 0 are the classes of these numbers. If only some of the dataset's classes are among
-    those of the model, and have other labels, a warning names the rest, and the dataset is returned as it is.
+    those of the model, the dataset is returned as it is, and ``extract`` warns (see ``other_order``).
     """
     names = dataset.class_names
     classes = (_numbers(names, model) or class_names(model)) if names else None
     if not names or not classes:
         return dataset
     found = numbers_of(names, classes)
-    if len(found) == len(names):
-        return renumbered(dataset, classes, "the model's list")
-    if any(found.get(name, number) != number for number, name in enumerate(names)):
-        others = [name for name in names if name not in found]
-        warnings.warn(
-            f"{len(others)} of the {len(names)} classes of {dataset.name} are not classes of the model ("
-            f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}), so its labels are not in the model's order: "
-            "remove these classes, or name all in the model's order with ?classes=FILE.",
-            stacklevel=2,
-        )
-    return dataset
+    return renumbered(dataset, classes, "the model's list") if len(found) == len(names) else dataset
 
 
 def other_order(dataset: Any, model: nn.Module) -> str | None:
@@ -84,8 +73,16 @@ def other_order(dataset: Any, model: nn.Module) -> str | None:
         return None
     found = numbers_of(names, classes)
     wrong = next((number for number, name in enumerate(names) if found.get(name, number) != number), None)
-    if len(found) < len(names) or wrong is None:
+    if wrong is None:
         return None
+    if len(found) < len(names):
+        others = [name for name in names if name not in found]
+        return (
+            f"{len(others)} of the {len(names)} classes of the dataset are not classes of the model ("
+            f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}), so its labels are not in the model's order: "
+            "remove these classes, or name all in the model's order with ?classes=FILE or a target_transform. For an "
+            "OoD set, this means nothing."
+        )
     return (
         f"the labels of the dataset are not in the order of the model's classes: {names[wrong]!r} has the label "
         f"{wrong}, but is class {found[names[wrong]]} of the model. Renumber them, with "

@@ -9,7 +9,6 @@ the path of a folder that ``save_pretrained`` wrote), or that of a function of t
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from ood_scores.models.processors import ProcessorTransform
 from ood_scores.models.zero_shot.build import STORED, TEXTS, as_classifier, check_texts
 from ood_scores.registry import did_you_mean
 from ood_scores.user_code import is_reference
+from ood_scores.user_warnings import warn_user
 
 
 def load_model(
@@ -105,10 +105,9 @@ def preprocessing(
     if origin and origin.transform:
         return _changed(origin.transform, mean, std, changes)
     if origin and origin.name and not hasattr(model, "pretrained_cfg"):
-        warnings.warn(
+        warn_user(
             f"the preprocessing of {origin.name} is unknown, and images are resized and normalized as for ImageNet: "
             "give the model an attribute transform, a function from a PIL image to its input.",
-            stacklevel=2,
         )
     channels = _channels(model)
     config = resolve_model_data_config(model) | changes

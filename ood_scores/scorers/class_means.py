@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from ood_scores.scorers.numerics.distances import inner
 from ood_scores.scorers.papers import HENDRYCKS_2022
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.user_warnings import warn_user
 
 CLOSEST = 1e-12
 """The smallest length that a vector counts as before it divides."""
@@ -211,7 +211,6 @@ def warn_of_classes_without_rows(name: str, counts: Tensor) -> None:
     """Warn if some classes have no correctly predicted row in the fit set."""
     lacking = int((counts == 0).sum())
     if lacking:
-        warnings.warn(
+        warn_user(
             f"{name}: {lacking} of {len(counts)} classes have no correctly predicted row in the fit set.",
-            stacklevel=6,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -21,6 +20,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.entropy import GEN
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.user_warnings import warn_user
 
 LING_2025 = Paper(
     "CADRef: Robust Out-of-Distribution Detection via Class-Aware Decoupled Relative Feature Leveraging",
@@ -139,10 +139,9 @@ class CADRef(_RelativeToClass):
         self.signs_ = feats.head.weight.sign().to(self.means_.device, torch.int8)
         self.mean_confidence_ = found[MeanConfidence(self.confidence)]
         if self.mean_confidence_ <= 0:
-            warnings.warn(
+            warn_user(
                 f"cadref: the confidence {self.confidence!r} is {self.mean_confidence_:.3g} on average over the fit "
                 "set, but must be positive: choose 'msp' or 'gen'.",
-                stacklevel=5,
             )
 
     def score_block(self, block: Block) -> Tensor:
@@ -272,10 +271,9 @@ def _means_of_predicted(name: str, groups: GroupMeans) -> Tensor:
     empty = groups.counts == 0
     if not empty.any():
         return groups.means
-    warnings.warn(
+    warn_user(
         f"{name}: {int(empty.sum())} of {len(empty)} classes are never predicted in the fit set and get the mean of "
         "all rows.",
-        stacklevel=6,
     )
     shares = groups.counts.double() / groups.counts.sum()
     return torch.where(empty[:, None], shares @ groups.means, groups.means)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.papers import LEE_2018
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.user_warnings import warn_user
 
 AMPLIFIED = 3e5
 """Float32 features are whitened in float32 unless whitening multiplies the length of deviations by more than this."""
@@ -297,8 +297,7 @@ def classes_present(counts: Tensor, name: str) -> Tensor:
     """Mask of the classes that have rows to fit, bool ``[C]``; warns if some have none."""
     present = counts > 0
     if not present.all():
-        warnings.warn(
+        warn_user(
             f"{name}: {int((~present).sum())} of {len(counts)} classes have no fit row and are left out.",
-            stacklevel=6,
         )
     return present

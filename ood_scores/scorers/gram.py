@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from ood_scores.scorers.base import fitted
 from ood_scores.scorers.multilayer import LayeredScorer
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.user_warnings import warn_user
 
 SMALLEST_BOUND = 1e-6
 """The smallest bound by which a deviation is divided, and the constant added to the mean deviation, as in Gram's code.
@@ -92,10 +92,9 @@ class Gram(LayeredScorer):
         self.low_ = [smallest[:, 0].clone() for smallest in low]
         self.high_ = [largest[:, 0].clone() for largest in high]
         if (counts == 0).any():
-            warnings.warn(
+            warn_user(
                 f"gram: {int((counts == 0).sum())} of {len(counts)} classes are never predicted in the fit set and "
                 "get the range of all rows.",
-                stacklevel=5,
             )
             for smallest, largest in zip(self.low_, self.high_, strict=True):
                 smallest[counts == 0], largest[counts == 0] = smallest.amin(dim=0), largest.amax(dim=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from ood_scores.scorers.numerics.cholesky import (
 )
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.user_warnings import warn_user
 
 DENSITY_BYTES = 4 * 2**20
 """Bound on the whitened copy ``[rows, D]`` of one step of the density, so that it stays in the CPU caches."""
@@ -112,9 +112,8 @@ class GMM(Scorer):
         present = classes_present(moments.counts, self.name)
         classes, counts = present.nonzero()[:, 0], moments.counts[present]
         if (counts == 1).any():
-            warnings.warn(
+            warn_user(
                 f"gmm: {int((counts == 1).sum())} classes have a single fit row and get the tied covariance.",
-                stacklevel=5,
             )
         self.means_ = moments.means[present]
         self.factors_, firsts = _factors(counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -11,6 +10,7 @@ from ood_scores.errors import BadInput
 from ood_scores.parameters import require_known
 from ood_scores.registry import Registry
 from ood_scores.user_code import is_reference, referenced
+from ood_scores.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
@@ -74,7 +74,7 @@ def registered_name(name: str) -> str | None:
 @cache
 def tell_alias(alias: str, name: str) -> None:
     """Say what an alias stands for, once in a process."""
-    warnings.warn(f"{alias} is {name} here.", stacklevel=6)
+    warn_user(f"{alias} is {name} here.")
 
 
 def is_registered(cls: type) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +16,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.papers import HAAS_2024
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.user_warnings import warn_user
 
 COOLEST, HOTTEST = 0.01, 100.0
 """The range of temperatures that the fit searches."""
@@ -138,10 +138,9 @@ class Temperature(Scorer):
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         best = best_inverse_temperature(found[Logits()], feats.class_labels())
         if best is None:
-            warnings.warn(
+            warn_user(
                 f"temperature: no T between {COOLEST} and {HOTTEST} minimizes the loss on these rows, so T stays 1: "
                 "fit on rows that the model was not trained on.",
-                stacklevel=5,
             )
         self.temperature_ = 1.0 if best is None else 1 / best
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.gaussian import whitened, whitening
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.user_warnings import warn_user
 
 WANG_2022 = Paper(
     "ViM: Out-Of-Distribution with Virtual-logit Matching",
@@ -150,10 +150,9 @@ class ViM(_ResidualScorer):
         rows = found[SampledRows()].split(BLOCK_ROWS)
         self.alpha_ = logit / float(torch.cat([self.residual_norm(some) for some in rows]).mean())
         if self.alpha_ <= 0:
-            warnings.warn(
+            warn_user(
                 f"vim: the largest logits of the fit set are {logit:.3g} on average, so alpha is not positive and "
                 "a residual raises the score.",
-                stacklevel=5,
             )
 
     def score_block(self, block: Block) -> Tensor:

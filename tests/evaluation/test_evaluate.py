@@ -22,8 +22,8 @@ from ood_scores.errors import (
     ShapeMismatch,
     UnknownName,
 )
-from ood_scores.evaluation.accuracy import near_chance
 from ood_scores.features import Block, Provenance
+from ood_scores.features.accuracy import near_chance
 
 COLUMNS = ["scorer", "ood", "auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "n_id", "n_ood"]
 HEAD = Head(torch.randn(4, 6, generator=torch.Generator().manual_seed(9)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -16,6 +15,7 @@ from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.storage import statistics_store
 from ood_scores.runtime import default_torch_state
+from ood_scores.user_warnings import warn_user
 
 VALUES = 2**17
 """The number of values that are hashed at a time: they fit the processor's caches."""
@@ -147,7 +147,7 @@ def overlaps(fit: FeatureSet | None, id: FeatureSet, ood: Mapping[str, FeatureSe
     return [overlap for overlap in found if overlap.matters]
 
 
-def warn_of_overlaps(found: Iterable[Overlap], stacklevel: int = 3) -> None:
+def warn_of_overlaps(found: Iterable[Overlap]) -> None:
     """Warn of each overlap that matters."""
     for overlap in filter(lambda each: each.matters, found):
-        warnings.warn(str(overlap), stacklevel=stacklevel)
+        warn_user(str(overlap))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ood_scores.errors import BadLabels
-from ood_scores.features import FeatureSet
+from ood_scores.errors import BadLabels, NearChance
+from ood_scores.features.featureset import FeatureSet
 from ood_scores.runtime import default_torch_state
+from ood_scores.user_warnings import warn_user
 
 LEAST_ROWS = 50
 """The fewest rows whose accuracy can be near chance."""
@@ -48,6 +49,14 @@ def near_chance(accuracy: float | None, rows: int, classes: int | None, name: st
         f"the accuracy on the {name} is {accuracy:.2%}, near chance for {classes:,} classes: check that the set is "
         "in-distribution, and that its labels are in the order of the model's classes."
     )
+
+
+def warn_of_chance(feats: FeatureSet) -> None:
+    """Warn if the accuracy on a set that has just been extracted is near chance."""
+    name = f"dataset {feats.provenance.dataset!r}" if feats.provenance else "dataset"
+    text = near_chance(accuracy_of(feats), len(feats), feats.num_classes, name)
+    if text:
+        warn_user(f"{text} That of an OoD set means nothing.", NearChance)
 
 
 def label_warnings(feats: FeatureSet, name: str, accuracy: float | None = None) -> list[str]:
