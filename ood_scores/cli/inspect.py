@@ -46,7 +46,7 @@ def inspect(
         statistics = statistics_store.names(cache, h5.attrs["identity"])
         if verify:
             caches.require_finished(h5)
-            screen.print(_verified(h5))
+            screen.print(_verified(h5), soft_wrap=True)
     if statistics:
         screen.print(f"statistics kept: {', '.join(statistics)}", soft_wrap=True, markup=False, highlight=False)
     if found.provenance is None:
@@ -66,10 +66,11 @@ def _progress(found: CacheState) -> str:
 def _verified(h5: h5py.File) -> str:
     from ood_scores.features.storage.checksums import verify_rows
     from ood_scores.features.storage.layout import column_names
+    from ood_scores.features.storage.reading import how_to_seal, is_sealed
 
-    if verify_rows([h5[name] for name in column_names(h5)]):
+    if verify_rows([h5[name] for name in column_names(h5)]) and is_sealed(h5):
         return "[green]verified[/]: every row is the one that was written"
-    return "[yellow]not verified[/]: an earlier version wrote this cache without checksums; extract again to add them"
+    return f"[yellow]not verified[/]: {marked(how_to_seal(h5.filename))}"
 
 
 def _arrays(h5: h5py.File, columns: list[str], head: list[str], rows: int) -> Table:

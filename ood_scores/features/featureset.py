@@ -25,6 +25,7 @@ from ood_scores.features.storage import columns as col
 from ood_scores.features.storage.texts import IDS, unpacked
 from ood_scores.notebook import facts_html
 from ood_scores.runtime import CPU, blocks_on, find_device
+from ood_scores.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from ood_scores.features.storage.checksums import Verify
@@ -386,7 +387,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, ve
         device: The device on which blocks are fitted and scored; ``"auto"`` is a GPU if one is available.
         verify: When the checksums of rows are checked: the first time that this process reads them (``"once"``),
             whenever they are read (``"always"``), or never (False), such as for a cache that another program changed.
-            With False, no stored statistics are used, and none are stored.
+            With False, no stored statistics are used, and none are stored. A cache without a seal, in which nothing
+            can be verified, is warned of unless this is False.
 
     Raises:
         BadInput: if the device is not available.
@@ -398,12 +400,15 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, ve
     """
     from ood_scores.features.storage import cache
     from ood_scores.features.storage.layout import column_names
+    from ood_scores.features.storage.reading import how_to_seal, is_sealed
 
     found = find_device(device)
     if verify not in ("once", "always", False):
         raise BadInput(f"verify must be 'once', 'always', or False, got {verify!r}.")
     with cache.open_to_read(path, sealed=verify is not False) as h5:
         cache.require_finished(h5)
+        if verify and not is_sealed(h5):
+            warn_user(how_to_seal(path))
         columns = {name: replace(col.disk_column(h5[name]), verify=verify) for name in column_names(h5)}
         provenance = cache.state(h5).provenance
         feats = FeatureSet(**_arguments(columns), head=cache.read_head(h5), provenance=provenance)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -257,7 +259,40 @@ def test_inspect_tells_that_a_cache_has_no_checksums(tmp_path: Path) -> None:
     without_checksums(plain(tmp_path / "a.h5"))
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "a.h5"), "--verify"])
     assert shown.exit_code == 0
-    assert "not verified: an earlier version wrote this cache without checksums" in " ".join(shown.output.split())
+    text = " ".join(shown.output.split())
+    assert f"not verified: {tmp_path / 'a.h5'} has no seal, because an earlier version wrote it" in text
+    assert "nothing in it can be verified" in text
+
+
+@pytest.mark.parametrize("verify", ["once", "always"])
+def test_load_tells_that_nothing_can_be_verified_and_how_to_seal(verify: Any, tmp_path: Path) -> None:
+    path = plain(tmp_path / "a.h5")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = load(path, verify=verify)
+    without_checksums(path)
+    with pytest.warns(UserWarning, match="a.h5 has no seal, .*: nothing in it can be verified") as found:
+        load(path, verify=verify)
+    remedy = re.search(r"with (ood_scores\..*\))\.$", str(found[0].message))
+    assert remedy is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eval(remedy[1], {"ood_scores": ood_scores})
+        after = load(path, verify=verify)
+    assert torch.equal(after.features, before.features)
+    assert after.provenance == before.provenance
+    shown = CliRunner().invoke(app, ["inspect", str(path), "--verify"])
+    assert "verified: every row is the one that was written" in shown.output
+
+
+def test_a_cache_that_another_program_changed_is_not_called_verified(tmp_path: Path) -> None:
+    path = plain(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as h5:
+        h5.attrs["dataset"] = "another"
+    with pytest.warns(UserWarning, match="a.h5 has no seal"):
+        load(path)
+    shown = CliRunner().invoke(app, ["inspect", str(path), "--verify"])
+    assert "not verified" in shown.output
 
 
 # --- structure --------------------------------------------------------------------------------------------------------

@@ -146,6 +146,21 @@ def shard_files(joined: h5py.File) -> list[Path]:
     return [folder / name for name in joined["shards/file"].asstr()[()]]
 
 
+def is_sealed(h5: h5py.File) -> bool:
+    """Return whether a cache and each of its shards has a seal."""
+    shards = shard_files(h5) if "shards" in h5 else []
+    return all(check_seal(file) for file in (Path(h5.filename), *shards))
+
+
+def how_to_seal(path: str | os.PathLike[str]) -> str:
+    """Return a sentence about a cache without a seal: nothing in it can be verified."""
+    return (
+        f"{os.fspath(path)} has no seal, because an earlier version wrote it, or another program changed it: nothing "
+        "in it can be verified. Extract it again; or, if its content is known to be right, seal it as it is, with "
+        f"ood_scores.load({os.fspath(path)!r}, verify=False).save({os.fspath(path)!r})."
+    )
+
+
 @contextmanager
 def opened_shard(shard: Path) -> Iterator[h5py.File]:
     """Open a shard, which has no shards itself."""
