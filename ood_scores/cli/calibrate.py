@@ -53,6 +53,10 @@ def calibrate(
     classes: Annotated[
         Path | None, typer.Option(help="File with the names of the classes: one per line, or JSON.")
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Dataset of the images of the cache --id, to check the preprocessing."),
+    ] = None,
     mean: options.Mean = None,
     std: options.Std = None,
     batch_size: options.BatchSize = 64,
@@ -85,7 +89,8 @@ def calibrate(
     out = user_path(out)
     if (out / DESCRIPTION).exists() and not overwrite:
         raise BadInput(f"there is a detector in {out}: pass --overwrite to replace it, or choose another --out.")
-    parsing.import_named(model, [id, *([fit] if fit else [])], extraction.get("probes", ()), extraction.get("pool"))
+    named = [id, *([fit] if fit else []), *([images] if images else [])]
+    parsing.import_named(model, named, extraction.get("probes", ()), extraction.get("pool"))
     scorer = parsing.scorer_name(scorer)
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
     ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))
@@ -101,6 +106,7 @@ def calibrate(
         per_class=per_class,
         preprocessing=changes or None,
         classes=read_classes(user_path(classes)) if classes else None,
+        images=images,
         device=device,
         **extraction,
     )

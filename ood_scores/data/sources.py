@@ -17,6 +17,9 @@ from ood_scores.errors import MissingData, UnknownName
 from ood_scores.registry import unknown
 from ood_scores.user_code import is_reference
 
+_OPENED: set[tuple[str, str]] = set()
+"""The texts, and the folders where their paths start, of the datasets that this process has opened."""
+
 
 def open_dataset(
     spec: str, transform: Transform | None = None, root: str | PathLike[str] | None = None
@@ -71,7 +74,17 @@ def open_dataset(
     dataset = seen_through(dataset, {name: value for name, value in values.items() if name not in own}, base)
     dataset.transform = transform
     dataset.text, dataset.root = spec, os.path.abspath(base)
+    _OPENED.add((dataset.text, dataset.root))
     return dataset
+
+
+def was_opened(spec: str, root: str) -> bool:
+    """Return whether this process has opened a dataset by this text and folder itself.
+
+    A file of somebody else, such as a cache, can name any path of this machine: such a name is only followed if it was
+    opened here before.
+    """
+    return (spec, root) in _OPENED
 
 
 def _kind(spec: str, base: Path) -> DatasetKind:

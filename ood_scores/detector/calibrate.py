@@ -47,6 +47,7 @@ def calibrate(
     per_class: bool = False,
     preprocessing: Preprocessing | None = None,
     classes: Sequence[str] | Mapping[Any, Any] | None = None,
+    images: Any = None,
     device: str | torch.device = "auto",
     **options: Any,
 ) -> Detector:
@@ -70,10 +71,13 @@ def calibrate(
             torchvision's ``weights.transforms()``; any other function from a PIL image to ``[C, H, W]``; or entries of
             timm's data configuration that replace the model's own (``input_size``, ``mean``, ``std``, ``crop_pct``,
             ``crop_mode``, ``interpolation``), all of which a model that is not from timm needs. Without this argument,
-            the detector of such a model accepts only tensors. If the images of ``id`` can be opened again, features of
-            a few are compared with those of the set.
+            the detector of such a model accepts only tensors.
         classes: the names of the classes, in the order of the logits; or a mapping from numbers to names
             (``id2label``) or from names to numbers (``class_to_idx``). A zero-shot classifier has its own.
+        images: the images that ``id`` was extracted from, in order: a dataset, a loader, or a text such as
+            ``folder:PATH``. Features of a few, computed through the preprocessing, are compared with those of the set.
+            By default they are those of the loader ``id``. For a set they are those of the dataset that it names, but
+            only if this process has opened that dataset itself: a cache from somebody else can name any path.
         device: the device of the detector; ``"auto"`` uses a GPU if there is one, else the model's own device.
         **options: how loaders are run through the model: the options of ``extract``. Probes that the scorer needs are
             added if they are missing. The detector runs the model with the options of the ``id`` set.
@@ -137,7 +141,7 @@ def calibrate(
         data=id_set.provenance,
     )
     detector.to(device)
-    check_preprocessing(detector, id_set, id)
+    check_preprocessing(detector, id_set, id, images)
     return detector
 
 

@@ -21,7 +21,9 @@ from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 import ood_scores
 from ood_scores import Detector, calibrate
 from ood_scores.cli.predict import results
+from ood_scores.data import sources
 from ood_scores.data.sources import open_dataset
+from ood_scores.detector import image_check
 from ood_scores.errors import BadInput, DamagedCache
 from ood_scores.models.opening import preprocessing
 
@@ -183,7 +185,7 @@ def test_preprocessing_must_reproduce_the_features_of_a_loader() -> None:
             calibrate("energy", model, id=loader, preprocessing=wrong)
 
 
-def test_preprocessing_must_reproduce_the_features_of_a_cache(tmp_path: Path) -> None:
+def test_preprocessing_must_reproduce_the_features_of_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     (tmp_path / "images").mkdir()
     _files(tmp_path / "images")
@@ -198,6 +200,19 @@ def test_preprocessing_must_reproduce_the_features_of_a_cache(tmp_path: Path) ->
     calibrate("energy", model, id=cached, preprocessing={"crop_pct": 0.5})
     with pytest.warns(UserWarning, match="preprocessing of the calibration images was Compose"):
         calibrate("energy", model, id=cached[::-1])  # whose rows are no longer those of the dataset
+    monkeypatch.setattr(sources, "_OPENED", set())  # as in another process
+    opened: list[str] = []
+    monkeypatch.setattr(image_check, "open_dataset", lambda text, **_: opened.append(text))
+    with pytest.warns(UserWarning, match=r"calibration images was Compose.* pass images='folder:images'"):
+        calibrate("energy", model, id=cached)
+    assert opened == []  # the cache may be a stranger's
+    monkeypatch.undo()
+    for images in (f"folder:{tmp_path / 'images'}", dataset, DataLoader(dataset, 16)):
+        with pytest.raises(BadInput, match=r"features differ by .* extracted with \(Compose.*as preprocessing="):
+            calibrate("energy", model, id=cached, images=images)
+        calibrate("energy", model, id=cached, images=images, preprocessing={"crop_pct": 0.5})
+    with pytest.raises(BadInput, match=r"the dataset of \d+ images that the ID set was extracted from, .* with 5 rows"):
+        calibrate("energy", model, id=cached, images=f"folder:{tmp_path / 'images'}?rows=:5")
     (tmp_path / "images").rename(tmp_path / "moved")
     with pytest.warns(UserWarning, match="preprocessing of the calibration images was Compose"):
         calibrate("energy", model, id=cached)
