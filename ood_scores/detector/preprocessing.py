@@ -122,7 +122,12 @@ def transform_of(model: nn.Module, preprocessing: Preprocessing) -> Transform:
     if preprocessing.keys() >= set(RESIZING):
         return timm_transform(model, **preprocessing)
     height, width = preprocessing["input_size"][-2:]
-    return SameSize(height, width, timm_transform(model, **preprocessing, crop_pct=1.0, crop_mode="center"))
+    unused: dict[str, Any] = {
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+    }  # by images of this very size
+    return SameSize(height, width, timm_transform(model, **preprocessing, **unused))
 
 
 def model_input(transform: Transform, image: Image.Image) -> Tensor:

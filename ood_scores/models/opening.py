@@ -32,7 +32,9 @@ from ood_scores.models.processors import ProcessorTransform
 from ood_scores.models.zero_shot.build import STORED, TEXTS, as_classifier, check_texts
 from ood_scores.registry import did_you_mean
 from ood_scores.user_code import is_reference
-from ood_scores.user_warnings import warn_user
+
+REQUIRED = ("input_size", "mean", "std")
+"""Entries of timm's data configuration that a model must state; timm has defaults for the others."""
 
 
 def load_model(
@@ -98,17 +100,13 @@ def preprocessing(
             ``crop_mode``, ``interpolation``.
 
     Raises:
-        BadInput: if the number of values is wrong, a standard deviation is not positive, or the model has a transform
-            of its own that cannot be changed.
+        BadInput: if the number of values is wrong, a standard deviation is not positive, the model has a transform of
+            its own that cannot be changed, or its preprocessing is unknown.
     """
     origin = origin_of(model)
     if origin and origin.transform:
         return _changed(origin.transform, mean, std, changes)
-    if origin and origin.name and not hasattr(model, "pretrained_cfg"):
-        warn_user(
-            f"the preprocessing of {origin.name} is unknown, and images are resized and normalized as for ImageNet: "
-            "give the model an attribute transform, a function from a PIL image to its input.",
-        )
+    _require_described(model, [*changes, *(["mean"] if mean else []), *(["std"] if std else [])])
     channels = _channels(model)
     config = resolve_model_data_config(model) | changes
     config["mean"] = _per_channel("mean", mean or config["mean"], channels)
@@ -117,6 +115,25 @@ def preprocessing(
         raise BadInput(f"std must be positive, got {config['std']}.")
     transform = create_transform(**config, is_training=False)
     return Compose([Grayscale(), transform]) if channels == 1 else transform
+
+
+def _require_described(model: nn.Module, given: Sequence[str]) -> None:
+    """Check that the preprocessing of a model is known, rather than guess that of ImageNet.
+
+    Raises:
+        BadInput: if it is not.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None)
+    stated = [*given, *(config if isinstance(config, Mapping) else REQUIRED if config else ())]
+    missing = [name for name in (REQUIRED if config else resolve_model_data_config(model)) if name not in stated]
+    if missing:
+        origin = origin_of(model)
+        raise BadInput(
+            f"the {', '.join(missing)} of the preprocessing of {origin.name if origin and origin.name else type(model).__name__} are "
+            "unknown: give the model an attribute transform, a function from a PIL image to its input, or "
+            "pretrained_cfg, a dictionary of timm's data configuration; for a model of transformers, save its image "
+            "processor in its folder."
+        )
 
 
 def _changed(

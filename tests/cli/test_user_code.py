@@ -22,6 +22,7 @@ from ood_scores.data.kinds.base import DATASET_KINDS
 from ood_scores.errors import BadInput, UnknownName
 from ood_scores.extraction.probes import PROBES
 from ood_scores.features import FeatureSet
+from ood_scores.models.opening import load_model, preprocessing
 from ood_scores.scorers.registry import SCORERS
 
 CODE = '''
@@ -92,6 +93,18 @@ def small(width=4):
     layers = (torch.nn.Conv2d(3, width, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 3))
     model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+    return model
+
+
+def undescribed():
+    model = small()
+    del model.pretrained_cfg
+    return model
+
+
+def half_described():
+    model = small()
+    model.pretrained_cfg = {"input_size": (3, 8, 8)}
     return model
 
 
@@ -309,3 +322,15 @@ def test_fitted_scorer_of_the_documentation_is_saved_and_loaded(folder: Path) ->
     scorer = ood_scores.create_scorer("distance_to_mean").fit(train)
     scorer.save("fitted.safetensors")
     assert torch.equal(ood_scores.load_scorer("fitted.safetensors").score(test), scorer.score(test))
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown"),
+    [("undescribed", "input_size, interpolation, mean, std, crop_pct, crop_mode"), ("half_described", "mean, std")],
+)
+def test_an_unknown_preprocessing_is_demanded(folder: Path, name: str, unknown: str) -> None:
+    user_code.import_code("own.py")
+    model = load_model(f"own.py:{name}")
+    with pytest.raises(BadInput, match=f"the {unknown} of the preprocessing of own.py:{name} are unknown: give the"):
+        preprocessing(model)
+    preprocessing(model, [0.5], [0.5], input_size=(3, 8, 8), crop_pct=1.0, crop_mode="center", interpolation="bilinear")
