@@ -17,7 +17,6 @@ Class-conditional conformal prediction with many classes (by cluster).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +30,7 @@ from scipy.special import softmax
 from ood_scores.detector.conformal import check_shares
 from ood_scores.errors import BadLabels, EmptyInput, NotFinite, ShapeMismatch
 from ood_scores.registry import Registry
+from ood_scores.user_warnings import warn_user
 
 Method = Literal["lac", "aps", "raps", "saps"]
 Among = Literal["all", "class", "cluster"]
@@ -118,11 +118,10 @@ def calibrate_sets(
     limits = _LIMITS[among](of_label, label, classes, alpha, seed)
     unlimited = int(np.isinf(limits).sum())
     if unlimited:
-        warnings.warn(
+        warn_user(
             f"{unlimited} of {classes} labels are in every set, because there are too few calibration rows for alpha = "
             f"{alpha:g}: at least {math.ceil(1 / Fraction(str(alpha))) - 1} are needed"
             f"{'' if among == 'all' else f' for each {among}'}.",
-            stacklevel=2,
         )
     return LabelSets(method, alpha, among, limits, rows)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.head import Head
 from ood_scores.progress import worked, working
 from ood_scores.runtime import default_torch_state
+from ood_scores.user_warnings import warn_user
 
 L2 = tuple(10.0**power for power in range(0, -8, -1))
 """The weights of the penalty that are tried, from the strongest on."""
@@ -166,10 +166,9 @@ class _Problem:
             options={"maxiter": MOST_ITERATIONS, "maxfun": 2 * MOST_ITERATIONS, "gtol": TOLERANCE, "ftol": 1e-12},
         )
         if found.status == 1:
-            warnings.warn(
+            warn_user(
                 f"the linear probe with l2={l2:g} has not converged after {found.nit} steps: a larger l2 converges "
                 "faster.",
-                stacklevel=4,
             )
         return found.x
 
