@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ood_scores.data.row_ids import ids_of
 from ood_scores.data.sources import offline, open_dataset
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.features import FeatureSet
+from ood_scores.user_warnings import warn_user
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _opened(feats: FeatureSet, data: Any) -> Any:
     text = offline(origin.data_text) if origin and origin.data_text else None
     if origin is None or text is None:
         raise MissingData("the set does not record a dataset that can be opened here: pass the folder of its pictures")
-    warnings.warn(f"the pictures are those of {text!r} in {origin.data_root}, which the set records.", stacklevel=4)
+    warn_user(f"the pictures are those of {text!r} in {origin.data_root}, which the set records.")
     return open_dataset(text, root=origin.data_root)
 
 
