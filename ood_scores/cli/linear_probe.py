@@ -39,8 +39,8 @@ def linear_probe(
       ood-scores evaluate --id probed/val.h5 --ood probed/textures.h5
     """
     import ood_scores
-    from ood_scores.evaluation.accuracy import accuracy_of
     from ood_scores.features import linear_probe as probes
+    from ood_scores.features.accuracy import accuracy_of
     from ood_scores.scorers.base import require_same_weights
 
     paths = [user_path(each) for each in (train, *(others or ()))]

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import ood_scores
 from ood_scores.cli import app
 from ood_scores.errors import BadInput, BadLabels, MissingInput
-from ood_scores.evaluation.accuracy import accuracy_of
 from ood_scores.features import FeatureSet
+from ood_scores.features.accuracy import accuracy_of
 from ood_scores.features.linear_probe import L2, linear_probe
 
 CLASSES, WIDTH = 3, 6
