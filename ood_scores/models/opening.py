@@ -128,11 +128,11 @@ def _require_described(model: nn.Module, given: Sequence[str]) -> None:
     missing = [name for name in (REQUIRED if config else resolve_model_data_config(model)) if name not in stated]
     if missing:
         origin = origin_of(model)
+        name = origin.name if origin and origin.name else type(model).__name__
         raise BadInput(
-            f"the {', '.join(missing)} of the preprocessing of {origin.name if origin and origin.name else type(model).__name__} are "
-            "unknown: give the model an attribute transform, a function from a PIL image to its input, or "
-            "pretrained_cfg, a dictionary of timm's data configuration; for a model of transformers, save its image "
-            "processor in its folder."
+            f"the {', '.join(missing)} of the preprocessing of {name} are unknown: give the model an attribute "
+            "transform, a function from a PIL image to its input, or pretrained_cfg, a dictionary of timm's data "
+            "configuration; for a model of transformers, save its image processor in its folder."
         )
 
 
