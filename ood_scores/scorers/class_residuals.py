@@ -170,7 +170,9 @@ class CORE(Scorer):
     feature along the classifier's weights and an orthogonal residual, the energy, the cosine similarity to a direction
     for each class, and the sum of z-scores, at a cost of O(D). Our reading, still to be checked against the text: the
     weight is that of the predicted class alone (all weights together leave no residual where classes outnumber
-    features, as in the ViT that they test), and directions and z-scores are those of the fit set.
+    features, as in the ViT that they test), and directions and z-scores are those of the fit set. What the authors say
+    of their code in pull request 312 of OpenOOD agrees: the energy, and the cosine similarity of the part orthogonal to
+    the weights to a class mean. The code itself was not available.
 
     Fails on OoD classes similar to known ones, whose residuals point in the same direction, and where the fit set is
     the training set and its energies are higher than those of unseen ID rows, which S must then outweigh.

@@ -116,7 +116,8 @@ class GradNormParams(Scorer):
     probes=[ParameterGradients(groups=("layer4", "all"))])``.
 
     Source: Huang et al. 2021 (GradNorm), Table 2. For the weight of the last layer, the scorer ``gradnorm`` needs no
-    probe.
+    probe. With ``ParameterGradients(p=2)``, it ranks rows as the gradient-norm uncertainty of pytorch-ood does
+    (``GradUncertainty``), whose score is the square of this one, times C squared.
 
     Fails as ``gradnorm`` does; also in shallow blocks, whose gradients are less informative (Table 2).
 

@@ -62,7 +62,7 @@ class LID(KNN):
             "https://arxiv.org/abs/1801.02613",
             "https://github.com/xingjunm/lid_adversarial_subspace_detection",
         ),
-        no_graph="logarithms of small distances need more digits than a graph computes",
+        no_graph="its logarithms of small distances need more digits than a graph computes",
         small_parameters={"k": 5},
         search_space={"k": (10, 20, 50, 100, 200)},
     )

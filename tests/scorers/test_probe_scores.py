@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from pytorch_ood import detector as peer
 from torch import Tensor, nn
 
 import ood_scores
@@ -76,6 +77,16 @@ def test_certain_means_have_no_entropy() -> None:
     kept = FeatureSet(mean, mean, extras={"ensemble.mean": mean, "ensemble.entropy": torch.zeros(CLASSES)})
     for output in ("entropy", "mutual_information"):
         assert (score("ensemble", kept, output=output) == 0).all()
+
+
+def test_gradnorm_params_is_the_gradient_uncertainty_of_pytorch_ood() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)).eval()
+    inputs = 3 * torch.randn(12, 6)
+    probe = ParameterGradients(p=2.0)
+    found = score("gradnorm_params", ood_scores.extract(model, [inputs], probes=[probe], progress=False))
+    theirs = -peer.GradUncertainty(model).predict(inputs)
+    torch.testing.assert_close((CLASSES * found).square().float(), theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_gradnorm_params() -> None:

@@ -14,8 +14,8 @@ from ood_scores.errors import ProbeDoesNotApply
 from ood_scores.extraction.hooks import hooked
 from ood_scores.extraction.probes.base import LayerProbe, Pass, Probe, register_probe
 
-ACTIVATIONS = (nn.ReLU, nn.GELU, nn.LeakyReLU)
-"""The modules whose inputs the probe ``extremes`` reads, as in the code of COMBOOD."""
+ACTIVATIONS = (nn.ReLU, nn.GELU, nn.LeakyReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
+"""The modules whose inputs the probe ``extremes`` reads; the code of COMBOOD knows the first three."""
 
 
 @register_probe
@@ -137,9 +137,7 @@ class ActivationExtremes(Probe):
 
     def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not seen:
-            raise ProbeDoesNotApply(
-                self.name, "no activation module ran in the model (torch.nn.ReLU, GELU, LeakyReLU)."
-            )
+            raise ProbeDoesNotApply(self.name, "no activation module ran in the model, such as torch.nn.ReLU.")
         ordered = [seen[name] for name, _ in activations(done.model) if name in seen]
         return {self.name: torch.cat(ordered, dim=1)}
 
