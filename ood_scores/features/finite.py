@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,6 +31,11 @@ def require_finite(columns: Mapping[str, Tensor], start: int = 0, noun: str = "r
                 f"{name} hold NaN or infinite values, first in {noun} {row}: look at that input and at the model's "
                 "precision (fp16 overflows above 65,504; amp='bf16' and dtype='float32' do not)."
             )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or infinite; their sum, the cheapest pass there is, mostly tells."""
+    return math.isfinite(values.sum()) or bool(values.isfinite().all())
 
 
 def _isfinite(values: Tensor) -> np.ndarray:

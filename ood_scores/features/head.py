@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ood_scores.errors import BadInput, NotFinite, ShapeMismatch
+from ood_scores.features.finite import all_finite
 
 NEGATIVES = ("nouns", "adjectives", "conjugated")
 """The kinds of words that are not classes; see ``ood_scores.models.zero_shot.negatives``."""
@@ -43,7 +44,7 @@ class Head:
                 f"a head with weight {tuple(self.weight.shape)} needs a bias of shape [{len(self.weight)}], "
                 f"got {tuple(self.bias.shape)}."
             )
-        if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
+        if not (all_finite(self.weight) and all_finite(self.bias)):
             raise NotFinite("the weight or bias of the head holds NaN or infinite values: check the checkpoint.")
         self.negatives = {kind: self._checked_negatives(kind, values) for kind, values in (negatives or {}).items()}
 

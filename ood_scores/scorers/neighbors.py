@@ -13,6 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
+from ood_scores.features.finite import all_finite
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.row_samples import Energies, Rows
 from ood_scores.scorers.base import Scorer, fitted
@@ -158,7 +159,7 @@ class KNN(_BankScorer):
             raise BadInput(
                 f"{self.name}: k={self.k} needs at least as many bank rows, got {len(self.bank_)}: lower k or fit more."
             )
-        if not self.bank_.isfinite().all():
+        if not all_finite(self.bank_):
             raise BadInput(
                 f"{self.name}: the features exceed the range of float32, in which faiss computes: scale them down."
             )
@@ -299,7 +300,7 @@ class NNGuide(_BankScorer):
             raise BadInput(
                 f"nnguide: k={self.k} needs at least as many bank rows, got {len(self.bank_)}: lower k or fit more."
             )
-        if not self.energies_.float().isfinite().all():
+        if not all_finite(self.energies_.float()):
             raise BadInput("nnguide: the logits exceed the range of float32, in which faiss computes: scale them down.")
         self._index: Any = None
 

@@ -152,7 +152,7 @@ class ChosenRows:
             )
         first, last = torch.searchsorted(self.numbers, torch.tensor([block.start, block.start + len(block)])).tolist()
         chosen = self.numbers[first:last] - block.start
-        self.rows[first:last] = values[chosen.to(values.device)].to(self.rows)
+        self.rows[first:last] = values if len(chosen) == len(values) else values[chosen.to(values.device)]
 
     def result(self) -> Tensor:
         if self.rows is None:
