@@ -25,7 +25,7 @@ FLOORS = (
     {"metrics", "plotting"},
     {"detector", "training"},
     {"benchmark", "testing"},
-    {"demo"},
+    {"demo", "sklearn"},
     {"cli"},
     {"__main__"},
 )
