@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ood_scores.atomic import user_path
 from ood_scores.errors import CheckpointError
+from ood_scores.models.bit_names import as_timm
 
 WRAPPERS = (
     "state_dict_ema",
@@ -69,7 +71,8 @@ _IGNORED = [
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the weights of a checkpoint by name, without the wrappers and prefixes that training scripts add.
 
-    The content decides the format, not the suffix. If the file is a mapping, the weights are looked for under
+    The content decides the format, not the suffix: safetensors, a PyTorch file, or arrays of ``numpy.savez``. Names of
+    BiT are those of timm, see ``bit_names``. If the file is a mapping, the weights are looked for under
     ``WRAPPERS`` first; otherwise the only mapping from names to tensors in it is taken. The index of a sharded
     checkpoint, such as ``INDEX``, stands for the files in its folder that it lists.
 
@@ -79,7 +82,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = user_path(path)
     content = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
-    state = without_prefix(clean_state_dict(_without_average_count(_weights_in(content, path))))
+    state = as_timm(without_prefix(clean_state_dict(_without_average_count(_weights_in(content, path)))))
     for name, values in state.items():
         if values.is_meta:
             raise CheckpointError(f"{path} has no values of {name} (device meta): save the weights themselves.")
@@ -127,7 +130,27 @@ def shared_prefix(state: Mapping[str, Any]) -> str:
 
 
 def _read_file(path: Path) -> Any:
-    return _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    return _read_npz(path) if _is_npz(path) else _read_pickle(path)
+
+
+def _is_npz(path: Path) -> bool:
+    """Return whether a file is an archive of NumPy arrays and nothing else."""
+    with suppress(zipfile.BadZipFile, OSError, ValueError, NotImplementedError), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        return bool(names) and all(name.endswith(".npy") for name in names)
+    return False
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except Exception as error:  # of NumPy, or of torch for kinds of numbers that it does not have
+        raise CheckpointError(
+            f"{path} is damaged or no archive of arrays of numbers ({first_sentence(error)}): restore it."
+        ) from error
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
