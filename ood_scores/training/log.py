@@ -76,7 +76,8 @@ class Log:
 def write_log(folder: Path, history: list[dict[str, Any]]) -> None:
     """Write ``log.csv``, one row for each epoch."""
     text = io.StringIO()
-    rows = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
+    columns = dict.fromkeys(name for entry in history for name in entry)
+    rows = csv.DictWriter(text, list(columns), lineterminator="\n")
     rows.writeheader()
     rows.writerows(history)
     replace_text(folder / LOG, text.getvalue(), CONTINUE)

@@ -32,13 +32,13 @@ class Progress:
     Attributes:
         epoch: Number of completed epochs.
         step: Number of completed steps of the next epoch.
-        sums: Sums over these steps: loss, correct predictions, feature norms, samples.
+        sums: Sums over these steps: loss, correct predictions, feature norms, samples, terms of the loss.
         history: One record for each completed epoch.
     """
 
     epoch: int = 0
     step: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    sums: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

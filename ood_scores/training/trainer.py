@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -124,11 +125,8 @@ class Run:
         self.model = prepared.model
         self.head = linear_classifier(prepared.model)
         self.progress = state.progress if state else Progress()
-        self.sums = torch.zeros(4, dtype=torch.float32 if who.device.type == "mps" else torch.float64)
         if state:
             self.model.load_state_dict(state.part("model"))
-            self.sums += torch.tensor(self.progress.sums, dtype=self.sums.dtype) if who.first else 0
-        self.sums = self.sums.to(who.device)
         self.state = state
 
     def train(self, show: bool) -> None:
@@ -186,12 +184,22 @@ class Run:
             parameter.grad = None
         step = TrainingStep(self.model, self.objective, amp=self.recipe.amp == "bf16")
         self.optimizer = make_optimizer(stage.optimizer, [p for p in step.parameters() if p.requires_grad])
+        self.sums = self._first_sums()
         if self.state is not None and (inner or self.progress.step):
             self.objective.load_state_dict(self.state.part("objective"))
             restore_optimizer(self.optimizer, self.state)
         self.state = None
         wrapped = self.who.wrap(step, some_unread=self.who.count > 1 and leaves_some_unread(self.objective, self.head))
         self.step: Any = torch.compile(wrapped) if self.recipe.compile else wrapped
+
+    def _first_sums(self) -> Tensor:
+        """Return the sums over the completed steps of the epoch: loss, correct, norms, samples, terms of the loss."""
+        sums = [0.0] * (4 + len(self.objective.term_names))
+        if self.progress.step and self.who.first:
+            sums = self.progress.sums + [math.nan] * (len(sums) - len(self.progress.sums))  # of an earlier version
+        return torch.tensor(sums, dtype=torch.float32 if self.who.device.type == "mps" else torch.float64).to(
+            self.who.device
+        )
 
     def _rows(self, epoch: int) -> list[Tensor]:
         """Return the rows of each step for all processes; each process gets at least one."""
@@ -223,7 +231,8 @@ class Run:
                 group["lr"] = lr
             weight = len(labels) * self.who.count / (len(whole) * self.objective.views)
             sums = train_step(self.step, self.head, self.optimizer, images, labels, ood, weight)
-            self.sums += torch.cat([sums, sums.new_full((1,), len(labels))])
+            terms = [len(labels) * self.objective.terms[name] for name in self.objective.term_names]
+            self.sums += torch.stack([*sums, sums.new_tensor(len(labels)), *terms])
             losses.append(sums[0])
             self.log.step()
             last = step + 1 == len(rows)
@@ -293,13 +302,15 @@ class Run:
         sums = self.who.sum(self.sums)
         number = self.recipe.stage_of(epoch)[0]
         entry: dict[str, Any] = {"epoch": epoch + 1, "stage": number + 1, **record(sums[:3], float(sums[3]), lr)}
+        terms = zip(self.objective.term_names, (sums[4:] / sums[3]).tolist(), strict=True)
+        entry |= {f"loss_{name}": value for name, value in terms}
         self.who.share_buffers(self.model)
         if self.prepared.validation is not None:
             found = self._evaluate(self.prepared.validation)
             entry |= {f"validation_{name}": value for name, value in found.items()}
         self.progress.history.append(entry)
         self.progress.epoch += 1
-        self.progress.sums = [0.0] * 4
+        self.progress.sums = []
         self.sums.zero_()
         self._save_weights(entry)
         self.log.epoch(self.progress.history)

@@ -74,13 +74,18 @@ class RNA(Objective):
         self.amplify = amplify
         self.attenuate = attenuate
         self.auxiliary = self.through_batchnorm = auxiliary
+        self.term_names = ("base", *(["rna"] if amplify else []), *(["attenuation"] if attenuate else []))
 
     def loss(self, features: Tensor, head: nn.Linear, labels: Tensor, ood_features: Tensor) -> Tensor:
-        loss = self.base(features, head, labels)
+        terms = {"base": self.base(features, head, labels)}
         if self.amplify:
-            loss = loss + self.weight * rna_loss(self.projector(features))
+            terms["rna"] = rna_loss(self.projector(features))
         if self.attenuate:
-            loss = loss + self.weight * mean_log_norm(self.projector(ood_features))
+            terms["attenuation"] = mean_log_norm(self.projector(ood_features))
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        loss = terms.pop("base")
+        for term in terms.values():
+            loss = loss + self.weight * term
         return loss
 
 

@@ -35,6 +35,8 @@ class Objective(nn.Module, ABC):
         through_batchnorm: Whether OoD images affect the loss only through the statistics of BatchNorm, so that a
             network without BatchNorm cannot be trained with the objective.
         test_settings: Values, for tests, of settings without a default.
+        term_names: Names of the terms of the loss that the trainer logs as ``loss_NAME``.
+        terms: Their values in the last call of ``loss``, detached scalars by name.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Objective(nn.Module, ABC):
     views: int = 1
     through_batchnorm: bool = False
     test_settings: ClassVar[Mapping[str, Any]] = {}
+    term_names: tuple[str, ...] = ()
+    terms: Mapping[str, Tensor] = {}
 
     def __init__(self) -> None:
         super().__init__()

@@ -91,13 +91,16 @@ class Exposure(Objective):
     """
 
     auxiliary = True
+    term_names = ("base", "exposure")
 
     def __init__(self, base: str | Objective, class_counts: Sequence[int] | Tensor | None) -> None:
         super().__init__()
         self.base = as_base(base, class_counts)
 
     def loss(self, features: Tensor, head: nn.Linear, labels: Tensor, ood_features: Tensor) -> Tensor:
-        return self.base(features, head, labels) + self.exposure(head(features), head(ood_features))
+        base, exposure = self.base(features, head, labels), self.exposure(head(features), head(ood_features))
+        self.terms = {"base": base.detach(), "exposure": exposure.detach()}
+        return base + exposure
 
     @abstractmethod
     def exposure(self, logits: Tensor, ood_logits: Tensor) -> Tensor:
