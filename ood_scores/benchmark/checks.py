@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from ood_scores.benchmark.measures import FIGURES, MEASURES
+from ood_scores.benchmark.measures import FIGURES, MEASURES, OF_SCORERS
 from ood_scores.benchmark.spec import ModelTable, Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
@@ -18,6 +18,8 @@ from ood_scores.runtime import MOST_WORKERS
 from ood_scores.toml_tables import KeyPath
 
 GROUPS = ("near", "far", "mean")
+AXES = ("ood", "scorer")
+"""Values of ``x`` of the plot ``comparison``, which are no quantities."""
 STATISTICS = ("_sd", "_min", "_max")
 """Suffixes of published figures: statistics over the checkpoints of a model other than the mean."""
 
@@ -64,7 +66,7 @@ Found = Iterator[tuple[KeyPath, str, type[OodScoresError]]]
 
 
 def _of_part(part: Part) -> Found:
-    for check_some in (_models, _sets, _scorers, _extraction, _metrics, _measures, _searches):
+    for check_some in (_models, _sets, _scorers, _extraction, _metrics, _measures, _searches, _figure):
         yield from check_some(part)
     for number in part.published:
         yield from _published(part, number)
@@ -118,6 +120,9 @@ def _models(part: Part) -> Found:
         yield from _wrong(both, (*path, "recipe"), "a model has a checkpoint or a recipe: remove one of them.")
         alone = bool(model.seeds) and model.recipe is None
         yield from _wrong(alone, (*path, "seeds"), "seeds belong to a recipe: list several checkpoints instead.")
+        for key, value in (("epochs", model.epoch), ("sweep", model.setting)):
+            alone = value is not None and model.recipe is None
+            yield from _wrong(alone, (*path, key), f"{key} belongs to a recipe: write recipe = ….")
     for label, members in part.ensembles.items():
         for member in members:
             titles = [model.title for model in part.models]
@@ -128,6 +133,7 @@ def _models(part: Part) -> Found:
 def _sets(part: Part) -> Found:
     named = {"id": [part.id], "near": part.near, "far": part.far, "covariate": part.covariate}
     named |= {"fit": [part.fit]} if part.fit is not None else {}
+    named |= {"auxiliary": [part.auxiliary]} if part.auxiliary is not None else {}
     for key, names in named.items():
         for name in names:
             yield from _unknown((key,), "dataset", name, part.sets)
@@ -204,6 +210,37 @@ def _searches(part: Part) -> Found:
                 )
 
 
+def _figure(part: Part) -> Found:
+    if part.figure is None:
+        return
+    from ood_scores.benchmark.figures.plots import PLOTS, options_of
+
+    plot, given = part.figure.plot, part.figure.options
+    yield from _unknown(("figure", "plot"), "plot", plot, PLOTS)
+    if plot in PLOTS:
+        options = options_of(plot)
+        for option in given:
+            yield from _unknown(("figure", option), f"option of {plot}", option, options)
+        for option, required in options.items():
+            lacking = required and option not in given
+            yield from _wrong(lacking, ("figure",), f"the plot {plot!r} needs {option}: write {option} = ….")
+        yield from _quantities(given)
+
+
+def _quantities(options: Mapping[str, Any]) -> Found:
+    """Yield the quantities of a figure that do not exist."""
+    from ood_scores.benchmark.figures.quantities import FALSE_POSITIVES, LOG
+
+    for key in ("x", "y"):
+        given = options.get(key, ())
+        entries = [given] if isinstance(given, str) else given
+        names = [name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)]
+        known = [*METRICS, *FIGURES, FALSE_POSITIVES, *(AXES if key == "x" else ())]
+        for name in names:
+            if not name.startswith(LOG):
+                yield from _unknown(("figure", key), "quantity", name, known)
+
+
 def _published(part: Part, number: Published) -> Found:
     path = ("published", "values", number.scorer or "model")
     yield from _unknown(
@@ -211,7 +248,7 @@ def _published(part: Part, number: Published) -> Found:
     )
     if number.scorer is not None:
         yield from _unknown(path, "scorer", number.scorer, [table.label for table in part.scorer_tables])
-        yield from _unknown(("published", "metrics"), "metric", figure_of(number.metric)[0], METRICS)
+        yield from _unknown(("published", "metrics"), "metric", figure_of(number.metric)[0], [*METRICS, *OF_SCORERS])
         yield from _unknown(("published", "ood"), "OoD dataset", str(number.ood), [*part.ood, *GROUPS])
     else:
         figure = figure_of(number.metric)[0]

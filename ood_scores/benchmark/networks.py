@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safetensors import safe_open
+
 from ood_scores.benchmark.digest import digest
 from ood_scores.benchmark.spec import ModelTable, Preprocessing
 from ood_scores.data.dataset_spec import expanded, located
@@ -58,8 +60,10 @@ class Network:
 def checkpoints_of(model: ModelTable) -> tuple[str | None, ...]:
     """Return the checkpoint files of a model, one for each seed; None for the weights of timm."""
     if model.recipe is not None:
-        folders = [f"{model.recipe}_seed{seed}" for seed in model.seeds] or [model.recipe]
-        return tuple(f"{RUNS}/{folder}/{TRAINED}" for folder in folders)
+        name = model.recipe if model.setting is None else f"{model.recipe}_{model.setting}"
+        folders = [f"{name}_seed{seed}" for seed in model.seeds] or [name]
+        file = TRAINED if model.epoch is None else f"epoch_{model.epoch:03d}.safetensors"
+        return tuple(f"{RUNS}/{folder}/{file}" for folder in folders)
     return model.checkpoint if isinstance(model.checkpoint, tuple) else (model.checkpoint,)
 
 
@@ -85,10 +89,25 @@ def find(model: ModelTable, number: int, data: Path) -> Network:
 def _how_to_train(model: ModelTable, number: int, data: Path) -> str:
     if model.recipe is None:
         return ""
-    recipe = shlex.quote(f"{RECIPES}/{model.recipe}.toml")
-    folder = shlex.quote(str(data / Path(checkpoints_of(model)[number] or "").parent))
-    seed = f" --set seed={model.seeds[number]}" if model.seeds else ""
-    return f"ood-scores train {recipe}{seed} --out {folder}"
+    recipe = f"{RECIPES}/{model.recipe}.toml"
+    folder = data / Path(checkpoints_of(model)[number] or "").parent
+    settings = {
+        "seed": model.seeds[number] if model.seeds else None,
+        "checkpoint_every": model.checkpoint_every,
+    }
+    changes = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    changes += [model.setting] if model.setting else []
+    command = ["ood-scores", "train", recipe, *(part for change in changes for part in ("--set", change))]
+    again = ["--overwrite"] if _is_finished(folder / TRAINED, model.epoch) else []
+    return shlex.join([*command, "--out", str(folder), *again])
+
+
+def _is_finished(trained: Path, epoch: int | None) -> bool:
+    """Return whether a training has passed an epoch, whose weights it did not keep."""
+    if epoch is None or not trained.is_file():
+        return False
+    with safe_open(trained, "pt") as file:
+        return int((file.metadata() or {}).get("epoch", 0)) >= epoch
 
 
 def file_name(text: str) -> str:

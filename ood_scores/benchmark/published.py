@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ood_scores.benchmark.checks import figure_of
-from ood_scores.benchmark.measures import shown_as
+from ood_scores.benchmark.measures import OF_SCORERS, of_scorer, shown_as
 from ood_scores.benchmark.spec import Part, Published, Spec
 
 
@@ -28,8 +28,9 @@ def compared(spec: Spec, table: pd.DataFrame, measures: pd.DataFrame) -> list[di
 
 def _row(part: Part, number: Published, table: pd.DataFrame, measures: pd.DataFrame) -> dict[str, Any]:
     metric, statistic = figure_of(number.metric)
-    if number.scorer is None:
-        values = measures[(measures["model"] == number.model) & (measures["measure"] == metric)]["value"]
+    if number.scorer is None or metric in OF_SCORERS:
+        measure = of_scorer(metric, number.scorer, str(number.ood)) if number.scorer else metric
+        values = measures[(measures["model"] == number.model) & (measures["measure"] == measure)]["value"]
     else:
         values = _by_checkpoint(part, number, metric, table)
     values = values * shown_as(metric).scale

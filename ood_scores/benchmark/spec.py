@@ -26,6 +26,11 @@ class ModelTable:
         recipe: recipe in ``benchmarks/recipes`` that creates the checkpoint, instead of ``checkpoint``. The file is in
             ``runs/RECIPE``, or in ``runs/RECIPE_seedN`` for each of ``seeds``.
         seeds: seeds of the trainings with ``recipe``.
+        epoch: epoch after which the weights of ``recipe`` are taken; by default the last. ``epochs = [10, 20]`` in TOML
+            makes one model for each.
+        setting: key of the recipe that is set otherwise, such as ``objective.weight=0.1``, in a folder of its own.
+            ``sweep = { "objective.weight" = [0.1, 0.5] }`` in TOML makes one model for each value.
+        checkpoint_every: interval at which the training has to keep weights to have those of all epochs in the spec.
         num_classes: number of classes, if it cannot be inferred from the checkpoint.
         head: name of the last linear layer, if it cannot be found.
         arguments: all other keys of the table, which must be arguments of the network itself.
@@ -39,14 +44,25 @@ class ModelTable:
     num_classes: int | None = None
     head: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+    setting: str | None = None
+    checkpoint_every: int | None = None
 
-    NOT_IN_DIGEST: ClassVar = frozenset({"label", "checkpoint", "recipe", "seeds"})
+    NOT_IN_DIGEST: ClassVar = frozenset(
+        {"label", "checkpoint", "recipe", "seeds", "epoch", "setting", "checkpoint_every"}
+    )
     """The label is only presented; the digest of the weights replaces the fields that locate them."""
+
+    @property
+    def series(self) -> str:
+        """The label that the models of all epochs and settings share, as in the legend of a figure."""
+        return self.label or self.name
 
     @property
     def title(self) -> str:
         """The label of the model in tables."""
-        return self.label or self.name
+        at = f"epoch {self.epoch}" if self.epoch is not None else None
+        return ", ".join(filter(None, (self.series, self.setting, at)))
 
 
 @dataclass(frozen=True)
@@ -173,6 +189,19 @@ class Published:
 
 
 @dataclass(frozen=True)
+class FigureTable:
+    """The ``[figure]`` table of a part: how ``ood_scores.benchmark.figures`` draws its results.
+
+    Attributes:
+        plot: name in ``ood_scores.benchmark.figures.PLOTS``.
+        options: options of the plot: every other key of the table.
+    """
+
+    plot: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Part:
     """A ``[[part]]`` table: one table of the report, with some models and datasets.
 
@@ -186,13 +215,15 @@ class Part:
         far: names of far-OoD test sets.
         covariate: names of datasets with ID classes under a covariate shift (ImageNet-C, -R, …), which count as ID in
             addition to ``id`` ("full-spectrum").
+        auxiliary: name of the OoD images that the models were trained with, which only measures read.
         sets: the texts that ``ood_scores.data.sources.open_dataset`` opens, by name.
         scorers: the scorers, or ``"all"`` for every registered scorer whose requirements are met.
         ensembles: the models whose outputs are averaged and scored as one, by label.
         relabel: whether rows of OoD datasets with a label of 0 or above show an ID class and count as ID (SC-OOD).
         measures: other figures of each model: ``neural_collapse`` (on the fit set), ``long_tail``, ``calibration``
             (Brier score, negative log-likelihood, calibration errors), ``representation`` (norms and activation ratios
-            of ID and OoD sets). Either their names, or their options by name: ``[measures.neural_collapse] normalize =
+            of ID and OoD sets), ``training`` (loss and accuracy on the fit set), ``classifier_gradients`` (of ID and
+            auxiliary images). Either their names, or their options by name: ``[measures.neural_collapse] normalize =
             true``.
         metrics: metrics on request, such as ``oscr`` or ``augrc_scod``, see ``evaluation.metrics.METRICS``.
         rule: threshold of FPR95, see ``evaluation.metrics.fpr_at_tpr_id``: ``first``, or ``nearest`` as in the code of
@@ -201,6 +232,7 @@ class Part:
         extraction: options of the extraction.
         search: parameters of scorers to tune on validation sets.
         published: published numbers to compare with.
+        figure: how the results are drawn.
     """
 
     title: str
@@ -211,6 +243,7 @@ class Part:
     far: tuple[str, ...] = ()
     fit: str | None = None
     covariate: tuple[str, ...] = ()
+    auxiliary: str | None = None
     scorers: tuple[ScorerTable, ...] | Literal["all"] = ALL
     ensembles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: str = ""
@@ -222,11 +255,12 @@ class Part:
     extraction: Extraction = Extraction()
     search: Search | None = None
     published: tuple[Published, ...] = ()
+    figure: FigureTable | None = None
 
     NOT_IN_DIGEST: ClassVar = frozenset(
-        {"notes", "published", "models", "ensembles", "sets", "preprocessing", "extraction", "scorers"}
+        {"notes", "published", "figure", "models", "ensembles", "sets", "preprocessing", "extraction", "scorers"}
     )
-    """Notes and published numbers are only presented; the jobs and scorer tables of a unit replace the other fields."""
+    """Notes, published numbers and the figure are only presented; jobs and scorer tables replace the other fields."""
 
     @property
     def ood(self) -> tuple[str, ...]:
@@ -247,7 +281,8 @@ class Part:
     def scored(self) -> tuple[str, ...]:
         """The names of all datasets that are scored, without duplicates."""
         searched = (self.search.id, *self.search.ood) if self.search else ()
-        return tuple(dict.fromkeys((self.id, *self.ood, *self.covariate, *searched)))
+        seen = (self.auxiliary,) if self.auxiliary else ()
+        return tuple(dict.fromkeys((self.id, *self.ood, *self.covariate, *seen, *searched)))
 
 
 @dataclass(frozen=True)

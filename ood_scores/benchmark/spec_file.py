@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from math import gcd
 from typing import Any, Literal
 
 from ood_scores.atomic import user_path
@@ -12,6 +13,7 @@ from ood_scores.benchmark.checks import Problem, problems
 from ood_scores.benchmark.spec import (
     ALL,
     Extraction,
+    FigureTable,
     Loading,
     ModelTable,
     Part,
@@ -36,7 +38,11 @@ from ood_scores.toml_tables import (
     with_overrides,
 )
 
-TABLES = ("models", "sets", "scorers", "measures", "ensembles", "preprocessing", "extraction", "search", "published")
+TABLES = (
+    "models", "sets", "scorers", "measures", "ensembles", "preprocessing", "extraction", "search", "published", "figure"
+)  # fmt: skip
+OF_A_TRAINING = ("epoch", "setting", "checkpoint_every")
+"""Fields of a model that the keys ``epochs`` and ``sweep`` set."""
 
 
 def _option_hint(default: Any) -> Any:
@@ -58,7 +64,13 @@ _EXTRACTION_KEYS = hints_of(Loading) | {
 _PART: dict[str, Any] = {
     **_PART_KEYS,
     "sets": Table(rest=str),
-    "model": [Table(hints_of(ModelTable, ("arguments",)), rest=Any)],
+    "model": [
+        Table(
+            hints_of(ModelTable, ("arguments", *OF_A_TRAINING))
+            | {"epochs": tuple[int, ...], "sweep": Table(rest=tuple[float, ...])},
+            rest=Any,
+        )
+    ],
     "scorers": Table(rest=Table(rest=Any), instead=str | tuple[str, ...]),
     "measures": Table(rest=Table(rest=Any), instead=tuple[str, ...]),
     "ensembles": Table(rest=tuple[str, ...]),
@@ -78,6 +90,7 @@ _PART: dict[str, Any] = {
             }
         )
     ],
+    "figure": Table({"plot": str}, rest=Any),
 }
 _SPEC = Table({**_PART, "extends": str, "part": [Table(_PART)]})
 
@@ -133,7 +146,25 @@ def _spec(raw: Raw, name: str) -> Spec:
     for number, part in enumerate(parts, start=1):
         if "title" not in part:
             raise BadInput(f"[[part]] number {number} has no title: write title = … in it.")
-    return Spec(name, title, tuple(_part(_over(above, part)) for part in parts))
+    made = [_part(_over(above, part)) for part in parts]
+    every = _intervals(model for part in made for model in part.models)
+    return Spec(name, title, tuple(replace(part, models=_keeping(part.models, every)) for part in made))
+
+
+def _intervals(models: Iterable[ModelTable]) -> dict[tuple[str | None, str | None], int]:
+    """Return the interval at which each training has to keep weights to have those of all epochs in the spec."""
+    every: dict[tuple[str | None, str | None], int] = {}
+    for model in models:
+        if model.epoch is not None:
+            training = model.recipe, model.setting
+            every[training] = gcd(every.get(training, 0), model.epoch)
+    return every
+
+
+def _keeping(
+    models: Iterable[ModelTable], every: Mapping[tuple[str | None, str | None], int]
+) -> tuple[ModelTable, ...]:
+    return tuple(replace(model, checkpoint_every=every.get((model.recipe, model.setting))) for model in models)
 
 
 def _over(above: Raw, part: Raw) -> Raw:
@@ -149,7 +180,7 @@ def _part(raw: Raw) -> Part:
             raise BadInput(f"the part {raw['title']!r} has no {key}: write {_HOW[key]}.")
     return Part(
         **{key: converted(raw[key], hint) for key, hint in _PART_KEYS.items() if key in raw},
-        models=tuple(filled(ModelTable, model, "[model]", "arguments") for model in raw["model"]),
+        models=tuple(model for table in raw["model"] for model in _models(table)),
         sets=raw["sets"],
         scorers=_scorers(raw.get("scorers", ALL)),
         measures=_measures(raw.get("measures", ())),
@@ -160,7 +191,24 @@ def _part(raw: Raw) -> Part:
         ),
         search=_search(raw["search"]) if "search" in raw else None,
         published=tuple(number for table in raw.get("published", ()) for number in _published(table)),
+        figure=filled(FigureTable, raw["figure"], "figure", "options") if "figure" in raw else None,
     )
+
+
+def _models(table: Raw) -> Iterator[ModelTable]:
+    """Yield one model for each epoch and each value of the sweep of a ``[[model]]`` table."""
+    epochs, sweep = table.get("epochs"), table.get("sweep", {})
+    if epochs == [] or len(sweep) > 1 or [] in sweep.values():
+        raise BadInput(f"the model {table.get('label')!r} has epochs = {epochs} and sweep = {sweep}: {_SERIES}.")
+    kept = {key: value for key, value in table.items() if key not in ("epochs", "sweep")}
+    settings: list[str | None] = [f"{key}={value}" for key, values in sweep.items() for value in values]
+    for setting in settings or [None]:
+        for epoch in epochs or [None]:
+            series = {"setting": setting, "epoch": epoch}
+            yield filled(ModelTable, {**kept, **series}, "[model]", "arguments")
+
+
+_SERIES = "list at least one epoch, and the values of one key of the recipe"
 
 
 _HOW = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.digest import digest
-from ood_scores.benchmark.measures import accuracies, measured
+from ood_scores.benchmark.measures import MeasuredSets, accuracies, measured
 from ood_scores.benchmark.parameter_search import choose
 from ood_scores.benchmark.planning import Job, Unit, runnable
 from ood_scores.benchmark.results import interval_columns
@@ -75,7 +75,15 @@ def _find(unit: Unit, found: Found) -> None:
     left_out = dict.fromkeys(each.left_out for of_set in made_by.values() for each in of_set)
     found.warnings += _tidy(unit, [{"warning": text} for text in left_out if text])
     found.table = _table(unit, found, runs, made_by)
-    for name, figures, reason in measured(part, sets[part.id], fit, _outside(part, sets)):
+    outside = _outside(part, sets)
+    inside = {ID: by_set[part.id], **{name: found.sets[name] for name in outside}}
+    scores = {
+        label: {name: of_set.scores[number] for name, of_set in inside.items()} for number, label in enumerate(runs)
+    }
+    auxiliary = sets.get(part.auxiliary) if part.auxiliary else None
+    for name, figures, reason in measured(
+        part, MeasuredSets(sets[part.id], fit, outside, auxiliary, scores, part.rule)
+    ):
         found.measures += _tidy(unit, figures)
         found.not_run += [_not_run(f"{name} of {unit.title}", reason)] if reason else []
 
@@ -90,14 +98,14 @@ def _warn(unit: Unit, found: Found, sets: Mapping[str, FeatureSet], fit: Feature
     found.warnings += _tidy(unit, [{"warning": text} for text in texts])
 
 
-def _outside(part: Part, sets: Mapping[str, FeatureSet]) -> list[FeatureSet]:
+def _outside(part: Part, sets: Mapping[str, FeatureSet]) -> dict[str, FeatureSet]:
     """Return the OoD sets of a part, without rows that show an ID class."""
-    found = []
+    found: dict[str, FeatureSet] = {}
     for name in part.ood:
         feats = sets.get(name)
         labels = feats.labels if feats is not None and part.relabel else None
         outside = feats if feats is None or labels is None else feats[torch.nonzero(torch.as_tensor(labels) < 0)[:, 0]]
-        found += [outside] if outside is not None and len(outside) else []
+        found |= {name: outside} if outside is not None and len(outside) else {}
     return found
 
 

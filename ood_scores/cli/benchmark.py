@@ -101,7 +101,7 @@ def _show(screen: Console, results: Results) -> None:
             screen.print(shown)
     if len(results.table):
         screen.print(f"{legend(metrics)} {LEGEND}", style="dim")
-    _show_not_run(screen, results.not_run)
+    show_not_run(screen, results.not_run)
     if (results.folder / "report.html").exists():
         screen.print(f"[green]✓[/] report [bold]{marked(str(results.folder / 'report.html'))}[/]", soft_wrap=True)
     screen.print(f"[green]✓[/] all metrics [bold]{marked(str(results.folder / 'results.csv'))}[/]", soft_wrap=True)
@@ -124,18 +124,19 @@ def _groups(table: pd.DataFrame) -> dict[str, list[str]]:
     return shown | sets
 
 
-def _show_not_run(screen: Console, not_run: Iterable[NotRun]) -> None:
-    """Print what did not run, grouped by reason."""
-    by_reason: dict[tuple[str, str], list[str]] = {}
+def show_not_run(screen: Console, not_run: Iterable[NotRun]) -> None:
+    """Print what did not run, grouped by reason; networks that one training makes are together."""
+    groups: dict[tuple[str, ...], list[NotRun]] = {}
     for entry in not_run:
-        by_reason.setdefault((entry.reason, entry.remedy), []).append(entry.what)
-    for (reason, remedy), names in by_reason.items():
-        names = list(dict.fromkeys(names))
+        trained = entry.remedy.startswith("ood-scores train ")
+        groups.setdefault((entry.remedy,) if trained else (entry.reason, entry.remedy), []).append(entry)
+    for entries in groups.values():
+        names = list(dict.fromkeys(entry.what for entry in entries))
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         listed = marked(", ".join(names[:SHOWN]) + more)
-        screen.print(f"[yellow]not run[/] {listed} [dim]({marked(reason)})[/]", soft_wrap=True)
-        if remedy:
-            screen.print(f"        [dim]→ {marked(remedy)}[/]", soft_wrap=True)
+        screen.print(f"[yellow]not run[/] {listed} [dim]({marked(entries[0].reason)})[/]", soft_wrap=True)
+        if entries[0].remedy:
+            screen.print(f"        [dim]→ {marked(entries[0].remedy)}[/]", soft_wrap=True)
 
 
 def _show_plan(screen: Console, spec: Spec, out: Path | None, data: Path | None) -> None:
@@ -147,7 +148,7 @@ def _show_plan(screen: Console, spec: Spec, out: Path | None, data: Path | None)
     screen.print(f"[bold]{marked(spec.title)}[/] → {marked(str(folder))}")
     for line in (*_caches(planned, folder), *(line for unit in planned.units for line in _scorers(unit, planned))):
         screen.print(line, soft_wrap=True)
-    _show_not_run(screen, planned.not_run)
+    show_not_run(screen, planned.not_run)
 
 
 def _caches(planned: Plan, folder: Path) -> Iterator[str]:

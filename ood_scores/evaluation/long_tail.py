@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch
+from ood_scores.evaluation.metrics import Rule, threshold_index
 from ood_scores.evaluation.threshold_counts import Scores, roc_counts
 from ood_scores.features import FeatureSet, Sets, as_feature_set
 from ood_scores.registry import Registry
@@ -170,21 +171,22 @@ def class_fpr95_id(id_scores: Scores, ood_scores: Scores, labels: Values, classe
     return np.where(rows > 0, accepted / len(outside), np.nan)
 
 
-def class_fpr95_ood(id_scores: Scores, ood_scores: Scores, labels: Values, classes: int) -> NDArray[np.float64]:
+def class_fpr95_ood(
+    id_scores: Scores, ood_scores: Scores, labels: Values, classes: int, *, rule: Rule = "first"
+) -> NDArray[np.float64]:
     """Return the share of rows of each class rejected by the threshold that rejects 95% of OoD rows, float64 ``[C]``.
 
     This is ``metrics.fpr95_ood`` with a single class as ID. The threshold depends on the OoD rows only, so all classes
     share it, and the mean over the classes of a balanced set is the FPR95 of the set. RNA reports this FPR95 by class:
     its text only says "computed for each class separately", but the mean over classes in its Table 1 is exactly the
     FPR95 on SVHN in its Table 10 (10.94), and the code of PASCL, which it builds on, computes this value. The value is
-    NaN for a class without rows. Arguments and errors are those of ``class_fpr95_id``.
+    NaN for a class without rows. Arguments and errors are those of ``class_fpr95_id``, and ``rule`` is that of
+    ``metrics.fpr_at_tpr_id``.
 
-    Source: Shin et al. 2024, Table 1; the code of Wang et al. 2022 (PASCL), ``FPR@TPRn``, but with the first threshold
-    that rejects at least 95% instead of the nearest one (see ``metrics``).
+    Source: Shin et al. 2024, Table 1; the code of Wang et al. 2022 (PASCL), ``FPR@TPRn``, which is ``rule="nearest"``.
     """
     as_ood = roc_counts(id_scores, ood_scores).mirrored()
-    first = np.searchsorted(as_ood.positives, -(-19 * as_ood.n_positive // 20))
-    rejected = _array(id_scores) <= -as_ood.thresholds[first]
+    rejected = _array(id_scores) <= -as_ood.thresholds[threshold_index(as_ood, 0.95, rule)]
     label = _checked_labels(labels, id_scores, classes)
     return _class_means(rejected.astype(np.float64), label, np.bincount(label, minlength=classes))
 

@@ -269,10 +269,14 @@ _RULES: Registry[Callable[[NDArray[np.int64], Fraction], int]] = Registry(
 
 def fpr_of(counts: RocCounts, tpr: float, rule: str = "first") -> float:
     """``fpr_at_tpr_id`` from counts."""
+    return int(counts.negatives[threshold_index(counts, tpr, rule)]) / counts.n_negative
+
+
+def threshold_index(counts: RocCounts, tpr: float, rule: str = "first") -> int:
+    """Return the index of the threshold that accepts the share ``tpr`` of positive rows; see ``fpr_at_tpr_id``."""
     if not 0 < tpr <= 1:
         raise BadInput(f"tpr must be in (0, 1], got {tpr}.")
-    index = _RULES[rule](counts.positives, Fraction(str(tpr)) * counts.n_positive)
-    return int(counts.negatives[index]) / counts.n_negative
+    return _RULES[rule](counts.positives, Fraction(str(tpr)) * counts.n_positive)
 
 
 def resampled_fpr(counts: RocCounts, replicates: int, rng: np.random.Generator, tpr: float) -> NDArray[np.float64]:

@@ -18,6 +18,8 @@ from ood_scores.evaluation.threshold_counts import Scores
 from ood_scores.plotting.style import ID_COLOR, LABEL, SMALL, TICK, color, new_figure
 
 BINS = 40
+NARROWEST = 6.0
+"""Smallest width of a figure in inches, which has room for the legend."""
 REACH = 3.0
 """Extent of the axis beyond the ID scores in widths of the ID scores; scores farther out are in the outermost bin."""
 
@@ -44,7 +46,7 @@ def score_histograms(panels: Mapping[str, Panel], columns: int = 3) -> Figure:
     """
     rows = ceil(len(panels) / columns)
     height = 0.55 + 0.5 * max(len(panel.ood_scores) for panel in panels.values())
-    figure = new_figure(2.9 * columns, height * rows + 0.6)
+    figure = new_figure(max(NARROWEST, 2.9 * columns), height * rows + 0.6)
     grid = figure.add_gridspec(rows, columns)
     for i, (title, panel) in enumerate(panels.items()):
         _draw_panel(figure, grid[divmod(i, columns)], title, panel)

@@ -140,7 +140,14 @@ class Workshop:
             done.add(form)
             arguments = {**model.arguments, **small(model.name)}
             there = replace(
-                model, checkpoint=str(checkpoint), recipe=None, seeds=(), num_classes=CLASSES, arguments=arguments
+                model,
+                checkpoint=str(checkpoint),
+                recipe=None,
+                seeds=(),
+                epoch=None,
+                setting=None,
+                num_classes=CLASSES,
+                arguments=arguments,
             )
             models.setdefault(form, there)
         labels = [model.title for model in models.values()]

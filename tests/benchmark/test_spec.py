@@ -14,7 +14,7 @@ from made_features import random_set
 from ood_scores import FeatureSet
 from ood_scores.benchmark import load_spec
 from ood_scores.benchmark.checks import check
-from ood_scores.benchmark.measures import MEASURES, measured
+from ood_scores.benchmark.measures import MEASURES, MeasuredSets, measured
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Published, ScorerTable, Search, Spec
 from ood_scores.benchmark.unit import described
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
@@ -336,7 +336,7 @@ def test_options_of_a_measure_are_read_and_used(tmp_path: Path) -> None:
     options = "\n[measures.neural_collapse]\nnormalize = true\nnc1_over_classes = false\n"
     only = part(toml(tmp_path, 'fit = "fits"\n' + SMALL + options))
     feats = random_set(4, 6)
-    ((name, figures, reason),) = measured(only, feats, feats)
+    ((name, figures, reason),) = measured(only, MeasuredSets(feats, feats))
     assert (name, reason) == ("neural_collapse", "")
     expected = asdict(neural_collapse(feats, normalize=True, nc1_over_classes=False))
     assert {each["measure"]: each["value"] for each in figures} == expected
@@ -351,13 +351,14 @@ def test_unknown_option_of_a_measure_is_named(tmp_path: Path) -> None:
 def test_representation_measures_norms_and_activations_of_id_and_ood_sets() -> None:
     """The mean over OoD sets weighs them equally; the share of the map replaces that of the features if all have it."""
     sets = [random_set(4, 6, rows=rows, seed=rows) for rows in (20, 30, 50)]
-    figures = MEASURES["representation"].figures(sets[0], None, sets[1:])
+    figures = MEASURES["representation"].figures(MeasuredSets(sets[0], ood={"a": sets[1], "b": sets[2]}))
     norms = [float(feats.features.norm(dim=1).mean()) for feats in sets]
     shares = [float((feats.features > 0).double().mean()) for feats in sets]
     assert figures == pytest.approx(
         {
             "representation_norm_id": norms[0],
             "representation_norm_ood": (norms[1] + norms[2]) / 2,
+            "representation_norm_sd": float(sets[0].features.norm(dim=1).std()),
             "activation_ratio_id": shares[0],
             "activation_ratio_ood": (shares[1] + shares[2]) / 2,
         }
@@ -368,4 +369,9 @@ def test_representation_measures_norms_and_activations_of_id_and_ood_sets() -> N
         )
         for each in sets
     ]
-    assert MEASURES["representation"].figures(maps[0], None, maps[1:])["activation_ratio_ood"] == 0.25
+    assert (
+        MEASURES["representation"].figures(MeasuredSets(maps[0], ood={"a": maps[1], "b": maps[2]}))[
+            "activation_ratio_ood"
+        ]
+        == 0.25
+    )

@@ -139,6 +139,7 @@ class OodResNet(PooledL2Classifier):
         bn_affine: Whether BatchNorm learns a scale and an offset.
         shortcut_affine: Whether the BatchNorm of convolutional shortcuts does so even without ``bn_affine``.
         width: Number of channels of the first stage; those of the other stages and the features scale with it.
+        embedding: Number of features of a linear layer after pooling, which replace the pooled ones; 0 is none.
     """
 
     def __init__(
@@ -155,8 +156,10 @@ class OodResNet(PooledL2Classifier):
         bn_affine: bool = True,
         shortcut_affine: bool = False,
         width: int = 64,
+        embedding: int = 0,
     ) -> None:
-        super().__init__(in_chans, 8 * width * block.expansion, l2_head, normalize_eval)
+        channels = 8 * width * block.expansion
+        super().__init__(in_chans, embedding or channels, l2_head, normalize_eval)
         parts = Parts(negative_slope, pooled_shortcut, spectral_norm, bn_affine, shortcut_affine)
         self.conv1 = parts.conv(in_chans, width, 3)
         self.bn1 = parts.norm(width)
@@ -165,11 +168,16 @@ class OodResNet(PooledL2Classifier):
         self.layer2 = _stage(block, parts, depths[1], width * block.expansion, 2 * width, stride=2)
         self.layer3 = _stage(block, parts, depths[2], 2 * width * block.expansion, 4 * width, stride=2)
         self.layer4 = _stage(block, parts, depths[3], 4 * width * block.expansion, 8 * width, stride=2)
+        self.embedding = nn.Linear(channels, embedding) if embedding else nn.Identity()
         self.reset_classifier(num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
         out = self.act(self.bn1(self.conv1(images)))
         return self.layer4(self.layer3(self.layer2(self.layer1(out))))
+
+    def forward_head(self, feature_map: Tensor, pre_logits: bool = False) -> Tensor:
+        features = self.embedding(feature_map.mean(dim=(2, 3)))
+        return features if pre_logits else self.get_classifier()(features)
 
 
 def _stage(
