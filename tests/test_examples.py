@@ -20,7 +20,10 @@ DETECTORS = {"reject_option": None, "datasets_map": "datasets", "ray_batches": "
 MODULES = {"digit_classifier", "serve_fastapi"}
 """Examples that other programs import."""
 
-TABLES = sorted({path.stem for path in FOLDER.glob("*.py")} - DETECTORS.keys() - MODULES)
+TRANSFORMERS = {"audio_classifier", "text_classifier"}
+"""Examples of models of transformers, each with a table and a detector."""
+
+TABLES = sorted({path.stem for path in FOLDER.glob("*.py")} - DETECTORS.keys() - MODULES - TRANSFORMERS)
 """All other examples: each prints a table of metrics."""
 
 
@@ -47,6 +50,16 @@ def test_detector_example_rejects_photographs_and_keeps_digits(name, tmp_path):
     shares = {kind: int(rejected) / int(rows) for rejected, rows, kind in found}
     assert shares["digits"] < 0.12
     assert shares["photographs"] > 0.9
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMERS))
+def test_example_of_transformers_keeps_what_it_knows_and_rejects_others(name, tmp_path):
+    pytest.importorskip("transformers")
+    printed = run(name, tmp_path)
+    assert "fpr95_id" in printed
+    known, others = (int(count) for count in re.findall(r"(\d+) of 100 .* rejected", printed))
+    assert known < 20
+    assert others > 95
 
 
 PHOTO = np.full((8, 8, 3), 200, np.uint8)

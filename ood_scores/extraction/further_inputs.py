@@ -18,12 +18,16 @@ from ood_scores.extraction.loaders import input_key, label_key
 def further_inputs(batch: Any, model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a dict batch, other than the inputs and labels, that are parameters of ``forward``.
 
+    A ``forward`` without named parameters, but with ``**kwargs``, takes all of them.
+
     Raises:
         BadInput: if one of them does not have one row per input.
     """
     if not isinstance(batch, Mapping):
         return {}
-    taken = inspect.signature(model.forward).parameters.keys() - {input_key(batch), label_key(batch)}
+    named, takes_any, _ = _parameters(model)
+    others = batch.keys() - {input_key(batch), label_key(batch)}
+    taken = others if takes_any else others & set(named)
     found = {name: values for name, values in batch.items() if name in taken and isinstance(values, Tensor)}
     rows = len(batch[input_key(batch)])
     for name, values in found.items():
@@ -34,15 +38,17 @@ def further_inputs(batch: Any, model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def passed_by_name(model: nn.Module, batch: Any, further: Mapping[str, Tensor]) -> Iterator[None]:
-    """Pass further inputs whenever the model is called with its first input alone, in this context.
+    """Pass the input by its name, and further inputs, whenever the model is called with its first input alone.
 
-    Of a call with other rows, as a trial of the first few inputs, they are the first rows.
+    This holds in the context. Of a call with other rows, as a trial of the first few inputs, further inputs are the
+    first rows. The input is passed by position if ``forward`` has no parameter of its name.
     """
-    if not further:
+    name = input_key(batch) if isinstance(batch, Mapping) else ""
+    named, takes_any, takes_position = _parameters(model)
+    by_name = name in named or (bool(name) and takes_any and not takes_position)
+    if not further and (not by_name or named[:1] == [name]):
         yield
         return
-    name = input_key(batch)
-    by_name = name in inspect.signature(model.forward).parameters
 
     def add(
         module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
@@ -53,6 +59,16 @@ def passed_by_name(model: nn.Module, batch: Any, further: Mapping[str, Tensor]) 
 
     with hooked([(model, add)], before=True, with_kwargs=True):
         yield
+
+
+def _parameters(model: nn.Module) -> tuple[list[str], bool, bool]:
+    """Return the names of the parameters of ``forward``, and if there are none, whether it takes any keyword and any
+    position."""
+    found = inspect.signature(model.forward).parameters.values()
+    kinds = {each.kind for each in found}
+    named = [each.name for each in found if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    variable = inspect.Parameter.VAR_KEYWORD in kinds, inspect.Parameter.VAR_POSITIONAL in kinds
+    return named, not named and variable[0], variable[1]
 
 
 def _first_rows(values: Tensor, rows: int) -> Tensor:

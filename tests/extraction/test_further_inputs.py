@@ -57,6 +57,40 @@ def test_further_inputs_are_passed_by_name(size: int) -> None:
     assert feats.labels.equal(LABELS)
 
 
+class Towers(nn.Module):
+    """A model that takes texts or images, whichever it is given by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None) -> Tensor:
+        assert input_ids is None
+        assert pixel_values is not None
+        return self.fc(pixel_values.mean(1).tanh())
+
+
+class Wrapper(WithMask):
+    """A model whose ``forward`` takes whatever it is given by name."""
+
+    def forward(self, **batch: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(**batch)
+
+
+def test_the_input_is_passed_by_its_name() -> None:
+    data = [{"pixel_values": PIXELS, "labels": LABELS}]
+    feats = ood_scores.extract(Towers(), data, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(feats.logits, Towers()(pixel_values=PIXELS))
+
+
+def test_a_wrapper_receives_all_entries_by_name() -> None:
+    feats = ood_scores.extract(Wrapper(), batches(), progress=False)
+    assert feats.logits is not None
+    assert feats.logits.equal(extract(batches()).logits)  # type: ignore[arg-type]
+
+
 def test_probes_receive_them() -> None:
     feats, model = extract(batches(), probes=["odin", "gradnorm"]), WithMask()
     for row in range(ROWS):
