@@ -12,7 +12,7 @@ from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.block import row_norm
 from ood_scores.features.statistics.base import Found
-from ood_scores.features.statistics.moments import ClassMoments, Moments
+from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.cholesky import SOLVED
 from ood_scores.scorers.numerics.distances import squared_distances
@@ -33,9 +33,11 @@ class _TiedGaussians(Scorer):
     means_: Tensor = fitted()
     double_: bool = fitted(False)
     needs = ("features",)
-    fit_needs = ("features", "labels")
 
-    def statistics(self) -> tuple[ClassMoments]:
+    def __post_init__(self) -> None:
+        self.fit_needs: tuple[str, ...] = ("features", "labels")
+
+    def statistics(self) -> tuple[ClassMoments | GlobalMoments]:
         return (ClassMoments("features", self.normalize),)
 
 
@@ -57,13 +59,23 @@ class Mahalanobis(_TiedGaussians):
 
     Args:
         normalize: L2-normalize features in the fit and in the score.
+        one_class: Fit one mean and the covariance around it, as for a single class. No labels are needed.
 
     Cost: one product with a ``[D, D]`` and one with a ``[D, C]`` matrix for each block.
     """
 
     tags = Tags(aliases=("mds",), paper=LEE_2018)
+    one_class: bool = False
     whitening_: Tensor = fitted()
     centre_: Tensor = fitted()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.one_class:
+            self.fit_needs = ("features",)
+
+    def statistics(self) -> tuple[ClassMoments | GlobalMoments]:
+        return ((GlobalMoments if self.one_class else ClassMoments)("features", self.normalize),)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         moments = found[self.statistics()[0]]
@@ -93,6 +105,7 @@ class MahalanobisPP(Mahalanobis):
 
     Args:
         normalize: L2-normalize features in the fit and in the score.
+        one_class: Fit one mean and the covariance around it, as for a single class. No labels are needed.
 
     Cost: as ``mahalanobis``.
     """
@@ -221,6 +234,7 @@ class WDiscOOD(_TiedGaussians):
     discriminants_: Tensor = fitted()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dimension is not None:
             self.require_count("dimension")
         self.require(0 <= self.weight < math.inf, f"weight must be at least 0 and finite, got {self.weight}")

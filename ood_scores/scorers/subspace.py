@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,8 +60,7 @@ class _ResidualScorer(Scorer):
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         moments = found[GlobalMoments("features")]
-        assert feats.head is not None
-        origin = origin_of(feats.head).to(moments.means)
+        origin = self.find_origin(moments, feats)
         values, vectors = principal_axes(moments_about(moments, origin))
         dimension = default_dimension(len(values)) if self.dimension is None else self.dimension
         rank = rank_of(values)
@@ -71,6 +71,11 @@ class _ResidualScorer(Scorer):
         )
         self.origin_, self.residual_space_ = origin, vectors[:, dimension:].contiguous()
         self.double_ = bool(origin.norm() > FAR * values[dimension:].sum().sqrt())
+
+    def find_origin(self, moments: Moments, feats: FeatureSet) -> Tensor:
+        """The origin ``o``, float64 ``[D]``."""
+        assert feats.head is not None
+        return origin_of(feats.head).to(moments.means)
 
     def residual_norm(self, features: Tensor) -> Tensor:
         """``||R^T (z - o)||``, float64 ``[B]``; the product is in the precision in which the features are stored, or in
@@ -102,13 +107,23 @@ class Residual(_ResidualScorer):
 
     Args:
         dimension: The dimension of the principal space; None for the default above.
+        origin: ``"head"`` for the origin above; ``"mean"`` for the mean of the fit set, which needs no head, so that
+            features of an encoder can be fitted: the residual of a principal component analysis. No labels are needed.
 
     Cost: one product with a ``[D, D - dimension]`` matrix for each block; one eigendecomposition to fit.
     """
 
     tags = Tags(paper=WANG_2022, exceptions={"higher_on_id": "a small row has a small residual"})
+    origin: Literal["head", "mean"] = "head"
     needs = ("features",)
-    fit_needs = ("features", "head")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_choices()
+        self.fit_needs = ("features", "head") if self.origin == "head" else ("features",)
+
+    def find_origin(self, moments: Moments, feats: FeatureSet) -> Tensor:
+        return super().find_origin(moments, feats) if self.origin == "head" else moments.means[0]
 
     def score_block(self, block: Block) -> Tensor:
         return -self.residual_norm(block.features)

@@ -350,3 +350,16 @@ def test_a_nearly_singular_covariance_is_whitened_in_float64(name: str) -> None:
     torch.testing.assert_close(scorer.score(feats), in_double, rtol=1e-9, atol=1e-9)
     alone = torch.cat([scorer.score(feats[row : row + 1]) for row in range(5)])
     torch.testing.assert_close(alone, in_double[:5], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "mahalanobis_pp"])
+def test_one_class_needs_no_labels(name: str) -> None:
+    rng = np.random.default_rng(0)
+    fit, new = rng.normal(size=(90, 5)) @ rng.normal(size=(5, 5)) + 2, rng.normal(size=(20, 5)) * 3
+    found = score(name, FeatureSet(new), FeatureSet(fit), one_class=True)
+    labelled = score(name, FeatureSet(new), FeatureSet(fit, labels=np.zeros(90, int)))
+    rows, reference = (x / np.linalg.norm(x, axis=1, keepdims=True) if "pp" in name else x for x in (new, fit))
+    deviations = rows - reference.mean(0)
+    inverse = np.linalg.pinv(np.cov(reference.T, bias=True))
+    np.testing.assert_allclose(found.numpy(), -np.einsum("nd,de,ne->n", deviations, inverse, deviations), rtol=1e-6)
+    torch.testing.assert_close(found, labelled)

@@ -364,3 +364,14 @@ def test_scorers_share_one_pass() -> None:
     assert set(fit.statistics) == expected
     score("vim", to_score(), fit=fit)  # which looks for rows that the two sets share
     assert set(fit.statistics) == {*expected, RowHashes()}
+
+
+def test_residual_about_the_mean_is_that_of_a_principal_component_analysis() -> None:
+    fit, new = train(), train(60, offset=1.0)
+    found = score("residual", FeatureSet(new.features), FeatureSet(fit.features), origin="mean", dimension=4)
+    pca = PCA(4).fit(fit.features.double().numpy())
+    rows = new.features.double().numpy()
+    expected = -np.linalg.norm(rows - pca.inverse_transform(pca.transform(rows)), axis=1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    with pytest.raises(BadInput, match="origin"):
+        create_scorer("residual", origin="zero")
