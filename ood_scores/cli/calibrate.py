@@ -44,6 +44,13 @@ def calibrate(
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Compute a threshold for each predicted class.")
     ] = False,
+    sets: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="Also predict a set of labels: lac, aps, raps, or saps.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Share of ID images whose set may lack the label, with --sets.")] = 0.1,
+    sets_among: Annotated[
+        str, typer.Option(metavar="all|class|cluster", help="Images among which the set may lack it, with --sets.")
+    ] = "all",
     param: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Scorer parameter as KEY=VALUE; may be repeated.")
     ] = None,
@@ -104,6 +111,9 @@ def calibrate(
         keep=keep,
         delta=delta,
         per_class=per_class,
+        sets=sets,  # type: ignore[arg-type]
+        alpha=alpha,
+        sets_among=sets_among,  # type: ignore[arg-type]
         preprocessing=changes or None,
         classes=read_classes(user_path(classes)) if classes else None,
         images=images,
@@ -146,6 +156,7 @@ def _show(detector: Detector, out: Path) -> None:
                 "threshold": limit,
                 "from": f"{len(calibration.scores):,} rows{of}",
                 "guarantee": calibration.guarantee,
+                **({"sets of labels": detector.label_sets.guarantee} if detector.label_sets else {}),
             }
         )
     )

@@ -147,7 +147,13 @@ def results(detector: Detector, files: Sequence[str], batch_size: int, workers: 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
     """Return the columns in order, with types for integers and booleans that allow missing values."""
     kinds = {"label": "Int64", "probability": "float64", "score": "float64", "p_value": "float64", "is_ood": "boolean"}
-    names = ["image", "label", *(["class_name"] if "class_name" in table else []), *list(kinds)[1:], "error"]
+    names = [
+        "image",
+        "label",
+        *(name for name in ("class_name", "label_set") if name in table),
+        *list(kinds)[1:],
+        "error",
+    ]
     return table.reindex(columns=names).astype(kinds)
 
 

@@ -24,6 +24,7 @@ from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.conformal import Threshold
 from ood_scores.detector.folder import DESCRIPTION, NewFiles, read_description, replacing_detector, verified_files
 from ood_scores.detector.inputs import input_batches
+from ood_scores.detector.label_sets import LabelSets
 from ood_scores.detector.parts import DetectorParts
 from ood_scores.detector.preprocessing import Preprocessing, Transform, example_input, preprocessing_of
 from ood_scores.errors import BadInput, DamagedCache, OodScoresError, OtherModel
@@ -58,7 +59,7 @@ def save_parts(detector: DetectorParts, path: str | os.PathLike[str], with_model
         raise OtherModel("the model's weights have changed since the calibration: calibrate again.")
     with replacing_detector(user_path(path)) as new:
         detector.scorer.save(new.place("scorer"))
-        _write_calibration(detector.calibration, new.place("calibration"))
+        _write_calibration(detector.calibration, detector.label_sets, new.place("calibration"))
         _write_head(detector.forward.options.head, new)
         if with_model:
             _write_model(detector, new.place("model"))
@@ -97,6 +98,7 @@ def load_parts(
             classes=None if described["classes"] is None else tuple(described["classes"]),
             data=Provenance.from_attributes(described["data"] or {}),
             arguments=described["model"]["arguments"],
+            label_sets=_read_label_sets(files["calibration"], described.get("sets")),
         )
         _require_example(parts, described.get("example"), folder)
         return parts
@@ -118,6 +120,7 @@ def _describe(detector: DetectorParts) -> dict[str, Any]:
         "per_class": calibration.predicted is not None,
         "threshold": None if calibration.predicted is not None else str(calibration.thresholds[0].value),
         "rows": len(calibration.scores),
+        "sets": None if detector.label_sets is None else detector.label_sets.described,
         "passes": detector.passes,
         "classes": detector.classes,
         "model": {
@@ -190,7 +193,7 @@ def _read_head(file: Path) -> Head:
     return Head(tensors["weight"], tensors["bias"], words)
 
 
-def _write_calibration(calibration: Calibration, file: Path) -> None:
+def _write_calibration(calibration: Calibration, label_sets: LabelSets | None, file: Path) -> None:
     tensors = {
         "scores": torch.from_numpy(calibration.scores),
         "thresholds": torch.tensor([each.value for each in calibration.thresholds], dtype=torch.float64),
@@ -199,8 +202,20 @@ def _write_calibration(calibration: Calibration, file: Path) -> None:
     }
     if calibration.predicted is not None:
         tensors["predicted"] = torch.from_numpy(calibration.predicted)
+    if label_sets is not None:
+        tensors["set_limits"] = torch.from_numpy(label_sets.limits)
     with replacing(file) as content:
         content.write(safetensors.torch.save(tensors))
+
+
+def _read_label_sets(file: Path, described: Mapping[str, Any] | None) -> LabelSets | None:
+    """Return the rule for sets of labels; None for a detector without one, or of an earlier version."""
+    if described is None:
+        return None
+    limits = safetensors.torch.load_file(file)["set_limits"].numpy()
+    if np.isnan(limits).any():
+        raise DamagedCache(f"{file} contains NaN: save the detector again.")
+    return LabelSets(limits=limits, **described)
 
 
 def _read_calibration(file: Path, keep: float, delta: float | None) -> Calibration:

@@ -15,6 +15,7 @@ from ood_scores.data.class_names import ordered
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.detector import Detector, require_weights
 from ood_scores.detector.image_check import check_preprocessing
+from ood_scores.detector.label_sets import Among, Method, calibrate_sets_on, check_rule
 from ood_scores.detector.prediction import predictions_of
 from ood_scores.detector.preprocessing import Preprocessing, preprocessing_of
 from ood_scores.errors import BadInput, NearChance, NotFitted
@@ -45,6 +46,9 @@ def calibrate(
     keep: float = 0.95,
     delta: float | None = None,
     per_class: bool = False,
+    sets: Method | None = None,
+    alpha: float = 0.1,
+    sets_among: Among = "all",
     preprocessing: Preprocessing | None = None,
     classes: Sequence[str] | Mapping[Any, Any] | None = None,
     images: Any = None,
@@ -67,6 +71,12 @@ def calibrate(
         keep: the share of ID images to keep, in (0, 1).
         delta: the share of calibration sets for which less may be kept; None for the guarantee in expectation.
         per_class: whether each predicted class has its own threshold and p-values, so that the share is kept in each.
+        sets: how to make a set of labels for each image, ``"lac"``, ``"aps"``, ``"raps"`` or ``"saps"``; None for no
+            sets. They are calibrated on the labels of ``id``; see ``ood_scores.detector.label_sets``.
+        alpha: the share of ID images whose set may lack the label, in (0, 1). A share of at least ``keep - alpha`` of
+            ID images is kept with a set that has the label.
+        sets_among: the images for which that holds: ``"all"``, those of each ``"class"``, or of each ``"cluster"`` of
+            classes.
         preprocessing: how an image becomes an input of the model: an image processor of Hugging Face's transformers;
             torchvision's ``weights.transforms()``; any other function from a PIL image to ``[C, H, W]``; or entries of
             timm's data configuration that replace the model's own (``input_size``, ``mean``, ``std``, ``crop_pct``,
@@ -86,11 +96,15 @@ def calibrate(
         OtherModel: if a set, or the fit of the scorer, comes from other weights than the model's.
         NotFitted: if the scorer needs a fit, and there is no ``fit``.
         MissingInput: if the sets lack something that the scorer needs.
+        UnknownName: if there are no such ``sets`` or ``sets_among``.
+        BadLabels: if there are sets of labels, and ``id`` has no labels that are class indices of the model.
         BadInput: if the scorer needs something that a single model cannot compute, a share is out of range, the number
             of names is not the number of classes, there are options but no loader, or the preprocessing does not
             reproduce the features of the ID set.
         EmptyInput, NotFinite, HeadNotFound: as in ``extract`` and ``Scorer.score``.
     """
+    if sets:
+        check_rule(sets, alpha, sets_among)
     id, fit = _opened(id), None if fit is None else _opened(fit)
     ready = copy.deepcopy(as_scorer(scorer))
     names = [probe.name for probe in probes_for(ready.needs)]
@@ -139,6 +153,7 @@ def calibrate(
         preprocessing=preprocessing_of(model, preprocessing),
         classes=names_of_classes,
         data=id_set.provenance,
+        label_sets=calibrate_sets_on(id_set, sets, alpha, sets_among) if sets else None,
     )
     detector.to(device)
     check_preprocessing(detector, id_set, id, images)

@@ -97,6 +97,7 @@ class Detector(DetectorParts):
             p_value=self.calibration.p_values(scores, label),
             is_ood=self.calibration.rejects(scores, label),
             class_name=None if self.classes is None or label is None else np.array(self.classes)[label],
+            label_set=None if self.label_sets is None else self.label_sets.labels(feats, self.classes),
         )
 
     def __call__(self, batch: Any) -> Any:
@@ -259,6 +260,7 @@ class Detector(DetectorParts):
             "threshold": f"{limits[0]:.6g}" + (f" … {limits[-1]:.6g}, by predicted class" if len(limits) > 1 else ""),
             "guarantee": calibration.guarantee,
             "calibrated on": f"{len(calibration.scores):,} rows" + (f" of {self.data.dataset}" if self.data else ""),
+            "sets of labels": self.label_sets.guarantee if self.label_sets else None,
             "passes": self.passes,
         }
         return facts_html("Detector", facts)

@@ -17,7 +17,7 @@ Class-conditional conformal prediction with many classes (by cluster).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from ood_scores.detector.conformal import check_shares
-from ood_scores.errors import BadLabels, EmptyInput, NotFinite, ShapeMismatch
+from ood_scores.errors import BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch
+from ood_scores.features import FeatureSet
 from ood_scores.registry import Registry
 from ood_scores.user_warnings import warn_user
 
@@ -63,6 +64,21 @@ class LabelSets:
     limits: Values
     rows: int
 
+    def labels(self, feats: FeatureSet, classes: Sequence[str] | None = None) -> NDArray[np.object_]:
+        """Return the labels in the set of each row, most probable first: tuples of names or numbers, object ``[N]``.
+
+        Args:
+            feats: a feature set with logits, which is read block by block.
+            classes: the names of the classes; None for their numbers.
+        """
+        found = np.empty(len(feats), dtype=object)
+        for block in feats.blocks(device="cpu", only=["logits"]):
+            inside = self(block.logits)
+            for row, ranked in enumerate(block.logits.argsort(dim=1, descending=True, stable=True).numpy()):
+                kept = ranked[inside[row, ranked]].tolist()
+                found[block.start + row] = tuple(kept if classes is None else (classes[label] for label in kept))
+        return found
+
     def __call__(self, logits: Any) -> NDArray[np.bool_]:
         """Return which labels are in the set of each row, bool ``[B, C]``, for logits ``[B, C]``.
 
@@ -71,6 +87,11 @@ class LabelSets:
             NotFinite: if a logit is NaN or infinite.
         """
         return nonconformity(logits, self.method, classes=len(self.limits)) <= self.limits
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """All fields but the limits, for JSON."""
+        return {"method": self.method, "alpha": self.alpha, "among": self.among, "rows": self.rows}
 
     @property
     def guarantee(self) -> str:
@@ -110,11 +131,41 @@ def calibrate_sets(
         EmptyInput: if there are no rows.
         NotFinite: if a logit is NaN or infinite.
     """
-    check_shares(alpha=alpha)
+    check_rule(method, alpha, among)
     all_labels = nonconformity(logits, method)
     rows, classes = all_labels.shape
     label = _class_labels(labels, rows, classes)
-    of_label = all_labels[np.arange(rows), label]
+    return _calibrated(all_labels[np.arange(rows), label], label, classes, method, alpha, among, seed)
+
+
+def calibrate_sets_on(feats: FeatureSet, method: Method = "aps", alpha: float = 0.1, among: Among = "all") -> LabelSets:
+    """Calibrate sets of labels on a feature set, read block by block; see ``calibrate_sets``.
+
+    Raises:
+        MissingInput: if the set has no logits.
+        BadLabels: if it has no labels, or they are not class indices of the model. Other errors are those of
+            ``calibrate_sets``.
+    """
+    if not feats.has("logits"):
+        raise MissingInput("sets of labels need logits, and the feature set has none: extract them.")
+    label = feats.class_labels().cpu().numpy()
+    of_label = np.empty(len(feats))
+    for block in feats.blocks(device="cpu", only=["logits"]):
+        here = slice(block.start, block.start + len(block))
+        of_label[here] = nonconformity(block.logits, method)[np.arange(len(block)), label[here]]
+    return _calibrated(of_label, label, feats.num_classes or 0, method, alpha, among, seed=0)
+
+
+def check_rule(method: str, alpha: float, among: str) -> None:
+    """Raise UnknownName or BadInput if there is no such rule."""
+    check_shares(alpha=alpha)
+    _FORMULAS[method], _LIMITS[among]
+
+
+def _calibrated(
+    of_label: Values, label: NDArray[np.int64], classes: int, method: Method, alpha: float, among: Among, seed: int
+) -> LabelSets:
+    rows = len(label)
     limits = _LIMITS[among](of_label, label, classes, alpha, seed)
     unlimited = int(np.isinf(limits).sum())
     if unlimited:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ood_scores.detector.calibration import Calibration
+from ood_scores.detector.label_sets import LabelSets
 from ood_scores.detector.preprocessing import Preprocessing, Transform, transform_of
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.probes import LayerProbe, Probe
@@ -32,6 +33,7 @@ class DetectorParts:
         classes: the names of the classes, or None.
         data: where the calibration data came from, or None.
         arguments: the arguments of ``timm.create_model`` beyond ``num_classes``, if they were passed to ``save``.
+        label_sets: the rule for sets of labels, or None.
         transform: the preprocessing, from a PIL image to ``[C, H, W]``, or None.
     """
 
@@ -43,6 +45,7 @@ class DetectorParts:
     classes: tuple[str, ...] | None = None
     data: Provenance | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    label_sets: LabelSets | None = None
     transform: Transform | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

@@ -28,6 +28,8 @@ class Prediction:
         p_value: the conformal p-value of "this image is in-distribution", float64; small means OoD.
         is_ood: whether the score is below the threshold.
         class_name: the name of the predicted class; None if the detector has no names.
+        label_set: the labels in the set of each image, the most probable first: tuples of names, or of numbers if the
+            detector has no names; None if it makes no sets.
         errors: why images were left out, by their number in the input; empty if all could be read.
     """
 
@@ -37,6 +39,7 @@ class Prediction:
     p_value: NDArray[np.float64]
     is_ood: NDArray[np.bool_]
     class_name: NDArray[Any] | None = None
+    label_set: NDArray[Any] | None = None
     errors: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:

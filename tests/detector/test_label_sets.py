@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import ood_scores
+from ood_scores.detector import Detector
 from ood_scores.detector.conformal import threshold
 from ood_scores.detector.label_sets import Among, LabelSets, Method, calibrate_sets, nonconformity
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, NotFinite, ShapeMismatch, UnknownName
@@ -142,3 +146,47 @@ def test_input_that_cannot_be_right_is_refused() -> None:
         rule(np.empty((0, 4)))
     with pytest.raises(UnknownName, match="there is no kind of label sets 'asp'"):
         nonconformity(logits, "asp")  # type: ignore[arg-type]
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+
+
+def labeled_inputs(model: nn.Module, rows: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = 3 * torch.randn(rows, 4, generator=generator)
+    with torch.no_grad():
+        labels = torch.multinomial(model(inputs).softmax(dim=1), 1, generator=generator)[:, 0]
+    return list(zip(inputs.split(50), labels.split(50), strict=True))
+
+
+def test_a_detector_predicts_sets_and_keeps_them_on_disk(tmp_path: Path) -> None:
+    model = small_model()
+    batches = labeled_inputs(model, 300, seed=1)
+    detector = ood_scores.calibrate("energy", model, id=batches, sets="aps", alpha=0.2, classes=["a", "b", "c"])
+    logits = torch.cat([model(inputs) for inputs, _ in batches]).detach()
+    rule = calibrate_sets(logits, torch.cat([labels for _, labels in batches]), "aps", alpha=0.2)
+    found = detector.predict(batches[0][0])
+    assert found.label_set is not None
+    inside = rule(logits[:50])
+    for row, labels in enumerate(found.label_set):
+        assert set(labels) == {"abc"[label] for label in np.flatnonzero(inside[row])}
+        if labels:
+            assert labels[0] == found.class_name[row]  # type: ignore[index]
+    detector.save(tmp_path / "detector")
+    again = Detector.load(tmp_path / "detector", model)
+    assert again.predict(batches[0][0]).label_set.tolist() == found.label_set.tolist()  # type: ignore[union-attr]
+    assert again.label_sets is not None
+    assert again.label_sets.guarantee.startswith("the set contains the label of at least 80.00% of rows")
+    assert Detector.load(tmp_path / "detector", model).predict(batches[0][0]).to_pandas()["label_set"][0]
+
+
+def test_a_detector_without_sets_has_none() -> None:
+    model = small_model()
+    batches = labeled_inputs(model, 100, seed=2)
+    assert ood_scores.calibrate("energy", model, id=batches).predict(batches[0][0]).label_set is None
+    with pytest.raises(UnknownName, match="there is no group of rows 'classes'"):
+        ood_scores.calibrate("energy", model, id=batches, sets="aps", sets_among="classes")  # type: ignore[arg-type]
+    with pytest.raises(BadLabels):
+        ood_scores.calibrate("energy", model, id=[inputs for inputs, _ in batches], sets="aps")
