@@ -6,7 +6,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -71,8 +71,12 @@ def find(model: ModelTable, number: int, data: Path) -> Network:
     """Return the network of a model with one of its checkpoints.
 
     Raises:
-        MissingData: if the checkpoint does not exist, or an environment variable in its path is not set.
+        MissingData: if the checkpoint or a file of texts does not exist, or an environment variable in its path is not
+            set.
     """
+    from ood_scores.models.zero_shot.prompts import with_files_read
+
+    model = replace(model, arguments=with_files_read(model.arguments, lambda path: _existing(path, data)))
     text = checkpoints_of(model)[number]
     if text is None:
         return Network(model, None, "")
@@ -84,6 +88,13 @@ def find(model: ModelTable, number: int, data: Path) -> Network:
         while piece := file.read(2**24):
             sha256.update(piece)
     return Network(model, path, sha256.hexdigest())
+
+
+def _existing(text: str, data: Path) -> Path:
+    path = located(expanded(text), data)
+    if not path.is_file():
+        raise MissingData(f"there is no file {path}")
+    return path
 
 
 def _how_to_train(model: ModelTable, number: int, data: Path) -> str:

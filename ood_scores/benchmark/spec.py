@@ -33,7 +33,8 @@ class ModelTable:
         checkpoint_every: interval at which the training has to keep weights to have those of all epochs in the spec.
         num_classes: number of classes, if it cannot be inferred from the checkpoint.
         head: name of the last linear layer, if it cannot be found.
-        arguments: all other keys of the table, which must be arguments of the network itself.
+        arguments: all other keys of the table, which must be arguments of the network itself; or ``classes``,
+            ``templates``, and ``negatives`` of a zero-shot classifier, whose files count with their content.
     """
 
     name: str

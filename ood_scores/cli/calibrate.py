@@ -57,13 +57,14 @@ def calibrate(
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
     model_arg: options.ModelArg = None,
-    classes: Annotated[
-        Path | None, typer.Option(help="File with the names of the classes: one per line, or JSON.")
-    ] = None,
     images: Annotated[
         str | None,
         typer.Option(metavar="DATA", help="Dataset of the images of the cache --id, to check the preprocessing."),
     ] = None,
+    classes: options.Classes = None,
+    templates: options.Templates = None,
+    negatives: options.Negatives = None,
+    adjectives: options.Adjectives = None,
     mean: options.Mean = None,
     std: options.Std = None,
     batch_size: options.BatchSize = 64,
@@ -91,6 +92,7 @@ def calibrate(
     from ood_scores.data.class_names import read_classes
     from ood_scores.detector.bundle import DESCRIPTION
     from ood_scores.models.opening import load_model, preprocessing
+    from ood_scores.models.zero_shot.towers import has_towers
     from ood_scores.scorers import create_scorer
 
     out = user_path(out)
@@ -102,6 +104,8 @@ def calibrate(
     changes = {name: parsing.numbers(text) for name, text in (("mean", mean), ("std", std)) if text}
     ready = create_scorer(scorer, **parsing.parameters(scorer, param or ()))
     network = load_model(model, checkpoint, num_classes, **parsing.model_arguments(model_arg))
+    if templates or negatives or adjectives or has_towers(network):
+        network = parsing.zero_shot(network, classes, templates, negatives, adjectives)
     opened = _opener(network, preprocessing(network, **changes), batch_size, workers)
     detector = ood_scores.calibrate(
         ready,

@@ -20,6 +20,10 @@ def extract(
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
     model_arg: options.ModelArg = None,
+    classes: options.Classes = None,
+    templates: options.Templates = None,
+    negatives: options.Negatives = None,
+    adjectives: options.Adjectives = None,
     batch_size: options.BatchSize = 64,
     workers: options.Workers = 2,
     device: options.Device = "auto",
@@ -38,7 +42,8 @@ def extract(
     Of an encoder without a classifier, the features and labels are stored.
 
     An interrupted run continues where it stopped; a cache that was created with different settings is refused. Under
-    torchrun, the processes share the rows.
+    torchrun, the processes share the rows. With --classes, CLIP, SigLIP, and models of open_clip are zero-shot
+    classifiers.
 
     \b
     [bold]Examples[/]
@@ -46,6 +51,8 @@ def extract(
       ood-scores extract cifar_resnet20 "torchvision:CIFAR10?split=test" \\
           test.h5 --checkpoint cifar10.safetensors
       ood-scores extract hf-hub:OWNER/NAME imglist:textures.txt dtd.h5
+      ood-scores extract hf:openai/clip-vit-base-patch16 folder:photos clip.h5 \\
+          --classes classes.txt --templates "a photo of a {}."
       ood-scores extract nets.py:small folder:photos c.h5 --model-arg width=32
       ood-scores extract vit_small_patch14_dinov2 folder:photos c.h5 --pool cls+mean
       ood-scores extract resnet50 folder:imagenet/val val.h5 \\
@@ -85,6 +92,7 @@ def extract(
     means, stds = parsing.numbers(mean), parsing.numbers(std)
     dataset = open_dataset(data)
     network = load_model(model, checkpoint, num_classes, **parsing.model_arguments(model_arg))
+    network = parsing.zero_shot(network, classes, templates, negatives, adjectives)
     dataset = in_models_order(dataset, network)
     dataset.transform = preprocessing(network, means, stds)
     with stoppable(lambda: _kept(cache, resume and not overwrite)):
@@ -100,12 +108,11 @@ def extract(
         )
     if not Ranks.here().first:
         return
-    classes = f", {feats.num_classes} classes" if feats.head else ""
+    shown = f", {feats.num_classes} classes" if feats.head else ""
     accuracy = accuracy_of(feats)
     correct = "" if accuracy is None else f", accuracy [bold]{accuracy:.2%}[/]"
     console().print(
-        f"[green]✓[/] {len(feats):,} rows of {feats.num_features} features{classes}{correct} in "
-        f"[bold]{marked(cache)}[/]"
+        f"[green]✓[/] {len(feats):,} rows of {feats.num_features} features{shown}{correct} in [bold]{marked(cache)}[/]"
     )
 
 

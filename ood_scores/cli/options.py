@@ -30,6 +30,18 @@ ModelArg = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=VALUE", help="Argument of the network as KEY=VALUE; may be repeated."),
 ]
+Classes = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="File with the names of the classes: one per line, or JSON."),
+]
+Templates = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT|FILE", help="Text with {} for the name of a class, or a file of such; may be repeated."),
+]
+Negatives = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File with nouns that may be no classes, for neglabel and csp.")
+]
+Adjectives = Annotated[Path | None, typer.Option(metavar="FILE", help="File with adjectives, for neglabel and csp.")]
 Mean = Annotated[
     str | None,
     typer.Option(metavar="R,G,B", help="Normalization mean for pixels in [0, 1]; defaults to the model's."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from ood_scores.user_code import import_referenced
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
     from ood_scores.extraction.layers import Layers
 
@@ -60,6 +61,25 @@ def model_arguments(texts: Iterable[str] | None) -> dict[str, Any]:
     from ood_scores.parameters import plain_values
 
     return plain_values(texts or (), "--model-arg key=value")
+
+
+def zero_shot(
+    network: nn.Module,
+    classes: Path | None,
+    templates: Sequence[str] | None = None,
+    negatives: Path | None = None,
+    adjectives: Path | None = None,
+) -> nn.Module:
+    """Return a zero-shot classifier of a network if files of texts are given, else the network itself."""
+    from ood_scores.models.zero_shot.build import as_classifier
+    from ood_scores.models.zero_shot.negatives import NegativeWords
+    from ood_scores.models.zero_shot.prompts import checked_templates
+
+    if adjectives is not None and negatives is None:
+        raise BadInput("--adjectives are negatives of a zero-shot classifier besides nouns: pass --negatives, too.")
+    words = None if negatives is None else NegativeWords(negatives, adjectives or ())
+    texts = [each for template in templates or () for each in checked_templates(template)]
+    return as_classifier(network, classes, texts or None, words)
 
 
 def layers(text: str | None) -> Layers | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ood_scores.atomic import read_text, user_path
@@ -97,6 +97,31 @@ def read_lines(path: str | os.PathLike[str], what: str) -> list[str]:
             f"cannot read the {what} in {os.fspath(path)!r} ({error}): pass a UTF-8 file with one per line"
             + (f", or a template with the placeholder {PLACEHOLDER}." if what == "templates" else ".")
         ) from error
+
+
+def with_files_read(arguments: Mapping[str, Any], locate: Callable[[str], os.PathLike[str]]) -> dict[str, Any]:
+    """Return the arguments of a model with the content of files of texts in place of their paths.
+
+    Args:
+        arguments: ``classes``, ``templates``, and ``negatives`` as for ``load_model``, and others, which do not change.
+        locate: a function that returns the file that a path stands for.
+
+    Raises:
+        BadInput: if a file cannot be read, or its content is not valid.
+    """
+    read = dict(arguments)
+    if isinstance(read.get("classes"), str):
+        read["classes"] = list(checked_classes(locate(read["classes"])))
+    templates = read.get("templates")
+    if isinstance(templates, str):
+        read["templates"] = list(checked_templates(templates if PLACEHOLDER in templates else locate(templates)))
+    negatives = read.get("negatives")
+    if isinstance(negatives, str):
+        negatives = {"nouns": negatives}
+    if isinstance(negatives, Mapping):
+        words = {kind: negatives[kind] for kind in ("nouns", "adjectives") if isinstance(negatives.get(kind), str)}
+        read["negatives"] = {**negatives, **{kind: list(read_words(locate(path))) for kind, path in words.items()}}
+    return read
 
 
 def filled(templates: Sequence[str], names: Sequence[str]) -> list[str]:
