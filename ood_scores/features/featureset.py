@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -358,7 +359,7 @@ class FeatureSet:
         return {name: column for name, column in self._columns.items() if name in wanted}
 
     def _default_rows(self, columns: Mapping[str, col.Column]) -> int:
-        width = sum(int(np.prod(column.shape[1:])) for column in columns.values())
+        width = sum(math.prod(column.shape[1:]) for column in columns.values())
         return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (8 * max(width, 1))))
 
 
