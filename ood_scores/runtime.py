@@ -1,10 +1,10 @@
-"""The rank of this process, torch's state and the device it computes in, and transfers between the CPU and a device."""
+"""The rank of this process, torch's state, and the device to compute on."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,7 +13,6 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from ood_scores.errors import BadInput, OodScoresError
 
@@ -209,111 +208,30 @@ def _whole_number_of(variable: str) -> int:
     return int(value)
 
 
+def available(device: torch.device) -> torch.device:
+    """Return the device if this process has it, else another of its type, else the CPU."""
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return CPU if not count else device if (device.index or 0) < count else torch.device("cuda", 0)
+
+
 def find_device(device: str | torch.device, own: torch.device = CPU, local_rank: int = 0) -> torch.device:
     """Find the device to compute on.
 
     ``"auto"`` is ``own`` unless that is the CPU, then a GPU if one is available, then the CPU. Each process on a
-    machine uses the GPU of its ``local_rank``.
+    machine uses the GPU of its ``local_rank``, or the only GPU that it sees.
 
     Raises:
         BadInput: if the device is not available.
     """
     if device == "auto":
-        device = f"cuda:{local_rank}" if own.type == "cpu" and torch.cuda.is_available() else own
-    if str(device) == "cuda" and local_rank:
-        device = f"cuda:{local_rank}"
+        device = "cuda" if own.type == "cpu" and torch.cuda.is_available() else own
+    if str(device) == "cuda" and torch.cuda.is_available():
+        device = f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"
     try:
         found = torch.zeros(1, device=device)
         found.item()  # the meta device has no values
         return found.device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise BadInput(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from error
-
-
-@dataclass(frozen=True)
-class Arriving:
-    """Columns that are being copied between the CPU and a device; their shapes and types are known already."""
-
-    columns: dict[str, Tensor]
-    arrived: torch.cuda.Event | None = None
-
-    def wait(self) -> dict[str, Tensor]:
-        """Return the columns once the copies are complete."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.columns
-
-    def on_device(self) -> dict[str, Tensor]:
-        """Return the columns at once; work queued on the device's current stream from now on waits for the copies."""
-        if self.arrived is not None:
-            for values in self.columns.values():
-                stream = torch.cuda.current_stream(values.device)
-                stream.wait_event(self.arrived)
-                values.record_stream(stream)
-        return self.columns
-
-
-class Transfers:
-    """Copies between the CPU and a device.
-
-    On a CUDA device each direction has its own stream and uses pinned memory: the next inputs arrive and the last rows
-    leave while the device computes, and the calls return at once. On other devices the calls return when the copies
-    are complete.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._inward = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._outward = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def to_device(self, columns: Mapping[str, Tensor]) -> Arriving:
-        """Copy columns to the device unless they are there already."""
-        if self._inward is None:
-            return Arriving({name: values.to(self._device) for name, values in columns.items()})
-        with torch.cuda.stream(self._inward):
-            sent = {name: self._sent(values) for name, values in columns.items()}
-            return Arriving(sent, self._inward.record_event())
-
-    def _sent(self, values: Tensor) -> Tensor:
-        if values.is_cuda:
-            return values.to(self._device)
-        return values.pin_memory().to(self._device, non_blocking=True)
-
-    def to_host(self, columns: Mapping[str, tuple[Tensor, torch.dtype]]) -> Arriving:
-        """Copy columns to the CPU in the given dtypes, once the work queued on the device's current stream is done.
-
-        The copies are ordinary tensors, even in inference mode.
-        """
-        with torch.inference_mode(False):
-            return self._copied(columns)
-
-    def _copied(self, columns: Mapping[str, tuple[Tensor, torch.dtype]]) -> Arriving:
-        if self._outward is None:
-            return Arriving({name: values.to("cpu", dtype, copy=True) for name, (values, dtype) in columns.items()})
-        self._outward.wait_stream(torch.cuda.current_stream(self._device))
-        copies = {}
-        with torch.cuda.stream(self._outward):
-            for name, (values, dtype) in columns.items():
-                pinned = torch.empty(values.shape, dtype=dtype, device=CPU, pin_memory=True)
-                copies[name] = pinned.copy_(values, non_blocking=True)
-                if values.is_cuda:
-                    values.record_stream(self._outward)
-            arrived = torch.cuda.Event(blocking=True)
-            arrived.record(self._outward)
-        return Arriving(copies, arrived)
-
-
-def blocks_on(device: torch.device, blocks: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Copy blocks of columns to a device; on a CUDA device, copy each block while the previous one is in use."""
-    transfers = Transfers(device)
-    if device.type != "cuda":
-        yield from (transfers.to_device(block).columns for block in blocks)
-        return
-    waiting: Arriving | None = None
-    for block in blocks:
-        sent = transfers.to_device(block)
-        if waiting:
-            yield waiting.on_device()
-        waiting = sent
-    if waiting:
-        yield waiting.on_device()

@@ -13,6 +13,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "test_real_data" not in item.nodeid)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+
+
 @pytest.fixture
 def registered_scorers(monkeypatch):
     """The registered scorers by name, restored after the test."""

@@ -16,7 +16,7 @@ FLOORS = (
     {"errors", "terminal", "user_warnings"},
     {"user_code", "notebook"},
     {"registry", "atomic", "progress", "runtime"},
-    {"parameters", "toml_tables"},
+    {"parameters", "toml_tables", "transfers", "device_memory"},
     {"features", "data"},
     {"models"},
     {"extraction"},

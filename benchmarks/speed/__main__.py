@@ -1,6 +1,7 @@
 """``python -m benchmarks.speed``: measure every group of lines and write ``results.json`` and ``README.md``.
 
 ``python -m benchmarks.speed GROUP ...`` measures some groups and keeps the lines of the others.
+``python -m benchmarks.speed gpu --all --out FOLDER`` measures all that needs a GPU in under nine minutes.
 ``python -m benchmarks.speed scorers [NAME ...]`` writes ``scorers.json`` and ``scorers.md`` instead.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.speed import scorers, table
+from benchmarks.speed import gpu_day, scorers, table
 from benchmarks.speed.lines import GROUPS
 
 HERE = Path(__file__).parent
@@ -26,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     cpu = f"{platform.machine()} CPU, {options.threads} threads"
     devices = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    if options.all:
+        if options.groups != ["gpu"] or not devices:
+            parser.error("--all belongs to the group gpu, and needs a CUDA device")
+        gpu_day.run(options.out, options.scale, f"{devices['gpu']}, torch {torch.__version__}")
+        return
     if options.groups[:1] == ["scorers"]:
         sizes = (options.fit_rows, options.rows, options.width, options.classes)
         scorers.run(options.out, f"{cpu}, torch {torch.__version__}", *sizes, names=options.groups[1:])
@@ -49,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"groups of lines: {', '.join(GROUPS)}; or: scorers [NAME ...]",
     )
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default 2)")
+    parser.add_argument(
+        "--all", action="store_true", help="with the group gpu: its tests and a profile too, in 9 minutes"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the rows to use (default 1)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the results")
     for name, size in (("fit-rows", 50_000), ("rows", 10_000), ("width", 512), ("classes", 100)):

@@ -123,13 +123,14 @@ class Product:
 
     side: int
     dtype: torch.dtype
+    device: str = "cpu"
 
     @property
     def flops(self) -> float:
         return 2.0 * self.side**3
 
     def runner(self) -> Callable[[], object]:
-        left, right, out = (torch.rand(self.side, self.side, dtype=self.dtype) for _ in range(3))
+        left, right, out = (torch.rand(self.side, self.side, dtype=self.dtype, device=self.device) for _ in range(3))
         return lambda: torch.mm(left, right, out=out)
 
     def __str__(self) -> str:

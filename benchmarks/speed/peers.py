@@ -7,10 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_ood import detector as peer
 from torch import Tensor, nn
 
 import ood_scores
+
+
+class _Detectors:
+    """The module ``pytorch_ood.detector``, imported when a detector is created: other measurements do without it."""
+
+    def __getattr__(self, name: str) -> Any:
+        from pytorch_ood import detector
+
+        return getattr(detector, name)
+
+
+peer = _Detectors()
 
 
 @dataclass(frozen=True)

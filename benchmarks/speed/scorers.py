@@ -180,11 +180,14 @@ def markdown(results: dict[str, Any]) -> str:
         "same tensors (one run where it takes more than 20 s). A fit counts alone, with the pass over the data that "
         'fits share in `evaluate`. `vra` is measured with `below="clip"`, which is what pytorch-ood computes.',
         "",
-        "| scorer | fit | score a row | pytorch-ood: fit | score a row | scores faster | fits faster |",
-        "|---|---|---|---|---|---|---|",
+        "| scorer | fit | score a row | pytorch-ood: fit | score a row | scores faster | fits faster | GPU: waits |",
+        "|---|---|---|---|---|---|---|---|",
         *(_row(Cost(**cost)) for cost in results["scorers"]),
         "",
         "\\* of fewer rows, scaled: a tenth for GradNorm, a fifth for the others.",
+        "",
+        "GPU: waits are the times that the host waits for a GPU to score a block. One of them is the transfer of the "
+        "scores, which all scorers of a pass share.",
         "",
     ]
     if results["memory"]:
@@ -223,6 +226,7 @@ def _row(cost: Cost) -> str:
         shown(cost.peer_row_us, "µs") + scaled,
         faster(cost.peer_row_us, cost.row_us),
         faster(cost.peer_fit_s, cost.fit_s),
+        str(ood_scores.create_scorer(cost.name).tags.waits),
     )
     return f"| {' | '.join(cells)} |"
 

@@ -34,6 +34,7 @@ from ood_scores.errors import (
 from ood_scores.extraction import extract
 from ood_scores.features import FeatureSet
 from ood_scores.models.class_names import in_models_order
+from ood_scores.transfers import pins_memory
 from ood_scores.user_code import import_code, imported_code
 
 MOST_JOBS = 4
@@ -163,7 +164,7 @@ def _extract(job: Job, device: str, workers: int) -> FeatureSet:
     options = {each.name: getattr(job.options, each.name) for each in fields(job.options)}
     arguments: dict[str, Any] = {"device": device, "progress": False, "name": job.set, **options}
     images = in_models_order(open_dataset(job.source, transform, root=job.data), model)
-    loader = DataLoader(images, job.loading.batch_size, num_workers=workers)
+    loader = DataLoader(images, job.loading.batch_size, num_workers=workers, pin_memory=pins_memory(device))
     try:
         return extract(model, loader, job.cache, **arguments)
     except ProbeDoesNotApply as error:  # the other probes do

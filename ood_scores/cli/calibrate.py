@@ -106,7 +106,7 @@ def calibrate(
     network = load_model(model, checkpoint, num_classes, **parsing.model_arguments(model_arg))
     if templates or negatives or adjectives or has_towers(network):
         network = parsing.zero_shot(network, classes, templates, negatives, adjectives)
-    opened = _opener(network, preprocessing(network, **changes), batch_size, workers)
+    opened = _opener(network, preprocessing(network, **changes), batch_size, workers, device)
     detector = ood_scores.calibrate(
         ready,
         network,
@@ -128,7 +128,7 @@ def calibrate(
     _show(detector, out)
 
 
-def _opener(network: nn.Module, transform: Any, batch_size: int, workers: int) -> Callable[[str], Any]:
+def _opener(network: nn.Module, transform: Any, batch_size: int, workers: int, device: str) -> Callable[[str], Any]:
     """Return a function that opens a cache, or a dataset as a loader, from its text."""
     from torch.utils.data import DataLoader
 
@@ -136,12 +136,13 @@ def _opener(network: nn.Module, transform: Any, batch_size: int, workers: int) -
     from ood_scores.data.sources import open_dataset
     from ood_scores.features.storage.reading import is_hdf5
     from ood_scores.models.class_names import in_models_order
+    from ood_scores.transfers import pins_memory
 
     def opened(text: str) -> Any:
         if Path(text).suffix in CACHES or is_hdf5(user_path(text)):
             return ood_scores.load(text)
         images = in_models_order(open_dataset(text, transform), network)
-        return DataLoader(images, batch_size, num_workers=workers)
+        return DataLoader(images, batch_size, num_workers=workers, pin_memory=pins_memory(device))
 
     return opened
 

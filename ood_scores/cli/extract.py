@@ -87,6 +87,7 @@ def extract(
     from ood_scores.models.class_names import in_models_order
     from ood_scores.models.opening import load_model, preprocessing
     from ood_scores.runtime import Ranks
+    from ood_scores.transfers import pins_memory
 
     parsing.import_named(model, [data], extraction.get("probes", ()), extraction.get("pool"))
     means, stds = parsing.numbers(mean), parsing.numbers(std)
@@ -98,7 +99,7 @@ def extract(
     with stoppable(lambda: _kept(cache, resume and not overwrite)):
         feats = ood_scores.extract(
             network,
-            DataLoader(dataset, batch_size, num_workers=workers),
+            DataLoader(dataset, batch_size, num_workers=workers, pin_memory=pins_memory(device)),
             cache,
             device=device,
             resume=resume,

@@ -15,7 +15,7 @@ from torch import nn
 from ood_scores.detector.bundle import load_parts, save_parts
 from ood_scores.detector.inputs import further_tensors, input_batches
 from ood_scores.detector.parts import DetectorParts
-from ood_scores.detector.prediction import Prediction, predictions_of
+from ood_scores.detector.prediction import Prediction, scores_and_predictions
 from ood_scores.detector.preprocessing import Preprocessing
 from ood_scores.errors import BadInput, OtherModel, RowsLeftOut
 from ood_scores.extraction.loaders import input_key
@@ -88,8 +88,8 @@ class Detector(DetectorParts):
             MissingInput, ShapeMismatch, NotFinite, EmptyInput: see ``Scorer.score``.
         """
         require_weights(self.model, self.weights, feats, "this set")
-        scores = self.scorer.score(feats).numpy()
-        label, probability = predictions_of(feats)
+        self.scorer.check_ready(feats)
+        (scores,), label, probability = scores_and_predictions([self.scorer], feats)
         return Prediction(
             label=label,
             probability=probability,
@@ -124,8 +124,13 @@ class Detector(DetectorParts):
 
     @default_torch_state()
     def to(self, device: str | torch.device) -> Detector:
-        """Move the model, and return the detector. ``"auto"`` has the same meaning as in ``ood_scores.extract``."""
-        self.model.to(choose_device(self.model, device))
+        """Move the model, and return the detector. ``"auto"`` has the same meaning as in ``ood_scores.extract``.
+
+        With ``"auto"``, a model that is on a GPU, or on several, stays where it is.
+        """
+        found = choose_device(self.model, device)
+        if device != "auto" or found != self.device:
+            self.model.to(found)
         return self
 
     def monitor(self, *, seed: int = 0) -> Monitor:

@@ -123,14 +123,14 @@ def _len(dataset: Any) -> int | None:
 
 def _relative(found: Tensor, expected: Tensor) -> Tensor:
     """Return the norm of the difference of each row, relative to the norm of the expected row, float64 ``[N]``."""
-    found, expected = found.double().flatten(1), expected.double().flatten(1)
+    found, expected = (values.double().flatten(1).cpu() for values in (found, expected))
     return (found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-12)
 
 
 def _changed(found: FeatureSet, expected: FeatureSet) -> str:
     if found.logits is None or expected.logits is None:
         return "an unknown number"
-    return str(int((found.logits.argmax(1) != expected.logits.argmax(1)).sum()))
+    return str(int((found.logits.argmax(1).cpu() != expected.logits.argmax(1).cpu()).sum()))
 
 
 def _warn_of_other_text(detector: DetectorParts) -> None:

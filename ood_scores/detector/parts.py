@@ -74,7 +74,7 @@ class DetectorParts:
 
     @property
     def device(self) -> torch.device:
-        """The device that the model is, and runs, on. Scores are computed on the CPU."""
+        """The device that the model is on; it runs there, and scores are computed there."""
         return model_device(self.model)
 
 

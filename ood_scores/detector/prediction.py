@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ood_scores.features import FeatureSet
+from ood_scores.features import Block, FeatureSet
 from ood_scores.notebook import facts_html
+from ood_scores.scorers.base import Scorer, score_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,8 +76,37 @@ class Prediction:
 
 def predictions_of(feats: FeatureSet) -> tuple[Any, Any]:
     """Return the predicted class of every row and its probability, both ``[N]``; None of a set without logits."""
-    if not feats.has("logits"):
-        return None, None
-    parts = [(block.prediction(), block.confidence()) for block in feats.blocks(device="cpu", only=["logits"])]
-    label, probability = (torch.cat(part) for part in zip(*parts, strict=True))
-    return label.numpy(), probability.numpy()
+    _, labels, probabilities = scores_and_predictions((), feats)
+    return labels, probabilities
+
+
+def scores_and_predictions(scorers: Sequence[Scorer], feats: FeatureSet) -> tuple[list[NDArray[np.float64]], Any, Any]:
+    """Return the scores ``[N]`` of each scorer, and the same as ``predictions_of``, from one pass over the set."""
+    predictions = [_PredictedClass(), _Confidence()] if feats.has("logits") else []
+    if not (scorers or predictions):
+        return [], None, None
+    found = [values.numpy() for values in score_all([*scorers, *predictions], feats)]
+    if not predictions:
+        return found, None, None
+    *scores, labels, probabilities = found
+    return scores, labels.astype(np.int64), probabilities
+
+
+@dataclass
+class _PredictedClass(Scorer):
+    """The number of the predicted class, no score."""
+
+    needs = ("logits",)
+
+    def score_block(self, block: Block) -> Tensor:
+        return block.prediction()
+
+
+@dataclass
+class _Confidence(Scorer):
+    """The probability of the predicted class."""
+
+    needs = ("logits",)
+
+    def score_block(self, block: Block) -> Tensor:
+        return block.confidence()

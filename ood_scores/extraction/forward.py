@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ood_scores.device_memory import FittingParts
 from ood_scores.errors import BadInput, BadLabels, HeadNotFound, OodScoresError, ShapeMismatch
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.encoders import Encoder
@@ -21,10 +22,11 @@ from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.outputs import logits_of
 from ood_scores.extraction.probes.base import Pass, Probe, watch_all
 from ood_scores.extraction.writers import feature_set
-from ood_scores.features import FeatureSet
+from ood_scores.features import FeatureSet, Head
 from ood_scores.features.finite import require_finite
-from ood_scores.models.running import autocasting, evaluating, model_device, model_dtype
-from ood_scores.runtime import Arriving, Transfers, callers_default_device, default_torch_state
+from ood_scores.models.running import autocasting, evaluating, model_device, model_dtype, on_cpu
+from ood_scores.runtime import available, callers_default_device, default_torch_state
+from ood_scores.transfers import Arriving, Transfers
 
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 """One lock for each model that runs: its modes and hooks belong to one caller at a time."""
@@ -50,6 +52,8 @@ class Forward:
 
     def __post_init__(self) -> None:
         self._run = torch.compile(self.model) if self.options.compile else self.model
+        self._head_there: Head | None = None
+        self._parts = FittingParts("batch")
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -70,39 +74,59 @@ class Forward:
             yield
 
     def __call__(self, batch: Any, start: int = 0) -> Arriving:
-        """Return the rows of a batch, the first of which is row ``start``.
+        """Return the rows of a batch, the first of which is row ``start``, on their way to the CPU.
+
+        A batch for which the memory of the device does not suffice is run in parts.
 
         Raises:
             BadInput: if the model cannot take the batch.
             BadLabels, ShapeMismatch: if the batch has other columns than the first one.
             HeadNotFound, HeadMismatch, NotFinite: if no affine map computes the logits of the first batch.
         """
+        return self._transfers.to_host(self._on_device(batch, start))
+
+    def _on_device(self, batch: Any, start: int) -> dict[str, Tensor]:
+        """Return the columns of a batch on the device, before the work of the device is complete."""
         inputs, labels = self._unpack(batch)
         further = self._further(batch)
-        with _naming(inputs, start), callers_default_device(), passed_by_name(self.model, batch, further):
-            if self.found is None:
-                rows = self._first_rows(inputs, labels, further, start)
-                if not self.options.compile:
-                    return rows
-            return self._rows(inputs, labels, further, start)
+
+        def columns_of(rows: slice) -> dict[str, Tensor]:
+            here = {name: values[rows] for name, values in further.items()}
+            part = inputs[rows], None if labels is None else labels[rows], here, start + rows.start
+            with _naming(part[0], part[-1]), callers_default_device(), passed_by_name(self.model, batch, here):
+                first = self._first_rows(*part) if self.found is None else None
+                return first if first and not self.options.compile else self._rows(*part)
+
+        parts = [columns for _, columns in self._parts.run(max(1, len(inputs)), columns_of)]
+        self._transfers.wait_for_reads()  # the loader may refill its buffer, while the device is still busy
+        return parts[0] if len(parts) == 1 else {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
 
     def feature_set(self, batch: Any, start: int = 0) -> FeatureSet:
-        """Prepare the model, and return the rows of one batch as a feature set.
+        """Prepare the model, and return the rows of one batch as a feature set, on the device of the model.
 
         Raises:
             NotFinite: if a column contains NaN or infinite values. Other errors are those of a call.
         """
         with self.ready():
-            columns = self(batch, start).wait()
+            columns = self._on_device(batch, start)
         require_finite(columns, start)
-        return feature_set(columns, self.found.head if self.found else None)
+        head = self.found.head if self.found else None
+        if head and self._head_there is None:
+            self._head_there = head.to(columns["features"].device)
+        return feature_set(columns, self._head_there)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the parts that a copy in another process recreates."""
-        return {"model": self.model, "options": self.options, "device": self.device}
+        """Return the state without the parts that a copy in another process recreates, the model on the CPU."""
+        home = model_device(self.model)
+        return {"model": on_cpu(self.model), "options": self.options, "device": self.device, "home": home}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        """Restore the state; a model from a device that this process lacks stays on the CPU."""
+        model, device = state["model"], state["device"]
+        home = available(state.get("home", model_device(model)))
+        if home != model_device(model):
+            model.to(home)
+        self.__init__(model, state["options"], device and available(device))  # type: ignore[misc]
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Return the inputs on the device, in the model's floating-point type and memory format, and the labels."""
@@ -131,7 +155,9 @@ class Forward:
             for name, values in moved.items()
         }
 
-    def _first_rows(self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int) -> Arriving:
+    def _first_rows(
+        self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int
+    ) -> dict[str, Tensor]:
         """Find and check the head on the first batch, without ``torch.compile``."""
         mask = further.get("attention_mask")
         first = heads.FirstPass(self.model, inputs, self.options.head, self.options.pooling, mask)
@@ -148,13 +174,13 @@ class Forward:
         self._capture = Capture(found.places, self.options.compile)
         self._hooks.enter_context(self._capture.running())
         done = self._pass(found, inputs, logits, labels, start, further)
-        rows = self._columns(features, logits, done, seen)
-        require_finite(rows.wait(), start)
-        self._shapes = {name: values.shape[1:] for name, values in rows.columns.items()}
+        columns = self._columns(features, logits, done, seen)
+        require_finite(columns, start)
+        self._shapes = {name: values.shape[1:] for name, values in columns.items()}
         self.found = found
-        return rows
+        return columns
 
-    def _rows(self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int) -> Arriving:
+    def _rows(self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int) -> dict[str, Tensor]:
         if (labels is None) == ("labels" in self._shapes):
             raise BadLabels(f"some batches have labels and others have none, first at row {start}.")
         with self._capture.recording(), watch_all(self._probes, self.model) as seen:
@@ -165,15 +191,15 @@ class Forward:
         assert self.found is not None
         features, logits = self.found.read(self._capture, output, inputs, further.get("attention_mask"))
         done = self._pass(self.found, inputs, logits, labels, start, further)
-        rows = self._columns(features, logits, done, seen)
-        if rows.columns.keys() != self._shapes.keys():
-            names = ", ".join(sorted(rows.columns.keys() ^ self._shapes.keys()))
+        columns = self._columns(features, logits, done, seen)
+        if columns.keys() != self._shapes.keys():
+            names = ", ".join(sorted(columns.keys() ^ self._shapes.keys()))
             raise ShapeMismatch(f"the batch at row {start} has different extras than the first batch: {names}.")
-        for name, values in rows.columns.items():
+        for name, values in columns.items():
             if values.shape[1:] != self._shapes[name]:
                 expected = (len(values), *self._shapes[name])
                 raise ShapeMismatch(f"{name} have shape {tuple(values.shape)} at row {start}, but {expected} before.")
-        return rows
+        return columns
 
     def _check_probes(self, found: heads.FoundHead) -> None:
         """Check that the model returns the logits that the probes read."""
@@ -210,7 +236,7 @@ class Forward:
 
     def _columns(
         self, features: Tensor, logits: Tensor | None, done: Pass, seen: Sequence[Mapping[str, Tensor]]
-    ) -> Arriving:
+    ) -> dict[str, Tensor]:
         found = {"features": features} | ({} if logits is None else {"logits": logits})
         for probe, own in zip(self._probes, seen, strict=True):
             found |= {f"extras/{name}": values for name, values in probe.columns(done, own).items()}
@@ -221,7 +247,7 @@ class Forward:
                 )
         dtype = getattr(torch, self.options.dtype)
         columns = {name: (values.detach(), dtype) for name, values in found.items()}
-        return self._transfers.to_host(
+        return self._transfers.own_copies(
             columns if done.labels is None else columns | {"labels": (done.labels, torch.int64)}
         )
 

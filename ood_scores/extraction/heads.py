@@ -162,7 +162,7 @@ class FirstPass:
         encoder = None if self._named else declared_encoder(self._model, output, self._pool)
         if encoder:
             return FoundHead([], None, encoder=encoder)
-        logits = raw_logits_of(output)
+        logits = raw_logits_of(output).to(self._inputs.device)
         try:
             found = self._find(logits)
         except HeadMismatch:
@@ -214,11 +214,14 @@ class FirstPass:
     def _layers(self, rows: int) -> list[_Layer]:
         found = []
         for name, pairs in self._calls.items():
-            received = joined([inputs for inputs, _ in pairs], rows)
+            received, returned = (self._here(joined(list(calls), rows)) for calls in zip(*pairs, strict=True))
             assert received is not None
-            module = self._model.get_submodule(name)
-            found.append(_Layer(name, module, received, joined([outputs for _, outputs in pairs], rows)))
+            found.append(_Layer(name, self._model.get_submodule(name), received, returned))
         return found
+
+    def _here(self, values: Tensor | None) -> Tensor | None:
+        """Move values of a model on several devices to that of its inputs."""
+        return None if values is None else values.to(self._inputs.device)
 
 
 def _leaves_with_weights(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -273,9 +276,10 @@ def _has_shape(returned: Tensor | None, logits: Tensor) -> bool:
 
 def _checked(chosen: list[_Layer], logits: Tensor) -> FoundHead:
     names = [layer.name for layer in chosen]
-    weight = torch.cat([_weight(layer) for layer in chosen], dim=1) / len(chosen)
+    weight = torch.cat([_weight(layer).to(logits.device) for layer in chosen], dim=1) / len(chosen)
     biases = [getattr(layer.module, "bias", None) for layer in chosen]
-    bias = sum((b.detach().float() for b in biases if b is not None), torch.zeros(len(weight), device=weight.device))
+    bias = torch.zeros(len(weight), device=weight.device)
+    bias = sum((b.detach().float().to(weight.device) for b in biases if b is not None), bias)
     head = Head(weight.cpu(), (bias / len(chosen)).cpu())
     features = torch.cat([layer.received for layer in chosen], dim=1).float()
     tolerance = rounding(logits, *(values for layer in chosen for values in (layer.received, layer.returned)))

@@ -21,7 +21,7 @@ from ood_scores.features.storage import cache as caches
 from ood_scores.features.storage import gaps
 from ood_scores.features.storage.texts import IDS
 from ood_scores.progress import ProgressBar
-from ood_scores.runtime import Arriving
+from ood_scores.transfers import Arriving
 from ood_scores.user_warnings import warn_user
 
 

@@ -222,4 +222,6 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
         data_root=root,
         model=origin.name if origin else None,
         arguments=origin.unseen_arguments if origin else None,
+        matmul_tf32=torch.backends.cuda.matmul.allow_tf32 if device and device.type == "cuda" else None,
+        conv_tf32=torch.backends.cudnn.allow_tf32 if device and device.type == "cuda" else None,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from ood_scores.features import FeatureSet, Head, Provenance
 from ood_scores.features.finite import require_finite
 from ood_scores.features.storage.texts import IDS, padded
-from ood_scores.runtime import Arriving
+from ood_scores.transfers import Arriving
 
 AHEAD = 2
 """Maximum number of batches waiting to be written; the model waits when it is reached."""

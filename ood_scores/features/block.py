@@ -16,6 +16,7 @@ from torch.nn.functional import threshold
 from ood_scores.features.finite import require_finite
 from ood_scores.features.head import Head
 from ood_scores.features.storage.texts import unpacked
+from ood_scores.runtime import CPU
 
 if TYPE_CHECKING:
     from typing import Concatenate
@@ -77,6 +78,7 @@ class Block:
         self._rows = features.shape[0] if features is not None else rows or 0  # len() would fix it in a traced graph
         self._derived: dict[Any, Any] = {}
         self._total_logit: Tensor | None = None
+        self.postponed: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return self._rows
@@ -111,7 +113,7 @@ class Block:
         has none.
         """
         stale = features is not None or head is not None
-        return Block(
+        new = Block(
             self._features if features is None else features,
             logits if logits is not None or stale else self._logits,
             self._labels,
@@ -121,6 +123,40 @@ class Block:
             self._rows,
             self._ids,
         )
+        new.postponed = self.postponed
+        return new
+
+    def part(self, rows: slice) -> Block:
+        """Create a block of some of the rows."""
+        start, stop, _ = rows.indices(len(self))
+        columns = (self._features, self._logits, self._labels)
+        features, logits, labels = (None if values is None else values[rows] for values in columns)
+        extras = {name: values[rows] for name, values in self.extras.items()}
+        ids = None if self._ids is None else self._ids[rows]
+        return Block(features, logits, labels, self._head, extras, self.start + start, stop - start, ids)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the columns."""
+        return next((values.device for values in self.floating_columns().values()), CPU)
+
+    def happens(self, rows: Tensor) -> bool:
+        """Whether a condition that is rare holds for any row, bool ``[B]``, so that a scorer has to treat some apart.
+
+        On a device the host would have to wait for the answer. While conditions are ``postponed``, the answer is
+        False, and the condition is added to the list: if it turns out to hold, the block is scored again.
+        """
+        if self.postponed is None:
+            return bool(rows.any())
+        self.postponed.append(rows.any())
+        return False
+
+    def is_finite(self) -> Tensor:
+        """Whether the sums of all columns are finite, as they cannot be if a value is not: bool, on the device."""
+        known = {} if self._total_logit is None else {"logits": self._total_logit}
+        totals = [known[name] if name in known else values.sum() for name, values in self.floating_columns().items()]
+        sums = [total.isfinite().to(self.device) for total in totals]
+        return torch.stack(sums).all() if sums else torch.ones((), dtype=torch.bool, device=self.device)
 
     def require_finite(self) -> None:
         """Check that features, logits and extras hold neither NaN nor infinite values.
@@ -137,6 +173,8 @@ class Block:
         A sum is the cheapest pass there is. Norms of the features are not finite either if a feature is not, so where
         one has been derived the features are not read again; nor are logits that ``reduced`` has summed.
         """
+        if self.device.type != "cpu":
+            return bool(self.is_finite())  # the host waits once
         norms = [value for (name, *_), value in self._derived.items() if name == "feature_norm"]
         known = {"features"} if any(bool(norm.isfinite().all()) for norm in norms) else set()
         if self._total_logit is not None and math.isfinite(self._total_logit):
@@ -220,7 +258,7 @@ class Block:
 
         ``exact`` computes them from ``logits / temperature`` in float64. A traced graph leaves the values as they are.
         """
-        if self.logits.dtype != torch.float64 and not torch.compiler.is_compiling() and uniform.any():
+        if self.logits.dtype != torch.float64 and not torch.compiler.is_compiling() and self.happens(uniform):
             values[uniform] = exact(self.logits[uniform].double().div_(temperature))
         return values
 

@@ -96,7 +96,7 @@ def _check_same_data(members: Sequence[FeatureSet]) -> None:
         raise BadInput("the rows of a member are in random order: extract it with shuffle=False.")
     if len({member.provenance.skipped_rows for member in members if member.provenance}) > 1:
         raise BadInput("the members of an ensemble lack different rows: extract them again from the same data.")
-    labels = [labels for labels in (member.labels for member in members) if labels is not None]
+    labels = [labels.cpu() for labels in (member.labels for member in members) if labels is not None]
     if any(not torch.equal(labels[0], other) for other in labels[1:]):
         raise BadInput("the members of an ensemble have different labels: all must be sets of the same data.")
     ids = [ids for ids in (member.ids for member in members) if ids is not None]
@@ -108,6 +108,7 @@ def _joint_head(members: Sequence[FeatureSet]) -> Head | None:
     heads = [member.head for member in members if member.head]
     if len(heads) < len(members):
         return None
+    heads = [head.to(heads[0].weight.device) for head in heads]
     weight = torch.cat([head.weight for head in heads], dim=1) / len(heads)
     return Head(weight, torch.stack([head.bias for head in heads]).mean(dim=0))
 

@@ -25,7 +25,8 @@ from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import columns as col
 from ood_scores.features.storage.texts import IDS, unpacked
 from ood_scores.notebook import facts_html
-from ood_scores.runtime import CPU, blocks_on, find_device
+from ood_scores.runtime import CPU, find_device
+from ood_scores.transfers import blocks_on
 from ood_scores.user_warnings import warn_user
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ BLOCK_BYTES = 16 * 2**20
 
 BLOCK_ROWS = 16384
 """The most rows of a default block: enough to hide the overhead of Python, few enough for the processor's caches."""
+
+GPU_BLOCK_SHARE = 1 / 256
+"""The largest default size of a block on a GPU, measured in float64, as a share of its memory."""
+
+GPU_BLOCK_ROWS = 2**17
+"""The most rows of a default block on a GPU, which needs more of them to be busy."""
 
 
 class FeatureSet:
@@ -132,6 +139,12 @@ class FeatureSet:
     def extras(self) -> Mapping[str, Tensor]:
         """Further arrays by name, read when they are accessed."""
         return _Extras(self)
+
+    @property
+    def block_device(self) -> torch.device:
+        """The device of the features of blocks."""
+        features = self._columns["features"]
+        return self.device or (features.device if isinstance(features, Tensor) else CPU)
 
     @property
     def num_features(self) -> int:
@@ -242,7 +255,8 @@ class FeatureSet:
         cache on disk may be its mapped pages: copy rows that you keep.
 
         Args:
-            rows: The most rows of a block; by default ``block_rows``, or else 16,384 and at most 16 MiB.
+            rows: The most rows of a block; by default ``block_rows``, or else 16,384 and at most 16 MiB; on a GPU,
+                131,072 and at most 1/256 of its memory.
             device: The device of the blocks; by default that of the set.
             only: Names of the columns to read, as in ``has``; None reads all columns.
 
@@ -256,9 +270,9 @@ class FeatureSet:
         if rows is not None and rows < 1:
             raise BadInput(f"rows must be at least 1, got {rows}.")
         columns = self._columns if only is None else self._columns_of(only)
-        rows = rows or self._default_rows(columns)
         to = self.device if device is None else torch.device(device)
-        head = self.head.to(to) if self.head and to else self.head
+        head = self.head and self.head.to(to or self.block_device)
+        rows = rows or self._default_rows(columns, to or self.block_device)
         parts = self._parts(columns, rows)
         starts = range(0, len(self), rows)
         for start, part in zip(starts, blocks_on(to, parts) if to else parts, strict=True):
@@ -291,7 +305,7 @@ class FeatureSet:
 
     def _runs(self) -> Iterator[dict[str, Tensor]]:
         """All columns as they are stored, on the CPU, in runs of rows."""
-        return blocks_on(CPU, self._parts(self._columns, self._default_rows(self._columns)))
+        return blocks_on(CPU, self._parts(self._columns, self._default_rows(self._columns, CPU)))
 
     def check_finite(self) -> None:
         """Check that features, logits, and extras hold neither NaN nor infinite values.
@@ -358,9 +372,13 @@ class FeatureSet:
         }
         return {name: column for name, column in self._columns.items() if name in wanted}
 
-    def _default_rows(self, columns: Mapping[str, col.Column]) -> int:
+    def _default_rows(self, columns: Mapping[str, col.Column], device: torch.device) -> int:
         width = sum(math.prod(column.shape[1:]) for column in columns.values())
-        return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (8 * max(width, 1))))
+        most_rows, most_bytes = BLOCK_ROWS, BLOCK_BYTES
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+            most_rows, most_bytes = GPU_BLOCK_ROWS, max(BLOCK_BYTES, int(GPU_BLOCK_SHARE * memory))
+        return max(1, min(most_rows, most_bytes // (8 * max(width, 1))))
 
 
 class _Extras(Mapping[str, Tensor]):

@@ -99,6 +99,9 @@ class Head:
         return Head(weight, as_two_classes(self.bias[None])[0], self.negatives)
 
     def to(self, device: torch.device | str) -> Head:
+        """Return the head on a device, itself if it is there."""
+        if self.weight.device == self.bias.device == torch.device(device):
+            return self
         negatives = {kind: values.to(device) for kind, values in self.negatives.items()}
         return Head(self.weight.to(device), self.bias.to(device), negatives)
 

@@ -49,7 +49,9 @@ class Provenance:
     dataset with relative paths starting from ``data_root``, if its rows are those of the set, in order; see
     ``ood_scores.data.sources``. ``skipped`` lists the rows of the dataset that the set lacks because they cannot be
     read, each with the reason. ``model`` is the name that ``load_model`` opened, and ``arguments`` are those of the
-    network that its weights do not show; both are None for other models.
+    network that its weights do not show; both are None for other models. ``matmul_tf32`` and ``conv_tf32`` tell whether
+    matrix products and convolutions could use TF32; they are None on devices other than CUDA ones, and for information
+    only.
     """
 
     architecture: str
@@ -80,9 +82,11 @@ class Provenance:
     model: str | None = None
     arguments: Mapping[str, Any] | None = None
     pool: str | None = None
+    matmul_tf32: bool | None = None
+    conv_tf32: bool | None = None
 
-    NOT_IN_DIGEST: ClassVar = frozenset({"skipped"})
-    """Sets with different skipped rows have different times of creation."""
+    NOT_IN_DIGEST: ClassVar = frozenset({"skipped", "matmul_tf32", "conv_tf32"})
+    """Sets that differ in these have different times of creation."""
 
     IN_DIGEST_IF_SET: ClassVar = frozenset({"pool"})
     """Earlier versions did not have it."""

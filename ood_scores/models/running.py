@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ood_scores.errors import BadInput
-from ood_scores.runtime import find_device
+from ood_scores.runtime import CPU, find_device
 
 WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,6 +79,23 @@ def model_device(model: nn.Module) -> torch.device:
     """Return the device of the first parameter or buffer; the CPU for a model without any."""
     tensors = (*model.parameters(), *model.buffers())
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the CPU, without a second one on its device.
+
+    A model on the CPU, or on several devices, is returned itself.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) != 1 or CPU in devices:
+        return model
+    return copy.deepcopy(model, {number: _copied_to_cpu(tensor) for number, tensor in tensors.items()})
+
+
+def _copied_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().cpu()
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def model_dtype(model: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:

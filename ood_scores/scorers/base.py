@@ -31,6 +31,8 @@ from ood_scores.notebook import facts_html
 from ood_scores.parameters import check_choices, check_types
 from ood_scores.progress import tell_cost, tells_costs, worked, working
 from ood_scores.runtime import Cost, default_torch_state
+from ood_scores.scorers.on_device import DeviceState
+from ood_scores.scorers.queued import DeviceClock, QueuedScores
 from ood_scores.scorers.registry import create_scorer
 from ood_scores.scorers.requirements import FIT_SET, requirements
 from ood_scores.scorers.storage import load_scorer, save_scorer
@@ -45,7 +47,7 @@ def fitted(default: Any = MISSING) -> Any:
     return field(default=default, init=False, repr=False, compare=False)
 
 
-class Scorer(ABC):
+class Scorer(DeviceState, ABC):
     """A score for every row of a feature set, as float64; **higher = more in-distribution**, without exception.
 
     A scorer is a dataclass whose fields are its parameters. ``needs`` lists what scoring reads. A scorer that is fitted
@@ -286,6 +288,7 @@ def fit_all(
                 raise
             failed[id(scorer)] = error
             continue
+        scorer.keep_on_cpu()
         scorer.fitted_widths, scorer.fitted_on = _widths(feats), feats.provenance
         costs[id(scorer)] = sum((by_statistic.pop(statistic, Cost()) for statistic in own), cost)
         tell_cost(f"the fit of {scorer.name}", costs[id(scorer)])
@@ -322,28 +325,36 @@ def score_all(
     read = {name for scorer in scorers for name in scorer.needs}
     scores = torch.empty(len(scorers), len(feats), dtype=torch.float64)
     groups = _scored_together(scorers)
-    costs, memory = [Cost() for _ in scorers], tells_costs()
+    costs, clock = [Cost() for _ in groups], DeviceClock(tells_costs())
+
+    def write_scores(block: Block, rows: Tensor) -> None:
+        here = [scorer.on_device(block.device) for scorer in scorers]
+        for group, cost in zip(groups, costs, strict=True):
+            worked(block.start, scorers[group[0]].name)
+            with clock.measured(cost, block.device):
+                _score_group(group, here, block, rows)
+
+    queued = QueuedScores(write_scores)
     working(f"scoring {feats.provenance.dataset if feats.provenance else 'a set'}", len(feats), "rows")
     hashes = pending(feats) if hashed and "features" in read else None
     for block in feats.blocks(block_rows, only=read):
         rows = scores[:, block.start : block.start + len(block)]
-        try:
-            for group in groups:
-                worked(block.start, scorers[group[0]].name)
-                cost = Cost()
-                with cost.measured(memory):
-                    _score_group(group, scorers, block, rows)
-                for number in group:
-                    costs[number] += Cost(cost.seconds / len(group), cost.memory // len(group))
-        finally:
-            block.require_finite()  # last, because quantities that the scorers derived make the check cheaper
+        if block.device.type != "cpu":
+            queued.write(block, rows)
+            clock.settle()
+        else:
+            try:
+                write_scores(block, rows)
+            finally:
+                block.require_finite()  # last, because quantities that the scorers derived make the check cheaper
         if hashes:
             hashes.update(block)
     if hashes:
         hashes.keep(feats)
+    shares = _shared(costs, groups)
     if spent is not None:
-        spent += costs
-    for row, scorer, cost in zip(scores, scorers, costs, strict=True):
+        spent += shares
+    for row, scorer, cost in zip(scores, scorers, shares, strict=True):
         tell_cost(f"scoring {len(feats):,} rows with {scorer.name}", cost)
         if row.isnan().any():
             first = int(row.isnan().nonzero()[0])
@@ -358,6 +369,16 @@ def _scored_together(scorers: Sequence[Scorer]) -> list[list[int]]:
         key = scorer.scored_with()
         groups.setdefault(("alone", number) if key is None else key, []).append(number)
     return list(groups.values())
+
+
+def _shared(costs: Sequence[Cost], groups: Sequence[Sequence[int]]) -> list[Cost]:
+    """Return the cost of each scorer, an equal share of that of its group."""
+    shares = {
+        number: Cost(cost.seconds / len(group), cost.memory // len(group))
+        for cost, group in zip(costs, groups, strict=True)
+        for number in group
+    }
+    return [shares[number] for number in sorted(shares)]
 
 
 def _score_group(numbers: Sequence[int], scorers: Sequence[Scorer], block: Block, scores: Tensor) -> None:

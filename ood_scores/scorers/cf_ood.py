@@ -106,7 +106,7 @@ class CFOOD(Scorer):
     def score_block(self, block: Block) -> Tensor:
         rows = block.space("features", True)
         found, sure = self._found_in_float32(rows)
-        if not sure.all():
+        if block.happens(~sure):
             found[~sure] = self._found_in_float64(rows[~sure])
         return -torch.cat([self.shares_, self.shares_.new_ones(1)]).to(rows)[found]
 

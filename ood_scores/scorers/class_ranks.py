@@ -60,6 +60,7 @@ class ExCeL(Scorer):
             "https://arxiv.org/abs/2311.14754",
         ),
         no_graph="it ranks all logits, and rounding alone changes the order of nearly equal ones",
+        waits=2,
     )
     alpha: float = 0.8
     upper: float = 5.0

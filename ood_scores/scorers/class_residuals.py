@@ -219,8 +219,9 @@ class CORE(Scorer):
         self.deviations_ = values.std(dim=0, correction=0).maximum(smallest).tolist()
 
     def score_block(self, block: Block) -> Tensor:
-        parts = self._parts(block)
-        return ((parts - parts.new_tensor(self.means_)) / parts.new_tensor(self.deviations_)).sum(dim=1)
+        columns = zip(self._parts(block).unbind(dim=1), self.means_, self.deviations_, strict=True)
+        energy, similarity = ((values - mean) / deviation for values, mean, deviation in columns)
+        return energy + similarity
 
     def _parts(self, block: Block) -> Tensor:
         """The energy E and the similarity S, float64 ``[B, 2]``."""

@@ -63,6 +63,7 @@ class NAC(Scorer):
             "https://github.com/BierOne/ood_coverage",
         ),
         no_graph="it looks activations up in intervals, for which ONNX has no operation",
+        waits=2,
         search_space={"alpha": ((10.0,), (100.0,), (1000.0,), (3000.0,)), "full": ((0.01,), (0.05,), (0.5,))},
     )
     layers: Sequence[str] = ("features",)

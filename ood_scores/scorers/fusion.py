@@ -126,7 +126,7 @@ class Fusion(Scorer):
         members = self._members()
         scores = torch.stack([member.score_block(block).double() for member in members])
         for member, row in zip(members, scores, strict=True):
-            if row.isnan().any():
+            if block.happens(row.isnan()):
                 first = block.start + int(row.isnan().nonzero()[0])
                 raise NotFinite(f"{member.name!r} returned NaN for finite inputs, first for row {first}.")
         return METHODS[self.method](p_values(scores, self.reference_.to(scores.device)))

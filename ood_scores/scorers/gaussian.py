@@ -298,8 +298,8 @@ def whitening(covariance: Tensor) -> Tensor:
 
 def whitened(rows: Tensor, root: Tensor, size: int = SOLVED) -> Tensor:
     """``rows @ root`` for a root from ``whitening``; a triangular root is multiplied without its zeros."""
-    if torch.compiler.is_compiling() or root.tril(-1).any():  # a graph cannot look at the root
-        return rows @ root
+    if torch.compiler.is_compiling() or root.device.type != "cpu" or root.tril(-1).any():
+        return rows @ root  # a graph cannot look at the root, and the host would have to wait for a GPU
     found = rows.new_empty(len(rows), root.shape[1])
     for start in range(0, root.shape[1], size):
         stop = min(start + size, root.shape[1])

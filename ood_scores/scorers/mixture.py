@@ -134,7 +134,7 @@ class GMM(Scorer):
 
     def _fit_packed(self, moments: Moments, classes: Tensor, feats: FeatureSet) -> Tensor:
         """Fit some of these classes at a time, and return the same as ``_fit_dense``."""
-        counts, means = moments.counts[classes].cpu(), moments.means[classes]
+        counts, means = moments.counts[classes].cpu(), moments.means[classes].to(feats.block_device)
         width = means.shape[1]
         self.ranks_ = torch.where((counts > 1) & (counts <= LOW_RANK * width), counts, width)
         sizes = [packed_size(rank, width) for rank in self.ranks_.tolist()]
@@ -157,7 +157,7 @@ class GMM(Scorer):
             tied = moments.scatter / moments.counts.sum()
             packed, self.jitter_[-1], log_determinant[-1] = pack_covariance(tied, len(classes) - 1)
             places[-1].copy_(packed)
-        return log_determinant
+        return log_determinant.to(moments.means.device)
 
     def _classes_read(
         self, feats: FeatureSet, classes: Tensor, means: Tensor, ranks: Sequence[int]
@@ -247,8 +247,14 @@ class GMM(Scorer):
             distances[members] = torch.cat(found, dim=1)
         return distances
 
-    def _members(self) -> list[list[int]]:
-        """The classes of each factor."""
+    def _members(self) -> list[slice | list[int]]:
+        """The classes of each factor, as a slice if they are consecutive; computed once."""
+        known: tuple[Tensor, list[slice | list[int]]] | None = getattr(self, "_grouped", None)
+        if known is None or known[0] is not self.means_:
+            known = self._grouped = self.means_, list(map(_as_slice, self._classes_of_factors()))
+        return known[1]
+
+    def _classes_of_factors(self) -> list[list[int]]:
         numbers = range(len(self.means_)) if self.factors_ is None else self.factors_.tolist()
         members: dict[int, list[int]] = {}
         for c, number in enumerate(numbers):
@@ -266,6 +272,11 @@ class GMM(Scorer):
             if not torch.compiler.is_compiling():  # those of a graph are no numbers
                 self._inverted = known
         return known[1]
+
+
+def _as_slice(numbers: list[int]) -> slice | list[int]:
+    first, last = numbers[0], numbers[-1]
+    return slice(first, last + 1) if numbers == list(range(first, last + 1)) else numbers
 
 
 def _factors(counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,7 @@ class DkNN(Scorer):
             "https://arxiv.org/abs/1803.04765",
         ),
         no_graph="it looks up the labels of neighbors that an index finds",
+        waits=2,
         small_parameters={"k": 20},
         search_space={"k": (25, 50, 75, 100, 200)},
     )
@@ -140,10 +141,11 @@ class DkNN(Scorer):
             self.banks_.append(bank)
 
     def score_block(self, block: Block) -> Tensor:
-        counts = torch.zeros(len(block), int(self.labels_.max()) + 1, dtype=torch.float64)
+        classes = int(self.labels_.max()) + 1
+        counts = torch.zeros(len(block), classes, dtype=torch.float64, device=block.device)
         for name, bank in zip(self.needs, self.banks_, strict=True):
             if name != "features":
                 read_extra(block, name, self.name)
-            nearest = bank.search(block.space(name, self.normalize).cpu())[:, : self.k]
+            nearest = bank.search(block.space(name, self.normalize))[:, : self.k]
             counts.scatter_add_(1, self.labels_[nearest], counts.new_ones(nearest.shape))
         return counts.amax(dim=1) / (self.k * len(self.banks_))

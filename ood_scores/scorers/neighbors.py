@@ -80,7 +80,7 @@ class _BankScorer(Scorer):
 
     def score_together(self, block: Block, scorers: Sequence[Scorer]) -> list[Tensor]:
         together = [scorer for scorer in scorers if isinstance(scorer, _BankScorer)]
-        rows = block.space("features", True).cpu()
+        rows = block.space("features", True)
         found = search_unit_rows(rows.float(), [scorer._remembered_wanted() for scorer in together])
         return [scorer.judge(block, rows, candidates) for scorer, candidates in zip(together, found, strict=True)]
 
@@ -92,7 +92,7 @@ class _BankScorer(Scorer):
         return self._asked[1]
 
     def _rows(self, block: Block) -> Tensor:
-        return block.space("features", True).cpu()
+        return block.space("features", True)
 
 
 @register_scorer("knn")
@@ -192,20 +192,22 @@ class KNN(_BankScorer):
         return Wanted(self.bank_, min(self.k + AROUND, len(self.bank_)))
 
     def search(self, rows: Tensor) -> Tensor:
+        if self.index == "Flat" and rows.device.type != "cpu":
+            return search_unit_rows(rows.float(), [self._remembered_wanted()])[0]
         self._index = self._index if getattr(self, "_index", None) else trained_index(self.index, self.bank_)
         count = self.wanted().count if self.index == "Flat" else self.k
-        _, found = self._index.search(rows.float().contiguous().numpy(), count)
+        _, found = self._index.search(rows.float().cpu().contiguous().numpy(), count)
         if (found < 0).any():
             raise BadInput(
                 f"{self.name}: the index {self.index!r} found fewer than k={self.k} neighbors: lower k or use 'Flat'."
             )
-        return torch.from_numpy(found)
+        return torch.from_numpy(found).to(rows.device)
 
     def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
         first = max(0, self.k - 1 - AROUND) if self.index == "Flat" else self.k - 1
         distances = self.distances(rows, candidates[:, first:]).sort(dim=1).values[:, self.k - 1 - first]
         close = distances < CLOSE * row_norm(rows, 2.0)
-        if self.index == "Flat" and close.any():
+        if self.index == "Flat" and block.happens(close):
             kth = kth_neighbors(rows[close], self.bank_, self.k)
             distances[close] = self.distances(rows[close], kth[:, None])[:, 0]
         return -distances
@@ -215,7 +217,7 @@ class KNN(_BankScorer):
         return -nearest.amax(dim=1).sqrt()
 
     def _rows(self, block: Block) -> Tensor:
-        return block.space("features", self.normalize).cpu()
+        return block.space("features", self.normalize)
 
     def distances(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """Distances of each row to some rows of the bank, ``[B, K]``."""
@@ -232,10 +234,10 @@ def why_no_graph_of(bank: Tensor | None) -> str | None:
 
 def kth_neighbors(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -> Tensor:
     """The number of each row's k-th nearest bank row, ``[B]``; exact, in float64, a piece of the bank at a time."""
-    nearest, numbers = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
+    nearest, numbers = rows.new_empty(len(rows), 0), rows.new_empty(len(rows), 0, dtype=torch.int64)
     for start in range(0, len(bank), piece):
-        distances = squared_distances(rows, bank[start : start + piece].double())
-        found = torch.arange(start, start + distances.shape[1]).expand(len(rows), -1)
+        distances = squared_distances(rows, bank[start : start + piece].to(rows))
+        found = torch.arange(start, start + distances.shape[1], device=rows.device).expand(len(rows), -1)
         nearest, numbers = torch.cat([nearest, distances], dim=1), torch.cat([numbers, found], dim=1)
         nearest, chosen = nearest.topk(min(k, nearest.shape[1]), dim=1, largest=False)
         numbers = numbers.gather(1, chosen)
@@ -308,13 +310,15 @@ class NNGuide(_BankScorer):
         return Wanted(self.bank_, min(self.k + SPARE, len(self.bank_)), self.energies_)
 
     def search(self, rows: Tensor) -> Tensor:
+        if rows.device.type != "cpu":
+            return search_unit_rows(rows.float(), [self._remembered_wanted()])[0]
         self._index = self._index if getattr(self, "_index", None) else self._build_index()
         return torch.from_numpy(self._index.search(rows.float().contiguous().numpy(), self.wanted().count)[1])
 
     def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
         products = torch.stack([(rows * self.bank_[column]).sum(dim=1) for column in candidates.unbind(dim=1)], dim=1)
         guidance = (products * self.energies_[candidates]).topk(self.k, dim=1).values.mean(dim=1)
-        return block.logsumexp().cpu() * guidance
+        return block.logsumexp() * guidance
 
     def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:
         guidance = (rows @ bank.T * self.energies_.to(rows)).topk(self.k, dim=1).values.mean(dim=1)

@@ -322,7 +322,7 @@ class PNML(Scorer):
         if self.bias:
             coordinates += root[-1]
         projected = coordinates.square_().sum(dim=1, keepdim=True).double()
-        learner = Block(logits=block.head(rows), rows=rows.shape[0])
+        learner = block.replaced(logits=block.head(rows))
         rest = (learner.total_odds()[:, None] - learner.odds()).scatter(1, *learner.odds_of_others())
         rest = rest / learner.total_odds()[:, None]
         terms = rest.mul_((learner.log_softmax() * (-1 / (1 + projected))).exp_()).add_(1).reciprocal_()

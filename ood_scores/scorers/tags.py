@@ -68,6 +68,7 @@ class Tags:
         aliases: Names of the scorer in other packages, in lower case with underscores.
         parameters_before: Values of parameters in files that were saved before the parameters existed, if these values
             are not the defaults.
+        waits: How often the host waits for a GPU to score a block, 1 for the transfer of the scores included.
         experimental: Why scores may not be those of the paper, for instance because only its abstract was available.
     """
 
@@ -80,4 +81,5 @@ class Tags:
     search_space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     aliases: Sequence[str] = ()
     parameters_before: Mapping[str, Any] = field(default_factory=dict)
+    waits: int = 1
     experimental: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -75,16 +75,23 @@ def processes(device: str) -> Iterator[Processes]:
     """
     ranks = Ranks.here()
     own = find_device(device, local_rank=ranks.local)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-    if ranks.count == 1:
-        yield Processes(device=own)
-        return
-    started_here = not dist.is_initialized()
-    if started_here:
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
-    try:
-        yield Processes(ranks.rank, ranks.count, ranks.local, own)
-    finally:
+    with torch.cuda.device(own) if own.type == "cuda" else nullcontext():
+        if ranks.count == 1:
+            yield Processes(device=own)
+            return
+        started_here = not dist.is_initialized()
         if started_here:
-            dist.destroy_process_group()
+            _start_group(own)
+        try:
+            yield Processes(ranks.rank, ranks.count, ranks.local, own)
+        finally:
+            if started_here:
+                dist.destroy_process_group()
+
+
+def _start_group(device: torch.device) -> None:
+    """Start the process group; with NCCL, each process is bound to its GPU from the start."""
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")

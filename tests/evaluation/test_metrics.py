@@ -308,7 +308,7 @@ def test_float32_scores_are_not_rounded_further() -> None:
     assert auroc(id_scores, torch.tensor([1.0])) == 0.75
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_metrics_of_tensors_on_a_gpu() -> None:
     id_scores, ood_scores = map(torch.from_numpy, FINITE_CASES["heavily tied"])
     assert compare(id_scores.cuda(), ood_scores.cuda()) == compare(id_scores, ood_scores)

@@ -308,7 +308,7 @@ def test_results_can_be_differentiated_through(to_disk: bool, known: bool, tmp_p
     assert not feats.features.requires_grad
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("fails", [False, True])
 def test_device_is_restored(fails: bool) -> None:
     model = Failing(1) if fails else Classifier()
@@ -517,7 +517,7 @@ def test_weights_checksum_does_not_depend_on_order_mode_or_layout() -> None:
     assert weights_sha256(nn.Module()) != whole
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_weights_checksum_does_not_depend_on_the_device() -> None:
     assert weights_sha256(Classifier().cuda()) == weights_sha256(Classifier())
 

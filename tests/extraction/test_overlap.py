@@ -25,14 +25,12 @@ from ood_scores.extraction.writers import AHEAD, BackgroundWriter
 from ood_scores.features.finite import require_finite
 from ood_scores.features.storage import cache as caches
 from ood_scores.models.networks import cifar_resnet20
-from ood_scores.runtime import Arriving, Transfers
+from ood_scores.transfers import Arriving, Transfers
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS, BATCH = 72, 8
 IMAGES = torch.randn(ROWS, 3, 6, 6, generator=GENERATOR)
 LABELS = torch.randint(5, (ROWS,), generator=GENERATOR)
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 class Network(nn.Module):
@@ -262,13 +260,40 @@ def test_memory_that_is_reused_while_rows_wait(
 
 def test_copies_to_the_host_have_the_requested_type() -> None:
     values, labels = torch.randn(4, 3), torch.arange(4)
-    rows = Transfers(torch.device("cpu")).to_host({"a": (values, torch.float32), "labels": (labels, torch.int64)})
+    transfers = Transfers(torch.device("cpu"))
+    rows = transfers.to_host(transfers.own_copies({"a": (values, torch.float32), "labels": (labels, torch.int64)}))
     kept = values.clone()
     values.zero_()
     labels.zero_()
     assert rows.wait()["a"].equal(kept)
     assert rows.wait()["labels"].tolist() == [0, 1, 2, 3]
-    assert Transfers(torch.device("cpu")).to_host({"a": (kept, torch.float16)}).wait()["a"].equal(kept.half())
+    assert transfers.own_copies({"a": (kept, torch.float16)})["a"].equal(kept.half())
+
+
+class Limited(Network):
+    """A network for which the memory does not suffice with more than three inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved_and_one_warning_says_so() -> None:
+    model = Limited()
+    with pytest.warns(UserWarning, match="does not suffice for a batch of 8 rows") as caught:
+        feats = extract(model)
+    assert len(caught) == 1
+    assert model.sizes == [8, 4] + [2] * (ROWS // 2)
+    expected = extract(Network())
+    torch.testing.assert_close(feats.features, expected.features)
+    assert feats.labels is not None
+    assert feats.labels.equal(LABELS)
 
 
 # --- channels-last ----------------------------------------------------------------------------------------------------
@@ -383,7 +408,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("where", ["pageable", "pinned", "on the device"])
 @pytest.mark.parametrize("to_disk", [True, False])
 def test_overlapping_copies_do_not_change_a_bit(where: str, to_disk: bool, tmp_path: Path) -> None:
@@ -408,13 +433,13 @@ def test_overlapping_copies_do_not_change_a_bit(where: str, to_disk: bool, tmp_p
         assert feats.labels.equal(torch.cat(labels))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_host_does_not_wait_for_the_device() -> None:
     values = torch.randn(4096, 4096, device="cuda")
     transfers = Transfers(values.device)
     for _ in range(50):
         values = (values @ values).clamp(-1, 1)
-    rows = transfers.to_host({"a": (values, torch.float16)})
+    rows = transfers.to_host(transfers.own_copies({"a": (values, torch.float16)}))
     assert rows.arrived is not None
     assert not rows.arrived.query()
     assert rows.columns["a"].is_pinned()

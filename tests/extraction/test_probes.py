@@ -616,7 +616,7 @@ def test_the_temperature_does_not_make_gradients_underflow_in_fp16() -> None:
     torch.testing.assert_close(feats.extras["odin"], exact.extras["odin"], rtol=0.02, atol=0.02)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_results_match_the_cpu() -> None:
     model = Classifier()
     feats = extract(model, device="cuda", **EVERYTHING)

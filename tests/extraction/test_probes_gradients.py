@@ -327,7 +327,7 @@ def test_mixed_precision_does_not_cache_casts_per_input(kind: type[Classifier]) 
     assert not any(kept)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_on_a_gpu() -> None:
     probes = (ParameterGradients(groups="stages"), LayerGradients(noise=True))
     expected, found = extract(*probes, device="cpu"), extract(*probes, device="cuda")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ood_scores
 from ood_scores.errors import BadInput
 from ood_scores.extraction.probes import MCDropout, Probe, RankFeat
-from ood_scores.extraction.probes.reruns import Dropping, seed_of, seeded, without_rank_1
+from ood_scores.extraction.probes.reruns import Dropping, first_eigenvectors, seed_of, seeded, without_rank_1
 
 ROWS, CLASSES = 11, 4
 INPUTS = torch.randn(ROWS, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -77,6 +77,15 @@ def test_without_rank_1(shape: tuple[int, ...]) -> None:
     maps = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(without_rank_1(maps), removed(maps), rtol=1e-9, atol=1e-12)
     assert without_rank_1(maps.float()).dtype == torch.float32
+
+
+def test_first_eigenvectors_by_squaring() -> None:
+    maps = torch.randn(5, 6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    maps[4] = 0
+    gram = maps @ maps.mT
+    first, expected = first_eigenvectors(gram), torch.linalg.eigh(gram).eigenvectors[:, :, -1:]
+    torch.testing.assert_close(first[:4] @ first[:4].mT, expected[:4] @ expected[:4].mT, rtol=0, atol=1e-12)
+    assert not first[4].any()
 
 
 def test_maps_of_zeros_and_of_rank_1_become_zero() -> None:
@@ -323,7 +332,7 @@ def test_mixed_precision() -> None:
         torch.testing.assert_close(found.extras[name], values, rtol=0.1, atol=0.05)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_on_a_gpu() -> None:
     expected, found = (extract("rankfeat", device=device).extras["rankfeat"] for device in ("cpu", "cuda"))
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)

@@ -489,7 +489,7 @@ def test_blocks_are_on_the_device_of_a_loaded_set(tmp_path: Path) -> None:
         load(tmp_path / "a.h5", device="tpu")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_blocks_of_a_set_on_disk_arrive_on_the_gpu_in_order(tmp_path: Path) -> None:
     values = torch.arange(60_000.0).reshape(20_000, 3)
     FeatureSet(values).save(tmp_path / "a.h5")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-import faiss
 import torch
 
 import ood_scores
@@ -15,6 +14,8 @@ from benchmarks.speed.scorers import problem
 
 def knn(scale: float) -> Iterator[Line]:
     """Measure ``knn`` with default parameters against faiss on normalized queries and a normalized bank."""
+    import faiss
+
     faiss.omp_set_num_threads(torch.get_num_threads())
     for full_bank, full_queries, width in ((50_000, 10_000, 512), (100_000, 1_000, 2048)):
         bank, queries = scaled(scale, full_bank, least=1000), scaled(scale, full_queries, least=100)

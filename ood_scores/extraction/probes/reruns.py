@@ -30,6 +30,9 @@ DROPOUTS = frozenset(
 )
 """The dropout functions that models, and the modules of ``torch.nn``, call."""
 
+SQUARINGS = 20
+"""How often matrices are squared: singular values that differ by a millionth are told apart."""
+
 
 @register_probe
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class RankFeat(LayerProbe):
         layers: names of modules that output maps or tokens, or ``"stages"`` for the modules that end the last two
             stages of the model. (Other probes use all stages.)
 
-    Cost: a forward pass per layer, and an eigendecomposition, ``min(C, P)^3``, per input and layer.
+    Cost: a forward pass per layer, and an eigendecomposition, ``min(C, P)^3``, per input and layer; on a GPU,
+    ``SQUARINGS`` products of matrices of that size instead.
     """
 
     needs_logits = True
@@ -96,9 +100,25 @@ def without_rank_1(maps: Tensor) -> Tensor:
     matrices = maps.double()  # autocast does not change float64
     wide = matrices.shape[1] <= matrices.shape[2]
     gram = matrices @ matrices.mT if wide else matrices.mT @ matrices
-    first = torch.linalg.eigh(gram).eigenvectors[:, :, -1:]
+    on_cpu = gram.device.type == "cpu"
+    first = torch.linalg.eigh(gram).eigenvectors[:, :, -1:] if on_cpu else first_eigenvectors(gram)
     part = first @ (first.mT @ matrices) if wide else (matrices @ first) @ first.mT
     return (matrices - part).to(maps.dtype)
+
+
+def first_eigenvectors(gram: Tensor) -> Tensor:
+    """Return the eigenvectors ``[B, K, 1]`` of the largest eigenvalues of positive semi-definite ``[B, K, K]``.
+
+    They are found by power iteration: the matrices are squared ``SQUARINGS`` times. A GPU multiplies many small
+    matrices much sooner than it decomposes them, and the host does not wait for it.
+    """
+    smallest = torch.finfo(gram.dtype).tiny
+    for _ in range(SQUARINGS):
+        gram = gram / gram.abs().amax(dim=(1, 2), keepdim=True).clamp_min(smallest)
+        gram = gram @ gram
+    column = gram.diagonal(dim1=1, dim2=2).argmax(dim=1)
+    first = gram.gather(2, column[:, None, None].expand(-1, gram.shape[1], 1))
+    return first / first.norm(dim=1, keepdim=True).clamp_min(smallest)
 
 
 def _with_maps(output: Any, change: Callable[[Tensor], Tensor], layer: str) -> Any:

@@ -77,7 +77,7 @@ class DiskColumn:
 
 @dataclass(frozen=True)
 class CombinedColumn:
-    """Rows that are computed from the same rows of other columns each time they are read."""
+    """Rows that are computed, whenever read, from the same rows of other columns, on the device of the first."""
 
     parts: tuple[Column, ...]
     combine: Callable[[Sequence[Tensor]], Tensor]
@@ -85,6 +85,10 @@ class CombinedColumn:
     @cached_property
     def _like(self) -> Tensor:
         return self.combine([torch.zeros((1, *part.shape[1:]), dtype=part.dtype) for part in self.parts])
+
+    def combined(self, rows: Sequence[Tensor]) -> Tensor:
+        """Compute the values from the same rows of all parts."""
+        return self.combine([values.to(rows[0].device) for values in rows])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,7 +105,7 @@ class CombinedColumn:
     def reader(self) -> Iterator[Callable[[int, int], Tensor]]:
         with ExitStack() as stack:
             readers = [stack.enter_context(reader(part)) for part in self.parts]
-            yield lambda start, stop: self.combine([read(start, stop) for read in readers])
+            yield lambda start, stop: self.combined([read(start, stop) for read in readers])
 
 
 Column: TypeAlias = "Tensor | DiskColumn | CombinedColumn"
@@ -160,7 +164,7 @@ def gather(column: Column, rows: Tensor) -> Tensor:
     if isinstance(column, Tensor):
         return column[rows.to(column.device)]
     if isinstance(column, CombinedColumn):
-        return column.combine([gather(part, rows) for part in column.parts])
+        return column.combined([gather(part, rows) for part in column.parts])
     ordered, position = rows.sort()
     found = torch.empty((len(rows), *column.width), dtype=column.dtype)
     run = 16384

@@ -205,7 +205,7 @@ def largest(values: Tensor, share: float) -> Tensor:
     count = max(1, width - int(np.round(width * (1 - share))))
     last = kth_largest(values, count)
     kept = values >= last
-    if torch.compiler.is_compiling():  # a graph cannot pick the rows with ties
+    if torch.compiler.is_compiling() or values.device.type != "cpu":  # to pick the rows with ties, a GPU is waited for
         return _first_of_equals(values, last, count)
     tied = (kept.sum(dim=1) > count).nonzero()[:, 0]
     if len(tied):

@@ -1,0 +1,97 @@
+"""Scoring blocks on a device: the work on a block is queued, and then the host waits once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ood_scores.device_memory import FittingParts
+from ood_scores.errors import OodScoresError
+from ood_scores.features import Block
+from ood_scores.runtime import Cost
+
+
+@dataclass
+class QueuedScores:
+    """The scores of blocks on a device, each with one wait of the host and one transfer.
+
+    The transfer carries the scores of all scorers, whether the columns are finite, and whether a rare condition (see
+    ``Block.happens``) holds for a row. If one does, this block and the following ones are scored with waits. Blocks for
+    which the memory of the device does not suffice are scored in parts.
+
+    Args:
+        score: A function that writes the scores of a block into ``[S, B]`` on its device.
+    """
+
+    score: Callable[[Block, Tensor], None]
+    waits: bool = field(default=False, init=False)
+    parts: FittingParts = field(default_factory=lambda: FittingParts("block"), init=False)
+
+    def write(self, block: Block, scores: Tensor) -> None:
+        """Write the scores of a block into ``scores`` ``[S, B]`` on the CPU.
+
+        Raises:
+            NotFinite: if a column holds NaN or infinite values.
+        """
+
+        def received(rows: slice) -> Tensor:
+            return self._received(block.part(rows), len(scores))
+
+        for part, found in self.parts.run(len(block), received):
+            scores[:, part] = found
+
+    def _received(self, block: Block, count: int) -> Tensor:
+        """Return the scores ``[count, B]`` of a block on the CPU."""
+        block.postponed = None if self.waits else []
+        found = torch.empty(count, len(block), dtype=torch.float64, device=block.device)
+        try:
+            self.score(block, found)
+        except OodScoresError:
+            block.require_finite()  # it may be the reason
+            raise
+        finite, happened = block.is_finite(), [condition.to(block.device) for condition in block.postponed or []]
+        flags = [finite, torch.stack(happened).any() if happened else ~finite.new_ones(())]
+        received = torch.cat([found.flatten(), torch.stack(flags).double()]).cpu()
+        is_finite, has_happened = received[-2:].tolist()
+        if not is_finite:
+            block.require_finite()
+        if has_happened:
+            self.waits = True
+            return self._received(block.part(slice(None)), count)
+        return received[:-2].view(count, -1)
+
+
+@dataclass
+class DeviceClock:
+    """The time that work takes on a CUDA device, measured without waiting for it.
+
+    Args:
+        memory: Whether the memory of work on the CPU is measured too.
+    """
+
+    memory: bool
+    marks: list[tuple[Cost, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def measured(self, cost: Cost, device: torch.device) -> Iterator[None]:
+        """Add what the work within the context costs, on another device at once, on a CUDA device in ``settle``."""
+        if device.type != "cuda":
+            with cost.measured(self.memory):
+                yield
+            return
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(torch.cuda.current_stream(device))
+        yield
+        stop.record(torch.cuda.current_stream(device))
+        self.marks.append((cost, start, stop))
+
+    def settle(self) -> None:
+        """Add the times of work that is complete."""
+        for cost, start, stop in self.marks:
+            stop.synchronize()
+            cost.seconds += start.elapsed_time(stop) / 1000
+        self.marks.clear()

@@ -1,0 +1,136 @@
+"""Rows, detectors and fits on a CUDA device; a simulated one, on which copies arrive late, suffices."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ood_scores
+from ood_scores.features.statistics import moments
+from ood_scores.runtime import CPU, available
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = [torch.randn(8, 3, 8, 8, generator=GENERATOR) for _ in range(6)]
+
+
+class Split(nn.Module):
+    """A body and a head, which may be on two devices; its logits are in the same memory in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.fc = nn.Linear(16, 5)
+        self.places: dict[torch.device, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.fc(self.body(x).to(self.fc.weight.device))
+        return self.places.setdefault(logits.device, torch.empty_like(logits)).copy_(logits)
+
+
+class Refilled:
+    """A loader that yields one pinned buffer again and again."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        buffer = torch.empty(8, 3, 8, 8).pin_memory()
+        for images in IMAGES:
+            yield buffer.copy_(images)
+
+
+def extracted(model: nn.Module, **options: object) -> ood_scores.FeatureSet:
+    data = options.pop("data", IMAGES)
+    return ood_scores.extract(model.eval(), data, progress=False, **options)  # type: ignore[arg-type]
+
+
+def assert_same_rows(found: ood_scores.FeatureSet) -> None:
+    expected = extracted(Split(), device="cpu")
+    torch.testing.assert_close(found.features, expected.features, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_outputs_in_the_same_memory_in_every_pass() -> None:
+    assert_same_rows(extracted(Split().cuda()))
+
+
+@pytest.mark.gpu
+def test_a_pinned_buffer_that_the_loader_refills() -> None:
+    assert_same_rows(extracted(Split(), data=Refilled(), device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_two_gpus_stays_on_them() -> None:
+    model = Split()
+    model.body.to("cuda:0"), model.fc.to("cuda:1")
+    feats = extracted(model)
+    assert_same_rows(feats)
+    ood_scores.calibrate("energy", model, id=feats, keep=0.8).predict(IMAGES[0])
+    assert [next(part.parameters()).device.index for part in (model.body, model.fc)] == [0, 1]
+
+
+@pytest.mark.gpu
+def test_a_pickled_detector_returns_to_the_gpu_and_works_without_one(tmp_path: Path) -> None:
+    feats = extracted(Split())
+    labelled = ood_scores.FeatureSet(
+        feats.features, feats.logits, torch.arange(48) % 5, feats.head, provenance=feats.provenance
+    )
+    detector = ood_scores.calibrate("mahalanobis", Split(), fit=labelled, id=feats, keep=0.8, device="cuda")
+    scores = torch.from_numpy(detector.predict(IMAGES[0]).score)
+    (tmp_path / "detector.pkl").write_bytes(pickle.dumps(detector))
+    again = pickle.loads((tmp_path / "detector.pkl").read_bytes())
+    assert again.device.type == "cuda"
+    torch.testing.assert_close(torch.from_numpy(again.predict(IMAGES[0]).score), scores)
+    code = f"import pickle; print(pickle.load(open({str(tmp_path / 'detector.pkl')!r}, 'rb')).device)"
+    kept = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout == "cpu\n", found.stderr
+
+
+@pytest.mark.gpu
+def test_a_packed_mixture_is_fitted_twice_on_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(moments, "CLASS_SCATTER_BYTES", 5_000)
+    labels = torch.arange(300) % 5
+    features = torch.eye(5, 12)[labels] + torch.rand(300, 12, generator=GENERATOR)
+    ood_scores.FeatureSet(features, labels=labels).save(tmp_path / "a.h5")
+    expected = (
+        ood_scores.create_scorer("gmm")
+        .fit(ood_scores.load(tmp_path / "a.h5"))
+        .score(ood_scores.load(tmp_path / "a.h5"))
+    )
+    for _ in range(2):
+        feats = ood_scores.load(tmp_path / "a.h5", device="cuda")
+        torch.testing.assert_close(ood_scores.create_scorer("gmm").fit(feats).score(feats), expected)
+
+
+@pytest.mark.gpu
+def test_members_of_an_ensemble_on_different_devices() -> None:
+    feats = extracted(Split(), device="cpu")
+    assert feats.logits is not None
+    there = ood_scores.FeatureSet(feats.features.cuda(), feats.logits.cuda())
+    torch.testing.assert_close(
+        ood_scores.score("ensemble", [feats, there]), ood_scores.score("ensemble", [feats, feats])
+    )
+
+
+@pytest.mark.parametrize(("gpus", "found"), [(0, CPU), (1, torch.device("cuda", 0)), (4, torch.device("cuda", 3))])
+def test_a_device_that_a_process_lacks(gpus: int, found: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert available(torch.device("cuda", 3)) == found
+    assert available(CPU) == CPU
