@@ -205,7 +205,8 @@ class WDiscOOD(_TiedGaussians):
     class are left out; their ridge on the identity covariance, which changes no direction, is omitted.
 
     Fails where the fit set is the training set and its rows are much nearer to their means than unseen ID rows; with
-    more classes than features, nothing is left of the space for the second part.
+    more classes than features, nothing is left of the space for the second part. On near OoD, that part outweighs the
+    first (AUROC 0.55 of a ResNet-20 with 1,000 fit rows, CIFAR-10 against CIFAR-100; 0.86 against textures).
 
     Args:
         normalize: L2-normalize features in the fit and in the score.
