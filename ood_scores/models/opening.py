@@ -203,7 +203,7 @@ def _from_checkpoint(
         if not stored:
             raise
         raise CheckpointError(f"{path} stores arguments of its network that cannot be used: {error}") from error
-    fill(model, state, path)
+    fill(model, kind.renamed(model, state), path)
     return model, own
 
 

@@ -185,6 +185,18 @@ def test_folder_of_transformers(prefix: str, inputs: Tensor, tmp_path: Path) -> 
         preprocessing(model, crop_pct=0.9)
 
 
+def test_checkpoints_of_transformers(inputs: Tensor, tmp_path: Path) -> None:
+    """``save_pretrained`` of transformers 5 writes other names than those of ``state_dict``."""
+    expected = saved_by_transformers(tmp_path)
+    torch.save(expected.state_dict(), tmp_path / "own.pth")
+    for file in ("model.safetensors", "own.pth"):
+        model = load_model(f"hf:{tmp_path}", tmp_path / file)
+        assert torch.equal(logits(model, inputs), logits(expected, inputs))
+    torch.save(dict(list(expected.state_dict().items())[3:]) | {"more": torch.ones(2)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth does not fit 'ViT.* is missing; .*more is not of this"):
+        load_model(f"hf:{tmp_path}", tmp_path / "other.pth")
+
+
 def test_incomplete_folder_of_transformers_is_refused(tmp_path: Path) -> None:
     saved_by_transformers(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())

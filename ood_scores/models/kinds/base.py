@@ -56,6 +56,10 @@ class ModelKind(ABC):
         found = classes_in(state, self.create(target, arguments))
         return {} if found is None else {"num_classes": found}
 
+    def renamed(self, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the weights of a checkpoint under the names of the model, if the library saves them under others."""
+        return state
+
     def transform(self, model: nn.Module, target: str) -> Callable[[Any], Any] | None:
         """Return the function from a PIL image to the model's input; None if timm's data configuration describes it."""
         return None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ood_scores.errors import BadInput, CheckpointError, MissingInput, UnknownName
 from ood_scores.models.checkpoints import first_sentence
@@ -59,6 +59,9 @@ class TransformersModel(ModelKind):
         for parameter in model.parameters():  # mapped from the file, whose alignment changes how sums are rounded
             parameter.data = parameter.data.clone()
         return model
+
+    def renamed(self, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return _renamed(model, state)
 
     def transform(self, model: nn.Module, target: str) -> ProcessorTransform | None:
         try:
@@ -147,6 +150,23 @@ def _model_class(name: str) -> Any:
             "for a model of timm, and FILE.py:FUNCTION for a class of your own."
         )
     return cls
+
+
+def _renamed(model: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return weights under the names of a model: ``save_pretrained`` of transformers 5 writes some under older ones."""
+    if state.keys() == model.state_dict().keys():
+        return state
+    options: dict[str, Any] = {"config": model.config, "state_dict": dict(state), "output_loading_info": True}
+    logger = _library().utils.logging
+    verbosity = logger.get_verbosity()
+    try:
+        logger.set_verbosity_error()
+        loaded, found = type(model).from_pretrained(None, **options)
+    except Exception:  # of weights of any kind, whose names are then reported
+        return state
+    finally:
+        logger.set_verbosity(verbosity)
+    return state if any(found.values()) else loaded.state_dict()
 
 
 def _created(class_name: str, config: dict[str, Any], num_classes: int | None) -> nn.Module:
