@@ -70,11 +70,11 @@ def _overview(screen: Console, scorers: list[Scorer]) -> None:
     """Print the names of the scorers, grouped by what they need."""
     groups: dict[str, list[str]] = {title: [] for title in GROUPS}
     for scorer in scorers:
-        groups[_group(scorer)].append(scorer.name)
+        groups[_group(scorer)].append(f"{scorer.name}{'*' if scorer.tags.experimental else ''}")
     for title, names in groups.items():
         screen.print(Text(title, style="bold"))
         screen.print(Padding(Text(", ".join(sorted(names)), style="cyan"), (0, 0, 0, 2)))
-    screen.print("\n[bold]ood-scores list NAME[/] describes a scorer, and [bold]ood-scores list '*'[/] all of them.")
+    screen.print("\n[bold]ood-scores list NAME[/] describes a scorer, [bold]ood-scores list '*'[/] all. * experimental")
 
 
 def _group(scorer: Scorer) -> str:

@@ -190,6 +190,19 @@ def test_html_shows_the_numbers_of_the_table(results: Results, page: str) -> Non
             assert [float(attrs["data-v"]) for attrs, _ in cells[len(wanted) :]] == pytest.approx(costs)
 
 
+def test_experimental_scorers_are_marked(results: Results, parts: dict[str, list[ScoreTable]]) -> None:
+    table = parts[PART][0]
+    rows = tuple(dataclasses.replace(row, scorer=name) for row, name in zip(table.rows, ("core", "knn"), strict=False))
+    marked = {PART: [dataclasses.replace(table, rows=rows)]}
+    text = markdown.report(results, marked)
+    assert "| `core` (experimental) |" in text
+    assert "| `knn` |" in text
+    page = html.page(results, marked, lambda part, name: None)
+    reason = "written after the abstract and summaries of the paper, whose formulas were not available"
+    assert f'core <small class="muted" title="{reason}">experimental</small></th>' in page
+    assert ">knn</th>" in page
+
+
 def test_html_shows_models_side_by_side(results: Results, page: str) -> None:
     heads, *rows = next(rows for classes, rows in Page(page).tables if classes == "scores")
     assert [text for _, text in heads[1:5]] == [

@@ -31,6 +31,7 @@ from ood_scores.data.sources import open_dataset
 from ood_scores.errors import OodScoresError
 from ood_scores.features import FeatureSet, Head
 from ood_scores.scorers import create_scorer
+from ood_scores.scorers.registry import scorer_class
 
 COMMANDS = (
     *("extract", "score", "show", "evaluate", "inspect", "list", "demo"),
@@ -520,6 +521,8 @@ def test_list_fits_in_a_screen_and_groups_all_scorers_by_what_they_need() -> Non
     groups = [set(re.findall(r"\w+", text)) for text in re.split(r"^(?:From|After) .*$", output, flags=re.MULTILINE)]
     for name in ood_scores.list_scorers():
         assert sum(name in group for group in groups[1:]) == 1, name
+    starred = set(re.findall(r"(\w+)\*", output))
+    assert starred == {name for name in ood_scores.list_scorers() if scorer_class(name).tags.experimental}
     logits, features, fitted, probed = groups[1:]
     assert {"msp", "energy"} <= logits
     assert {"gradnorm", "scale"} <= features

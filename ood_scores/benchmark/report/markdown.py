@@ -23,8 +23,9 @@ from ood_scores.evaluation.metrics import NONE
 
 LEGEND = """Percent. Each cell is {in_cells}; on the right: {on_the_right} of the first column. Overall, near
 and far are unweighted means over datasets. The best of a column is bold; † marks an AUROC that is not significantly
-below the best (DeLong's paired tests with Holm's correction, 5%). ± is the standard deviation over checkpoints. All
-metrics, intervals and hashes are in results.csv.
+below the best (DeLong's paired tests with Holm's correction, 5%). ± is the standard deviation over checkpoints.
+Scores of a scorer marked as experimental may not be those of its paper: `ood-scores list NAME` tells why. All metrics,
+intervals and hashes are in results.csv.
 """
 
 
@@ -74,7 +75,8 @@ def _scores(results: Results, table: ScoreTable) -> Iterator[str]:
     yield "|---" * len(heads) + "|"
     for row in table.rows:
         of_columns = ["\u00a0/\u00a0".join(_marked(row.cells[m.name][i]) for m in in_cells) for i in range(len(names))]
-        cells = [_code(row.scorer), *of_columns, *(_marked(row.cells[metric.name][0]) for metric in on_the_right)]
+        scorer = f"{_code(row.scorer)}{' (experimental)' if row.experimental else ''}"
+        cells = [scorer, *of_columns, *(_marked(row.cells[metric.name][0]) for metric in on_the_right)]
         yield f"| {' | '.join(cells)} |"
     yield ""
 

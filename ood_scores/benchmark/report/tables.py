@@ -17,6 +17,7 @@ from ood_scores.benchmark.results import NotRun, Results, interval_columns
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.evaluation.metrics import METRICS, Metric, number
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance, tied_with_best
+from ood_scores.scorers.registry import SCORERS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,6 +92,12 @@ class Row:
     parameters: str
     fit_seconds: float
     score_microseconds: float
+
+    @property
+    def experimental(self) -> str | None:
+        """Why the scores may not be those of the paper; None if they are, or the label is not the name of a scorer."""
+        cls = SCORERS.get(self.scorer)
+        return cls.tags.experimental if cls else None
 
 
 @dataclass(frozen=True)
