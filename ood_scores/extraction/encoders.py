@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ EMBEDDINGS = ("image_embeds", "text_embeds", "pooler_output")
 
 TOKENS = "last_hidden_state"
 CHOICES = "pool='mean', 'cls', or 'cls+mean', or a function of the output"
+
+_pools_itself: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a model of timm returns vectors, so that the tokens that a named pooling applies to are those before."""
 
 _functions: WeakValueDictionary[str, Callable[[Any], Tensor]] = WeakValueDictionary()
 """The functions that this process has pooled with, by their texts."""
@@ -103,7 +107,17 @@ class Encoder:
 
     @contextmanager
     def _of_tokens(self) -> Iterator[None]:
-        vars(self.model)["forward"] = self.model.forward_features
+        own: Any = self.model.forward
+        unpooled: Any = self.model.forward_features
+
+        @functools.wraps(own)
+        def forward(*inputs: Any, **named: Any) -> Any:
+            if self.model not in _pools_itself:
+                output = own(*inputs, **named)
+                _pools_itself[self.model] = isinstance(output, Tensor) and output.ndim == 2
+            return (unpooled if _pools_itself[self.model] else own)(*inputs, **named)
+
+        vars(self.model)["forward"] = forward
         try:
             yield
         finally:

@@ -159,15 +159,6 @@ def test_pooling_of_tokens(kind: str) -> None:
     assert "forward" not in vars(model)
 
 
-def test_tokens_without_a_class_token_have_only_a_mean() -> None:
-    model, x, _ = made("transformers SigLIP")
-    with torch.inference_mode():
-        tokens = model(x).last_hidden_state
-    torch.testing.assert_close(extract(model, [x], pool="mean").features, tokens.mean(1))
-    with pytest.raises(BadInput, match=r"no class token among its 16 tokens: use pool='mean'"):
-        extract(model, [x], pool="cls")
-
-
 class Maps(nn.Module):
     """An encoder that returns maps ``[B, C, H, W]``."""
 
@@ -177,6 +168,36 @@ class Maps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
+
+
+class Projected(Maps):
+    """A model with the methods of timm that returns projected tokens ``[B, T, 2]``."""
+
+    num_prefix_tokens = 0
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.layer(x).flatten(2).transpose(1, 2)
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        return tokens[:, :, :2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def test_returned_tokens_are_pooled_rather_than_those_before() -> None:
+    model, x = Projected().eval(), torch.randn(4, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(extract(model, [x], pool="mean").features, model(x).mean(1))
+
+
+def test_tokens_without_a_class_token_have_only_a_mean() -> None:
+    model, x, _ = made("transformers SigLIP")
+    with torch.inference_mode():
+        tokens = model(x).last_hidden_state
+    torch.testing.assert_close(extract(model, [x], pool="mean").features, tokens.mean(1))
+    with pytest.raises(BadInput, match=r"no class token among its 16 tokens: use pool='mean'"):
+        extract(model, [x], pool="cls")
 
 
 def largest(output: Tensor) -> Tensor:
