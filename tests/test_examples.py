@@ -1,6 +1,7 @@
 """Every example runs unchanged and prints what it promises."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -12,10 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ood_scores
+
 FOLDER = Path(__file__).parents[1] / "examples"
 
 DETECTORS = {"reject_option": None, "datasets_map": "datasets", "ray_batches": "ray"}
 """Examples that use a detector, with the optional package that each requires."""
+
+FILES = {"export_to_fiftyone"}
+"""Examples that write files."""
 
 MODULES = {"digit_classifier", "serve_fastapi"}
 """Examples that other programs import."""
@@ -23,7 +29,7 @@ MODULES = {"digit_classifier", "serve_fastapi"}
 TRANSFORMERS = {"audio_classifier", "text_classifier"}
 """Examples of models of transformers, each with a table and a detector."""
 
-TABLES = sorted({path.stem for path in FOLDER.glob("*.py")} - DETECTORS.keys() - MODULES - TRANSFORMERS)
+TABLES = sorted({path.stem for path in FOLDER.glob("*.py")} - DETECTORS.keys() - FILES - MODULES - TRANSFORMERS)
 """All other examples: each prints a table of metrics."""
 
 
@@ -39,6 +45,21 @@ def run(name: str, folder: Path) -> str:
 @pytest.mark.parametrize("name", TABLES)
 def test_example_prints_a_table(name, tmp_path):
     assert "fpr95_id" in run(name, tmp_path)
+
+
+def test_export_to_fiftyone_names_every_picture(tmp_path):
+    assert "40 pictures are in to_fiftyone/labels.json" in run("export_to_fiftyone", tmp_path)
+    files, labels = (json.loads((tmp_path / "to_fiftyone" / f"{name}.json").read_text()) for name in ("data", "labels"))
+    feats = ood_scores.load(tmp_path / "pictures.h5")
+    expected = [f"{kind}/{row:02}" for kind in ("digit", "photograph") for row in range(20)]
+    assert list(files) == list(labels["labels"]) == expected
+    for name, logits in zip(expected, feats.logits, strict=True):
+        assert Path(files[name]) == tmp_path / "pictures" / f"{name}.png"
+        label = labels["labels"][name]
+        assert label["label"] == str(int(logits.argmax()))
+        assert label["confidence"] == pytest.approx(float(logits.double().softmax(0).max()))
+    order = sorted(expected, key=lambda name: labels["labels"][name]["attributes"]["score"])
+    assert [name.split("/")[0] for name in order[:10]].count("photograph") >= 8
 
 
 @pytest.mark.parametrize("name", DETECTORS)

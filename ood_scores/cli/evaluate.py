@@ -41,6 +41,9 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for all metrics: .csv, .parquet, or .json.")] = None,
+    details: Annotated[
+        Path | None, typer.Option(help="File for the scores of every row: .csv, .parquet, or .json.")
+    ] = None,
     device: options.Device = "auto",
 ) -> None:
     """Compare how well scorers separate an in-distribution set from out-of-distribution sets.
@@ -51,24 +54,32 @@ def evaluate(
       ood-scores evaluate --id val.h5 --ood textures.h5 --fit train.h5 \\
           --out table.csv
       ood-scores evaluate --id val.h5 --ood textures.h5 --scorer energy \\
-          --scorer gradnorm
+          --scorer gradnorm --details rows.parquet
       ood-scores evaluate --id val.h5 --ood textures.h5 --metrics oscr,augrc
     """
     import ood_scores
+    from ood_scores.evaluation import evaluate_details
 
     check_table_path(out)
+    check_table_path(details)
     id_feats = ood_scores.load(id, device)
     ood_feats = {name: ood_scores.load(cache, device) for name, cache in named_caches(ood).items()}
     fit_feats = ood_scores.load(fit, device) if fit else None
     asked = [name.strip() for name in metrics.split(",")] if metrics else []
     chosen = [scorer_name(each) for each in scorer] if scorer and scorer != ["all"] else "all"
     with stoppable("the caches are unchanged; run the same command again"):
-        table = ood_scores.evaluate(chosen, id=id_feats, ood=ood_feats, fit=fit_feats, metrics=asked)
+        if details:
+            table, rows = evaluate_details(chosen, id=id_feats, ood=ood_feats, fit=fit_feats, metrics=asked)
+        else:
+            table = ood_scores.evaluate(chosen, id=id_feats, ood=ood_feats, fit=fit_feats, metrics=asked)
     table.attrs["left_out"] |= _remedies(table.attrs["left_out"], [id_feats, *ood_feats.values()], fit_feats)
     _show(table, id, len(id_feats), asked)
     if out:
         write_table(table, out)
         console().print(f"[green]✓[/] all metrics in [bold]{marked(out)}[/]")
+    if details:
+        write_table(rows, details)
+        console().print(f"[green]✓[/] the scores of every row in [bold]{marked(details)}[/]")
 
 
 def _remedies(left_out: Iterable[str], sets: Sequence[FeatureSet], fit: FeatureSet | None) -> dict[str, str]:

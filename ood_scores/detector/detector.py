@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ood_scores.detector.bundle import load_parts, save_parts
-from ood_scores.detector.inputs import further_tensors, input_batches
+from ood_scores.detector.inputs import file_names, further_tensors, input_batches
 from ood_scores.detector.parts import DetectorParts
 from ood_scores.detector.prediction import Prediction, scores_and_predictions
 from ood_scores.detector.preprocessing import Preprocessing
@@ -77,7 +77,9 @@ class Detector(DetectorParts):
                 "number of the image of each row.",
                 RowsLeftOut,
             )
-        return replace(parts[0] if len(parts) == 1 else Prediction.joined(parts), errors=errors)
+        found = replace(parts[0] if len(parts) == 1 else Prediction.joined(parts), errors=errors)
+        names = file_names(images)
+        return found if names is None else replace(found, id=names[found.image])
 
     @default_torch_state()
     def decide(self, feats: FeatureSet) -> Prediction:
@@ -98,6 +100,7 @@ class Detector(DetectorParts):
             is_ood=self.calibration.rejects(scores, label),
             class_name=None if self.classes is None or label is None else np.array(self.classes)[label],
             label_set=None if self.label_sets is None else self.label_sets.labels(feats, self.classes),
+            id=feats.ids,
         )
 
     def __call__(self, batch: Any) -> Any:
@@ -116,6 +119,7 @@ class Detector(DetectorParts):
         is_frame = hasattr(batch, "assign")
         images = batch[input_key(batch)] if is_frame else batch
         columns: dict[str, Any] = self.predict(images, on_error="raise").columns()
+        columns.pop("id", None)  # the batch itself has the files
         if "label" in columns:
             columns = {"predicted_label": columns.pop("label"), **columns}
         if is_frame:

@@ -80,6 +80,14 @@ def further_tensors(images: Any) -> dict[str, Tensor]:
     return {name: values for name, values in others.items() if isinstance(values, Tensor) and values.ndim}
 
 
+def file_names(images: Any) -> NDArray[np.str_] | None:
+    """Return the names of the files of images, ``[B]``, if they are a file or a list of files, else None."""
+    files = [images] if isinstance(images, (str, PathLike)) else images
+    if not isinstance(files, (list, tuple)) or not all(isinstance(file, (str, PathLike)) for file in files):
+        return None
+    return np.array([str(file) for file in files])
+
+
 def _batches(images: Any, transform: Transform | None, errors: dict[int, str] | None) -> Iterator[Tensor]:
     if isinstance(images, Mapping) and not _is_encoded(images):
         images = images[input_key(images)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from ood_scores.features import Block, FeatureSet
 from ood_scores.notebook import facts_html
 from ood_scores.scorers.base import Scorer, score_all
+from ood_scores.terminal import encodable, with_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +32,7 @@ class Prediction:
         class_name: the name of the predicted class; None if the detector has no names.
         label_set: the labels in the set of each image, the most probable first: tuples of names, or of numbers if the
             detector has no names; None if it makes no sets.
+        id: the file of the image, or the name of its row in a feature set; None if images have no names.
         errors: why images were left out, by their number in the input; empty if all could be read.
     """
 
@@ -41,6 +43,7 @@ class Prediction:
     is_ood: NDArray[np.bool_]
     class_name: NDArray[Any] | None = None
     label_set: NDArray[Any] | None = None
+    id: NDArray[Any] | None = None
     errors: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -60,11 +63,15 @@ class Prediction:
         """Return a frame with a row per image, whose index is ``image``, and a column per array."""
         import pandas as pd
 
-        return pd.DataFrame(self.columns(), index=self.image)
+        columns: dict[str, Any] = self.columns()
+        if self.id is not None:
+            # names that are not UTF-8 are no pandas strings
+            columns["id"] = pd.Series(self.id.tolist(), self.image, dtype=object)
+        return pd.DataFrame(columns, index=self.image)
 
     def _repr_html_(self) -> str:
         facts = {"images": len(self), "OoD": int(self.is_ood.sum()), "not read": len(self.errors) or None}
-        return facts_html("Prediction", facts, self.to_pandas().to_html(max_rows=10))
+        return facts_html("Prediction", facts, with_texts(self.to_pandas(), encodable).to_html(max_rows=10))
 
     @classmethod
     def joined(cls, parts: Sequence[Prediction]) -> Prediction:

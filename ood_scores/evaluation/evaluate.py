@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.evaluation.metrics import compare, table_metrics
+from ood_scores.evaluation.score_table import score_columns
 from ood_scores.features import Block, FeatureSet, Sets, as_feature_set
 from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import overlaps
@@ -71,6 +72,43 @@ def evaluate(
         OtherModel: if the sets were extracted with different weights.
         BadLabels: if labels of ``id`` are not class indices of the model.
     """
+    return _evaluated(scorers, id, ood, fit, metrics, progress)[0]
+
+
+def evaluate_details(
+    scorers: Scorers,
+    *,
+    id: Sets,
+    ood: Mapping[str, Sets],
+    fit: Sets | None = None,
+    metrics: Sequence[str] = (),
+    progress: bool = True,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the table of ``evaluate``, whose arguments these are, and the scores of every row.
+
+    Returns:
+        The table, and a data frame with one row for each row of each set. Its columns are ``set`` (``"id"``, or the
+        name of the OoD set) and those of ``ood_scores.evaluation.score_table.score_table``, with a column for each
+        scorer in place of ``score``.
+
+    Raises:
+        BadInput: if an OoD set is named ``"id"``, or as for ``evaluate``.
+    """
+    if "id" in ood:
+        raise BadInput("an OoD set cannot be named 'id', as the rows of the ID set are: use another name.")
+    table, sets, scores = _evaluated(scorers, id, ood, fit, metrics, progress)
+    return table, score_columns(sets, scores)
+
+
+def _evaluated(
+    scorers: Scorers,
+    id: Sets,
+    ood: Mapping[str, Sets],
+    fit: Sets | None,
+    metrics: Sequence[str],
+    progress: bool,
+) -> tuple[pd.DataFrame, dict[str, FeatureSet], dict[str, dict[str, Tensor]]]:
+    """Return the table, the sets by name, and the scores of each set by the label of the scorer."""
     import pandas as pd
 
     table_metrics(metrics)  # raises UnknownName before the work
@@ -115,7 +153,9 @@ def evaluate(
     }
     for text in table.attrs["warnings"]:
         warn_user(text)
-    return table
+    labels = list(dict.fromkeys(table["scorer"]))
+    sets = {"id": id, **others}
+    return table, sets, {name: {label: part[label] for label in labels} for name, part in zip(sets, found, strict=True)}
 
 
 Scores = list[dict[str, Tensor]]

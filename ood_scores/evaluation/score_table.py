@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,3 +46,25 @@ def score_table(feats: Sets, scores: Tensor) -> pd.DataFrame:
         predictions = [block.prediction() for block in feats.blocks(device="cpu", only=["logits"])]
         table["prediction"] = torch.cat(predictions).numpy()
     return table
+
+
+def score_columns(sets: Mapping[str, Sets], scores: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
+    """Return a table with one line for each row of several sets and a column of scores for each scorer.
+
+    Args:
+        sets: Feature sets by name.
+        scores: Scores ``[N]`` of each scorer by label, for each set by name.
+
+    Returns:
+        A data frame with the columns ``set`` and those of ``score_table``, with one column for each scorer in place of
+        ``score``.
+    """
+    import pandas as pd
+
+    parts = []
+    for name, feats in sets.items():
+        first = next(iter(scores[name].values()))
+        part = score_table(feats, first).drop(columns="score")
+        part.insert(0, "set", name)
+        parts.append(part.assign(**{label: values.cpu().numpy() for label, values in scores[name].items()}))
+    return pd.concat(parts, ignore_index=True)
