@@ -15,7 +15,7 @@ class with the softmax probability and the scores. In FiftyOne, sort by them:
 import json
 from pathlib import Path
 
-from digit_classifier import features, fit, model, new_digits, photographs
+from digit_classifier import fit, model, new_digits, photographs
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -53,7 +53,8 @@ for kind, images in {"digit": new_digits[:20], "photograph": photographs[:20]}.i
 
 loader = DataLoader(open_dataset(f"folder:{folder}", fit.dataset.transform), batch_size=20)
 feats = ood_scores.extract(model, loader, "pictures.h5", progress=False)
-export(feats, ood_scores.score("vim", feats, features), folder, Path("to_fiftyone"))
+scores = ood_scores.score("vim", feats, ood_scores.extract(model, fit, progress=False))
+export(feats, scores, folder, Path("to_fiftyone"))
 
 labels = json.loads(Path("to_fiftyone/labels.json").read_text())["labels"]
 lowest = sorted(labels, key=lambda name: labels[name]["attributes"]["score"])[:5]

@@ -225,3 +225,25 @@ def test_a_batch_of_columns(model: nn.Module, detector: Detector) -> None:
 def preprocessed(model: nn.Module) -> Tensor:
     transform = preprocessing(model)
     return torch.stack([transform(Image.fromarray(pixels)) for pixels in PIXELS])
+
+
+def test_predictions_for_files_have_their_names(model: nn.Module, detector: Detector, tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}\udcff.png" for number in range(3)]
+    for number, file in enumerate(files):
+        Image.fromarray(PIXELS[number]).save(file)
+    files[1].write_bytes(b"damaged")
+    found = detector.predict(files, on_error="skip")
+    assert found.id is not None
+    assert found.id.tolist() == [str(files[0]), str(files[2])]
+    assert found.to_pandas()["id"].tolist() == found.id.tolist()
+    alone = detector.predict(str(files[0]))
+    assert alone.id is not None
+    assert alone.id.tolist() == [str(files[0])]
+    assert detector.predict([PIXELS[0]]).id is None
+    assert "id" not in detector({"image": files[:1]})
+    feats = extracted(model, 8, 2)
+    decided = detector.decide(
+        ood_scores.FeatureSet(feats.features, feats.logits, head=feats.head, ids=list("abcdefgh"))
+    )
+    assert decided.id is not None
+    assert decided.id.tolist() == list("abcdefgh")
