@@ -81,7 +81,7 @@ class Scored:
     predictions: Mapping[str, Tensor]
     rows: Mapping[str, Tensor]
     origins: Mapping[str, list[str]]
-    ids: Mapping[str, NDArray[np.str_]]
+    ids: Mapping[str, NDArray[Any]]
 
     def to_pandas(self, name: str) -> pd.DataFrame:
         """Return a frame with a row for each item of a dataset: ``set, row, id, label, prediction``, and the scores."""

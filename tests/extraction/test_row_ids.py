@@ -310,3 +310,9 @@ def test_shards_are_joined_with_their_ids(tmp_path: Path) -> None:
     row_ids = RowIds.of(Batches.look_into(DataLoader(Named(list(reversed(NAMES))), 4)))
     with caches.open_to_read(tmp_path / "c.h5") as h5, pytest.raises(StaleCache, match="40 rows differ"):
         row_ids.require_those_of(h5, tmp_path / "c.h5")
+    (tmp_path / "c.h5").unlink()
+    last = list(made_by)[-1]
+    FeatureSet(INPUTS[14:], INPUTS[14:, :2], provenance=provenance).save(last)  # as earlier versions wrote it
+    shards.join(tmp_path / "c.h5", made_by)
+    assert ood_scores.load(tmp_path / "c.h5").ids is None
+    assert torch.equal(ood_scores.load(tmp_path / "c.h5").features, INPUTS)

@@ -108,8 +108,10 @@ def _opened(shard: Path, wanted: Provenance) -> Iterator[h5py.File]:
 
 def _columns_of_all(parts: Sequence[h5py.File]) -> Shapes:
     found = [{name: row_type(part[name]) for name in column_names(part)} for part in parts]
-    for columns in found if all(IDS in columns for columns in found) else ():  # each shard is as wide as its longest id
-        columns[IDS] = max((each[IDS] for each in found), key=lambda row: row[0])
+    ids = [columns.pop(IDS) for columns in found if IDS in columns]
+    if len(ids) == len(found):  # earlier versions wrote shards without ids
+        widest = max(ids, key=lambda row: row[0])  # each shard is as wide as its longest id
+        found = [columns | {IDS: widest} for columns in found]
     first, *others = found
     for part, columns in zip(parts[1:], others, strict=True):
         if columns != first:
