@@ -50,7 +50,10 @@ def with_texts(table: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFram
     changed = table.copy()
     for name, column in table.items():
         if column.dtype.kind == "O":
-            changed[name] = np.array([change(value) for value in column], dtype=object)
+            values = np.empty(len(column), dtype=object)
+            for row, value in enumerate(column):  # a list of tuples would become rows of an array
+                values[row] = change(value)
+            changed[name] = values
     return changed
 
 
