@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ood_scores.extraction import extract
 from ood_scores.extraction.probes.base import PROBES, Probe, record_of
-from ood_scores.features import FeatureSet
+from ood_scores.features import FeatureSet, zero_shot_head
 from ood_scores.features.provenance import from_json
+from ood_scores.models.zero_shot.classifier import ZeroShotClassifier
 
 ROWS, BATCH = 12, 5
 
@@ -40,6 +41,18 @@ class SmallNetwork(nn.Module):
         return self.fc(self.drop(self.stage2(self.stage1(images)).mean(dim=(2, 3))))
 
 
+def _small_zero_shot_classifier() -> nn.Module:
+    """Return a zero-shot classifier of images ``[B, 3, 8, 8]``, which needs transformers."""
+    from transformers import CLIPConfig, CLIPModel
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    texts = {**size, "vocab_size": 8, "bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 0}
+    config = CLIPConfig(text_config=texts, vision_config={**size, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return ZeroShotClassifier(CLIPModel(config), zero_shot_head(torch.randn(4, 8), 100.0), ["a", "b", "c", "d"])
+
+
 class ProbeCase:
     """A probe class to check, with the parameters to check it with."""
 
@@ -57,6 +70,10 @@ class ProbeCase:
     def make(self) -> Probe:
         return self.cls(**self.parameters)
 
+    def network(self) -> nn.Module:
+        """Return a new network, of the kind that the probe needs, always with the same weights."""
+        return _small_zero_shot_classifier() if self.cls.zero_shot else SmallNetwork()
+
     def extract(
         self, probes: Sequence[Probe] | None = None, batch: int = BATCH, rows: Tensor | None = None, model: Any = None
     ) -> FeatureSet:
@@ -64,7 +81,7 @@ class ProbeCase:
         order = torch.arange(ROWS) if rows is None else rows
         batches = [(self.inputs[part], self.labels[part]) for part in order.split(batch)]
         chosen = [self.make()] if probes is None else probes
-        return extract(model or SmallNetwork(), batches, device="cpu", probes=chosen, progress=False)
+        return extract(model or self.network(), batches, device="cpu", probes=chosen, progress=False)
 
 
 PROPERTIES: dict[str, Check] = {}
@@ -178,9 +195,10 @@ def parameters_are_json(case: ProbeCase) -> None:
 
 @_property
 def model_unchanged(case: ProbeCase) -> None:
-    model = SmallNetwork().train()
-    model.drop.eval()
-    model.fc.bias.requires_grad_(False)
+    model = case.network().train()
+    *_, second, last = model.children()
+    second.eval()
+    next(last.parameters()).requires_grad_(False)
     before, generator = _state(model), torch.get_rng_state()
     case.extract(model=model)
     for name, value in _state(model).items():

@@ -102,8 +102,6 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
         code, output = extract(folder, tmp_path / "c.h5", *options)
         assert code == 1
         assert message in " ".join(output.split())
-    code, output = call("extract", "resnet18", "noise:uniform?n=4", tmp_path / "r.h5", *words(folder)[:2])
-    assert code == 1
 
 
 def test_benchmark(folder: Path, tmp_path: Path) -> None:
