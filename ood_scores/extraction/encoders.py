@@ -26,6 +26,7 @@ EMBEDDINGS = ("image_embeds", "text_embeds", "pooler_output")
 """Entries of the outputs of transformers that are one vector per input, the first of which is kept."""
 
 TOKENS = "last_hidden_state"
+NAMES = "'mean', 'cls', 'cls+mean'"
 CHOICES = "pool='mean', 'cls', or 'cls+mean', or a function of the output"
 
 _pools_itself: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -45,7 +46,7 @@ def pool_text(pool: Pool | None) -> str | None:
         return pool
     name = getattr(pool, "__qualname__", "<")
     if "<" in name or not callable(pool):
-        raise BadInput(f"pool must be {CHOICES} that a module defines under a name, got {pool!r}.")
+        raise BadInput(f"pool must be {NAMES}, or a function that a module defines under a name, got {pool!r}.")
     text = f"{pool.__module__}:{name}"
     _functions[text] = pool
     return text
@@ -64,7 +65,7 @@ def pool_function(pool: Pool | None) -> PoolName | Callable[[Any], Tensor] | Non
         return pool  # type: ignore[return-value]
     function = _functions.get(pool) or (referenced(pool) if ":" in pool or is_reference(pool) else None)
     if not callable(function):
-        raise BadInput(f"pool must be {CHOICES}, or FILE.py:FUNCTION, got {pool!r}.")
+        raise BadInput(f"pool must be {NAMES}, a function, or FILE.py:FUNCTION, got {pool!r}.")
     return function
 
 

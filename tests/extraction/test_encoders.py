@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ood_scores
 from ood_scores.errors import BadInput, HeadNotFound, MissingInput, ShapeMismatch, StaleCache
 from ood_scores.features import FeatureSet, Head
+from ood_scores.models.opening import load_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -230,7 +231,7 @@ def test_pooling_of_maps() -> None:
 @pytest.mark.parametrize(
     ("pool", "message"),
     [
-        ("max", r"pool must be pool='mean', 'cls', or 'cls\+mean'.*or FILE.py:FUNCTION, got 'max'"),
+        ("max", r"pool must be 'mean', 'cls', 'cls\+mean', a function, or FILE.py:FUNCTION, got 'max'"),
         (3, "that a module defines under a name, got 3"),
         (lambda output: output, "that a module defines under a name, got <function"),
         ("strange.py:pool", "names code, which runs only if you ask for it"),
@@ -239,6 +240,14 @@ def test_pooling_of_maps() -> None:
 def test_a_pooling_that_is_none_is_refused(pool: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         extract(Maps(), [torch.randn(2, 3, 8, 8)], pool=pool)
+
+
+def test_a_tower_with_a_projection_is_opened_by_its_folder(tmp_path: Path) -> None:
+    model, x, pooled = made("transformers CLIP with projection")
+    model.save_pretrained(tmp_path / "tower")  # type: ignore[operator]
+    opened = load_model(str(tmp_path / "tower"))
+    with torch.inference_mode():
+        assert extract(opened, [x]).features.equal(pooled(model(x)))
 
 
 def test_pooling_of_vectors_and_of_logits_is_refused() -> None:

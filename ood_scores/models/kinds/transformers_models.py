@@ -19,7 +19,7 @@ from ood_scores.models.kinds.base import MODEL_KINDS, ModelKind
 from ood_scores.models.processors import ProcessorTransform
 from ood_scores.models.zero_shot.build import tokenizer_of_transformers
 
-CLASSES = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification", "Model")
+CLASSES = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification", "Model", "WithProjection")
 """Endings of the names of classes that are opened."""
 
 DESCRIPTION = "config.json"
