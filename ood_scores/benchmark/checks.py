@@ -120,6 +120,8 @@ def _models(part: Part) -> Found:
         yield from _wrong(both, (*path, "recipe"), "a model has a checkpoint or a recipe: remove one of them.")
         alone = bool(model.seeds) and model.recipe is None
         yield from _wrong(alone, (*path, "seeds"), "seeds belong to a recipe: list several checkpoints instead.")
+        early = model.epoch is not None and model.epoch < 1
+        yield from _wrong(early, (*path, "epochs"), f"epochs has {model.epoch}: epochs are counted from 1.")
         for key, value in (("epochs", model.epoch), ("sweep", model.setting)):
             alone = value is not None and model.recipe is None
             yield from _wrong(alone, (*path, key), f"{key} belongs to a recipe: write recipe = ….")

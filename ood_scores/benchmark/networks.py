@@ -6,11 +6,12 @@ import hashlib
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ood_scores.benchmark.digest import digest
 from ood_scores.benchmark.spec import ModelTable, Preprocessing
@@ -117,8 +118,9 @@ def _is_finished(trained: Path, epoch: int | None) -> bool:
     """Return whether a training has passed an epoch, whose weights it did not keep."""
     if epoch is None or not trained.is_file():
         return False
-    with safe_open(trained, "pt") as file:
+    with suppress(SafetensorError), safe_open(trained, "pt") as file:
         return int((file.metadata() or {}).get("epoch", 0)) >= epoch
+    return False
 
 
 def file_name(text: str) -> str:

@@ -140,4 +140,4 @@ def _scale(axes: Axes, x: NDArray[np.float64]) -> None:
 
 def _require_rows(table: pd.DataFrame) -> None:
     if not len(table):
-        raise EmptyInput("there is nothing to draw, since nothing was measured: run the benchmark first.")
+        raise EmptyInput("there is nothing to draw, since nothing was measured: train or get what is missing first.")

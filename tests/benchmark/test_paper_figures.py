@@ -231,6 +231,23 @@ seeds = [0]
 num_classes = 7
 
 [[part]]
+title = "Figure 11: norms alone"
+scorers = []
+measures = ["representation"]
+
+[part.figure]
+plot = "lines"
+y = ["representation_norm_sd"]
+
+[[part.model]]
+label = "Net"
+name = "tiny_net"
+recipe = "tiny"
+seeds = [0, 1]
+epochs = [1, 3]
+num_classes = 7
+
+[[part]]
 title = "Figure 10: not there"
 
 [part.figure]
@@ -362,6 +379,12 @@ def test_gradients_of_head_and_tail_are_those_of_the_classes(paper: Path) -> Non
         assert table["log-ratio of gradients, tail classes", epoch] == pytest.approx(np.mean(values))
 
 
+def test_measures_are_drawn_without_a_scorer(paper: Path) -> None:
+    table: Any = drawn(paper, "Figure_11").set_index("x")
+    for epoch, values in by_epoch(paper, lambda sets: norms(sets["test"]).std(ddof=1)).items():
+        assert table.loc[epoch, "mean"] == pytest.approx(np.mean(values))
+
+
 def test_change_starts_at_zero(paper: Path) -> None:
     table: Any = drawn(paper, "Figure_2").set_index("x")
 
@@ -418,7 +441,7 @@ def test_histograms_groups_bins_and_singular_values_are_drawn(paper: Path) -> No
 def test_page_shows_what_is_drawn_and_what_is_missing(paper: Path) -> None:
     page = (paper / "runs" / "toy" / "figures" / "index.html").read_text()
     pictures = [path.name for path in (paper / "runs" / "toy" / "figures").glob("*.png")]
-    assert len(pictures) == 9
+    assert len(pictures) == 10
     assert all(name in page for name in pictures)
     assert "Not drawn: there is nothing to draw" in page
     assert "ood-scores train benchmarks/recipes/gone.toml --set seed=0 --out runs/gone_seed0" in page
@@ -463,6 +486,7 @@ def test_false_positives_are_ood_rows_among_the_highest_scores() -> None:
         (('"nc1"', '"nc11"'), UnknownName, "there is no quantity 'nc11' (did you mean 'nc1'?)"),
         (("edges = [0.5, 1.0]\n", ""), BadInput, "the plot 'norm_groups' needs edges: write edges = …."),
         (("epochs = [1, 3]", "epochs = []"), BadInput, "list at least one epoch"),
+        (("epochs = [1, 3]", "epochs = [0, 3]"), BadInput, "epochs are counted from 1"),
         (('auxiliary = "sevens"', 'auxiliary = "seven"'), UnknownName, "there is no dataset 'seven'"),
     ],
 )

@@ -165,6 +165,8 @@ def norm_bins(source: Source, *, bins: int = 125, scale: float = 1.0) -> Drawn:
             for name, feats in sets.items()
             if name != source.part.auxiliary
         }
+    if not tables:
+        raise EmptyInput("no network or dataset is available: train or get what is missing first.")
     frames = [frame.assign(model=model, set=name) for model, sets in tables.items() for name, frame in sets.items()]
     figure = norm_bin_curves(tables)
     return pd.concat(frames, ignore_index=True), figure

@@ -48,11 +48,11 @@ class Source:
         return {model.title: model for model in self.part.models}
 
     def scorer(self, wanted: str | None) -> str:
-        """Return the label of a scorer of the part; by default that of its first one."""
+        """Return the label of a scorer of the part; by default that of its first one, or "" if it has none."""
         labels = [table.label for table in self.part.scorer_tables]
         if wanted is not None and wanted not in labels:
             raise BadInput(f"the figure's scorer {wanted!r} is not one of the part: {', '.join(labels)}.")
-        return wanted or labels[0]
+        return wanted or next(iter(labels), "")
 
     def feature_sets(self, unit: Unit) -> tuple[dict[str, FeatureSet], FeatureSet | None]:
         """Return the sets of a unit by name, and its fit set."""
