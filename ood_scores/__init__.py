@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ood_scores import benchmark, metrics, probes, training
     from ood_scores.detector import Detector
     from ood_scores.detector.calibrate import calibrate
+    from ood_scores.detector.shift import shift
     from ood_scores.evaluation import evaluate, sweep
     from ood_scores.extraction import extract
     from ood_scores.features import FeatureSet, Head, ensemble, load, zero_shot_head
@@ -45,6 +46,7 @@ __all__ = [
     "probes",
     "register_scorer",
     "score",
+    "shift",
     "sweep",
     "training",
     "zero_shot_classifier",
@@ -69,6 +71,7 @@ _HOME = {
     "score": "scorers",
     "calibrate": "detector",
     "Detector": "detector",
+    "shift": "detector.shift",
     "evaluate": "evaluation",
     "sweep": "evaluation",
 }

@@ -1,0 +1,217 @@
+"""Two-sample tests on features: has the data changed?
+
+A monitor of the rejection rate (``detector.monitor``) sees changes that the score sees. These tests compare the
+features of a window of new rows with those of reference rows, and see any change that their statistic sees, OoD or not.
+p-values are valid at finite n: under the hypothesis that all rows are exchangeable, P(p <= a) <= a. That of ``ks`` is
+an approximation.
+
+Sources: Gretton et al. 2012, A kernel two-sample test (MMD, median heuristic); Székely & Rizzo 2013, Energy statistics;
+Schilling 1986, Multivariate two-sample tests based on nearest neighbors; Lopez-Paz & Oquab 2017, Revisiting classifier
+two-sample tests; Rabanser et al. 2019, Failing loudly (univariate tests with Bonferroni's correction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import kstwo, rankdata
+
+from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
+from ood_scores.features import FeatureSet
+from ood_scores.registry import Registry
+from ood_scores.runtime import default_torch_state
+
+Test = Literal["mmd", "energy", "knn", "classifier", "ks"]
+Values = NDArray[np.float64]
+
+BLOCK = 1024
+"""Number of rows whose distances to all rows are in memory at a time."""
+MEDIAN_ROWS = 1000
+"""Number of rows from which the median distance is estimated."""
+NEIGHBORS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """The result of a two-sample test.
+
+    Attributes:
+        test: the name of the test.
+        statistic: its statistic; larger means a larger difference.
+        p_value: the probability of such a statistic, or a larger one, if nothing has changed.
+        outlyingness: how much less each row of the window resembles the reference rows than the window, float64
+            ``[m]``.
+    """
+
+    test: Test
+    statistic: float
+    p_value: float
+    outlyingness: Values
+
+    def most_moved(self, rows: int = 10) -> NDArray[np.int64]:
+        """Return the numbers of the rows of the window that resemble the reference rows least, the first least."""
+        return np.argsort(-self.outlyingness, kind="stable")[:rows]
+
+
+@default_torch_state()
+def shift(reference: Any, window: Any, test: Test = "mmd", *, permutations: int = 499, seed: int = 0) -> Shift:
+    """Test whether the features of a window are distributed like those of reference rows.
+
+    Args:
+        reference: features ``[n, D]`` of reference rows: a tensor, an array, or a feature set. They must not be rows
+            that the model was trained on, whose features differ from those of any new rows.
+        window: features ``[m, D]`` of new rows.
+        test: the statistic. ``"mmd"``: squared maximum mean discrepancy with a Gaussian kernel whose width is the
+            median distance; ``"energy"``: energy distance, without a width to choose; ``"knn"``: share of the 5 nearest
+            neighbors from the same side; ``"classifier"``: AUROC on half of the rows of a logistic regression fitted on
+            the other half; ``"ks"``: largest Kolmogorov-Smirnov distance of a dimension, with Bonferroni's correction.
+        permutations: the number of permutations for the p-value, which is at least 1 / (permutations + 1). ``"ks"``
+            needs none.
+        seed: the seed of the permutations and of the halves.
+
+    Cost: O((n + m)^2 (D + permutations)) for ``mmd`` and ``energy``, O((n + m)^2 D) for ``knn``, by 1,024 rows.
+
+    Raises:
+        UnknownName: if there is no such test.
+        BadInput: if ``permutations`` is less than 1, or a feature set has no features.
+        EmptyInput: if a side has fewer than 10 rows.
+        ShapeMismatch: if the sides are not ``[n, D]`` and ``[m, D]``.
+        NotFinite: if a feature is NaN or infinite.
+    """
+    formula = _TESTS[test]
+    if permutations < 1:
+        raise BadInput(f"permutations must be at least 1, got {permutations}: pass 499.")
+    known, new = _features(reference, "reference"), _features(window, "window")
+    if known.shape[1] != new.shape[1]:
+        raise ShapeMismatch(f"the reference rows have {known.shape[1]} features and the window {new.shape[1]}.")
+    statistic, p_value, outlyingness = formula(known, new, permutations, seed)
+    return Shift(test, statistic, p_value, outlyingness)
+
+
+def _mmd(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:
+    rows = torch.from_numpy(np.concatenate([known, new]))
+    drawn = rows[np.random.default_rng(seed).permutation(len(rows))[:MEDIAN_ROWS]]
+    width = float(torch.pdist(drawn).median()) or 1.0
+    return _of_kernel(
+        rows, len(known), lambda distance: (-(distance / width).square_().div_(2)).exp_(), permutations, seed
+    )
+
+
+def _energy(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:
+    rows = torch.from_numpy(np.concatenate([known, new]))
+    return _of_kernel(rows, len(known), lambda distance: -distance, permutations, seed)
+
+
+def _of_kernel(
+    rows: torch.Tensor, n: int, kernel: Callable[[torch.Tensor], torch.Tensor], permutations: int, seed: int
+) -> tuple[float, float, Values]:
+    """Return the unbiased estimate of E k(x, x') + E k(y, y') - 2 E k(x, y), its p-value, and the witness function.
+
+    All permutations take one product of the kernel matrix with their indicators of the reference side.
+    """
+    sides = _permuted_sides(len(rows), n, permutations, seed)
+    indicators = torch.from_numpy(sides.T.astype(np.float64))
+    products, sums = torch.empty_like(indicators), torch.empty(len(rows), dtype=torch.float64)
+    for here, distances in _distances(rows):
+        values = kernel(distances)
+        values[torch.arange(len(values)), torch.arange(here.start, here.stop)] = 0
+        products[here], sums[here] = values @ indicators, values.sum(dim=1)
+    m = len(rows) - n
+    inside = (indicators * products).sum(dim=0)
+    across = indicators.T @ sums - inside
+    outside = sums.sum() - 2 * across - inside
+    estimates = (inside / (n * (n - 1)) + outside / (m * (m - 1)) - 2 * across / (n * m)).numpy()
+    to_known, to_new = products[n:, 0] / n, (sums[n:] - products[n:, 0]) / (m - 1)
+    return float(estimates[0]), _p_value(estimates), (to_new - to_known).numpy()
+
+
+def _knn(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:
+    rows, n = torch.from_numpy(np.concatenate([known, new])), len(known)
+    neighbors = torch.empty(len(rows), NEIGHBORS, dtype=torch.int64)
+    for here, distances in _distances(rows):
+        distances[torch.arange(len(distances)), torch.arange(here.start, here.stop)] = torch.inf
+        neighbors[here] = distances.topk(NEIGHBORS, dim=1, largest=False).indices
+    sides = _permuted_sides(len(rows), n, permutations, seed)
+    same = np.array([(side[neighbors] == side[:, None]).mean() for side in sides])
+    return float(same[0]), _p_value(same), 1 - sides[0][neighbors[n:]].mean(axis=1)
+
+
+def _classifier(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(seed)
+    rows, n = np.concatenate([known, new]), len(known)
+    is_new = np.arange(len(rows)) >= n
+    fitted = np.concatenate([rng.permutation(n)[: n // 2], n + rng.permutation(len(new))[: len(new) // 2]])
+    tested = np.setdiff1d(np.arange(len(rows)), fitted)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    logits = model.fit(rows[fitted], is_new[fitted]).decision_function(rows)
+    ranks = rankdata(logits[tested])
+    m = int(is_new[tested].sum())
+    sides = ~_permuted_sides(len(tested), len(tested) - m, permutations, seed)
+    sides[0] = is_new[tested]
+    areas = (sides @ ranks - m * (m + 1) / 2) / (m * (len(tested) - m))
+    return float(areas[0]), _p_value(areas), logits[n:]
+
+
+def _ks(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:
+    n, m = len(known), len(new)
+    rows = np.concatenate([known, new])
+    order = np.argsort(rows, axis=0, kind="stable")
+    sorted_rows = np.take_along_axis(rows, order, axis=0)
+    difference = np.cumsum(np.where(order < n, 1 / n, -1 / m), axis=0)
+    last_of_value = np.ones_like(difference, dtype=bool)
+    last_of_value[:-1] = sorted_rows[1:] != sorted_rows[:-1]
+    gaps = np.where(last_of_value, np.abs(difference), 0)
+    largest = gaps.max(axis=0)
+    dimension = int(largest.argmax())
+    p = kstwo.sf(largest[dimension], round(n * m / (n + m)))
+    sign = np.sign(difference[gaps[:, dimension].argmax(), dimension])
+    return float(largest[dimension]), min(1.0, float(p) * rows.shape[1]), sign * new[:, dimension]
+
+
+_TESTS: Registry[Callable[[Values, Values, int, int], tuple[float, float, Values]]] = Registry(
+    "test of shift", {"mmd": _mmd, "energy": _energy, "knn": _knn, "classifier": _classifier, "ks": _ks}
+)
+
+
+def _permuted_sides(rows: int, n: int, permutations: int, seed: int) -> NDArray[np.bool_]:
+    """Return which rows are on the reference side, bool ``[1 + permutations, rows]``: first the n first rows."""
+    rng = np.random.default_rng(seed)
+    sides = np.tile(np.arange(rows) < n, (permutations + 1, 1))
+    sides[1:] = rng.permuted(sides[1:], axis=1)
+    return sides
+
+
+def _p_value(statistics: Values) -> float:
+    """The share of permutations, with the first that is none, whose statistic is at least as large as the first."""
+    return float(np.mean(statistics >= statistics[0] - 1e-12 * abs(statistics[0])))
+
+
+def _distances(rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield Euclidean distances ``[B, N]`` of blocks of rows to all rows."""
+    for start in range(0, len(rows), BLOCK):
+        here = slice(start, min(start + BLOCK, len(rows)))
+        yield here, torch.cdist(rows[here], rows)
+
+
+def _features(given: Any, name: str) -> Values:
+    if isinstance(given, FeatureSet):
+        if not given.has("features"):
+            raise BadInput(f"the {name} set has no features: pass one that has.")
+        given = given.features
+    array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given, dtype=np.float64)
+    if array.ndim != 2:
+        raise ShapeMismatch(f"the {name} features have shape {list(array.shape)}: pass [rows, features].")
+    if len(array) < 10:
+        raise EmptyInput(f"there are {len(array)} {name} rows: pass at least 10.")
+    if not np.isfinite(array).all():
+        raise NotFinite(f"a {name} feature is NaN or infinite: check where it comes from.")
+    return array
