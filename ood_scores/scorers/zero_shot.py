@@ -134,6 +134,7 @@ class NegLabel(Scorer):
     """
 
     tags = Tags(
+        waits=2,
         paper=Paper(
             "Negative Label Guided OOD Detection with Pretrained Vision-Language Models",
             "Xue Jiang, Feng Liu, Zhen Fang, Hong Chen, Tongliang Liu, Feng Zheng, Bo Han",
@@ -197,6 +198,7 @@ class CSP(NegLabel):
     """
 
     tags = Tags(
+        waits=2,
         aliases=("conjugated_semantic_pool",),
         paper=Paper(
             "Conjugated Semantic Pool Improves OOD Detection with Pre-trained Vision-Language Models",
