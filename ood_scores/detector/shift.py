@@ -131,14 +131,20 @@ def _of_kernel(
 
 
 def _knn(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:
-    rows, n = torch.from_numpy(np.concatenate([known, new])), len(known)
+    """Return the share of neighbors from the same side, its p-value, and the share of neighbors from the window.
+
+    Of rows at the same distance, ``topk`` prefers some places. The rows are shuffled, so that it prefers no side.
+    """
+    order = np.random.default_rng((seed, 1)).permutation(len(known) + len(new))
+    rows = torch.from_numpy(np.concatenate([known, new])[order])
     neighbors = torch.empty(len(rows), NEIGHBORS, dtype=torch.int64)
     for here, distances in _distances(rows):
         distances[torch.arange(len(distances)), torch.arange(here.start, here.stop)] = torch.inf
         neighbors[here] = distances.topk(NEIGHBORS, dim=1, largest=False).indices
-    sides = _permuted_sides(len(rows), n, permutations, seed)
+    sides = _permuted_sides(len(rows), len(known), permutations, seed)[:, order]
     same = np.array([(side[neighbors] == side[:, None]).mean() for side in sides])
-    return float(same[0]), _p_value(same), 1 - sides[0][neighbors[n:]].mean(axis=1)
+    from_window = 1 - sides[0][neighbors].mean(axis=1)
+    return float(same[0]), _p_value(same), from_window[np.argsort(order)][len(known) :]
 
 
 def _classifier(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:

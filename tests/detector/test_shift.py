@@ -87,6 +87,12 @@ def test_the_p_value_does_not_depend_on_ties_or_the_order_of_rows() -> None:
     assert again.statistic == pytest.approx(shift(known, new, "energy", permutations=199).statistic, rel=1e-9)
 
 
+def test_neighbors_at_the_same_distance_favor_no_side() -> None:
+    rows = [np.random.default_rng(seed).integers(0, 2, (60, 1)) for seed in range(100)]
+    p = np.array([shift(each[:45], each[45:], "knn", permutations=99, seed=7).p_value for each in rows])
+    assert (p <= 0.05).sum() <= binom.ppf(0.999, len(p), 0.05)
+
+
 @pytest.mark.skipif("OOD_SCORES_DATA" not in os.environ, reason="OOD_SCORES_DATA names no folder")
 def test_cifar100_among_cifar10_is_found() -> None:
     from torch.utils.data import DataLoader
