@@ -21,8 +21,8 @@ def ids_of(dataset: Any) -> Sequence[Any] | None:
     """Return the id of each row of a dataset, a text or an integer, without reading images; None if there are none.
 
     They are the ``ids`` of a dataset, such as those of this package, or else the files in its ``samples`` or ``imgs``,
-    as torchvision has them, relative to its ``root``. Those of a ``Subset`` or ``ConcatDataset`` are those of its
-    datasets.
+    as torchvision has them, relative to its ``root``, if the first one exists: other texts, such as sentences, are no
+    names. Those of a ``Subset`` or ``ConcatDataset`` are those of its datasets.
 
     Raises:
         BadInput: if a dataset has ``ids``, but not one for each row.
@@ -62,6 +62,8 @@ def _files_of(dataset: Any) -> list[str] | None:
             files = [entry[0] if isinstance(entry, tuple) and entry else entry for entry in entries]
             if all(isinstance(file, (str, os.PathLike)) for file in files):
                 root = getattr(dataset, "root", "")
+                top = os.fspath(root) if isinstance(root, (str, os.PathLike)) else ""
                 paths = [os.fspath(file) for file in files]
-                return below(paths, root) if isinstance(root, (str, os.PathLike)) and os.fspath(root) else paths
+                if any(os.path.isfile(os.path.join(folder, path)) for folder in ("", top) for path in paths[:1]):
+                    return below(paths, top) if top else paths
     return None

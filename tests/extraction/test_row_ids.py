@@ -97,6 +97,23 @@ def ids(feats: FeatureSet) -> list[str] | None:
     return None if feats.ids is None else feats.ids.tolist()
 
 
+class Sentences(Dataset[Any]):
+    """Rows with the attribute ``samples``, which are texts and no files."""
+
+    samples = [("a long review " * 400, 0)] * len(INPUTS)
+
+    def __len__(self) -> int:
+        return len(INPUTS)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return INPUTS[row]
+
+
+def test_texts_that_are_no_files_are_no_ids() -> None:
+    assert ids_of(Sentences()) is None
+    assert extract(DataLoader(Sentences(), batch_size=8)).ids is None
+
+
 # Texts
 
 
