@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from ood_scores import load
 from ood_scores.benchmark import load_results, load_spec
 from ood_scores.benchmark.figures import PLOTS
+from ood_scores.benchmark.figures.page import file_names
 from ood_scores.benchmark.figures.quantities import false_positives
 from ood_scores.cli import app
 from ood_scores.errors import BadInput, UnknownName
@@ -470,6 +471,11 @@ num_classes = 7
 def test_papers_are_listed_and_found(paper: Path) -> None:
     assert command("paper").output == "toy  A paper on digits\n"
     assert "there is no paper 'tou' (did you mean 'toy'?)" in command("paper", "tou").output
+
+
+def test_figures_whose_titles_make_one_name_have_files_of_their_own() -> None:
+    names = file_names(["Figure 1: norms", "Figure 1 (norms)", "figure 1: norms", "Figure 1_norms_2", "Table"])
+    assert names == ["Figure_1_norms", "Figure_1_norms_2", "figure_1_norms_3", "Figure_1_norms_2_2", "Table"]
 
 
 def test_false_positives_are_ood_rows_among_the_highest_scores() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -66,19 +67,28 @@ def write_figures(results: Results, spec: Spec, data: Path) -> tuple[Path, list[
     folder.mkdir(parents=True, exist_ok=True)
     units = plan(spec, results.folder, data, download=False).units
     written = []
-    for part in spec.parts:
-        if part.figure is not None:
-            own = [unit for unit in units if unit.part.title == part.title]
-            written.append(_written(Source(part, results, own, data), folder))
+    drawn = [part for part in spec.parts if part.figure is not None]
+    for part, name in zip(drawn, file_names([part.title for part in drawn]), strict=True):
+        own = [unit for unit in units if unit.part.title == part.title]
+        written.append(_written(Source(part, results, own, data), folder, name))
     page = _environment().get_template("figures.html.j2").render(title=results.title, figures=written)
     replace_text(folder / PAGE, page)
     return folder / PAGE, written
 
 
-def _written(source: Source, folder: Path) -> WrittenFigure:
+def file_names(titles: Sequence[str]) -> list[str]:
+    """Return names of files for titles, which differ on every file system: the same name again gets a number."""
+    names: list[str] = []
+    for title in titles:
+        taken, name = {name.casefold() for name in names}, file_name(title)
+        numbered = (f"{name}_{number}" for number in count(2))
+        names.append(name if name.casefold() not in taken else next(n for n in numbered if n.casefold() not in taken))
+    return names
+
+
+def _written(source: Source, folder: Path, name: str) -> WrittenFigure:
     part = source.part
     missing, notes = not_run(source.results, part.title), _as_html(part.notes)
-    name = file_name(part.title)
     try:
         table, figure = _drawn(source)
     except OodScoresError as error:
