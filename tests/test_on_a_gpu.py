@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import ood_scores
+from ood_scores.evaluation.score_table import score_table
+from ood_scores.features.linear_probe import linear_probe
 from ood_scores.features.statistics import moments
 from ood_scores.runtime import CPU, available
 
@@ -128,6 +130,18 @@ def test_members_of_an_ensemble_on_different_devices() -> None:
     torch.testing.assert_close(
         ood_scores.score("ensemble", [feats, there]), ood_scores.score("ensemble", [feats, feats])
     )
+
+
+@pytest.mark.gpu
+def test_tables_and_linear_probes_of_sets_with_labels_on_a_gpu() -> None:
+    here = extracted(Split(), device="cpu")
+    labels = torch.arange(len(here)) % 5
+    here = ood_scores.FeatureSet(here.features, here.logits, labels)
+    there = ood_scores.FeatureSet(here.features.cuda(), here.logits.cuda(), labels.cuda())  # type: ignore[union-attr]
+    scores = ood_scores.score("energy", here)
+    assert score_table(there, scores.cuda())["label"].tolist() == labels.tolist()
+    heads = [linear_probe(feats).head for feats in (here, there)]
+    torch.testing.assert_close(heads[1].weight, heads[0].weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("gpus", "found"), [(0, CPU), (1, torch.device("cuda", 0)), (4, torch.device("cuda", 3))])

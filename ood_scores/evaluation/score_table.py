@@ -41,7 +41,7 @@ def score_table(feats: Sets, scores: Tensor) -> pd.DataFrame:
         table["id"] = pd.Series(feats.ids.tolist(), dtype=object)  # names that are not UTF-8 are no pandas strings
     table["score"] = scores.cpu().numpy()
     if feats.labels is not None:
-        table["label"] = feats.labels.numpy()
+        table["label"] = feats.labels.cpu().numpy()
     if feats.has("logits"):
         predictions = [block.prediction() for block in feats.blocks(device="cpu", only=["logits"])]
         table["prediction"] = torch.cat(predictions).numpy()

@@ -104,7 +104,7 @@ def linear_probe(feats: FeatureSet, *, l2: float | None = None, seed: int = 0) -
 
 
 def _labels(feats: FeatureSet) -> Tensor:
-    labels = feats.class_labels()
+    labels = feats.class_labels().cpu()
     found = labels.unique()
     if len(found) < 2:
         raise BadLabels("all rows have the same label: a linear probe needs at least two classes.")
