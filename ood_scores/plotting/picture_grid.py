@@ -70,6 +70,8 @@ def picture_grid(
         BadInput: if an argument is not one of those above, or as for ``pictures_of``.
         MissingData: as for ``pictures_of``.
     """
+    if columns < 1:
+        raise BadInput(f"columns must be at least 1, got {columns}.")
     chosen = extreme_rows(scores, count, most)
     table = score_table(feats, scores)
     pictures = pictures_of(feats, data)

@@ -104,6 +104,8 @@ def test_pictures_are_found_by_name(pictures: Path, cache: Path) -> None:
         picture_grid(feats, SCORES, pictures / "cat")
     with pytest.raises(MissingData, match="does not record a dataset that can be opened here"):
         picture_grid(feats[1:], SCORES[1:])
+    with pytest.raises(BadInput, match="columns must be at least 1, got 0"):
+        picture_grid(feats, SCORES, pictures, columns=0)
 
 
 def test_two_rows_of_one_name_are_told_apart_or_not_shown(pictures: Path) -> None:
