@@ -9,6 +9,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import transformers
@@ -212,6 +213,79 @@ def test_incomplete_folder_of_transformers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"there is no config\.json in .*save_pretrained"):
         load_model(f"hf:{tmp_path}")
+
+
+def test_encoder_without_pooling_layer(inputs: Tensor, tmp_path: Path) -> None:
+    """DINO: its class has a pooling layer by default, of which its checkpoint has no weights."""
+    sizes: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8)
+    expected = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    expected.save_pretrained(tmp_path)
+    with torch.no_grad():
+        tokens = expected(inputs).last_hidden_state
+    for checkpoint in (None, tmp_path / "model.safetensors"):
+        model = load_model(f"hf:{tmp_path}", checkpoint)
+        with torch.no_grad():
+            found = model(inputs)
+        assert torch.equal(found.last_hidden_state, tokens)
+        assert found.pooler_output is None
+    fit, validation = [(inputs, torch.arange(3) % 2)], [(inputs.flip(3), torch.arange(3) % 2)]
+    detector = calibrate("mahalanobis", model, fit=fit, id=validation, keep=0.5, pool="cls", device="cpu")
+    detector.save(tmp_path / "detector")
+    loaded = Detector.load(tmp_path / "detector", device="cpu")
+    assert np.array_equal(loaded.predict(inputs).score, detector.predict(inputs).score)
+
+
+def test_weights_that_a_model_of_transformers_does_not_use(tmp_path: Path) -> None:
+    saved_by_transformers(tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    safetensors.torch.save_file(state | {"more": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match="weights that ViTForImageClassification does not use, such as more"):
+        load_model(f"hf:{tmp_path}")
+
+
+def test_sharded_folder_of_transformers(inputs: Tensor, tmp_path: Path) -> None:
+    expected: Any = saved_by_transformers(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    expected.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    for checkpoint in (None, tmp_path / "model.safetensors.index.json"):
+        model = load_model(f"hf:{tmp_path}", checkpoint)
+        assert torch.equal(logits(model, inputs), logits(expected, inputs))
+    shards[0].unlink()
+    with pytest.raises(CheckpointError, match=f"cannot open the weights in .*{shards[0].name}"):
+        load_model(f"hf:{tmp_path}")
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint .*{shards[0].name}"):
+        load_model(f"hf:{tmp_path}", checkpoint)
+
+
+@pytest.mark.parametrize("content", ["{damaged", '{"image_processor_type": "NoSuch"}'])
+def test_image_processor_that_cannot_be_opened(content: str, tmp_path: Path) -> None:
+    saved_by_transformers(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot open the image processor of .*: save it again"):
+        load_model(f"hf:{tmp_path}")
+
+
+def test_image_processor_of_another_size(tmp_path: Path) -> None:
+    saved_by_transformers(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path)
+    model = load_model(f"hf:{tmp_path}")
+    data = open_dataset("noise:gaussian?n=2&size=32")
+    data.transform = preprocessing(model)
+    with pytest.raises(BadInput, match=r"cannot take a batch of shape \[2, 3, 48, 48\].*doesn't match model"):
+        ood_scores.extract(model, DataLoader(data, 2), progress=False)
+
+
+def test_classifier_of_sounds_with_its_feature_extractor(tmp_path: Path) -> None:
+    sizes: Any = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ASTConfig(**sizes, max_length=64, num_mel_bins=16)
+    expected = transformers.ASTForAudioClassification(config)
+    expected.save_pretrained(tmp_path)
+    transformers.ASTFeatureExtractor(num_mel_bins=16, max_length=64).save_pretrained(tmp_path)
+    sounds = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits(load_model(f"hf:{tmp_path}"), sounds), logits(expected, sounds))
 
 
 # ---- provenance and detectors

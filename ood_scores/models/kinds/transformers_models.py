@@ -5,8 +5,10 @@ The class is the one that saved the model, one of transformers itself: code in a
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ood_scores.models.hub import hub_file, unreachable
 from ood_scores.models.kinds.base import MODEL_KINDS, ModelKind
 from ood_scores.models.processors import ProcessorTransform
 from ood_scores.models.zero_shot.build import tokenizer_of_transformers
+from ood_scores.user_warnings import warn_user
 
 CLASSES = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification", "Model", "WithProjection")
 """Endings of the names of classes that are opened."""
@@ -40,25 +43,26 @@ class TransformersModel(ModelKind):
             raise BadInput(f"a model of transformers has no argument {others[0]!r}: its config.json has all of them.")
 
     def create(self, target: str, arguments: Mapping[str, Any]) -> nn.Module:
-        return _created(self._class_name(target), self._config(target), arguments.get("num_classes"))
+        return _created(self._class_name(target), self._config(target), **arguments)
 
     def open(self, target: str, arguments: Mapping[str, Any]) -> nn.Module:
         cls = _model_class(self._class_name(target))
-        where, options = _place(target)
-        try:
-            model, found = cls.from_pretrained(where, output_loading_info=True, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            if Path(where).is_dir():
-                raise CheckpointError(
-                    f"transformers cannot open the weights in {where} ({first_sentence(error)}): save the model again."
-                ) from error
-            raise unreachable(target, error) from error
+        model, found = _loaded(cls, target)
+        if found["missing_keys"] and all(map(_is_of_pooler, found["missing_keys"])) and _has_optional_pooler(cls):
+            model, found = _loaded(cls, target, add_pooling_layer=False)
         lacking = [*found["missing_keys"], *found["mismatched_keys"]]
         if lacking:
             raise CheckpointError(f"{target} has no weights for {lacking[0]} of {cls.__name__}: save the model again.")
+        if found["unexpected_keys"]:
+            warn_user(
+                f"{target} has weights that {cls.__name__} does not use, such as {min(found['unexpected_keys'])}."
+            )
         for parameter in model.parameters():  # mapped from the file, whose alignment changes how sums are rounded
             parameter.data = parameter.data.clone()
         return model
+
+    def sizes(self, target: str, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return super().sizes(target, state, arguments) | _without_pooler(self.create(target, arguments), state)
 
     def renamed(self, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return _renamed(model, state)
@@ -68,8 +72,16 @@ class TransformersModel(ModelKind):
             self._file(target, PROCESSOR)
         except CheckpointError:
             return None
+        if "pixel_values" not in inspect.signature(model.forward).parameters:
+            return None
         where, options = _place(target)
-        return ProcessorTransform(_library().AutoImageProcessor.from_pretrained(where, **options))
+        try:
+            return ProcessorTransform(_library().AutoImageProcessor.from_pretrained(where, **options))
+        except Exception as error:  # of a file with any content, and of packages that are not installed
+            raise CheckpointError(
+                f"transformers cannot open the image processor of {target} ({first_sentence(error)}): save it again, "
+                f"or remove {PROCESSOR} and pass a preprocessing of your own."
+            ) from error
 
     def tokenizer(self, target: str) -> Any:
         where, options = _place(target)
@@ -115,10 +127,13 @@ class TransformersClass(ModelKind):
             raise BadInput(
                 f"{self.form} is for detectors, which store a configuration: write hf:OWNER/NAME or hf:FOLDER."
             )
-        return _created(target, dict(arguments["config"]), arguments.get("num_classes"))
+        return _created(target, **arguments)
 
     def open(self, target: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise BadInput(f"{self.form} has no weights of its own: write hf:OWNER/NAME or hf:FOLDER.")
+
+    def sizes(self, target: str, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return super().sizes(target, state, arguments) | _without_pooler(self.create(target, arguments), state)
 
     def again(self, model: nn.Module, target: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return f"transformers:{target}", dict(arguments)
@@ -152,30 +167,69 @@ def _model_class(name: str) -> Any:
     return cls
 
 
+def _loaded(cls: Any, target: str, **pooler: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model with its own weights, and the names of those that it lacks or that are not its own."""
+    where, options = _place(target)
+    try:
+        with _quiet():
+            return cls.from_pretrained(where, output_loading_info=True, **options, **pooler)
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(where).is_dir():
+            raise CheckpointError(
+                f"transformers cannot open the weights in {where} ({first_sentence(error)}): save the model again."
+            ) from error
+        raise unreachable(target, error) from error
+
+
+def _without_pooler(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Return the argument of a network for weights without those of its pooling layer, as of DINO."""
+    needs = _has_optional_pooler(type(model)) and any(map(_is_of_pooler, model.state_dict()))
+    lacks = needs and not any(map(_is_of_pooler, state))
+    return {"add_pooling_layer": False} if lacks else {}
+
+
+def _has_optional_pooler(cls: Any) -> bool:
+    return "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+
+
+def _is_of_pooler(name: str) -> bool:
+    return "pooler" in name.split(".")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the table of weights that transformers prints: what is wrong with them is an error here."""
+    logger = _library().utils.logging
+    verbosity = logger.get_verbosity()
+    try:
+        logger.set_verbosity_error()
+        yield
+    finally:
+        logger.set_verbosity(verbosity)
+
+
 def _renamed(model: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return weights under the names of a model: ``save_pretrained`` of transformers 5 writes some under older ones."""
     if state.keys() == model.state_dict().keys():
         return state
     options: dict[str, Any] = {"config": model.config, "state_dict": dict(state), "output_loading_info": True}
-    logger = _library().utils.logging
-    verbosity = logger.get_verbosity()
+    pooler = {} if getattr(model, "pooler", True) is not None else {"add_pooling_layer": False}
     try:
-        logger.set_verbosity_error()
-        loaded, found = type(model).from_pretrained(None, **options)
+        with _quiet():
+            loaded, found = type(model).from_pretrained(None, **options, **pooler)
     except Exception:  # of weights of any kind, whose names are then reported
         return state
-    finally:
-        logger.set_verbosity(verbosity)
     return state if any(found.values()) else loaded.state_dict()
 
 
-def _created(class_name: str, config: dict[str, Any], num_classes: int | None) -> nn.Module:
+def _created(class_name: str, config: Mapping[str, Any], num_classes: int | None = None, **pooler: bool) -> nn.Module:
+    """Create a model with random weights; ``pooler`` is ``add_pooling_layer=False``, or nothing."""
     cls = _model_class(class_name)
     try:
-        described = cls.config_class.from_dict(config | {"use_pretrained_backbone": False})
+        described = cls.config_class.from_dict({**config, "use_pretrained_backbone": False})
         if num_classes is not None:
             described.num_labels = num_classes
-        model = cls(described)
+        model = cls(described, **pooler)
     except Exception as error:  # of a configuration with any content
         raise BadInput(f"{class_name} cannot be created ({first_sentence(error)}): check its configuration.") from error
     return model.to(described.dtype or next(model.parameters()).dtype)
