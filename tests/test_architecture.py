@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ood_scores"
 
 FLOORS = (
-    {"errors", "terminal", "user_warnings"},
-    {"user_code", "notebook"},
+    {"errors", "terminal"},
+    {"user_code", "notebook", "user_warnings"},
     {"registry", "atomic", "progress", "runtime"},
     {"parameters", "toml_tables", "transfers", "device_memory"},
     {"features", "data"},

@@ -40,7 +40,7 @@ ON_THE_COMMAND_LINE = [
 """The others print the same remedies."""
 
 ROUNDS = 8
-ROWS = {"fit": 60, "test": 16, "ood": 12}
+ROWS = {"fit": 200, "test": 16, "ood": 12}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ood_scores.models.networks.classifier import PooledClassifier, cifar_cfg
 from ood_scores.models.networks.l2_head import L2Head
@@ -34,6 +33,7 @@ class TinyNet(PooledClassifier):
         self.bn1 = nn.BatchNorm2d(8) if norm else nn.Identity()
         self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=not norm)
         self.bn2 = nn.BatchNorm2d(16) if norm else nn.Identity()
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
         self.drop = nn.Dropout(drop)
         self.norm_pooled = nn.BatchNorm1d(16) if norm_pooled else nn.Identity()
         self.reset_classifier(num_classes)
@@ -42,7 +42,7 @@ class TinyNet(PooledClassifier):
         return L2Head(16, num_classes) if self.l2_head else nn.Linear(16, num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        return self.drop(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images)))))))
+        return self.drop(self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(images)))))))
 
     def forward_head(self, feature_map: Tensor, pre_logits: bool = False) -> Tensor:
         features = self.norm_pooled(feature_map.mean(dim=(2, 3)))

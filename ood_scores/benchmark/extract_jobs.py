@@ -165,13 +165,16 @@ def _extract(job: Job, device: str, workers: int) -> FeatureSet:
     arguments: dict[str, Any] = {"device": device, "progress": False, "name": job.set, **options}
     images = in_models_order(open_dataset(job.source, transform, root=job.data), model)
     loader = DataLoader(images, job.loading.batch_size, num_workers=workers, pin_memory=pins_memory(device))
-    try:
-        return extract(model, loader, job.cache, **arguments)
-    except ProbeDoesNotApply as error:  # the other probes do
-        arguments["probes"] = [each for each in job.options.all_probes if each.name not in (error.probe, "layers")]
-        return extract(model, loader, job.cache, overwrite=True, **arguments)
-    except (DamagedCache, StaleCache):  # not finished, and of no use
-        return extract(model, loader, job.cache, overwrite=True, **arguments)
+    arguments["probes"] = [probe for probe in job.options.all_probes if probe.name != "layers"]
+    while True:
+        try:
+            return extract(model, loader, job.cache, **arguments)
+        except ProbeDoesNotApply as error:  # the other probes may
+            arguments["probes"] = [probe for probe in arguments["probes"] if probe.name != error.probe]
+        except (DamagedCache, StaleCache):  # not finished, and of no use
+            if "overwrite" in arguments:
+                raise
+        arguments["overwrite"] = True
 
 
 _opened: dict[tuple[str, str], tuple[Any, Any]] = {}

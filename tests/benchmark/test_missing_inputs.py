@@ -61,15 +61,21 @@ def test_model_without_an_ood_set_does_not_run(data: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out" / "caches").exists()
 
 
-def test_probe_that_does_not_apply_leaves_out_its_scorer_only(data: Path, tmp_path: Path) -> None:
+def test_probes_that_do_not_apply_leave_out_their_scorers_only(data: Path, tmp_path: Path) -> None:
     chosen = part(
-        scorers=(*SCORERS[:1], ScorerTable("dropout", "mc_dropout"), ScorerTable("norms", "odin")),
-        extraction=Extraction(batch_size=8, workers=0, probes=("mc_dropout", "odin")),
+        scorers=(
+            *SCORERS[:1],
+            ScorerTable("dropout", "mc_dropout"),
+            ScorerTable("local", "gl_mcm"),
+            ScorerTable("norms", "odin"),
+        ),
+        extraction=Extraction(batch_size=8, workers=0, probes=("mc_dropout", "local_mcm", "odin")),
     )
     found = run(spec(chosen), out=tmp_path, data=data, jobs=1, progress=False)
     assert set(found.table["scorer"]) == {"msp", "norms"}
     assert [(each.what, each.reason) for each in found.not_run] == [
-        ("dropout", "the probe 'mc_dropout' does not apply to the model")
+        ("dropout", "the probe 'mc_dropout' does not apply to the model"),
+        ("local", "the probe 'local_mcm' does not apply to the model"),
     ]
 
 
