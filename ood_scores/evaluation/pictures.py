@@ -72,7 +72,7 @@ def _opened(feats: FeatureSet, data: Any) -> Any:
     text = offline(origin.data_text) if origin and origin.data_text else None
     if origin is None or text is None:
         raise MissingData("the set does not record a dataset that can be opened here: pass the folder of its pictures")
-    warn_user(f"the pictures are those of {text!r} in {origin.data_root}, which the set records.")
+    warn_user(f"the pictures are those of {text!r} in {origin.data_root!r}, which the set records.")
     return open_dataset(text, root=origin.data_root)
 
 

@@ -23,7 +23,7 @@ def require_finite(columns: Mapping[str, Tensor], start: int = 0, noun: str = "r
     Raises:
         NotFinite: if one does; the message names the column and its first such row.
     """
-    if all(values.is_cuda for values in columns.values()) and _sums_are_finite(list(columns.values())):
+    if columns and all(values.is_cuda for values in columns.values()) and _sums_are_finite(list(columns.values())):
         return
     for name, values in columns.items():
         finite = _isfinite(values)

@@ -97,7 +97,7 @@ def test_pictures_are_found_by_name(pictures: Path, cache: Path) -> None:
     feats = ood_scores.load(cache)
     for data in (str(pictures), f"folder:{pictures}?rows=::-1", ImageFolder(str(pictures))):
         assert shown(picture_grid(feats, SCORES, data, count=3)) == colors(1, 5, 8)
-    with pytest.warns(UserWarning, match=r"the pictures are those of 'folder:.*' in .*, which the set records"):
+    with pytest.warns(UserWarning, match=r"the pictures are those of 'folder:.*' in '.*', which the set records"):
         assert shown(picture_grid(feats, SCORES, count=3)) == colors(1, 5, 8)
     assert shown(picture_grid(feats, SCORES, f"folder:{pictures}?rows=:3", count=3)) == [color(1), None, None]
     with pytest.raises(BadInput, match=r"none of the pictures of the set, such as 'cat/\$0_=x\$.png'"):
