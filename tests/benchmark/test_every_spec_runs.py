@@ -52,7 +52,9 @@ def small(name: str) -> dict[str, Any]:
 ROWS = {"fit": sum(COUNTS), "id": 18, "shifted": 6, "val_id": 6, "ood": 8, "val_ood": 8}
 AT_TOY_SIZE = re.compile("more rows|fit more|is predicted correctly")
 """Reasons of scorers that few rows, or a network that has learned nothing, cause."""
-OF_OTHER_SPECS = re.compile("was not extracted|does not apply|needs a fit set|an ensemble of several")
+OF_OTHER_SPECS = re.compile(
+    "was not extracted|the model does not have|does not apply|needs a fit set|an ensemble of several"
+)
 """Reasons of scorers that ``"all"`` includes and the spec does not serve."""
 
 
