@@ -78,6 +78,11 @@ def test_other_texts_are_refused(tmp_path: Path) -> None:
             extracted(clip(), tmp_path / "c.h5", **{**TEXTS, **change})
 
 
+def test_a_vision_language_model_without_classes_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"CLIPModel compares images with texts: pass the names of classes"):
+        extracted(clip())
+
+
 def test_resumed_after_an_interruption(tmp_path: Path) -> None:
     classifier = zero_shot_classifier(clip(), CLASSES, tokenizer=tokenizer(), negatives=NEGATIVES)
     probes = ["local_mcm"]

@@ -17,7 +17,7 @@ from ood_scores.models.running import choose_device, evaluating, model_device, u
 from ood_scores.models.zero_shot.classifier import ZeroShotClassifier
 from ood_scores.models.zero_shot.negatives import NegativeWords, negative_words
 from ood_scores.models.zero_shot.prompts import SHOWN, TEMPLATES, checked_classes, checked_templates, filled
-from ood_scores.models.zero_shot.towers import Tokenizer, Towers, towers_of
+from ood_scores.models.zero_shot.towers import Tokenizer, Towers, has_towers, towers_of
 from ood_scores.progress import ProgressBar
 from ood_scores.runtime import default_torch_state
 
@@ -215,8 +215,8 @@ def as_classifier(
     """Return a zero-shot classifier of a model if texts are given, else the model itself.
 
     Raises:
-        BadInput: if there are templates, negatives, or a tokenizer, but no classes; otherwise as
-            ``zero_shot_classifier``.
+        BadInput: if there are templates, negatives, or a tokenizer, but no classes, or no classes of a model that
+            compares images with texts; otherwise as ``zero_shot_classifier``.
     """
     if classes is not None:
         texts = {} if templates is None else {"templates": templates}
@@ -225,4 +225,9 @@ def as_classifier(
     names = [name for name, value in given.items() if value is not None]
     if names:
         raise BadInput(f"{', '.join(names)} belong to a zero-shot classifier: pass the names of its classes, too.")
+    if has_towers(model):
+        raise BadInput(
+            f"{type(model).__name__} compares images with texts: pass the names of classes (classes=[...], --classes "
+            "FILE), or pass its image encoder alone, such as transformers.CLIPVisionModelWithProjection."
+        )
     return model
