@@ -32,12 +32,12 @@ FACTS: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
 ARRAYS: dict[str, np.ndarray] = dict(np.load(FOLDER / "expected.npz"))
 """The values that the version that wrote the files read from them."""
 
-NEW_PARAMETERS = (", one_class=False",)
-"""Parameters of scorers that did not exist when the files were written, with their defaults."""
+NEW_PARAMETERS = (", one_class=False", ', "one_class": false')
+"""Parameters of scorers that did not exist when the files were written, with their defaults, as text and as JSON."""
 
 
 def without_new_parameters(text: str) -> str:
-    """The ``repr`` of a scorer as it was when the files were written."""
+    """A scorer, as text or as JSON, as it was when the files were written."""
     for parameter in NEW_PARAMETERS:
         text = text.replace(parameter, "")
     return text
