@@ -79,7 +79,7 @@ def test_damaged_images_in_shards_are_left_out(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", {"1.jpg": picture(1, "jpeg"), "2.jpg": picture(2, "jpeg")[:100], "3.jpeg": picture(3)})
     loader = DataLoader(open_dataset(f"wds:{tmp_path}/a.tar", to_tensor), 2)
     with pytest.raises(ood_scores.errors.UnreadableRow, match=r"cannot read the image 2 in .*a\.tar"):
-        extract(loader, None, 60)
+        extract(loader, None, 60, on_error="raise")
     with pytest.warns(RowsLeftOut, match=r"row 1: .*a\.tar"):
         feats = extract(loader, None, 60, on_error="skip")
     assert feats.ids is not None
