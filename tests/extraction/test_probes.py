@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ood_scores
 from ood_scores import FeatureSet, load
-from ood_scores.errors import BadInput, NotFinite, ProbeDoesNotApply, ShapeMismatch, StaleCache, UnknownName
+from ood_scores.errors import (
+    BadInput,
+    NotFinite,
+    ProbeDoesNotApply,
+    ShapeMismatch,
+    StaleCache,
+    UnknownName,
+    UnreadableRow,
+)
 from ood_scores.extraction.probes import PROBES, as_probes, register_probe
 from ood_scores.probes import FGSM, ODIN, ActiveShares, GramSums, LayerNorms, Pass, PooledLayers, Probe
 
@@ -323,7 +331,7 @@ class Interrupted:
 @pytest.mark.parametrize("batches", [1, 2])
 def test_an_interrupted_extraction_is_continued(batches: int, tmp_path: Path) -> None:
     path, data = tmp_path / "feats.h5", Interrupted(batches)
-    with pytest.raises(OSError, match="went away"):
+    with pytest.raises(UnreadableRow, match="went away"):
         extract(data=data, **EVERYTHING, cache=path, name="data")
     started = path.exists()
     model = Classifier()
@@ -336,7 +344,7 @@ def test_an_interrupted_extraction_is_continued(batches: int, tmp_path: Path) ->
 
 def test_an_interrupted_extraction_is_not_continued_with_other_probes(tmp_path: Path) -> None:
     data = Interrupted(2)
-    with pytest.raises(OSError, match="went away"):
+    with pytest.raises(UnreadableRow, match="went away"):
         extract(data=data, probes=["odin"], cache=tmp_path / "feats.h5", name="data")
     with pytest.raises(StaleCache, match="layers and probes"):
         extract(data=data, probes=[ODIN(epsilon=0.5)], cache=tmp_path / "feats.h5", name="data")
