@@ -136,7 +136,7 @@ class CommandLineUser:
 
     def __init__(self, folder: Path, out: Path) -> None:
         self.folder, self.out = folder, out
-        self.told: list[str] = []
+        self.told: list[tuple[str, str]] = []
         self.added: dict[str, list[str]] = {}
 
     def run(self, *words: object) -> str:
@@ -158,10 +158,10 @@ class CommandLineUser:
         """Do what an error says, and return what is added to the command."""
         found = re.search(r"^here: (.*)$", error, re.MULTILINE)
         assert found, error
-        self.told.append(found[1])
+        which = "fit" if "to be fitted on this" in error else "test"
+        self.told.append((found[1], which))
         if "pass --fit CACHE" in found[1]:
             return ["--fit", str(self.extract("fit"))]
-        which = "fit" if "to be fitted on this" in error else "test"
         words = re.fullmatch(r"extract it with (--.*)", found[1])
         assert words, error
         self.added.setdefault(which, []).extend(shlex.split(words[1]))

@@ -178,5 +178,5 @@ class TestMahalanobisPP:
         torch.testing.assert_close(score("mahalanobis_pp", longer, fit=fit), score("mahalanobis_pp", feats, fit=fit))
 
     def test_is_an_instance_of_mahalanobis(self) -> None:
-        assert repr(MahalanobisPP()) == "MahalanobisPP(normalize=True)"
+        assert repr(MahalanobisPP()) == "MahalanobisPP(normalize=True, one_class=False)"
         assert isinstance(MahalanobisPP(), Mahalanobis)
