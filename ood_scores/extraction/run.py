@@ -30,7 +30,7 @@ from ood_scores.features.storage import shards
 from ood_scores.models.class_names import other_order
 from ood_scores.models.origin import origin_of
 from ood_scores.models.running import architecture, choose_device, unwrapped, weights_sha256
-from ood_scores.models.zero_shot.build import as_classifier
+from ood_scores.models.zero_shot.build import as_classifier, require_no_texts
 from ood_scores.models.zero_shot.towers import Tokenizer
 from ood_scores.progress import stderr_console
 from ood_scores.runtime import Ranks, default_torch_state
@@ -118,6 +118,7 @@ def extract(
     model = as_classifier(
         model, classes, templates, negatives, tokenizer, device=choose_device(model, device, ranks.local)
     )
+    require_no_texts(model)
     forward = Forward(model, chosen, choose_device(model, device, ranks.local))
     order = other_order(getattr(loader, "dataset", None), model) if ranks.first else None
     if order:

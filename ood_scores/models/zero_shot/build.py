@@ -215,8 +215,8 @@ def as_classifier(
     """Return a zero-shot classifier of a model if texts are given, else the model itself.
 
     Raises:
-        BadInput: if there are templates, negatives, or a tokenizer, but no classes, or no classes of a model that
-            compares images with texts; otherwise as ``zero_shot_classifier``.
+        BadInput: if there are templates, negatives, or a tokenizer, but no classes; otherwise as
+            ``zero_shot_classifier``.
     """
     if classes is not None:
         texts = {} if templates is None else {"templates": templates}
@@ -225,9 +225,13 @@ def as_classifier(
     names = [name for name, value in given.items() if value is not None]
     if names:
         raise BadInput(f"{', '.join(names)} belong to a zero-shot classifier: pass the names of its classes, too.")
+    return model
+
+
+def require_no_texts(model: nn.Module) -> None:
+    """Raise BadInput if a model compares images with texts, which cannot run on images alone."""
     if has_towers(model):
         raise BadInput(
             f"{type(model).__name__} compares images with texts: pass the names of classes (classes=[...], --classes "
             "FILE), or pass its image encoder alone, such as transformers.CLIPVisionModelWithProjection."
         )
-    return model
