@@ -44,7 +44,8 @@ def paper(
 ) -> None:
     """Compare the published tables of a paper with ours, and draw its figures.
 
-    Networks and images that are there are measured, once; what is missing is listed with the command that makes it.
+    What can be measured with the networks and images at hand is measured once. What is missing is listed with the
+    command that makes it.
 
     \b
     [bold]Examples[/]

@@ -79,7 +79,7 @@ def e_benjamini_hochberg(e: Scores, rate: float) -> NDArray[np.bool_]:
 def weighted_p_values(
     calibration: Scores, scores: Scores, calibration_weights: Scores, weights: Scores
 ) -> NDArray[np.float64]:
-    """Return p-values that hold although the features of new rows are distributed otherwise than those of calibration.
+    """Return p-values that hold although the distribution of features has changed since the calibration.
 
     Args:
         calibration: the scores ``[n]`` of calibration rows, as in ``conformal.threshold``.
