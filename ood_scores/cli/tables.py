@@ -90,22 +90,33 @@ def _group(columns: pd.DataFrame) -> tuple[Text, list[Text]]:
     metrics = [METRICS[column[-1]] for column in columns.columns]
     labels = [(*column[1:-1], *metric.heading) for column, metric in zip(columns.columns, metrics, strict=True)]
     heading = Text(str(columns.columns[0][0]), style="bold")
-    for level in zip(*labels, strict=True):
-        heading.append("\n" + _spanned(level), style="not bold dim")
-    cells = [_column(columns[column], metric) for column, metric in zip(columns.columns, metrics, strict=True)]
+    names = [metric.label for metric in metrics]
+    widths = [CELL if names.count(name) > 1 else max(CELL, len(name)) for name in names]
+    *levels, directions = zip(*labels, strict=True)
+    aligned = " ".join(text.rjust(width) for text, width in zip(directions, widths, strict=True))
+    for line in (*(_spanned(level, widths) for level in levels), aligned):
+        heading.append(f"\n{line}", style="not bold dim")
+    cells = [
+        _column(columns[name], metric, width)
+        for name, metric, width in zip(columns.columns, metrics, widths, strict=True)
+    ]
     return heading, [Text(" ").join(row) for row in zip(*cells, strict=True)]
 
 
-def _spanned(labels: Sequence[str]) -> str:
-    """Return a line of labels; equal neighbors become one centered label."""
-    runs = [(label, len(list(run))) for label, run in groupby(labels)]
-    return " ".join(label.center(count * (CELL + 1) - 1) if count > 1 else label.rjust(CELL) for label, count in runs)
+def _spanned(labels: Sequence[str], widths: Sequence[int]) -> str:
+    """Return a line of labels above columns of some widths; equal neighbors become one centered label."""
+    parts = []
+    for label, run in groupby(zip(labels, widths, strict=True), key=lambda column: column[0]):
+        columns = [width for _, width in run]
+        width = sum(columns) + len(columns) - 1
+        parts.append(label.center(width) if len(columns) > 1 else label.rjust(width))
+    return " ".join(parts)
 
 
-def _column(values: Iterable[float], metric: Metric) -> list[Text]:
+def _column(values: Iterable[float], metric: Metric, width: int) -> list[Text]:
     from ood_scores.evaluation.metrics import number
 
     values = list(values)
     best = max(values) if metric.higher_is_better else min(values)
-    texts = [number(metric.scale * value, metric.percent).rjust(CELL) for value in values]
+    texts = [number(metric.scale * value, metric.percent).rjust(width) for value in values]
     return [Text(text, style="bold green" if value == best else "") for text, value in zip(texts, values, strict=True)]

@@ -317,6 +317,11 @@ def test_evaluate_command_shows_and_writes_the_metrics_asked_for(caches: dict[st
     words = ["evaluate", "--id", caches["id"], "--ood", caches["near"], "--scorer", "energy"]
     output = ok(*words, "--metrics", "oscr, autc", "--out", tmp_path / "t.csv")
     assert "OSCR: probability that an ID image is classified correctly" in " ".join(output.split())
+    heads, arrows, row = (
+        next(line for line in output.splitlines() if text in line) for text in ("OSCR", "↑", "energy ")
+    )
+    assert heads.rstrip().endswith("OSCR  AUTC")
+    assert len(row.rstrip()) == len(heads.rstrip()) == len(arrows.rstrip())
     sets = {name: ood_scores.load(caches[name]) for name in ("id", "near")}
     expected = ood_scores.evaluate(["energy"], id=sets["id"], ood={"near": sets["near"]}, metrics=["oscr", "autc"])
     written = pd.read_csv(tmp_path / "t.csv")
