@@ -120,14 +120,18 @@ def _is_in(name: str, module: ModuleType) -> bool:
 
 
 def _exists(module: str) -> bool:
-    """Return whether a name is that of a file or of a module that exists; the packages around it are imported."""
+    """Return whether a name is that of a file or of a module that exists; the packages around it are imported.
+
+    A folder without ``__init__.py`` defines nothing, although Python can import it.
+    """
     if module.endswith(".py"):
         return True
     _look_in(os.getcwd())
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return False
+    return spec is not None and spec.origin is not None
 
 
 def _module_of_file(path: Path) -> ModuleType:

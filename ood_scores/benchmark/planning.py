@@ -21,6 +21,7 @@ from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.probes import Probe
 from ood_scores.extraction.unreadable import ROW_ERRORS, as_row_error
 from ood_scores.features import FeatureSet, load
+from ood_scores.models.kinds.base import MODEL_KINDS
 from ood_scores.scorers.requirements import Has, Requirement, unmet
 from ood_scores.user_code import is_reference, referenced, source_digests
 
@@ -62,7 +63,11 @@ class Job:
     def _code(self) -> dict[str, str]:
         """Return the digests of the user's own code that computes the features."""
         kind = DATASET_KINDS.get(parse(self.source).kind)
-        names = (self.network.table.name, self.source.partition("?")[0], str(self.options.pool))
+        names = [str(self.options.pool)]
+        if self.network.table.name.partition(":")[0] not in MODEL_KINDS:
+            names.append(self.network.table.name)
+        if kind is None:
+            names.append(self.source.partition("?")[0])
         functions = [referenced(name) for name in names if is_reference(name)]
         return source_digests([*functions, *map(type, self.options.all_probes), *([kind.open] if kind else [])])
 

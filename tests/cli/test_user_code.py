@@ -270,6 +270,21 @@ def test_benchmark_of_own_things(folder: Path) -> None:
     assert table["auroc"][1] == pytest.approx(expected)
 
 
+def test_kinds_come_before_code_of_the_same_name(folder: Path) -> None:
+    (folder / "noise.py").write_text("")
+    user_code.import_code("noise.py")
+    user_code.import_code("own.py")
+    (folder / "b.toml").write_text(BENCHMARK.replace('"stripes?n=20"', '"noise:uniform?n=20&size=8"'))
+    assert list(run("b.toml", out="run", jobs=1, progress=False).table["n_ood"]) == [20] * 4
+
+
+def test_a_plain_folder_is_not_a_module(folder: Path) -> None:
+    Path("photos").mkdir()
+    user_code.import_referenced("photos:Nothing")
+    assert not user_code.imported_code()
+    assert not user_code.is_reference("photos:Nothing")
+
+
 def test_changed_code_is_run_again(folder: Path) -> None:
     (folder / "b.toml").write_text(BENCHMARK)
     user_code.import_code("own.py")
