@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ood_scores.detector.betting import (
+    draw_wealth,
+    exponential,
+    initial_stakes,
+    legend_above,
+    log_wealth,
+    read_state,
+    stakes_after,
+    state_line,
+    thinned,
+)
 from ood_scores.detector.conformal import Scores, check_shares, checked_scores, threshold_of
 from ood_scores.errors import BadInput, EmptyInput
 
@@ -22,9 +32,6 @@ VERSION = 1
 
 ODDS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
 """Factors by which each of the bettors expects the odds of a rejection to rise after a drift."""
-
-POINTS = 1000
-"""Maximum number of points of a curve in the figure."""
 
 
 @dataclass
@@ -79,7 +86,7 @@ class Monitor:
     seen: int = 0
     rejected: int = 0
     below: int = 0
-    stakes: list[float] = field(default_factory=lambda: [math.log(1 - _reserve(0))] * len(ODDS))
+    stakes: list[float] = field(default_factory=lambda: initial_stakes(len(ODDS)))
     peak: float = 0.0
 
     def __post_init__(self) -> None:
@@ -128,10 +135,10 @@ class Monitor:
         below = self.below + np.cumsum(is_below)
         chance = (self.rank + below - is_below) / (self.n + seen)
         stakes = self._stakes_after(is_below, chance, seen)
-        wealth = _wealth(stakes, seen)
+        wealth = log_wealth(stakes, seen)
         self.seen, self.rejected, self.below = int(seen[-1]), int(rejected[-1]), int(below[-1])
         self.stakes, self.peak = stakes[:, -1].tolist(), max(self.peak, float(wealth.max()))
-        self._curve = _thinned(np.concatenate([self._curve, [seen, rejected, wealth]], axis=1))
+        self._curve = thinned(np.concatenate([self._curve, [seen, rejected, wealth]], axis=1))
 
     @property
     def rejection_rate(self) -> float:
@@ -146,7 +153,7 @@ class Monitor:
     @property
     def e_value(self) -> float:
         """The current wealth of the bettors: 1 at the start; without drift 1 on average, even when stopping by it."""
-        return _exp(self._wealth())
+        return exponential(self._wealth())
 
     @property
     def p_value(self) -> float:
@@ -166,7 +173,7 @@ class Monitor:
 
     def to_json(self) -> str:
         """Return the state as one line of JSON, from which ``from_json`` continues."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)})
+        return state_line(FORMAT, VERSION, asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> Monitor:
@@ -175,22 +182,7 @@ class Monitor:
         Raises:
             BadInput: if the line is not the state of a monitor, or was written by a newer version of this package.
         """
-        try:
-            state = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(
-                f"this line is not the complete state of a monitor ({error}): pass a line from to_json()."
-            ) from error
-        if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
-            raise BadInput("this line is not the state of a monitor: pass a line from to_json().")
-        if (version := state.pop("version", None)) != VERSION:
-            raise BadInput(
-                f"this state of a monitor has version {version}, but this package reads version {VERSION}: use the "
-                "package that wrote it, or start a new monitor."
-            )
-        if state.keys() != {each.name for each in fields(cls)}:
-            raise BadInput("this line is not the complete state of a monitor: start a new monitor.")
-        return cls(**state)
+        return cls(**read_state(line, FORMAT, VERSION, [each.name for each in fields(cls)]))
 
     def plot(self, alpha: float = 0.01) -> Figure:
         """Plot the rejection rate (top) and the e-value (bottom) over the rows, and mark when it reached 1 / alpha.
@@ -214,7 +206,7 @@ class Monitor:
         FigureCanvasAgg(figure)
         rates, wealth = figure.subplots(2, 1, sharex=True)
         _draw_rates(rates, curve, self.expected_rate)
-        _draw_wealth(wealth, curve, alpha)
+        draw_wealth(wealth, curve[0], curve[2], alpha)
         figure.align_ylabels()
         return figure
 
@@ -225,37 +217,10 @@ class Monitor:
         odds = np.array(ODDS)[:, None] * self.rank / (self.n + 1 - self.rank)
         rates = np.maximum(odds / (1 + odds), chance)
         pays = np.where(is_below, np.log(rates / chance), np.log((1 - rates) / (1 - chance)))
-        total = np.cumsum(pays, axis=1)
-        added = np.log(_reserve(seen - 1) - _reserve(seen))
-        staked = np.concatenate([np.array(self.stakes)[:, None], added - total], axis=1)
-        return total + np.logaddexp.accumulate(staked, axis=1)[:, 1:]
+        return stakes_after(self.stakes, pays, seen)
 
     def _wealth(self) -> float:
-        return float(_wealth(np.array(self.stakes)[:, None], np.array([self.seen]))[0])
-
-
-def _reserve(seen: Any) -> Any:
-    """Return the share of the initial wealth that is not staked after so many rows."""
-    return 1 / np.sqrt(seen + 2)
-
-
-def _wealth(stakes: NDArray[np.float64], seen: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the logarithm of the wealth ``[m]``: the mean of the stakes ``[G, m]``, plus what is not staked."""
-    staked = np.logaddexp.reduce(stakes, axis=0) - math.log(len(stakes))
-    return np.logaddexp(staked, np.log(_reserve(seen)))
-
-
-def _thinned(curve: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the first point, and those at multiples of the smallest power of 2 that leaves at most ``POINTS``."""
-    seen = curve[0]
-    stride = 2 ** max(0, math.ceil(math.log2((seen[-1] - seen[0]) / POINTS)))
-    chosen = seen % stride == 0
-    chosen[0] = True
-    return curve[:, chosen]
-
-
-def _exp(logarithm: float) -> float:
-    return math.exp(logarithm) if logarithm < 709 else math.inf
+        return float(log_wealth(np.array(self.stakes)[:, None], np.array([self.seen]))[0])
 
 
 def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None:
@@ -273,36 +238,4 @@ def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None
     axes.axhline(expected, color="black", linewidth=0.8, linestyle="--", label=f"expected, {expected:.3g}")
     axes.set_ylabel("rejection rate", fontsize=9)
     axes.set_ylim(bottom=0)
-    _tidy(axes)
-
-
-def _draw_wealth(axes: Axes, curve: NDArray[np.float64], alpha: float) -> None:
-    """Draw the wealth in powers of ten: it may be too large or too small for a float."""
-    from ood_scores.plotting.style import OOD_COLORS
-
-    seen, _, wealth = curve
-    axes.plot(seen, wealth / math.log(10), color=OOD_COLORS[0], linewidth=1.6, label="e-value")
-    axes.axhline(-math.log10(alpha), color=OOD_COLORS[1], linewidth=1.0, linestyle="--", label=f"1 / {alpha:g}")
-    reached = np.flatnonzero(wealth >= -math.log(alpha))
-    if len(reached):
-        row = seen[reached[0]]
-        axes.axvline(row, color=OOD_COLORS[1], linewidth=1.0)
-        axes.annotate(
-            f"reached by row {row:,.0f}",
-            (row, 1),
-            (3, -3),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            va="top",
-            fontsize=8,
-            color=OOD_COLORS[1],
-        )
-    axes.set_ylabel("log10 e-value", fontsize=9)
-    axes.set_xlabel("rows of the stream", fontsize=9)
-    _tidy(axes)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    legend_above(axes)

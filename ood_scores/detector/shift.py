@@ -2,6 +2,7 @@
 
 A monitor of the rejection rate (``detector.monitor``) sees changes that the score sees. These tests compare the
 features of a window of new rows with those of reference rows, and see any change that their statistic sees, OoD or not.
+``detector.feature_monitor`` tests the windows of a stream.
 p-values are valid at finite n: under the hypothesis that all rows are exchangeable, P(p <= a) <= a. That of ``ks`` is
 an approximation.
 
@@ -34,6 +35,8 @@ BLOCK = 1024
 MEDIAN_ROWS = 1000
 """Number of rows from which the median distance is estimated."""
 NEIGHBORS = 5
+LEAST_ROWS = 10
+"""Number of rows that a side must have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +86,40 @@ def shift(reference: Any, window: Any, test: Test = "mmd", *, permutations: int 
         ShapeMismatch: if the sides are not ``[n, D]`` and ``[m, D]``.
         NotFinite: if a feature is NaN or infinite.
     """
-    formula = _TESTS[test]
-    if permutations < 1:
-        raise BadInput(f"permutations must be at least 1, got {permutations}: pass 499.")
-    known, new = _features(reference, "reference"), _features(window, "window")
+    check_test(test, permutations)
+    known, new = checked_features(reference, "reference"), checked_features(window, "window")
     if known.shape[1] != new.shape[1]:
         raise ShapeMismatch(f"the reference rows have {known.shape[1]} features and the window {new.shape[1]}.")
-    statistic, p_value, outlyingness = formula(known, new, permutations, seed)
+    statistic, p_value, outlyingness = _TESTS[test](known, new, permutations, seed)
     return Shift(test, statistic, p_value, outlyingness)
+
+
+def check_test(test: str, permutations: int) -> None:
+    """Raise UnknownName or BadInput if there is no such test, or no permutation."""
+    _TESTS[test]
+    if permutations < 1:
+        raise BadInput(f"permutations must be at least 1, got {permutations}: pass 499.")
+
+
+def checked_features(given: Any, name: str, least: int = LEAST_ROWS) -> Values:
+    """Return features as float64 ``[N, D]``; ``name`` says in errors which rows these are.
+
+    Raises:
+        BadInput: if a feature set has no features.
+        EmptyInput, ShapeMismatch, NotFinite: if there are fewer than ``least`` rows, or these are no finite features.
+    """
+    if isinstance(given, FeatureSet):
+        if not given.has("features"):
+            raise BadInput(f"the {name} set has no features: pass one that has.")
+        given = given.features
+    array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given, dtype=np.float64)
+    if array.ndim != 2:
+        raise ShapeMismatch(f"the {name} features have shape {list(array.shape)}: pass [rows, features].")
+    if len(array) < least:
+        raise EmptyInput(f"there are {len(array)} {name} rows: pass at least {least}.")
+    if not np.isfinite(array).all():
+        raise NotFinite(f"a {name} feature is NaN or infinite: check where it comes from.")
+    return array
 
 
 def _mmd(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:
@@ -206,18 +235,3 @@ def _distances(rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     for start in range(0, len(rows), BLOCK):
         here = slice(start, min(start + BLOCK, len(rows)))
         yield here, torch.cdist(rows[here], rows)
-
-
-def _features(given: Any, name: str) -> Values:
-    if isinstance(given, FeatureSet):
-        if not given.has("features"):
-            raise BadInput(f"the {name} set has no features: pass one that has.")
-        given = given.features
-    array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given, dtype=np.float64)
-    if array.ndim != 2:
-        raise ShapeMismatch(f"the {name} features have shape {list(array.shape)}: pass [rows, features].")
-    if len(array) < 10:
-        raise EmptyInput(f"there are {len(array)} {name} rows: pass at least 10.")
-    if not np.isfinite(array).all():
-        raise NotFinite(f"a {name} feature is NaN or infinite: check where it comes from.")
-    return array

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from scipy.special import betaln
 from scipy.stats import binom, norm
 
+from ood_scores.detector.betting import POINTS
 from ood_scores.detector.conformal import threshold
-from ood_scores.detector.monitor import ODDS, POINTS, Monitor
+from ood_scores.detector.monitor import ODDS, Monitor
 from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
 
 Array = NDArray[Any]
