@@ -260,10 +260,52 @@ class Detector(DetectorParts):
         found = load_parts(path, model, preprocessing)
         return Detector(**{each.name: getattr(found, each.name) for each in fields(found) if each.init}).to(device)
 
+    def push_to_hub(self, repository: str, *, private: bool | None = None) -> str:
+        """Upload the detector to the Hugging Face hub, with a card that describes it; return the commit's address.
+
+        Args:
+            repository: ``OWNER/NAME``, which is created if there is no such repository. A detector that is there is
+                replaced in one commit; its revision keeps it.
+            private: whether a new repository is private; None for the owner's default.
+
+        Raises:
+            BadInput: if the repository cannot be written to.
+            ForeignFile: if it has other files than a detector. Other errors are those of ``save``.
+        """
+        from ood_scores.detector.hub import push
+
+        return push(self, self._facts(), repository, private)
+
+    @staticmethod
+    def from_pretrained(
+        repository: str,
+        model: nn.Module | None = None,
+        *,
+        preprocessing: Preprocessing | None = None,
+        device: str | torch.device = "auto",
+    ) -> Detector:
+        """Load a detector from the Hugging Face hub. Nothing in it is executed or unpickled.
+
+        Args:
+            repository: ``OWNER/NAME``, or ``OWNER/NAME@REVISION`` for the state at a tag, a branch, or a commit.
+            model, preprocessing, device: as for ``load``.
+
+        Raises:
+            UnknownName: if there is no such repository.
+            CheckpointError: if it is neither cached nor can be fetched. Other errors are those of ``load``.
+        """
+        from ood_scores.detector.hub import fetched
+
+        return Detector.load(fetched(repository), model, preprocessing=preprocessing, device=device)
+
     def _repr_html_(self) -> str:
+        return facts_html("Detector", self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        """What a reader wants to know, by name; None for what there is not."""
         calibration = self.calibration
         limits = sorted({each.value for each in calibration.thresholds})
-        facts = {
+        return {
             "model": architecture(self.model),
             "scorer": self.scorer.name,
             "threshold": f"{limits[0]:.6g}" + (f" … {limits[-1]:.6g}, by predicted class" if len(limits) > 1 else ""),
@@ -272,7 +314,6 @@ class Detector(DetectorParts):
             "sets of labels": self.label_sets.guarantee if self.label_sets else None,
             "passes": self.passes,
         }
-        return facts_html("Detector", facts)
 
     def __repr__(self) -> str:
         return f"Detector({self.scorer.name} on {architecture(self.model)}: {self.calibration}; {self.passes})"

@@ -1,19 +1,22 @@
-"""Files of the Hugging Face hub, with errors that say what to do."""
+"""Repositories of the Hugging Face hub, with errors that say what to do."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 
-from ood_scores.errors import CheckpointError, UnknownName
+from ood_scores.errors import BadInput, CheckpointError, ForeignFile, UnknownName
 from ood_scores.models.checkpoints import first_sentence
 
 
@@ -28,26 +31,88 @@ def hub_file(repository: str, names: tuple[str, ...]) -> Path:
         UnknownName: if there is no such repository.
         CheckpointError: if it has none of the files, or if they are neither cached nor can be fetched.
     """
-    owner_and_name, _, revision = repository.partition("@")
+    name_of_repository, revision = _parts(repository)
     for name in names:
         try:
-            return Path(hf_hub_download(owner_and_name, name, revision=revision or None))
-        except GatedRepoError as error:
-            raise CheckpointError(
-                f"{repository} of the Hugging Face hub is gated: accept its terms at "
-                f"https://huggingface.co/{owner_and_name}, and log in with: hf auth login."
-            ) from error
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            raise UnknownName(
-                f"the Hugging Face hub has no model {owner_and_name!r}: write OWNER/NAME, as on its page."
-            ) from error
-        except LocalEntryNotFoundError as error:
-            raise unreachable(repository, error) from error
+            with _fetching(repository):
+                return Path(hf_hub_download(name_of_repository, name, revision=revision))
         except EntryNotFoundError:
             continue
-        except (OSError, ValueError) as error:
-            raise unreachable(repository, error) from error
     raise CheckpointError(f"{repository} of the Hugging Face hub has no {' or '.join(names)}: choose another.")
+
+
+def hub_folder(repository: str, patterns: tuple[str, ...]) -> Path:
+    """Return a folder with the files of a repository that match some patterns, which are downloaded if not cached.
+
+    Args:
+        repository: ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
+        patterns: Names of files; * is a wildcard.
+
+    Raises:
+        UnknownName: if there is no such repository.
+        CheckpointError: if its files are neither cached nor can be fetched.
+    """
+    name, revision = _parts(repository)
+    with _fetching(repository):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+
+def push_folder(folder: Path, repository: str, *, mark: str, private: bool | None, message: str) -> str:
+    """Upload the files of a folder in one commit.
+
+    Args:
+        folder: The folder.
+        repository: ``OWNER/NAME``, which is created if there is no such repository.
+        mark: A file of the folder, without which a repository that has files is not written to.
+        private: Whether a new repository is private; None for the owner's default.
+        message: The message of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        BadInput: if the repository cannot be written to.
+        ForeignFile: if it has files, but not ``mark``.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        there = {*api.list_repo_files(repository)} - {".gitattributes", "README.md"}
+        if there and mark not in there:
+            raise ForeignFile(f"{repository} of the Hugging Face hub has other files, but no {mark}: choose another.")
+        commit = api.upload_folder(folder_path=folder, repo_id=repository, commit_message=message)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise BadInput(
+            f"{repository} of the Hugging Face hub cannot be written to ({first_sentence(error)}): write OWNER/NAME of "
+            "a repository of yours, and log in with a token that may write: hf auth login."
+        ) from error
+    return str(commit.commit_url)
+
+
+def _parts(repository: str) -> tuple[str, str | None]:
+    name, _, revision = repository.partition("@")
+    return name, revision or None
+
+
+@contextmanager
+def _fetching(repository: str) -> Iterator[None]:
+    """Turn the hub's errors into those of this package, but that of a file that a repository does not have."""
+    name, _ = _parts(repository)
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repository} of the Hugging Face hub is gated: accept its terms at https://huggingface.co/{name}, and "
+            "log in with: hf auth login."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UnknownName(f"the Hugging Face hub has no model {name!r}: write OWNER/NAME, as on its page.") from error
+    except LocalEntryNotFoundError as error:
+        raise unreachable(repository, error) from error
+    except EntryNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise unreachable(repository, error) from error
 
 
 def unreachable(repository: str, error: Exception) -> CheckpointError:
