@@ -14,7 +14,8 @@ from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.means import FeatureMean
 from ood_scores.progress import ProgressBar, showing_work, stderr_console, tell_cost
 from ood_scores.runtime import Cost
-from ood_scores.scorers.base import Scorer, fit_all
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.one_pass import fit_all
 from ood_scores.scorers.scorer_runs import fit_each
 from ood_scores.terminal import SafeConsole
 

@@ -20,7 +20,7 @@ import ood_scores
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.scorers import problem
 from ood_scores.features.storage import cache
-from ood_scores.scorers.base import fit_all
+from ood_scores.scorers.one_pass import fit_all
 
 FITS = ("mahalanobis", "relative_mahalanobis", "vim", "react", "she", "kl_matching")
 

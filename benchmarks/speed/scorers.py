@@ -24,7 +24,7 @@ import ood_scores
 from benchmarks.speed.measure import Product, timed
 from benchmarks.speed.peers import PEERS, Problem
 from ood_scores.errors import OodScoresError
-from ood_scores.scorers.base import fit_all
+from ood_scores.scorers.one_pass import fit_all
 
 SAME = {"vra": {"below": "clip"}}
 """Parameters with which a scorer computes the same as the detector of pytorch-ood."""

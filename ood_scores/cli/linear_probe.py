@@ -41,7 +41,7 @@ def linear_probe(
     import ood_scores
     from ood_scores.features import linear_probe as probes
     from ood_scores.features.accuracy import accuracy_of
-    from ood_scores.scorers.base import require_same_weights
+    from ood_scores.scorers.compatibility import require_same_weights
 
     paths = [user_path(each) for each in (train, *(others or ()))]
     out = user_path(out)

@@ -28,7 +28,8 @@ from ood_scores.features.statistics.row_hashes import shared_rows
 from ood_scores.models.running import unwrapped, weights_sha256
 from ood_scores.models.zero_shot.classifier import ZeroShotClassifier
 from ood_scores.runtime import default_torch_state
-from ood_scores.scorers.base import Scorer, as_scorer, fit_all
+from ood_scores.scorers.base import Scorer, as_scorer
+from ood_scores.scorers.one_pass import fit_all
 from ood_scores.scorers.requirements import probes_for
 from ood_scores.user_warnings import warn_user
 

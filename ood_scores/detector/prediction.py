@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet
 from ood_scores.notebook import facts_html
-from ood_scores.scorers.base import Scorer, score_all
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.one_pass import score_all
 from ood_scores.terminal import encodable, with_texts
 
 if TYPE_CHECKING:

@@ -14,7 +14,9 @@ from ood_scores.features import Block, FeatureSet, Sets, as_feature_set
 from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.progress import showing_work
-from ood_scores.scorers.base import Scorer, as_scorer, fit_all, require_same_weights, score_all
+from ood_scores.scorers.base import Scorer, as_scorer
+from ood_scores.scorers.compatibility import require_same_weights
+from ood_scores.scorers.one_pass import fit_all, score_all
 from ood_scores.scorers.registry import create_scorer, list_scorers
 from ood_scores.scorers.requirements import cannot_run
 from ood_scores.scorers.scorer_runs import ScorerRun, check_runs, fit_runs, score_runs

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch
-from ood_scores.evaluation.metrics import Rule, threshold_index
+from ood_scores.evaluation.metrics import Rule
+from ood_scores.evaluation.roc_metrics import threshold_index
 from ood_scores.evaluation.threshold_counts import Scores, roc_counts
 from ood_scores.features import FeatureSet, Sets, as_feature_set
 from ood_scores.registry import Registry

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
-from math import ceil, isnan, nan
+from math import isnan, nan
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ood_scores.errors import BadInput
 from ood_scores.evaluation import selective
+from ood_scores.evaluation.roc_metrics import aupr_of, auroc_of, fpr_of, resampled_fpr
 from ood_scores.evaluation.threshold_counts import Correct, RocCounts, Scores, roc_counts
 from ood_scores.registry import Registry
 
@@ -221,77 +220,6 @@ def fpr_at_tpr_ood(id_scores: Scores, ood_scores: Scores, tpr: float, *, rule: R
     return fpr_of(roc_counts(id_scores, ood_scores).mirrored(), tpr, rule)
 
 
-def auroc_of(counts: RocCounts) -> float:
-    """``auroc`` from counts."""
-    new_negatives = np.diff(counts.negatives, prepend=0)
-    outranked_twice = counts.positives.copy()  # positives above a negative count twice, tied ones once
-    outranked_twice[1:] += counts.positives[:-1]
-    return int(new_negatives @ outranked_twice) / (2 * counts.n_positive * counts.n_negative)
-
-
-def _step(recalled: NDArray[np.int64], precision: NDArray[np.float64]) -> float:
-    return float(recalled @ precision)
-
-
-def _trapezoid(recalled: NDArray[np.int64], precision: NDArray[np.float64]) -> float:
-    return float(recalled @ (precision + np.append(1.0, precision[:-1]))) / 2
-
-
-_INTERPOLATIONS: Registry[Callable[[NDArray[np.int64], NDArray[np.float64]], float]] = Registry(
-    "interpolation", {"step": _step, "trapezoid": _trapezoid}
-)
-
-
-def aupr_of(counts: RocCounts, interpolation: str = "step") -> float:
-    """``aupr_in`` from counts."""
-    precision = counts.positives / (counts.positives + counts.negatives)
-    recalled = np.diff(counts.positives, prepend=0)
-    return _INTERPOLATIONS[interpolation](recalled, precision) / counts.n_positive
-
-
-def _first(positives: NDArray[np.int64], wanted: Fraction) -> int:
-    return int(np.searchsorted(positives, ceil(wanted)))
-
-
-def _nearest(positives: NDArray[np.int64], wanted: Fraction) -> int:
-    above = _first(positives, wanted)
-    candidates = {int(positives[above]), int(positives[max(above - 1, 0)])}
-    kept = min(candidates, key=lambda count: (abs(count - wanted), -count))
-    if kept == positives[-1]:
-        return int(np.searchsorted(positives, kept))
-    return int(np.searchsorted(positives, kept, side="right")) - 1
-
-
-_RULES: Registry[Callable[[NDArray[np.int64], Fraction], int]] = Registry(
-    "rule", {"first": _first, "nearest": _nearest}
-)
-
-
-def fpr_of(counts: RocCounts, tpr: float, rule: str = "first") -> float:
-    """``fpr_at_tpr_id`` from counts."""
-    return int(counts.negatives[threshold_index(counts, tpr, rule)]) / counts.n_negative
-
-
-def threshold_index(counts: RocCounts, tpr: float, rule: str = "first") -> int:
-    """Return the index of the threshold that accepts the share ``tpr`` of positive rows; see ``fpr_at_tpr_id``."""
-    if not 0 < tpr <= 1:
-        raise BadInput(f"tpr must be in (0, 1], got {tpr}.")
-    return _RULES[rule](counts.positives, Fraction(str(tpr)) * counts.n_positive)
-
-
-def resampled_fpr(counts: RocCounts, replicates: int, rng: np.random.Generator, tpr: float) -> NDArray[np.float64]:
-    """``fpr_of`` with the rule ``"first"`` on ``replicates`` resamples of the rows, computed without drawing rows.
-
-    The position of the k-th highest of n resampled rows, as a share of n, is the k-th of n uniform variables, so it has
-    the distribution Beta(k, n - k + 1). The number of accepted rows of the other class is binomial.
-    """
-    n, m = counts.n_positive, counts.n_negative
-    kept = ceil(Fraction(str(tpr)) * n)
-    row = np.minimum((n * rng.beta(kept, n - kept + 1, replicates)).astype(np.int64), n - 1)
-    accepted = counts.negatives[np.searchsorted(counts.positives, row, side="right")]
-    return rng.binomial(m, accepted / m) / m
-
-
 _aupr = partial(Metric, label="AUPR", formula=aupr_of, options=("interpolation",))
 _fpr95 = partial(
     Metric,
@@ -335,23 +263,18 @@ _ROWS = (
         formula=selective.augrc_of,
         meaning="mean share of ID images that are accepted and misclassified over all coverages",
     ),
-    _risk(
-        "aurc_scod",
-        label="AURC-SCOD",
-        formula=partial(selective.aurc_of, ood=True),
-        meaning="AURC on ID and OoD images together, where accepted OoD images are errors",
-    ),
-    _risk(
-        "e_aurc_scod",
-        label="E-AURC-SCOD",
-        formula=partial(selective.e_aurc_of, ood=True),
-        meaning="E-AURC on ID and OoD images together, where accepted OoD images are errors",
-    ),
-    _risk(
-        "augrc_scod",
-        label="AUGRC-SCOD",
-        formula=partial(selective.augrc_of, ood=True),
-        meaning="AUGRC on ID and OoD images together, where accepted OoD images are errors",
+    *(
+        _risk(
+            f"{name}_scod",
+            label=f"{label}-SCOD",
+            formula=partial(formula, ood=True),
+            meaning=f"{label} on ID and OoD images together, where accepted OoD images are errors",
+        )
+        for name, label, formula in (
+            ("aurc", "AURC", selective.aurc_of),
+            ("e_aurc", "E-AURC", selective.e_aurc_of),
+            ("augrc", "AUGRC", selective.augrc_of),
+        )
     ),
     _system(
         "oscr",

@@ -2,8 +2,9 @@
 
 from ood_scores.features.block import Block
 from ood_scores.features.ensemble import OneSet, Sets, as_feature_set, ensemble
-from ood_scores.features.featureset import FeatureSet, load
+from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.head import Head, zero_shot_head
+from ood_scores.features.loading import load
 from ood_scores.features.provenance import Provenance
 
 __all__ = [

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import threshold
 
 from ood_scores.features.finite import require_finite
 from ood_scores.features.head import Head
+from ood_scores.features.row_reductions import by_pieces, entropy, largest_share, row_norm
 from ood_scores.features.storage.texts import unpacked
 from ood_scores.runtime import CPU
 
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
     P = ParamSpec("P")
 R = TypeVar("R")
-
-PIECE = 2**18
-"""The number of values that a CPU processes at a time when only a reduction of them is kept: they fit its caches."""
-
 
 NEARLY_UNIFORM = 1.05
 """A softmax is nearly uniform if no probability exceeds this multiple of 1 / C: quantities derived from its float32
@@ -290,7 +286,7 @@ class Block:
     @once
     def confidence(self, temperature: float = 1.0) -> Tensor:
         """The largest probability, float64 ``[B]``; it does not saturate, since near 1 it is 1 minus all others."""
-        confidence = self.from_native_softmax(temperature, _largest_share)
+        confidence = self.from_native_softmax(temperature, largest_share)
         uniform = confidence < NEARLY_UNIFORM / self.logits.shape[1]
         return self.refined(confidence, uniform, lambda logits: logits.softmax(dim=1).amax(dim=1), temperature)
 
@@ -346,50 +342,12 @@ class Block:
         return values / row_norm(values, 2.0).clamp_min(1e-12)[:, None] if normalize else values
 
 
-def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Reduce each row of ``[B, K]`` to one value ``[B]`` or several ``[..., B]``; on a CPU, by ``PIECE`` values."""
-    rows = max(1, PIECE // max(1, values.shape[1]))
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or len(values) <= rows:
-        return reduced(values)
-    return torch.cat([reduced(piece) for piece in values.split(rows)], dim=-1)
-
-
-def entropy(softmax: Tensor, logits: Tensor) -> Tensor:
-    """The entropy in nats of the softmax ``[B, C]`` of logits, float64 ``[B]``; the softmax is overwritten."""
-    below = logits - logits.amax(dim=1, keepdim=True)
-    below_largest = below.mul_(softmax).sum(dim=1).double()  # the terms have one sign, so nothing cancels
-    return -_largest_share(softmax).log() - below_largest
-
-
-def row_norm(values: Tensor, p: float, overwritten: bool = False) -> Tensor:
-    """The p-norm of each row, p in (0, inf], float64 ``[B]``; rows are scaled first if a power could overflow.
-
-    If the values may be ``overwritten``, a 1-norm takes no other memory.
-    """
-    if p == float("inf"):
-        return values.abs().amax(dim=1).double()
-    if p == 1.0:
-        return by_pieces(lambda piece: (piece.abs_() if overwritten else piece.abs()).sum(dim=1), values).double()
-    if p == 2.0:
-        return torch.linalg.vector_norm(values, 2, dim=1).double()
-    largest = values.abs().amax(dim=1, keepdim=True)
-    scaled = values.abs() / torch.where(largest > 0, largest, 1)
-    return scaled.pow(p).sum(dim=1).double().pow(1.0 / p) * largest[:, 0].double()
-
-
 def _below(logits: Tensor) -> Tensor:
     return logits - logits.amax(dim=1, keepdim=True)
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
-
-
-def _largest_share(shares: Tensor) -> Tensor:
-    """The largest of shares that sum to 1, float64 ``[B]``; the shares are overwritten."""
-    largest = shares.amax(dim=1).double()
-    minus_others = threshold(shares.neg_(), -0.5, 0.0, inplace=True).sum(dim=1).double()  # all below one half
-    return torch.where(largest > 0.75, 1 + minus_others, largest)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

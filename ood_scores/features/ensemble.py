@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
-from ood_scores.features.featureset import FeatureSet, load
+from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.head import Head
+from ood_scores.features.loading import load
 from ood_scores.features.storage import columns as col
 
 OneSet: TypeAlias = FeatureSet | str | os.PathLike[str]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,32 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ood_scores.atomic import user_path
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, ShapeMismatch
+from ood_scores.errors import BadInput, BadLabels, EmptyInput
 from ood_scores.features.block import Block
+from ood_scores.features.block_size import default_rows
 from ood_scores.features.checks import check_columns
-from ood_scores.features.head import Head, as_two_classes
+from ood_scores.features.head import Head
+from ood_scores.features.logit_columns import logits_of, with_two_classes
 from ood_scores.features.provenance import Provenance
+from ood_scores.features.row_numbers import row_numbers
 from ood_scores.features.storage import columns as col
 from ood_scores.features.storage.texts import IDS, unpacked
 from ood_scores.notebook import facts_html
-from ood_scores.runtime import CPU, find_device
+from ood_scores.runtime import CPU
 from ood_scores.transfers import blocks_on
-from ood_scores.user_warnings import warn_user
-
-if TYPE_CHECKING:
-    from ood_scores.features.storage.checksums import Verify
-
-BLOCK_BYTES = 16 * 2**20
-"""The largest default size of a block, measured in float64."""
-
-BLOCK_ROWS = 16384
-"""The most rows of a default block: enough to hide the overhead of Python, few enough for the processor's caches."""
-
-GPU_BLOCK_SHARE = 1 / 256
-"""The largest default size of a block on a GPU, measured in float64, as a share of its memory."""
-
-GPU_BLOCK_ROWS = 2**17
-"""The most rows of a default block on a GPU, which needs more of them to be busy."""
 
 
 class FeatureSet:
@@ -104,7 +90,7 @@ class FeatureSet:
         self._columns = {name: col.as_column(name, values) for name, values in given.items() if values is not None}
         self._columns |= {} if ids is None else {IDS: col.id_column(ids)}
         if "logits" in self._columns:
-            self._columns["logits"] = _with_two_classes(self._columns["logits"])
+            self._columns["logits"] = with_two_classes(self._columns["logits"])
         self.head = None if head is None else _as_head(head).with_two_classes()
         self.provenance = provenance
         self.statistics: dict[Any, Any] = {}
@@ -210,10 +196,10 @@ class FeatureSet:
             start, stop, _ = rows.indices(len(self))
             columns = {name: col.take(column, start, max(start, stop)) for name, column in self._columns.items()}
         else:
-            index = self._row_numbers(rows)
+            index = row_numbers(rows, len(self))
             columns = {name: col.gather(column, index) for name, column in self._columns.items()}
         origin = self.provenance and self.provenance.of_some_rows()
-        chosen = FeatureSet(**_arguments(columns), head=self.head, provenance=origin)
+        chosen = FeatureSet(**col.as_arguments(columns), head=self.head, provenance=origin)
         chosen.device, chosen.block_rows = self.device, self.block_rows
         return chosen
 
@@ -227,10 +213,9 @@ class FeatureSet:
             ShapeMismatch: if the head is for features of another width.
         """
         head = _as_head(head).with_two_classes()
-        logits = col.CombinedColumn((self._columns["features"],), _LogitsOf(head))
-        columns = {**self._columns, "logits": logits}
+        columns = {**self._columns, "logits": logits_of(head, self._columns["features"])}
         origin = self.provenance and replace(self.provenance, head=head.digest)
-        view = FeatureSet(**_arguments(columns), head=head, provenance=origin)
+        view = FeatureSet(**col.as_arguments(columns), head=head, provenance=origin)
         view.device, view.block_rows = self.device, self.block_rows
         return view
 
@@ -272,11 +257,11 @@ class FeatureSet:
         columns = self._columns if only is None else self._columns_of(only)
         to = self.device if device is None else torch.device(device)
         head = self.head and self.head.to(to or self.block_device)
-        rows = rows or self._default_rows(columns, to or self.block_device)
+        rows = rows or default_rows(columns.values(), to or self.block_device)
         parts = self._parts(columns, rows)
         starts = range(0, len(self), rows)
         for start, part in zip(starts, blocks_on(to, parts) if to else parts, strict=True):
-            yield Block(**_arguments(part), head=head, start=start, rows=min(rows, len(self) - start))
+            yield Block(**col.as_arguments(part), head=head, start=start, rows=min(rows, len(self) - start))
 
     def _parts(self, columns: Mapping[str, col.Column], rows: int) -> Iterator[dict[str, Tensor]]:
         """The columns as they are stored, ``rows`` rows at a time."""
@@ -305,7 +290,7 @@ class FeatureSet:
 
     def _runs(self) -> Iterator[dict[str, Tensor]]:
         """All columns as they are stored, on the CPU, in runs of rows."""
-        return blocks_on(CPU, self._parts(self._columns, self._default_rows(self._columns, CPU)))
+        return blocks_on(CPU, self._parts(self._columns, default_rows(self._columns.values(), CPU)))
 
     def check_finite(self) -> None:
         """Check that features, logits, and extras hold neither NaN nor infinite values.
@@ -343,25 +328,6 @@ class FeatureSet:
     def _read(self, name: str) -> Tensor | None:
         return col.read_all(self._columns[name]) if name in self._columns else None
 
-    def _row_numbers(self, rows: Any) -> Tensor:
-        if isinstance(rows, slice):
-            return torch.from_numpy(np.arange(len(self))[rows].copy())
-        array = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
-        if array.ndim != 1 or (array.dtype.kind not in "iub" and array.size):
-            raise BadInput("rows must be a slice, a one-dimensional index array, or a mask.")
-        index = torch.from_numpy(array if array.dtype.kind == "b" else array.astype(np.int64))
-        if index.dtype == torch.bool:
-            if len(index) != len(self):
-                raise ShapeMismatch(
-                    f"the mask has {len(index)} values, but the set has {len(self)} rows: give one value per row."
-                )
-            return index.nonzero()[:, 0]
-        if len(index) and not (-len(self) <= int(index.min()) and int(index.max()) < len(self)):
-            raise BadInput(
-                f"the row numbers {int(index.min())} to {int(index.max())} exceed the {len(self)} rows of the set."
-            )
-        return torch.where(index < 0, index + len(self), index)
-
     def _columns_of(self, names: Iterable[str]) -> dict[str, col.Column]:
         """The columns that the names stand for: a column itself, the extra of that name, or all extras of a probe."""
         wanted = {
@@ -371,14 +337,6 @@ class FeatureSet:
             if column in (name, f"extras/{name}") or column.startswith(f"extras/{name}.")
         }
         return {name: column for name, column in self._columns.items() if name in wanted}
-
-    def _default_rows(self, columns: Mapping[str, col.Column], device: torch.device) -> int:
-        width = sum(math.prod(column.shape[1:]) for column in columns.values())
-        most_rows, most_bytes = BLOCK_ROWS, BLOCK_BYTES
-        if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory
-            most_rows, most_bytes = GPU_BLOCK_ROWS, max(BLOCK_BYTES, int(GPU_BLOCK_SHARE * memory))
-        return max(1, min(most_rows, most_bytes // (8 * max(width, 1))))
 
 
 class _Extras(Mapping[str, Tensor]):
@@ -396,70 +354,6 @@ class _Extras(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, verify: Verify = "once") -> FeatureSet:
-    """Open a feature cache, which is read lazily.
-
-    Args:
-        path: The file.
-        device: The device on which blocks are fitted and scored; ``"auto"`` is a GPU if one is available.
-        verify: When the checksums of rows are checked: the first time that this process reads them (``"once"``),
-            whenever they are read (``"always"``), or never (False), such as for a cache that another program changed.
-            With False, no stored statistics are used, and none are stored. A cache without a seal, in which nothing
-            can be verified, is warned of unless this is False.
-
-    Raises:
-        BadInput: if the device is not available.
-        FileNotFoundError: if the file does not exist.
-        ForeignFile: if the file is not a cache of this package.
-        UnfinishedCache: if the extraction has not finished; the message says how to continue it.
-        DamagedCache: if the file is truncated or unreadable.
-        CacheBusy: if another process is writing the file.
-    """
-    from ood_scores.features.storage import cache
-    from ood_scores.features.storage.layout import column_names
-    from ood_scores.features.storage.reading import how_to_seal, is_sealed
-
-    found = find_device(device)
-    if verify not in ("once", "always", False):
-        raise BadInput(f"verify must be 'once', 'always', or False, got {verify!r}.")
-    with cache.open_to_read(path, sealed=verify is not False) as h5:
-        cache.require_finished(h5)
-        if verify and not is_sealed(h5):
-            warn_user(how_to_seal(path))
-        columns = {name: replace(col.disk_column(h5[name]), verify=verify) for name in column_names(h5)}
-        provenance = cache.state(h5).provenance
-        feats = FeatureSet(**_arguments(columns), head=cache.read_head(h5), provenance=provenance)
-        feats.is_whole_file = True
-        feats.device = None if found.type == "cpu" else found
-        return feats
-
-
-def _arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns as arguments of a FeatureSet or a Block."""
-    extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
-    return {name: columns.get(name) for name in ("features", "logits", "labels", IDS)} | {"extras": extras}
-
-
-@dataclass(frozen=True)
-class _LogitsOf:
-    """The logits of a head, as a function of columns."""
-
-    head: Head
-
-    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        return self.head(parts[0].to(torch.promote_types(parts[0].dtype, torch.float32)))
-
-
-def _with_two_classes(logits: col.Column) -> col.Column:
-    """Return the logits; a single logit z per row becomes (0, z) when it is read."""
-    is_single = len(logits.shape) == 2 and logits.shape[1] == 1
-    return col.CombinedColumn((logits,), _two_classes_of) if is_single else logits
-
-
-def _two_classes_of(parts: Sequence[Tensor]) -> Tensor:
-    return as_two_classes(parts[0])
 
 
 def _as_head(head: Any) -> Head:

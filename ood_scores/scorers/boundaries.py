@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.block import row_norm
+from ood_scores.features.row_reductions import row_norm
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.block import by_pieces, entropy, row_norm
+from ood_scores.features.row_reductions import by_pieces, entropy, row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted

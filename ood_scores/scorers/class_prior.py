@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.block import row_norm
+from ood_scores.features.row_reductions import row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.registry import register_scorer

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.block import row_norm
+from ood_scores.features.row_reductions import row_norm
 from ood_scores.features.statistics.base import Accumulator, Found, Statistic
 from ood_scores.features.statistics.means import GroupMeans, Means
 from ood_scores.scorers.base import Scorer, fitted

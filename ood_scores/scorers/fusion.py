@@ -13,7 +13,8 @@ from torch import Tensor
 from ood_scores.errors import NotFinite
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.base import Found
-from ood_scores.scorers.base import Scorer, as_scorer, fitted, score_all
+from ood_scores.scorers.base import Scorer, as_scorer, fitted
+from ood_scores.scorers.one_pass import score_all
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 

@@ -14,11 +14,12 @@ from torch.nn.functional import normalize
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, load
-from ood_scores.features.block import row_norm
+from ood_scores.features.row_reductions import row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.means import FeatureMean, Means
-from ood_scores.scorers.base import Scorer, fitted, require_same_weights
+from ood_scores.scorers.base import Scorer, fitted
+from ood_scores.scorers.compatibility import require_same_weights
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present
 from ood_scores.scorers.neighbors import kth_neighbors, why_no_graph_of

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from ood_scores.features import Block
-from ood_scores.features.block import by_pieces, row_norm
+from ood_scores.features.row_reductions import by_pieces, row_norm
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.papers import HAAS_2024, SHIN_2024

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.block import row_norm
+from ood_scores.features.row_reductions import row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.row_samples import Logits

@@ -10,7 +10,8 @@ from torch import Tensor
 from ood_scores.errors import OodScoresError
 from ood_scores.features import FeatureSet
 from ood_scores.runtime import Cost
-from ood_scores.scorers.base import Scorer, fit_all, score_all
+from ood_scores.scorers.base import Scorer
+from ood_scores.scorers.one_pass import fit_all, score_all
 
 
 @dataclass

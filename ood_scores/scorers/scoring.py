@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ood_scores.features import Sets, as_feature_set
 from ood_scores.features.statistics.row_hashes import shared_rows, warn_of_overlaps
-from ood_scores.scorers.base import Scorer, as_scorer, fit_all, score_all
+from ood_scores.scorers.base import Scorer, as_scorer
+from ood_scores.scorers.one_pass import fit_all, score_all
 
 
 def score(

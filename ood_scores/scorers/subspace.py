@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, Head
-from ood_scores.features.block import row_norm
+from ood_scores.features.row_reductions import row_norm
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.moments import GlobalMoments, Moments

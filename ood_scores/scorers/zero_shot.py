@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ood_scores.errors import MissingInput
 from ood_scores.features import Block, Head
-from ood_scores.features.block import PIECE, row_norm
+from ood_scores.features.row_reductions import PIECE, row_norm
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags

@@ -21,7 +21,8 @@ from ood_scores.benchmark.results import save
 from ood_scores.benchmark.run_diff import compare_runs
 from ood_scores.benchmark.spec import Published, ScorerTable, Search
 from ood_scores.cli import app
-from ood_scores.evaluation.metrics import METRICS, Metric, compare, fpr_at_tpr_id, fpr_of
+from ood_scores.evaluation.metrics import METRICS, Metric, compare, fpr_at_tpr_id
+from ood_scores.evaluation.roc_metrics import fpr_of
 from ood_scores.evaluation.threshold_counts import RocCounts
 from ood_scores.evaluation.uncertainty import bootstrap, interval
 

@@ -17,8 +17,8 @@ from scipy.spatial.distance import cdist
 from ood_scores import FeatureSet, create_scorer, load, load_scorer, score
 from ood_scores.errors import BadInput
 from ood_scores.features.statistics.row_samples import drawn_numbers
-from ood_scores.scorers.base import score_all
 from ood_scores.scorers.numerics import faiss_index
+from ood_scores.scorers.one_pass import score_all
 
 Array = NDArray[np.float32]
 WIDTH = 16

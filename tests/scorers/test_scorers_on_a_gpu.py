@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ood_scores import FeatureSet, create_scorer, list_scorers
-from ood_scores.scorers.base import score_all
+from ood_scores.scorers.one_pass import score_all
 from ood_scores.testing.problem import Case, problem
 
 pytestmark = pytest.mark.gpu

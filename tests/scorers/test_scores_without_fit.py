@@ -14,7 +14,7 @@ from scipy import special, stats
 
 from ood_scores import FeatureSet, Head, create_scorer, score
 from ood_scores.errors import BadInput
-from ood_scores.features.block import PIECE
+from ood_scores.features.row_reductions import PIECE
 
 Array = NDArray[np.float64]
 INF = float("inf")

@@ -14,7 +14,7 @@ from benchmarks.speed import scorers
 from benchmarks.speed.lines.data import CLASSES, WIDTH
 from benchmarks.speed.measure import Figure, Line, Product, scaled, timed
 from benchmarks.speed.memory import FITS, write_cache
-from ood_scores.scorers.base import fit_all
+from ood_scores.scorers.one_pass import fit_all
 
 ROWS = 1_281_167
 LEAST_ROWS = 3 * WIDTH

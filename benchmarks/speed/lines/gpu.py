@@ -17,7 +17,7 @@ from benchmarks.speed.lines.data import CLASSES, WIDTH, random_set
 from benchmarks.speed.lines.training import ON_GPU, epochs
 from benchmarks.speed.measure import Figure, Line, Product, paired, scaled, timed
 from ood_scores.features import Block
-from ood_scores.scorers.base import fit_all
+from ood_scores.scorers.one_pass import fit_all
 
 BATCH, BATCHES = 256, 100
 BANK, QUERIES, K = 1_281_167, 10_000, 50

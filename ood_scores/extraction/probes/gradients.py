@@ -18,7 +18,7 @@ from ood_scores.extraction.layers import Layers, resolve_layers
 from ood_scores.extraction.outputs import logits_of
 from ood_scores.extraction.probes.base import Pass, Probe, register_probe
 from ood_scores.extraction.probes.reruns import seed_of
-from ood_scores.features.block import row_norm
+from ood_scores.features.row_reductions import row_norm
 
 GRADIENT_BYTES = 256 * 2**20
 """Maximum size of the gradients of several inputs computed together; those of one input may be larger."""

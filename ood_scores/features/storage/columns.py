@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput, CacheError
-from ood_scores.features.storage.texts import as_bytes, packed, row_type
+from ood_scores.features.storage.texts import IDS, as_bytes, packed, row_type
 
 if TYPE_CHECKING:
     import h5py
@@ -133,6 +133,12 @@ def as_column(name: str, values: Any) -> Column:
         return torch.from_numpy(_native(np.ascontiguousarray(values)))
     except (TypeError, ValueError) as error:
         raise BadInput(f"{name} must be a torch tensor, a NumPy array, or an open h5py dataset: {error}") from error
+
+
+def as_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return columns by name as arguments of a FeatureSet or a Block."""
+    extras = {name.removeprefix("extras/"): columns[name] for name in columns if name.startswith("extras/")}
+    return {name: columns.get(name) for name in ("features", "logits", "labels", IDS)} | {"extras": extras}
 
 
 def id_column(ids: Any) -> Column:
