@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ood_scores.features import Block, FeatureSet, Head
+from ood_scores.features.halves import halves
 from ood_scores.features.layer_set import LayerSet
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.collect import collect
@@ -41,11 +42,11 @@ class Layers(LayeredScorer):
     unchanged. With several layers, the scores of each layer become comparable by those of reference rows, and are
     combined. Reads ``layers.<module>``, which ``extract(layers=...)`` keeps.
 
-    Fits ``base`` for each layer. With several layers, it is fitted on every second row, starting with the first, and
-    the other rows are the reference rows, as in ``fusion``: scores of rows that a scorer was fitted on are too high.
-    The logits of a layer are those of the model. A base that reads the head finds, in its place, the affine map from
-    the layer to the model's logits with the least squared error on the rows it is fitted on; at the penultimate layer,
-    this is the head of the model.
+    Fits ``base`` for each layer. With several layers, it is fitted on half of the rows of each class, and the other
+    rows are the reference rows, as in ``fusion``: scores of rows that a scorer was fitted on are too high. The logits
+    of a layer are those of the model. A base that reads the head finds, in its place, the affine map from the layer to
+    the model's logits with the least squared error on the rows it is fitted on; at the penultimate layer, this is the
+    head of the model.
 
     Source: our construction of what oodeel and scio offer for some scorers; ``"mean"`` ranks rows as the default of
     oodeel does, and ``"fisher"`` as its Fisher aggregator does (Haroush et al. 2022, "A Statistical Framework for
@@ -83,7 +84,7 @@ class Layers(LayeredScorer):
             "layers.a": lambda features, logits: features[:, :5],
             "layers.b": lambda features, logits: features[:, 2:].square(),
         },
-        exceptions={"blocks_and_order_of_fit_rows": "every second row of the fit set is a reference row"},
+        exceptions={"blocks_and_order_of_fit_rows": "half of the fit rows, drawn by their numbers, are reference rows"},
         search_space={"combine": ("mean", "min", "max", "fisher", "learned")},
     )
     base: str | Scorer = "knn"
@@ -117,9 +118,10 @@ class Layers(LayeredScorer):
         self.require(len(feats) >= 4 or len(self.layers_) == 1, "several layers need at least 4 rows to fit")
         if "labels" in self.fit_needs:
             feats.class_labels()  # a member sees only the labels of its own rows
+        parts = halves(feats) if len(self.layers_) > 1 else None
         self.members_, self.heads_, references = [], [], []
         for view in (LayerSet(feats, name) for name in self.names()):
-            rows, *reference = [view[::2], view[1::2]] if len(self.layers_) > 1 else [view]
+            rows, *reference = [view] if parts is None else [view[part] for part in parts]
             if self._reads_head:
                 self.heads_.append(head_at(rows))
                 for part in (rows, *reference):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ood_scores.errors import NotFinite
 from ood_scores.features import Block, FeatureSet
+from ood_scores.features.halves import halves
 from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import Scorer, as_scorer, fitted
 from ood_scores.scorers.one_pass import score_all
@@ -52,10 +53,10 @@ class Fusion(Scorer):
     ``stouffer``: ``sum_i Phi^-1(p_i) / sqrt(M)``; ``min``: ``min_i p_i``.
 
     The fit stores the members' scores of the reference rows. If all members are already fitted, they are not changed,
-    and all rows are reference rows. Otherwise the members that are not fitted are fitted on every second row, starting
-    with the first, and the other rows are the reference rows: the scores of rows that a member was fitted on are too
-    high. Fitted members, and reference rows that neither they nor the model have seen, are best: half of a validation
-    set, the other half of which calibrates the detector.
+    and all rows are reference rows. Otherwise the members that are not fitted are fitted on half of the rows of each
+    class, and the other rows are the reference rows: the scores of rows that a member was fitted on are too high. The
+    halves are drawn with a fixed seed. Fitted members, and reference rows that neither they nor the model have seen,
+    are best: half of a validation set, the other half of which calibrates the detector.
 
     The members are dependent, so that quantiles of a chi-squared or normal distribution cannot serve as thresholds for
     the combined score. It is calibrated like any other score, on rows that are not used in the fit, and the guarantees
@@ -107,7 +108,7 @@ class Fusion(Scorer):
         reference = feats
         if self._unfitted():
             self.require(len(feats) >= 2, "fitting members needs at least 2 rows, one of them a reference row")
-            rows, reference = feats[::2], feats[1::2]
+            rows, reference = (feats[half] for half in halves(feats))
             self._trained = {
                 number: copy.deepcopy(member).fit(rows)
                 for number, member in enumerate(self._given)

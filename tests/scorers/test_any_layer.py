@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ood_scores import FeatureSet, create_scorer, extract, load, score
 from ood_scores.errors import BadInput, MissingInput
+from ood_scores.features.halves import halves
 from ood_scores.features.layer_set import LayerSet
 from ood_scores.scorers.any_layer import head_at
 from ood_scores.scorers.storage import load_scorer
@@ -30,6 +31,7 @@ def set_with_layers(rows: Array, logits: Array, labels: Any = None) -> FeatureSe
 
 
 FIT_LAYERS, SCORED = set_with_layers(FIT, FIT_LOGITS, labels_of_fit), set_with_layers(ROWS, LOGITS)
+FIRST, SECOND = halves(FIT_LAYERS)
 
 
 def at(layer: str, rows: Array, logits: Array, labels: Any = None, head: Any = None) -> FeatureSet:
@@ -72,7 +74,7 @@ def test_the_penultimate_layer_has_the_head_of_the_model() -> None:
         np.testing.assert_allclose(ours(name, scored, fit, space="layers.pool"), ours(name), rtol=1e-7, atol=1e-9)
 
 
-def of_layers(rows: slice, scored: FeatureSet) -> Array:
+def of_layers(rows: Any, scored: FeatureSet) -> Array:
     """Scores ``[L, N]`` of the layers by scorers fitted on some rows of the fit set."""
     found = []
     for layer in ("layers.a", "layers.b"):
@@ -82,8 +84,7 @@ def of_layers(rows: slice, scored: FeatureSet) -> Array:
 
 
 def combined(combine: str) -> Array:
-    reference = of_layers(slice(None, None, 2), FIT_LAYERS[1::2])
-    scores = of_layers(slice(None, None, 2), SCORED)
+    reference, scores = of_layers(FIRST, FIT_LAYERS[SECOND]), of_layers(FIRST, SCORED)
     if combine == "fisher":
         n = reference.shape[1]
         p = [[(1 + (r <= s).sum()) / (n + 2) for s in row] for row, r in zip(scores, reference, strict=True)]
@@ -104,14 +105,14 @@ def test_combinations(combine: str) -> None:
 
 def test_the_mean_ranks_rows_as_oodeel_does() -> None:
     """``StdNormalizedAggregator`` divides by the standard deviation and averages, without centering."""
-    reference, scores = of_layers(slice(None, None, 2), FIT_LAYERS[1::2]), of_layers(slice(None, None, 2), SCORED)
+    reference, scores = of_layers(FIRST, FIT_LAYERS[SECOND]), of_layers(FIRST, SCORED)
     theirs = (-scores / reference.std(axis=1, keepdims=True)).mean(axis=0)
     assert (np.argsort(theirs) == np.argsort(-combined("mean"))).all()
 
 
 def test_learned_weights_vary_least() -> None:
     scorer: Any = create_scorer("layers", base="mahalanobis", combine="learned").fit(FIT_LAYERS)
-    reference = of_layers(slice(None, None, 2), FIT_LAYERS[1::2])
+    reference = of_layers(FIRST, FIT_LAYERS[SECOND])
     standardized = (reference - reference.mean(axis=1, keepdims=True)) / reference.std(axis=1, keepdims=True)
     assert scorer.weights_.sum() == pytest.approx(1)
     variances = [np.var(np.array([w, 1 - w]) @ standardized) for w in np.linspace(-1, 2, 61)]

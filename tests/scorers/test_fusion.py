@@ -18,6 +18,7 @@ from ood_scores import FeatureSet, Head, Scorer, create_scorer, load_scorer
 from ood_scores.detector.conformal import p_values, threshold
 from ood_scores.errors import BadInput, MissingInput, NotFinite, NotFitted
 from ood_scores.features import Block
+from ood_scores.features.halves import halves
 from ood_scores.scorers.fusion import METHODS, Fusion
 
 TRIALS = 1000
@@ -120,10 +121,11 @@ def test_with_fitted_members_all_rows_are_reference_rows() -> None:
     assert torch.equal(twice.score(NEW), fusion.score(NEW))
 
 
-def test_members_that_are_not_fitted_are_fitted_on_every_second_row() -> None:
+def test_members_that_are_not_fitted_are_fitted_on_half_of_the_rows_of_each_class() -> None:
     split = Fusion(["energy", create_scorer("knn", k=3), "mahalanobis"]).fit(TRAIN)
-    by_hand = [create_scorer("knn", k=3).fit(TRAIN[::2]), create_scorer("mahalanobis").fit(TRAIN[::2])]
-    assert torch.equal(split.score(NEW), Fusion(["energy", *by_hand]).fit(TRAIN[1::2]).score(NEW))
+    first, second = (TRAIN[half] for half in halves(TRAIN))
+    by_hand = [create_scorer("knn", k=3).fit(first), create_scorer("mahalanobis").fit(first)]
+    assert torch.equal(split.score(NEW), Fusion(["energy", *by_hand]).fit(second).score(NEW))
     refitted = copy.deepcopy(split).fit(HELD_OUT)
     assert torch.equal(
         refitted.score(NEW), Fusion(["energy", create_scorer("knn", k=3), "mahalanobis"]).fit(HELD_OUT).score(NEW)
@@ -184,3 +186,21 @@ def test_nan_of_a_member_is_an_error() -> None:
 def test_bad_parameters(parameters: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         create_scorer("fusion", **parameters)
+
+
+@pytest.mark.parametrize("labels", [np.arange(60) % 2, np.arange(60) // 30, np.arange(60) % 7, [5] * 59 + [8]])
+def test_both_halves_have_rows_of_every_class(labels: Any) -> None:
+    """With labels that alternate, every second row would be one class."""
+    feats = FeatureSet(TRAIN.features, labels=np.asarray(labels))
+    first, second = halves(feats)
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(60))
+    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+        here = [int((np.asarray(labels)[half] == label).sum()) for half in (first, second)]
+        assert max(here) - min(here) <= 1
+        assert min(here) >= count // 2
+
+
+def test_rows_without_labels_are_halved_in_random_order() -> None:
+    first, second = halves(FeatureSet(torch.zeros(1000, 1)))
+    assert len(first) == len(second) == 500
+    assert 200 < int((first % 2).sum()) < 300
