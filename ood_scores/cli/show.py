@@ -34,25 +34,25 @@ def show(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER|DATA", help="Folder or dataset of the pictures; defaults to the one that the cache records."
-        ),
+        typer.Option(metavar="FOLDER|DATA", help="Folder or dataset of the pictures, as it was given to extract."),
     ] = None,
     out: Annotated[Path, typer.Option(help="File of the grid: .png, .pdf, .svg, .jpg, or .webp.")] = Path("grid.png"),
     device: options.Device = "auto",
 ) -> None:
     """Draw the pictures with the lowest or highest scores of a cache.
 
-    Pictures are found by the names of the rows, which the cache keeps.
+    Pictures are found by the names of the rows, which the cache keeps. The cache also records where they were, but it
+    may come from somebody else: only pictures that you name with --data are opened.
 
     \b
     [bold]Examples[/]
-      ood-scores show textures.h5 --scorer energy --most-ood 24 --out grid.png
-      ood-scores show textures.h5 --most-id 24 --data folder:textures
-      ood-scores show val.h5 --scorer mahalanobis --fit train.h5
+      ood-scores show textures.h5 --data folder:textures --out grid.png
+      ood-scores show textures.h5 --data folder:textures --most-id 24
+      ood-scores show val.h5 --data val --scorer mahalanobis --fit train.h5
     """
     import ood_scores
     from ood_scores.atomic import replacing, user_path
+    from ood_scores.evaluation.pictures import dataset_of
     from ood_scores.plotting.picture_grid import picture_grid
 
     if most_ood and most_id:
@@ -60,12 +60,13 @@ def show(
     if out.suffix not in FORMATS:
         raise BadInput(f"cannot write {out}: use a file name that ends in {', '.join(FORMATS[:-1])}, or {FORMATS[-1]}.")
     feats = ood_scores.load(cache, device)
+    pictures = dataset_of(feats, data)
     scorer = scorer_name(scorer)
     params = parameters(scorer, param or ())
     with showing_work(f"{scorer} …"):
         scores = ood_scores.score(scorer, feats, ood_scores.load(fit, device) if fit else None, **params)
         most, count = ("id", most_id) if most_id else ("ood", most_ood or DEFAULT_COUNT)
-        figure = picture_grid(feats, scores, data, most=most, count=count, title=scorer)
+        figure = picture_grid(feats, scores, pictures, most=most, count=count, title=scorer)
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=150, format=out.suffix[1:])
     with replacing(user_path(out)) as file:

@@ -43,6 +43,7 @@ class RenumberedImages(ImageDataset):
         self.numbers = numbers
         self.text, self.root = dataset.text, dataset.root
         self.class_names = tuple(classes)
+        self.listed_classes = dataset.listed_classes
         self.label_order = f"renumbered, {hashlib.sha256(numbers.tobytes()).hexdigest()[:12]}"
 
     @property
@@ -90,7 +91,8 @@ def renumbered(dataset: ImageDataset, classes: Sequence[str], source: object = "
         more = ", …" if len(missing) > SHOWN else ""
         raise BadInput(
             f"{len(missing)} of the {len(names)} classes of {dataset.name} are not in {source}: "
-            f"{', '.join(missing[:SHOWN])}{more}; it has {', '.join(classes[:SHOWN])}, …"
+            f"{', '.join(missing[:SHOWN])}{more}; it has {len(classes)} names, {', '.join(classes[:SHOWN])}, …: add "
+            "the missing names, in the order of the model, or remove their images."
         )
     numbers = np.array([found[name] for name in names], dtype=np.int64)
     return dataset if (numbers == np.arange(len(names))).all() else RenumberedImages(dataset, numbers, classes)
@@ -131,7 +133,9 @@ def ordered(classes: Sequence[str] | Mapping[Any, Any], count: int | None = None
     if isinstance(classes, str) or not isinstance(classes, Iterable):
         raise BadInput(f"classes must be a list of names or a mapping, got {classes!r}.")
     if count is not None and len(classes) != count:
-        raise BadInput(f"the model has {count} classes, but there are {len(classes)} names.")
+        raise BadInput(
+            f"the model has {count} classes, but there are {len(classes)} names: list all, in the order of the logits."
+        )
     return tuple(map(str, classes))
 
 

@@ -29,6 +29,7 @@ class ImageDataset(Dataset[Any], ABC):
         transform: function that is applied to the PIL image of every item, or None.
         text, root: the text that opened the dataset, and the folder where its paths start; None for other datasets.
         class_names: the names of the classes, in the order of the labels; None if they are unknown.
+        listed_classes: the length of the list that numbers the classes (``?classes=FILE``); None without a list.
         label_order: the order of the labels, if it is not the dataset's own or, for folders, the alphabetical one. It
             is part of the identity of a cache.
     """
@@ -36,6 +37,7 @@ class ImageDataset(Dataset[Any], ABC):
     text: str | None = None
     root: str | None = None
     class_names: Sequence[str] | None = None
+    listed_classes: int | None = None
     label_order: str | None = None
 
     def __init__(self, name: str, transform: Transform | None) -> None:

@@ -17,15 +17,19 @@ FILES_ATTRIBUTES = ("samples", "imgs", "_samples", "_image_files")
 """Attributes in which datasets, such as those of torchvision, keep their files, or pairs of a file and its label."""
 
 
-def ids_of(dataset: Any) -> Sequence[Any] | None:
+def ids_of(dataset: Any, unique: bool = False) -> Sequence[Any] | None:
     """Return the id of each row of a dataset, a text or an integer, without reading images; None if there are none.
 
     They are the ``ids`` of a dataset, such as those of this package, or else the files in its ``samples`` or ``imgs``,
     as torchvision has them, relative to its ``root``, if the first one exists: other texts, such as sentences, are no
     names. Those of a ``Subset`` or ``ConcatDataset`` are those of its datasets.
 
+    Args:
+        dataset: the dataset.
+        unique: whether rows of one dataset must have different ``ids``; rows without one have "" or None.
+
     Raises:
-        BadInput: if a dataset has ``ids``, but not one for each row.
+        BadInput: if a dataset has ``ids``, but not one for each row, or two rows have the same.
     """
     own = getattr(dataset, "ids", None)
     if isinstance(own, (np.ndarray, torch.Tensor)):
@@ -36,17 +40,30 @@ def ids_of(dataset: Any) -> Sequence[Any] | None:
                 f"the dataset {type(dataset).__name__} has {len(own)} ids for {len(dataset)} rows: give it one id for "
                 "each row, in their order."
             )
+        if unique:
+            _require_different(own, getattr(dataset, "name", None) or type(dataset).__name__)
         return own
     if isinstance(dataset, Subset):
-        whole = ids_of(dataset.dataset)
+        whole = ids_of(dataset.dataset, unique)
         return None if whole is None else [whole[index] for index in dataset.indices]
     if isinstance(dataset, ConcatDataset):
-        parts = [ids_of(part) for part in dataset.datasets]
+        parts = [ids_of(part, unique) for part in dataset.datasets]
         if all(part is None for part in parts):
             return None
         named = zip(parts, dataset.datasets, strict=True)
         return list(chain.from_iterable([""] * len(data) if ids is None else ids for ids, data in named))  # type: ignore[arg-type]
     return _files_of(dataset)
+
+
+def _require_different(ids: Sequence[Any], name: str) -> None:
+    rows: dict[str, int] = {}
+    for row, each in enumerate(ids):
+        text = "" if each is None else str(each)
+        if text and rows.setdefault(text, row) != row:
+            raise BadInput(
+                f"rows {rows[text]} and {row} of the dataset {name} have the same id {text!r}: give each row an id of "
+                "its own, or none."
+            )
 
 
 def below(paths: Sequence[str], top: str | os.PathLike[str]) -> list[str]:

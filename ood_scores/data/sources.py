@@ -27,8 +27,8 @@ def open_dataset(
     """Open the dataset that a text names.
 
     Each module of ``ood_scores.data.kinds`` documents the options of a kind. Every kind also has the options below.
-    They are applied in this order, regardless of the order in the text. All but the first are part of the name of the
-    dataset.
+    They are applied in this order, regardless of the order in the text. All but the first and the last are part of the
+    name of the dataset.
 
     - ``classes=FILE``: labels in the order of the names in a file, see ``ood_scores.data.class_names``; not for
       ``digits``, whose option of this name chooses classes.
@@ -39,6 +39,7 @@ def open_dataset(
     - ``validation=0.1``: the share of each class that a training recipe with ``validation = 0.1`` holds out;
       ``without_validation=0.1``: the other images, on which it trains.
     - ``take=500``: the first 500 of every (N // 500)-th row; all rows if there are fewer.
+    - ``labels=none``: no labels, as for OoD images in folders that have names of some classes of the model.
 
     ``FILE.py:FUNCTION?option=value`` is the dataset that a function of imported code returns; see
     ``ood_scores.user_code``.
@@ -78,13 +79,16 @@ def open_dataset(
     return dataset
 
 
-def was_opened(spec: str, root: str) -> bool:
-    """Return whether this process has opened a dataset by this text and folder itself.
+def reopened(spec: str | None, root: str | None) -> ImageDataset | None:
+    """Open the dataset that a file names, without a network, if this process has opened it itself; else return None.
 
     A file of somebody else, such as a cache, can name any path of this machine: such a name is only followed if it was
     opened here before.
     """
-    return (spec, root) in _OPENED
+    if spec is None or root is None or (spec, root) not in _OPENED:
+        return None
+    known = offline(spec)
+    return open_dataset(known, root=root) if known else None
 
 
 def _kind(spec: str, base: Path) -> DatasetKind:

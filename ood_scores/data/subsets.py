@@ -32,7 +32,8 @@ class ChosenImages(ImageDataset):
             raise EmptyInput(f"{name} has no images: {dataset.name} has {len(dataset)}.")
         self.dataset = dataset
         self.indices = indices
-        self.class_names, self.label_order = dataset.class_names, dataset.label_order
+        self.class_names, self.listed_classes = dataset.class_names, dataset.listed_classes
+        self.label_order = dataset.label_order
 
     @property
     def ids(self) -> Sequence[Any] | None:
@@ -63,7 +64,8 @@ class ScrambledImages(ImageDataset):
         super().__init__(f"{dataset.name}[scramble={seed}]", dataset.transform)
         self.dataset = dataset
         self.seed = seed
-        self.class_names, self.label_order = dataset.class_names, dataset.label_order
+        self.class_names, self.listed_classes = dataset.class_names, dataset.listed_classes
+        self.label_order = dataset.label_order
 
     @property
     def ids(self) -> Sequence[Any] | None:
@@ -81,6 +83,30 @@ class ScrambledImages(ImageDataset):
         return Image.fromarray(pixels.reshape(-1, 3)[order].reshape(pixels.shape)), label
 
 
+class UnlabeledImages(ImageDataset):
+    """The images of a dataset without their labels.
+
+    Attributes:
+        dataset: the original dataset, whose transform is not applied.
+        transform: function that is applied to the images.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        super().__init__(dataset.name, dataset.transform)
+        self.dataset = dataset
+
+    @property
+    def ids(self) -> Sequence[Any] | None:
+        """The names of the rows of the original dataset."""
+        return self.dataset.ids
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int | None]:
+        return self.dataset.load(index)[0], None
+
+
 def seen_through(dataset: ImageDataset, options: Mapping[str, str], base: Path = Path()) -> ImageDataset:
     """Apply the options of ``VIEWS`` to a dataset, in the order of ``VIEWS``; relative paths start from ``base``."""
     for name in VIEWS:
@@ -93,7 +119,10 @@ def _classes(dataset: ImageDataset, file: str, base: Path) -> ImageDataset:
     path = located(file, base)
     if not path.exists():
         raise MissingData(f"there is no file {path} with the names of classes")
-    return renumbered(dataset, read_classes(path), path)
+    names = read_classes(path)
+    found = renumbered(dataset, names, path)
+    found.listed_classes = len(names)
+    return found
 
 
 def _scramble(dataset: ImageDataset, seed: str, base: Path) -> ImageDataset:
@@ -158,6 +187,12 @@ def _take(dataset: ImageDataset, number: str, base: Path) -> ImageDataset:
     return ChosenImages(dataset, range(len(dataset))[::step][:wanted], f"{dataset.name}[take={wanted}]")
 
 
+def _labels(dataset: ImageDataset, value: str, base: Path) -> ImageDataset:
+    if value != "none":
+        raise BadInput(f"cannot read labels={value}: write labels=none for images without their labels.")
+    return UnlabeledImages(dataset)
+
+
 VIEWS: dict[str, Callable[[ImageDataset, str, Path], ImageDataset]] = {
     "classes": _classes,
     "scramble": _scramble,
@@ -166,5 +201,6 @@ VIEWS: dict[str, Callable[[ImageDataset, str, Path], ImageDataset]] = {
     "validation": _validation,
     "without_validation": _without_validation,
     "take": _take,
+    "labels": _labels,
 }
 """The options of every dataset by name, in the order in which they are applied."""

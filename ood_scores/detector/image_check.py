@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ood_scores.data.original_images import original_image
-from ood_scores.data.sources import offline, open_dataset, was_opened
+from ood_scores.data.sources import open_dataset, reopened
 from ood_scores.detector.inputs import input_batches
 from ood_scores.detector.parts import DetectorParts
 from ood_scores.errors import BadInput
@@ -96,13 +96,10 @@ def _opened(feats: FeatureSet) -> Any:
     The set may come from somebody else, and name any path of this machine.
     """
     origin = feats.provenance
-    text, root = (origin.data_text, origin.data_root) if origin else (None, None)
-    if text is None or root is None or not was_opened(text, root):
-        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the dataset leaves out
-            return open_dataset(known, root=root) if (known := offline(text)) else None
+            return reopened(origin.data_text, origin.data_root) if origin else None
     except Exception:  # the dataset is gone, or is of a kind that is not registered
         return None
 

@@ -14,10 +14,9 @@ from PIL import Image
 from ood_scores.data.kinds.folder import open_folder
 from ood_scores.data.original_images import original_image
 from ood_scores.data.row_ids import ids_of
-from ood_scores.data.sources import offline, open_dataset
+from ood_scores.data.sources import open_dataset, reopened
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.features import FeatureSet
-from ood_scores.user_warnings import warn_user
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,22 @@ def pictures_of(feats: FeatureSet, data: Any = None) -> Pictures:
     Args:
         feats: the set.
         data: the dataset: a folder of images, a text that ``ood_scores.data.sources.open_dataset`` opens, or a dataset,
-            such as those of torchvision. None is the dataset that the set records, if it can be opened without a
-            network. A warning names it, since a set from somebody else may record any path.
+            such as those of torchvision. None is the dataset that the set records, but only if this process has opened
+            that dataset itself: a set from somebody else can record any path.
 
     Raises:
-        MissingData: if the set records no dataset that can be opened here, or the files do not exist.
+        MissingData: if the set records no dataset that this process has opened, or the files do not exist.
         BadInput: if the dataset has none of the pictures, or rows cannot be told apart.
     """
-    dataset = _opened(feats, data)
+    dataset = dataset_of(feats, data)
     ids = ids_of(dataset)
     if ids is None or feats.ids is None:
         return Pictures(dataset, _rows_by_number(feats, dataset))
     return Pictures(dataset, _rows_by_id(feats, [str(each) for each in ids]))
 
 
-def _opened(feats: FeatureSet, data: Any) -> Any:
+def dataset_of(feats: FeatureSet, data: Any = None) -> Any:
+    """Return the dataset with the pictures of a set; arguments and errors are those of ``pictures_of``."""
     if isinstance(data, os.PathLike) or (isinstance(data, str) and os.path.isdir(data)):
         return open_folder(os.fspath(data), Path())
     if isinstance(data, str):
@@ -69,11 +69,15 @@ def _opened(feats: FeatureSet, data: Any) -> Any:
     if data is not None:
         return data
     origin = feats.provenance
-    text = offline(origin.data_text) if origin and origin.data_text else None
-    if origin is None or text is None:
-        raise MissingData("the set does not record a dataset that can be opened here: pass the folder of its pictures")
-    warn_user(f"the pictures are those of {text!r} in {origin.data_root!r}, which the set records.")
-    return open_dataset(text, root=origin.data_root)
+    dataset = reopened(origin.data_text, origin.data_root) if origin else None
+    if dataset is not None:
+        return dataset
+    if origin is None or origin.data_text is None:
+        raise MissingData("the set does not record the dataset of its pictures: pass their folder (data=, --data)")
+    raise MissingData(
+        f"the set records the pictures {origin.data_text!r} in the folder {origin.data_root!r}, but a file from "
+        "somebody else can record any path: name them yourself (data=, --data)"
+    )
 
 
 def _rows_by_id(feats: FeatureSet, ids: list[str]) -> np.ndarray:

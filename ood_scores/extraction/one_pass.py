@@ -20,6 +20,7 @@ from ood_scores.features import FeatureSet, Provenance, load
 from ood_scores.features.storage import cache as caches
 from ood_scores.features.storage import gaps
 from ood_scores.features.storage.texts import IDS
+from ood_scores.models.class_names import require_as_many_classes
 from ood_scores.progress import ProgressBar
 from ood_scores.transfers import Arriving
 from ood_scores.user_warnings import warn_user
@@ -79,6 +80,10 @@ def run(task: Task, target: Target) -> FeatureSet:
     with forward.ready():
         first_start, example = task.batches.example
         first_rows = forward(example, first_start)
+        if "logits" in first_rows.columns:
+            require_as_many_classes(
+                getattr(task.batches.loader, "dataset", None), first_rows.columns["logits"].shape[1]
+            )
         no_rows = Arriving({name: values[:0] for name, values in first_rows.columns.items()})
         some_ids = task.row_ids.columns(first_start, as_partial(example))
         assert forward.found is not None

@@ -86,7 +86,9 @@ class ExtractionOptions:
     pool: Pool | None = field(
         default=None,
         metadata=_shown(
-            "Pooling of an encoder without a classifier: mean, cls, cls+mean, or FILE.py:FUNCTION.", metavar="POOL"
+            "How tokens or maps become the features of an encoder: mean, cls, cls+mean, or FILE.py:FUNCTION; "
+            "defaults to its own pooling.",
+            metavar="POOL",
         ),
     )
     probes: Iterable[str | Probe] = field(

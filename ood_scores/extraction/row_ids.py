@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from ood_scores.features import FeatureSet
 from ood_scores.features.provenance import WHAT_TO_DO
 from ood_scores.features.storage import cache as caches
 from ood_scores.features.storage.checksums import checked
-from ood_scores.features.storage.texts import IDS, as_bytes, packed, padded, unpacked
+from ood_scores.features.storage.texts import IDS, as_bytes, packed, packed_width, padded, unpacked
 from ood_scores.user_warnings import warn_user
 
 SHOWN = 3
 """Number of repeated ids that a warning lists."""
+
+AT_ONCE = 16384
+"""Number of rows whose ids are compared at a time."""
 
 
 def ids_in(batch: Any, rows: int) -> list[Any] | None:
@@ -55,27 +59,29 @@ class RowIds:
     """The ids of the rows of a loader.
 
     Attributes:
-        known: those of all rows of the dataset, uint8 ``[N, W]``, see ``ood_scores.features.storage.texts``; None if
-            they are in the batches, if the order of the rows is not known, or if there are none.
+        known: those of all rows of the dataset; None if they are in the batches, if the order of the rows is not known,
+            or if there are none.
         exist: whether rows have ids; those of rows without one are then empty.
+        width: the width of the column of those that are known, see ``ood_scores.features.storage.texts``.
     """
 
-    known: Tensor | None
+    known: Sequence[Any] | None
     exist: bool
+    width: int = 1
 
     @classmethod
     def of(cls, batches: Batches) -> RowIds:
         """Return the ids of a loader whose first batches have been read.
 
         Raises:
-            BadInput: if the number of ids is not that of the rows.
+            BadInput: if the number of ids is not that of the rows, or a dataset has two rows of one id.
         """
         loader, (_, example) = batches.loader, batches.example
         if ids_in(example, as_partial(example).rows) is not None:
             return cls(None, True)
         in_order = isinstance(loader, DataLoader) and is_in_order(loader) and can_jump(loader)
-        ids = ids_of(loader.dataset) if in_order else None  # type: ignore[attr-defined]
-        return cls(None if ids is None else packed(ids), ids is not None)
+        ids = ids_of(loader.dataset, unique=True) if in_order else None  # type: ignore[attr-defined]
+        return cls(ids, ids is not None, 1 if ids is None else packed_width(ids))
 
     def columns(self, start: int, part: Partial) -> dict[str, Tensor]:
         """Return the column with the ids of the readable rows of a batch; nothing if rows have no ids."""
@@ -83,7 +89,7 @@ class RowIds:
             return {}
         places = [place for place in range(part.rows) if place not in part.reasons]
         if self.known is not None:
-            return {IDS: self.known[start : start + part.rows][places]}
+            return {IDS: packed([self.known[start + place] for place in places], self.width)}
         return {IDS: packed(ids_in(part.batch, len(places)) or [""] * len(places))}
 
     def require_those_of(self, h5: h5py.File, path: Path, first: int = 0) -> None:
@@ -97,18 +103,23 @@ class RowIds:
         state = caches.state(h5)
         skipped = state.provenance.skipped_rows if state.provenance else ()
         rows = np.setdiff1d(np.arange(first, first + state.rows + len(skipped)), skipped)[: state.rows]
+        count, example = 0, (0, "")
         with checked(h5[IDS], "once" if state.finished else False) as check:
-            check(0, state.rows)
-            found = torch.from_numpy(as_bytes(h5[IDS][: state.rows]))
-        width = max(found.shape[1], self.known.shape[1])
-        found, expected = padded(found, width), padded(self.known[rows], width)
-        differ = (found != expected).any(dim=1) & found.any(dim=1)  # a gap has no id
-        if differ.any():
-            row = int(differ.int().argmax())
-            was, now = (str(unpacked(each[row : row + 1])[0]) for each in (found, expected))
+            for start in range(0, len(rows), AT_ONCE):
+                part = rows[start : start + AT_ONCE]
+                check(start, start + len(part))
+                found = torch.from_numpy(as_bytes(h5[IDS][start : start + len(part)]))
+                expected = packed((self.known[row] for row in part), found.shape[1])
+                differ = (padded(found, expected.shape[1]) != expected).any(dim=1) & found.any(dim=1)  # a gap has no id
+                places = differ.nonzero()[:, 0]
+                if len(places) and not count:
+                    example = int(part[places[0]]), str(unpacked(found[places[:1]])[0])
+                count += len(places)
+        if count:
+            row, was = example
             raise StaleCache(
-                f"{path} was created from other rows than those requested: row {rows[row]} was {was!r} and is now "
-                f"{now!r}; {int(differ.sum()):,} rows differ.\n{WHAT_TO_DO}."
+                f"{path} was created from other rows than those requested: row {row} was {was!r} and is now "
+                f"{str(self.known[row])!r}; {count:,} rows differ.\n{WHAT_TO_DO}."
             )
 
 
@@ -119,9 +130,11 @@ def warn_of_repeated_ids(feats: FeatureSet) -> None:
     """Warn of rows that have one id, by which they cannot be told apart."""
     if not feats.has(IDS):
         return
-    ids, counts = np.unique(feats.ids, return_counts=True)  # type: ignore[call-overload]
-    repeated = [(name, count) for name, count in zip(ids[counts > 1], counts[counts > 1], strict=True) if name]
+    counts: Counter[str] = Counter()
+    for block in feats.blocks(only=[IDS]):
+        counts.update(block.ids.tolist())
+    repeated = [(name, count) for name, count in counts.items() if name and count > 1]
     if repeated:
-        shown = ", ".join(f"{str(name)!r} ({count} rows)" for name, count in repeated[:SHOWN])
+        shown = ", ".join(f"{name!r} ({count} rows)" for name, count in repeated[:SHOWN])
         more = f", and {len(repeated) - SHOWN:,} more" if len(repeated) > SHOWN else ""
         warn_user(f"several rows have the same id: {shown}{more}. Their pictures cannot be told apart by it.")

@@ -120,8 +120,8 @@ def extract(
     )
     require_no_texts(model)
     forward = Forward(model, chosen, choose_device(model, device, ranks.local))
-    order = other_order(getattr(loader, "dataset", None), model) if ranks.first else None
-    if order:
+    order = other_order(getattr(loader, "dataset", None), model)
+    if order and ranks.first:
         warn_user(order)
     batches = loaders.Batches.look_into(loader, skip=chosen.on_error == "skip")
     provenance = _describe(forward, batches, name)

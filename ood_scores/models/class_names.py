@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 
 from ood_scores.data.class_names import numbers_of, renumbered
 from ood_scores.data.images import ImageDataset
+from ood_scores.errors import BadInput
 from ood_scores.models.running import unwrapped
 from ood_scores.models.zero_shot.classifier import ZeroShotClassifier
 
@@ -62,9 +63,11 @@ def other_order(dataset: Any, model: nn.Module) -> str | None:
         dataset: a dataset with the names of its classes in ``class_names`` or, as in torchvision, ``classes``; or a
             ``Subset`` of one.
         model: the model.
+
+    Raises:
+        BadInput: if the model is a zero-shot classifier, whose list of classes has only some of the dataset's.
     """
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
+    dataset = _whole(dataset)
     names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return None
@@ -72,22 +75,50 @@ def other_order(dataset: Any, model: nn.Module) -> str | None:
     if not names or not classes or getattr(dataset, "target_transform", None):
         return None
     found = numbers_of(names, classes)
+    others = [name for name in names if name not in found]
+    shown = ", ".join(others[:5]) + (", …" if len(others) > 5 else "")
+    if found and others and isinstance(unwrapped(model), ZeroShotClassifier):
+        raise BadInput(
+            f"the model has {len(classes)} classes, the dataset {len(names)}, of which {len(others)} are not among "
+            f"them ({shown}): add these to the list of classes (--classes, classes=), or remove their images; for OoD "
+            "images, leave out the labels (?labels=none)."
+        )
     wrong = next((number for number, name in enumerate(names) if found.get(name, number) != number), None)
     if wrong is None:
         return None
-    if len(found) < len(names):
-        others = [name for name in names if name not in found]
+    if others:
         return (
-            f"{len(others)} of the {len(names)} classes of the dataset are not classes of the model ("
-            f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}), so its labels are not in the model's order: "
-            "remove these classes, or name all in the model's order with ?classes=FILE or a target_transform. For an "
-            "OoD set, this means nothing."
+            f"{len(others)} of the {len(names)} classes of the dataset are not classes of the model ({shown}), so its "
+            "labels are not in the model's order: remove these classes, or name all in the model's order with "
+            "?classes=FILE or a target_transform. For an OoD set, this means nothing."
         )
     return (
         f"the labels of the dataset are not in the order of the model's classes: {names[wrong]!r} has the label "
         f"{wrong}, but is class {found[names[wrong]]} of the model. Renumber them, with "
         "ood_scores.models.class_names.in_models_order(dataset, model) or a target_transform."
     )
+
+
+def require_as_many_classes(dataset: Any, classes: int) -> None:
+    """Check that a dataset whose list of classes the user named (``?classes=FILE``) has all classes of the model.
+
+    Raises:
+        BadInput: if the list has another length.
+    """
+    dataset = _whole(dataset)
+    listed = getattr(dataset, "listed_classes", None)
+    if listed not in (None, classes):
+        raise BadInput(
+            f"the list of classes of {dataset.name} has {listed} names, but the model has {classes} classes: list the "
+            "names of all of them in ?classes=FILE, in the order of the logits."
+        )
+
+
+def _whole(dataset: Any) -> Any:
+    """Return the dataset that a ``Subset`` is taken from."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
 
 
 def _count(model: nn.Module) -> int | None:

@@ -56,7 +56,7 @@ def picture_grid(
         feats: The feature set.
         scores: Scores ``[N]`` of its rows.
         data: Where the pictures are, see ``ood_scores.evaluation.pictures.pictures_of``; None for the dataset that the
-            set records.
+            set records, if this process has opened it.
         most: ``"ood"`` for the lowest scores, or ``"id"`` for the highest.
         count: Number of pictures.
         columns: Number of pictures in a row.

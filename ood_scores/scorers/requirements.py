@@ -34,7 +34,7 @@ HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
         "ood_scores.fit_linear_probe(train_feats) and feats.with_head(probed.head)",
         "extract from a classifier, or give the caches of an encoder the logits of a linear probe with ood-scores "
         "linear-probe",
-        "use a model with a classifier",
+        "use a model with a classifier, or ood-scores linear-probe",
     ),
     "head": (
         "pass head=Head(weight, bias) to FeatureSet, extract from a classifier, or give the features of an encoder the "

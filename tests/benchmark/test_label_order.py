@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_benchmark import part, spec
+from small_benchmark import CLASSES, part, spec
 
 from ood_scores.benchmark import run
 from ood_scores.benchmark.spec import ScorerTable
@@ -25,3 +25,15 @@ def test_folders_of_some_classes_have_the_labels_of_the_model(data: Path, tmp_pa
     chosen = part(sets=sets, id="some", near=(), far=("dark",), scorers=(ScorerTable("msp", "msp"),))
     (scored,) = run(spec(chosen), out=tmp_path / "out", data=data, jobs=1, progress=False).scored
     assert scored.labels["id"].tolist() == [0, 0, 0, 2, 2, 2]
+
+
+def test_a_list_of_classes_shorter_than_those_of_the_model_is_named_as_the_reason(data: Path, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "some" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "some" / name / "0.png")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    sets = {**part().sets, "some": f"folder:{tmp_path / 'some'}?classes={tmp_path / 'names.txt'}"}
+    chosen = part(sets=sets, near=(), far=("some",), scorers=(ScorerTable("msp", "msp"),))
+    results = run(spec(chosen), out=tmp_path / "out", data=data, jobs=1, progress=False)
+    reasons = [each.reason for each in results.not_run]
+    assert any(f"has 2 names, but the model has {CLASSES} classes" in reason for reason in reasons), reasons

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 from vision_language import ADJECTIVES, CLASSES, NOUNS, clip, saved
 
@@ -16,6 +17,7 @@ from ood_scores import NegativeWords
 from ood_scores.benchmark.spec_file import load_spec
 from ood_scores.cli import app
 from ood_scores.data.sources import open_dataset
+from ood_scores.errors import BadInput
 from ood_scores.models.opening import load_model, preprocessing
 
 TEXTS = ("a photo of a {}.", "the {}")
@@ -127,3 +129,29 @@ def test_benchmark(folder: Path, tmp_path: Path) -> None:
     (folder / "classes.txt").write_text("\n".join(CLASSES), encoding="utf-8")
     assert code == 0, output
     assert len(set(tmp_path.rglob("photos-*.h5"))) == 2, "the content of the file counts"
+
+
+def test_a_list_of_some_of_the_classes_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    """The others would have labels that are no classes, or those of other classes."""
+    (tmp_path / "some.txt").write_text("\n".join(CLASSES[:3]), encoding="utf-8")
+    message = "the model has 3 classes, the dataset 4, of which 1 are not among them (crane bird): add these"
+    code, output = extract(folder, tmp_path / "c.h5", "--classes", tmp_path / "some.txt")
+    assert code == 1
+    assert message in " ".join(output.split())
+    model = load_model(f"hf:{folder / 'model'}", classes=CLASSES[:3])
+    images = open_dataset(f"folder:{folder / 'photos'}", preprocessing(model))
+    with pytest.raises(BadInput, match="of which 1 are not among them"):
+        ood_scores.extract(model, DataLoader(images, 4), progress=False)
+    place = f"folder:{folder / 'photos'}?labels=none"
+    words = ["--classes", tmp_path / "some.txt", "--workers", 0]
+    code, output = call("extract", f"hf:{folder / 'model'}", place, tmp_path / "c.h5", *words)
+    assert code == 0, output
+    assert ood_scores.load(tmp_path / "c.h5").labels is None
+    (folder / "some.toml").write_text(
+        'id = "photos"\nfar = ["noise"]\nscorers = ["mcm"]\n'
+        '[sets]\nphotos = "folder:photos"\nnoise = "noise:uniform?n=8&size=40"\n'
+        f'[[model]]\nname = "hf:{folder / "model"}"\nclasses = {list(CLASSES[:3])}\n[extraction]\nworkers = 0\n',
+        encoding="utf-8",
+    )
+    code, output = call("benchmark", folder / "some.toml", "--data", folder, "--out", tmp_path / "run", "--jobs", 1)
+    assert "the model has 3 classes, the dataset 4" in " ".join(output.split())

@@ -223,9 +223,21 @@ def test_ids_in_batches(tmp_path: Path) -> None:
     assert ids(extract([{"x": INPUTS[:4], "id": list("abcd")}, {"x": INPUTS[4:]}])) == [*"abcd", *[""] * 36]
 
 
+def test_two_rows_of_a_dataset_with_one_id_are_refused(tmp_path: Path) -> None:
+    repeated = [*NAMES[:36], "a", "b", "a", 7]
+    with pytest.raises(BadInput, match="rows 36 and 38 of the dataset Named have the same id 'a': give each row"):
+        extract(DataLoader(Named(repeated), 4), tmp_path / "c.h5")
+    assert not (tmp_path / "c.h5").exists()
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 2, 1, 3), np.uint8), names=["x", "y", "x"])
+    with pytest.raises(BadInput, match="rows 0 and 2 of the dataset a have the same id 'x'"):
+        extract(DataLoader(open_dataset(f"npz:{tmp_path}/a.npz", to_tensor), 2))
+
+
 def test_repeated_ids_are_named() -> None:
     with pytest.warns(UserWarning, match=r"several rows have the same id: 'a' \(37 rows\)\. Their pictures"):
-        extract(DataLoader(Named(["a"] * 37 + ["b", "c", "d"]), 4))
+        extract(DataLoader(Dicts(ids=["a"] * 37 + ["b", "c", "d"]), 4))
+    with pytest.warns(UserWarning, match=r"several rows have the same id: 'cat/0.png' \(2 rows\)"):
+        extract(DataLoader(Subset(Named(), [0, 1, 0]), 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         extract(DataLoader(Named([""] * 39 + ["b"]), 4))

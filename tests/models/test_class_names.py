@@ -119,7 +119,9 @@ def test_classes_option_numbers_labels_by_a_list(file: str, content: str, tmp_pa
 def test_classes_option_errors(tmp_path: Path) -> None:
     folders(tmp_path / "set", ["ant", "cat", "dog"])
     (tmp_path / "names.txt").write_text("ant\ncow\n")
-    with pytest.raises(BadInput, match=r"2 of the 3 classes of set are not in .*names.txt: cat, dog; it has ant, cow"):
+    with pytest.raises(
+        BadInput, match=r"2 of the 3 classes of set are not in .*names.txt: cat, dog; it has 2 names, ant"
+    ):
         open_dataset("folder:set?classes=names.txt", root=tmp_path)
     with pytest.raises(MissingData, match=r"there is no file .*none\.txt with the names of classes"):
         open_dataset("folder:set?classes=none.txt", root=tmp_path)
@@ -130,6 +132,26 @@ def test_classes_option_errors(tmp_path: Path) -> None:
     for file, message in {"empty.txt": "contains no names", "bad.json": "cannot read the names"}.items():
         with pytest.raises(BadInput, match=message):
             read_classes(tmp_path / file)
+
+
+def test_a_list_shorter_than_the_classes_of_the_model_is_refused(tmp_path: Path) -> None:
+    top = folders(tmp_path / "set", ["ant", "cat", "dog"])
+    (tmp_path / "names.txt").write_text("ant\ncat\ndog\n")
+    torch.save(network(4).state_dict(), tmp_path / "tiny.pth")
+    message = "has 3 names, but the model has 4 classes: list the names of all of them"
+    for options in ("", "&take=3", "&rows=1:"):
+        dataset = open_dataset(f"folder:{top}?classes={tmp_path}/names.txt{options}", preprocessing(network(4)))
+        for each in (dataset, Subset(dataset, range(2))):
+            with pytest.raises(BadInput, match=message):
+                ood_scores.extract(network(4), DataLoader(each, 2), tmp_path / "c.h5", progress=False)
+    assert not (tmp_path / "c.h5").exists()
+    words = ["extract", "tiny_net", f"folder:{top}?classes={tmp_path}/names.txt", str(tmp_path / "c.h5")]
+    done = CliRunner().invoke(app, [*words, "--checkpoint", str(tmp_path / "tiny.pth"), "--workers", "0"])
+    assert done.exit_code == 1
+    assert message in " ".join(done.stderr.split())
+    (tmp_path / "names.txt").write_text("ant\ncat\ndog\nox\n")
+    dataset = open_dataset(f"folder:{top}?classes={tmp_path}/names.txt", preprocessing(network(4)))
+    assert len(ood_scores.extract(network(4), DataLoader(dataset, 2), progress=False)) == 6
 
 
 def test_names_and_synonyms() -> None:

@@ -161,13 +161,13 @@ def _image_of(sample: dict[str, Any], extension: str | None) -> Place:
 
 def _label(sample: dict[str, Any], extension: str) -> int:
     place = sample.get(extension)
-    text = place.read()[:LONGEST_LABEL] if isinstance(place, Place) else b""
+    text = place.read()[: LONGEST_LABEL + 1] if isinstance(place, Place) else b""
     try:
-        return int(text)
+        return int(text if len(text) <= LONGEST_LABEL else b"")
     except ValueError as error:
         raise BadInput(
-            f"the label of the sample {sample['__key__']!r} of {sample['__url__']} is {text!r}: it must be an integer "
-            f"in a file that ends in .{extension}."
+            f"the label of the sample {sample['__key__']!r} of {sample['__url__']} is {text[:20]!r}: it must be an "
+            f"integer in a file of at most {LONGEST_LABEL} bytes that ends in .{extension}."
         ) from error
 
 

@@ -37,13 +37,19 @@ def packed(texts: Iterable[Any], width: int = 1) -> Tensor:
     Raises:
         BadInput: if a text holds a null character or something that UTF-8 cannot encode, or is longer than ``LONGEST``.
     """
-    encoded = [_encoded("" if text is None else str(text)) for text in texts]
+    encoded = [_encoded(text) for text in texts]
     width = max([width, *map(len, encoded)])
     rows = np.array(encoded, dtype=f"S{width}")
     return torch.from_numpy(rows.view(np.uint8).reshape(len(encoded), width))
 
 
-def _encoded(text: str) -> bytes:
+def packed_width(texts: Iterable[Any]) -> int:
+    """Return the smallest width of a column of texts; arguments and errors are those of ``packed``."""
+    return max((len(_encoded(text)) for text in texts), default=1) or 1
+
+
+def _encoded(value: Any) -> bytes:
+    text = "" if value is None else str(value)
     try:
         found = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
