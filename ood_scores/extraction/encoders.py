@@ -83,17 +83,18 @@ class Encoder:
     pool: PoolName | Callable[[Any], Tensor] | None = None
     is_declared: bool = True
 
-    def features(self, output: Any, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    def features(self, output: Any, inputs: Tensor, mask: Tensor | None = None, start: int = 0) -> Tensor:
         """Return the features ``[B, D]`` from the output for some inputs.
 
         Args:
             output: what the model returned.
             inputs: the inputs ``[B, ...]``.
             mask: which tokens are no padding ``[B, T]``; None if all are.
+            start: the number of the first row.
 
         Raises:
             HeadNotFound: if the output is not one vector per input, and no pooling is chosen.
-            BadInput: if the pooling does not apply to this output.
+            BadInput: if the pooling does not apply to this output, or a row has padding alone.
         """
         if self.pool is None:
             return _own_pooling(output)
@@ -104,7 +105,7 @@ class Encoder:
             if self.pool != "mean":
                 raise BadInput(f"maps {list(values.shape)} have no class token: use pool='mean'.")
             return as_maps(values).mean(dim=2)
-        return _pooled(values, self.pool, prefix_tokens(self.model, inputs, values.shape[1]), mask)
+        return _pooled(values, self.pool, prefix_tokens(self.model, inputs, values.shape[1]), mask, start)
 
     @contextmanager
     def _of_tokens(self) -> Iterator[None]:
@@ -130,6 +131,19 @@ class Encoder:
         return self._of_tokens() if isinstance(self.pool, str) and is_timm else nullcontext()
 
 
+def require_whole_inputs(model: nn.Module) -> None:
+    """Raise BadInput if a model hides random parts of its inputs in eval mode, too, as masked autoencoders do."""
+    for part in model.modules():
+        share = getattr(getattr(part, "config", None), "mask_ratio", 0)
+        if hasattr(part, "random_masking") and getattr(part, "is_mae", True) and share > 0:
+            raise BadInput(
+                f"{type(model).__name__} hides {share:.0%} of the patches of each image at random, so that its "
+                "features would be random: open its weights with a model that sees whole images, such as "
+                "transformers.ViTModel.from_pretrained(FOLDER, add_pooling_layer=False) for a ViTMAEModel, or set "
+                "config.mask_ratio = 0."
+            )
+
+
 def declared_encoder(model: nn.Module, output: Any, pool: Any) -> Encoder | None:
     """Return the encoder if a pooling is chosen, or if the model or its output says that there is no classifier.
 
@@ -145,16 +159,20 @@ def prefix_tokens(model: nn.Module, inputs: Tensor, tokens: int) -> int | None:
     """Return the number of class and register tokens before those of the patches; None if it is not known.
 
     It is the attribute ``num_prefix_tokens`` of the model (timm), or follows from the size of images and the patch size
-    in the configuration (transformers).
+    in the configuration (transformers), or from the number of patches, if the inputs are patches
+    ``[B, P, W]``.
     """
     known = getattr(model, "num_prefix_tokens", None)
     if isinstance(known, int):
         return known
     config = getattr(model, "config", None)
     patch = getattr(config, "patch_size", None) or getattr(getattr(config, "vision_config", None), "patch_size", None)
-    if patch is None or inputs.ndim != 4:
+    if patch is None or inputs.ndim not in (3, 4):
         return None
     sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
+    if inputs.ndim == 3:
+        is_patches = inputs.shape[2] == math.prod(sides) * getattr(config, "num_channels", 3)
+        return max(0, tokens - inputs.shape[1]) if is_patches else None
     return max(0, tokens - math.prod(size // side for size, side in zip(inputs.shape[2:], sides, strict=True)))
 
 
@@ -196,23 +214,29 @@ def _tokens(output: Any) -> Tensor:
     return values
 
 
-def _pooled(tokens: Tensor, pool: PoolName, prefix: int | None, mask: Tensor | None) -> Tensor:
+def _pooled(tokens: Tensor, pool: PoolName, prefix: int | None, mask: Tensor | None, start: int) -> Tensor:
     """Return the class token, the mean of the other tokens, or both, from tokens ``[B, T, D]``."""
     if pool == "mean":
-        return _mean(tokens, prefix or 0, mask)
+        return _mean(tokens, prefix or 0, mask, start)
     if prefix == 0:
         raise BadInput(f"the model has no class token among its {tokens.shape[1]} tokens: use pool='mean'.")
     first = tokens[:, 0]
-    return first if pool == "cls" else torch.cat([first, _mean(tokens, prefix or 1, mask)], dim=1)
+    return first if pool == "cls" else torch.cat([first, _mean(tokens, prefix or 1, mask, start)], dim=1)
 
 
-def _mean(tokens: Tensor, start: int, mask: Tensor | None) -> Tensor:
+def _mean(tokens: Tensor, prefix: int, mask: Tensor | None, start: int) -> Tensor:
     if mask is None or bool(mask.all()):
-        return tokens[:, start:].mean(dim=1)
+        return tokens[:, prefix:].mean(dim=1)
     if mask.shape != tokens.shape[:2]:
         raise BadInput(
-            f"attention_mask has shape {list(mask.shape)}, but there are {list(tokens.shape[:2])} tokens, so that it "
+            f"the mask has shape {list(mask.shape)}, but there are {list(tokens.shape[:2])} tokens, so that it "
             "is unknown which of them are padding: use batches without padding, or a function as pool."
         )
-    weights = mask[:, start:, None].to(tokens.dtype)
-    return (tokens[:, start:] * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
+    is_empty = ~mask[:, prefix:].bool().any(dim=1)
+    if bool(is_empty.any()):
+        row = start + int(is_empty.int().argmax())
+        raise BadInput(
+            f"row {row} has no tokens but padding, whose mean is undefined: remove the row, or use another pooling."
+        )
+    weights = mask[:, prefix:, None].to(tokens.dtype)
+    return (tokens[:, prefix:] * weights).sum(dim=1) / weights.sum(dim=1)

@@ -16,7 +16,7 @@ from ood_scores.device_memory import FittingParts
 from ood_scores.errors import BadInput, BadLabels, HeadNotFound, OodScoresError, ShapeMismatch
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.encoders import Encoder
-from ood_scores.extraction.further_inputs import further_inputs, passed_by_name
+from ood_scores.extraction.further_inputs import further_inputs, mask_in, passed_by_name
 from ood_scores.extraction.hooks import Capture
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.outputs import logits_of
@@ -159,8 +159,8 @@ class Forward:
         self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int
     ) -> dict[str, Tensor]:
         """Find and check the head on the first batch, without ``torch.compile``."""
-        mask = further.get("attention_mask")
-        first = heads.FirstPass(self.model, inputs, self.options.head, self.options.pooling, mask)
+        mask = mask_in(further)
+        first = heads.FirstPass(self.model, inputs, self.options.head, self.options.pooling, mask, start)
         self._probes: list[Probe] = [probe.for_model(self.model, inputs) for probe in self.options.all_probes]
         with first.recorded(), watch_all(self._probes, self.model) as seen:
             output = self.model(inputs)
@@ -189,7 +189,7 @@ class Forward:
                 torch.compiler.reset()  # it was compiled before the hooks were registered
                 output = self._run(inputs)
         assert self.found is not None
-        features, logits = self.found.read(self._capture, output, inputs, further.get("attention_mask"))
+        features, logits = self.found.read(self._capture, output, inputs, mask_in(further), start)
         done = self._pass(self.found, inputs, logits, labels, start, further)
         columns = self._columns(features, logits, done, seen)
         if columns.keys() != self._shapes.keys():
@@ -229,7 +229,7 @@ class Forward:
         def features_of(others: Tensor) -> Tensor:
             with self._capture.recording():
                 output = self.model(others)
-            return found.read(self._capture, output, others, further.get("attention_mask"))[0]
+            return found.read(self._capture, output, others, mask_in(further), start)[0]
 
         known = inputs.new_empty((len(inputs), 0), dtype=torch.float32) if logits is None else logits
         return Pass(self.model, inputs, known, labels, start, further, features_of)
@@ -278,4 +278,6 @@ def _advice(inputs: Tensor, error: Exception) -> str:
         )
     if inputs.ndim == 3:
         return ". If this is a single image, pass DataLoader(dataset, batch_size=...)"
+    if inputs.ndim == 4:
+        return ". Check that the preprocessing is that of this model: the size of the images and their channels"
     return ""

@@ -14,6 +14,9 @@ from ood_scores.errors import BadInput
 from ood_scores.extraction.hooks import hooked
 from ood_scores.extraction.loaders import input_key, label_key
 
+MASKS = ("attention_mask", "pixel_attention_mask")
+"""Names of the inputs of transformers that say which tokens are no padding."""
+
 
 def further_inputs(batch: Any, model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a dict batch, other than the inputs and labels, that are parameters of ``forward``.
@@ -34,6 +37,11 @@ def further_inputs(batch: Any, model: nn.Module) -> dict[str, Tensor]:
         if not values.ndim or len(values) != rows:
             raise BadInput(f"{name!r} of a batch has shape {list(values.shape)}, but there are {rows} inputs.")
     return found
+
+
+def mask_in(further: Mapping[str, Tensor]) -> Tensor | None:
+    """Return which tokens ``[B, T]`` are no padding, from the further inputs of a batch; None if they do not say."""
+    return next((further[name] for name in MASKS if name in further), None)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class FoundHead:
         return not (self.log_probabilities or self.encoder or self.is_given)
 
     def read(
-        self, capture: Capture, output: Any, inputs: Tensor, mask: Tensor | None = None
+        self, capture: Capture, output: Any, inputs: Tensor, mask: Tensor | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """Return the features ``[B, D]`` and the logits ``[B, C]`` of a pass from what it captured and returned.
 
@@ -64,17 +64,24 @@ class FoundHead:
             output: what the model returned.
             inputs: the inputs of the pass.
             mask: which tokens are no padding, for encoders.
+            start: the number of the first row.
 
         Returns:
             The features and the logits; None instead of these for an encoder without a head.
+
+        Raises:
+            BadInput: if the features are not those that the pooling or the head needs.
         """
         if self.encoder:
-            features = self.encoder.features(output, inputs, mask)
+            features = self.encoder.features(output, inputs, mask, start)
         else:
             features = features_of(capture.calls, raw_logits_of(output))
         if self.returns_logits:
             return features, logits_of(output)
-        return features, self.head(features) if self.head else None
+        if self.head is None:
+            return features, None
+        self.head.require_unit(features)
+        return features, self.head(features)
 
 
 @dataclass
@@ -107,6 +114,7 @@ class FirstPass:
         requested: the head, as in ``ExtractionOptions``.
         pool: the pooling of an encoder, as in ``Encoder``.
         mask: which tokens are no padding, for encoders.
+        start: the number of the first row.
 
     Raises:
         BadInput: if the requested module is not one of the model.
@@ -119,8 +127,9 @@ class FirstPass:
         requested: str | nn.Module | bool | Head | None,
         pool: Any = None,
         mask: Tensor | None = None,
+        start: int = 0,
     ) -> None:
-        self._model, self._inputs, self._pool, self._mask = model, inputs, pool, mask
+        self._model, self._inputs, self._pool, self._mask, self._start = model, inputs, pool, mask, start
         self._given = requested if isinstance(requested, Head) else None
         self._requested, self._named = resolve_module(model, requested)
         self._calls: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
@@ -187,8 +196,8 @@ class FirstPass:
         else:
             with capture.running(), capture.recording():
                 output = self._model(self._inputs)
-                return found.read(capture, output, self._inputs, self._mask)
-        return found.read(capture, output, self._inputs, self._mask)
+                return found.read(capture, output, self._inputs, self._mask, self._start)
+        return found.read(capture, output, self._inputs, self._mask, self._start)
 
     def _find(self, logits: Tensor) -> FoundHead:
         layers = self._layers(len(logits))

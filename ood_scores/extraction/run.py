@@ -17,7 +17,7 @@ from ood_scores.atomic import user_path
 from ood_scores.errors import UnfinishedCache
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
-from ood_scores.extraction.encoders import pool_text
+from ood_scores.extraction.encoders import pool_text, require_whole_inputs
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.further_inputs import further_inputs
 from ood_scores.extraction.one_pass import Target, Task, run, state_of, warn_of_rows_left_out
@@ -119,6 +119,7 @@ def extract(
         model, classes, templates, negatives, tokenizer, device=choose_device(model, device, ranks.local)
     )
     require_no_texts(model)
+    require_whole_inputs(model)
     forward = Forward(model, chosen, choose_device(model, device, ranks.local))
     order = other_order(getattr(loader, "dataset", None), model)
     if order and ranks.first:

@@ -211,12 +211,15 @@ class FeatureSet:
 
         Raises:
             ShapeMismatch: if the head is for features of another width.
+            BadInput: if it needs features of length 1, and those of the first block have another.
         """
         head = _as_head(head).with_two_classes()
         columns = {**self._columns, "logits": logits_of(head, self._columns["features"])}
         origin = self.provenance and replace(self.provenance, head=head.digest)
         view = FeatureSet(**col.as_arguments(columns), head=head, provenance=origin)
         view.device, view.block_rows = self.device, self.block_rows
+        if head.unit:
+            head.require_unit(next(view.blocks(only=["features"])).features)
         return view
 
     def in_blocks(self, rows: int | None) -> FeatureSet:

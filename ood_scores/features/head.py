@@ -18,6 +18,9 @@ from ood_scores.features.finite import all_finite
 NEGATIVES = ("nouns", "adjectives", "conjugated")
 """The kinds of words that are not classes; see ``ood_scores.models.zero_shot.negatives``."""
 
+UNIT = 1e-2
+"""The difference of a length from 1 that rounding to half precision may cause."""
+
 
 class Head:
     """The last affine map of a classifier: ``head(features) = features @ weight.T + bias`` are the logits.
@@ -27,6 +30,7 @@ class Head:
         bias: ``[C]``, or None for a map without a bias, which is stored as zeros.
         negatives: For zero-shot classifiers, text features ``[M, D]`` of words that are not classes, by kind: any of
             ``NEGATIVES``. The logits do not depend on them.
+        unit: Whether the features must have length 1; see ``zero_shot_head``. Not stored with the head.
 
     Raises:
         BadInput: if the weight, the bias, or the negatives are not arrays, or a kind does not exist.
@@ -34,7 +38,10 @@ class Head:
         NotFinite: if a value is NaN or infinite.
     """
 
-    def __init__(self, weight: Any, bias: Any = None, negatives: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, weight: Any, bias: Any = None, negatives: Mapping[str, Any] | None = None, *, unit: bool = False
+    ) -> None:
+        self.unit = unit
         self.weight = _floating(weight)
         if self.weight.ndim != 2:
             raise ShapeMismatch(f"the weight of a head must be [classes, features], got {tuple(self.weight.shape)}.")
@@ -83,6 +90,23 @@ class Head:
         dtype = torch.promote_types(features.dtype, self.weight.dtype)
         return linear(features.to(dtype), self.weight.to(features.device, dtype), self.bias.to(features.device, dtype))
 
+    def require_unit(self, features: Tensor) -> None:
+        """Check that features ``[N, D]`` have length 1, if the head needs that.
+
+        Raises:
+            BadInput: if they have another.
+        """
+        if not self.unit or not len(features):
+            return
+        lengths = features.double().norm(dim=1)
+        farthest = float(lengths[(lengths - 1).abs().argmax()])
+        if abs(farthest - 1) > UNIT:
+            raise BadInput(
+                "the head compares directions (zero_shot_head), so the features must have length 1, but one has "
+                f"{farthest:.4g}: normalize the output of the model, such as by a wrapper whose forward returns "
+                "torch.nn.functional.normalize(model(x)), or pass a vision-language model with classes=."
+            )
+
     @property
     def digest(self) -> str:
         """The name of a head that was given to an extraction: ``head`` and the SHA-256 of its tensors."""
@@ -96,14 +120,14 @@ class Head:
         if self.num_classes > 1:
             return self
         weight = torch.cat([torch.zeros_like(self.weight), self.weight])
-        return Head(weight, as_two_classes(self.bias[None])[0], self.negatives)
+        return Head(weight, as_two_classes(self.bias[None])[0], self.negatives, unit=self.unit)
 
     def to(self, device: torch.device | str) -> Head:
         """Return the head on a device, itself if it is there."""
         if self.weight.device == self.bias.device == torch.device(device):
             return self
         negatives = {kind: values.to(device) for kind, values in self.negatives.items()}
-        return Head(self.weight.to(device), self.bias.to(device), negatives)
+        return Head(self.weight.to(device), self.bias.to(device), negatives, unit=self.unit)
 
     def __repr__(self) -> str:
         words = f", {sum(map(len, self.negatives.values())):,} negatives" if self.negatives else ""
@@ -116,7 +140,8 @@ def zero_shot_head(
     """Return the head that compares image features with the texts of classes, as CLIP and SigLIP do.
 
     ``logit_scale * cos(image, text_c) + logit_bias`` is affine in image features of length 1: ``features`` of a set
-    with this head must be L2-normalized, and ``head(features)`` are the logits.
+    with this head must be L2-normalized, and ``head(features)`` are the logits. ``extract`` and ``with_head`` refuse
+    others.
 
     Source: Radford et al. 2021 (CLIP), section 3.1.4; Zhai et al. 2023 (SigLIP), Algorithm 1, for the bias.
 
@@ -142,7 +167,7 @@ def zero_shot_head(
         )
     unit = mean_direction(texts if texts.ndim == 3 else texts[:, None])
     units = {kind: mean_direction(_floating(values)[:, None]) for kind, values in (negatives or {}).items()}
-    return Head(scale * unit, unit.new_full((len(unit),), constant), units)
+    return Head(scale * unit, unit.new_full((len(unit),), constant), units, unit=True)
 
 
 def mean_direction(texts: Tensor) -> Tensor:

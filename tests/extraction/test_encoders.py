@@ -13,9 +13,11 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from vision_language import CLASSES, TEXT, TOWER, spread, tokenizer
 
 import ood_scores
-from ood_scores.errors import BadInput, HeadNotFound, MissingInput, ShapeMismatch, StaleCache
+from ood_scores import zero_shot_classifier, zero_shot_head
+from ood_scores.errors import BadInput, HeadNotFound, MissingInput, ProbeDoesNotApply, ShapeMismatch, StaleCache
 from ood_scores.features import FeatureSet, Head
 from ood_scores.models.opening import load_model
 
@@ -368,3 +370,110 @@ def test_errors_say_what_an_encoder_lacks() -> None:
     detector = ood_scores.calibrate("feature_norm", model, id=feats, device="cpu")
     with pytest.raises(BadInput, match="an encoder has no logits to export"):
         detector.export(x)
+
+
+def test_a_head_of_texts_needs_features_of_length_1() -> None:
+    model, x, _ = made("transformers CLIP with projection")
+    head = zero_shot_head(torch.randn(4, 24), 10.0)
+    plain = extract(model, [x])
+    for wrong in (lambda: extract(model, [x], head=head), lambda: plain.with_head(head)):
+        with pytest.raises(BadInput, match=r"the features must have length 1, but one has .*: normalize the output"):
+            wrong()
+
+    class Unit(nn.Module):
+        num_classes = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = model
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return nn.functional.normalize(self.encoder(pixel_values).image_embeds)
+
+    feats = extract(Unit().eval(), [x], head=head)
+    assert feats.logits is not None
+    cosines = nn.functional.normalize(plain.features) @ nn.functional.normalize(head.weight).T
+    torch.testing.assert_close(feats.logits, 10 * cosines)
+    unit = FeatureSet(feats.features).with_head(head).logits
+    assert unit is not None
+    torch.testing.assert_close(unit, 10 * cosines)
+
+
+# --- inputs of which some are padding, or hidden --------------------------------------------------------------------
+
+
+def test_a_text_of_padding_alone_has_no_mean() -> None:
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50, max_position_embeddings=8, **SMALL)).eval()
+    batches = [
+        {"input_ids": torch.randint(1, 50, (4, 6)), "attention_mask": torch.ones(4, 6, dtype=torch.int64)}
+        for _ in range(2)
+    ]
+    batches[1]["attention_mask"][:, 3:] = 0
+    with torch.inference_mode():
+        expected = torch.cat(
+            [model(**batches[0]).last_hidden_state.mean(1), model(**batches[1]).last_hidden_state[:, :3].mean(1)]
+        )
+    torch.testing.assert_close(extract(model, batches, pool="mean").features, expected)
+    batches[1]["attention_mask"][2] = 0
+    with pytest.raises(BadInput, match="row 6 has no tokens but padding, whose mean is undefined: remove the row"):
+        extract(model, batches, pool="mean")
+    batches[1]["attention_mask"][2, 0] = 1
+    with pytest.raises(BadInput, match="row 6 has no tokens but padding"):
+        extract(model, batches, pool="cls+mean")
+
+
+def naflex(rows: int = 6) -> dict[str, Tensor]:
+    """Images of different sizes as patches of 8 x 8 pixels, padded to 16 patches."""
+    shapes = torch.tensor([[4, 4], [2, 3], [1, 5], [3, 3], [4, 2], [5, 3]])[:rows]
+    mask = (torch.arange(16) < shapes.prod(dim=1, keepdim=True)).long()
+    pixels = torch.randn(rows, 16, 192, generator=torch.Generator().manual_seed(0)) * mask[:, :, None]
+    return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+NAFLEX: dict[str, Any] = {**SMALL, "patch_size": 8, "num_patches": 16}
+
+
+def test_images_of_any_size_as_patches() -> None:
+    torch.manual_seed(0)
+    model = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**NAFLEX)).eval()
+    batch = naflex()
+    with torch.inference_mode():
+        output = model(**batch)
+    assert extract(model, [batch]).features.equal(output.pooler_output)
+    counts = batch["pixel_attention_mask"].sum(dim=1).tolist()
+    means = [tokens[:count].mean(0) for tokens, count in zip(output[0], counts, strict=True)]
+    torch.testing.assert_close(extract(model, [batch], pool="mean").features, torch.stack(means))
+    with pytest.raises(BadInput, match=r"no class token among its 16 tokens: use pool='mean'"):
+        extract(model, [batch], pool="cls")
+    with pytest.raises(BadInput, match=r"the model cannot take a batch .*spatial_shapes"):
+        extract(model, [batch["pixel_values"]])
+
+
+def test_zero_shot_classification_of_images_of_any_size() -> None:
+    torch.manual_seed(0)
+    model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=TEXT, vision_config=NAFLEX | TOWER)).eval()
+    classifier = zero_shot_classifier(spread(model), CLASSES, tokenizer=tokenizer())
+    batch = naflex()
+    feats = extract(classifier, [batch])
+    texts = [f"a photo of a {name}." for name in CLASSES]
+    words = tokenizer()(texts, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.inference_mode():
+        output = model(**batch, input_ids=words["input_ids"], attention_mask=words["attention_mask"])
+    assert feats.logits is not None
+    torch.testing.assert_close(feats.logits, output.logits_per_image, rtol=1e-5, atol=1e-5)
+    assert ood_scores.score("mcm", feats).shape == (6,)
+    with pytest.raises(ProbeDoesNotApply, match=r"local features are known for .* use the scorer mcm instead"):
+        extract(classifier, [batch], probes=["local_mcm"])
+
+
+def test_a_model_that_hides_random_patches_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION)).eval()
+    x = torch.randn(4, 3, 32, 32)
+    with pytest.raises(BadInput, match="ViTMAEModel hides 75% of the patches of each image at random"):
+        extract(model, [x], pool="cls")
+    model.save_pretrained(tmp_path / "mae")
+    whole = transformers.ViTModel.from_pretrained(tmp_path / "mae", add_pooling_layer=False).eval()
+    feats = extract(whole, [x], pool="cls")
+    model.config.mask_ratio = 0.0
+    torch.testing.assert_close(extract(model, [x], pool="cls").features, feats.features, rtol=1e-4, atol=1e-5)

@@ -64,9 +64,20 @@ class ZeroShotClassifier(nn.Module):
         buffers = dict(self.named_buffers(recurse=False))
         return {kind: buffers[f"negative_{kind}"] for kind in NEGATIVES if f"negative_{kind}" in buffers}
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` of inputs ``[B, C, H, W]``."""
-        features = self.towers.image_features(pixel_values).float()
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits ``[B, C]`` of inputs ``[B, C, H, W]``.
+
+        A model of NaFlex, such as ``Siglip2Model``, needs patches ``[B, P, W]``, their mask ``[B, P]``, and the heights
+        and widths ``[B, 2]`` of the images in patches.
+        """
+        further = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        given = {name: values for name, values in further.items() if values is not None}
+        features = self.towers.image_features(pixel_values, **given).float()
         if features.shape[1] != self.head.in_features:
             raise BadInput(
                 f"the image features have {features.shape[1]} values, but the text features {self.head.in_features}: "

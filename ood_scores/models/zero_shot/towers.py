@@ -31,8 +31,11 @@ class Towers(ABC):
         self.model: Any = model
 
     @abstractmethod
-    def image_features(self, inputs: Tensor) -> Tensor:
-        """Return the features ``[B, D]`` of inputs ``[B, C, H, W]``, of any length."""
+    def image_features(self, inputs: Tensor, **further: Tensor) -> Tensor:
+        """Return the features ``[B, D]``, of any length, of inputs ``[B, C, H, W]``.
+
+        ``further`` are the mask and the shapes of the patches of a model whose inputs are patches ``[B, P, W]``.
+        """
 
     @abstractmethod
     def text_features(self, texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
@@ -75,8 +78,8 @@ class Towers(ABC):
 class TransformersTowers(Towers):
     """A model of Hugging Face's transformers with ``get_image_features`` and ``get_text_features``."""
 
-    def image_features(self, inputs: Tensor) -> Tensor:
-        return _pooled(self.model.get_image_features(pixel_values=inputs))
+    def image_features(self, inputs: Tensor, **further: Tensor) -> Tensor:
+        return _pooled(self.model.get_image_features(pixel_values=inputs, **further))
 
     def text_features(self, texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
         config = self.model.config
@@ -89,6 +92,8 @@ class TransformersTowers(Towers):
         return _pooled(self.model.get_text_features(**inputs))
 
     def last_block(self) -> nn.Module:
+        if self.model.config.model_type == "siglip2":  # whose patches may be padding
+            raise self._no_local_features()
         block = getattr(getattr(self._vision, "encoder", None), "layers", [None])[-1]
         known = ("layer_norm1", "layer_norm2", "mlp")
         has_values = hasattr(getattr(block, "self_attn", None), "v_proj") and hasattr(block.self_attn, "out_proj")
@@ -116,7 +121,7 @@ class TransformersTowers(Towers):
 class OpenClipTowers(Towers):
     """A model of open_clip, with ``encode_image`` and ``encode_text``."""
 
-    def image_features(self, inputs: Tensor) -> Tensor:
+    def image_features(self, inputs: Tensor, **further: Tensor) -> Tensor:
         return self.model.encode_image(inputs)
 
     def text_features(self, texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
