@@ -21,11 +21,11 @@ split = digits_split()
 photographs = photo_patches(200)  # uint8 [200, 8, 8], like the digits
 
 
-def loader(images, labels=None):
-    return DataLoader(ImageArrays(images, labels, preprocessing(model, **PREPROCESSING)), batch_size=128)
+def loader(images, labels=None, names=None):
+    return DataLoader(ImageArrays(images, labels, preprocessing(model, **PREPROCESSING), names=names), batch_size=128)
 
 
-fit = loader(split.train_images, split.train_labels)
+fit = loader(split.train_images, split.train_labels, [f"digit {row}" for row in range(len(split.train_images))])
 held_out = loader(split.test_images[:300], split.test_labels[:300])
 new_digits = split.test_images[300:]
 

@@ -29,7 +29,12 @@ MODULES = {"digit_classifier", "serve_fastapi"}
 TRANSFORMERS = {"audio_classifier", "text_classifier"}
 """Examples of models of transformers, each with a table and a detector."""
 
-TABLES = sorted({path.stem for path in FOLDER.glob("*.py")} - DETECTORS.keys() - FILES - MODULES - TRANSFORMERS)
+ANSWERS = {"has_the_data_changed", "label_sets", "why_rejected"}
+"""Examples that answer questions about the digits classifier."""
+
+TABLES = sorted(
+    {path.stem for path in FOLDER.glob("*.py")} - DETECTORS.keys() - FILES - MODULES - TRANSFORMERS - ANSWERS
+)
 """All other examples: each prints a table of metrics."""
 
 
@@ -71,6 +76,33 @@ def test_detector_example_rejects_photographs_and_keeps_digits(name, tmp_path):
     shares = {kind: int(rejected) / int(rows) for rejected, rows, kind in found}
     assert shares["digits"] < 0.12
     assert shares["photographs"] > 0.9
+
+
+def test_label_sets_have_the_label_of_most_digits(tmp_path):
+    printed = run("label_sets", tmp_path)
+    inside, rows, size = re.search(
+        r"(\d+) of (\d+) digits have their label in the set, which has ([\d.]+)", printed
+    ).groups()
+    assert int(inside) / int(rows) > 0.92
+    assert 1 <= float(size) < 4
+    assert printed.count("don't know") >= 8
+
+
+def test_stream_of_photographs_is_found_and_its_rows_are_named(tmp_path):
+    printed = run("has_the_data_changed", tmp_path)
+    assert re.findall("shifted: (True|False)", printed) == ["False", "True"]
+    assert re.search("rows that moved most: (.*)", printed)[1].count("photograph") >= 8
+    assert (tmp_path / "shift.png").stat().st_size > 5000
+
+
+def test_rejected_images_are_explained_on_a_page(tmp_path):
+    printed = run("why_rejected", tmp_path)
+    rejected, rows = map(int, re.search(r"(\d+) of (\d+) images rejected", printed).groups())
+    assert 18 <= rejected <= 23
+    assert rows == 40
+    page = (tmp_path / "why" / "index.html").read_text()
+    assert page.count('class="row"') == 10
+    assert page.count("<img") == 10 * (2 + 5)
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMERS))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ood_scores.cli import options
-from ood_scores.cli.parsing import check_table_path, write_table
+from ood_scores.cli.parsing import check_table_path, scorer_name, write_table
 from ood_scores.cli.printing import console
 from ood_scores.errors import BadInput, MissingData
-from ood_scores.progress import ProgressBar
+from ood_scores.progress import ProgressBar, showing_work
 from ood_scores.terminal import marked, safe
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 SOME_OOD, SOME_UNREADABLE = 3, 4
 """Exit codes."""
 
-SHOWN = 5
-"""Number of rows to show on the screen."""
+SHOWN, EXPLAINED = 5, 50
+"""Number of rows to show on the screen, and on the page of --explain."""
 
 
 def predict(
@@ -34,6 +35,19 @@ def predict(
     detector: Annotated[Path, typer.Option(metavar="DIR", help="Folder from ood-scores calibrate.")],
     out: Annotated[Path | None, typer.Option(help="File with a row per image: .csv, .parquet, or .json.")] = None,
     fail_on_ood: Annotated[bool, typer.Option("--fail-on-ood", help="Exit with code 3 if an image is OoD.")] = False,
+    explain: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for a page that explains the rejected images.")
+    ] = None,
+    fit: Annotated[
+        Path | None, typer.Option(help="Cache of the training data, in which --explain finds similar images.")
+    ] = None,
+    id: Annotated[
+        Path | None, typer.Option("--id", help="Cache of held-out ID data, for the p-values of --scorer.")
+    ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help="Further scorer whose p-values --explain shows; may be repeated. Needs --id."),
+    ] = None,
     batch_size: options.BatchSize = 64,
     workers: Annotated[int, typer.Option(min=0, max=1024, help="Number of processes that decode images.")] = 2,
     device: options.Device = "auto",
@@ -47,6 +61,7 @@ def predict(
       ood-scores predict photos --detector detector --out results.csv
       ood-scores predict "inbox/**/*.jpg" cat.png --detector detector
       ood-scores predict new.png --detector detector --fail-on-ood || echo stop
+      ood-scores predict photos --detector detector --explain why --fit train.h5
 
     \b
     [bold]Exit codes[/]
@@ -58,16 +73,44 @@ def predict(
     from ood_scores.detector import Detector
 
     check_table_path(out)
+    if not explain and (fit or id or scorer):
+        raise BadInput("--fit, --id, and --scorer are for --explain: pass --explain DIR, too.")
     loaded = Detector.load(detector, device=device)
-    table = results(loaded, image_files(images), batch_size, workers)
+    files = image_files(images)
+    table = results(loaded, files, batch_size, workers)
     _show(table)
     if out:
         write_table(table.astype(object).where(table.notna(), None), out)
         console().print(f"[green]✓[/] every image in [bold]{marked(out)}[/]")
+    if explain:
+        _explain(loaded, table, files, explain, fit, id, scorer or [])
     if table["error"].notna().any():
         raise typer.Exit(SOME_UNREADABLE)
     if fail_on_ood and table["is_ood"].any():
         raise typer.Exit(SOME_OOD)
+
+
+def _explain(
+    detector: Detector,
+    table: pd.DataFrame,
+    files: Sequence[str],
+    folder: Path,
+    fit: Path | None,
+    id: Path | None,
+    scorers: Sequence[str],
+) -> None:
+    """Write a page that explains the rejected images with the lowest scores."""
+    rejected = table[table["is_ood"].fillna(False)]
+    if rejected.empty:
+        console().print("no image was rejected, so that there is nothing to explain")
+        return
+    lowest = rejected.nsmallest(EXPLAINED, "score").index
+    names = [scorer_name(each) for each in scorers]
+    with showing_work("explaining …"):
+        found = detector.explain([files[row] for row in lowest], fit=fit, id=id, scorers=names)
+        found = replace(found, images=int(table["error"].isna().sum()), rejected=len(rejected))
+        page = found.save(folder)
+    console().print(f"[green]✓[/] why {len(found)} images were rejected: [bold]{marked(page)}[/]")
 
 
 def image_files(texts: Iterable[str]) -> list[str]:

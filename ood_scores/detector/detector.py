@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,13 +20,15 @@ from ood_scores.detector.preprocessing import Preprocessing
 from ood_scores.errors import BadInput, OtherModel, RowsLeftOut
 from ood_scores.extraction.loaders import input_key
 from ood_scores.extraction.options import ON_ERROR
-from ood_scores.features import FeatureSet
+from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.models.running import architecture, choose_device, model_dtype
 from ood_scores.notebook import facts_html
 from ood_scores.runtime import default_torch_state
+from ood_scores.scorers.base import Scorer
 from ood_scores.user_warnings import warn_user
 
 if TYPE_CHECKING:
+    from ood_scores.detector.explanation import Explanations
     from ood_scores.detector.export import DetectorGraph
     from ood_scores.detector.monitor import Monitor
 
@@ -61,25 +63,81 @@ class Detector(DetectorParts):
         """
         if on_error not in ON_ERROR:
             raise BadInput(f"on_error must be 'skip' or 'raise', got {on_error!r}.")
-        parts: list[Prediction] = []
         errors: dict[int, str] = {}
-        further = further_tensors(images)
-        for inputs in input_batches(images, self.transform, errors if on_error == "skip" else None):
-            start = sum(map(len, parts))
-            others = {name: values[start : start + len(inputs)] for name, values in further.items()}
-            batch = {input_key(images): inputs, **others} if others else inputs
-            parts.append(self.decide(self.forward.feature_set(batch, start)))
-        if errors:
-            first = min(errors)
-            warn_user(
-                f"{len(errors):,} of {len(errors) + sum(map(len, parts)):,} images cannot be read and are left out "
-                f"(image {first}: {errors[first].rstrip('.')}): errors of the prediction lists all, and image is the "
-                "number of the image of each row.",
-                RowsLeftOut,
-            )
+        batches = self._batches(images, errors if on_error == "skip" else None)
+        parts = [self.decide(self.forward.feature_set(batch, start)) for start, batch, _ in batches]
+        _warn_of_errors(errors, sum(map(len, parts)))
         found = replace(parts[0] if len(parts) == 1 else Prediction.joined(parts), errors=errors)
         names = file_names(images)
         return found if names is None else replace(found, id=names[found.image])
+
+    def _batches(self, images: Any, errors: dict[int, str] | None) -> Iterator[tuple[int, Any, torch.Tensor]]:
+        """Yield the number of the first image of each batch, the batch for the model, and the inputs in it."""
+        start, further = 0, further_tensors(images)
+        for inputs in input_batches(images, self.transform, errors):
+            others = {name: values[start : start + len(inputs)] for name, values in further.items()}
+            yield start, {input_key(images): inputs, **others} if others else inputs, inputs
+            start += len(inputs)
+
+    @default_torch_state()
+    def explain(
+        self,
+        images: Any,
+        *,
+        fit: OneSet | None = None,
+        id: OneSet | None = None,
+        scorers: Sequence[str | Scorer] = (),
+        neighbors: int = 5,
+        pictures: Any = None,
+        most: int = 50,
+    ) -> Explanations:
+        """Explain why images are rejected: classes, p-values, similar training images, and where the score comes from.
+
+        Images pass through the model once, as in ``predict``; those that are not rejected are left out.
+
+        Args:
+            images: a batch in any of the forms that ``predict`` accepts. Images of a list that cannot be decoded are
+                left out.
+            fit: a feature set of the training data, or the path of its cache, in which similar rows are found; None for
+                no similar rows.
+            id: a feature set of held-out ID data, or the path of its cache, among which ``scorers`` have p-values.
+            scorers: other scorers whose p-values are computed, as names or Scorers. They are fitted on ``fit``.
+            neighbors: the number of similar rows.
+            pictures: where the pictures of ``fit`` are, as in ``ood_scores.evaluation.pictures.pictures_of``; None for
+                the dataset that the set records.
+            most: the most images to explain, those with the lowest scores.
+
+        Raises:
+            OtherModel: if a set was extracted with other weights.
+            BadInput: if ``scorers`` lack the set that they need, or a number is below 1.
+            MissingInput: if a set lacks what a scorer reads. Other errors are those of ``predict``.
+        """
+        from ood_scores.detector.explanation import Calibrated, explain
+
+        for name, value in (("neighbors", neighbors), ("most", most)):
+            if value < 1:
+                raise BadInput(f"{name} must be at least 1, got {value}.")
+        fit, id = (None if each is None else as_feature_set(each) for each in (fit, id))
+        for each, name in ((fit, "the fit set"), (id, "the ID set")):
+            if each is not None:
+                require_weights(self.model, self.weights, each, name)
+        if fit is not None:
+            self.scorer.check_ready(fit)
+        others = Calibrated.of(scorers, fit, id)
+        errors: dict[int, str] = {}
+        found = explain(
+            self,
+            self._batches(images, errors),
+            file_names(images),
+            errors,
+            fit=fit,
+            others=others,
+            neighbors=neighbors,
+            pictures=pictures,
+            most=most,
+        )
+        _warn_of_errors(errors, found.images)
+        return found
 
     @default_torch_state()
     def decide(self, feats: FeatureSet) -> Prediction:
@@ -317,6 +375,18 @@ class Detector(DetectorParts):
 
     def __repr__(self) -> str:
         return f"Detector({self.scorer.name} on {architecture(self.model)}: {self.calibration}; {self.passes})"
+
+
+def _warn_of_errors(errors: Mapping[int, str], rows: int) -> None:
+    """Warn of images that were left out, if there are any."""
+    if errors:
+        first = min(errors)
+        warn_user(
+            f"{len(errors):,} of {len(errors) + rows:,} images cannot be read and are left out (image {first}: "
+            f"{errors[first].rstrip('.')}): errors of the prediction lists all, and image is the number of the image "
+            "of each row.",
+            RowsLeftOut,
+        )
 
 
 def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from ood_scores.data.row_ids import ids_of
 from ood_scores.data.sources import open_dataset, reopened
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.features import FeatureSet
+
+THUMBNAIL = 96
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ def pictures_of(feats: FeatureSet, data: Any = None) -> Pictures:
     if ids is None or feats.ids is None:
         return Pictures(dataset, _rows_by_number(feats, dataset))
     return Pictures(dataset, _rows_by_id(feats, [str(each) for each in ids]))
+
+
+def data_uri(image: Image.Image, side: int = THUMBNAIL) -> str:
+    """Encode an image as a WebP data URI with sides of at most ``side`` pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def dataset_of(feats: FeatureSet, data: Any = None) -> Any:

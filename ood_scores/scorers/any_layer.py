@@ -143,6 +143,11 @@ class Layers(LayeredScorer):
         )
         return scores[0] if self.reference_ is None else self._combined(scores, self.reference_.to(scores.device))
 
+    def compared(self, block: Block) -> Tensor:
+        """Return the vectors of the last layer as the base compares them."""
+        logits = block.logits if "logits" in self.needs else None
+        return self.members_[-1].compared(block.replaced(features=block.extras[self.names()[-1]], logits=logits))
+
     def _combined(self, scores: Tensor, reference: Tensor) -> Tensor:
         """The combination of the scores ``[L, B]`` of several layers, ``[B]``."""
         if self.combine == "fisher":

@@ -66,6 +66,13 @@ class Scorer(DeviceState, ABC):
     def score_block(self, block: Block) -> Tensor:
         """Return the scores ``[B]`` of one block."""
 
+    def compared(self, block: Block) -> Tensor:
+        """Return the vectors ``[B, K]`` by which the scorer tells rows apart, to find rows that are alike for it.
+
+        By default these are the features, or the logits if it reads no features.
+        """
+        return block.logits if "logits" in self.needs and "features" not in self.needs else block.features
+
     def scored_with(self) -> Hashable:
         """Return a key: scorers with equal keys are scored in one call; None if the scorer is always scored alone."""
         return None

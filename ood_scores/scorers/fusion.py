@@ -124,6 +124,15 @@ class Fusion(Scorer):
     def restore(self, state: Mapping[str, Any]) -> None:
         self._trained, self.reference_ = state["trained"], state["reference_"]
 
+    def p_values_of_members(self, feats: FeatureSet) -> dict[str, Tensor]:
+        """Return the p-values of each member for the rows of a set, float64 ``[N]``, by its name or, if that repeats,
+        by its parameters."""
+        members = self._members()
+        p = p_values(torch.stack(score_all(members, feats)), self.reference_)
+        names = [member.name for member in members]
+        labels = [name if names.count(name) == 1 else repr(member) for name, member in zip(names, members, strict=True)]
+        return dict(zip(labels, p, strict=True))
+
     def score_block(self, block: Block) -> Tensor:
         members = self._members()
         scores = torch.stack([member.score_block(block).double() for member in members])

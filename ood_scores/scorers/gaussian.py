@@ -86,9 +86,13 @@ class Mahalanobis(_TiedGaussians):
         self.double_ = amplifies(self.whitening_, moments)
 
     def score_block(self, block: Block) -> Tensor:
+        rows = self.compared(block)
+        return -squared_distances(rows, self.means_.to(rows)).amin(dim=1)
+
+    def compared(self, block: Block) -> Tensor:
+        """Return the whitened features."""
         features = rows_of(block, self.normalize, self.double_)
-        rows = whitened(features - self.centre_.to(features), self.whitening_.to(features))
-        return -squared_distances(rows, self.means_.to(features)).amin(dim=1)
+        return whitened(features - self.centre_.to(features), self.whitening_.to(features))
 
 
 @register_scorer("mahalanobis_pp")

@@ -91,6 +91,9 @@ class _BankScorer(Scorer):
             self._asked = self.bank_, self.wanted()
         return self._asked[1]
 
+    def compared(self, block: Block) -> Tensor:
+        return self._rows(block)
+
     def _rows(self, block: Block) -> Tensor:
         return block.space("features", True)
 

@@ -289,3 +289,19 @@ def test_the_screen_fits_a_terminal(home: Path, monkeypatch: pytest.MonkeyPatch)
     result = call("predict", "photos", "--detector", "detector")
     assert "Least in-distribution" in result.output
     assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_predict_explains_rejected_images(home: Path, tmp_path: Path) -> None:
+    detector = ("--detector", home / "detector")
+    words = ("--explain", tmp_path / "why", "--fit", home / "fit.h5", "--id", home / "id.h5", "--scorer", "msp")
+    result = call("predict", home / "photos", *detector, *words)
+    assert result.exit_code == 0, result.output
+    assert "images were rejected: " in " ".join(result.output.split())
+    found = expected_detector(home).predict([Image.open(file) for file in image_files([str(home / "photos")])])
+    page = (tmp_path / "why" / "index.html").read_text()
+    assert page.count('<section class="row">') == found.is_ood.sum() > 0
+    assert f"<b>{found.is_ood.sum()}</b> of 30 images were rejected" in page
+    assert page.count(">msp</span>") == found.is_ood.sum()
+    assert all(name in page for name in NAMES[:1])
+    message = refused("predict", home / "photos", *detector, "--fit", home / "fit.h5")
+    assert "--fit, --id, and --scorer are for --explain" in message

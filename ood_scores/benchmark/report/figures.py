@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.evaluation.metrics import auroc
+from ood_scores.evaluation.pictures import data_uri
 from ood_scores.evaluation.threshold_counts import roc_counts
 from ood_scores.plotting.curves import BINS, bin_edges, heights
 from ood_scores.plotting.style import OOD_COLORS
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 ROC_SIZE = 200
 """Grid steps and maximum number of points of a ROC curve."""
 HISTOGRAM_SIZE = (BINS, 100)
-THUMBNAIL = 96
 HARDEST = 8
 
 
@@ -148,12 +145,3 @@ class _Columns:
     def __init__(self, unit: Scored, scorer: str, name: str) -> None:
         self.scores, self.rows, self.origins = unit.scores[scorer][name], unit.rows[name], unit.origins[name]
         self.predictions, self.labels, self.ids = unit.predictions[name], unit.labels[name], unit.ids[name]
-
-
-def data_uri(image: Image.Image) -> str:
-    """Encode an image as a WebP data URI with sides of at most ``THUMBNAIL`` pixels."""
-    small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    small.save(file, "WEBP", quality=85)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
