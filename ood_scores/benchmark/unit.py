@@ -28,6 +28,7 @@ from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.scorers import Scorer
+from ood_scores.scorers.decisions import decided
 from ood_scores.scorers.registry import scorer_class
 from ood_scores.scorers.requirements import Requirement
 from ood_scores.scorers.scorer_runs import ScorerRun, fit_runs, score_runs
@@ -139,7 +140,8 @@ def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, 
     if part.search:
         chosen, tried = choose(part.search, tables, sets, fit)
         found.searched += _tidy(unit, tried)
-    runs = {label: ScorerRun(table.create(chosen.get(label))) for label, table in tables.items()}
+    scorers = decided({label: table.create(chosen.get(label)) for label, table in tables.items()}, [*sets.values()])
+    runs = {label: ScorerRun(scorer) for label, scorer in scorers.items()}
     fit_runs(runs, fit)
     _drop_failed(runs, found)
     return runs

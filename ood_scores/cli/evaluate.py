@@ -103,6 +103,8 @@ def _show(table: pd.DataFrame, id: Path, rows: int, asked: Sequence[str]) -> Non
     for part in metric_tables(metric_columns(table, groups, headline_metrics(asked)), screen.width):
         screen.print(part)
     screen.print(legend(headline_metrics(asked)), style="dim")
+    for label, parameters in table.attrs["decided"].items():
+        screen.print(f"[dim]{marked(label)}: {marked(parameters)}[/]")
     left_out = table.attrs["left_out"]
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name in left_out if left_out[name] == reason)

@@ -44,17 +44,22 @@ def score(
     """
     import ood_scores
     from ood_scores.evaluation.score_table import score_table
+    from ood_scores.scorers.decisions import decided, decisions
 
     check_table_path(out)
     feats = ood_scores.load(cache, device)
     scorer = scorer_name(scorer)
     params = parameters(scorer, param or ())
+    given = {scorer: ood_scores.create_scorer(scorer, **params)}
+    ready = decided(given, [feats])
     with showing_work(f"{scorer} …"):
-        scores = ood_scores.score(scorer, feats, ood_scores.load(fit, device) if fit else None, **params)
+        scores = ood_scores.score(ready[scorer], feats, ood_scores.load(fit, device) if fit else None)
         table = score_table(feats, scores)
-    table.attrs = {"scorer": scorer, "parameters": params, "cache": str(cache)}
+    chosen = decisions(given, ready)
+    table.attrs = {"scorer": scorer, "parameters": params, "decided": chosen, "cache": str(cache)}
     screen = console()
-    screen.print(f"[bold]{scorer}[/] of {len(table):,} rows in {marked(cache)} (higher = more in-distribution)")
+    title = " ".join([scorer, *(f"({text})" for text in chosen.values())])
+    screen.print(f"[bold]{marked(title)}[/] of {len(table):,} rows in {marked(cache)} (higher = more in-distribution)")
     screen.print(_summary(scores))
     screen.print(_lowest(table))
     if out:

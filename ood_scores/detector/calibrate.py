@@ -108,7 +108,7 @@ def calibrate(
         check_rule(sets, alpha, sets_among)
     id, fit = _opened(id), None if fit is None else _opened(fit)
     ready = copy.deepcopy(as_scorer(scorer))
-    names = [probe.name for probe in probes_for(ready.needs)]
+    probes_for(ready.needs)  # refuses what a single model cannot compute
     if not ready.is_fitted and fit is None:
         raise NotFitted(f"{ready.name!r} needs to be fitted on ID data: pass fit=, a feature set or a loader.")
     model = unwrapped(model)
@@ -133,6 +133,7 @@ def calibrate(
         fit_set = as_set(fit, "fit", (*ready.fit_needs, *ready.needs))
         fit_all([ready], fit_set, hashed=True)
     id_set = as_set(id, "id", ready.needs)
+    ready = ready.decided_for([id_set])
     _warn_of_same_data(ready, fit_set, id_set, fit is id)
     for text in label_warnings(id_set, "ID set"):
         warn_user(text)
@@ -147,7 +148,7 @@ def calibrate(
             "another scorer, or check the model.",
         )
     detector = Detector(
-        forward=Forward(model, _options_of(id_set, names)),
+        forward=Forward(model, _options_of(id_set, [probe.name for probe in probes_for(ready.needs)])),
         scorer=ready,
         calibration=Calibration.of(scores, label, num_classes, keep, delta, per_class),
         weights=weights,

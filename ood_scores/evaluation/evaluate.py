@@ -16,6 +16,7 @@ from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.progress import showing_work
 from ood_scores.scorers.base import Scorer, as_scorer
 from ood_scores.scorers.compatibility import require_same_weights
+from ood_scores.scorers.decisions import decided, decisions
 from ood_scores.scorers.one_pass import fit_all, score_all
 from ood_scores.scorers.registry import create_scorer, list_scorers
 from ood_scores.scorers.requirements import cannot_run
@@ -62,9 +63,10 @@ def evaluate(
         and ``n_ood``. ``.attrs["id_accuracy"]`` is
         the accuracy of the model on ``id``, or None without labels or logits; ``.attrs["id"]`` is the name of the ID
         dataset from its provenance, or None. ``.attrs["left_out"]`` has the reason for each scorer that ``"all"`` left
-        out. ``.attrs["overlap"]`` lists the sets that share rows (``set``, ``other``, ``rows`` shared ``of`` the rows
-        of ``other``), see ``ood_scores.features.statistics.row_hashes``; ``.attrs["warnings"]`` has the warnings about
-        them, and about an accuracy near chance.
+        out; ``.attrs["decided"]`` has the parameters that the sets decided, such as ``of='map'`` of
+        ``activation_ratio``. ``.attrs["overlap"]`` lists the sets that share rows (``set``, ``other``, ``rows`` shared
+        ``of`` the rows of ``other``), see ``ood_scores.features.statistics.row_hashes``; ``.attrs["warnings"]`` has the
+        warnings about them, and about an accuracy near chance.
 
     Raises:
         UnknownName: if there is no such metric, or as for ``Scorer.score``.
@@ -128,6 +130,7 @@ def _evaluated(
     if fit is not None:
         fit = as_feature_set(fit)
         _check_same_model(id, fit, "the fit set")
+    given, chosen = chosen, decided(chosen, [id, *others.values()])
     correct = [_Correct()] if _knows_accuracy(id) else []
     score_sets = _score_what_can_run if scorers == ALL else _score_all
     with showing_work("evaluating", progress):
@@ -150,6 +153,7 @@ def _evaluated(
         "id_accuracy": accuracy,
         "id": id.provenance.dataset if id.provenance else None,
         "left_out": left_out,
+        "decided": {label: text for label, text in decisions(given, chosen).items() if label not in left_out},
         "overlap": [overlap.as_dict() for overlap in shared],
         "warnings": [*map(str, shared), *label_warnings(id, "ID set", accuracy)],
     }

@@ -35,7 +35,8 @@ class LongTailReport:
     Attributes:
         accuracy: Share of all rows that are classified correctly.
         ece: Expected calibration error with 15 bins.
-        activation_ratio: Mean share of features above zero, as in the scorer ``activation_ratio``.
+        activation_ratio: Mean share of positive activations, as in the scorer ``activation_ratio``: before pooling if
+            the set has the extra ``activations``, else after pooling.
         groups: One row for ``"all"`` classes and one for each of ``"many"``, ``"medium"`` and ``"few"``. Columns:
             ``group``, ``classes``, ``rows``, and the means over classes with rows of ``accuracy``, ``confidence``
             (maximum softmax), ``activation_ratio``, ``fpr95_id`` and ``fpr95_ood``; NaN for a group without such
@@ -289,8 +290,8 @@ def _row_figures(
     feats: FeatureSet, labels: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return correctness (0 or 1), maximum softmax and activation ratio of the rows, float64 ``[N]`` each."""
-    figures, activation = np.empty((3, len(feats))), ActivationRatio()
-    for block in feats.blocks(device="cpu", only=["features", "logits"]):
+    figures, activation = np.empty((3, len(feats))), ActivationRatio().decided_for([feats])
+    for block in feats.blocks(device="cpu", only=["logits", *activation.needs]):
         block.require_finite()
         here = slice(block.start, block.start + len(block))
         figures[0, here] = block.prediction().numpy() == labels[here]

@@ -77,6 +77,10 @@ class Scorer(DeviceState, ABC):
         """Return a key: scorers with equal keys are scored in one call; None if the scorer is always scored alone."""
         return None
 
+    def decided_for(self, sets: Sequence[FeatureSet]) -> Scorer:
+        """Return the scorer with the parameters that depend on what all sets to score have decided; usually itself."""
+        return self
+
     def score_together(self, block: Block, scorers: Sequence[Scorer]) -> Sequence[Tensor]:
         """Return the scores ``[B]`` of each of several scorers with the same key; shared work is done once."""
         return [scorer.score_block(block) for scorer in scorers]
@@ -118,8 +122,9 @@ class Scorer(DeviceState, ABC):
             EmptyInput: if the set has no rows.
         """
         feats = as_feature_set(feats)
-        self.check_ready(feats)
-        (scores,) = score_all([self], feats, block_rows=block_rows)
+        decided = self.decided_for([feats])
+        decided.check_ready(feats)
+        (scores,) = score_all([decided], feats, block_rows=block_rows)
         return scores
 
     def _repr_html_(self) -> str:

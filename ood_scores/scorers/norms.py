@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
-from ood_scores.features import Block
+from ood_scores.features import Block, FeatureSet
 from ood_scores.features.row_reductions import by_pieces, row_norm
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.extras import read_extra
@@ -84,28 +85,34 @@ class LogitNorm(Scorer):
 class ActivationRatio(Scorer):
     """Share of the activations of the last layer that are positive, between 0 and 1.
 
-    Source: Shin et al. 2024 (RNA), section 5.2, at the last ReLU layer, which is the map before it is pooled:
-    ``of="map"`` with ``extract(..., probes=["activations"])``. The default reads the penultimate features, which every
-    set has, and is another quantity.
+    Source: Shin et al. 2024 (RNA), section 5.2, at the last ReLU layer, which is the map *before* it is pooled. It is
+    read by default if all sets to score have it, from ``extract(..., probes=["activations"])``; otherwise the share of
+    the penultimate features is read, *after* pooling, which is another quantity. ``evaluate`` and benchmark results say
+    which; in other calls, score either only sets that have the map, or set ``of``.
 
     Fails for features that are averages over many positions, nearly all of which are positive (0.999 of those of a
     ResNet-20).
 
     Args:
-        of: ``"features"``, or ``"map"`` for the last map of the extra ``activations``.
+        of: ``"map"`` for the last map of the extra ``activations``, before pooling; ``"features"``, after pooling;
+            ``"auto"`` for the map if all sets to score have it, else for the features. Inside of another scorer,
+            ``"auto"`` reads the features.
 
     Cost: one pass over the features, or none.
     """
 
-    tags = Tags(
-        paper=SHIN_2024, small_extras={"activations.a": lambda features, logits: (features > 0).float().mean(dim=1)}
-    )
-    of: Literal["features", "map"] = "features"
+    tags = Tags(paper=SHIN_2024, parameters_before={"of": "features"})
+    of: Literal["auto", "map", "features"] = "auto"
     needs = ("features",)
 
     def __post_init__(self) -> None:
         self.require_choices()
         self.needs = ("activations",) if self.of == "map" else ("features",)
+
+    def decided_for(self, sets: Sequence[FeatureSet]) -> Scorer:
+        if self.of != "auto":
+            return self
+        return replace(self, of="map" if all(feats.has("activations") for feats in sets) else "features")
 
     def score_block(self, block: Block) -> Tensor:
         if self.of == "map":

@@ -37,6 +37,7 @@ def score(
     fit_set = as_feature_set(fit) if fit is not None and ready.fit_needs else None
     if fit_set is not None:
         fit_all([ready], fit_set, hashed=True)
+    ready = ready.decided_for([feats])
     ready.check_ready(feats)
     (scores,) = score_all([ready], feats, hashed=fit_set is not None)
     if fit_set is not None:

@@ -243,6 +243,16 @@ def test_probes_are_those_of_the_calibration_set(model: nn.Module) -> None:
         calibrate("odin", model, id=by_hand)
 
 
+def test_activation_ratio_reads_what_the_calibration_set_has(model: nn.Module) -> None:
+    mapped, pooled = extracted(model, 150, 2, probes=["activations"]), extracted(model, 150, 2)
+    for id, of, probes in ((mapped, "map", ["activations"]), (pooled, "features", [])):
+        detector = calibrate("activation_ratio", model, id=id)
+        assert detector.scorer == ood_scores.create_scorer("activation_ratio", of=of)
+        assert [probe.name for probe in detector.forward.options.all_probes] == probes
+        expected = ood_scores.score("activation_ratio", id, of=of).numpy()
+        np.testing.assert_allclose(detector.predict(Rows(150, 2).inputs).score, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", sorted(PROBES))
 def test_every_probe_is_restored_from_its_description(name: str) -> None:
     assert probe_of(record_of(PROBES[name]())) == PROBES[name]()

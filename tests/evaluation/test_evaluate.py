@@ -70,7 +70,7 @@ def test_evaluate_returns_a_tidy_frame() -> None:
     assert list(zip(table["scorer"], table["ood"], strict=True)) == [(s, o) for s in SCORERS for o in OOD]
     assert table.dtypes[["n_id", "n_ood"]].eq("int64").all()
     assert table.drop(columns=["scorer", "ood", "n_id", "n_ood"]).dtypes.eq("float64").all()
-    assert list(table.attrs) == ["id_accuracy", "id", "left_out", "overlap", "warnings"]
+    assert list(table.attrs) == ["id_accuracy", "id", "left_out", "decided", "overlap", "warnings"]
     assert table.attrs["left_out"] == {}
     assert table.attrs["overlap"] == []
 
@@ -349,3 +349,21 @@ def test_accuracy_near_chance_is_named() -> None:
 )
 def test_near_chance(accuracy: float | None, rows: int, classes: int, near: bool) -> None:
     assert (near_chance(accuracy, rows, classes, "ID set") is not None) == near
+
+
+def test_activation_ratio_reads_the_map_only_if_all_sets_have_it() -> None:
+    """Shares before and after pooling are never compared with each other, and the table says which were read."""
+
+    def with_map(feats: FeatureSet, share: float) -> FeatureSet:
+        extras = {"activations.last": torch.full((len(feats),), share)}
+        return FeatureSet(feats.features, feats.logits, feats.labels, HEAD, extras=extras)
+
+    inside, outside = with_map(ID, 0.6), with_map(OOD["far"], 0.1)
+    both = evaluate("all", id=inside, ood={"far": outside})
+    assert both.attrs["decided"] == {"activation_ratio": "of='map'"}
+    assert both.set_index("scorer")["auroc"]["activation_ratio"] == 1.0
+    one = evaluate(["activation_ratio"], id=inside, ood={"far": outside, "near": OOD["near"]})
+    assert one.attrs["decided"] == {"activation_ratio": "of='features'"}
+    pooled = evaluate([create_scorer("activation_ratio", of="features")], id=ID, ood=OOD)
+    assert pooled.attrs["decided"] == {}
+    assert one["auroc"].tolist() == pooled["auroc"].tolist()[::-1]

@@ -225,3 +225,12 @@ def test_long_tail_report_errors() -> None:
         long_tail_report(feats, [4, 3, 2, 1], id_scores=[1.0] * 7)
     with pytest.raises(ShapeMismatch, match="6 ID scores"):
         long_tail_report(feats, [4, 3, 2, 1], id_scores=[1.0] * 6, ood_scores=[0.0])
+
+
+def test_activation_ratio_is_that_of_the_map_if_the_set_has_it() -> None:
+    feats = tailed()
+    shares = torch.arange(7) / 10
+    mapped = FeatureSet(feats.features, feats.logits, feats.labels, extras={"activations.last": shares})
+    report = long_tail_report(mapped, [1000, 100, 30, 10], rule="imagenet")
+    assert report.activation_ratio == pytest.approx(0.3)
+    assert long_tail_report(feats, [1000, 100, 30, 10], rule="imagenet").activation_ratio == pytest.approx(9 / 14)

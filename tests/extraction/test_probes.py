@@ -127,9 +127,10 @@ def test_active_shares_count_the_positions_of_the_map_before_pooling() -> None:
         maps = outputs()[name]
         expected = [int((row > 0).sum()) / row.numel() for row in maps]
         assert_close(feats.extras[f"activations.{name}"], torch.tensor(expected))
-    ratio = ood_scores.create_scorer("activation_ratio", of="map").score(feats)
-    assert torch.equal(ratio, feats.extras[f"activations.{LAYERS[-1]}"].double())
-    pooled = ood_scores.create_scorer("activation_ratio").score(feats)
+    shares = feats.extras[f"activations.{LAYERS[-1]}"].double()
+    assert torch.equal(ood_scores.score("activation_ratio", feats), shares)
+    assert torch.equal(ood_scores.score("activation_ratio", feats, of="map"), shares)
+    pooled = ood_scores.score("activation_ratio", feats, of="features")
     assert torch.equal(pooled, (feats.features > 0).double().mean(dim=1))
 
 
