@@ -118,8 +118,9 @@ class CTM(Scorer):
     Fits mu_c, the mean feature of the fit rows labeled c; classes without rows are left out, with a warning.
 
     Source: Ngoc-Hieu et al. 2023, "A Cosine Similarity-based Method for Out-of-Distribution Detection" (class typical
-    matching). Its formulas were not available; this one is that of a public implementation, in which rows are
-    normalized before the product but not before the mean. A feature of zeros scores 0.
+    matching), and the authors' code, in which rows are normalized before the product but not before the mean. (The code
+    reads a switch for the normalization of rows that nothing in it sets; without it, the score would be no cosine.) A
+    feature of zeros scores 0.
 
     Fails where all features point in nearly the same direction, such as those with a large common offset, and where
     the norm is what separates OoD rows.
@@ -134,8 +135,8 @@ class CTM(Scorer):
             "arXiv",
             2023,
             "https://arxiv.org/abs/2306.14920",
+            "https://github.com/Fsoft-AIC/CTM_OOD",
         ),
-        experimental="the paper was available as its abstract and an implementation by others",
     )
     means_: Tensor = fitted()
     needs = ("features",)
