@@ -89,11 +89,12 @@ def kind_reference() -> str:
 
 def known_datasets() -> str:
     """The datasets of the catalog."""
-    rows = ["| Dataset | Description | Images | License | Opens with |", "|---|---|---|---|---|"]
+    rows = ["| Dataset | Description | Images | License | Download | MD5 | Opens with |", "|---" * 7 + "|"]
     for known in CATALOG:
         images = f"{known.images:,}" if known.images else ""
         description = f"{known.what} ([page]({known.page}))"
-        rows.append(f"| `{known.name}` | {description} | {images} | {known.license} | `{known.spec}` |")
+        facts = (f"`{known.name}`", description, images, known.license, known.size, known.checksums, f"`{known.spec}`")
+        rows.append(f"| {' | '.join(facts)} |")
     return "\n".join(rows)
 
 
@@ -101,7 +102,8 @@ def probe_table() -> str:
     """What each probe stores, and the passes through the model that it needs."""
     rows = ["| Probe | Extras | Additional passes |", "|---|---|---|"]
     for cls in packaged_probes():
-        read_off = cls.columns is LayerProbe.columns
+        in_the_pass = cls.watch is not Probe.watch and not issubclass(cls, LayerProbe)
+        read_off = in_the_pass or cls.columns is LayerProbe.columns
         passes = "none" if read_off else "forward and backward" if cls.gradients else "forward"
         rows.append(f"| `{cls.name}` | {summary(cls)} | {passes} |")
     return "\n".join(rows)

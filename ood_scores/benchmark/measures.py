@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ood_scores.benchmark.spec import Part
 from ood_scores.benchmark.unit_files import SetScores
 from ood_scores.errors import MissingInput, OodScoresError
+from ood_scores.evaluation.batch_norm_gaps import GAP, batch_norm_gap_ratio
 from ood_scores.evaluation.calibration_error import classifier_calibration
 from ood_scores.evaluation.exposure_gradients import exposure_gradients
 from ood_scores.evaluation.long_tail import GROUPS, class_fpr95_ood, class_groups, long_tail_report
@@ -23,6 +24,7 @@ from ood_scores.evaluation.neural_collapse import TITLES, neural_collapse
 from ood_scores.features import FeatureSet
 from ood_scores.registry import Registry
 from ood_scores.scorers import create_scorer
+from ood_scores.scorers.requirements import Requirement
 
 Figures = Sequence[Mapping[str, Any]]
 
@@ -118,12 +120,19 @@ def _representation(sets: MeasuredSets) -> dict[str, float]:
         "auxiliary": [sets.auxiliary] if sets.auxiliary is not None else [],
     }
     tested = {group: groups[group] for group in ("id", "ood")}
-    of = "map" if all(feats.has("activations") for those in tested.values() for feats in those) else "features"
     return {
         **_means("representation_norm", "feature_norm", groups),
         "representation_norm_sd": float(create_scorer("feature_norm").score(sets.id).std()),
-        **_means("activation_ratio", "activation_ratio", tested, of=of),
+        **_means("activation_ratio", "activation_ratio", tested),
     }
+
+
+def _batch_norm_gaps(sets: MeasuredSets) -> dict[str, float]:
+    """Return the distance of ID images from the running means of the last BatchNorm, relative to that of OoD images."""
+    lacking = [feats for feats in (sets.id, *sets.ood.values()) if not feats.has(GAP)]
+    if lacking:
+        raise MissingInput(f"batch_norm_gaps needs {GAP!r}: {Requirement(GAP).how_to_get('benchmark')}.")
+    return {"gap_ratio": batch_norm_gap_ratio(sets.id, [*sets.ood.values()])}
 
 
 def _training(sets: MeasuredSets) -> dict[str, float]:
@@ -161,9 +170,9 @@ def _class_counts(sets: MeasuredSets) -> Tensor:
     return torch.bincount(fit.class_labels(), minlength=fit.num_classes or 0)
 
 
-def _means(figure: str, scorer: str, sets: Mapping[str, Sequence[FeatureSet]], **parameters: Any) -> dict[str, float]:
+def _means(figure: str, scorer: str, sets: Mapping[str, Sequence[FeatureSet]]) -> dict[str, float]:
     """Return the unweighted mean over the sets of each group of the mean score, for groups that have sets."""
-    created = create_scorer(scorer, **parameters)
+    created = create_scorer(scorer).decided_for([feats for those in sets.values() for feats in those])
     return {
         f"{figure}_{group}": sum(float(created.score(feats).mean()) for feats in those) / len(those)
         for group, those in sets.items()
@@ -202,6 +211,7 @@ MEASURES: Registry[Measure] = Registry(
         "long_tail": Measure(_long_tail, _keywords(_long_tail)),
         "calibration": Measure(_calibration, ("bins",), needs_fit=False),
         "representation": Measure(_representation, needs_fit=False),
+        "batch_norm_gaps": Measure(_batch_norm_gaps, needs_fit=False),
         "training": Measure(_training),
         "classifier_gradients": Measure(_classifier_gradients, _keywords(_classifier_gradients)),
     },
@@ -231,6 +241,7 @@ FIGURES = {
     **{name: Figure(name) for name in ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")},
     **{name: Figure(name) for name in ("confidence", "confidence_few", "confidence_ood")},
     **{f"activation_ratio_{group}": Figure(f"activation_ratio_{group}") for group in ("id", "ood")},
+    "gap_ratio": Figure("ratio of the gaps to the last BatchNorm, ID to OoD", percent=False),
     **{
         f"representation_norm_{group}": Figure(title, percent=False)
         for group, title in {

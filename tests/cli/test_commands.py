@@ -197,7 +197,9 @@ def test_extract_with_layers_and_probes(checkpoints: dict[str, Path], tmp_path: 
     assert "ODIN(name='odin', epsilon=0.0, temperature=1000.0, std=(1.0, 2.0, 1.0))" in feats.provenance.probe_texts
     assert "probes PooledLayers(name='layers'," in " ".join(ok("inspect", tmp_path / "c.h5").split())
     assert "layers and probes" in refused(*words, *weights, "--layers", "stages")
-    assert "choose from activations, adascale, extremes, fgsm" in refused(*words, *weights, "--probe", "colour")
+    assert "choose from activations, adascale, batch_norm_gap, extremes, fgsm" in refused(
+        *words, *weights, "--probe", "colour"
+    )
     assert "choose from name, epsilon" in refused(*words, *weights, "--probe", "odin:colour=red")
     assert "write odin:key=value" in refused(*words, *weights, "--probe", "odin:0.1")
 

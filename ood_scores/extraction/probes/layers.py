@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ood_scores.errors import ProbeDoesNotApply
-from ood_scores.extraction.hooks import hooked
+from ood_scores.extraction.hooks import first_argument, hooked
 from ood_scores.extraction.probes.base import LayerProbe, Pass, Probe, register_probe
 
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.LeakyReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
@@ -140,6 +141,42 @@ class ActivationExtremes(Probe):
             raise ProbeDoesNotApply(self.name, "no activation module ran in the model, such as torch.nn.ReLU.")
         ordered = [seen[name] for name, _ in activations(done.model) if name in seen]
         return {self.name: torch.cat(ordered, dim=1)}
+
+
+@register_probe
+@dataclass(frozen=True)
+class BatchNormGaps(Probe):
+    """Distances of the channels from the running means of the last BatchNorm: the extra ``batch_norm_gap`` ``[N, C]``.
+
+    The input of the BatchNorm module that runs last, averaged over the positions of each channel, minus the running
+    mean. ``ood_scores.evaluation.batch_norm_gaps`` reads it.
+
+    Source: Shin et al. 2024 (RNA), appendix E.5 and Table 13.
+
+    Fails for models without BatchNorm modules that have running statistics: these are refused.
+    """
+
+    name: str = "batch_norm_gap"
+    needs_logits = False
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Mapping[str, Tensor]]:
+        seen: dict[str, Tensor] = {}
+
+        def keep(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            values = first_argument(inputs, named).float()
+            means = values.flatten(2).mean(dim=2) if values.ndim > 2 else values
+            seen[self.name] = means - module.running_mean
+
+        layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        hooks = [(layer, keep) for layer in layers if layer.running_mean is not None]
+        with hooked(hooks, before=True, with_kwargs=True):
+            yield seen
+
+    def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not seen:
+            raise ProbeDoesNotApply(self.name, "no BatchNorm module with running statistics ran in the model.")
+        return dict(seen)
 
 
 def activations(model: nn.Module) -> list[tuple[str, nn.Module]]:
