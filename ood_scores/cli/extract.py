@@ -70,7 +70,7 @@ def extract(
       wds:DIR/shards-{000..127}.tar  tar files of webdataset
       noise:gaussian?n=10000&size=32&seed=0     or noise:uniform
       digits?classes=0-6             scikit-learn's handwritten digits
-      options of all: rows=0:5000, take=500, long_tail=100, scramble=SEED,
+      options of all: rows=0:5000, take=500, only=2,4,7-9, long_tail=100, scramble=SEED,
                       classes=FILE    names in the order of the model's classes
       $NAME is replaced by the environment variable NAME
 

@@ -2,33 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class KnownSet:
-    """A dataset that papers use.
-
-    Attributes:
-        name: a short name.
-        what: what the images show, and other facts about the dataset.
-        images: number of images; 0 if it depends on the release or the list.
-        page: the authors' page, or that of the paper's code.
-        get: the command that puts the dataset into the folder ``{data}``, or what to do by hand; "" if torchvision
-            downloads it.
-        spec: the text that opens the dataset afterwards, with ``open_dataset(spec, root=data)``.
-        folders: names of files and folders that identify a path to it, in lower case and with ``_`` for ``-``.
-        license: the license, if the authors state one.
-    """
-
-    name: str
-    what: str
-    images: int
-    page: str
-    get: str
-    spec: str
-    folders: tuple[str, ...] = ()
-    license: str = ""
+from ood_scores.data.known_set import KnownSet, unpacked
+from ood_scores.data.open_set_catalog import OPEN_SETS
 
 
 def _openood(*names: str) -> str:
@@ -38,12 +13,6 @@ def _openood(*names: str) -> str:
         "git clone https://github.com/Jingkang50/OpenOOD && pip install gdown && "
         f"python OpenOOD/scripts/download/download.py --contents datasets {which} --save_dir {{data}}"
     )
-
-
-def _unpacked(url: str) -> str:
-    file = url.rpartition("/")[2]
-    unpack = f"unzip {{data}}/{file} -d {{data}}" if file.endswith(".zip") else f"tar -xf {{data}}/{file} -C {{data}}"
-    return f"wget -P {{data}} {url} && {unpack}"
 
 
 def _lt_list(split: str) -> str:
@@ -84,6 +53,8 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         "torchvision:CIFAR10?split=test&download=true",
         ("cifar10", "cifar_10"),
+        size="163 MB",
+        md5="c58f30108f718f92721af3b95e74349a",
     ),
     KnownSet(
         "cifar100",
@@ -93,6 +64,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         "torchvision:CIFAR100?split=test&download=true",
         ("cifar100", "cifar_100"),
+        md5="eb9058c3a382ffc7106e4002c42a8d85",
     ),
     KnownSet(
         "svhn",
@@ -102,6 +74,10 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         "torchvision:SVHN?split=test&download=true",
         ("svhn",),
+        md5={
+            "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
+            "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
+        },
     ),
     KnownSet(
         "mnist",
@@ -127,26 +103,28 @@ CATALOG: tuple[KnownSet, ...] = (
         "opens one split of 1,880",
         5640,
         "https://www.robots.ox.ac.uk/~vgg/data/dtd/",
-        _unpacked("https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"),
+        unpacked("https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"),
         "folder:dtd/images",
         ("textures", "texture", "dtd"),
         "for research",
+        md5="fff73e5086ae6bdbea199a49dfb8a4c1",
     ),
     KnownSet(
         "places365",
         "scenes, 256 x 256 (Zhou et al. 2017); test images, of which papers on CIFAR draw 10,000",
         328500,
         "http://places2.csail.mit.edu/download.html",
-        _unpacked("http://data.csail.mit.edu/places/places365/test_256.tar"),
+        unpacked("http://data.csail.mit.edu/places/places365/test_256.tar"),
         "folder:test_256",
         ("places365", "test_256"),
+        md5="f532f6ad7b582262a2ec8009075e186b",
     ),
     KnownSet(
         "inaturalist",
         "plants, 110 classes that are not in ImageNet-1k (Huang & Li 2021, MOS)",
         10000,
         _MOS,
-        _unpacked(f"{_MOS_FILES}/iNaturalist.tar.gz"),
+        unpacked(f"{_MOS_FILES}/iNaturalist.tar.gz"),
         "folder:iNaturalist",
         ("inaturalist",),
     ),
@@ -155,7 +133,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "scenes, 50 classes that are not in ImageNet-1k (Huang & Li 2021, MOS)",
         10000,
         _MOS,
-        _unpacked(f"{_MOS_FILES}/SUN.tar.gz"),
+        unpacked(f"{_MOS_FILES}/SUN.tar.gz"),
         "folder:SUN",
         ("sun",),
     ),
@@ -164,7 +142,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "scenes, 50 classes that are not in ImageNet-1k (Huang & Li 2021, MOS)",
         10000,
         _MOS,
-        _unpacked(f"{_MOS_FILES}/Places.tar.gz"),
+        unpacked(f"{_MOS_FILES}/Places.tar.gz"),
         "folder:Places",
         ("places",),
     ),
@@ -173,7 +151,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "LSUN's test scenes, a random crop of 32 x 32 (Liang et al. 2018, ODIN)",
         10000,
         _ODIN,
-        _unpacked("https://www.dropbox.com/s/fhtsw1m3qxlwj6h/LSUN.tar.gz"),
+        unpacked("https://www.dropbox.com/s/fhtsw1m3qxlwj6h/LSUN.tar.gz"),
         "folder:LSUN",
         ("lsun", "lsun_c", "lsun_crop"),
     ),
@@ -182,7 +160,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "LSUN's test scenes, resized to 32 x 32 (Liang et al. 2018, ODIN)",
         10000,
         _ODIN,
-        _unpacked("https://www.dropbox.com/s/moqh2wh8696c3yl/LSUN_resize.tar.gz"),
+        unpacked("https://www.dropbox.com/s/moqh2wh8696c3yl/LSUN_resize.tar.gz"),
         "folder:LSUN_resize",
         ("lsun_r", "lsun_resize"),
     ),
@@ -191,7 +169,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "iSUN's scenes, resized to 32 x 32 (Liang et al. 2018, ODIN)",
         8925,
         _ODIN,
-        _unpacked("https://www.dropbox.com/s/ssz7qxfqae0cca5/iSUN.tar.gz"),
+        unpacked("https://www.dropbox.com/s/ssz7qxfqae0cca5/iSUN.tar.gz"),
         "folder:iSUN",
         ("isun",),
     ),
@@ -200,7 +178,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "TinyImageNet's test images, resized to 32 x 32 (Liang et al. 2018, ODIN)",
         10000,
         _ODIN,
-        _unpacked("https://www.dropbox.com/s/kp3my3412u5k9rl/Imagenet_resize.tar.gz"),
+        unpacked("https://www.dropbox.com/s/kp3my3412u5k9rl/Imagenet_resize.tar.gz"),
         "folder:Imagenet_resize",
         ("imagenet_resize", "tinyimagenet_resize"),
     ),
@@ -209,7 +187,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "TinyImageNet's test images, a random crop of 32 x 32 (Liang et al. 2018, ODIN)",
         10000,
         _ODIN,
-        _unpacked("https://www.dropbox.com/s/avgm2u562itwpkl/Imagenet.tar.gz"),
+        unpacked("https://www.dropbox.com/s/avgm2u562itwpkl/Imagenet.tar.gz"),
         "folder:Imagenet",
         ("imagenet_crop", "tinyimagenet_crop"),
     ),
@@ -219,7 +197,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "the command writes an image list, and 10,000 for test, without labels",
         120000,
         "https://www.kaggle.com/c/tiny-imagenet",
-        _unpacked("http://cs231n.stanford.edu/tiny-imagenet-200.zip")
+        unpacked("http://cs231n.stanford.edu/tiny-imagenet-200.zip")
         + " && cd {data}/tiny-imagenet-200 && sort wnids.txt | "
         "awk 'NR==FNR {n[$1]=NR-1; next} {print $1, n[$2]}' - val/val_annotations.txt > val_labels.txt",
         "folder:tiny-imagenet-200/test/images",
@@ -236,6 +214,11 @@ CATALOG: tuple[KnownSet, ...] = (
         "torchvision:ImageNet?split=val&root=imagenet",
         ("imagenet", "imagenet_1k", "imagenet1k", "ilsvrc_2012", "ilsvrc2012"),
         _IMAGENET_TERMS,
+        md5={
+            "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
+            "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
+            "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
+        },
     ),
     KnownSet(
         "imagenet200",
@@ -265,7 +248,8 @@ CATALOG: tuple[KnownSet, ...] = (
         _openood("ninco"),
         _large("ninco"),
         ("ninco",),
-        "MIT",
+        "CC BY 4.0",
+        md5={"NINCO_all.tar.gz": "b9ffae324363cd900a81ce3c367cd834"},
     ),
     KnownSet(
         "openimage_o",
@@ -295,6 +279,7 @@ CATALOG: tuple[KnownSet, ...] = (
         _openood("imagenet_r"),
         _large("imagenet_r"),
         ("imagenet_r",),
+        md5={"imagenet-r.tar": "a61312130a589d0ca1a8fca1f2bd3337"},
     ),
     KnownSet(
         "imagenet_v2",
@@ -391,6 +376,7 @@ CATALOG: tuple[KnownSet, ...] = (
         ("imagenet_extra_1k", "imagenet_extra"),
         _IMAGENET_TERMS,
     ),
+    *OPEN_SETS,
     OPENOOD,
 )
 """The datasets on which OoD scores are compared. Figures come from the papers, addresses from the authors."""

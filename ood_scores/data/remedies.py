@@ -8,8 +8,10 @@ import shlex
 from os import PathLike, fspath
 from pathlib import PurePosixPath
 
-from ood_scores.data.catalog import CATALOG, OPENOOD, KnownSet
+from ood_scores.data.catalog import CATALOG, OPENOOD
 from ood_scores.data.dataset_spec import parse
+from ood_scores.data.known_set import KnownSet
+from ood_scores.data.open_set_catalog import OPENMIBOOD
 
 
 def remedy_for_path(text: str, root: str | PathLike[str] | None = None) -> str:
@@ -29,12 +31,13 @@ def remedy_for_path(text: str, root: str | PathLike[str] | None = None) -> str:
 
 
 def _by_folder(target: str, root: str | PathLike[str] | None) -> str:
-    """Look for OpenOOD's layout in a path, else for the innermost name of a known dataset."""
+    """Look for the layout of OpenOOD or OpenMIBOOD in a path, else for the innermost name of a known dataset."""
     path = PurePosixPath(target)
     names = [part.lower().replace("-", "_") for part in (*path.parent.parts, path.stem)]
     for place, name in enumerate(names):
-        if name in OPENOOD.folders:
-            return _instruction(OPENOOD, _below(root, str(PurePosixPath(*path.parts[:place]))))
+        layout = next((layout for layout in (OPENMIBOOD, OPENOOD) if name in layout.folders), None)
+        if layout:
+            return _instruction(layout, _below(root, str(PurePosixPath(*path.parts[:place]))))
     for name in reversed(names):
         for known in CATALOG:
             if name in known.folders:

@@ -34,6 +34,7 @@ def open_dataset(
       ``digits``, whose option of this name chooses classes.
     - ``scramble=SEED``: the pixels of each image in a random order, which depends on the seed and on the row in the
       whole dataset.
+    - ``only=2,4,7-9``: the images of these classes, whose labels become 0, 1, … in this order.
     - ``rows=0:5000``: a slice as in Python.
     - ``long_tail=100``: a long tail with this ratio, see ``ood_scores.data.long_tail``.
     - ``validation=0.1``: the share of each class that a training recipe with ``validation = 0.1`` holds out;

@@ -1,4 +1,4 @@
-"""Options of every dataset: labels in another order, a subset of the rows, or images with scrambled pixels."""
+"""Options of every dataset: labels in another order, some of the rows or classes, or images with scrambled pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ood_scores.data.class_names import read_classes, renumbered
+from ood_scores.data.class_names import RenumberedImages, read_classes, renumbered
 from ood_scores.data.dataset_spec import located, whole_number
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import labels_of, long_tail
@@ -129,6 +129,33 @@ def _scramble(dataset: ImageDataset, seed: str, base: Path) -> ImageDataset:
     return ScrambledImages(dataset, whole_number("scramble", seed))
 
 
+def _only(dataset: ImageDataset, classes: str, base: Path) -> ImageDataset:
+    kept, labels = _class_numbers(classes), labels_of(dataset)
+    absent = sorted(set(kept) - set(labels.tolist()))
+    if absent:
+        raise BadInput(f"cannot read only={classes}: {dataset.name} has no image of class {absent[0]}.")
+    numbers = np.full(int(labels.max()) + 1, -1)
+    numbers[kept] = np.arange(len(kept))
+    names = dataset.class_names
+    renamed = RenumberedImages(dataset, numbers, [names[number] for number in kept] if names else [])
+    renamed.class_names = renamed.class_names or None
+    rows = np.flatnonzero(np.isin(labels, kept))
+    return ChosenImages(renamed, rows.tolist(), f"{dataset.name}[{len(kept)} classes]")
+
+
+def _class_numbers(text: str) -> list[int]:
+    """Return the numbers in a text such as ``3,5-7``."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise BadInput(f"cannot read only={text}: write numbers of classes, such as only=0,4-7.")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise BadInput(f"cannot read only={text}: name at least one class, and each once.")
+    return numbers
+
+
 def _rows(dataset: ImageDataset, rows: str, base: Path) -> ImageDataset:
     bounds = rows.split(":")
     try:
@@ -196,6 +223,7 @@ def _labels(dataset: ImageDataset, value: str, base: Path) -> ImageDataset:
 VIEWS: dict[str, Callable[[ImageDataset, str, Path], ImageDataset]] = {
     "classes": _classes,
     "scramble": _scramble,
+    "only": _only,
     "rows": _rows,
     "long_tail": _long_tail,
     "validation": _validation,

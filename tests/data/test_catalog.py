@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ood_scores.data.catalog import CATALOG, KnownSet
+from ood_scores.data.catalog import CATALOG
 from ood_scores.data.dataset_spec import parse
+from ood_scores.data.known_set import KnownSet
 from ood_scores.data.sources import open_dataset, remedy
 from ood_scores.errors import MissingData
 

@@ -45,7 +45,7 @@ def test_invalid_dataset_texts_are_refused() -> None:
         open_dataset("zip:a")
     with pytest.raises(UnknownName, match=r"no option 'class' \(did you mean 'classes'\?\): choose from classes"):
         open_dataset("digits?class=1")
-    with pytest.raises(UnknownName, match="folder has no option 'split': choose from classes, scramble, rows"):
+    with pytest.raises(UnknownName, match="folder has no option 'split': choose from classes, scramble, only, rows"):
         open_dataset("folder:x?split=test")
     with pytest.raises(UnknownName, match=r"'target'.*: choose from split, root, download"):
         open_dataset("torchvision:CIFAR10?target=1")

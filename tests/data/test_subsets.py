@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,45 @@ def test_long_tail_option() -> None:
     assert [dataset[index][1] for index in range(50)] == labels_of(dataset).tolist()
     with pytest.raises(BadLabels, match="has no labels in"):
         open_dataset("noise:uniform?long_tail=10")
+
+
+def test_only_some_classes_are_renumbered_in_the_order_of_the_text() -> None:
+    images, labels = digits()
+    dataset = open_dataset("digits?only=7,2-3")
+    rows = np.flatnonzero(np.isin(labels, [7, 2, 3]))
+    numbers = {7: 0, 2: 1, 3: 2}
+    assert labels_of(dataset).tolist() == [numbers[label] for label in labels[rows].tolist()]
+    assert [dataset[index][1] for index in range(5)] == labels_of(dataset)[:5].tolist()
+    np.testing.assert_array_equal(pixels(dataset, 4)[:, :, 0], images[rows[4]])
+    assert dataset.name == "digits[3 classes]"
+    assert dataset.label_order != open_dataset("digits?only=2,3,7").label_order
+    assert len(open_dataset("digits?rows=10:20&only=7,2-3")) == 10
+
+
+def test_only_keeps_the_names_of_the_classes(tmp_path: Path) -> None:
+    for name in ("ant", "bee", "cow"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / name / "a.png")
+    dataset = open_dataset(f"folder:{tmp_path}?only=2,0")
+    assert dataset.class_names == ("cow", "ant")
+    assert labels_of(dataset).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("a", "write numbers"),
+        ("1-", "write numbers"),
+        ("", "write numbers"),
+        ("1,1", "each once"),
+        ("5-4", "at least one"),
+    ],
+)
+def test_invalid_classes_are_refused(classes: str, message: str) -> None:
+    with pytest.raises(BadInput, match=f"cannot read only={classes}: .*{message}"):
+        open_dataset(f"digits?only={classes}")
+    with pytest.raises(BadInput, match=r"cannot read only=3,12: digits has no image of class 12"):
+        open_dataset("digits?only=3,12")
 
 
 def test_invalid_subset_options_are_refused() -> None:
