@@ -15,6 +15,7 @@ from ood_scores.evaluation.metrics import METRICS, headline_metrics
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.registry import unknown
 from ood_scores.runtime import MOST_WORKERS
+from ood_scores.scorers import list_scorers
 from ood_scores.toml_tables import KeyPath
 
 GROUPS = ("near", "far", "mean")
@@ -153,6 +154,11 @@ def _scorers(part: Part) -> Found:
     for table in tables:
         path = ("scorers", table.label)
         yield from _raised(path, table.create)
+    for reason, names in part.left_out.items():
+        for name in names:
+            yield from _unknown(("left_out", reason), "scorer", name, list_scorers())
+            twice = name in [table.label for table in tables]
+            yield from _wrong(twice, ("left_out", reason), f"{name!r} is also in scorers: remove it from one of them.")
 
 
 def _raised(path: KeyPath, make: Callable[[], Any]) -> Found:

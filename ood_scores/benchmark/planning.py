@@ -149,6 +149,12 @@ def plan(spec: Spec, out: Path, data: Path, download: bool = True) -> Plan:
         download: whether datasets may be downloaded, if the spec says so.
     """
     units, not_run = _units(spec, out, data)
+    not_run += [
+        NotRun(part.title, name, reason)
+        for part in spec.parts
+        for reason, names in part.left_out.items()
+        for name in names
+    ]
     unfinished = {job.cache: job for unit in units for job in unit.jobs if job.features() is None}
     skipping = {job.source for job in unfinished.values() if job.options.on_error == "skip"}
     facts, missing = _inspect_all({job.source: job.set for job in unfinished.values()}, data, download, skipping)

@@ -219,13 +219,15 @@ class Part:
         auxiliary: name of the OoD images that the models were trained with, which only measures read.
         sets: the texts that ``ood_scores.data.sources.open_dataset`` opens, by name.
         scorers: the scorers, or ``"all"`` for every registered scorer whose requirements are met.
+        left_out: names of scorers that the part cannot run, by the reason, which the report repeats for each.
         ensembles: the models whose outputs are averaged and scored as one, by label.
         relabel: whether rows of OoD datasets with a label of 0 or above show an ID class and count as ID (SC-OOD).
         measures: other figures of each model: ``neural_collapse`` (on the fit set), ``long_tail``, ``calibration``
             (Brier score, negative log-likelihood, calibration errors), ``representation`` (norms and activation ratios
-            of ID and OoD sets), ``training`` (loss and accuracy on the fit set), ``classifier_gradients`` (of ID and
-            auxiliary images). Either their names, or their options by name: ``[measures.neural_collapse] normalize =
-            true``.
+            of ID and OoD sets), ``batch_norm_gaps`` (distances from the running means of the last BatchNorm, with the
+            probe ``batch_norm_gap``), ``training`` (loss and accuracy on the fit set), ``classifier_gradients`` (of ID
+            and auxiliary images). Either their names, or their options by name: ``[measures.neural_collapse] normalize
+            = true``.
         metrics: metrics on request, such as ``oscr`` or ``augrc_scod``, see ``evaluation.metrics.METRICS``.
         rule: threshold of FPR95, see ``evaluation.metrics.fpr_at_tpr_id``: ``first``, or ``nearest`` as in the code of
             several papers. Intervals are always those of ``first``.
@@ -246,6 +248,7 @@ class Part:
     covariate: tuple[str, ...] = ()
     auxiliary: str | None = None
     scorers: tuple[ScorerTable, ...] | Literal["all"] = ALL
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ensembles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: str = ""
     relabel: bool = False
@@ -259,9 +262,11 @@ class Part:
     figure: FigureTable | None = None
 
     NOT_IN_DIGEST: ClassVar = frozenset(
-        {"notes", "published", "figure", "models", "ensembles", "sets", "preprocessing", "extraction", "scorers"}
+        {"notes", "published", "figure", "left_out"}
+        | {"models", "ensembles", "sets", "preprocessing", "extraction", "scorers"}
     )
-    """Notes, published numbers and the figure are only presented; jobs and scorer tables replace the other fields."""
+    """Notes, published numbers, the figure and scorers that are left out are only presented; jobs and scorer tables
+    replace the other fields."""
 
     @property
     def ood(self) -> tuple[str, ...]:
@@ -269,10 +274,11 @@ class Part:
 
     @property
     def scorer_tables(self) -> tuple[ScorerTable, ...]:
-        """The scorers of the part; all registered ones for ``"all"``."""
+        """The scorers of the part; for ``"all"``, the registered ones that are not left out."""
         if isinstance(self.scorers, tuple):
             return self.scorers
-        return tuple(ScorerTable(name, name) for name in list_scorers())
+        without = {name for names in self.left_out.values() for name in names}
+        return tuple(ScorerTable(name, name) for name in list_scorers() if name not in without)
 
     def measure_options(self, name: str) -> Mapping[str, Any]:
         """Return the options of a measure of the part."""

@@ -39,7 +39,8 @@ from ood_scores.toml_tables import (
 )
 
 TABLES = (
-    "models", "sets", "scorers", "measures", "ensembles", "preprocessing", "extraction", "search", "published", "figure"
+    "models", "sets", "scorers", "left_out", "measures", "ensembles", "preprocessing", "extraction", "search",
+    "published", "figure"
 )  # fmt: skip
 OF_A_TRAINING = ("epoch", "setting", "checkpoint_every")
 """Fields of a model that the keys ``epochs`` and ``sweep`` set."""
@@ -72,6 +73,7 @@ _PART: dict[str, Any] = {
         )
     ],
     "scorers": Table(rest=Table(rest=Any), instead=str | tuple[str, ...]),
+    "left_out": Table(rest=tuple[str, ...]),
     "measures": Table(rest=Table(rest=Any), instead=tuple[str, ...]),
     "ensembles": Table(rest=tuple[str, ...]),
     "preprocessing": Table(hints_of(Preprocessing)),
@@ -183,6 +185,7 @@ def _part(raw: Raw) -> Part:
         models=tuple(model for table in raw["model"] for model in _models(table)),
         sets=raw["sets"],
         scorers=_scorers(raw.get("scorers", ALL)),
+        left_out={reason: tuple(names) for reason, names in raw.get("left_out", {}).items()},
         measures=_measures(raw.get("measures", ())),
         ensembles={label: tuple(members) for label, members in raw.get("ensembles", {}).items()},
         preprocessing=filled(Preprocessing, raw.get("preprocessing", {}), "preprocessing"),

@@ -25,7 +25,7 @@ from ood_scores.training.recipe import ScheduleTable, Stage
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SPECS = [path for folder in ("suites", "papers") for path in sorted((BENCHMARKS / folder).glob("*.toml"))]
-TESTED_ON_REAL_IMAGES = {"real"}
+TESTED_ON_REAL_IMAGES = {"real", "imagenet_real"}
 COUNTS = (14, 12, 10, 6, 4, 2)
 CLASSES = len(COUNTS)
 SIZE = 32

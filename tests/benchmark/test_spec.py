@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from made_features import random_set
 
-from ood_scores import FeatureSet
+from ood_scores import FeatureSet, list_scorers
 from ood_scores.benchmark import load_spec
 from ood_scores.benchmark.checks import check
 from ood_scores.benchmark.measures import MEASURES, MeasuredSets, measured
+from ood_scores.benchmark.planning import plan
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, Published, ScorerTable, Search, Spec
 from ood_scores.benchmark.unit import described
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
@@ -375,3 +376,23 @@ def test_representation_measures_norms_and_activations_of_id_and_ood_sets() -> N
         ]
         == 0.25
     )
+
+
+# ---- scorers that are left out
+
+
+def test_scorers_that_are_left_out_are_not_run_and_reported_with_the_reason(tmp_path: Path) -> None:
+    text = '\n[left_out]\n"each class has one image" = ["mahalanobis", "gmm"]\n"it is an ensemble" = ["ensemble"]\n'
+    path = toml(tmp_path, SMALL + text)
+    spec = load_spec(path)
+    (only,) = spec.parts
+    names = {table.name for table in only.scorer_tables}
+    assert names == set(list_scorers()) - {"mahalanobis", "gmm", "ensemble"}
+    assert [(each.what, each.reason, each.remedy) for each in plan(spec, tmp_path, tmp_path).not_run[:3]] == [
+        ("mahalanobis", "each class has one image", ""),
+        ("gmm", "each class has one image", ""),
+        ("ensemble", "it is an ensemble", ""),
+    ]
+    assert "did you mean 'gmm'?" in refused(toml(tmp_path, SMALL + text.replace("gmm", "gmn")), error=UnknownName)
+    both = SMALL.replace("[sets]", 'scorers = ["msp", "gmm"]\n[sets]', 1) + text
+    assert "'gmm' is also in scorers" in refused(toml(tmp_path, both))

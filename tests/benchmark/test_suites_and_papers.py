@@ -41,7 +41,8 @@ every_paper = pytest.mark.parametrize("name", [f"papers/{path.stem}" for path in
 def test_suites_and_papers_exist() -> None:
     openood = {"cifar10", "cifar100", "imagenet200", "imagenet"}
     others = {"gradnorm_imagenet", "gradnorm_cifar", "scood_cifar10_lt", "scood_cifar100_lt", "imagenet_lt", "haas"}
-    assert {path.stem for path in SUITES} == openood | others | {"real", "shortened"}
+    shifts = {"openmibood", "ssb", "mnist_osr", "imagenet_shifts", "cifar_c"}
+    assert {path.stem for path in SUITES} == openood | others | shifts | {"real", "imagenet_real", "shortened"}
     rna = {"rna_cifar10_lt", "rna_cifar100_lt", "rna_imagenet_lt"}
     assert {path.stem for path in PAPERS} == {"gradnorm", "gradnorm_cifar", "haas2022", "haas2024"} | rna
 
