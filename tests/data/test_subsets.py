@@ -89,7 +89,6 @@ def test_only_keeps_the_names_of_the_classes(tmp_path: Path) -> None:
     [
         ("a", "write numbers"),
         ("1-", "write numbers"),
-        ("", "write numbers"),
         ("1,1", "each once"),
         ("5-4", "at least one"),
     ],
