@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +41,9 @@ def predict(
     fit: Annotated[
         Path | None, typer.Option(help="Cache of the training data, in which --explain finds similar images.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER|DATA", help="Folder or dataset with the pictures of --fit.")
+    ] = None,
     id: Annotated[
         Path | None, typer.Option("--id", help="Cache of held-out ID data, for the p-values of --scorer.")
     ] = None,
@@ -61,7 +64,7 @@ def predict(
       ood-scores predict photos --detector detector --out results.csv
       ood-scores predict "inbox/**/*.jpg" cat.png --detector detector
       ood-scores predict new.png --detector detector --fail-on-ood || echo stop
-      ood-scores predict photos --detector detector --explain why --fit train.h5
+      ood-scores predict photos --detector detector --explain why --fit train.h5 --data folder:train
 
     \b
     [bold]Exit codes[/]
@@ -73,8 +76,8 @@ def predict(
     from ood_scores.detector import Detector
 
     check_table_path(out)
-    if not explain and (fit or id or scorer):
-        raise BadInput("--fit, --id, and --scorer are for --explain: pass --explain DIR, too.")
+    if not explain and (fit or data or id or scorer):
+        raise BadInput("--fit, --data, --id, and --scorer are for --explain: pass --explain DIR, too.")
     loaded = Detector.load(detector, device=device)
     files = image_files(images)
     table = results(loaded, files, batch_size, workers)
@@ -83,7 +86,8 @@ def predict(
         write_table(table.astype(object).where(table.notna(), None), out)
         console().print(f"[green]✓[/] every image in [bold]{marked(out)}[/]")
     if explain:
-        _explain(loaded, table, files, explain, fit, id, scorer or [])
+        names = [scorer_name(each) for each in scorer or ()]
+        _explain(loaded, table, files, explain, {"fit": fit, "pictures": data, "id": id, "scorers": names})
     if table["error"].notna().any():
         raise typer.Exit(SOME_UNREADABLE)
     if fail_on_ood and table["is_ood"].any():
@@ -91,23 +95,16 @@ def predict(
 
 
 def _explain(
-    detector: Detector,
-    table: pd.DataFrame,
-    files: Sequence[str],
-    folder: Path,
-    fit: Path | None,
-    id: Path | None,
-    scorers: Sequence[str],
+    detector: Detector, table: pd.DataFrame, files: Sequence[str], folder: Path, arguments: Mapping[str, Any]
 ) -> None:
-    """Write a page that explains the rejected images with the lowest scores."""
+    """Write a page that explains the rejected images with the lowest scores; the arguments are those of ``explain``."""
     rejected = table[table["is_ood"].fillna(False)]
     if rejected.empty:
         console().print("no image was rejected, so that there is nothing to explain")
         return
     lowest = rejected.nsmallest(EXPLAINED, "score").index
-    names = [scorer_name(each) for each in scorers]
     with showing_work("explaining …"):
-        found = detector.explain([files[row] for row in lowest], fit=fit, id=id, scorers=names)
+        found = detector.explain([files[row] for row in lowest], **arguments)
         found = replace(found, images=int(table["error"].isna().sum()), rejected=len(rejected))
         page = found.save(folder)
     console().print(f"[green]✓[/] why {len(found)} images were rejected: [bold]{marked(page)}[/]")

@@ -104,7 +104,7 @@ class Detector(DetectorParts):
             scorers: other scorers whose p-values are computed, as names or Scorers. They are fitted on ``fit``.
             neighbors: the number of similar rows.
             pictures: where the pictures of ``fit`` are, as in ``ood_scores.evaluation.pictures.pictures_of``; None for
-                the dataset that the set records.
+                the dataset that the set records, if this process has opened it.
             most: the most images to explain, those with the lowest scores.
 
         Raises:

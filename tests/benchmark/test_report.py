@@ -430,6 +430,12 @@ def test_hardest_images_have_the_highest_ood_and_the_lowest_id_scores(results: R
         image = Image.open(io.BytesIO(base64.b64decode(sample.image.split(",")[1])))
         assert image.size == (72, 96)
         assert np.abs(np.asarray(image.convert("RGB")) - colors(300)[sample.row]).max() < 12
+    others = figures.hardest(unit, "knn", images, ["knn", "energy"])
+    for sample, (_, name, row) in zip(others.ood, pooled, strict=False):
+        for scorer, share in sample.shares:
+            known = unit.scores[scorer]["id"].numpy()
+            assert share == (known <= unit.scores[scorer][name][row].item()).mean()
+    assert [scorer for scorer, _ in others.id[0].shares] == ["knn", "energy"]
     in_mnist = {name: values for name, values in unit.scores["knn"].items() if name in ("id", "mnist")}
     alone = figures.hardest(dataclasses.replace(unit, scores={"knn": in_mnist}), "knn", images)
     assert [sample.image for sample in alone.ood] == [""] * 8

@@ -304,4 +304,4 @@ def test_predict_explains_rejected_images(home: Path, tmp_path: Path) -> None:
     assert page.count(">msp</span>") == found.is_ood.sum()
     assert all(name in page for name in NAMES[:1])
     message = refused("predict", home / "photos", *detector, "--fit", home / "fit.h5")
-    assert "--fit, --id, and --scorer are for --explain" in message
+    assert "--fit, --data, --id, and --scorer are for --explain" in " ".join(message.split())

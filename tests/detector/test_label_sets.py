@@ -86,7 +86,7 @@ def test_sets_cover_the_label_as_promised(method: Method, n: int) -> None:
 def test_sets_cover_the_label_of_each_class(among: Among) -> None:
     rng = np.random.default_rng(5)
     hits, rows = np.zeros(6), np.zeros(6)
-    for _ in range(60):
+    for _ in range(200 if among == "cluster" else 60):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             rule = calibrate_sets(*simulated(rng, 400, classes=6), "aps", among=among)
@@ -95,6 +95,22 @@ def test_sets_cover_the_label_of_each_class(among: Among) -> None:
         rows += np.bincount(labels, minlength=6)
     assert (hits / rows > 0.9 - 0.02).all()
     assert hits.sum() / rows.sum() < 0.96
+
+
+@pytest.mark.parametrize("n", [60, 300])
+def test_sets_by_class_cover_each_class_over_1000_calibrations(n: int) -> None:
+    rng = np.random.default_rng(n)
+    hits, rows = np.zeros((1000, 4)), np.zeros((1000, 4))
+    for run in range(1000):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classes with fewer than 9 rows, which are in every set
+            rule = calibrate_sets(*simulated(rng, n), "lac", among="class")
+        inside, labels = covered(rule, rng, 100)
+        hits[run], rows[run] = np.bincount(labels[inside], minlength=4), np.bincount(labels, minlength=4)
+    for label in range(4):
+        shares = hits[:, label] / rows[:, label]
+        assert shares.mean() > 0.9 - 3 * shares.std() / 1000**0.5
+        assert shares.mean() < 0.9 + 4 / n + 0.05
 
 
 def test_kept_and_in_the_set_holds_jointly() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from ood_scores.plotting.style import OOD_COLORS
 from ood_scores.terminal import safe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ood_scores.data.images import ImageDataset
 
 ROC_SIZE = 200
@@ -52,7 +54,8 @@ class ScorerFigure:
 class Sample:
     """A row with one of the worst scores.
 
-    ``name`` is its file, or else its number; ``image`` is a data URI, empty if the image is unavailable.
+    ``name`` is its file, or else its number; ``image`` is a data URI, empty if the image is unavailable. ``shares`` has
+    for several scorers the share of ID rows with at most the same score: what each of them makes of the row.
     """
 
     set: str
@@ -62,6 +65,7 @@ class Sample:
     prediction: int
     label: int
     image: str
+    shares: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,30 +117,49 @@ def roc_path(id_scores: NDArray[np.float64], ood_scores: NDArray[np.float64]) ->
     return f"M0 {ROC_SIZE}l" + " ".join(f"{right} {-up}" for right, up in np.diff(kept, axis=0))
 
 
-def hardest(unit: Scored, scorer: str, images: Callable[[str], ImageDataset | None]) -> Hardest:
-    """Find the hardest samples of a scorer; ``images`` returns the images of a dataset by its name."""
+def hardest(
+    unit: Scored, scorer: str, images: Callable[[str], ImageDataset | None], others: Sequence[str] = ()
+) -> Hardest:
+    """Find the hardest samples of a scorer, and what other scorers make of them.
+
+    ``images`` returns the images of a dataset by its name.
+    """
     scores = {name: np.asarray(values) for name, values in unit.scores[scorer].items()}
     lowest = [("id", row) for row in np.argsort(scores.pop("id"), kind="stable")[:HARDEST]]
     high = [(name, row) for name in scores for row in np.argsort(-scores[name], kind="stable")[:HARDEST]]
     highest = sorted(high, key=lambda place: -scores[place[0]][place[1]])[:HARDEST]
-    return Hardest(scorer, _samples(unit, scorer, highest, images), _samples(unit, scorer, lowest, images))
+    both = (_samples(unit, scorer, places, images, others) for places in (highest, lowest))
+    return Hardest(scorer, *both)
 
 
 def _samples(
-    unit: Scored, scorer: str, places: Sequence[tuple[str, int]], images: Callable[[str], ImageDataset | None]
+    unit: Scored,
+    scorer: str,
+    places: Sequence[tuple[str, int]],
+    images: Callable[[str], ImageDataset | None],
+    others: Sequence[str],
 ) -> tuple[Sample, ...]:
     columns = {name: _Columns(unit, scorer, name) for name, _ in places}
+    shares = {other: _shares(unit.scores[other], places) for other in others}
     samples = []
-    for name, i in places:
+    for number, (name, i) in enumerate(places):
         of = columns[name]
         origin, row = of.origins[i], int(of.rows[i])
         dataset = images(origin)
         image = "" if dataset is None else data_uri(dataset.load(row)[0])
         name = safe(str(of.ids[i])) or f"row {row}"
+        own = tuple((other, float(values[number])) for other, values in shares.items())
         samples.append(
-            Sample(origin, row, name, f"{of.scores[i]:.4g}", int(of.predictions[i]), int(of.labels[i]), image)
+            Sample(origin, row, name, f"{of.scores[i]:.4g}", int(of.predictions[i]), int(of.labels[i]), image, own)
         )
     return tuple(samples)
+
+
+def _shares(scores: Mapping[str, Tensor], places: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
+    """Return the share of ID rows with at most the score of each row."""
+    known = np.sort(np.asarray(scores["id"]))
+    of_set = {name: np.asarray(scores[name]) for name, _ in places}
+    return np.searchsorted(known, [of_set[name][row] for name, row in places], side="right") / len(known)
 
 
 class _Columns:

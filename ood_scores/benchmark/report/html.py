@@ -181,7 +181,8 @@ def _model(
     if unit is None or not scorers:
         return ModelView(id, table.model, table, (), None)
     drawn = [scorer_figure(unit, scorer, table.n_ood) for scorer in scorers[:figures]]
-    return ModelView(id, table.model, table, drawn, hardest(unit, scorers[0], lambda name: images(table.part, name)))
+    worst = hardest(unit, scorers[0], lambda name: images(table.part, name), scorers[:SHOWN])
+    return ModelView(id, table.model, table, drawn, worst)
 
 
 def side_by_side(tables: Sequence[ScoreTable], metrics: Sequence[Metric]) -> ScoreTable:
