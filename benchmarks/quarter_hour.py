@@ -12,14 +12,13 @@ resumes an interrupted run. Rehearse it on a CPU in a minute::
 from __future__ import annotations
 
 import argparse
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from benchmarks.time_limit import TimeIsUp, time_limit
 from ood_scores.benchmark import Results, Spec, load_spec, run
 from ood_scores.training import load_recipe, train
 
@@ -65,30 +64,12 @@ def _train(name: str, options: argparse.Namespace, seconds: float) -> bool:
     auxiliary = [AUXILIARY] if load_recipe(path).auxiliary else []
     recipe = load_recipe(path, ["amp=bf16", "channels_last=true", "seed=0", *DATA, *auxiliary, *options.set])
     start = time.monotonic()
-    with suppress(TimeoutError), _limited(seconds):
+    with suppress(TimeIsUp), time_limit(seconds):
         trained = train(recipe, options.out / "runs" / f"{name}_seed0", device=options.device)
         print(f"{name}: {time.monotonic() - start:.0f} s, {trained.accuracy}", flush=True)
         return True
     print(f"{name}: stopped after {time.monotonic() - start:.0f} s", flush=True)
     return False
-
-
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after some seconds."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError
-
-    if seconds <= 0:
-        raise TimeoutError
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _spec(finished: Sequence[str], rows: int | None) -> Spec:

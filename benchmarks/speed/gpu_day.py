@@ -7,31 +7,25 @@ come first; when the time is up, the rest is left out, and the log says what.
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from benchmarks.speed import table
 from benchmarks.speed.lines.gpu import SECTIONS, profile
 from benchmarks.speed.measure import Figure, Line
+from benchmarks.time_limit import TimeIsUp, time_limit
 
 SECONDS = 520
 """When to stop."""
 
 TESTS_SECONDS = 120
 """The most time for the tests."""
-
-
-class TimeIsUp(Exception):
-    """A section takes longer than the time that is left."""
 
 
 @dataclass
@@ -68,7 +62,7 @@ class GpuDay:
             return
         self.say(f"{name} …")
         try:
-            with _at_most(self.left):
+            with time_limit(self.left):
                 for each in lines:
                     self.keep(each)
         except TimeIsUp:
@@ -108,19 +102,3 @@ def _tests(day: GpuDay) -> Iterator[Figure]:
 def _profile(day: GpuDay, scale: float) -> Iterator[Figure]:
     day.say("\n" + profile(scale, day.folder))
     yield from ()
-
-
-@contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeIsUp in the main thread after some seconds."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeIsUp
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

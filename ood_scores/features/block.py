@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ood_scores.features.finite import require_finite
 from ood_scores.features.head import Head
-from ood_scores.features.row_reductions import by_pieces, entropy, largest_share, row_norm
+from ood_scores.features.row_reductions import by_pieces, column_sums, entropy, largest_share, row_norm
 from ood_scores.features.storage.texts import unpacked
 from ood_scores.runtime import CPU
 
@@ -73,7 +73,7 @@ class Block:
         self.start = start
         self._rows = features.shape[0] if features is not None else rows or 0  # len() would fix it in a traced graph
         self._derived: dict[Any, Any] = {}
-        self._total_logit: Tensor | None = None
+        self._totals: dict[str, Tensor] = {}
         self.postponed: list[Tensor] | None = None
 
     def __len__(self) -> int:
@@ -149,8 +149,8 @@ class Block:
 
     def is_finite(self) -> Tensor:
         """Whether the sums of all columns are finite, as they cannot be if a value is not: bool, on the device."""
-        known = {} if self._total_logit is None else {"logits": self._total_logit}
-        totals = [known[name] if name in known else values.sum() for name, values in self.floating_columns().items()]
+        columns = self.floating_columns().items()
+        totals = [self._totals[name] if name in self._totals else values.sum() for name, values in columns]
         sums = [total.isfinite().to(self.device) for total in totals]
         return torch.stack(sums).all() if sums else torch.ones((), dtype=torch.bool, device=self.device)
 
@@ -166,15 +166,14 @@ class Block:
     def _sums_are_finite(self) -> bool:
         """Whether the sums of all columns are finite, as they cannot be if a value is not.
 
-        A sum is the cheapest pass there is. Norms of the features are not finite either if a feature is not, so where
-        one has been derived the features are not read again; nor are logits that ``reduced`` has summed.
+        A sum is the cheapest pass there is. Norms and sums of the features are not finite either if a feature is not,
+        so where these have been derived the features are not read again; nor are columns that ``reduced`` has summed.
         """
         if self.device.type != "cpu":
             return bool(self.is_finite())  # the host waits once
-        norms = [value for (name, *_), value in self._derived.items() if name == "feature_norm"]
-        known = {"features"} if any(bool(norm.isfinite().all()) for norm in norms) else set()
-        if self._total_logit is not None and math.isfinite(self._total_logit):
-            known.add("logits")
+        derived = [value for (name, *_), value in self._derived.items() if name in ("feature_norm", "feature_sums")]
+        known = {"features"} if any(bool(value.isfinite().all()) for value in derived) else set()
+        known |= {name for name, total in self._totals.items() if math.isfinite(total)}
         return all(math.isfinite(values.sum()) for name, values in self.floating_columns().items() if name not in known)
 
     def floating_columns(self) -> dict[str, Tensor]:
@@ -271,7 +270,7 @@ class Block:
 
         The first time, each piece is also summed while it is in the processor's caches, for ``require_finite``.
         """
-        if self._total_logit is not None or torch.compiler.is_compiling():
+        if "logits" in self._totals or torch.compiler.is_compiling():
             return by_pieces(reduce, self.logits)
         totals = []
 
@@ -280,7 +279,7 @@ class Block:
             return reduce(logits)
 
         values = by_pieces(summed, self.logits)
-        self._total_logit = torch.stack(totals).sum()
+        self._totals["logits"] = torch.stack(totals).sum()
         return values
 
     @once
@@ -322,6 +321,11 @@ class Block:
     def feature_norm(self, p: float = 2.0) -> Tensor:
         """``||features||_p`` for p in (0, inf], float64 ``[B]``."""
         return row_norm(self.features, p)
+
+    @once
+    def feature_sums(self) -> Tensor:
+        """The sum of each feature over the rows, float64 ``[D]``."""
+        return column_sums(self.features)
 
     @once
     def unit_features(self) -> Tensor:

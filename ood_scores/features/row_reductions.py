@@ -20,6 +20,11 @@ def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     return torch.cat([reduced(piece) for piece in values.split(rows)], dim=-1)
 
 
+def column_sums(values: Tensor) -> Tensor:
+    """The sum of each column of ``[B, K]``, float64 ``[K]``."""
+    return by_pieces(lambda rows: rows.sum(dim=0, dtype=torch.float64)[:, None], values).sum(dim=1)
+
+
 def entropy(softmax: Tensor, logits: Tensor) -> Tensor:
     """The entropy in nats of the softmax ``[B, C]`` of logits, float64 ``[B]``; the softmax is overwritten."""
     below = logits - logits.amax(dim=1, keepdim=True)

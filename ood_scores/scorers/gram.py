@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet
+from ood_scores.features.finite_pass import FinitePass
 from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import fitted
 from ood_scores.scorers.multilayer import LayeredScorer
@@ -115,11 +115,6 @@ class Gram(LayeredScorer):
     def _confidence(self, block: Block) -> Tensor:
         return block.softmax().amax(dim=1) if self.confidence else block.softmax().new_ones(len(block))
 
-    def _blocks(self, feats: FeatureSet) -> Iterator[Block]:
-        for block in feats.blocks(only=self.needs):
-            block.require_finite()
-            yield block
-
     def _two_extremes(self, feats: FeatureSet) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Count the rows of each predicted class, and find the two smallest and two largest values of each layer.
 
@@ -127,48 +122,59 @@ class Gram(LayeredScorer):
         values are infinite where a class has too few rows.
         """
         classes = feats.num_classes or 1
-        counts = torch.zeros(classes, dtype=torch.int64)
+        counts: Tensor | None = None
         low: list[Tensor] = []
         high: list[Tensor] = []
-        for block in self._blocks(feats):
-            predicted, layers = block.prediction(), self._values(block)
-            low = low or [rows.new_full((classes, 2, *rows.shape[1:]), torch.inf) for rows in layers]
-            high = high or [torch.full_like(smallest, -torch.inf) for smallest in low]
-            counts += torch.bincount(predicted, minlength=classes).cpu()
-            for rows, smallest, largest in zip(layers, low, high, strict=True):
-                for row, c in zip(rows, predicted.tolist(), strict=True):  # faster than topk by class
-                    _take_in(row, smallest[c], torch.minimum, torch.maximum)
-                    _take_in(row, largest[c], torch.maximum, torch.minimum)
-        return counts.to(low[0].device), low, high
+        whole = FinitePass(feats, self.needs)
+        for block in whole.blocks():
+            with whole.used(block):
+                predicted, layers = block.prediction(), self._values(block)
+                counts = predicted.new_zeros(classes) if counts is None else counts
+                counts.index_add_(0, predicted, torch.ones_like(predicted))
+                low = low or [rows.new_full((classes, 2, *rows.shape[1:]), torch.inf) for rows in layers]
+                high = high or [torch.full_like(smallest, -torch.inf) for smallest in low]
+                for rows, smallest, largest in zip(layers, low, high, strict=True):
+                    smallest.copy_(two_smallest(rows, predicted, smallest))
+                    largest.copy_(-two_smallest(-rows, predicted, -largest))
+        assert counts is not None
+        return counts, low, high
 
     def _usual_deviations(
         self, feats: FeatureSet, counts: Tensor, low: Sequence[Tensor], high: Sequence[Tensor]
     ) -> Tensor:
-        """The mean over the rows of each layer's deviation from the ranges of the other rows, ``[L]``."""
-        total, rows = torch.zeros(len(low), dtype=torch.float64, device=counts.device), 0
-        for block in self._blocks(feats):
+        """The mean over the rows of each layer's deviation from the ranges of the other rows, ``[L]``.
+
+        Rows that are the only one of their class do not count.
+        """
+        total = torch.zeros(len(low), dtype=torch.float64, device=counts.device)
+        for block in feats.blocks(only=self.needs):
             predicted = block.prediction()
-            kept = counts[predicted] > 1
-            classes = predicted[kept]
             found = []
             for values, smallest, largest in zip(self._values(block), low, high, strict=True):
-                own = values[kept]
-                lowest, next_lowest = smallest[classes].unbind(dim=1)
-                highest, next_highest = largest[classes].unbind(dim=1)
-                lowest = torch.where(own <= lowest, next_lowest, lowest)
-                highest = torch.where(own >= highest, next_highest, highest)
-                found.append(deviation(own, lowest, highest))
-            total += (torch.stack(found, dim=1) / self._confidence(block)[kept, None]).sum(dim=0)
-            rows += len(classes)
+                lowest, next_lowest = smallest[predicted].unbind(dim=1)
+                highest, next_highest = largest[predicted].unbind(dim=1)
+                lowest = torch.where(values <= lowest, next_lowest, lowest)
+                highest = torch.where(values >= highest, next_highest, highest)
+                found.append(deviation(values, lowest, highest))
+            deviations = torch.stack(found, dim=1) / self._confidence(block)[:, None]
+            total += deviations.where((counts[predicted] > 1)[:, None], 0).sum(dim=0)
+        rows = counts[counts > 1].sum()
         if not rows:
             raise BadInput("gram: no two rows of the fit set are predicted as the same class: fit on more rows.")
         return total / rows
 
 
-def _take_in(row: Tensor, extremes: Tensor, further: Any, nearer: Any) -> None:
-    """Update the outermost and the second outermost value, ``[2, orders, channels]``, with those of a row."""
-    extremes[1] = further(extremes[1], nearer(extremes[0], row))
-    extremes[0] = further(extremes[0], row)
+def two_smallest(rows: Tensor, classes: Tensor, known: Tensor) -> Tensor:
+    """Return the smallest and the second smallest value of each class, ``[C, 2, ...]``, of rows ``[B, ...]`` and of
+    those ``known`` before. Equal values count as often as they occur.
+    """
+    index = classes.view(-1, *[1] * (rows.ndim - 1)).expand_as(rows)
+    before, second = (part.contiguous() for part in known.unbind(dim=1))
+    first = before.scatter_reduce(0, index, rows, "amin")
+    is_first, was_first = rows == first[classes], before == first
+    second = torch.where(was_first, second, before).scatter_reduce(0, index, rows.where(~is_first, torch.inf), "amin")
+    occurrences = was_first.to(rows.dtype).index_add(0, classes, is_first.to(rows.dtype))
+    return torch.stack([first, torch.where(occurrences > 1, first, second)], dim=1)
 
 
 def deviation(values: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ood_scores.scorers.numerics.cholesky import (
     all_solved_squares,
     block_rows,
     cholesky_with_jitter,
+    classes_at_a_time,
     inverted_diagonal,
     pack_covariance,
     pack_rows,
@@ -219,17 +220,26 @@ class GMM(Scorer):
         if self.packed_ is not None and self.ranks_ is not None:
             return self.log_weights_.to(values) - 0.5 * self._packed_distances(self.packed_, self.ranks_, values).T
         means, factors, inverses = (part.to(values.device) for part in (self.means_, self.cholesky_, self._inverses()))
-        if torch.compiler.is_compiling():
-            if self.factors_ is not None:
-                factors, inverses = factors[self.factors_], inverses[self.factors_]
-            columns = (values - means[:, None]).mT
-            return self.log_weights_.to(values) - 0.5 * all_solved_squares(factors, inverses, columns).T
+        if torch.compiler.is_compiling() or values.device.type != "cpu":
+            return self.log_weights_.to(values) - 0.5 * self._batched_distances(values, means, factors, inverses).T
         distances = values.new_empty(len(means), len(values))
         for rows, found in zip(*(part.split(self._rows(), dim=-1) for part in (values.T, distances)), strict=True):
             columns = rows.contiguous()
             for number, members in enumerate(self._members()):
                 found[members] = squares_about(block_rows(factors[number], inverses[number]), columns, means[members])
         return self.log_weights_.to(values) - 0.5 * distances.T
+
+    def _batched_distances(self, values: Tensor, means: Tensor, factors: Tensor, inverses: Tensor) -> Tensor:
+        """The same as ``_packed_distances`` in batched products of many classes; of all, in a graph."""
+        own = torch.arange(len(means), device=values.device) if self.factors_ is None else self.factors_
+        at_a_time = len(means) if torch.compiler.is_compiling() else classes_at_a_time(values.numel())
+        groups = zip(means.split(at_a_time), own.split(at_a_time), strict=True)
+        return torch.cat(
+            [
+                all_solved_squares(factors[numbers], inverses[numbers], (values - here[:, None]).mT)
+                for here, numbers in groups
+            ]
+        )
 
     def _packed_distances(self, packed: Tensor, ranks: Tensor, values: Tensor) -> Tensor:
         """``(z - mu_c)^T Sigma_c^-1 (z - mu_c)``, ``[C, B]``; each factor is read once for all rows."""

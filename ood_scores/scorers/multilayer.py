@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ood_scores.errors import BadInput, MissingInput, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
+from ood_scores.features.finite_pass import FinitePass
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.moments import ClassMoments, Moments
@@ -184,9 +185,16 @@ class MahalanobisLayers(LayeredScorer):
         perturbed_names = [f"fgsm.{layer}" for layer in self.layers_]
         if self._shapes(feats, perturbed_names, "be fitted on") != self.shapes_:
             raise ShapeMismatch(f"{self.name!r}: the extras fgsm.* and layers.* differ in width: extract them again.")
-        blocks = feats.blocks(only=(*self.names(), *perturbed_names, "labels"))
-        ours, theirs = zip(*(self._block_left_out(block, feats, counts) for block in blocks), strict=True)
+        ours, theirs = [], []
+        whole = FinitePass(feats, (*self.names(), *perturbed_names, "labels"))
+        for block in whole.blocks():
+            with whole.used(block):
+                rows, perturbed = self._block_left_out(block, feats, counts)
+                ours.append(rows)
+                theirs.append(perturbed)
         rows, perturbed = torch.cat(ours), torch.cat(theirs)
+        usable = torch.cat([rows, perturbed], dim=1).isfinite().all(dim=1)
+        rows, perturbed = rows[usable], perturbed[usable]
         if not len(rows):
             raise BadInput(
                 f"{self.name}: no row can be left out of the covariance of every layer: fit on more rows than the "
@@ -195,8 +203,7 @@ class MahalanobisLayers(LayeredScorer):
         return rows, perturbed
 
     def _block_left_out(self, block: Block, feats: FeatureSet, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for the rows of a block that can be left out."""
-        block.require_finite()
+        """The same for the rows of a block; minus infinity for a row that cannot be left out of a layer."""
         labels = block.labels.to(counts.device)
         own, size = (counts > 0).cumsum(dim=0)[labels] - 1, counts[labels]
         ours, theirs = [], []
@@ -205,9 +212,7 @@ class MahalanobisLayers(LayeredScorer):
             without = LeftOut(rows, means.to(rows), own.to(rows.device), size.to(rows.device), len(feats))
             ours.append(without.scores(rows))
             theirs.append(without.scores(perturbed))
-        found = torch.stack(ours, dim=1), torch.stack(theirs, dim=1)
-        usable = torch.cat(found, dim=1).isfinite().all(dim=1)
-        return found[0][usable], found[1][usable]
+        return torch.stack(ours, dim=1), torch.stack(theirs, dim=1)
 
 
 @dataclass
@@ -247,9 +252,8 @@ class LeftOut:
         along[row, self.own] += length / others
 
         distances = squares + along.square() * (share / rest)[:, None]
-        alone = self.size == 1
-        distances[row[alone], self.own[alone]] = torch.inf
-        distances[rest <= SMALLEST_REST] = torch.inf
+        distances[row, self.own] = distances[row, self.own].where(self.size > 1, torch.inf)
+        distances.masked_fill_((rest <= SMALLEST_REST)[:, None], torch.inf)
         return -0.5 * distances.amin(dim=1) * ((self.total - 1) / self.total)
 
 

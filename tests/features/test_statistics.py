@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ood_scores import FeatureSet
 from ood_scores.errors import BadLabels, EmptyInput, NotFinite
 from ood_scores.features import Block
+from ood_scores.features.row_reductions import PIECE, column_sums
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments, Moments
 from ood_scores.features.statistics.row_samples import Logits, Rows
@@ -290,3 +291,8 @@ class TestMomentsOfAllFromThoseOfTheClasses:
         collect(feats, [ClassMoments()])
         monkeypatch.setattr(FeatureSet, "blocks", None)
         assert collect(feats, [GlobalMoments()])[GlobalMoments()].counts.tolist() == [300]
+
+
+def test_column_sums_of_more_values_than_a_piece() -> None:
+    values = 1e3 + torch.randn(PIECE // 16 + 50, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(column_sums(values), values.double().sum(dim=0), rtol=1e-14, atol=0)

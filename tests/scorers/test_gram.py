@@ -13,7 +13,7 @@ from layered import CLASSES, FAR, ROWS, TRAIN, WIDTHS, without
 
 from ood_scores import FeatureSet, create_scorer
 from ood_scores.errors import BadInput, NotFinite
-from ood_scores.scorers.gram import deviation
+from ood_scores.scorers.gram import deviation, two_smallest
 
 
 def gram_deviation(row: np.ndarray, others: np.ndarray) -> float:
@@ -111,3 +111,16 @@ def test_a_gram_that_is_not_finite_is_named() -> None:
         create_scorer("gram").fit(broken)
     with pytest.raises(NotFinite, match=message):
         create_scorer("gram").fit(TRAIN).score(broken)
+
+
+def test_two_smallest_values_of_each_class_with_ties() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(4, (40, 2, 3), generator=generator).double()
+    classes = torch.randint(4, (40,), generator=generator)
+    classes[classes == 2] = 1  # class 2 has no row
+    found = torch.full((4, 2, 2, 3), torch.inf, dtype=torch.float64)
+    for part in (slice(0, 1), slice(1, 11), slice(11, 40)):
+        found = two_smallest(rows[part], classes[part], found)
+    for c in (0, 1, 3):
+        torch.testing.assert_close(found[c], rows[classes == c].sort(dim=0).values[:2], rtol=0, atol=0)
+    assert found[2].isinf().all()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ood_scores.features.featureset import FeatureSet
+from ood_scores.features.finite_pass import FinitePass
 from ood_scores.features.statistics.base import Derivable, Found, Statistic
 from ood_scores.features.storage import statistics_store
 from ood_scores.progress import tells_costs, worked, working
@@ -52,11 +53,12 @@ def _accumulate(
     costs, memory = {statistic: Cost() for statistic in statistics}, tells_costs()
     if statistics:
         working(f"collecting {len(statistics)} statistics of the fit set", len(feats), "rows")
-        for block in feats.blocks(only={name for statistic in statistics for name in statistic.reads}):
-            block.require_finite()
-            for statistic, accumulator in accumulators.items():
-                with costs[statistic].measured(memory):
-                    accumulator.update(block)
+        whole = FinitePass(feats, sorted({name for statistic in statistics for name in statistic.reads}))
+        for block in whole.blocks():
+            with whole.used(block):
+                for statistic, accumulator in accumulators.items():
+                    with costs[statistic].measured(memory):
+                        accumulator.update(block)
             worked(block.start + len(block))
     return {statistic: accumulator.result() for statistic, accumulator in accumulators.items()}, costs
 

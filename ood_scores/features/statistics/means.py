@@ -12,6 +12,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
+from ood_scores.features.row_reductions import column_sums
 from ood_scores.features.statistics.base import Accumulator
 
 FROM_LOGITS: Mapping[str, Callable[[Block], Tensor]] = {
@@ -99,30 +100,30 @@ class _MeansAccumulator:
     def update(self, block: Block) -> None:
         values = _values(block, self.statistic.space)
         if self.counts is None or self.sums is None:
-            self.counts = torch.zeros(self.groups, dtype=torch.int64, device=values.device)
-            self.sums = values.new_zeros(self.groups, values.shape[1], dtype=torch.float64)
+            self.counts = torch.zeros(self.groups + 1, dtype=torch.int64, device=values.device)
+            self.sums = values.new_zeros(self.groups + 1, values.shape[1], dtype=torch.float64)
         if self.statistic.group == "all":
             self.counts += len(block)
-            self.sums += values.sum(dim=0, dtype=torch.float64)
+            self.sums += block.feature_sums() if self.statistic.space == "features" else column_sums(values)
             return
-        group, values = self._grouped(block, values)
-        self.counts += torch.bincount(group, minlength=self.groups)
+        group = self._group(block)
+        self.counts.index_add_(0, group, torch.ones_like(group))
         self.sums.index_add_(0, group, values.double())
 
-    def _grouped(self, block: Block, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The groups and values of the rows that belong to a group."""
+    def _group(self, block: Block) -> Tensor:
+        """The group of each row; rows that belong to none are in one more, the last one."""
         if self.labels is None:
-            return block.prediction(), values
-        labels = self.labels[block.start : block.start + len(block)].to(values.device)
+            return block.prediction()
+        labels = self.labels[block.start : block.start + len(block)].to(block.device)
         if self.statistic.group == "label":
-            return labels, values
-        correct = block.prediction() == labels
-        return labels[correct], values[correct]
+            return labels
+        return torch.where(block.prediction() == labels, labels, self.groups)
 
     def result(self) -> GroupMeans:
         if self.counts is None or self.sums is None:
             raise BadInput("no block was read.")
-        return GroupMeans(self.counts, self.sums / self.counts.clamp_min(1)[:, None])
+        counts, sums = self.counts[: self.groups], self.sums[: self.groups]
+        return GroupMeans(counts, sums / counts.clamp_min(1)[:, None])
 
 
 def _values(block: Block, space: str) -> Tensor:

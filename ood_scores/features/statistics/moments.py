@@ -14,6 +14,7 @@ from ood_scores.errors import BadInput, BadLabels
 from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.statistics.base import Accumulator, Statistic
+from ood_scores.runtime import CPU
 
 GRAM_ROWS = 128
 """The number of rows of a symmetric product that are computed at a time."""
@@ -105,20 +106,26 @@ class _ClassMomentsAccumulator:
     """
 
     def __init__(self, statistic: ClassMoments, labels: Tensor, classes: int) -> None:
-        self._statistic, self._labels, self._classes = statistic, labels, classes
+        self._statistic, self._classes = statistic, classes
+        self._labels = {CPU: labels.cpu(), labels.device: labels}  # on the CPU, they are counted without waiting
         self._sums: _Sums | None = None
 
     def update(self, block: Block) -> None:
         values = block.space(self._statistic.space, self._statistic.normalize)
-        labels = self._labels[block.start : block.start + len(block)].to(values.device)
+        on_cpu, labels = (
+            self._labels_on(device)[block.start : block.start + len(block)] for device in (CPU, values.device)
+        )
         self._sums = sums = self._sums or self._nothing_yet(values)
 
-        counts = torch.bincount(labels, minlength=self._classes)
-        unseen = (counts > 0) & (sums.counts == 0)
-        if unseen.any():
-            sums.origins[unseen] = values[_first_rows(labels, counts)[unseen]]
+        counts = torch.bincount(on_cpu, minlength=self._classes)
+        unseen = ((counts > 0) & (sums.counts == 0)).nonzero()[:, 0]
+        if len(unseen):
+            new, first, rows = (
+                part.to(values.device) for part in (unseen, _first_rows(on_cpu, counts)[unseen], counts[unseen])
+            )
+            sums.origins[new] = values[first]
             shifts = _sums(values - _by_label(sums.origins, labels), labels, self._classes)
-            sums.origins[unseen] += (shifts / counts.clamp_min(1)[:, None])[unseen]
+            sums.origins[new] += shifts[new] / rows[:, None]
         deviations = values - _by_label(sums.origins, labels)
 
         sums.counts += counts
@@ -131,17 +138,23 @@ class _ClassMomentsAccumulator:
         if self._sums is None:
             raise BadInput("no block was read.")
         sums = self._sums
-        means = sums.deviations / sums.counts.clamp_min(1)[:, None]
-        _add_lower_gram(sums.products, sums.counts.double().sqrt()[:, None] * means, sign=-1)
+        counts = sums.counts.to(sums.deviations.device)
+        means = sums.deviations / counts.clamp_min(1)[:, None]
+        _add_lower_gram(sums.products, counts.double().sqrt()[:, None] * means, sign=-1)
         if sums.class_products is not None:
             sums.class_products.baddbmm_(sums.deviations[:, :, None], means[:, None, :], alpha=-1)
-        return Moments(sums.counts, means.add_(sums.origins), _symmetric(sums.products), sums.class_products)
+        return Moments(counts, means.add_(sums.origins), _symmetric(sums.products), sums.class_products)
+
+    def _labels_on(self, device: torch.device) -> Tensor:
+        if device not in self._labels:
+            self._labels[device] = self._labels[CPU].to(device)
+        return self._labels[device]
 
     def _nothing_yet(self, values: Tensor) -> _Sums:
         width = values.shape[1]
         per_class = self._statistic.per_class and 8 * self._classes * width**2 <= CLASS_SCATTER_BYTES
         return _Sums(
-            torch.zeros(self._classes, dtype=torch.int64, device=values.device),
+            torch.zeros(self._classes, dtype=torch.int64),
             values.new_zeros(self._classes, width),
             values.new_zeros(self._classes, width),
             values.new_zeros(width, width),
@@ -154,7 +167,7 @@ class _Sums:
     """The sums over the rows so far, float64.
 
     Attributes:
-        counts: The number of rows of each class, int64 ``[C]``.
+        counts: The number of rows of each class, int64 ``[C]``, on the CPU.
         origins: The origin of each class ``[C, D]``.
         deviations: The sums of the deviations of the rows from the origin of their class ``[C, D]``.
         products: The sum of the outer products of all deviations ``[D, D]``.
@@ -198,7 +211,18 @@ def _first_rows(labels: Tensor, counts: Tensor) -> Tensor:
 
 
 def _add_class_products(products: Tensor, rows: Tensor, labels: Tensor, counts: Tensor) -> None:
-    """Add one matrix product for each class in the block; products of unequal heights cannot be batched."""
-    groups = rows[labels.argsort(stable=True)].split(counts.tolist())
+    """Add one matrix product for each class in the block, given its ``counts`` on the CPU.
+
+    A device computes them in one batch, filled up with zeros, if that takes no more than four times the rows.
+    """
+    order, most = labels.argsort(stable=True), int(counts.max())
+    if rows.device.type != "cpu" and len(counts) * most <= 4 * len(rows):
+        sorted_labels, starts = labels[order], (counts.cumsum(0) - counts).to(rows.device)
+        places = torch.arange(len(rows), device=rows.device) - starts[sorted_labels]
+        filled = rows.new_zeros(len(counts), most, rows.shape[1])
+        filled[sorted_labels, places] = rows[order]
+        products.baddbmm_(filled.mT, filled)
+        return
+    groups = rows[order].split(counts.tolist())
     for label in counts.nonzero()[:, 0].tolist():
         products[label].addmm_(groups[label].T, groups[label])

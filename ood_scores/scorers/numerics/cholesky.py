@@ -26,7 +26,10 @@ SOLVED = 128
 """The number of features solved for at a time. The layout of packed factors in saved scorers depends on it."""
 
 FACTORED = 8
-"""The number of covariances that are copied and factored at a time."""
+"""The number of covariances that a CPU copies and factors at a time."""
+
+BATCH_BYTES = 2**28
+"""The size of the matrices of several classes that a device processes at a time."""
 
 LOW_RANK = 1 / 4
 """A class whose number of rows is at most this share of D is stored as the directions that they span, which takes less
@@ -48,7 +51,8 @@ def cholesky_with_jitter(covariances: Tensor, first: int = 0) -> tuple[Tensor, T
     """
     factors, jitter = torch.empty_like(covariances), covariances.new_zeros(len(covariances))
     rounding = torch.finfo(covariances.dtype).eps * covariances.shape[1]
-    for pending in torch.arange(len(covariances), device=covariances.device).split(FACTORED):
+    at_a_time = FACTORED if covariances.device.type == "cpu" else classes_at_a_time(covariances[0].numel())
+    for pending in torch.arange(len(covariances), device=covariances.device).split(at_a_time):
         for amount in JITTERS:
             jitter[pending] = amount
             candidates = covariances[pending]
@@ -62,6 +66,11 @@ def cholesky_with_jitter(covariances: Tensor, first: int = 0) -> tuple[Tensor, T
         else:
             raise _hopeless(first + int(pending[0]))
     return factors, jitter
+
+
+def classes_at_a_time(values: int) -> int:
+    """Return the number of classes, with that many float64 values each, that a device processes at a time."""
+    return max(1, BATCH_BYTES // (8 * max(1, values)))
 
 
 def inverted_diagonal(factors: Tensor, size: int = SOLVED) -> Tensor:
