@@ -25,7 +25,7 @@ FLOORS = (
     {"metrics", "plotting"},
     {"detector", "training"},
     {"benchmark", "testing"},
-    {"demo", "sklearn"},
+    {"demo", "sklearn", "integrations"},
     {"cli"},
     {"__main__"},
 )

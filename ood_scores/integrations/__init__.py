@@ -1,0 +1,1 @@
+"""Training loops, streaming metrics, and experiment trackers of other libraries."""
