@@ -137,6 +137,12 @@ def worked(done: int, note: str = "") -> None:
         bar.describe(note)
 
 
+def tell(line: str) -> None:
+    """Print a line on standard error, within ``showing_work``."""
+    if _WORK.get():
+        stderr_console().print(line, style="dim", soft_wrap=True, markup=False)
+
+
 def tells_costs() -> bool:
     """Return whether ``tell_cost`` may print something."""
     return _WORK.get() is not None
@@ -144,6 +150,6 @@ def tells_costs() -> bool:
 
 def tell_cost(what: str, cost: Cost) -> None:
     """Print what something cost, within ``showing_work``, if it took long or raised the peak memory by much."""
-    if _WORK.get() and (cost.seconds >= LONG or cost.memory >= LARGE):
+    if cost.seconds >= LONG or cost.memory >= LARGE:
         more = f" and raised the peak memory by {cost.memory / 2**30:.1f} GB" if cost.memory >= LARGE else ""
-        stderr_console().print(f"{what} took {cost.seconds:,.0f} s{more}", style="dim", soft_wrap=True, markup=False)
+        tell(f"{what} took {cost.seconds:,.0f} s{more}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +35,17 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 _callers_default_device: ContextVar[torch.device | None] = ContextVar("callers_default_device", default=None)
 """The default device outside ``default_torch_state``, unless that is the CPU."""
+
+
+@functools.cache
+def version_of(package: str) -> str:
+    """Return the installed version of a package, which is looked for once: to find it takes milliseconds."""
+    return importlib.metadata.version(package)
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python and of some packages, for the record."""
+    return {"python": platform.python_version()} | {package: version_of(package) for package in packages}
 
 
 def from_workers(batches: Iterable[T]) -> Iterator[T]:

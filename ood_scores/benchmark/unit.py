@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,13 @@ from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import overlaps
+from ood_scores.runtime import version_of
 from ood_scores.scorers import Scorer
 from ood_scores.scorers.decisions import decided
 from ood_scores.scorers.registry import scorer_class
 from ood_scores.scorers.requirements import Requirement
 from ood_scores.scorers.scorer_runs import ScorerRun, fit_runs, score_runs
+from ood_scores.scorers.work import tell_costly
 from ood_scores.user_code import source_digests
 
 ID = "id"
@@ -142,6 +143,7 @@ def _fitted(unit: Unit, sets: Mapping[str, FeatureSet], fit: FeatureSet | None, 
         found.searched += _tidy(unit, tried)
     scorers = decided({label: table.create(chosen.get(label)) for label, table in tables.items()}, [*sets.values()])
     runs = {label: ScorerRun(scorer) for label, scorer in scorers.items()}
+    tell_costly(scorers, fit, [*sets.values()])
     fit_runs(runs, fit)
     _drop_failed(runs, found)
     return runs
@@ -305,6 +307,6 @@ def key_of(unit: Unit) -> str:
         unit.part.scorer_tables,
         features,
         [metric.name for metric in metrics.table_metrics()],
-        version("ood_scores"),
+        version_of("ood_scores"),
     )
     return digest(*facts, code) if code else digest(*facts)

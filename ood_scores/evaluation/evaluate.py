@@ -21,6 +21,7 @@ from ood_scores.scorers.one_pass import fit_all, score_all
 from ood_scores.scorers.registry import create_scorer, list_scorers
 from ood_scores.scorers.requirements import cannot_run
 from ood_scores.scorers.scorer_runs import ScorerRun, check_runs, fit_runs, score_runs
+from ood_scores.scorers.work import tell_costly
 from ood_scores.user_warnings import warn_user
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def evaluate(
         metrics: Names of metrics on request, such as ``"oscr"`` or ``"augrc_scod"``; see
             ``ood_scores.metrics.METRICS``. Those that need to know which ID rows are classified correctly are NaN if
             ``id`` has no labels or no logits.
-        progress: Whether to show on a terminal which scorer is fitted or scored, and to print (on standard error) those
-            that took 10 seconds or raised the peak memory by 1 GB.
+        progress: Whether to show on a terminal which scorer is fitted or scored, and to print (on standard error)
+            those that are expected to take more than a minute or to keep 1 GB, and those that took 10 seconds or raised
+            the peak memory by 1 GB.
 
     Returns:
         A tidy data frame with one row for each scorer and OoD set. Columns: ``scorer``, ``ood``, every metric of
@@ -171,6 +173,7 @@ def _score_all(
     chosen: Mapping[str, Scorer], fit: FeatureSet | None, sets: Sequence[FeatureSet], correct: Sequence[Scorer]
 ) -> tuple[Scores, dict[str, str]]:
     """Fit and score all scorers, and raise the first error. ``correct`` is scored on the first set only."""
+    tell_costly(chosen, fit, sets)
     if fit is not None:
         fit_all(chosen.values(), fit, hashed=True)
     for feats in sets:
@@ -190,6 +193,7 @@ def _score_what_can_run(
     """Fit and score the scorers that can run, and return why each of the others cannot."""
     left_out = cannot_run(chosen, fit.has if fit else None, [feats.has for feats in sets], "python")
     runs = {label: ScorerRun(scorer) for label, scorer in chosen.items() if label not in left_out}
+    tell_costly({label: run.scorer for label, run in runs.items()}, fit, sets)
     fit_runs(runs, fit)
     check_runs(runs, sets)
     found = [score_runs(runs, feats, [] if number else correct) for number, feats in enumerate(sets)]

@@ -24,6 +24,7 @@ from ood_scores.scorers.registry import create_scorer
 from ood_scores.scorers.requirements import FIT_SET, requirements
 from ood_scores.scorers.storage import load_scorer, save_scorer
 from ood_scores.scorers.tags import Tags
+from ood_scores.scorers.work import Sizes, Work
 
 IN_A_GRAPH = ("features", "logits", "head")
 """The requirements that an exported graph can meet."""
@@ -80,6 +81,10 @@ class Scorer(DeviceState, ABC):
     def decided_for(self, sets: Sequence[FeatureSet]) -> Scorer:
         """Return the scorer with the parameters that depend on what all sets to score have decided; usually itself."""
         return self
+
+    def work(self, sizes: Sizes) -> Work:
+        """Return what the fit and the scoring are expected to need, if that is much."""
+        return Work()
 
     def score_together(self, block: Block, scorers: Sequence[Scorer]) -> Sequence[Tensor]:
         """Return the scores ``[B]`` of each of several scorers with the same key; shared work is done once."""

@@ -20,6 +20,7 @@ from ood_scores.scorers.class_ranks import PIECE
 from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work
 
 NARROW_PIECE = 2**20
 """How many distances are computed in float32 at a time: few enough for the CPU caches."""
@@ -85,6 +86,12 @@ class CFOOD(Scorer):
         for share in ("share", "rho"):
             value = getattr(self, share)
             self.require(0 < value <= 1, f"{share} must be in (0, 1], got {value}")
+
+    def work(self, sizes: Sizes) -> Work:
+        bank = self.share * sizes.fit_rows
+        sorting, looking = 8000, 1000  # measured, per pair of rows
+        pairs = bank * (bank * (2 * sizes.features + sorting) + sizes.rows * (2 * sizes.features + looking))
+        return Work(pairs, 12 * bank * (sizes.features + 230))
 
     def statistics(self) -> tuple[UnitRows]:
         return (UnitRows(self.share, self.seed),)

@@ -16,6 +16,7 @@ from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.neighbors import KNN
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work, search_of
 
 NEAREST = 1e-10
 """The smallest distance to the k-th neighbor that counts, so that its logarithm exists."""
@@ -79,6 +80,9 @@ class CombOOD(Scorer):
     def __post_init__(self) -> None:
         self.require_count("k")
         self.require(0 <= self.ridge < math.inf, f"ridge must be at least 0 and finite, got {self.ridge}")
+
+    def work(self, sizes: Sizes) -> Work:
+        return search_of(sizes.fit_rows, sizes.rows, sizes.features)
 
     def statistics(self) -> tuple[Rows]:
         return KNN(k=self.k).statistics()

@@ -27,6 +27,7 @@ from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.papers import HUANG_2021
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work, search_of
 
 
 @register_scorer("gradnorm")
@@ -307,6 +308,12 @@ class GROOD(Scorer):
         if not isinstance(self.prototype, str):
             self.require(all(math.isfinite(value) for value in self.prototype or ()), "prototype must be finite")
         self.fit_needs = ("features", "labels") if self.by == "norm" else ("features", "logits", "labels")
+
+    def work(self, sizes: Sizes) -> Work:
+        if self.by == "norm":
+            return Work()
+        found = search_of(sizes.fit_rows, sizes.rows, sizes.features)
+        return Work(2 * found.operations, found.memory / 2)  # in float64
 
     def statistics(self) -> tuple[Means]:
         return (Means("features", "label"),)

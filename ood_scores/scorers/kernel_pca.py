@@ -20,6 +20,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.subspace import principal_axes, rank_of
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work
 
 FANG_2024 = Paper(
     "Kernel PCA for Out-of-Distribution Detection",
@@ -166,6 +167,10 @@ class CoRP(_KernelPCA):
         super().__post_init__()
         self.require_positive("gamma")
         self.require_count("directions")
+
+    def work(self, sizes: Sizes) -> Work:
+        fitted = 6.0 * sizes.fit_rows * self.directions**2
+        return Work(fitted + 2.0 * sizes.rows * self.directions * (sizes.features + self.directions))
 
     def statistics(self) -> tuple[FourierAxes]:
         return (FourierAxes(self.gamma, self.directions, self.seed),)

@@ -34,6 +34,7 @@ from ood_scores.scorers.numerics.cholesky import (
 )
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work
 from ood_scores.user_warnings import warn_user
 
 DENSITY_BYTES = 4 * 2**20
@@ -104,6 +105,12 @@ class GMM(Scorer):
         self.require_choices()
         self.needs = (self.space,)
         self.fit_needs = (self.space, "labels")
+
+    def work(self, sizes: Sizes) -> Work:
+        width = sizes.features if self.space == "features" else sizes.classes
+        scored = 4.0 * sizes.rows * sizes.classes * width**2  # in float64
+        fitted = 24.0 * sizes.fit_rows * width**2  # measured
+        return Work(scored + fitted, min(8.0 * sizes.classes * width**2, 2**31))
 
     def statistics(self) -> tuple[ClassMoments]:
         return (ClassMoments(self.space, self.normalize, per_class=True),)

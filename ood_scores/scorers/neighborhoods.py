@@ -16,6 +16,7 @@ from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.neighbors import KNN
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work, search_of
 
 SMALLEST = 1e-12
 """The smallest distance that counts, and the smallest mean logarithm of ratios of distances."""
@@ -131,6 +132,10 @@ class DkNN(Scorer):
         self.require(given, f"layers must be a list of 'features' and names of modules, got {self.layers!r}")
         self.needs = tuple(name if name == "features" else f"layers.{name}" for name in self.layers)
         self.fit_needs = (*self.needs, "labels")
+
+    def work(self, sizes: Sizes) -> Work:
+        one = search_of(sizes.fit_rows, sizes.rows, sizes.features)
+        return Work(len(self.layers) * one.operations, len(self.layers) * one.memory)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.labels_ = feats.class_labels().cpu()

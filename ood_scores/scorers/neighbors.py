@@ -22,6 +22,7 @@ from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
 from ood_scores.scorers.numerics.faiss_index import index_of_bytes, kept_index, trained_index
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work, search_of
 
 CLOSE = 0.1
 """Neighbors nearer than this share of the row's norm are searched for in float64."""
@@ -64,6 +65,9 @@ class _BankScorer(Scorer):
 
     def why_no_graph(self) -> str | None:
         return super().why_no_graph() or why_no_graph_of(getattr(self, "bank_", None))
+
+    def work(self, sizes: Sizes) -> Work:
+        return search_of(getattr(self, "share", 1.0) * sizes.fit_rows, sizes.rows, sizes.features)
 
     def scored_with(self) -> Hashable:
         return "bank", self.bank_.data_ptr(), tuple(self.bank_.shape)

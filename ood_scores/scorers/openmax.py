@@ -19,6 +19,7 @@ from ood_scores.scorers.class_means import CLOSEST, warn_of_classes_without_rows
 from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work
 
 TRANSLATION = 10_000.0
 """The smallest distance of a tail after the shift that libmr applies before it fits a Weibull distribution."""
@@ -89,6 +90,9 @@ class OpenMax(Scorer):
         weights = (self.euclidean, self.cosine)
         valid = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
         self.require(valid, f"euclidean and cosine must be at least 0 and not both 0, got {weights}")
+
+    def work(self, sizes: Sizes) -> Work:
+        return Work(memory=4.0 * sizes.fit_rows * sizes.classes)
 
     def statistics(self) -> tuple[Means, Logits]:
         return (Means("logits", "correct"), Logits())

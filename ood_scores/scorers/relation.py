@@ -14,6 +14,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.neighbors import why_no_graph_of
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work, search_of
 
 BANK_PIECE = 4096
 """Number of bank rows that a block is compared with at a time."""
@@ -71,6 +72,10 @@ class Relation(Scorer):
         self.require_positive("power")
         self.require(0 <= self.threshold < 1, f"threshold must be in [0, 1), got {self.threshold}")
         self.require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
+
+    def work(self, sizes: Sizes) -> Work:
+        found = search_of(self.share * sizes.fit_rows, sizes.rows, sizes.features + sizes.classes)
+        return Work(found.operations, found.memory / 2)
 
     def statistics(self) -> tuple[Rows, Probabilities]:
         draw = (self.share, self.seed if self.share < 1 else 0)

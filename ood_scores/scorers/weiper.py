@@ -17,6 +17,7 @@ from ood_scores.features.statistics.base import Accumulator, Found
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work
 
 EDGE = 1e-8
 """How far beyond the largest value of the fit set the last bin extends."""
@@ -113,6 +114,10 @@ class WeiPer(Scorer):
             self.require(0 <= value < math.inf, f"{weight} must be at least 0 and finite, got {value}")
         widest = max(self.smoothing, self.perturbed_smoothing)
         self.require(widest <= WIDEST * self.bins, f"smoothing must be at most {WIDEST} times bins, got {widest}")
+
+    def work(self, sizes: Sizes) -> Work:
+        heads = float(self.repeats * sizes.classes * sizes.features)
+        return Work(4 * heads * (sizes.rows + sizes.fit_rows), 4 * heads)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
