@@ -201,6 +201,11 @@ def test_experimental_scorers_are_marked(results: Results, parts: dict[str, list
     reason = "written after the abstract and summaries of the paper, whose formulas were not available"
     assert f'core <small class="muted" title="{reason}">experimental</small></th>' in page
     assert ">knn</th>" in page
+    tex = latex.tables(results, marked)
+    assert r"core$^*$ &" in tex
+    assert "\nknn &" in tex
+    assert r"5\,\%). $^*$: experimental, the scores may not be those of the paper." in tex
+    assert "experimental" not in latex.tables(results, {PART: [table]})
 
 
 def test_html_shows_models_side_by_side(results: Results, page: str) -> None:

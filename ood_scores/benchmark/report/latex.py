@@ -15,8 +15,10 @@ HEAD = r"""% \usepackage[T1]{fontenc}
 CAPTION = (
     r"{in_cells}, in percent, on {n_id} ID images; on the right: {on_the_right}. "
     r"ID accuracy {accuracy}\,\%.{seeds} Bold: best. $\dagger$: AUROC not significantly below the best (DeLong's "
-    r"paired tests with Holm's correction, 5\,\%)."
+    r"paired tests with Holm's correction, 5\,\%).{experimental}"
 )
+
+EXPERIMENTAL = r" $^*$: experimental, the scores may not be those of the paper."
 
 ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -64,6 +66,7 @@ def _lines(results: Results, table: ScoreTable) -> Iterator[str]:
         n_id=f"{table.n_id:,}",
         accuracy=_number(table.accuracy),
         seeds=seeds,
+        experimental=EXPERIMENTAL if any(row.experimental for row in table.rows) else "",
     )
     yield r"\begin{table}"
     yield r"\centering"
@@ -78,7 +81,8 @@ def _lines(results: Results, table: ScoreTable) -> Iterator[str]:
     yield r"\midrule"
     for row in table.rows:
         of_columns = [r"\,/\,".join(_marked(row.cells[m.name][i]) for m in in_cells) for i in range(len(names))]
-        cells = [escape(row.scorer), *of_columns, *(_marked(row.cells[metric.name][0]) for metric in on_the_right)]
+        scorer = escape(row.scorer) + (r"$^*$" if row.experimental else "")
+        cells = [scorer, *of_columns, *(_marked(row.cells[metric.name][0]) for metric in on_the_right)]
         yield f"{' & '.join(cells)} \\\\"
     yield r"\bottomrule"
     yield r"\end{tabular}}"
