@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 import ood_scores
 from ood_scores.benchmark import load_results, runner
 from ood_scores.detector import Detector
-from ood_scores.errors import DamagedCache
+from ood_scores.errors import DamagedCache, ForeignFile
 from ood_scores.features.storage import cache as caches
 from ood_scores.scorers import Scorer
 from ood_scores.training import state, train
@@ -34,6 +34,8 @@ KILLS = int(os.environ.get("OOD_SCORES_KILLS", "2"))
 """Kills of each kind of work; 100 take some minutes."""
 IN_A_ROW = 2
 """Kills of one run before it is left to end."""
+SAVING = "saving"
+"""The file that a work creates before it saves, which is short: half of the kills happen after this moment."""
 
 
 class Slow(Rows):
@@ -85,20 +87,22 @@ def scores(folder: Path) -> list[Any]:
 
 def calibrate(folder: Path) -> None:
     feats = ood_scores.extract(network(), DataLoader(Slow(200, 2), 32), progress=False)
-    ood_scores.calibrate("energy", network(), id=feats).save(folder / "detector")
+    detector = ood_scores.calibrate("energy", network(), id=feats)
+    (folder / SAVING).touch()
+    detector.save(folder / "detector")
 
 
 def saved_detectors(folder: Path) -> int:
-    """Return whether there is a detector; the first save of one is refused until it is complete."""
-    if not (folder / "detector" / "detector.json").exists():
+    """Return 2 for a detector, and 1 for one whose first save is not complete, which is refused."""
+    if not (folder / "detector").exists():
         return 0
     try:
         Detector.load(folder / "detector")
-    except DamagedCache as error:
-        if "contains an unfinished detector: save the detector again" not in str(error):
-            raise
-        return 0
-    return 1
+        return 2
+    except (ForeignFile, DamagedCache) as error:
+        if "is not a detector" in str(error) or "contains an unfinished detector: save the" in str(error):
+            return 1
+        raise
 
 
 def decisions(folder: Path) -> list[Any]:
@@ -187,6 +191,17 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def wait(folder: Path, moments: random.Random, seconds: float, saving: float) -> None:
+    """Wait until a random moment of a work, or, in half of the cases, of the save at its end."""
+    if not saving or moments.random() < 0.5:
+        time.sleep(moments.uniform(0, seconds))
+        return
+    latest = time.perf_counter() + 20 * seconds
+    while not (folder / SAVING).exists() and time.perf_counter() < latest:
+        time.sleep(0.0005)
+    time.sleep(moments.uniform(0, saving))
+
+
 def same(one: Any, other: Any) -> bool:
     return one == other if isinstance(one, str) else np.array_equal(np.asarray(one), np.asarray(other))
 
@@ -208,14 +223,17 @@ def test_killed_at_random_moments(kind: str, tmp_path: Path, monkeypatch: pytest
     at = time.perf_counter()
     assert ended(started(kind, tmp_path / "expected")) == 0
     seconds = time.perf_counter() - at
+    mark = tmp_path / "expected" / SAVING
+    saving = time.time() - mark.stat().st_mtime if mark.exists() else 0
     expected, whole = work.values(tmp_path / "expected"), work.done(tmp_path / "expected")
     kills = number = midway = 0
     while kills < KILLS:
         number += 1
         folder, before = tmp_path / str(number), 0
         for _ in range(IN_A_ROW):
+            (folder / SAVING).unlink(missing_ok=True)
             child = started(kind, folder)
-            time.sleep(moments.uniform(0, seconds))
+            wait(folder, moments, seconds, saving)
             os.kill(child, signal.SIGKILL)
             code = ended(child)
             assert code in (0, -signal.SIGKILL)
