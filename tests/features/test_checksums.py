@@ -126,23 +126,14 @@ def file_and_place(path: Path, column: str, row: int) -> tuple[Path, int]:
 def test_open_block_hashes_what_is_appended_in_runs_of_any_length() -> None:
     generator = np.random.default_rng(0)
     data = generator.integers(0, 256, 3210, np.uint8)
-    block, sums = checksums.OpenBlock(100), np.empty(0, checksums.SUM)
+    block, sums = checksums.OpenBlock(100), []
     for run in np.split(data, np.sort(generator.integers(0, len(data), 12))):
-        block, full = block.extended(run)
-        sums = np.append(sums, full)
+        for part in block.parts_of(run):
+            block, full = block.extended(part)
+            sums += full
     expected = [xxhash.xxh3_64_intdigest(data[start : start + 100].tobytes()) for start in range(0, len(data), 100)]
-    assert [*sums.tolist(), *block.sum.tolist()] == expected
+    assert [*sums, *block.sum.tolist()] == expected
     assert (block.number, block.filled) == (32, 10)
-
-
-@pytest.mark.parametrize("hashed_aside", [0, 10**9])
-def test_checksums_are_those_of_the_rows_whichever_thread_hashes(
-    hashed_aside: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(caches, "HASHED_ASIDE", hashed_aside)
-    for make in (plain, extracted):
-        feats = load(make(tmp_path / f"{make.__name__}.h5"), verify="always")
-        assert torch.equal(feats.features, problem().features)
 
 
 def test_unchanged_rows_are_read_whatever_is_verified(path: Path) -> None:

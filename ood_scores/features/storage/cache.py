@@ -9,10 +9,8 @@ when an HDF5 dataset is closed would be lost without an error, and the process w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import h5py
@@ -39,7 +37,7 @@ from ood_scores.errors import (
 )
 from ood_scores.features.head import Head
 from ood_scores.features.provenance import Provenance
-from ood_scores.features.storage.checksums import SUM, OpenBlock
+from ood_scores.features.storage.checksums import SUM, OpenBlock, checksum
 from ood_scores.features.storage.layout import (
     VERSION,
     Place,
@@ -53,9 +51,6 @@ from ood_scores.features.storage.layout import (
 from ood_scores.features.storage.reading import FORMAT, open_to_read
 from ood_scores.features.storage.seal import pieces
 from ood_scores.features.storage.texts import IDS, as_stored, padded
-
-HASHED_ASIDE = 2**20
-"""Bytes from which a run of rows is hashed while it is written; to start a thread costs more than to hash fewer."""
 
 UNFINISHED, FINISHED, HAS_GAPS = 0, 1, -1
 """The second number of ``progress``; the last is that of an unfinished file, some of whose rows are gaps."""
@@ -230,26 +225,32 @@ class CacheWriter:
                 raise BadInput(f"{self.path} was created for {self._capacity:,} rows, got {stop:,}.")
             self._move_to(max(stop, 2 * self._capacity))
         blocks = dict(self._blocks)
-        with disk_errors(self.path, how_to_resume(self.rows)), ThreadPoolExecutor(1) as aside:
+        with disk_errors(self.path, how_to_resume(self.rows)):
             for name, array in arrays.items():
-                extended = self._extended(name, array, aside) if name in blocks else None
-                self._file.write_at(self._places[name].of_row(self.rows), array)
-                if extended:
-                    blocks[name], sums = extended()
-                    self._file.write_at(self._places[name].of_sum(self._blocks[name].number), sums)
+                if name in blocks:
+                    blocks[name] = self._write_hashed(name, array)
+                else:
+                    self._file.write_at(self._places[name].of_row(self.rows), array)
             if gaps:
                 self.has_gaps = True
                 self._file.write_at(self._counter + 8, np.array([HAS_GAPS]))
             self._file.write_at(self._counter, np.array([stop]))
         self.rows, self._blocks = stop, blocks
 
-    def _extended(self, name: str, array: np.ndarray, aside: Executor) -> Callable[[], tuple[OpenBlock, np.ndarray]]:
-        """Return a function that returns the column's open block, extended by rows, and the checksums of full blocks.
+    def _write_hashed(self, name: str, array: np.ndarray) -> OpenBlock:
+        """Write rows of a column and the checksums of blocks that are full; return the block that is now open.
 
-        Much is hashed in a thread, which begins now.
+        Each block is hashed just before it is written, so that it is read from memory once.
         """
-        extended = partial(self._blocks[name].extended, array.reshape(-1).view(np.uint8))
-        return aside.submit(extended).result if array.nbytes >= HASHED_ASIDE else extended
+        place, block, sums = self._places[name], self._blocks[name], []
+        offset = place.of_row(self.rows)
+        for part in block.parts_of(array.reshape(-1).view(np.uint8)):
+            block, full = block.extended(part)
+            sums += full
+            self._file.write_at(offset, part)
+            offset += len(part)
+        self._file.write_at(place.of_sum(self._blocks[name].number), np.array(sums, SUM))
+        return block
 
     def finish(self) -> None:
         """Mark the file as finished; a file of unknown length is first shortened to the rows that it holds."""
@@ -335,16 +336,13 @@ class CacheWriter:
     def _write_widened(self, name: str, old: LockedFile, narrow: Place, rows: int) -> None:
         """Copy rows from another file to a wider column of this one, and their checksums."""
         place = self._places[name]
-        block = OpenBlock(place.block * place.row_bytes)
         for start in range(0, rows, place.block):
             count = min(place.block, rows - start)
             parts = b"".join(map(bytes, pieces(old, narrow.of_row(start), count * narrow.row_bytes)))
             array = np.zeros((count, place.row_bytes), np.uint8)
             array[:, : narrow.row_bytes] = np.frombuffer(parts, np.uint8).reshape(count, -1)
             self._file.write_at(place.of_row(start), array)
-            number = block.number
-            block, sums = block.extended(array.reshape(-1))
-            self._file.write_at(place.of_sum(number), sums)
+            self._file.write_at(place.of_sum(start // place.block), checksum(array.reshape(-1)))
 
 
 def write(
