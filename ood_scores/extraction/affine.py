@@ -184,7 +184,7 @@ def _map_from(model: nn.Module, inputs: Tensor, logits: Tensor, place: Place, va
         bias = (replaced.double() - features.double() @ weight.double().T).mean(dim=0)
         head, tolerance = Head(weight.float(), bias.float()), rounding(values, logits)
         noise = _noise_like(values) * values.abs().max()
-        others = _logits_with(model, _other_than(inputs), place, noise)
+        others = _logits_with(model, other_than(inputs), place, noise)
         is_map = close(head(values), logits, tolerance) and close(head(noise), others, tolerance)
     return head if is_map else None
 
@@ -205,7 +205,7 @@ def _jacobian(logits: Tensor, features: Tensor) -> Tensor | None:
 
 def _determines(model: nn.Module, inputs: Tensor, logits: Tensor, place: Place, values: Tensor) -> bool:
     """Whether the logits depend on nothing but the values ``[B, D]`` at a place."""
-    return close(_logits_with(model, _other_than(inputs), place, values), logits, rounding(values, logits))
+    return close(_logits_with(model, other_than(inputs), place, values), logits, rounding(values, logits))
 
 
 def _adds(model: nn.Module, inputs: Tensor, logits: Tensor, place: Place) -> bool:
@@ -247,7 +247,7 @@ def _noise_like(values: Tensor) -> Tensor:
     return noise.to(values)
 
 
-def _other_than(inputs: Tensor) -> Tensor:
+def other_than(inputs: Tensor) -> Tensor:
     """Return other inputs that the model takes: noise, or for integers the same in another order."""
     return _noise_like(inputs) if inputs.is_floating_point() else inputs.flip(-1)
 

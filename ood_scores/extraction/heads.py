@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ood_scores.errors import BadInput, HeadMismatch, HeadNotFound
 from ood_scores.extraction.affine import find_affine_place, is_trunk, place_of_features
+from ood_scores.extraction.combined_heads import Views, find_combination, viewed_layers
 from ood_scores.extraction.encoders import Encoder, declared_encoder
-from ood_scores.extraction.hooks import Capture, Place, first_argument, hooked
-from ood_scores.extraction.outputs import close, features_of, joined, logits_of, raw_logits_of, rounding, rows_of
+from ood_scores.extraction.head_layers import HOW_TO_NAME, Layer, Recording
+from ood_scores.extraction.hooks import Capture, Place
+from ood_scores.extraction.outputs import close, features_of, logits_of, raw_logits_of, rounding
 from ood_scores.features import Head
 from ood_scores.models.zero_shot.classifier import negatives_of
-
-HOW_TO_NAME = (
-    "Name the affine map that computes the logits with head='module.name' (see model.named_modules()); set "
-    "model.num_classes = 0 if the model is an encoder, whose output is the features; or pass head=False to keep logits "
-    "and features without a head, which some scorers need"
-)
 
 
 @dataclass
@@ -36,6 +30,7 @@ class FoundHead:
         log_probabilities: whether the model returns the log-softmax of the logits, which are then those of the head.
         encoder: the model, if it has no classifier; its logits are those of the head, if there is one.
         is_given: whether the head is not the model's own.
+        views: the views of each input whose weighted sum is the features; None without test-time augmentation.
     """
 
     places: list[Place]
@@ -43,10 +38,13 @@ class FoundHead:
     log_probabilities: bool = False
     encoder: Encoder | None = None
     is_given: bool = False
+    views: Views | None = None
 
     @property
     def names(self) -> list[str]:
         """The names of the places."""
+        if self.views:
+            return [f"{place} (sum of {len(self.views.weights)} views)" for place in self.places]
         return [str(place) for place in self.places] or ["output of the model"]
 
     @property
@@ -74,6 +72,8 @@ class FoundHead:
         """
         if self.encoder:
             features = self.encoder.features(output, inputs, mask, start)
+        elif self.views:
+            features = self.views.features(capture.calls[0])
         else:
             features = features_of(capture.calls, raw_logits_of(output))
         if self.returns_logits:
@@ -82,27 +82,6 @@ class FoundHead:
             return features, None
         self.head.require_unit(features)
         return features, self.head(features)
-
-
-@dataclass
-class _Layer:
-    """A leaf module with weights, and what it received ``[B, D]`` and returned ``[B, K]`` in a pass.
-
-    ``returned`` is None if it is not one vector per input.
-    """
-
-    name: str
-    module: nn.Module
-    received: Tensor
-    returned: Tensor | None
-
-    @property
-    def is_affine(self) -> bool:
-        """Whether the module has a weight that could map each input row to its output row."""
-        weight = getattr(self.module, "weight", None)
-        if self.returned is None or not isinstance(weight, Tensor) or weight.ndim < 2:
-            return False
-        return weight[0].numel() == self.received.shape[1] and len(weight) == self.returned.shape[1]
 
 
 class FirstPass:
@@ -132,31 +111,20 @@ class FirstPass:
         self._model, self._inputs, self._pool, self._mask, self._start = model, inputs, pool, mask, start
         self._given = requested if isinstance(requested, Head) else None
         self._requested, self._named = resolve_module(model, requested)
-        self._calls: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+        self._recording = Recording(model, self._named)
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
+    def recorded(self) -> AbstractContextManager[None]:
         """Record what the leaf modules (in the requested one) with one vector per input receive and return."""
-        inside = set((self._named or self._model).modules())
-        leaves = [(name, leaf) for name, leaf in _leaves_with_weights(self._model) if leaf in inside]
-        with hooked(((leaf, self._recorder(name)) for name, leaf in leaves), with_kwargs=True):
-            yield
-
-    def _recorder(self, name: str) -> Any:
-        def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            received = rows_of(first_argument(inputs, named))
-            if received is not None:
-                self._calls.setdefault(name, []).append((received, rows_of(output)))
-
-        return record
+        return self._recording.running()
 
     def find(self, output: Any) -> FoundHead:
         """Find the head from what the model returned.
 
         The head is the affine layer whose output *is* the logits; otherwise all affine layers with that many outputs,
         if the mean of their outputs is the logits (distilled models: features are concatenated and weights divided);
-        otherwise the map from the last place at which the logits are an affine map of one vector per input. The map is
-        checked to reproduce the logits from the features.
+        otherwise the map from the last place at which the logits are an affine map of one vector per input; otherwise
+        the layers, or the views of each input, whose outputs the logits are a weighted sum of. The map is checked to
+        reproduce the logits from the features.
 
         An encoder has no head of its own: its pooled output is the features.
 
@@ -189,7 +157,7 @@ class FirstPass:
     def rows(self, found: FoundHead, output: Any) -> tuple[Tensor, Tensor | None]:
         """Return the features ``[B, D]`` and the logits ``[B, C]`` of the pass, as ``FoundHead.read``."""
         capture = Capture(found.places)
-        recorded = [self._calls.get(place.name, []) for place in found.places if not place.after]
+        recorded = [self._recording.calls.get(place.name, []) for place in found.places if not place.after]
         if len(recorded) == len(found.places) and all(recorded):
             for calls, pairs in zip(capture.calls, recorded, strict=True):
                 calls += [received for received, _ in pairs]
@@ -200,14 +168,19 @@ class FirstPass:
         return found.read(capture, output, self._inputs, self._mask, self._start)
 
     def _find(self, logits: Tensor) -> FoundHead:
-        layers = self._layers(len(logits))
+        layers = self._recording.layers(len(logits), self._inputs.device)
         try:
             return _of_layers(layers, logits, self._requested)
-        except HeadNotFound:
+        except HeadNotFound as error:
             found = find_affine_place(self._model, self._inputs, self._named)
-            if found is None:
-                raise
-            return FoundHead([found[0]], found[1])
+            if found:
+                return FoundHead([found[0]], found[1])
+            combined = find_combination(self._model, self._inputs, self._recording, logits)
+            if combined:
+                return FoundHead(combined.places, combined.head, views=combined.views)
+            if viewed := viewed_layers(self._recording, logits):
+                raise _not_a_mean_of_views(*viewed[-1]) from error
+            raise
 
     def _without_head(self, output: Any) -> FoundHead:
         encoder = declared_encoder(self._model, output, self._pool)
@@ -219,29 +192,6 @@ class FirstPass:
         except HeadNotFound:
             place = place_of_features(self._model, self._inputs)
             return FoundHead([] if place is None else [place], None)
-
-    def _layers(self, rows: int) -> list[_Layer]:
-        found = []
-        for name, pairs in self._calls.items():
-            received, returned = (self._here(joined(list(calls), rows)) for calls in zip(*pairs, strict=True))
-            assert received is not None
-            found.append(_Layer(name, self._model.get_submodule(name), received, returned))
-        return found
-
-    def _here(self, values: Tensor | None) -> Tensor | None:
-        """Move values of a model on several devices to that of its inputs."""
-        return None if values is None else values.to(self._inputs.device)
-
-
-def _leaves_with_weights(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules with parameters and without children other than torch's parametrizations of weights."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if {child for child, _ in module.named_children()} <= {"parametrizations"}
-        and next(module.parameters(), None) is not None
-        and "parametrizations" not in name.split(".")
-    ]
 
 
 def resolve_module(
@@ -264,7 +214,7 @@ def resolve_module(
     raise BadInput(f"the model has no module {requested!r}; its last modules with weights: {', '.join(leaves[-5:])}.")
 
 
-def _of_layers(layers: list[_Layer], logits: Tensor, requested: str | bool | None) -> FoundHead:
+def _of_layers(layers: list[Layer], logits: Tensor, requested: str | bool | None) -> FoundHead:
     candidates = [layer for layer in layers if layer.is_affine and _has_shape(layer.returned, logits)]
     exact = [layer for layer in reversed(candidates) if close(layer.returned, logits)]
     if exact:
@@ -283,13 +233,11 @@ def _has_shape(returned: Tensor | None, logits: Tensor) -> bool:
     return returned is not None and returned.shape == logits.shape
 
 
-def _checked(chosen: list[_Layer], logits: Tensor) -> FoundHead:
+def _checked(chosen: list[Layer], logits: Tensor) -> FoundHead:
     names = [layer.name for layer in chosen]
-    weight = torch.cat([_weight(layer).to(logits.device) for layer in chosen], dim=1) / len(chosen)
-    biases = [getattr(layer.module, "bias", None) for layer in chosen]
-    bias = torch.zeros(len(weight), device=weight.device)
-    bias = sum((b.detach().float().to(weight.device) for b in biases if b is not None), bias)
-    head = Head(weight.cpu(), (bias / len(chosen)).cpu())
+    weight = torch.cat([layer.weight for layer in chosen], dim=1) / len(chosen)
+    bias = sum((layer.bias for layer in chosen), torch.zeros(len(weight), device=weight.device)) / len(chosen)
+    head = Head(weight.cpu(), bias.cpu())
     features = torch.cat([layer.received for layer in chosen], dim=1).float()
     tolerance = rounding(logits, *(values for layer in chosen for values in (layer.received, layer.returned)))
     if not close(head(features).to(logits.device), logits, tolerance):
@@ -300,24 +248,21 @@ def _checked(chosen: list[_Layer], logits: Tensor) -> FoundHead:
     return FoundHead([Place(layer.name, layer.module) for layer in chosen], head)
 
 
-def _weight(layer: _Layer) -> Tensor:
-    weight = layer.module.weight
-    assert isinstance(weight, Tensor)
-    if is_traceable_wrapper_subclass(weight):
-        raise HeadMismatch(
-            f"the weight of {layer.name} is quantized ({type(weight).__name__}), and the layer is not an affine map: "
-            f"pass the model before quantization. {HOW_TO_NAME}."
-        )
-    return weight.detach().to_dense().flatten(1).float()
-
-
 def _is_mean(outputs: list[Tensor], logits: Tensor) -> bool:
     half = any(values.dtype in (torch.float16, torch.bfloat16) for values in outputs)
     return close(torch.stack(outputs).mean(0), logits, 1e-2 if half else 1e-6)
 
 
+def _not_a_mean_of_views(name: str, count: int) -> HeadNotFound:
+    return HeadNotFound(
+        f"{name} runs {count} times for each input, as with test-time augmentation, but the logits are not a weighted "
+        "mean of what it returns: pass the model without the augmentation; make the wrapper average logits, not "
+        "probabilities; or pass head=False to keep logits without a head, which some scorers need."
+    )
+
+
 def _not_found(
-    candidates: list[_Layer], layers: list[_Layer], logits: Tensor, requested: str | bool | None
+    candidates: list[Layer], layers: list[Layer], logits: Tensor, requested: str | bool | None
 ) -> HeadNotFound:
     if not logits.isfinite().all():
         return HeadNotFound(
@@ -348,6 +293,6 @@ def _not_found(
         if layer.returned is not None
     )
     return HeadNotFound(
-        f"the logits are neither the output of an affine module nor the mean of several; modules with "
+        f"the logits are neither the output of an affine module nor a weighted mean of several; modules with "
         f"{logits.shape[1]} outputs: {found}. {HOW_TO_NAME}."
     )
