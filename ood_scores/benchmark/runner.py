@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput, CacheBusy, OodScoresError
 from ood_scores.extraction.run import PACKAGES
 from ood_scores.progress import showing_work, stderr_console
+from ood_scores.runtime import versions_of
 from ood_scores.user_warnings import warn_user
 
 RUNS = "runs"
@@ -174,7 +173,7 @@ def _results(
 def _environment(device: str, seconds: float) -> dict[str, Any]:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return {
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": versions_of(PACKAGES),
         "device": torch.cuda.get_device_name() if on_gpu else device.replace("auto", "cpu"),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),

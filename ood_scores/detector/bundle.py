@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -38,6 +36,7 @@ from ood_scores.features.provenance import ProbeRecord
 from ood_scores.models.opening import load_stored_model, require_known
 from ood_scores.models.origin import origin_of
 from ood_scores.models.running import architecture, model_device, unwrapped, weights_sha256
+from ood_scores.runtime import versions_of
 from ood_scores.scorers.storage import load_scorer
 from ood_scores.user_warnings import warn_user
 
@@ -134,8 +133,7 @@ def _describe(detector: DetectorParts) -> dict[str, Any]:
         "preprocessing": detector.stored_preprocessing,
         "example": None if detector.transform is None else _example(detector.transform),
         "data": detector.data.to_attributes() if detector.data else None,
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": versions_of(PACKAGES),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -5,33 +5,74 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ood_scores.errors import BadInput
 from ood_scores.extraction.hooks import hooked
-from ood_scores.extraction.loaders import input_key, label_key
+from ood_scores.extraction.loaders import INPUT_KEYS, NamedInputs, input_key, label_key
 
 MASKS = ("attention_mask", "pixel_attention_mask")
 """Names of the inputs of transformers that say which tokens are no padding."""
+
+LABELS = "labels"
+
+
+def with_names(batch: Any, model: nn.Module) -> Any:
+    """Return a batch of several inputs as a dictionary; other batches are unchanged.
+
+    These are ``((x, z), labels)`` and ``((x, z),)``, whose inputs are the parameters of ``forward`` in their order;
+    ``({"x": x, "z": z}, labels)``; and dictionaries with the first parameter of ``forward``, but without a key of
+    ``INPUT_KEYS``.
+
+    Raises:
+        BadInput: if there are more inputs than parameters.
+    """
+    if isinstance(batch, Mapping):
+        return _with_first(batch, label_key(batch), model)
+    if not isinstance(batch, (tuple, list)) or not batch:
+        return batch
+    inputs, labels = batch[0], {LABELS: batch[1]} if len(batch) > 1 else {}
+    if isinstance(inputs, Mapping):
+        return _with_first({**inputs, **labels}, LABELS if labels else label_key(inputs), model)
+    is_list = isinstance(inputs, (tuple, list)) and len(inputs) > 0
+    if not is_list or not all(isinstance(each, Tensor) for each in inputs):
+        return batch
+    names = _parameters(model).named
+    if len(inputs) > len(names):
+        raise BadInput(
+            f"a batch has {len(inputs)} inputs, but forward of {type(model).__name__} has the parameters "
+            f"{', '.join(names) or '*args or **kwargs only'}: pass a dictionary of inputs by the names of parameters."
+        )
+    named = dict(zip(names, inputs, strict=False))
+    return NamedInputs({**named, **labels}, names[0], LABELS if labels else None)
+
+
+def _with_first(batch: Mapping[str, Any], label: str | None, model: nn.Module) -> Mapping[str, Any]:
+    named = _parameters(model).named
+    if not named or named[0] not in batch or not batch.keys().isdisjoint(INPUT_KEYS):
+        return batch
+    return NamedInputs(batch, named[0], None if label in named and label != LABELS else label)
 
 
 def further_inputs(batch: Any, model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a dict batch, other than the inputs and labels, that are parameters of ``forward``.
 
-    A ``forward`` without named parameters, but with ``**kwargs``, takes all of them.
+    A ``forward`` without named parameters, but with ``**kwargs``, takes all of them. Numeric arrays become tensors.
 
     Raises:
         BadInput: if one of them does not have one row per input.
     """
     if not isinstance(batch, Mapping):
         return {}
-    named, takes_any, _ = _parameters(model)
+    parameters = _parameters(model)
     others = batch.keys() - {input_key(batch), label_key(batch)}
-    taken = others if takes_any else others & set(named)
-    found = {name: values for name, values in batch.items() if name in taken and isinstance(values, Tensor)}
+    taken = others if parameters.takes_any_name else others & set(parameters.named)
+    found = {name: values for name in batch if name in taken and (values := _as_tensor(batch[name])) is not None}
     rows = len(batch[input_key(batch)])
     for name, values in found.items():
         if not values.ndim or len(values) != rows:
@@ -44,6 +85,12 @@ def mask_in(further: Mapping[str, Tensor]) -> Tensor | None:
     return next((further[name] for name in MASKS if name in further), None)
 
 
+def _as_tensor(values: Any) -> Tensor | None:
+    if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+        return torch.from_numpy(np.ascontiguousarray(values))
+    return values if isinstance(values, Tensor) else None
+
+
 @contextmanager
 def passed_by_name(model: nn.Module, batch: Any, further: Mapping[str, Tensor]) -> Iterator[None]:
     """Pass the input by its name, and further inputs, whenever the model is called with its first input alone.
@@ -52,9 +99,10 @@ def passed_by_name(model: nn.Module, batch: Any, further: Mapping[str, Tensor]) 
     first rows. The input is passed by position if ``forward`` has no parameter of its name.
     """
     name = input_key(batch) if isinstance(batch, Mapping) else ""
-    named, takes_any, takes_position = _parameters(model)
-    by_name = name in named or (bool(name) and takes_any and not takes_position)
-    if not further and (not by_name or named[:1] == [name]):
+    parameters = _parameters(model)
+    by_any_name = bool(name) and parameters.takes_any_name and not parameters.takes_any_position
+    by_name = name in parameters.named or by_any_name
+    if not further and (not by_name or parameters.named[:1] == [name]):
         yield
         return
 
@@ -69,14 +117,38 @@ def passed_by_name(model: nn.Module, batch: Any, further: Mapping[str, Tensor]) 
         yield
 
 
-def _parameters(model: nn.Module) -> tuple[list[str], bool, bool]:
-    """Return the names of the parameters of ``forward``, and if there are none, whether it takes any keyword and any
-    position."""
+def requires_several(model: nn.Module) -> bool:
+    """Return whether ``forward`` cannot be called with one input alone."""
+    return _parameters(model).required > 1
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """The parameters of ``forward``.
+
+    Attributes:
+        named: their names.
+        required: the number of those without a default.
+        takes_any_name: whether there are no names, but ``**kwargs``.
+        takes_any_position: whether there is ``*args``.
+    """
+
+    named: list[str]
+    required: int
+    takes_any_name: bool
+    takes_any_position: bool
+
+
+def _parameters(model: nn.Module) -> _Parameters:
     found = inspect.signature(model.forward).parameters.values()
+    named = [each for each in found if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
     kinds = {each.kind for each in found}
-    named = [each.name for each in found if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    variable = inspect.Parameter.VAR_KEYWORD in kinds, inspect.Parameter.VAR_POSITIONAL in kinds
-    return named, not named and variable[0], variable[1]
+    return _Parameters(
+        [each.name for each in named],
+        sum(each.default is each.empty for each in named),
+        not named and inspect.Parameter.VAR_KEYWORD in kinds,
+        inspect.Parameter.VAR_POSITIONAL in kinds,
+    )
 
 
 def _first_rows(values: Tensor, rows: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, UnreadableRow
+from ood_scores.errors import BadInput, BadLabels, EmptyInput, OodScoresError, UnreadableRow
 from ood_scores.extraction.unreadable import (
     ROW_ERRORS,
     Partial,
@@ -44,6 +44,19 @@ ID_KEYS = ("id", "ids", "__key__", "image_id", "file_name", "filename")
 END = object()
 CHECKSUM_ROWS = 16
 """Number of inputs and labels at the start that identify the data."""
+
+
+class NamedInputs(dict[str, Any]):
+    """A batch of a model with several inputs: by the names of the parameters of ``forward``, with or without labels.
+
+    Attributes:
+        first: the key of the first input.
+        label: the key of the labels; None without labels.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], first: str, label: str | None) -> None:
+        super().__init__(entries)
+        self.first, self.label = first, label
 
 
 def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -79,6 +92,8 @@ def input_key(batch: Mapping[str, Any]) -> str:
     Raises:
         BadInput: if there is none of ``INPUT_KEYS``.
     """
+    if isinstance(batch, NamedInputs):
+        return batch.first
     for key in INPUT_KEYS:
         if key in batch:
             return key
@@ -89,6 +104,8 @@ def input_key(batch: Mapping[str, Any]) -> str:
 
 def label_key(batch: Mapping[str, Any]) -> str | None:
     """Return the key of the labels; None if there are none."""
+    if isinstance(batch, NamedInputs):
+        return batch.label
     return next((key for key in LABEL_KEYS if key in batch), None)
 
 
@@ -151,6 +168,10 @@ def preprocessing(loader: Iterable[Any]) -> str:
     return " ".join(repr(transform).split()) if transform is not None else ""
 
 
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
 @dataclass
 class Batches:
     """A loader whose first rows have been read, without losing them.
@@ -161,6 +182,7 @@ class Batches:
         first: the first batches.
         rest: the iterator over the other batches.
         unreadable: why rows cannot be read, by their number; "" if that is not known.
+        as_batch: a function that returns a batch in a form that ``unpack`` takes.
     """
 
     loader: Iterable[Any]
@@ -168,14 +190,18 @@ class Batches:
     first: list[Any] = field(default_factory=list)
     rest: Iterator[Any] = field(default_factory=lambda: iter(()))
     unreadable: dict[int, str] = field(default_factory=dict)
+    as_batch: Callable[[Any], Any] = _unchanged
 
     @classmethod
-    def look_into(cls, loader: Iterable[Any], skip: bool = False) -> Batches:
+    def look_into(
+        cls, loader: Iterable[Any], skip: bool = False, as_batch: Callable[[Any], Any] = _unchanged
+    ) -> Batches:
         """Read batches until ``CHECKSUM_ROWS`` rows are known.
 
         Args:
             loader: the loader.
             skip: whether to leave out rows that cannot be read, if the loader allows it (see ``can_leave_out``).
+            as_batch: a function that returns a batch in a form that ``unpack`` takes.
 
         Raises:
             EmptyInput: if there is no row, or none that can be read.
@@ -188,7 +214,7 @@ class Batches:
                 f"extract needs batches, got {type(loader).__name__}: pass DataLoader(dataset, batch_size=...); "
                 "ood_scores.data.sources.open_dataset opens a dataset such as 'folder:PATH'."
             )
-        batches = cls(loader, skip and can_leave_out(loader))
+        batches = cls(loader, skip and can_leave_out(loader), as_batch=as_batch)
         batches.rest = batches._counted(loader, 0)
         rows = 0
         while rows < CHECKSUM_ROWS and (batch := next(batches.rest, END)) is not END:
@@ -236,6 +262,15 @@ class Batches:
                 digest.update(row.cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def rows_of_list(self) -> range | None:
+        """Return the rows of a list of batches; None for another loader, or if a batch cannot be used."""
+        if not isinstance(self.loader, (list, tuple)):
+            return None
+        try:
+            return range(sum(as_partial(self.as_batch(batch)).rows for batch in self.loader))
+        except OodScoresError:  # which is raised once earlier batches are written
+            return None
+
     def after(self, rows: int, stop: int | None = None) -> Iterator[tuple[int, Any]]:
         """Yield the first row's number and the batch, for every batch with rows after ``rows``, up to row ``stop``.
 
@@ -255,6 +290,8 @@ class Batches:
     def _counted(self, loader: Iterable[Any], row: int) -> Iterator[Any]:
         """Yield the batches of a loader, the first of which begins with row ``row``, and count what is unreadable."""
         for batch in self._read(loader):
+            is_partial = isinstance(batch, Partial)
+            batch = batch._replace(batch=self.as_batch(batch.batch)) if is_partial else self.as_batch(batch)
             part = as_partial(batch)
             if part.reasons:
                 self.unreadable |= {row + place: reason for place, reason in part.reasons.items()}
@@ -315,8 +352,10 @@ def _cloned(batch: Any) -> Any:
     if not isinstance(batch, Mapping):
         return copies
     further = {key: values.clone() for key, values in batch.items() if isinstance(values, Tensor)}
+    further |= {key: values.copy() for key, values in batch.items() if isinstance(values, np.ndarray)}
     further |= {key: values for key, values in batch.items() if key in ID_KEYS and key not in further}
-    return further | dict(zip((input_key(batch), label_key(batch)), copies, strict=True))
+    found: dict[Any, Any] = further | dict(zip((input_key(batch), label_key(batch)), copies, strict=True))
+    return NamedInputs(found, batch.first, batch.label) if isinstance(batch, NamedInputs) else found
 
 
 def _numbered(batches: Iterable[Any], start: int) -> Iterator[tuple[int, Any]]:

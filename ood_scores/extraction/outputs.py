@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,8 +57,8 @@ def rows_of(values: Any) -> Tensor | None:
     """Return ``[B, K]`` for a tensor with one vector per input, wherever its dimensions of size 1 are, else None."""
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim < 2:
         return None
-    rows = values.flatten(1)
-    return rows if rows.shape[1] == max(values.shape[1:]) else None
+    width = max(values.shape[1:])
+    return values.flatten(1) if math.prod(values.shape[1:]) == width else None
 
 
 def features_of(calls: Sequence[Sequence[Any]], logits: Tensor) -> Tensor:

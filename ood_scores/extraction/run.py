@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.metadata import version
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
 from ood_scores.extraction.encoders import pool_text, require_whole_inputs
 from ood_scores.extraction.forward import Forward
-from ood_scores.extraction.further_inputs import further_inputs
+from ood_scores.extraction.further_inputs import further_inputs, with_names
 from ood_scores.extraction.one_pass import Target, Task, run, state_of, warn_of_rows_left_out
 from ood_scores.extraction.options import options_from, takes_options
 from ood_scores.extraction.probes.base import record_of
@@ -33,7 +32,7 @@ from ood_scores.models.running import architecture, choose_device, unwrapped, we
 from ood_scores.models.zero_shot.build import as_classifier, require_no_texts
 from ood_scores.models.zero_shot.towers import Tokenizer
 from ood_scores.progress import stderr_console
-from ood_scores.runtime import Ranks, default_torch_state
+from ood_scores.runtime import Ranks, default_torch_state, versions_of
 from ood_scores.user_warnings import warn_user
 
 PACKAGES = ("ood_scores", "torch", "timm", "h5py", "numpy")
@@ -124,7 +123,7 @@ def extract(
     order = other_order(getattr(loader, "dataset", None), model)
     if order and ranks.first:
         warn_user(order)
-    batches = loaders.Batches.look_into(loader, skip=chosen.on_error == "skip")
+    batches = loaders.Batches.look_into(loader, chosen.on_error == "skip", partial(with_names, model=model))
     provenance = _describe(forward, batches, name)
     task = Task(forward, batches, progress and ranks.first)
     feats = _named(_extracted(task, provenance, cache, ranks, resume, overwrite), name)
@@ -142,8 +141,9 @@ def _extracted(
     resume: bool,
     overwrite: bool,
 ) -> FeatureSet:
+    rows = task.batches.rows_of_list()
     if cache is None:
-        feats = run(task, Target(provenance))
+        feats = run(task, Target(provenance, rows=rows))
         warn_of_repeated_ids(feats)
         warn_of_chance(feats)
         return feats
@@ -164,7 +164,7 @@ def _extracted(
     else:
         if not (state or overwrite):
             shards.require_no_others(path)
-        feats = run(task, Target(provenance, path, state=state, replace=overwrite or not resume))
+        feats = run(task, Target(provenance, path, rows, state, overwrite or not resume))
         shards.remove(path)  # of the cache that was replaced
     if ranks.first:
         warn_of_repeated_ids(feats)
@@ -215,7 +215,7 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
         compiled=options.compile,
         dtype=options.dtype,
         device=torch.cuda.get_device_name(device) if device and device.type == "cuda" else str(device),
-        versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        versions=versions_of(PACKAGES),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         pool=pool_text(options.pool),
         probes=tuple(record_of(probe) for probe in options.all_probes),

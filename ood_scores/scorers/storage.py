@@ -8,7 +8,6 @@ itself count as zeros.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
@@ -39,7 +38,7 @@ from ood_scores.errors import (
 )
 from ood_scores.features import Block, Head, Provenance
 from ood_scores.parameters import check_types
-from ood_scores.runtime import default_torch_state
+from ood_scores.runtime import default_torch_state, version_of
 from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers, scorer_class
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
     described = {
         "format": FORMAT,
         "version": VERSION,
-        "ood_scores": importlib.metadata.version("ood_scores"),
+        "ood_scores": version_of("ood_scores"),
         "scorer": _describe(scorer, "", tensors),
     }
     content = memoryview(

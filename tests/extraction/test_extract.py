@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 from torch import Tensor, nn
@@ -527,3 +529,26 @@ def test_architecture_is_timms_name_or_the_class() -> None:
 
     assert architecture(timm.create_model("resnet10t")) == "resnet10t"
     assert architecture(Classifier()) == "Classifier"
+
+
+def test_weights_checksum_is_that_of_the_present_weights() -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    for change in (lambda: None, lambda: model[0].weight.data.add_(1), lambda: model[1].running_mean.numpy().fill(3)):
+        change()
+        assert weights_sha256(model) == weights_sha256(model) == weights_sha256(copy.deepcopy(model))
+    before = weights_sha256(model)
+    assert weights_sha256(model.half()) != before
+
+
+def test_a_list_of_batches_has_a_known_length(tmp_path: Path) -> None:
+    first, last = torch.randn(4, 3), torch.randn(2, 3)
+    model, batches = nn.Linear(3, 2), [first, None, last]
+    for name, loader in (("list", batches), ("iterator", iter(batches))):
+        feats = ood_scores.extract(model, loader, tmp_path / name, progress=False)
+        assert len(feats) == 6
+        assert feats.provenance is not None
+        assert feats.provenance.dataset_rows is None
+        with h5py.File(tmp_path / name) as h5:
+            assert h5.attrs["growing"] == (name == "iterator")
+    in_memory = ood_scores.extract(model, batches, progress=False)
+    assert torch.equal(in_memory.features, torch.cat([first, last]))

@@ -135,3 +135,70 @@ def test_a_text_classifier() -> None:
     with torch.no_grad():
         torch.testing.assert_close(feats.logits, model(input_ids=ids, attention_mask=MASK).logits)
         torch.testing.assert_close(feats.features, model.bert(ids, MASK).pooler_output)
+
+
+NUMBERS = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(2))
+
+
+class Pair(nn.Module):
+    """A model of images and of numbers, whose parameters are named like nothing else, or like labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(10, 3)
+
+    def forward(self, left: Tensor, y: Tensor) -> Tensor:
+        return self.fc(torch.cat([left.mean(1).tanh(), y], dim=1))
+
+
+class Items(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, row: int) -> Any:
+        return (PIXELS[row], NUMBERS[row]), int(LABELS[row])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [((PIXELS, NUMBERS), LABELS)],
+        [({"left": PIXELS, "y": NUMBERS}, LABELS)],
+        [({"left": PIXELS, "y": NUMBERS.numpy()}, LABELS)],
+        [{"left": PIXELS, "y": NUMBERS, "labels": LABELS}],
+        torch.utils.data.DataLoader(Items(), 5),
+    ],
+)
+def test_several_inputs_in_other_forms(data: Any) -> None:
+    feats, model = ood_scores.extract(Pair(), data, progress=False), Pair()
+    with torch.no_grad():
+        torch.testing.assert_close(feats.logits, model(PIXELS, NUMBERS))
+    assert feats.labels is not None
+    assert feats.labels.equal(LABELS)
+
+
+def test_several_inputs_without_labels() -> None:
+    for batch in (((PIXELS, NUMBERS),), {"left": PIXELS, "y": NUMBERS}, ({"left": PIXELS, "y": NUMBERS},)):
+        feats = ood_scores.extract(Pair(), [batch], progress=False)
+        assert feats.labels is None
+        with torch.no_grad():
+            torch.testing.assert_close(feats.logits, Pair()(PIXELS, NUMBERS))
+
+
+def test_more_inputs_than_parameters() -> None:
+    with pytest.raises(BadInput, match="a batch has 3 inputs, but forward of Pair has the parameters left, y: pass a"):
+        ood_scores.extract(Pair(), [((PIXELS, NUMBERS, NUMBERS), LABELS)], progress=False)
+
+
+def test_detectors_of_several_inputs() -> None:
+    loader = torch.utils.data.DataLoader(Items(), 5)
+    detector = ood_scores.calibrate("energy", Pair(), id=loader)
+    expected = detector.decide(ood_scores.extract(Pair(), loader, progress=False))
+    for numbers in (NUMBERS, NUMBERS.numpy()):
+        found = detector.predict({"left": PIXELS, "y": numbers})
+        torch.testing.assert_close(torch.from_numpy(found.score), torch.from_numpy(expected.score))
+    with pytest.raises(BadInput, match=r"'y' of a batch has shape \[5, 4\], but there are 12 inputs"):
+        detector.predict({"left": PIXELS, "y": NUMBERS[:5]})
+    towers = ood_scores.calibrate("energy", Towers(), id=[{"pixel_values": PIXELS}])
+    assert len(towers.predict({"pixel_values": PIXELS})) == ROWS

@@ -10,7 +10,6 @@ is used if they have no checksums. If the file cannot be written, no statistics 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,6 +32,7 @@ from ood_scores.features.storage.layout import column_names, places, statistics_
 from ood_scores.features.storage.reading import open_to_read, shard_files
 from ood_scores.features.storage.seal import check_seal, seal
 from ood_scores.features.storage.structure import objects
+from ood_scores.runtime import version_of
 
 FORMAT = "ood_scores statistics"
 VERSION = 1
@@ -129,7 +129,7 @@ def _state(cache: h5py.File) -> str:
 
 
 def _attributes(identity: str) -> dict[str, Any]:
-    version = importlib.metadata.version("ood_scores")
+    version = version_of("ood_scores")
     return {"format": FORMAT, "version": VERSION, "ood_scores": version, "identity": identity}
 
 

@@ -8,7 +8,6 @@ at any time. If it cannot be written, the index is not stored.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import os
 import re
@@ -24,6 +23,7 @@ from ood_scores.atomic import COPY_BYTES, replacing
 from ood_scores.errors import BadInput, CacheError
 from ood_scores.features import FeatureSet
 from ood_scores.features.storage.statistics_store import cache_of
+from ood_scores.runtime import version_of
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -91,7 +91,7 @@ def kept_index(description: str, bank: Tensor, feats: FeatureSet, bank_of: str) 
     made_by = [description, bank_of]
     place = file.with_name(f"{file.name}.{_sha256(made_by).hexdigest()[:16]}.faiss")
     rows = xxhash.xxh3_128_hexdigest(bank.contiguous().numpy().data)
-    settings = [identity, rows, *made_by, faiss.__version__, importlib.metadata.version("ood_scores")]
+    settings = [identity, rows, *made_by, faiss.__version__, version_of("ood_scores")]
     with suppress(OSError, RuntimeError):
         if place.is_file() and _is_whole(place, settings):
             return faiss.read_index(str(place))
