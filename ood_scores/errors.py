@@ -130,7 +130,7 @@ class WorkerDied(OodScoresError, RuntimeError):
 
 
 class RowsLeftOut(UserWarning):
-    """Rows of a dataset were left out of an extraction because they cannot be read."""
+    """Rows of a dataset were left out of an extraction, or have no scores in a prediction, as they cannot be read."""
 
 
 class NearChance(UserWarning):

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from ood_scores.detector.bundle import load_parts, save_parts
-from ood_scores.detector.inputs import file_names, further_tensors, input_batches
+from ood_scores.detector.inputs import file_names, input_batches, inputs_of
 from ood_scores.detector.parts import DetectorParts
 from ood_scores.detector.prediction import Prediction, scores_and_predictions
 from ood_scores.detector.preprocessing import Preprocessing
 from ood_scores.errors import BadInput, OtherModel, RowsLeftOut
-from ood_scores.extraction.loaders import input_key
+from ood_scores.extraction.loaders import NamedInputs, input_key
 from ood_scores.extraction.options import ON_ERROR
 from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.models.running import architecture, choose_device, model_dtype
@@ -48,11 +48,14 @@ class Detector(DetectorParts):
         Args:
             images: a batch in any of the forms that ``ood_scores.detector.inputs.input_batches`` lists: floating-point
                 tensors ``[B, C, H, W]`` are inputs of the model; uint8 arrays and tensors, PIL images, paths, and bytes
-                are images to which the model's preprocessing is applied. Other tensors of a dictionary with a tensor of
-                inputs are passed to a model whose ``forward`` has parameters of their names.
-            on_error: ``"skip"`` to leave out images of a list that cannot be decoded, with a warning:
-                ``Prediction.errors`` lists them, and ``Prediction.image`` is the number of the image of each row.
-                ``"raise"`` stops at the first one, as a missing file and a fault of the file system always do.
+                are images to which the model's preprocessing is applied. A model with several inputs takes a
+                dictionary, whose other tensors are passed to the parameters of ``forward`` that have their names.
+            on_error: ``"skip"`` to go on if images of a list cannot be decoded, with a warning: their rows have
+                NaN scores, and ``Prediction.errors`` lists them. ``"raise"`` stops at the first one, as a missing file
+                and a fault of the file system always do.
+
+        Returns:
+            The predictions, one row for each image, in the same order.
 
         Raises:
             EmptyInput: if there is no image, or none that can be read.
@@ -66,17 +69,23 @@ class Detector(DetectorParts):
         errors: dict[int, str] = {}
         batches = self._batches(images, errors if on_error == "skip" else None)
         parts = [self.decide(self.forward.feature_set(batch, start)) for start, batch, _ in batches]
-        _warn_of_errors(errors, sum(map(len, parts)))
-        found = replace(parts[0] if len(parts) == 1 else Prediction.joined(parts), errors=errors)
+        found = (parts[0] if len(parts) == 1 else Prediction.joined(parts)).with_unreadable(errors)
+        _warn_of_errors(
+            errors,
+            len(found),
+            "their scores are NaN, they are not accepted (is_ood is True), and errors has the reasons",
+        )
         names = file_names(images)
-        return found if names is None else replace(found, id=names[found.image])
+        return found if names is None else replace(found, id=names)
 
     def _batches(self, images: Any, errors: dict[int, str] | None) -> Iterator[tuple[int, Any, torch.Tensor]]:
         """Yield the number of the first image of each batch, the batch for the model, and the inputs in it."""
-        start, further = 0, further_tensors(images)
-        for inputs in input_batches(images, self.transform, errors):
-            others = {name: values[start : start + len(inputs)] for name, values in further.items()}
-            yield start, {input_key(images): inputs, **others} if others else inputs, inputs
+        start, (given, key, further) = 0, inputs_of(images, self.model)
+        for inputs in input_batches(given, self.transform, errors):
+            left_out = list(errors or ())
+            rows = np.delete(np.arange(start + len(inputs) + len(left_out)), left_out)[start:]
+            others = {name: values[rows] for name, values in further.items()}
+            yield start, inputs if key is None else NamedInputs({key: inputs, **others}, key, None), inputs
             start += len(inputs)
 
     @default_torch_state()
@@ -136,7 +145,7 @@ class Detector(DetectorParts):
             pictures=pictures,
             most=most,
         )
-        _warn_of_errors(errors, found.images)
+        _warn_of_errors(errors, found.images + len(errors), "they are left out")
         return found
 
     @default_torch_state()
@@ -377,14 +386,13 @@ class Detector(DetectorParts):
         return f"Detector({self.scorer.name} on {architecture(self.model)}: {self.calibration}; {self.passes})"
 
 
-def _warn_of_errors(errors: Mapping[int, str], rows: int) -> None:
-    """Warn of images that were left out, if there are any."""
+def _warn_of_errors(errors: Mapping[int, str], images: int, consequence: str) -> None:
+    """Warn of images that cannot be read, if there are any."""
     if errors:
         first = min(errors)
         warn_user(
-            f"{len(errors):,} of {len(errors) + rows:,} images cannot be read and are left out (image {first}: "
-            f"{errors[first].rstrip('.')}): errors of the prediction lists all, and image is the number of the image "
-            "of each row.",
+            f"{len(errors):,} of {images:,} images cannot be read (image {first}: {errors[first].rstrip('.')}): "
+            f"{consequence}.",
             RowsLeftOut,
         )
 

@@ -18,6 +18,7 @@ from ood_scores.detector.inputs import input_batches
 from ood_scores.detector.parts import DetectorParts
 from ood_scores.errors import BadInput
 from ood_scores.extraction.forward import Forward
+from ood_scores.extraction.further_inputs import requires_several
 from ood_scores.extraction.loaders import is_in_order
 from ood_scores.features import FeatureSet
 from ood_scores.models.running import model_dtype
@@ -38,7 +39,7 @@ Measured at most, with EfficientNet-Lite0 on eight images of ImageNet: 0.04 for 
 def check_preprocessing(detector: DetectorParts, feats: FeatureSet, data: Any, images: Any = None) -> None:
     """Compare features of a few images, computed through the detector's preprocessing, with those of a set.
 
-    If the images cannot be had, warn if the preprocessing is known to be another one.
+    If the images cannot be had, or the model has several inputs, warn if the preprocessing is known to be another one.
 
     Args:
         detector: the detector.
@@ -52,7 +53,7 @@ def check_preprocessing(detector: DetectorParts, feats: FeatureSet, data: Any, i
     """
     if detector.transform is None:
         return
-    shown = _some_images(feats, data, images)
+    shown = {} if requires_several(detector.model) else _some_images(feats, data, images)
     if not shown:
         _warn_of_other_text(detector)
         return

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ood_scores.data.decoding import as_rgb, read_rgb
 from ood_scores.detector.preprocessing import FUNCTIONS, Transform, model_input
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch, UnreadableImage
-from ood_scores.extraction.loaders import input_key, label_key
+from ood_scores.extraction.further_inputs import further_inputs, with_names
+from ood_scores.extraction.loaders import input_key
 from ood_scores.features.finite import require_finite
 
 ROWS = 64
@@ -69,15 +70,21 @@ def input_batches(images: Any, transform: Transform | None, errors: dict[int, st
         raise EmptyInput("the batch contains no image: pass at least one.")
 
 
-def further_tensors(images: Any) -> dict[str, Tensor]:
-    """Return the tensors of a dictionary with a tensor of inputs, other than the inputs and labels, by name."""
+def inputs_of(images: Any, model: nn.Module) -> tuple[Any, str | None, dict[str, Tensor]]:
+    """Return the images that ``predict`` received, and of a dictionary their key and the further inputs of the model.
+
+    A dictionary without any of ``INPUT_KEYS`` has the images under the name of the first parameter of ``forward``.
+
+    Raises:
+        BadInput: if a further input does not have one row per image.
+    """
     if not isinstance(images, Mapping) or _is_encoded(images):
-        return {}
-    first, label = input_key(images), label_key(images)
-    if not isinstance(images[first], Tensor):
-        return {}
-    others = {name: values for name, values in images.items() if name not in (first, label)}
-    return {name: values for name, values in others.items() if isinstance(values, Tensor) and values.ndim}
+        return images, None, {}
+    batch = with_names(images, model)
+    key = input_key(batch)
+    found = batch[key]
+    is_single = not hasattr(found, "__len__") or isinstance(found, (str, bytes, Mapping))
+    return found, key, further_inputs({**batch, key: [found]} if is_single else batch, model)
 
 
 def file_names(images: Any) -> NDArray[np.str_] | None:

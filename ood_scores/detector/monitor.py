@@ -121,6 +121,7 @@ class Monitor:
     def update(self, scores: Scores) -> None:
         """Add the scores ``[m]`` of the next rows, in their order: ``monitor.update(prediction.score)``.
 
+        Rows of images that could not be read have no score: leave them out, ``prediction.score[prediction.is_read]``.
         It does not matter how the stream is divided into updates. During an update, each row takes half a kilobyte.
 
         Raises:

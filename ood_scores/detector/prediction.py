@@ -20,9 +20,28 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+UNREAD: Mapping[str, Any] = {
+    "label": -1,
+    "probability": np.nan,
+    "score": np.nan,
+    "p_value": np.nan,
+    "is_ood": True,
+    "class_name": "",
+    "label_set": (),
+    "id": "",
+}
+"""The values of an image that could not be read."""
+
+NULLABLE: Mapping[str, Any] = {"label": "Int64", "is_ood": "boolean", "class_name": object, "label_set": object}
+"""Types of columns of a frame that can lack values."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The predictions of a detector for B images, as NumPy arrays ``[B]``.
+    """The predictions of a detector for B images, as NumPy arrays ``[B]``, one row for each image in the same order.
+
+    An image that cannot be read, and is not an error, has a row, too: its probability, score, and p-value are NaN, its
+    label is -1, its name is empty, its set of labels is empty, and it is not accepted: ``is_ood`` is True.
 
     Attributes:
         label: the predicted class, int64; None for an encoder without a head.
@@ -34,7 +53,7 @@ class Prediction:
         label_set: the labels in the set of each image, the most probable first: tuples of names, or of numbers if the
             detector has no names; None if it makes no sets.
         id: the file of the image, or the name of its row in a feature set; None if images have no names.
-        errors: why images were left out, by their number in the input; empty if all could be read.
+        errors: why images could not be read, by their number; empty if all could be read.
     """
 
     label: Any
@@ -51,9 +70,11 @@ class Prediction:
         return len(self.score)
 
     @property
-    def image(self) -> NDArray[np.int64]:
-        """The number of the image of each row in the input, int64 ``[B]``."""
-        return np.delete(np.arange(len(self) + len(self.errors)), list(self.errors))
+    def is_read(self) -> NDArray[np.bool_]:
+        """Whether each image could be read, bool ``[B]``."""
+        found = np.ones(len(self), bool)
+        found[list(self.errors)] = False
+        return found
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by name, except for those that are None."""
@@ -61,18 +82,41 @@ class Prediction:
         return {name: values for name, values in columns.items() if values is not None}
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return a frame with a row per image, whose index is ``image``, and a column per array."""
+        """Return a frame with a row per image and a column per array.
+
+        If images could not be read, there is a column ``error``, and their rows have no other values but ``id``.
+        """
         import pandas as pd
 
         columns: dict[str, Any] = self.columns()
         if self.id is not None:
-            # names that are not UTF-8 are no pandas strings
-            columns["id"] = pd.Series(self.id.tolist(), self.image, dtype=object)
-        return pd.DataFrame(columns, index=self.image)
+            columns["id"] = pd.Series(self.id.tolist(), dtype=object)  # names that are not UTF-8 are no pandas strings
+        frame = pd.DataFrame(columns)
+        if not self.errors:
+            return frame
+        frame = frame.astype({name: kind for name, kind in NULLABLE.items() if name in frame})
+        for name in frame.columns.drop("id", errors="ignore"):
+            frame.loc[list(self.errors), name] = None
+        return frame.assign(error=pd.Series(dict(self.errors), dtype=object))
 
     def _repr_html_(self) -> str:
-        facts = {"images": len(self), "OoD": int(self.is_ood.sum()), "not read": len(self.errors) or None}
+        n_ood = int((self.is_ood & self.is_read).sum())
+        facts = {"images": len(self), "OoD": n_ood, "not read": len(self.errors) or None}
         return facts_html("Prediction", facts, with_texts(self.to_pandas(), encodable).to_html(max_rows=10))
+
+    def with_unreadable(self, errors: Mapping[int, str]) -> Prediction:
+        """Insert a row for each image that could not be read, whose numbers in the result are those of ``errors``."""
+        if not errors:
+            return self
+        total = len(self) + len(errors)
+        places = np.delete(np.arange(total), list(errors))
+        columns: dict[str, Any] = {"label": None, "probability": None}
+        for name, values in self.columns().items():
+            columns[name] = np.empty(total, values.dtype)
+            columns[name][places] = values
+            for number in errors:
+                columns[name][number] = UNREAD[name]
+        return Prediction(**columns, errors=dict(errors))
 
     @classmethod
     def joined(cls, parts: Sequence[Prediction]) -> Prediction:

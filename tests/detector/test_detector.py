@@ -484,19 +484,31 @@ def test_kept_share_of_held_out_images_for_every_scorer() -> None:
     assert max(share for _, share in kept.values()) < level + 4 * error, kept
 
 
-def test_images_that_cannot_be_read_are_left_out_and_listed(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_have_rows_without_scores(tmp_path: Path) -> None:
     model = network()
     detector = calibrate("energy", model, id=loader(64, 2))
     images: list[Any] = [Image.fromarray(pixels) for pixels in PIXELS]
     (tmp_path / "bad.png").write_bytes(b"damaged")
     mixed = [tmp_path / "bad.png", images[0], b"no image", *images[1:]]
-    with pytest.warns(RowsLeftOut, match=r"2 of 7 images cannot be read and are left out \(image 0: .*bad\.png"):
+    with pytest.warns(
+        RowsLeftOut, match=r"2 of 7 images cannot be read \(image 0: .*bad\.png.*\): their scores are NaN"
+    ):
         found = detector.predict(mixed)
-    assert found.image.tolist() == found.to_pandas().index.tolist() == [1, 3, 4, 5, 6]
+    assert found.is_read.tolist() == [False, True, False, True, True, True, True]
     assert list(found.errors) == [0, 2]
     assert "bad.png" in found.errors[0]
-    assert same(found, detector.predict(images))
-    assert list(found.to_pandas()) == list(detector.predict(images).to_pandas())
+    read = detector.predict(images)
+    for name, values in found.columns().items():
+        np.testing.assert_array_equal(values[found.is_read], read.columns()[name])
+        assert values.dtype == read.columns()[name].dtype
+    assert np.isnan([found.score[[0, 2]], found.p_value[[0, 2]], found.probability[[0, 2]]]).all()
+    assert found.label[[0, 2]].tolist() == [-1, -1]
+    assert found.is_ood[[0, 2]].all()
+    frame = found.to_pandas()
+    assert list(frame) == [*read.to_pandas(), "error"]
+    assert frame["error"].notna().tolist() == frame["is_ood"].isna().tolist() == (~found.is_read).tolist()
+    assert frame["label"].dropna().tolist() == read.label.tolist()
+    assert read.is_read.all()
     assert detector.predict(images).errors == {}
     for stopped in (lambda: detector.predict(mixed, on_error="raise"), lambda: detector.predict(mixed[0]),
                     lambda: detector({"image": mixed})):  # fmt: skip

@@ -234,7 +234,8 @@ def test_predictions_for_files_have_their_names(model: nn.Module, detector: Dete
     files[1].write_bytes(b"damaged")
     found = detector.predict(files, on_error="skip")
     assert found.id is not None
-    assert found.id.tolist() == [str(files[0]), str(files[2])]
+    assert found.id.tolist() == list(map(str, files))
+    assert found.is_read.tolist() == [True, False, True]
     assert found.to_pandas()["id"].tolist() == found.id.tolist()
     alone = detector.predict(str(files[0]))
     assert alone.id is not None
@@ -247,3 +248,40 @@ def test_predictions_for_files_have_their_names(model: nn.Module, detector: Dete
     )
     assert decided.id is not None
     assert decided.id.tolist() == list("abcdefgh")
+
+
+class WithNumbers(nn.Module):
+    """A classifier of images and two numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, image: Tensor, numbers: Tensor) -> Tensor:
+        return self.fc(torch.cat([image.mean(dim=(2, 3)), numbers], dim=1))
+
+
+def scaled(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+@pytest.mark.filterwarnings("ignore:2 of 70 images:ood_scores.errors.RowsLeftOut")
+def test_further_inputs_stay_with_their_images() -> None:
+    rows = Rows(100, 1)
+    numbers = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    id = [{"image": rows.inputs, "numbers": numbers, "labels": rows.labels}]
+    detector = calibrate("energy", WithNumbers(), id=id, preprocessing=scaled)
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 3), dtype=np.uint8)
+    images: list[Any] = [Image.fromarray(each) for each in pixels]
+    expected = detector.predict({"image": images, "numbers": numbers[:70]})
+    inputs = torch.stack(list(map(scaled, images)))
+    with torch.no_grad():
+        logits = detector.model(inputs, numbers[:70])
+    np.testing.assert_allclose(expected.score, logits.logsumexp(dim=1), rtol=1e-5)
+    images[3] = images[66] = b"damaged"
+    found = detector.predict({"image": images, "numbers": numbers[:70]})
+    assert list(found.errors) == [3, 66]
+    np.testing.assert_allclose(found.score[found.is_read], np.delete(expected.score, [3, 66]), rtol=1e-6)
+    with pytest.raises(BadInput, match=r"'numbers' of a batch has shape \[69, 2\], but there are 70 inputs"):
+        detector.predict({"image": images, "numbers": numbers[:69]})
