@@ -153,7 +153,7 @@ def detector_of(name: str, fit: FeatureSet, keep: float = 0.3) -> tuple[Any, Fea
 
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_neighbors_are_those_by_the_vectors_of_the_scorer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ood_scores.features.featureset.BLOCK_ROWS", 7)
+    monkeypatch.setattr("ood_scores.features.block_size.BLOCK_ROWS", 7)
     fit: Any = extracted(network(), 60, 1)
     detector, _ = detector_of(name, fit)
     images = Rows(20, 9).inputs
