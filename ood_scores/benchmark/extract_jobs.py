@@ -36,18 +36,20 @@ from ood_scores.features import FeatureSet
 from ood_scores.models.class_names import in_models_order
 from ood_scores.transfers import pins_memory
 from ood_scores.user_code import import_code, imported_code
+from ood_scores.user_warnings import warn_user
 
 MOST_JOBS = 4
 
 
 @dataclass(frozen=True)
 class Done:
-    """The outcome of an extraction; ``reason`` and ``remedy`` are empty unless it failed."""
+    """The outcome of an extraction, and its warnings; ``reason`` and ``remedy`` are empty unless it failed."""
 
     rows: int = 0
     seconds: float = 0.0
     reason: str = ""
     remedy: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def extract_all(jobs: Sequence[Job], device: str, at_once: int | None, say: Callable[[str], None]) -> Failures:
@@ -64,6 +66,8 @@ def extract_all(jobs: Sequence[Job], device: str, at_once: int | None, say: Call
     run = _one_by_one(jobs, device) if at_once <= 1 else _in_processes(jobs, device, at_once, max(1, cores // at_once))
     for number, (job, done) in enumerate(run, start=1):
         what = escape(f"{job.network.table.title} · {job.set}")
+        for text in done.warnings:
+            warn_user(text)
         if done.reason:
             failures[job.cache] = done.reason, done.remedy
             say(f"[yellow]not run[/] {what}: {escape(done.reason)}")
@@ -141,7 +145,8 @@ def run_job(job: Job, device: str, workers: int) -> Done:
     """Write the cache of a job; errors of the model or the data are returned, all others are raised."""
     start = time.perf_counter()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
             for category in (RowsLeftOut, NearChance):
                 warnings.simplefilter("ignore", category)  # the results have it
             feats = _extract(job, device, workers)
@@ -154,7 +159,8 @@ def run_job(job: Job, device: str, workers: int) -> Done:
     except Exception as error:  # somebody's model: the others go on
         kind = "" if type(error).__module__.startswith("ood_scores") else f"{type(error).__name__}: "
         return Done(reason=f"{kind}{error}")
-    return Done(len(feats), time.perf_counter() - start)
+    texts = dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, UserWarning))
+    return Done(len(feats), time.perf_counter() - start, warnings=tuple(texts))
 
 
 def _extract(job: Job, device: str, workers: int) -> FeatureSet:

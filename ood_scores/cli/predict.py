@@ -209,7 +209,8 @@ def _show(table: pd.DataFrame) -> None:
     unread = table[table["error"].notna()]
     read = table[table["error"].isna()]
     n_ood = int(read["is_ood"].sum())
-    counts = f"[bold]{len(read):,}[/] images: {len(read) - n_ood:,} in-distribution, [bold]{n_ood:,}[/] OoD"
+    images = "image" if len(read) == 1 else "images"
+    counts = f"[bold]{len(read):,}[/] {images}: {len(read) - n_ood:,} in-distribution, [bold]{n_ood:,}[/] OoD"
     screen.print(counts + (f" ({n_ood / len(read):.1%})" if len(read) else ""))
     if n_ood:
         screen.print(_lowest(read))

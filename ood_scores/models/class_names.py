@@ -21,9 +21,19 @@ from ood_scores.models.zero_shot.classifier import ZeroShotClassifier
 def class_names(model: nn.Module) -> list[str] | None:
     """Return the names of a model's classes in the order of the logits, or None if they are unknown.
 
+    They are those of ``own_class_names``. A model without names that has as many classes as a list of ImageNet has the
+    WordNet ids of that list.
+    """
+    own = own_class_names(model)
+    subset = None if own else infer_imagenet_subset({"num_classes": _count(unwrapped(model))})
+    return _wordnet_ids(subset) if subset else own
+
+
+def own_class_names(model: nn.Module) -> list[str] | None:
+    """Return the names of classes that come with a model, in the order of the logits, or None if there are none.
+
     They are those of a zero-shot classifier, those of ``config.id2label`` in Hugging Face's transformers, or those that
-    come with the weights in timm. A model without names that has as many classes as a list of ImageNet has the WordNet
-    ids of that list.
+    come with the weights in timm.
     """
     model = unwrapped(model)
     if isinstance(model, ZeroShotClassifier):
@@ -33,13 +43,9 @@ def class_names(model: nn.Module) -> list[str] | None:
         names = [str(by_number.get(number)) for number in range(len(by_number))]
         if not all(re.fullmatch(r"LABEL_\d+|None", name) for name in names):
             return names
-    count = _count(model)
     config: Any = getattr(model, "pretrained_cfg", None)
     own = config.get("label_names") if isinstance(config, dict) else None
-    if own and len(own) == count:
-        return list(own)
-    subset = infer_imagenet_subset({"num_classes": count})
-    return _wordnet_ids(subset) if subset else None
+    return list(own) if own and len(own) == _count(model) else None
 
 
 def in_models_order(dataset: ImageDataset, model: nn.Module) -> ImageDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -112,3 +113,27 @@ def test_a_detector_whose_scores_are_all_the_same_is_warned_of() -> None:
     feats = ood_scores.extract(model, [X], progress=False)
     with pytest.warns(UserWarning, match="'msp' gives all ID images the same score"):
         ood_scores.calibrate("msp", model, id=feats)
+
+
+class Named(nn.Module):
+    """A classifier whose configuration names its classes, as in Hugging Face's transformers."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.config = SimpleNamespace(id2label=dict(enumerate(names)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images)
+
+
+def test_names_of_classes_come_with_the_model(model: nn.Module) -> None:
+    detector = ood_scores.calibrate("energy", Named(model, NAMES), id=[X])
+    assert detector.classes == tuple(NAMES)
+    found = detector.predict(X)
+    assert found.class_name is not None
+    assert found.class_name.tolist() == [NAMES[label] for label in found.label]
+    others = ood_scores.calibrate("energy", Named(model, NAMES), id=[X], classes=["a", "b", "c"])
+    assert others.classes == ("a", "b", "c")
+    for names in (["LABEL_0", "LABEL_1", "LABEL_2"], [*NAMES, "one too many"]):
+        assert ood_scores.calibrate("energy", Named(model, names), id=[X]).classes is None

@@ -198,14 +198,17 @@ def _is_of_pooler(name: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the table of weights that transformers prints: what is wrong with them is an error here."""
+    """Hide the bar and the table of weights that transformers prints: what is wrong with them is an error here."""
     logger = _library().utils.logging
-    verbosity = logger.get_verbosity()
+    verbosity, has_bar = logger.get_verbosity(), logger.is_progress_bar_enabled()
     try:
         logger.set_verbosity_error()
+        logger.disable_progress_bar()
         yield
     finally:
         logger.set_verbosity(verbosity)
+        if has_bar:
+            logger.enable_progress_bar()
 
 
 def _renamed(model: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
