@@ -6,8 +6,12 @@ A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. Edit t
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+from public_api import public_api
+from scorer_pages import packaged, result_tables
 
 import ood_scores.data.kinds  # noqa: F401  registers every kind
 from ood_scores.data.catalog import CATALOG
@@ -16,36 +20,79 @@ from ood_scores.detector.graph import exportable
 from ood_scores.extraction.probes import PROBES, LayerProbe, Probe
 from ood_scores.scorers import Scorer, list_scorers
 from ood_scores.scorers.base import IN_A_GRAPH
-from ood_scores.scorers.families import families, family_of
+from ood_scores.scorers.families import family_of
 from ood_scores.scorers.registry import scorer_class
 
 ROOT = Path(__file__).parents[1]
 
 
-def scorer_table() -> str:
-    """The scorers of each family: those that need no fit, those that are fitted, and those that read extras."""
-    rows = ["| Family | No fit | Fitted on ID data | From probes or several models |", "|---|---|---|---|"]
-    for title, group in packaged().items():
-        columns: list[list[str]] = [[], [], []]
-        for cls in group:
-            scorer = cls()
-            marked = f"`{cls.name}` (experimental)" if cls.tags.experimental else f"`{cls.name}`"
-            columns[2 if reads_extras(scorer) else 1 if scorer.fit_needs else 0].append(marked)
-        rows.append(f"| {title} | {' | '.join(' '.join(names) for names in columns)} |")
-    return "\n".join(rows)
+IN_THE_README = (
+    *("msp", "max_logit", "energy", "gen", "gradnorm", "feature_norm", "react", "ash_s", "scale", "vim"),
+    *("knn", "mahalanobis", "mahalanobis_pp", "fdbd", "cadref"),
+)
+"""Scorers in the table of the README: the usual baselines, and some that are often good."""
+
+TABLES_IN_THE_README = (("CIFAR-10", "ResNet-20"), ("CIFAR-10", "DenseNet-100"), ("CIFAR-100", "DenseNet-100"))
 
 
-def reference() -> str:
-    """A section with the docstrings of each family."""
+def readme_table() -> str:
+    """Overall AUROC and FPR95, and the place among all scorers, of some scorers on three checkpoints."""
+    cells: dict[str, list[str]] = {name: [] for name in IN_THE_README}
+    heads = ["score"]
+    for dataset, model, _, rows in result_tables():
+        if (dataset, model) in TABLES_IN_THE_README:
+            heads.append(f"{dataset}, {model}")
+            for place, row in enumerate(rows, 1):
+                name, overall = (cell.strip(" `*") for cell in row.split("|")[1:3])
+                if name in cells:
+                    cells[name].append(f"{overall.replace('*', '').replace('†', '')} ({place})")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return "\n".join(lines + [f"| `{name}` | {' | '.join(found)} |" for name, found in cells.items()])
+
+
+def choosing_table() -> str:
+    """All scorers by their mean AUROC over three checkpoints, with that of near and far OoD and the lowest of three."""
+    found: dict[str, list[list[float]]] = {}
+    for dataset, model, _, rows in result_tables():
+        if (dataset, model) in TABLES_IN_THE_README:
+            for row in rows:
+                name, overall, far, near = (cell.strip(" `*") for cell in row.split("|")[1:5])
+                aurocs = [float(re.findall(r"[0-9.]+", cell)[0]) for cell in (overall, near, far)]
+                found.setdefault(name, []).append(aurocs)
+    columns = {name: [sum(values) / len(values) for values in zip(*each, strict=True)] for name, each in found.items()}
+    lines = ["| Scorer | Needs beyond logits | Mean | Near | Far | Lowest of three |", "|---|---|---|---|---|---|"]
+    for name, means in sorted(columns.items(), key=lambda item: -item[1][0]):
+        lowest = min(each[0] for each in found[name])
+        shown = " | ".join(f"{value:.1f}" for value in [*means, lowest])
+        lines.append(f"| [`{name}`](scorers/{name}.md) | {beyond_logits(name)} | {shown} |")
+    return "\n".join(lines)
+
+
+def beyond_logits(name: str) -> str:
+    """What a scorer needs beyond logits: columns, extras, and a fit set."""
+    scorer = scorer_class(name)()
+    reads = [each for each in dict.fromkeys(scorer.needs) if each != "logits"]
+    fit = ["labeled fit set" if "labels" in scorer.fit_needs else "fit set"] if scorer.fit_needs else []
+    return ", ".join([*reads, *fit])
+
+
+def scorer_tables() -> str:
+    """A section for each family with a table of its scorers."""
     sections = []
     for title, group in packaged().items():
         description = family_of(group[0])[1]
-        text = f"## {title}\n\n{description[:1].upper()}{description[1:]}.\n"
-        if any(reads_extras(cls()) for cls in group):
-            text += "\nExtras come from [probes](probes.md), from layers, or from several models.\n"
-        classes = "\n".join(f".. autoclass:: {cls.__module__}.{cls.__qualname__}" for cls in group)
-        sections.append(f"{text}\n```{{eval-rst}}\n{classes}\n```")
+        rows = "\n".join(scorer_row(cls) for cls in group)
+        heads = "| Scorer | Computes | Fit | Reads more than the last layer |\n|---|---|---|---|"
+        sections.append(f"### {title}\n\n{description[:1].upper()}{description[1:]}.\n\n{heads}\n{rows}")
     return "\n\n".join(sections)
+
+
+def scorer_row(cls: type[Scorer]) -> str:
+    """A row of the table of a family."""
+    scorer = cls()
+    marked = f"[`{cls.name}`](scorers/{cls.name}.md){' (experimental)' if cls.tags.experimental else ''}"
+    extras = ", ".join(f"`{name}`" for name in dict.fromkeys(scorer.needs) if name not in IN_A_GRAPH)
+    return f"| {marked} | {summary(cls)} | {'ID data' if scorer.fit_needs else ''} | {extras} |"
 
 
 def other_names() -> str:
@@ -116,21 +163,13 @@ def probe_reference() -> str:
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"scorers": scorer_table},
-    "docs/scorers.md": {"aliases": other_names, "scorers": reference},
+    "README.md": {"results": readme_table},
+    "docs/choosing.md": {"ranking": choosing_table},
+    "docs/scorers.md": {"aliases": other_names, "scorers": scorer_tables},
     "docs/datasets.md": {"kinds": dataset_kinds, "catalog": known_datasets, "reference": kind_reference},
     "docs/probes.md": {"probes": probe_table, "probe-reference": probe_reference},
     "docs/deploy.md": {"exportable": exportable_names, "not-exportable": not_exportable},
 }
-
-
-def packaged() -> dict[str, list[type[Scorer]]]:
-    """The families of the package itself, without scorers that are registered elsewhere."""
-    found = {
-        title: [cls for cls in group if cls.__module__.startswith("ood_scores.scorers.")]
-        for title, group in families().items()
-    }
-    return {title: group for title, group in found.items() if group}
 
 
 def packaged_probes() -> list[type[Probe]]:
@@ -141,11 +180,6 @@ def packaged_probes() -> list[type[Probe]]:
 def summary(cls: type) -> str:
     """The first paragraph of a docstring on one line, with code between single backticks."""
     return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].replace("``", "`").split())
-
-
-def reads_extras(scorer: Scorer) -> bool:
-    """Whether a scorer reads more than features, logits, and head."""
-    return not set(scorer.needs) <= set(IN_A_GRAPH)
 
 
 def wrapped(text: str, width: int = 120) -> str:
@@ -173,3 +207,4 @@ def generated(page: str) -> str:
 if __name__ == "__main__":
     for page in PARTS:
         (ROOT / page).write_text(generated(page))
+    (ROOT / "docs" / "public_api.txt").write_text(public_api())

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ood_scores.evaluation.metrics import METRICS, number
@@ -83,6 +84,7 @@ def _draw_panel(figure: Figure, place: SubplotSpec, title: str, panel: Panel) ->
 def _tidy(axes: Axes, edges: NDArray[np.float64]) -> None:
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.08), yticks=[])
     axes.tick_params(labelsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 

@@ -72,6 +72,10 @@ class Layers(LayeredScorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \operatorname{mean}_{l} \, \frac{s_l(z_l) - "
+            r"\operatorname{mean}(s_l)}{\operatorname{std}(s_l)}"
+        ),
         paper=Paper(
             "A Statistical Framework for Efficient Out of Distribution Detection in Deep Neural Networks",
             "Matan Haroush, Tzviel Frostig, Ruth Heller, Daniel Soudry",

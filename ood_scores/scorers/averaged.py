@@ -62,6 +62,7 @@ class MCDropout(_Averaged):
     """
 
     tags = Tags(
+        formula=r"s(x) = \sum_c m_c \log m_c, \quad m = \frac{1}{T} \sum_{t=1}^{T} \operatorname{softmax}(f^{(t)}(x))",
         aliases=("mcd", "dropout"),
         paper=Paper(
             "Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep Learning",
@@ -101,6 +102,7 @@ class Ensemble(_Averaged):
     """
 
     tags = Tags(
+        formula=r"s(x) = \sum_c m_c \log m_c, \quad m = \frac{1}{M} \sum_{j=1}^{M} \operatorname{softmax}(f^{(j)}(x))",
         aliases=("deep_ensemble", "deep_ensembles"),
         paper=Paper(
             "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles",

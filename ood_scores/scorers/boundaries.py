@@ -39,6 +39,10 @@ class FDBD(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \frac{1}{C - 1} \sum_{c \ne \hat y} \frac{|f_{\hat y} - f_c|}{\lVert w_{\hat y} - w_c \rVert "
+            r"\, \lVert z - \mu \rVert}"
+        ),
         paper=Paper(
             "Fast Decision Boundary based Out-of-Distribution Detector",
             "Litian Liu, Yao Qin",
@@ -98,6 +102,10 @@ class ORA(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \max_{c \ne \hat y} \angle(z - \mu, \, z_c - \mu), \quad z_c = z - \frac{f_{\hat y} - "
+            r"f_c}{\lVert w_{\hat y} - w_c \rVert^2} (w_{\hat y} - w_c)"
+        ),
         paper=Paper(
             "Out-of-Distribution Detection with Relative Angles",
             "Berker Demirel, Marco Fumero, Francesco Locatello",

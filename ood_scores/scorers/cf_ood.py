@@ -62,6 +62,10 @@ class CFOOD(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = -\min \Bigl\{ \sigma : \tfrac{1}{n} \, \#\{ b : \lVert x - b \rVert \le r_\sigma(b) \} \ge "
+            r"\rho \Bigr\}"
+        ),
         aliases=("cfood",),
         paper=Paper(
             "CF-OOD: Concentration-Free Density Estimation for Reliable Out-of-Distribution Detection",

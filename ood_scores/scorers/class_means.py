@@ -43,7 +43,14 @@ class KLMatching(Scorer):
     Cost: one product with a ``[C, C]`` matrix for each block.
     """
 
-    tags = Tags(aliases=("klm", "klmatching"), paper=HENDRYCKS_2022)
+    tags = Tags(
+        formula=(
+            r"s(x) = -\min_k \sum_c p_c \log \frac{p_c}{d_{kc}}, \quad d_k = \operatorname{mean} \{ p_i : \hat "
+            r"y_i = k \}"
+        ),
+        aliases=("klm", "klmatching"),
+        paper=HENDRYCKS_2022,
+    )
     log_means_: Tensor = fitted()
     needs = ("logits",)
     fit_needs = ("logits",)
@@ -82,6 +89,7 @@ class SHE(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \langle z, m_{\hat y} \rangle, \quad m_c = \operatorname{mean} \{ z_i : y_i = \hat y_i = c \}",
         paper=Paper(
             (
                 "Out-of-Distribution Detection based on In-Distribution Data Patterns Memorization with Modern "
@@ -92,7 +100,7 @@ class SHE(Scorer):
             2023,
             "https://openreview.net/forum?id=KkazG4lgKL",
             "https://github.com/zjs975584714/SHE_ood_detection",
-        )
+        ),
     )
     means_: Tensor = fitted()
     needs = ("features", "logits")
@@ -129,6 +137,7 @@ class CTM(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \max_c \frac{\langle z, \mu_c \rangle}{\lVert z \rVert \, \lVert \mu_c \rVert}",
         paper=Paper(
             "A Cosine Similarity-based Method for Out-of-Distribution Detection",
             "Nguyen Ngoc-Hieu, Nguyen Hung-Quang, The-Anh Ta, Thanh Nguyen-Tang, Khoa D Doan, Hoang Thanh-Tung",
@@ -174,6 +183,10 @@ class NCI(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \frac{\langle z - \mu, \, w_{\hat y} \rangle}{\lVert z - \mu \rVert} + \alpha \lVert z "
+            r"\rVert_1"
+        ),
         paper=Paper(
             "Detecting Out-of-Distribution through the Lens of Neural Collapse",
             "Litian Liu, Yao Qin",

@@ -49,7 +49,7 @@ class PriorMSP(_PriorScorer):
     Cost: one softmax for each row.
     """
 
-    tags = Tags(paper=JIANG_2023)
+    tags = Tags(formula=r"s(x) = \max_c \, (p_c - \pi_c)", paper=JIANG_2023)
 
     def score_block(self, block: Block) -> Tensor:
         return (block.softmax() - self.prior_.to(block.logits.device)).amax(dim=1)
@@ -72,7 +72,9 @@ class PriorEnergy(_PriorScorer):
     Cost: one softmax, one logsumexp, and one product with the prior for each row.
     """
 
-    tags = Tags(paper=JIANG_2023)
+    tags = Tags(
+        formula=r"s(x) = \Bigl( T \log \sum_c e^{f_c / T} \Bigr) \bigl( 1 - \cos(p, \pi) \bigr)", paper=JIANG_2023
+    )
     temperature: float = 1.0
 
     def __post_init__(self) -> None:

@@ -52,6 +52,10 @@ class ExCeL(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \alpha \sum_{i=2}^{k} v_{\hat y, i}(c_i) + (1 - \alpha) \max_c f_c, \quad c_i = \text{the "
+            r"class at rank } i"
+        ),
         paper=Paper(
             "ExCeL: Combined Extreme and Collective Logit Information for Enhancing Out-of-Distribution Detection",
             "Naveen Karunanayake, Suranga Seneviratne, Sanjay Chawla",

@@ -78,7 +78,7 @@ class CARef(_RelativeToClass):
     Cost: one gathered mean for each row.
     """
 
-    tags = Tags(paper=LING_2025)
+    tags = Tags(formula=r"s(x) = -\frac{\lVert z - m_{\hat y} \rVert_1}{\lVert z \rVert_1}", paper=LING_2025)
     needs = ("features", "logits")
     fit_needs = ("features", "logits")
 
@@ -120,7 +120,15 @@ class CADRef(_RelativeToClass):
     Cost: one gathered mean and one gathered row of signs for each row.
     """
 
-    tags = Tags(paper=LING_2025, search_space={"confidence": ("energy", "max_logit", "msp", "gen")})
+    tags = Tags(
+        formula=(
+            r"s(x) = -\frac{1}{\lVert z \rVert_1} \Bigl( \frac{\lVert (\sigma e)_+ \rVert_1}{S(f)} + \frac{\lVert "
+            r"(\sigma e)_- \rVert_1}{\operatorname{mean} S} \Bigr), \quad e = z - m_{\hat y}, \; \sigma = "
+            r"\operatorname{sign} w_{\hat y}"
+        ),
+        paper=LING_2025,
+        search_space={"confidence": ("energy", "max_logit", "msp", "gen")},
+    )
     confidence: Literal["energy", "max_logit", "msp", "gen"] = "energy"
     signs_: Tensor = fitted()
     mean_confidence_: float = fitted(math.nan)
@@ -181,6 +189,11 @@ class CORE(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \frac{E - \operatorname{mean} E}{\operatorname{std} E} + \frac{S - \operatorname{mean} "
+            r"S}{\operatorname{std} S}, \quad E = \log \sum_c e^{f_c}, \; S = \cos(r, m_{\hat y}), \; r = z - "
+            r"\frac{\langle z, w_{\hat y} \rangle}{\lVert w_{\hat y} \rVert^2} w_{\hat y}"
+        ),
         paper=Paper(
             "CORE: Robust Out-of-Distribution Detection via Confidence and Orthogonal Residual Scoring",
             "Jin Mo Yang, Hyung-Sin Kim, Saewoong Bahk",

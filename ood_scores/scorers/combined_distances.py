@@ -55,6 +55,7 @@ class CombOOD(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = -\sqrt{D} \, \log r_k^2 - y^\top (\Sigma + \text{ridge} \, I)^{-1} y",
         paper=Paper(
             "COMBOOD: A Semiparametric Approach for Detecting Out-of-distribution Data for Image Classification",
             "Magesh Rajasekaran, Md Saiful Islam Sajol, Frej Berglind, Supratik Mukhopadhyay, Kamalika Das",

@@ -55,6 +55,10 @@ class NAC(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \operatorname{mean}_i \min \Bigl( \frac{\operatorname{count}_i(s_i)}{\text{full} \cdot N}, 1 "
+            r"\Bigr), \quad s_i = \operatorname{sigmoid}(\alpha z_i g_i), \; g = W^\top (p - u)"
+        ),
         aliases=("nacue", "nac_ue"),
         paper=Paper(
             "Neuron Activation Coverage: Rethinking Out-of-distribution Detection and Generalization",

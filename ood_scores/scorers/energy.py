@@ -29,7 +29,7 @@ class MaxLogit(Scorer):
     Cost: one maximum for each row.
     """
 
-    tags = Tags(aliases=("mls", "maxlogit", "maxlogits"), paper=HENDRYCKS_2022)
+    tags = Tags(formula=r"s(x) = \max_c f_c", aliases=("mls", "maxlogit", "maxlogits"), paper=HENDRYCKS_2022)
     needs = ("logits",)
 
     def score_block(self, block: Block) -> Tensor:
@@ -53,6 +53,7 @@ class Energy(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = T \log \sum_c e^{f_c / T}",
         aliases=("ebo", "energybased", "energy_based"),
         paper=Paper(
             "Energy-based Out-of-distribution Detection",
@@ -92,6 +93,7 @@ class WeightedEnergy(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = T \log \sum_c w_c \, e^{f_c / T}",
         aliases=("weightedebo",),
         paper=Paper(
             "VOS: Learning What You Don't Know by Virtual Outlier Synthesis",
@@ -143,6 +145,7 @@ class JointEnergy(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \sum_c \log(1 + e^{f_c})",
         paper=Paper(
             "Can Multi-label Classification Networks Know What They Don't Know?",
             "Haoran Wang, Weitang Liu, Alex Bocchieri, Yixuan Li",

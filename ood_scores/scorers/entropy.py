@@ -30,6 +30,7 @@ class Entropy(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \sum_c p_c \log p_c",
         paper=Paper(
             "Deep Anomaly Detection with Outlier Exposure",
             "Dan Hendrycks, Mantas Mazeika, Thomas Dietterich",
@@ -37,7 +38,7 @@ class Entropy(Scorer):
             2019,
             "https://arxiv.org/abs/1812.04606",
             "https://github.com/hendrycks/outlier-exposure",
-        )
+        ),
     )
     needs = ("logits",)
 
@@ -57,7 +58,7 @@ class KLUniform(Scorer):
     Cost: one softmax for each row.
     """
 
-    tags = Tags(paper=HUANG_2021)
+    tags = Tags(formula=r"s(x) = -\frac{1}{C} \sum_c \log p_c - \log C", paper=HUANG_2021)
     needs = ("logits",)
 
     def score_block(self, block: Block) -> Tensor:
@@ -103,6 +104,7 @@ class GEN(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = -\sum_{c \in \text{top } M} p_c^\gamma (1 - p_c)^\gamma",
         paper=Paper(
             "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection",
             "Xixi Liu, Yaroslava Lochman, Christopher Zach",
@@ -152,6 +154,7 @@ class Doctor(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = -\frac{1 - g}{g}, \quad g = \sum_c p_c^2, \; p = \operatorname{softmax}(f / T)",
         paper=Paper(
             "DOCTOR: A Simple Method for Detecting Misclassification Errors",
             "Federica Granese, Marco Romanelli, Daniele Gorla, Catuscia Palamidessi, Pablo Piantanida",
@@ -159,7 +162,7 @@ class Doctor(Scorer):
             2021,
             "https://arxiv.org/abs/2106.02395",
             "https://github.com/doctor-public-submission/DOCTOR",
-        )
+        ),
     )
     temperature: float = 1.0
     needs = ("logits",)
@@ -196,13 +199,14 @@ class Renyi(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \frac{1}{\alpha - 1} \log \sum_c p_c^\alpha",
         paper=Paper(
             "On Measures of Entropy and Information",
             "Alfréd Rényi",
             "Berkeley Symposium on Mathematical Statistics and Probability",
             1961,
             "https://projecteuclid.org/euclid.bsmsp/1200512181",
-        )
+        ),
     )
     alpha: float = 0.5
     needs = ("logits",)

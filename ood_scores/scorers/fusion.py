@@ -78,6 +78,7 @@ class Fusion(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \sum_i \log p_i, \quad p_i = \frac{1 + \#\{ j : s_i(x_j) \le s_i(x) \}}{n + 2}",
         paper=Paper(
             "Statistical Methods for Research Workers",
             "Ronald A. Fisher",

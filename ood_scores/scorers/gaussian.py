@@ -64,7 +64,7 @@ class Mahalanobis(_TiedGaussians):
     Cost: one product with a ``[D, D]`` and one with a ``[D, C]`` matrix for each block.
     """
 
-    tags = Tags(aliases=("mds",), paper=LEE_2018)
+    tags = Tags(formula=r"s(x) = -\min_c \, (z - \mu_c)^\top \Sigma^{-1} (z - \mu_c)", aliases=("mds",), paper=LEE_2018)
     one_class: bool = False
     whitening_: Tensor = fitted()
     centre_: Tensor = fitted()
@@ -115,6 +115,10 @@ class MahalanobisPP(Mahalanobis):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = -\min_c \, (\bar z - \mu_c)^\top \Sigma^{-1} (\bar z - \mu_c), \quad \bar z = "
+            r"\frac{z}{\lVert z \rVert}"
+        ),
         aliases=("mahalanobis++", "mahalanobispp"),
         paper=Paper(
             "Mahalanobis++: Improving OOD Detection via Feature Normalization",
@@ -157,6 +161,10 @@ class RelativeMahalanobis(_TiedGaussians):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = -\min_c \bigl[ (z - \mu_c)^\top \Sigma^{-1} (z - \mu_c) - (z - \mu)^\top \Sigma_0^{-1} (z - "
+            r"\mu) \bigr]"
+        ),
         aliases=("rmds", "rmd"),
         paper=Paper(
             "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
@@ -222,6 +230,10 @@ class WDiscOOD(_TiedGaussians):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = -\min_c \lVert V^\top (y - y_c) \rVert - \text{weight} \cdot \lVert (I - V V^\top) y \rVert, "
+            r"\quad y = \Sigma^{-1/2} (z - \mu)"
+        ),
         paper=Paper(
             "WDiscOOD: Out-of-Distribution Detection via Whitened Linear Discriminant Analysis",
             "Yiye Chen, Yunzhi Lin, Ruinian Xu, Patricio A. Vela",

@@ -60,7 +60,14 @@ class GradNorm(Scorer):
     Cost: one pass over features and logits and one softmax for each row.
     """
 
-    tags = Tags(paper=HUANG_2021)
+    tags = Tags(
+        formula=(
+            r"s(x) = \Bigl\lVert \frac{\partial \, \mathrm{KL}(u \,\Vert\, \operatorname{softmax}(f / "
+            r"T))}{\partial W} \Bigr\rVert_p = \frac{1}{C T} \, \lVert z \rVert_p \, \lVert 1 - C "
+            r"\operatorname{softmax}(f / T) \rVert_p"
+        ),
+        paper=HUANG_2021,
+    )
     p: float = 1.0
     temperature: float = 1.0
     target: Literal["uniform", "predicted"] = "uniform"
@@ -130,6 +137,7 @@ class GradNormParams(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \bigl\lVert \nabla_w \mathrm{KL}(u \,\Vert\, \operatorname{softmax}(f / T)) \bigr\rVert_p",
         paper=HUANG_2021,
         small_extras={
             "gradnorm.all": lambda features, logits: features.sum(dim=1),
@@ -172,6 +180,10 @@ class GradientClassifier(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = w^\top \frac{\log g - \mu}{\sigma} + b, \quad g_l = \lVert \nabla_{\theta_l} \mathcal{L} "
+            r"\rVert_2"
+        ),
         paper=Paper(
             "Gradients as a Measure of Uncertainty in Neural Networks",
             "Jinsol Lee, Ghassan AlRegib",
@@ -287,6 +299,7 @@ class GROOD(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = -\min_i \lVert g - g_i \rVert, \quad g = q \, \frac{z - o}{\lVert z - o \rVert}",
         paper=Paper(
             "GROOD: GRadient-Aware Out-of-Distribution Detection",
             "Mostafa ElAraby, Sabyasachi Sahoo, Yann Pequignot, Paul Novello, Liam Paull",

@@ -57,6 +57,7 @@ class Gram(LayeredScorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = -\sum_l \frac{\delta_l}{\operatorname{mean}(\delta_l)}",
         paper=Paper(
             "Detecting Out-of-Distribution Examples with Gram Matrices",
             "Chandramouli Shama Sastry, Sageev Oore",

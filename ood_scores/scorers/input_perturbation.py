@@ -33,6 +33,10 @@ class ODIN(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \max_c \operatorname{softmax}(f(x') / T)_c, \quad x' = x + \varepsilon \operatorname{sign} "
+            r"\nabla_x \log \max_c \operatorname{softmax}(f(x) / T)_c"
+        ),
         paper=Paper(
             "Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks",
             "Shiyu Liang, Yixuan Li, R. Srikant",
@@ -76,6 +80,10 @@ class IODIN(ODIN):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \max_c \operatorname{softmax}(f(x') / T)_c, \quad x' = x \text{ with the one value of "
+            r"largest gradient moved}"
+        ),
         paper=ODIN.tags.paper,
         search_space={"temperature": (1.0, 10.0, 100.0, 1000.0)},
         small_extras={
@@ -105,6 +113,7 @@ class RankFeat(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = T \log \sum_c e^{f_c(A - \sigma_1 u_1 v_1^\top) / T}",
         paper=Paper(
             "RankFeat: Rank-1 Feature Removal for Out-of-distribution Detection",
             "Yue Song, Nicu Sebe, Wei Wang",

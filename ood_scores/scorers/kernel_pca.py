@@ -111,7 +111,11 @@ class CoP(_KernelPCA):
     matrix; one eigendecomposition to fit.
     """
 
-    tags = Tags(paper=FANG_2024, search_space={"variance": (0.7, 0.85, 0.99)})
+    tags = Tags(
+        formula=r"s(x) = -\lVert y - P P^\top y \rVert, \quad y = \frac{z}{\lVert z \rVert} - m",
+        paper=FANG_2024,
+        search_space={"variance": (0.7, 0.85, 0.99)},
+    )
     variance: float = 0.85
 
     def statistics(self) -> tuple[GlobalMoments]:
@@ -152,6 +156,10 @@ class CoRP(_KernelPCA):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = -\lVert y - P P^\top y \rVert, \quad y = \sqrt{\tfrac{2}{M}} \cos \Bigl( \Omega "
+            r"\frac{z}{\lVert z \rVert} + u \Bigr) - m"
+        ),
         paper=FANG_2024,
         small_parameters={"directions": 40},
         search_space={"variance": (0.5, 0.7, 0.8), "gamma": (1.0, 2.0, 3.0)},

@@ -77,6 +77,7 @@ class GMM(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \log \sum_c \mathcal{N}(z; \mu_c, \Sigma_c)",
         aliases=("ddu",),
         paper=Paper(
             "Deep Deterministic Uncertainty: A New Simple Baseline",

@@ -126,6 +126,10 @@ class MahalanobisLayers(LayeredScorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \sum_l w_l s_l + b, \quad s_l = \max_c \, -\tfrac{1}{2} (z_l - \mu_{lc})^\top \Sigma_l^{-1} "
+            r"(z_l - \mu_{lc})"
+        ),
         aliases=("mds_ensemble", "multimahalanobis"),
         paper=LEE_2018,
         search_space={"combine": ("regression", "sum")},

@@ -52,6 +52,7 @@ class LID(KNN):
     """
 
     tags = Tags(
+        formula=r"s(x) = k \Big/ \sum_{i=1}^{k} \log \frac{r_i}{r_k}",
         paper=Paper(
             "Characterizing Adversarial Subspaces Using Local Intrinsic Dimensionality",
             (
@@ -108,6 +109,7 @@ class DkNN(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \max_c \frac{1}{k L} \sum_l n_{lc}",
         paper=Paper(
             "Deep k-Nearest Neighbors: Towards Confident, Interpretable and Robust Deep Learning",
             "Nicolas Papernot, Patrick McDaniel",

@@ -134,6 +134,7 @@ class KNN(_BankScorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = -\lVert \bar z - \bar z_{(k)} \rVert, \quad \bar z = \frac{z}{\lVert z \rVert}",
         paper=Paper(
             "Out-of-Distribution Detection with Deep Nearest Neighbors",
             "Yiyou Sun, Yifei Ming, Xiaojin Zhu, Yixuan Li",
@@ -277,6 +278,10 @@ class NNGuide(_BankScorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = E(x) \cdot \frac{1}{k} \sum_{i \in \text{top } k} E(x_i) \, \langle \bar z, \bar z_i "
+            r"\rangle, \quad E = \log \sum_c e^{f_c}, \; \bar z = \frac{z}{\lVert z \rVert}"
+        ),
         paper=Paper(
             "Nearest Neighbor Guidance for Out-of-Distribution Detection",
             "Jaewoo Park, Yoon Gyo Jung, Andrew Beng Jin Teoh",

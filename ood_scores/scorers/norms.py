@@ -37,7 +37,7 @@ class FeatureNorm(Scorer):
     Cost: one pass over the features.
     """
 
-    tags = Tags(paper=HAAS_2024)
+    tags = Tags(formula=r"s(x) = \lVert z \rVert_p", paper=HAAS_2024)
     p: float = 2.0
     space: str = "features"
     needs = ("features",)
@@ -69,7 +69,7 @@ class LogitNorm(Scorer):
     Cost: one pass over the logits.
     """
 
-    tags = Tags(paper=HAAS_2024)
+    tags = Tags(formula=r"s(x) = \lVert f \rVert_p", paper=HAAS_2024)
     p: float = 2.0
     needs = ("logits",)
 
@@ -101,7 +101,9 @@ class ActivationRatio(Scorer):
     Cost: one pass over the features, or none.
     """
 
-    tags = Tags(paper=SHIN_2024, parameters_before={"of": "features"})
+    tags = Tags(
+        formula=r"s(x) = \frac{1}{D} \, \#\{ d : z_d > 0 \}", paper=SHIN_2024, parameters_before={"of": "features"}
+    )
     of: Literal["auto", "map", "features"] = "auto"
     needs = ("features",)
 
@@ -142,6 +144,7 @@ class BlockNorm(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \frac{1}{C} \sum_c \lVert \max(a_c, 0) \rVert_2",
         paper=Paper(
             "Block Selection Method for Using Feature Norm in Out-of-Distribution Detection",
             "Yeonguk Yu, Sungho Shin, Seongju Lee, Changhyun Jun, Kyoobin Lee",

@@ -62,6 +62,10 @@ class OpenMax(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \log(1 - p_{\text{unknown}}), \quad \omega_i = \frac{\alpha + 1 - i}{\alpha} F_c(\lVert f - "
+            r"\mu_c \rVert)"
+        ),
         paper=Paper(
             "Towards Open Set Deep Networks",
             "Abhijit Bendale, Terrance E. Boult",

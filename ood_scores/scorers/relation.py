@@ -49,6 +49,10 @@ class Relation(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \sum_{i : k_i > \tau} k_i^{\text{power}}, \quad k_i = \max(0, \cos(z, z_i)) \, \langle p, "
+            r"p_i \rangle"
+        ),
         paper=Paper(
             "Neural Relation Graph: A Unified Framework for Identifying Label Noise and Outlier Data",
             "Jang-Hyun Kim, Sangdoo Yun, Hyun Oh Song",

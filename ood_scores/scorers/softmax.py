@@ -48,6 +48,7 @@ class MSP(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \max_c \operatorname{softmax}(f / T)_c",
         aliases=("max_softmax", "maxsoftmax", "mcp"),
         paper=Paper(
             "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
@@ -88,7 +89,9 @@ class ScaledMSP(Scorer):
     Cost: one product with the head for each block.
     """
 
-    tags = Tags(paper=HAAS_2024)
+    tags = Tags(
+        formula=r"s(x) = \max_c \operatorname{softmax}\bigl( W (\text{scale} \cdot z) + b \bigr)_c", paper=HAAS_2024
+    )
     scale: float = 0.1
     needs = ("features", "head")
 
@@ -118,6 +121,10 @@ class Temperature(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \max_c \operatorname{softmax}(f / T)_c, \quad T = \arg\min_T \, -\sum_i \log "
+            r"\operatorname{softmax}(f_i / T)_{y_i}"
+        ),
         aliases=("temp_scaling", "temperature_scaling", "temperaturescaling"),
         paper=Paper(
             "On Calibration of Modern Neural Networks",
@@ -167,6 +174,7 @@ class Margin(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = f_{(1)} - f_{(2)}",
         paper=Paper(
             "Selective Classification Under Distribution Shifts",
             "Hengyue Liang, Le Peng, Ju Sun",

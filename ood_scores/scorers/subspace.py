@@ -113,7 +113,11 @@ class Residual(_ResidualScorer):
     Cost: one product with a ``[D, D - dimension]`` matrix for each block; one eigendecomposition to fit.
     """
 
-    tags = Tags(paper=WANG_2022, exceptions={"higher_on_id": "a small row has a small residual"})
+    tags = Tags(
+        formula=r"s(x) = -\lVert R^\top (z - o) \rVert, \quad o = -W^+ b",
+        paper=WANG_2022,
+        exceptions={"higher_on_id": "a small row has a small residual"},
+    )
     origin: Literal["head", "mean"] = "head"
     needs = ("features",)
 
@@ -151,7 +155,13 @@ class ViM(_ResidualScorer):
     Cost: as ``residual``, plus the energy.
     """
 
-    tags = Tags(paper=WANG_2022)
+    tags = Tags(
+        formula=(
+            r"s(x) = \log \sum_c e^{f_c} - \alpha \lVert R^\top (z - o) \rVert, \quad \alpha = "
+            r"\frac{\operatorname{mean} \max_c f_c}{\operatorname{mean} \lVert R^\top (z - o) \rVert}"
+        ),
+        paper=WANG_2022,
+    )
     alpha_: float = fitted(math.nan)
     needs = ("features", "logits")
     fit_needs = ("features", "logits", "head")
@@ -203,6 +213,10 @@ class NECO(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \frac{\lVert P^\top \bar z \rVert}{\lVert \bar z \rVert} \, \max_c f_c, \quad \bar z = "
+            r"\frac{z - \mu}{\sigma}"
+        ),
         paper=Paper(
             "NECO: NEural Collapse Based Out-of-distribution detection",
             "Mouïn Ben Ammar, Nacim Belkhir, Sebastian Popescu, Antoine Manzanera, Gianni Franchi",
@@ -210,7 +224,7 @@ class NECO(Scorer):
             2024,
             "https://arxiv.org/abs/2310.06823",
             "https://gitlab.com/drti/neco",
-        )
+        ),
     )
     dimension: int | None = None
     variance: float = 0.9
@@ -288,6 +302,10 @@ class PNML(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = -\frac{1}{\log C} \log \sum_c \frac{p_c}{p_c + (1 - p_c) \, p_c^{k}}, \quad k = \frac{q}{1 + "
+            r"q}, \; q = \bar z^\top (X^\top X)^+ \bar z"
+        ),
         paper=Paper(
             "Single Layer Predictive Normalized Maximum Likelihood for Out-of-Distribution Detection",
             "Koby Bibas, Meir Feder, Tal Hassner",

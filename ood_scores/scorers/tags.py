@@ -69,6 +69,7 @@ class Tags:
         parameters_before: Values of parameters in files that were saved before the parameters existed, if these values
             are not the defaults.
         waits: How often the host waits for a GPU to score a block, 1 for the transfer of the scores included.
+        formula: The score as LaTeX, ``s(x) = …``, in the notation of the page of scorers; None if it has none.
         experimental: Why scores may not be those of the paper, for instance because only its abstract was available.
     """
 
@@ -82,4 +83,5 @@ class Tags:
     aliases: Sequence[str] = ()
     parameters_before: Mapping[str, Any] = field(default_factory=dict)
     waits: int = 1
+    formula: str | None = None
     experimental: str | None = None

@@ -78,6 +78,10 @@ class WeiPer(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = -\mathrm{KL}(\bar q, q(z)) - \lambda_1 \mathrm{KL}(\bar q', q(W' z + b)) + \lambda_2 "
+            r"\mathrm{MSP}'"
+        ),
         paper=Paper(
             "WeiPer: OOD Detection using Weight Perturbations of Class Projections",
             "Maximilian Granz, Manuel Heurich, Tim Landgraf",

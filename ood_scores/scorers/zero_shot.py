@@ -43,6 +43,7 @@ class MCM(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \max_c \operatorname{softmax}(\cos(z, w) / T)_c",
         aliases=("maximum_concept_matching",),
         paper=Paper(
             "Delving into Out-of-Distribution Detection with Vision-Language Representations",
@@ -85,6 +86,10 @@ class GLMCM(Scorer):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \max_c \operatorname{softmax}(\cos(z, w) / T)_c + \text{weight} \cdot \max_{i, c} "
+            r"\operatorname{softmax}(\cos(z_i, w) / T)_c"
+        ),
         aliases=("glmcm",),
         paper=Paper(
             "GL-MCM: Global and Local Maximum Concept Matching for Zero-Shot Out-of-Distribution Detection",
@@ -134,6 +139,7 @@ class NegLabel(Scorer):
     """
 
     tags = Tags(
+        formula=r"s(x) = \frac{\sum_c e^{\cos(z, w_c) / T}}{\sum_c e^{\cos(z, w_c) / T} + \sum_j e^{\cos(z, n_j) / T}}",
         waits=2,
         paper=Paper(
             "Negative Label Guided OOD Detection with Pretrained Vision-Language Models",
@@ -198,6 +204,7 @@ class CSP(NegLabel):
     """
 
     tags = Tags(
+        formula=r"s(x) = \frac{\sum_c e^{\cos(z, w_c) / T}}{\sum_c e^{\cos(z, w_c) / T} + \sum_j e^{\cos(z, n_j) / T}}",
         waits=2,
         aliases=("conjugated_semantic_pool",),
         paper=Paper(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -116,7 +116,13 @@ class AdaSCALEA(_AdaSCALE):
     Cost: two sorts of each row in float64, and one product with the head for each block.
     """
 
-    tags = ADASCALE
+    tags = replace(
+        ADASCALE,
+        formula=(
+            r"s(x) = \operatorname{base}\bigl( z \, e^{s_1 / s_2} \bigr), \quad s_1 = \sum_d (z_d)_+, \; s_2 = "
+            r"\sum_{d \in \text{top}(Q')} (z_d)_+"
+        ),
+    )
 
     def shape(self, block: Block) -> Block:
         wide = block.features if self.high < LARGEST_PERCENTILE else block.features.double()
@@ -148,7 +154,13 @@ class AdaSCALEL(_AdaSCALE):
     Cost: two sorts of each row in float64.
     """
 
-    tags = ADASCALE
+    tags = replace(
+        ADASCALE,
+        formula=(
+            r"s(x) = \operatorname{base}\Bigl( f \cdot \frac{s_1^2}{s_2^2} \Bigr), \quad s_1 = \sum_d (z_d)_+, \; "
+            r"s_2 = \sum_{d \in \text{top}(Q')} (z_d)_+"
+        ),
+    )
     shapes = ("logits",)
 
     def reads(self, names: Sequence[str]) -> tuple[str, ...]:

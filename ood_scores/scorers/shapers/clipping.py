@@ -39,6 +39,10 @@ class ReAct(FeatureShaper):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \operatorname{base}\bigl( \min(z, c) \bigr), \quad c = \text{the } q\text{-quantile of all "
+            r"fit activations}"
+        ),
         paper=Paper(
             "ReAct: Out-of-distribution Detection With Rectified Activations",
             "Yiyou Sun, Chuan Guo, Yixuan Li",
@@ -95,6 +99,10 @@ class VRA(FeatureShaper):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \operatorname{base}(\tilde z), \quad \tilde z_d = \begin{cases} 0 & z_d < \text{low}_d \\ "
+            r"\text{high}_d & z_d > \text{high}_d \\ z_d & \text{otherwise} \end{cases}"
+        ),
         paper=Paper(
             "VRA: Variational Rectified Activation for Out-of-distribution Detection",
             "Mingyu Xu, Zheng Lian, Bin Liu, Jianhua Tao",

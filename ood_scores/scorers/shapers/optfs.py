@@ -50,6 +50,7 @@ class OptFS(FeatureShaper):
     """
 
     tags = Tags(
+        formula=r"s(x) = \operatorname{base}(\tilde z), \quad \tilde z_d = \theta_{\operatorname{bin}(z_d)} \, z_d",
         paper=Paper(
             "Towards Optimal Feature-Shaping Methods for Out-of-Distribution Detection",
             "Qinyu Zhao, Ming Xu, Kartik Gupta, Akshay Asthana, Liang Zheng, Stephen Gould",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,6 +56,10 @@ class DICE(Shaper):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \operatorname{base}\bigl( (M \odot W) z + b \bigr), \quad M_{cd} = \mathbf{1} \bigl[ W_{cd} "
+            r"\operatorname{mean}(z_d) > \text{quantile} \bigr]"
+        ),
         paper=Paper(
             "DICE: Leveraging Sparsification for Out-of-Distribution Detection",
             "Yiyou Sun, Yixuan Li",
@@ -136,7 +140,9 @@ class ASHP(Pruner):
     Cost: a partial sort of each row and one product with the head for each block.
     """
 
-    tags = ASH
+    tags = replace(
+        ASH, formula=r"s(x) = \operatorname{base}(\tilde z), \quad \tilde z_d = z_d \, \mathbf{1}[d \in \text{top}]"
+    )
 
     def shape_features(self, features: Tensor) -> Tensor:
         return torch.where(self.kept(features), features, 0)
@@ -162,7 +168,13 @@ class ASHB(Pruner):
     Cost: as ``ash_p``.
     """
 
-    tags = ASH
+    tags = replace(
+        ASH,
+        formula=(
+            r"s(x) = \operatorname{base}(\tilde z), \quad \tilde z_d = \frac{\sum_i z_i}{|\text{top}|} \, "
+            r"\mathbf{1}[d \in \text{top}]"
+        ),
+    )
 
     def shape_features(self, features: Tensor) -> Tensor:
         kept = self.kept(features)
@@ -189,7 +201,13 @@ class ASHS(Pruner):
     Cost: as ``ash_p``.
     """
 
-    tags = ASH
+    tags = replace(
+        ASH,
+        formula=(
+            r"s(x) = \operatorname{base}(\tilde z), \quad \tilde z_d = z_d \, e^{s_1 / s_2} \, \mathbf{1}[d \in "
+            r"\text{top}], \; s_1 = \sum_d z_d, \; s_2 = \sum_{d \in \text{top}} z_d"
+        ),
+    )
 
     def shape_features(self, features: Tensor) -> Tensor:
         values, kept = self.wide_enough(features), self.kept(features)

@@ -38,6 +38,10 @@ class SCALE(Pruner):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \operatorname{base}\bigl( z \, e^{s_1 / s_2} \bigr), \quad s_1 = \sum_d z_d, \; s_2 = "
+            r"\sum_{d \in \text{top}} z_d"
+        ),
         paper=Paper(
             "Scaling for Training Time and Post-hoc Out-of-distribution Detection Enhancement",
             "Kai Xu, Rongyu Chen, Gianni Franchi, Angela Yao",
@@ -78,6 +82,10 @@ class LTS(Shaper):
     """
 
     tags = Tags(
+        formula=(
+            r"s(x) = \operatorname{base}(f \cdot S), \quad S = \Bigl( \frac{\sum_d (z_d)_+}{\sum_{d \in "
+            r"\text{top}} (z_d)_+} \Bigr)^2"
+        ),
         paper=Paper(
             "Logit Scaling for Out-of-Distribution Detection",
             "Andrija Djurisic, Rosanne Liu, Mladen Nikolic",
@@ -85,7 +93,7 @@ class LTS(Shaper):
             2024,
             "https://arxiv.org/abs/2409.01175",
             "https://github.com/andrijazz/lts",
-        )
+        ),
     )
     top: float = 0.05
     shapes = ("logits",)
