@@ -27,6 +27,7 @@ extensions = [
 ]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+suppress_warnings = ["config.cache"]  # the configuration of the gallery contains a function
 exclude_patterns = ["_build", "tutorials", "gallery/*.ipynb", "gallery/*.py", "sg_execution_times.rst"]
 html_theme = "furo"
 html_title = "ood_scores"

@@ -147,4 +147,7 @@ for name in ["distance_to_mean", "mirror_agreement"]:
 figure = score_histograms(panels)
 
 # %%
+# An idea is not yet a score: stripes are their own mirror image, and the second score takes them for the most typical
+# digits. That is what tables are for.
+#
 # In a file ``mine.py``, the same classes work with ``--import mine.py`` on every command: see :doc:`/own_code`.
