@@ -61,7 +61,7 @@ def load_model(
             is that of code that has not been imported.
         MissingInput: if transformers is needed and not installed.
     """
-    kind, target = _kind_of(name)
+    kind, target = kind_of(name)
     arguments, texts = _without_texts(kind, arguments)
     kind.check(target, arguments)
     if checkpoint is not None:
@@ -81,7 +81,7 @@ def load_stored_model(network: str, checkpoint: str | os.PathLike[str]) -> nn.Mo
     Raises:
         CheckpointError: if the name stands for something else than a network; otherwise as ``load_model``.
     """
-    if not _kind_of(network)[0].offline:
+    if not kind_of(network)[0].offline:
         raise CheckpointError(f"{checkpoint} belongs to {network!r}, which names other files: pass the model.")
     return load_model(network, checkpoint)
 
@@ -157,13 +157,13 @@ def require_known(name: str, arguments: Mapping[str, Any] | None = None) -> None
         BadInput: if the network has no such argument, or a value is not plain; or if the name is that of code that has
             not been imported.
     """
-    kind, target = _kind_of(name)
+    kind, target = kind_of(name)
     own, texts = _without_texts(kind, arguments or {})
     kind.check(target, own)
     check_texts(**texts)
 
 
-def _kind_of(name: str) -> tuple[ModelKind, str]:
+def kind_of(name: str) -> tuple[ModelKind, str]:
     """Return the kind of a name, and the name without it."""
     kind, colon, target = name.partition(":")
     if colon and kind in MODEL_KINDS:

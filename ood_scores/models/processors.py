@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
+
+from ood_scores.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,27 @@ class ProcessorTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    def pixels(self, image: Image.Image) -> Image.Image:
+        """Return an image as the processor resizes and crops it, without rescaling and normalization."""
+        plain = {"do_rescale": False, "do_normalize": False}
+        found = self.processor(images=image, return_tensors="np", **plain)["pixel_values"][0]
+        return Image.fromarray(np.asarray(found).astype(np.uint8).transpose(1, 2, 0))
+
+    @property
+    def normalization(self) -> tuple[list[float], list[float]]:
+        """The mean and the standard deviation for pixels in [0, 1], one for each channel.
+
+        Raises:
+            BadInput: if the processor rescales pixels to another range, or does not normalize them.
+        """
+        does = getattr(self.processor, "do_normalize", False) and getattr(self.processor, "do_rescale", False)
+        if not does or abs(255 * self.processor.rescale_factor - 1) > 1e-6:
+            raise BadInput(
+                f"{type(self.processor).__name__} does not normalize pixels in [0, 1]: set do_rescale, do_normalize, "
+                "and rescale_factor = 1 / 255 in its file, preprocessor_config.json."
+            )
+        return list(self.processor.image_mean), list(self.processor.image_std)
 
     def normalized(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> ProcessorTransform:
         """Return the transform with another mean and standard deviation for pixels in [0, 1]; None keeps its own."""

@@ -18,10 +18,11 @@ from ood_scores.runtime import MOST_WORKERS
 
 @dataclass(frozen=True)
 class ModelTable:
-    """``[model]``: a timm architecture.
+    """``[model]``: a network.
 
     Attributes:
-        name: Name that timm knows, or the name of a CIFAR network of this package.
+        name: Name of a model of any kind, as ``ood_scores.models.opening.load_model`` takes it: timm's, that of a CIFAR
+            network of this package, ``torchvision:NAME``, ``hf:NAME``, or ``FILE.py:FUNCTION`` of imported code.
         checkpoint: Weights to start from instead of random ones; a classifier of another size is left out. ``{seed}``
             stands for the seed of the recipe and ``{out}`` for the output folder, so that
             ``{out}/../ce_seed{seed}/last.safetensors`` is a run next to this one.

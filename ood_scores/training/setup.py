@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import resolve_model_data_config
-from timm.data.transforms import str_to_pil_interp
-from torch import Generator, Tensor, nn
-from torchvision import transforms
+from torch import nn
 
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.data.sources import open_dataset
 from ood_scores.data.subsets import validation_split
-from ood_scores.errors import BadInput, BadLabels, CheckpointError, MissingInput
-from ood_scores.models.checkpoints import read_checkpoint
-from ood_scores.models.filling import fill
-from ood_scores.models.kinds.timm_names import make
-from ood_scores.models.networks.classifier import batchnorms, linear_classifier
-from ood_scores.models.opening import preprocessing
-from ood_scores.training.augment import Augmentation, augmentation, random_resized_crop, seed_of
+from ood_scores.errors import BadInput, BadLabels, MissingInput
+from ood_scores.models.networks.classifier import CLASSIFIER, batchnorms, linear_classifier
+from ood_scores.training.augment import Augmentation, augmentation
 from ood_scores.training.distributed import Processes
+from ood_scores.training.networks import ToInput, input_of, make_model, network_arguments
 from ood_scores.training.objectives import Objective, objective_class
-from ood_scores.training.recipe import ModelTable, Recipe, Stage
+from ood_scores.training.recipe import Recipe, Stage
 from ood_scores.training.stages import trainable_parameters, tried_objective
 from ood_scores.training.step import pre_logits
 from ood_scores.training.streams import Images, OpenedImages, make_images
@@ -40,54 +32,12 @@ TRAINING_IMAGES = "train"
 
 
 @dataclass(frozen=True)
-class ToInput:
-    """The evaluation transform from PIL images to the input of a network, in two parts.
-
-    Attributes:
-        geometry: Transform of a PIL image to the size and channels of the network.
-        channels: Number of channels: 3, or 1 for gray.
-        size: Height and width.
-        resample: Interpolation of a random crop.
-        mean, std: Mean and standard deviation of the channels ``[C, 1, 1]``.
-    """
-
-    geometry: transforms.Compose
-    channels: int
-    size: tuple[int, int]
-    resample: Image.Resampling
-    mean: Tensor
-    std: Tensor
-
-    def open(self, image: Image.Image, seed: int) -> Image.Image:
-        """Apply the geometry of the evaluation transform."""
-        return self.geometry(image)
-
-    def open_crop(self, image: Image.Image, seed: int, smallest: float) -> Image.Image:
-        """Crop a random part of the image, at least the share ``smallest``, at the size of the network."""
-        cropped = random_resized_crop(image, self.size, self.resample, seed, smallest)
-        return cropped.convert("L") if self.channels == 1 else cropped
-
-    def standardized(self, images: Tensor) -> Tensor:
-        """Standardize images with values in [0, 1]."""
-        return (images - self.mean) / self.std
-
-    def to(self, device: torch.device) -> ToInput:
-        """Return the transform for images on a device."""
-        return replace(self, mean=self.mean.to(device), std=self.std.to(device))
-
-    def augmented(self, images: Tensor, by: Augmentation, generator: Generator, channels_last: bool) -> Tensor:
-        """Augment and standardize uint8 images."""
-        ready = self.standardized(by(images, generator))
-        return ready.contiguous(memory_format=torch.channels_last) if channels_last else ready.contiguous()
-
-
-@dataclass(frozen=True)
 class Prepared:
     """The network and the images of a training run.
 
     Attributes:
         model: The network, on the device and in training mode.
-        arguments: Arguments of ``timm.create_model``, except the name.
+        arguments: Arguments of the network.
         to_input: The transform from images to model inputs.
         train, validation, test, auxiliary: The images, or None.
         augment: Augmentation of the training images.
@@ -140,15 +90,18 @@ def prepare(recipe: Recipe, who: Processes, out: Path) -> Prepared:
     train, validation = _training_rows(recipe)
     test = None if recipe.data.test is None else _labelled(open_dataset(recipe.data.test))
     auxiliary = _auxiliary_rows(recipe, train)
-    arguments = {"num_classes": int(train.labels.max()) + 1, **recipe.model.arguments}
+    arguments = network_arguments(recipe.model, int(train.labels.max()) + 1)
     model = make_model(recipe.model, arguments, recipe.seed, out)
+    if recipe.compile and hasattr(model, CLASSIFIER):
+        raise BadInput(f"compile = true is for timm's models, and {recipe.model.name} is not one: set it to false.")
+    to_input = input_of(model)
     counts = _class_counts(recipe, train.labels, linear_classifier(model).out_features)
     if test is not None:
         _check_known(recipe.data.test or "", test.labels, len(counts))
     for stage in recipe.stages:
         objective = _checked_objective(recipe, stage, model, counts.tolist())
-        _check_smallest_batch(stage, objective, model, len(train.rows), who.count)
-    to_input = input_of(model).to(who.device)
+        _check_smallest_batch(stage, objective, model, to_input, len(train.rows), who.count)
+    to_input = to_input.to(who.device)
     augment = augmentation(recipe.data.augmentation, to_input.channels)
     aux_name = (recipe.auxiliary and recipe.auxiliary.augmentation) or recipe.data.augmentation
     augment_auxiliary = augmentation(aux_name, to_input.channels)
@@ -182,12 +135,14 @@ def _checked_objective(recipe: Recipe, stage: Stage, model: nn.Module, class_cou
     return objective
 
 
-def _check_smallest_batch(stage: Stage, objective: Objective, model: nn.Module, images: int, processes: int) -> None:
+def _check_smallest_batch(
+    stage: Stage, objective: Objective, model: nn.Module, to_input: ToInput, images: int, processes: int
+) -> None:
     """Refuse a step in which a BatchNorm of the model would see one value per channel."""
     rest = 0 if stage.drop_last else images % stage.batch_size
     smallest = rest if rest >= processes else stage.batch_size
     several = objective.auxiliary or smallest // processes * objective.views > 1
-    if several or not _normalizes_single_values(model):
+    if several or not _normalizes_single_values(model, to_input):
         return
     where = (
         f"{images} training images leave a last batch of {rest}" if smallest == rest else f"batch_size is {smallest}"
@@ -198,7 +153,7 @@ def _check_smallest_batch(stage: Stage, objective: Objective, model: nn.Module, 
     )
 
 
-def _normalizes_single_values(model: nn.Module) -> bool:
+def _normalizes_single_values(model: nn.Module, to_input: ToInput) -> bool:
     """Whether a BatchNorm of the model sees one value per channel of an image."""
     found: list[bool] = []
     hooks = [
@@ -208,7 +163,7 @@ def _normalizes_single_values(model: nn.Module) -> bool:
     training = model.training
     try:
         with torch.no_grad():
-            pre_logits(model.eval(), torch.zeros(1, *resolve_model_data_config(model)["input_size"]))
+            pre_logits(model.eval(), torch.zeros(1, to_input.channels, *to_input.size))
     finally:
         model.train(training)
         for hook in hooks:
@@ -222,52 +177,6 @@ def _open_images(
     opening = to_input.open if crop is None else partial(to_input.open_crop, smallest=crop)
     opened = OpenedImages(rows.dataset, rows.rows, opening)
     return make_images(opened, torch.from_numpy(rows.labels), device, hold=crop is None, workers=workers)
-
-
-def make_model(table: ModelTable, arguments: dict[str, Any], seed: int, out: Path) -> nn.Module:
-    """Create a timm network with random weights, which depend on the seed, or with those of the checkpoint.
-
-    Raises:
-        UnknownName: if timm has no such model.
-        BadInput: if the model does not accept an argument.
-        HeadNotFound: if the model has no linear classifier.
-        CheckpointError: if the checkpoint is missing or of another architecture.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "model"))
-        model = make(table.name, arguments)
-    head = linear_classifier(model)
-    checkpoint = table.checkpoint_for(seed, out)
-    if checkpoint is not None:
-        if not checkpoint.exists():
-            raise CheckpointError(_how_to_train(checkpoint, seed))
-        fill(model, read_checkpoint(checkpoint), str(checkpoint), new_head=head)
-    return model
-
-
-def _how_to_train(checkpoint: Path, seed: int) -> str:
-    folder = checkpoint.parent
-    return (
-        f"there is no checkpoint {checkpoint} to start from: check the path, or train it first, by the recipe "
-        f"{folder.name.removesuffix(f'_seed{seed}')} with --set seed={seed} --out {shlex.quote(str(folder))}."
-    )
-
-
-def input_of(model: nn.Module) -> ToInput:
-    """Return the evaluation transform of a model, in two parts."""
-    steps = _steps(preprocessing(model))
-    norm = next(step for step in steps if isinstance(step, transforms.Normalize))
-    config = resolve_model_data_config(model)
-    geometry = [step for step in steps if not isinstance(step, (transforms.ToTensor, transforms.Normalize))]
-    mean, std = (torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (norm.mean, norm.std))
-    resample = str_to_pil_interp(config["interpolation"])
-    return ToInput(transforms.Compose(geometry), len(mean), config["input_size"][1:], resample, mean, std)
-
-
-def _steps(transform: Any) -> list[Any]:
-    if not isinstance(transform, transforms.Compose):
-        return [transform]
-    return [step for part in transform.transforms for step in _steps(part)]
 
 
 def _check_processes(recipe: Recipe, who: Processes) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ood_scores.models.networks.classifier import linear_classifier
+from ood_scores.models.networks.classifier import linear_classifier, penultimate
 from ood_scores.training.recipe import OptimizerTable
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -31,7 +31,7 @@ class TrainingStep(nn.Module):
     The statistics of every BatchNorm thus include the OoD images. The objective is computed in full precision.
 
     Args:
-        model: A timm-style classifier with ``forward_features``, ``forward_head`` and a linear ``get_classifier()``.
+        model: A classifier that ``linear_classifier`` accepts.
         objective: Function of features, head, labels and, if there are any, OoD features.
         amp: Whether the model uses mixed precision (bf16).
     """
@@ -65,9 +65,9 @@ def leaves_some_unread(objective: Any, head: nn.Linear) -> bool:
 
 
 def pre_logits(model: Any, images: Tensor, amp: bool = False) -> Tensor:
-    """Return the penultimate features ``[N, D]``, the input of a timm-style model's linear classifier."""
+    """Return the penultimate features ``[N, D]`` in full precision."""
     with torch.autocast(images.device.type, torch.bfloat16) if amp else nullcontext():
-        features = model.forward_head(model.forward_features(images), pre_logits=True)
+        features = penultimate(model, images)
     return features.float() if amp else features
 
 

@@ -51,6 +51,10 @@ class ModelKind(ABC):
             CheckpointError: if the weights are missing, or cannot be fetched.
         """
 
+    def takes_classes(self, target: str) -> bool:
+        """Return whether the network has the argument ``num_classes``."""
+        return True
+
     def sizes(self, target: str, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of the network that the weights of a checkpoint determine."""
         found = classes_in(state, self.create(target, arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,10 @@ class UserFunction(ModelKind):
 
     def open(self, target: str, arguments: Mapping[str, Any]) -> nn.Module:
         return self.create(target, arguments)
+
+    def takes_classes(self, target: str) -> bool:
+        parameters = inspect.signature(referenced(target)).parameters
+        return "num_classes" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
     def sizes(self, target: str, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {}

@@ -51,19 +51,37 @@ class PooledClassifier(nn.Module, ABC):
         return self.forward_head(self.forward_features(images))
 
 
+CLASSIFIER = "ood_scores_classifier"
+"""The attribute of a model that is not timm-style with the name of its linear classifier."""
+
+
 def linear_classifier(model: nn.Module) -> nn.Linear:
-    """Return the linear classifier of a timm-style model.
+    """Return the linear classifier of a timm-style model, or of another one that has the attribute ``CLASSIFIER``.
 
     Raises:
         HeadNotFound: if the model has none, or several.
     """
-    head = getattr(model, "get_classifier", lambda: None)()
+    name = getattr(model, CLASSIFIER, None)
+    head = getattr(model, "get_classifier", lambda: None)() if name is None else model.get_submodule(name)
     if not isinstance(head, nn.Linear):
         raise HeadNotFound(
             f"{type(model).__name__}.get_classifier() returns {type(head).__name__}, not an nn.Linear: use a "
             "timm-style model with one linear classifier."
         )
     return head
+
+
+def penultimate(model: Any, images: Tensor) -> Tensor:
+    """Return what the linear classifier of a model receives for images, the penultimate features ``[N, D]``."""
+    if getattr(model, CLASSIFIER, None) is None:
+        return model.forward_head(model.forward_features(images), pre_logits=True)
+    received: list[Tensor] = []
+    hook = linear_classifier(model).register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    return received[-1]
 
 
 def batchnorms(model: nn.Module) -> list[nn.Module]:
