@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_tutorial_runs_as_a_notebook(name: str, tmp_path: Path) -> None:
 
     _, blocks = split_code_and_text_blocks(str(TUTORIALS / f"{name}.py"))
     written = jupyter_notebook(blocks, DEFAULT_GALLERY_CONF, str(TUTORIALS))
-    notebook = nbformat.from_dict(written)
+    notebook = nbformat.reads(json.dumps(written), as_version=4)
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [key for output in outputs for key in output.get("data", {})]
