@@ -148,6 +148,13 @@ def test_markdown_shows_the_numbers_of_the_table(results: Results, parts: dict[s
                 shown = cells[i].split("/")[place]
                 assert shown.strip(" *†\u00a0") == f"{values[scorer]:.1f}"
                 assert ("**" in shown) == (f"{values[scorer]:.1f}" == f"{values.agg(best):.1f}")
+    table = next(table for table in parts[PART] if table.model == SINGLE)
+    cells = {row.scorer: row.cells["auroc"][0] for row in table.rows}
+    ends = [f"{cells[name].low:.1f}–{cells[name].high:.1f}" for name in names]
+    assert [row[len(SETS) + 1].strip() for row in rows] == ends
+    severals = text.split(f"### {markdown.escape(SEVERAL)}")[1].split("###")[0]
+    assert ", AUROC 95%" in section
+    assert ", AUROC 95%" not in severals
     rejected = expected(results, SINGLE, "overall", "fpr95_ood")[0]
     assert [row[-1].strip(" *") for row in rows] == [f"{rejected[name]:.1f}" for name in names]
     assert "ID accuracy 94.5% on 300 images." in section

@@ -23,10 +23,15 @@ from ood_scores.evaluation.metrics import NONE
 
 LEGEND = """Percent. Each cell is {in_cells}; on the right: {on_the_right} of the first column. Overall, near
 and far are unweighted means over datasets. The best of a column is bold; † marks an AUROC that is not significantly
-below the best (DeLong's paired tests with Holm's correction, 5%). ± is the standard deviation over checkpoints.
-Scores of a scorer marked as experimental may not be those of its paper: `ood-scores list NAME` tells why. All metrics,
-intervals and hashes are in results.csv.
+below the best (DeLong's paired tests with Holm's correction, 5%). Intervals (95%, DeLong) are those of the AUROC of the
+first column, or of all columns if there are no more than three. ± is the standard deviation over checkpoints. Scores of
+a scorer marked as experimental may not be those of its paper: `ood-scores list NAME` tells why. All metrics, intervals
+and hashes are in results.csv.
 """
+
+
+MOST_INTERVALS = 3
+"""The number of columns up to which a table shows the intervals of all."""
 
 
 def report(results: Results, parts: Mapping[str, Sequence[ScoreTable]]) -> str:
@@ -70,15 +75,25 @@ def _scores(results: Results, table: ScoreTable) -> Iterator[str]:
     yield f"{table.known}.{seeds}\n"
     in_cells, on_the_right = compact_metrics(results)
     names = [escape(column.name) for column in table.columns]
-    heads = ["scorer", *names, *(f"{names[0]}, {metric.title}" for metric in on_the_right)]
+    with_interval = _with_interval(table)
+    intervals = [f"{names[i]}, AUROC 95%" for i in with_interval]
+    heads = ["scorer", *names, *intervals, *(f"{names[0]}, {metric.title}" for metric in on_the_right)]
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for row in table.rows:
         of_columns = ["\u00a0/\u00a0".join(_marked(row.cells[m.name][i]) for m in in_cells) for i in range(len(names))]
         scorer = f"{_code(row.scorer)}{' (experimental)' if row.experimental else ''}"
-        cells = [scorer, *of_columns, *(_marked(row.cells[metric.name][0]) for metric in on_the_right)]
+        intervals = [row.cells["auroc"][i].interval for i in with_interval]
+        cells = [scorer, *of_columns, *intervals, *(_marked(row.cells[metric.name][0]) for metric in on_the_right)]
         yield f"| {' | '.join(cells)} |"
     yield ""
+
+
+def _with_interval(table: ScoreTable) -> range:
+    """Return the columns whose AUROC is shown with its interval."""
+    if table.checkpoints > 1:
+        return range(0)
+    return range(len(table.columns) if len(table.columns) <= MOST_INTERVALS else 1)
 
 
 def _marked(cell: Cell) -> str:

@@ -79,6 +79,11 @@ class Cell:
         between = f"{number(self.low, self.percent)} to {number(self.high, self.percent)}"
         return f"95% interval {between}" if isnan(self.sd) else f"range over checkpoints: {between}"
 
+    @property
+    def interval(self) -> str:
+        """The ends of the interval or of the range over checkpoints; empty if unknown."""
+        return "" if isnan(self.low) else f"{number(self.low, self.percent)}–{number(self.high, self.percent)}"
+
     def __str__(self) -> str:
         return self.text + self.spread
 
