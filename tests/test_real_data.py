@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ import ood_scores.models.networks
 from ood_scores.data.images import ImageArrays
 
 DATA = os.environ.get("OOD_SCORES_DATA")
+SUITES = Path(__file__).parents[1] / "benchmarks" / "suites"
 pytestmark = pytest.mark.skipif(DATA is None, reason="OOD_SCORES_DATA does not name a folder of real images")
 
 # auroc and fpr95_id on CIFAR-100 and on Textures, ID: CIFAR-10's test images
@@ -78,3 +80,22 @@ def test_accuracy_of_the_other_checkpoints(tmp_path, architecture, checkpoint, c
     feats = extract_real(model, images, tmp_path)
     right = (feats.logits.argmax(dim=1) == feats.labels).double().mean()
     assert round(float(right), 4) == accuracy
+
+
+def test_the_reference_figures_on_imagenet(tmp_path):
+    """The suite's first part, with the scorers and numbers of the reference alone, agrees to 4 decimals of a share."""
+    spec = ood_scores.benchmark.load_spec(SUITES / "imagenet_real.toml")
+    part = spec.parts[0]
+    published = {number.scorer for number in part.published}
+    small = replace(
+        part,
+        scorers=tuple(table for table in part.scorer_tables if table.label in published),
+        measures=(),
+        left_out={},
+        extraction=replace(part.extraction, probes=(), layers=None),
+    )
+    one = replace(spec, parts=(small,))
+    results = ood_scores.benchmark.run(one, out=tmp_path, jobs=1, device="cpu", progress=False)
+    assert len(results.comparison) == 6 * 2 * 2 + 1
+    difference = results.comparison["ours"] - results.comparison["published"]
+    assert difference.abs().max() < 0.005, results.comparison  # percentage points
