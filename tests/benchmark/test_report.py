@@ -360,7 +360,8 @@ def test_names_are_escaped_in_reports(results: Results, parts: dict[str, list[Sc
     scores = next(rows for classes, rows in read.tables if classes == "scores")
     assert EVIL in [row[0][1] for row in scores]
     lines = [line for line in markdown.report(results, parts).splitlines() if "ash_s" in line]
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == len(SETS) + 3 for line in lines)
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert columns <= {len(SETS) + 3, len(SETS) + 4}  # of one checkpoint, with an interval
     assert all(r"`` <script>alert('ash_s')</script>\|` ``" in line for line in lines)
     text = latex.tables(results, parts)
     assert r"\textless{}script\textgreater{}alert(\textquotesingle{}ash\_s\textquotesingle{})" in text
