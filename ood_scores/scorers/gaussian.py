@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ood_scores.errors import BadInput
+from ood_scores.errors import BadInput, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.row_reductions import row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.moments import ClassMoments, GlobalMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
+from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.numerics.cholesky import SOLVED
 from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.papers import LEE_2018
@@ -130,6 +131,46 @@ class MahalanobisPP(Mahalanobis):
         ),
     )
     normalize: bool = True
+
+
+@register_scorer("mahalanobis_odin")
+@dataclass
+class MahalanobisODIN(Mahalanobis):
+    """``mahalanobis`` of inputs moved toward the nearest class, ``-min_c (z' - mu_c)^T Sigma^-1 (z' - mu_c)``.
+
+    Reads ``mahalanobis_odin`` ``[N, D]``, the features z' that the probe of that name keeps. The probe reads the cache
+    of the fit set: ``extract(..., probes=["mahalanobis_odin:fit=train.h5"])``. Fits as ``mahalanobis``, on the features
+    of inputs that were not moved; use the same set, and the same ``normalize`` and ``one_class`` as of the probe.
+
+    Source: Lee et al. 2018, section 2.2, on penultimate features. A detector cannot contain it, because the probe reads
+    a file.
+
+    Fails where the step does not suit the data: its authors tune it on OoD data. On near OoD, it fails as
+    ``mahalanobis`` does.
+
+    Args:
+        normalize: L2-normalize features in the fit and in the score.
+        one_class: Fit one mean and the covariance around it, as for a single class. No labels are needed.
+
+    Cost: as ``mahalanobis``; the probe costs a forward and backward pass, and a forward pass.
+    """
+
+    tags = Tags(
+        paper=LEE_2018,
+        formula=r"s(x) = -\min_c (z(x') - \mu_c)^\top \Sigma^{-1} (z(x') - \mu_c)",
+        small_extras={"mahalanobis_odin": lambda features, logits: 1.01 * features},
+        search_space={"normalize": (False, True)},
+    )
+    needs = ("mahalanobis_odin",)
+
+    def score_block(self, block: Block) -> Tensor:
+        moved = read_extra(block, "mahalanobis_odin", self.name)
+        if moved.shape[1] != len(self.centre_):
+            raise ShapeMismatch(
+                f"{self.name!r} was fitted on features of width {len(self.centre_)}, but those of moved inputs have "
+                f"{moved.shape[1]}: use sets from the same model."
+            )
+        return super().score_block(block.replaced(features=moved))
 
 
 @register_scorer("relative_mahalanobis")

@@ -48,6 +48,12 @@ HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
         "extract with --classes FILE, --negatives FILE, and --adjectives FILE",
         'classes = "FILE" and negatives = {nouns = "FILE", adjectives = "FILE"} of a [[model]] of CLIP or SigLIP',
     ),
+    "mahalanobis_odin": (
+        "extract it with extract(..., probes=[MahalanobisODIN(fit='train.h5')]), where train.h5 is the cache of the "
+        "fit set",
+        "extract it with --probe mahalanobis_odin:fit=train.h5, where train.h5 is the cache of the fit set",
+        '[extraction] probes = ["mahalanobis_odin:fit=PATH/train.h5"], where train.h5 is the cache of the fit set',
+    ),
     "labels": (
         "extract from a loader that yields (images, labels), or pass labels=... to FeatureSet",
         "extract from a dataset with labels",
@@ -64,7 +70,7 @@ HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
         'fit = "…", a name of [sets]',
     ),
 }
-"""Remedies for requirements that no probe meets, one for each interface of ``Where``."""
+"""Remedies for requirements that no probe meets by default, one for each interface of ``Where``."""
 
 
 @dataclass(frozen=True)

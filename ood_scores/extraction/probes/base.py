@@ -68,6 +68,7 @@ class Probe(ABC):
         needs_logits: whether it reads the logits of the model, so that it is refused for encoders.
         random: whether it draws random numbers for each batch, so that its extras depend on the size of batches.
         zero_shot: whether it needs a zero-shot classifier.
+        reads_a_file: whether it reads a file that a parameter names, so that no detector can contain it.
     """
 
     name: str = ""
@@ -75,6 +76,7 @@ class Probe(ABC):
     needs_logits: ClassVar[bool] = True
     random: ClassVar[bool] = False
     zero_shot: ClassVar[bool] = False
+    reads_a_file: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
@@ -203,12 +205,18 @@ def probe_of(record: ProbeRecord) -> Probe:
     """Create a probe from its description.
 
     Raises:
-        BadInput: if its class is not registered, or a parameter cannot be restored.
+        BadInput: if its class is not registered, a parameter cannot be restored, or it names a file, which may be any
+            file of this machine.
     """
     classes = {cls.__qualname__: cls for cls in PROBES.values()}
     own = defined(record.kind)
     if isinstance(own, type) and issubclass(own, Probe):
         classes.setdefault(record.kind, own)
+    if record.kind in classes and classes[record.kind].reads_a_file:
+        raise BadInput(
+            f"the probe {record.parameters.get('name')!r} reads a file, which a cache or a detector must not name: no "
+            "detector can contain it, so choose another scorer."
+        )
     try:
         return classes[record.kind](**{name: from_json(value) for name, value in record.parameters.items()})
     except (KeyError, TypeError, ValueError) as error:
