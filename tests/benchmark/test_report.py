@@ -149,8 +149,8 @@ def test_markdown_shows_the_numbers_of_the_table(results: Results, parts: dict[s
                 assert shown.strip(" *†\u00a0") == f"{values[scorer]:.1f}"
                 assert ("**" in shown) == (f"{values[scorer]:.1f}" == f"{values.agg(best):.1f}")
     table = next(table for table in parts[PART] if table.model == SINGLE)
-    cells = {row.scorer: row.cells["auroc"][0] for row in table.rows}
-    ends = [f"{cells[name].low:.1f}–{cells[name].high:.1f}" for name in names]
+    intervals = {row.scorer: row.cells["auroc"][0] for row in table.rows}
+    ends = [f"{intervals[name].low:.1f}–{intervals[name].high:.1f}" for name in names]
     assert [row[len(SETS) + 1].strip() for row in rows] == ends
     severals = text.split(f"### {markdown.escape(SEVERAL)}")[1].split("###")[0]
     assert ", AUROC 95%" in section
