@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +17,8 @@ FOLDER = DOCS / "scorers"
 RESULTS = DOCS / "results.md"
 PLAIN = ("features", "logits", "head", "labels")
 """What every classifier with labeled data provides."""
+FIT_CACHE = "train.h5"
+"""The cache of the fit set, in examples of probes that read it."""
 
 
 def packaged() -> dict[str, list[type[Scorer]]]:
@@ -88,7 +91,8 @@ def example(cls: type[Scorer]) -> str:
     averaged = any(name.startswith("ensemble") for name in needed)
     found = [] if averaged else [probe for probe in probes_for(needed) if probe.name != "layers"]
     options = ', layers="stages"' if any(name.startswith("layers") for name in needed) else ""
-    options += f", probes=[{', '.join(map(probe_text, found))}]" if found else ""
+    for_fit = options + probes_option(probe for probe in found if not probe.reads_a_file)
+    options += probes_option(found)
     lines = [
         "import ood_scores",
         "from torch import arange, nn, rand",
@@ -98,7 +102,8 @@ def example(cls: type[Scorer]) -> str:
         "images, labels = rand(160, 3, 8, 8), arange(160) % 4  # your data",
     ]
     if scorer.fit_needs:
-        lines.append(f"train = ood_scores.extract(model, [(images[20:], labels[20:])]{options}, progress=False)")
+        cache = f', "{FIT_CACHE}"' if for_fit != options else ""
+        lines.append(f"train = ood_scores.extract(model, [(images[20:], labels[20:])]{cache}{for_fit}, progress=False)")
     lines.append(f"test = ood_scores.extract(model, [(images[:20], labels[:20])]{options}, progress=False)")
     if averaged:
         lines.append("again = nn.Sequential(*blocks, pool, nn.Linear(16, 4)).eval()  # another of your classifiers")
@@ -109,11 +114,18 @@ def example(cls: type[Scorer]) -> str:
     return f"```pycon\n{doctest}\ntorch.Size([20])\n```"
 
 
+def probes_option(found: Iterable[Probe]) -> str:
+    """The option of ``extract`` for some probes; "" for none."""
+    texts = ", ".join(map(probe_text, found))
+    return f", probes=[{texts}]" if texts else ""
+
+
 def probe_text(probe: Probe) -> str:
     """A probe as ``extract`` takes it: its name, and the parameters that are not the defaults."""
     default = type(probe)()
     changed = {each.name: getattr(probe, each.name) for each in fields(probe) if each.name != "name"}
     options = [f"{name}={str(value).lower()}" for name, value in changed.items() if value != getattr(default, name)]
+    options += [f"fit={FIT_CACHE}"] if probe.reads_a_file else []
     return f'"{probe.name}{":" if options else ""}{",".join(options)}"'
 
 

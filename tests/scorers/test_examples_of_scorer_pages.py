@@ -21,7 +21,8 @@ NAMES = [name for name in list_scorers() if scorer_class(name).__module__.starts
 
 @pytest.mark.filterwarnings("ignore")  # the network of the examples is not trained
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ZERO_SHOT])
-def test_example_on_the_page_of_a_scorer_runs(name: str) -> None:
+def test_example_on_the_page_of_a_scorer_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     example = scorer_pages.page(scorer_class(name)).partition("```pycon\n")[2].partition("```")[0]
     test = doctest.DocTestParser().get_doctest(example, {}, name, None, 0)
     assert len(test.examples) >= 7
