@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ood_scores.atomic import read_text
-from ood_scores.data.images import ImageDataset
+from ood_scores.data.images import ImageDataset, SameRows
 from ood_scores.data.long_tail import labels_of
 from ood_scores.errors import BadInput
 
@@ -28,7 +28,7 @@ SHOWN = 5
 """How many names an error message lists."""
 
 
-class RenumberedImages(ImageDataset):
+class RenumberedImages(SameRows):
     """A dataset whose labels are numbered in the order of a list of classes.
 
     Attributes:
@@ -38,21 +38,12 @@ class RenumberedImages(ImageDataset):
     """
 
     def __init__(self, dataset: ImageDataset, numbers: NDArray[np.int64], classes: Sequence[str]) -> None:
-        super().__init__(dataset.name, dataset.transform)
-        self.dataset = dataset
+        super().__init__(dataset, dataset.name)
         self.numbers = numbers
         self.text, self.root = dataset.text, dataset.root
         self.class_names = tuple(classes)
         self.listed_classes = dataset.listed_classes
         self.label_order = f"renumbered, {hashlib.sha256(numbers.tobytes()).hexdigest()[:12]}"
-
-    @property
-    def ids(self) -> Sequence[Any] | None:
-        """The names of the rows of the original dataset."""
-        return self.dataset.ids
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
         image, label = self.dataset.load(index)

@@ -63,6 +63,26 @@ class ImageDataset(Dataset[Any], ABC):
         return item if label is None else (item, label)
 
 
+class SameRows(ImageDataset):
+    """The rows of another dataset, with other images or labels.
+
+    Attributes:
+        dataset: the original dataset, whose transform is not applied.
+    """
+
+    def __init__(self, dataset: ImageDataset, name: str) -> None:
+        super().__init__(name, dataset.transform)
+        self.dataset = dataset
+
+    @property
+    def ids(self) -> Sequence[Any] | None:
+        """The names of the rows of the original dataset."""
+        return self.dataset.ids
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
 class ImageArrays(ImageDataset):
     """Images in one array.
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ood_scores.data.class_names import RenumberedImages, read_classes, renumbered
 from ood_scores.data.dataset_spec import located, whole_number
-from ood_scores.data.images import ImageDataset
+from ood_scores.data.images import ImageDataset, SameRows
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.errors import BadInput, EmptyInput, MissingData
 
@@ -48,7 +48,7 @@ class ChosenImages(ImageDataset):
         return self.dataset.load(self.indices[index])
 
 
-class ScrambledImages(ImageDataset):
+class ScrambledImages(SameRows):
     """The images of a dataset with the pixels of each image in a random order of its own.
 
     The order depends only on the seed and the row, so it is the same in every process. A pixel keeps its three
@@ -61,19 +61,10 @@ class ScrambledImages(ImageDataset):
     """
 
     def __init__(self, dataset: ImageDataset, seed: int) -> None:
-        super().__init__(f"{dataset.name}[scramble={seed}]", dataset.transform)
-        self.dataset = dataset
+        super().__init__(dataset, f"{dataset.name}[scramble={seed}]")
         self.seed = seed
         self.class_names, self.listed_classes = dataset.class_names, dataset.listed_classes
         self.label_order = dataset.label_order
-
-    @property
-    def ids(self) -> Sequence[Any] | None:
-        """The names of the rows of the original dataset."""
-        return self.dataset.ids
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
         row = range(len(self))[index]
@@ -83,7 +74,7 @@ class ScrambledImages(ImageDataset):
         return Image.fromarray(pixels.reshape(-1, 3)[order].reshape(pixels.shape)), label
 
 
-class UnlabeledImages(ImageDataset):
+class UnlabeledImages(SameRows):
     """The images of a dataset without their labels.
 
     Attributes:
@@ -92,16 +83,7 @@ class UnlabeledImages(ImageDataset):
     """
 
     def __init__(self, dataset: ImageDataset) -> None:
-        super().__init__(dataset.name, dataset.transform)
-        self.dataset = dataset
-
-    @property
-    def ids(self) -> Sequence[Any] | None:
-        """The names of the rows of the original dataset."""
-        return self.dataset.ids
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset, dataset.name)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
         return self.dataset.load(index)[0], None

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ood_scores.detector.conformal import check_shares
 from ood_scores.errors import BadInput
 
 if TYPE_CHECKING:
@@ -75,6 +77,47 @@ def thinned(curve: Values) -> Values:
     chosen = seen % stride == 0
     chosen[0] = True
     return curve[:, chosen]
+
+
+class Evidence(ABC):
+    """What the wealth of bettors says of a stream.
+
+    Attributes:
+        stakes: the logarithm of each bettor's stakes.
+        peak: the logarithm of the highest wealth so far.
+    """
+
+    stakes: list[float]
+    peak: float
+
+    @property
+    @abstractmethod
+    def bets(self) -> int:
+        """The number of bets so far."""
+
+    def _wealth(self) -> float:
+        return float(log_wealth(np.array(self.stakes)[:, None], np.array([self.bets]))[0])
+
+    @property
+    def e_value(self) -> float:
+        """The current wealth of the bettors: 1 at the start; without drift at most 1 on average at any time."""
+        return exponential(self._wealth())
+
+    @property
+    def p_value(self) -> float:
+        """1 / the highest wealth so far; without drift, it ever falls to alpha with a probability of at most alpha."""
+        return math.exp(-self.peak)
+
+    def drifted(self, alpha: float = 0.01) -> bool:
+        """Return whether the stream has drifted, with a probability of a false alarm of at most ``alpha``.
+
+        Once true, it stays true: start a new monitor after removing the cause.
+
+        Raises:
+            BadInput: if alpha is not in (0, 1).
+        """
+        check_shares(alpha=alpha)
+        return self.p_value <= alpha
 
 
 def draw_wealth(axes: Axes, rows: Values, wealth: Values, alpha: float) -> None:

@@ -13,9 +13,10 @@ from torch import nn
 
 from ood_scores.data.class_names import ordered
 from ood_scores.detector.calibration import Calibration
-from ood_scores.detector.detector import Detector, require_weights
+from ood_scores.detector.detector import Detector
 from ood_scores.detector.image_check import check_preprocessing
 from ood_scores.detector.label_sets import Among, Method, calibrate_sets_on, check_rule
+from ood_scores.detector.parts import require_weights
 from ood_scores.detector.prediction import predictions_of
 from ood_scores.detector.preprocessing import Preprocessing, preprocessing_of
 from ood_scores.errors import BadInput, NearChance, NotFitted

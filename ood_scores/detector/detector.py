@@ -14,13 +14,13 @@ from torch import nn
 
 from ood_scores.detector.bundle import load_parts, save_parts
 from ood_scores.detector.inputs import file_names, input_batches, inputs_of
-from ood_scores.detector.parts import DetectorParts
+from ood_scores.detector.parts import DetectorParts, require_weights
 from ood_scores.detector.prediction import Prediction, scores_and_predictions
 from ood_scores.detector.preprocessing import Preprocessing
-from ood_scores.errors import BadInput, OtherModel, RowsLeftOut
+from ood_scores.errors import BadInput, RowsLeftOut
 from ood_scores.extraction.loaders import NamedInputs, input_key
 from ood_scores.extraction.options import ON_ERROR
-from ood_scores.features import FeatureSet, OneSet, as_feature_set
+from ood_scores.features import FeatureSet, OneSet
 from ood_scores.models.running import architecture, choose_device, model_dtype
 from ood_scores.notebook import facts_html
 from ood_scores.runtime import default_torch_state
@@ -121,18 +121,8 @@ class Detector(DetectorParts):
             BadInput: if ``scorers`` lack the set that they need, or a number is below 1.
             MissingInput: if a set lacks what a scorer reads. Other errors are those of ``predict``.
         """
-        from ood_scores.detector.explanation import Calibrated, explain
+        from ood_scores.detector.explanation import explain
 
-        for name, value in (("neighbors", neighbors), ("most", most)):
-            if value < 1:
-                raise BadInput(f"{name} must be at least 1, got {value}.")
-        fit, id = (None if each is None else as_feature_set(each) for each in (fit, id))
-        for each, name in ((fit, "the fit set"), (id, "the ID set")):
-            if each is not None:
-                require_weights(self.model, self.weights, each, name)
-        if fit is not None:
-            self.scorer.check_ready(fit)
-        others = Calibrated.of(scorers, fit, id)
         errors: dict[int, str] = {}
         found = explain(
             self,
@@ -140,7 +130,8 @@ class Detector(DetectorParts):
             file_names(images),
             errors,
             fit=fit,
-            others=others,
+            id=id,
+            scorers=scorers,
             neighbors=neighbors,
             pictures=pictures,
             most=most,
@@ -404,17 +395,3 @@ def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
         raise BadInput(
             f"arguments cannot be stored as JSON ({error}): leave them out, and pass the model to load."
         ) from error
-
-
-def require_weights(model: nn.Module, weights: str, feats: FeatureSet, name: str) -> None:
-    """Check that a feature set, if it has provenance, was extracted with these weights.
-
-    Raises:
-        OtherModel: if it was not.
-    """
-    if feats.provenance and feats.provenance.weights_sha256 != weights:
-        raise OtherModel(
-            f"{name} was extracted with {feats.provenance.architecture} with weights "
-            f"{feats.provenance.weights_sha256[:12]}…, but the model is {architecture(model)} with weights "
-            f"{weights[:12]}…: extract it again with this model."
-        )

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from ood_scores.detector.conformal import p_values
+from ood_scores.detector.parts import require_weights
 from ood_scores.detector.score_map import score_map, why_no_map
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.evaluation.pictures import pictures_of
 from ood_scores.extraction.positions import Positions, recording_maps
-from ood_scores.features import FeatureSet
+from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.scorers.base import Scorer, as_scorer, fit_all
 from ood_scores.scorers.fusion import Fusion
 
@@ -170,8 +171,9 @@ def explain(
     names: NDArray[np.str_] | None,
     errors: Mapping[int, str],
     *,
-    fit: FeatureSet | None,
-    others: Calibrated,
+    fit: OneSet | None,
+    id: OneSet | None,
+    scorers: Sequence[str | Scorer],
     neighbors: int,
     pictures: Any,
     most: int,
@@ -183,8 +185,15 @@ def explain(
         batches: the number of the first row, the batch for the model, and the inputs in it.
         names: the files of all images, or None.
         errors: images that were left out, by their number; complete after the last batch.
-        fit, others, neighbors, pictures, most: see ``Detector.explain``.
+        fit, id, scorers, neighbors, pictures, most: see ``Detector.explain``.
     """
+    for name, value in (("neighbors", neighbors), ("most", most)):
+        if value < 1:
+            raise BadInput(f"{name} must be at least 1, got {value}.")
+    fit, id = _of_model(detector, fit, "the fit set"), _of_model(detector, id, "the ID set")
+    if fit is not None:
+        detector.scorer.check_ready(fit)
+    others = Calibrated.of(scorers, fit, id)
     kept: list[_Rejected] = []
     images = rejected = 0
     reason = None
@@ -200,6 +209,15 @@ def explain(
         rows = tuple(replace(row, id=str(names[row.image])) for row in rows)
     pooled = all(each.positions is not None and each.positions.pooled for each in kept)
     return Explanations(rows, detector, images, rejected, reason if rows else None, pooled)
+
+
+def _of_model(detector: Detector, given: OneSet | None, name: str) -> FeatureSet | None:
+    """Return a set that must have been extracted with the detector's model."""
+    if given is None:
+        return None
+    feats = as_feature_set(given)
+    require_weights(detector.model, detector.weights, feats, name)
+    return feats
 
 
 def _rejected(

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ood_scores.detector.betting import (
+    Evidence,
     draw_wealth,
-    exponential,
     initial_stakes,
-    log_wealth,
     read_state,
     stakes_after,
     state_line,
@@ -44,7 +43,7 @@ NAMED = 10
 
 
 @dataclass(eq=False)
-class FeatureMonitor:
+class FeatureMonitor(Evidence):
     """Two-sample tests of the windows of a stream, and their evidence; created by ``FeatureMonitor.of``.
 
     Each window of consecutive rows is compared with a pool of rows by a test of ``ood_scores.shift``. The pool starts
@@ -155,25 +154,9 @@ class FeatureMonitor:
             self.waiting, self.waiting_names = self.waiting[self.window :], self.waiting_names[self.window :]
 
     @property
-    def e_value(self) -> float:
-        """The current wealth of the bettors: 1 at the start; without shift at most 1 on average."""
-        return exponential(self._wealth())
-
-    @property
-    def p_value(self) -> float:
-        """1 / the highest wealth so far; without shift, it ever falls to alpha with a probability of at most alpha."""
-        return math.exp(-self.peak)
-
-    def drifted(self, alpha: float = 0.01) -> bool:
-        """Return whether the stream has shifted, with a probability of a false alarm of at most ``alpha``.
-
-        Once true, it stays true: start a new monitor after removing the cause.
-
-        Raises:
-            BadInput: if alpha is not in (0, 1).
-        """
-        check_shares(alpha=alpha)
-        return self.p_value <= alpha
+    def bets(self) -> int:
+        """The number of bets so far: one on each of the windows."""
+        return self.windows
 
     def to_json(self) -> str:
         """Return the state as one line of JSON, from which ``from_json`` continues.
@@ -239,9 +222,6 @@ class FeatureMonitor:
         self.peak = max(self.peak, wealth)
         point = [[self.windows], [math.log(p)], [wealth]]
         self._curve = thinned(np.concatenate([self._curve, point], axis=1))
-
-    def _wealth(self) -> float:
-        return float(log_wealth(np.array(self.stakes)[:, None], np.array([self.windows]))[0])
 
 
 def _as_text(rows: Rows) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ood_scores.detector.betting import (
+    Evidence,
     draw_wealth,
-    exponential,
     initial_stakes,
     legend_above,
     log_wealth,
@@ -35,7 +35,7 @@ ODDS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
 
 
 @dataclass
-class Monitor:
+class Monitor(Evidence):
     """A running rejection rate, and a test for drift that may be read after every row; created by ``Monitor.of``.
 
     **Null hypothesis.** Calibration rows and rows of the stream are exchangeable, as independent draws from one
@@ -152,25 +152,9 @@ class Monitor:
         return self.rank / (self.n + 1)
 
     @property
-    def e_value(self) -> float:
-        """The current wealth of the bettors: 1 at the start; without drift 1 on average, even when stopping by it."""
-        return exponential(self._wealth())
-
-    @property
-    def p_value(self) -> float:
-        """1 / the highest wealth so far; without drift, it ever falls to alpha with a probability of at most alpha."""
-        return math.exp(-self.peak)
-
-    def drifted(self, alpha: float = 0.01) -> bool:
-        """Return whether the stream has drifted, with a probability of a false alarm of at most ``alpha``.
-
-        Once true, it stays true: start a new monitor after removing the cause.
-
-        Raises:
-            BadInput: if alpha is not in (0, 1).
-        """
-        check_shares(alpha=alpha)
-        return self.p_value <= alpha
+    def bets(self) -> int:
+        """The number of bets so far: one on each of the rows."""
+        return self.seen
 
     def to_json(self) -> str:
         """Return the state as one line of JSON, from which ``from_json`` continues."""
@@ -219,9 +203,6 @@ class Monitor:
         rates = np.maximum(odds / (1 + odds), chance)
         pays = np.where(is_below, np.log(rates / chance), np.log((1 - rates) / (1 - chance)))
         return stakes_after(self.stakes, pays, seen)
-
-    def _wealth(self) -> float:
-        return float(log_wealth(np.array(self.stakes)[:, None], np.array([self.seen]))[0])
 
 
 def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None:

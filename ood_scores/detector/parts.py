@@ -12,10 +12,11 @@ from torch import nn
 from ood_scores.detector.calibration import Calibration
 from ood_scores.detector.label_sets import LabelSets
 from ood_scores.detector.preprocessing import Preprocessing, Transform, transform_of
+from ood_scores.errors import OtherModel
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.probes import LayerProbe, Probe
-from ood_scores.features import Provenance
-from ood_scores.models.running import model_device
+from ood_scores.features import FeatureSet, Provenance
+from ood_scores.models.running import architecture, model_device
 from ood_scores.scorers.base import Scorer
 
 
@@ -76,6 +77,20 @@ class DetectorParts:
     def device(self) -> torch.device:
         """The device that the model is on; it runs there, and scores are computed there."""
         return model_device(self.model)
+
+
+def require_weights(model: nn.Module, weights: str, feats: FeatureSet, name: str) -> None:
+    """Check that a feature set, if it has provenance, was extracted with these weights.
+
+    Raises:
+        OtherModel: if it was not.
+    """
+    if feats.provenance and feats.provenance.weights_sha256 != weights:
+        raise OtherModel(
+            f"{name} was extracted with {feats.provenance.architecture} with weights "
+            f"{feats.provenance.weights_sha256[:12]}…, but the model is {architecture(model)} with weights "
+            f"{weights[:12]}…: extract it again with this model."
+        )
 
 
 def _cost(probes: Iterable[Probe]) -> str:

@@ -128,9 +128,8 @@ def test_open_block_hashes_what_is_appended_in_runs_of_any_length() -> None:
     data = generator.integers(0, 256, 3210, np.uint8)
     block, sums = checksums.OpenBlock(100), []
     for run in np.split(data, np.sort(generator.integers(0, len(data), 12))):
-        for part in block.parts_of(run):
-            block, full = block.extended(part)
-            sums += full
+        block, full = block.extended(run)
+        sums += full.tolist()
     expected = [xxhash.xxh3_64_intdigest(data[start : start + 100].tobytes()) for start in range(0, len(data), 100)]
     assert [*sums, *block.sum.tolist()] == expected
     assert (block.number, block.filled) == (32, 10)

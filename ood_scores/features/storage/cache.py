@@ -9,8 +9,10 @@ when an HDF5 dataset is closed would be lost without an error, and the process w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -51,6 +53,9 @@ from ood_scores.features.storage.layout import (
 from ood_scores.features.storage.reading import FORMAT, open_to_read
 from ood_scores.features.storage.seal import pieces
 from ood_scores.features.storage.texts import IDS, as_stored, padded
+
+HASHED_ASIDE = 2**20
+"""Bytes from which a run of rows is hashed while it is written; to start a thread costs more than to hash fewer."""
 
 UNFINISHED, FINISHED, HAS_GAPS = 0, 1, -1
 """The second number of ``progress``; the last is that of an unfinished file, some of whose rows are gaps."""
@@ -225,32 +230,26 @@ class CacheWriter:
                 raise BadInput(f"{self.path} was created for {self._capacity:,} rows, got {stop:,}.")
             self._move_to(max(stop, 2 * self._capacity))
         blocks = dict(self._blocks)
-        with disk_errors(self.path, how_to_resume(self.rows)):
+        with disk_errors(self.path, how_to_resume(self.rows)), ThreadPoolExecutor(1) as aside:
             for name, array in arrays.items():
-                if name in blocks:
-                    blocks[name] = self._write_hashed(name, array)
-                else:
-                    self._file.write_at(self._places[name].of_row(self.rows), array)
+                extended = self._extended(name, array, aside) if name in blocks else None
+                self._file.write_at(self._places[name].of_row(self.rows), array)
+                if extended:
+                    blocks[name], sums = extended()
+                    self._file.write_at(self._places[name].of_sum(self._blocks[name].number), sums)
             if gaps:
                 self.has_gaps = True
                 self._file.write_at(self._counter + 8, np.array([HAS_GAPS]))
             self._file.write_at(self._counter, np.array([stop]))
         self.rows, self._blocks = stop, blocks
 
-    def _write_hashed(self, name: str, array: np.ndarray) -> OpenBlock:
-        """Write rows of a column and the checksums of blocks that are full; return the block that is now open.
+    def _extended(self, name: str, array: np.ndarray, aside: Executor) -> Callable[[], tuple[OpenBlock, np.ndarray]]:
+        """Return a function that returns the column's open block, extended by rows, and the checksums of full blocks.
 
-        Each block is hashed just before it is written, so that it is read from memory once.
+        Much is hashed in a thread, which begins now, while the rows are written.
         """
-        place, block, sums = self._places[name], self._blocks[name], []
-        offset = place.of_row(self.rows)
-        for part in block.parts_of(array.reshape(-1).view(np.uint8)):
-            block, full = block.extended(part)
-            sums += full
-            self._file.write_at(offset, part)
-            offset += len(part)
-        self._file.write_at(place.of_sum(self._blocks[name].number), np.array(sums, SUM))
-        return block
+        extended = partial(self._blocks[name].extended, array.reshape(-1).view(np.uint8))
+        return aside.submit(extended).result if array.nbytes >= HASHED_ASIDE else extended
 
     def finish(self) -> None:
         """Mark the file as finished; a file of unknown length is first shortened to the rows that it holds."""

@@ -67,26 +67,21 @@ class OpenBlock:
         """The checksum of what is in the block, ``[1]``."""
         return np.array([self.state.intdigest()], SUM)
 
-    def parts_of(self, data: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield bytes to append, uint8 ``[B]``, in parts that each end with a block, except for the last."""
-        start, stop = 0, self.size - self.filled
-        while start < len(data):
-            yield data[start:stop]
-            start, stop = stop, stop + self.size
+    def extended(self, data: np.ndarray) -> tuple[OpenBlock, np.ndarray]:
+        """Append bytes, uint8 ``[B]``; return the new open block, and the checksums of the blocks that are now full."""
+        left = self.size - self.filled
+        if len(data) < left:
+            return self._plus(data.data), np.empty(0, SUM)
+        starts = range(left, len(data) - self.size + 1, self.size)
+        full = [self._plus(data.data[:left]).state.intdigest()]
+        full += [xxhash.xxh3_64_intdigest(data.data[start : start + self.size]) for start in starts]
+        rest = data.data[left + len(starts) * self.size :]
+        return OpenBlock(self.size, self.number + len(full))._plus(rest), np.array(full, SUM)
 
-    def extended(self, part: np.ndarray) -> tuple[OpenBlock, list[int]]:
-        """Append bytes that fit into the block.
-
-        Returns:
-            The block that is then open, and the checksum of this one if it is full.
-        """
-        if not self.filled and len(part) == self.size:
-            return OpenBlock(self.size, self.number + 1), checksum(part).tolist()
+    def _plus(self, data: memoryview) -> OpenBlock:
         state = self.state.copy()
-        state.update(part.data)
-        if self.filled + len(part) == self.size:
-            return OpenBlock(self.size, self.number + 1), [state.intdigest()]
-        return replace(self, filled=self.filled + len(part), state=state), []
+        state.update(data)
+        return replace(self, filled=self.filled + len(data), state=state)
 
 
 @contextmanager
