@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -25,26 +25,46 @@ MODULES = (
 
 def public_api() -> str:
     """The lines of all modules, sorted by name within each."""
+    modules = list(map(import_module, MODULES))
+    public = {id(getattr(module, name)) for module in modules for name in names(module)}
     seen: set[int] = set()
     lines = ["# Public names and signatures. After a change that is meant, run: python docs/generate.py"]
-    for module in map(import_module, MODULES):
-        names = getattr(module, "__all__", None) or [
-            name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__
-        ]
-        for name in sorted(names):
+    for module in modules:
+        for name in sorted(names(module)):
             value = getattr(module, name)
-            lines += described(f"{module.__name__}.{name}", value, members=id(value) not in seen)
+            lines += described(
+                f"{module.__name__}.{name}", value, set() if id(value) in seen else members(value, public)
+            )
             seen.add(id(value))
     return "\n".join(lines) + "\n"
 
 
-def described(name: str, value: Any, members: bool) -> Iterator[str]:
-    """The line of a name and, if they are wanted, those of the public members of a class."""
+def names(module: Any) -> list[str]:
+    """The names that users import from a module."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return getattr(module, "__all__", None) or own
+
+
+def members(value: Any, public: Container[int]) -> set[str]:
+    """The public members of a class, with those of its bases in the package that are not public themselves."""
+    if not inspect.isclass(value):
+        return set()
+    own = [each for each in value.__mro__ if each is value or (is_ours(each) and id(each) not in public)]
+    return {name for each in own for name in vars(each) if not name.startswith("_")}
+
+
+def is_ours(cls: type) -> bool:
+    """Whether a class belongs to the package."""
+    return cls.__module__.partition(".")[0] == "ood_scores"
+
+
+def described(name: str, value: Any, members: Iterable[str]) -> Iterator[str]:
+    """The line of a name, and those of some members of a class."""
     if inspect.ismodule(value):
         yield f"{name}: module"
     elif inspect.isclass(value):
         yield f"{name}{signature(value)}"
-        for member in sorted(each for each in vars(value) if members and not each.startswith("_")):
+        for member in sorted(members):
             found = inspect.getattr_static(value, member)
             if isinstance(found, property):
                 yield f"{name}.{member}: property"
