@@ -2,7 +2,8 @@
 
     python -m benchmarks.coverage.sweep --out benchmarks/coverage/results.csv --summary benchmarks/coverage/README.md
 
-Architectures in the table are not run again, so an interrupted sweep continues where it stopped.
+Architectures in the table are not run again, so an interrupted sweep continues where it stopped. Those without classes
+come first, then one of each family, then the others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from ood_scores.errors import HeadNotFound
 
 EXACT, ENCODER, REFUSED, FAILED, TOO_LARGE = "exact", "encoder", "refused", "failed", "too large"
 OUTCOMES = (EXACT, ENCODER, REFUSED, FAILED, TOO_LARGE)
+FEWER_BLOCKS = ({"depth": 2}, {"depths": (1, 1, 2, 1)})
+"""Arguments for architectures that are too large: their blocks are alike, so that few of them show what all do."""
 BATCH = 2
 GIVEN_CLASSES = 10
 TOLERANCE = 1e-4
@@ -60,6 +63,8 @@ class Result:
     """The outcome with ``num_classes=GIVEN_CLASSES`` of an architecture without a classifier."""
     pool: str = ""
     """The pooling of an encoder that returns tokens or maps."""
+    blocks: str = ""
+    """The number of blocks of an architecture that is too large to run with all of them."""
 
 
 class TooLarge(Exception):
@@ -79,8 +84,9 @@ def main() -> None:
             print(f"{result.outcome:9} {name} {result.seconds} {result.error} {result.message}"[:160], flush=True)
     finally:
         worker.stop()
+    results = write_sorted(options.out)
     if options.summary:
-        options.summary.write_text(summary(list(read_table(options.out).values()), options.max_parameters))
+        options.summary.write_text(summary(results, options.max_parameters))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,9 +100,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _architectures(pattern: str) -> list[str]:
+    """Return the names of architectures: those without classes, then one of each family, then the others."""
     import timm
 
-    return timm.list_models(pattern)
+    names = timm.list_models(pattern)
+    examples = set({family_of(name): name for name in reversed(names)}.values())
+
+    def order(name: str) -> tuple[bool, bool]:
+        config: Any = timm.get_pretrained_cfg(name)
+        return config.num_classes != 0, name not in examples
+
+    return sorted(names, key=order)
 
 
 def read_table(path: Path) -> dict[str, Result]:
@@ -114,6 +128,15 @@ def append_row(path: Path, result: Result) -> None:
         if new:
             writer.writeheader()
         writer.writerow(asdict(result))
+
+
+def write_sorted(path: Path) -> list[Result]:
+    """Write the table again, sorted by architecture, and return its rows."""
+    results = [result for _, result in sorted(read_table(path).items())]
+    path.unlink(missing_ok=True)
+    for result in results:
+        append_row(path, result)
+    return results
 
 
 class Worker:
@@ -166,14 +189,26 @@ def family_of(name: str) -> str:
 def try_architecture(name: str, max_parameters: float = 1.5e9) -> Result:
     """Create an architecture and extract from it; if it has no classes, also with some."""
     started = time.perf_counter()
-    result = _try(name, max_parameters)
+    result, fewer = _try(name, max_parameters), {}
+    if result.outcome == TOO_LARGE:
+        result, fewer = _try_fewer_blocks(result, max_parameters)
     if result.num_classes == 0:
-        result.given_classes = _try(name, max_parameters, num_classes=GIVEN_CLASSES).outcome
+        result.given_classes = _try(name, max_parameters, num_classes=GIVEN_CLASSES, **fewer).outcome
     result.seconds = f"{time.perf_counter() - started:.1f}"
     return result
 
 
-def _try(name: str, max_parameters: float, **given: int) -> Result:
+def _try_fewer_blocks(too_large: Result, max_parameters: float) -> tuple[Result, dict[str, Any]]:
+    """Return the outcome of an architecture with few of its blocks, and the argument that leaves out the others."""
+    for fewer in FEWER_BLOCKS:
+        result = _try(too_large.model, max_parameters, **fewer)
+        if result.outcome not in (FAILED, TOO_LARGE):
+            result.blocks = ", ".join(map(str, fewer.values()))
+            return result, fewer
+    return too_large, {}
+
+
+def _try(name: str, max_parameters: float, **given: Any) -> Result:
     """Determine the outcome of an architecture at the smallest input size that works."""
     result = Result(name, family_of(name), FAILED)
     for kwargs, size in _attempts(name):
