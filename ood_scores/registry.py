@@ -55,11 +55,14 @@ class Registry(dict[str, T]):
         return sorted(fnmatch.filter(self, pattern))
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> UnknownName:
-    """Create the error for a name that does not exist, which suggests the closest known name and lists them all."""
+def unknown(what: str, name: str, known: Iterable[str], meant: Iterable[str] = ()) -> UnknownName:
+    """Create the error for a name that does not exist: it suggests ``meant``, or else the closest known name, and lists
+    all of them."""
     names = list(known)
     choice = f"choose from {', '.join(names)}" if names else "there are none"
-    return UnknownName(f"{what} {name!r}{did_you_mean(name, names)}: {choice}.")
+    suggestion = " or ".join(map(repr, meant))
+    question = f" (did you mean {suggestion}?)" if suggestion else did_you_mean(name, names)
+    return UnknownName(f"{what} {name!r}{question}: {choice}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

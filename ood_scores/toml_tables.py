@@ -35,11 +35,13 @@ class Table:
         keys: The type of the value of each key; a ``Table`` for a nested table, ``[Table]`` for a list of tables.
         rest: The type of the value of every other key; None if no other key is allowed.
         instead: The type of a value that may replace the whole table.
+        meant: The keys to suggest for a wrong key that is not spelled like them.
     """
 
     keys: Mapping[str, Any] = field(default_factory=dict)
     rest: Any = None
     instead: Any = None
+    meant: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def check(raw: Mapping[str, Any], table: Table, source: Source, path: KeyPath = 
         hint = table.keys.get(key, table.rest)
         if hint is None:
             owner = f"[{_title(path)}]" if path else source.what
-            raise unknown(f"{source.place((*path, key))}: {owner} has no", key, table.keys)
+            raise unknown(f"{source.place((*path, key))}: {owner} has no", key, table.keys, table.meant.get(key, ()))
         _check_value(value, hint, source, (*path, key))
 
 

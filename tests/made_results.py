@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def table_rows(unit: Scored) -> list[dict[str, Any]]:
                     "id_accuracy": MODELS[unit.model][1] + 0.002 * unit.checkpoint,
                     "fit_seconds": 0.4 * i,
                     "score_microseconds": 0.3 * 1.8**i,
-                    "parameters": "k=50" if scorer == "knn" else "",
+                    "parameters": json.dumps({"name": scorer} | ({"k": 50} if scorer == "knn" else {})),
                     "weights_sha256": f"{unit.model}-{unit.checkpoint}".encode().hex().ljust(64, "0")[:64],
                     "id_sha256": "1d" * 32,
                     "ood_sha256": ood.encode().hex().ljust(64, "0")[:64],

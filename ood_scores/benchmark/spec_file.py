@@ -94,7 +94,8 @@ _PART: dict[str, Any] = {
     ],
     "figure": Table({"plot": str}, rest=Any),
 }
-_SPEC = Table({**_PART, "extends": str, "part": [Table(_PART)]})
+_MEANT = {"ood": ("near", "far"), "train": ("fit",), "test": ("id",), "datasets": ("sets",)}
+_SPEC = Table({**_PART, "extends": str, "part": [Table(_PART, meant=_MEANT)]}, meant=_MEANT)
 
 
 def load_spec(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Spec:

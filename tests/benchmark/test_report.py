@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 from ood_scores.benchmark.report import figures, html, latex, markdown, write_report
 from ood_scores.benchmark.report.figures import histogram_path, roc_path
-from ood_scores.benchmark.report.tables import ScoreTable, errors_and_ties, part_tables, shown_metrics
+from ood_scores.benchmark.report.tables import ScoreTable, errors_and_ties, experimental, part_tables, shown_metrics
 from ood_scores.benchmark.results import Results, table_columns
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.data.images import ImageArrays, ImageDataset
@@ -197,22 +198,36 @@ def test_html_shows_the_numbers_of_the_table(results: Results, page: str) -> Non
             assert [float(attrs["data-v"]) for attrs, _ in cells[len(wanted) :]] == pytest.approx(costs)
 
 
-def test_experimental_scorers_are_marked(results: Results, parts: dict[str, list[ScoreTable]]) -> None:
-    table = parts[PART][0]
-    rows = tuple(dataclasses.replace(row, scorer=name) for row, name in zip(table.rows, ("core", "knn"), strict=False))
-    marked = {PART: [dataclasses.replace(table, rows=rows)]}
-    text = markdown.report(results, marked)
-    assert "| `core` (experimental) |" in text
-    assert "| `knn` |" in text
-    page = html.page(results, marked, lambda part, name: None)
+def test_experimental_scorers_are_found_by_their_classes() -> None:
+    reason = experimental({"name": "core"})
+    assert reason == "written after the abstract and summaries of the paper, whose formulas were not available"
+    inside = {"name": "react", "base": {"name": "ash_s", "base": {"name": "core"}}}
+    assert experimental(inside) == experimental({"name": "fusion", "scorers": ["energy", "core"]}) == reason
+    assert experimental({"name": "fusion", "scorers": ["energy", "knn"], "method": "min", "k": 3}) is None
+
+
+def test_experimental_scorers_are_marked(results: Results) -> None:
+    """Their labels are not their names."""
+    made = {"fdbd": {"name": "react", "base": "core"}, "vra": {"name": "knn", "k": 3}}
+    frame = results.table.query("scorer in ('fdbd', 'vra', 'cadref')").copy()
+    frame["parameters"] = [
+        json.dumps(made.get(label, {"name": label, "confidence": "energy"})) for label in frame["scorer"]
+    ]
+    of_them = dataclasses.replace(results, table=frame)
+    marked = part_tables(of_them)
+    text = markdown.report(of_them, marked)
+    assert "| `fdbd` (experimental) |" in text
+    assert "| `vra` |" in text
+    assert "| `cadref` |" in text
+    page = html.page(of_them, marked, lambda part, name: None)
     reason = "written after the abstract and summaries of the paper, whose formulas were not available"
-    assert f'core <small class="muted" title="{reason}">experimental</small></th>' in page
-    assert ">knn</th>" in page
-    tex = latex.tables(results, marked)
-    assert r"core$^*$ &" in tex
-    assert "\nknn &" in tex
+    assert page.count(f'fdbd <small class="muted" title="{reason}">experimental</small></th>') == 1 + len(MODELS)
+    assert ">vra</th>" in page
+    tex = latex.tables(of_them, marked)
+    assert r"fdbd$^*$ &" in tex
+    assert "\nvra &" in tex
     assert r"5\,\%). $^*$: experimental, the scores may not be those of the paper." in tex
-    assert "experimental" not in latex.tables(results, {PART: [table]})
+    assert "experimental" not in latex.tables(results, part_tables(results))
 
 
 def test_html_shows_models_side_by_side(results: Results, page: str) -> None:

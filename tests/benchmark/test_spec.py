@@ -213,6 +213,7 @@ def test_spec_extends_another_file(tmp_path: Path) -> None:
     [
         ("[extraction]\nbatchsize = 3", 15, "[extraction] has no 'batchsize' (did you mean 'batch_size'?)"),
         ("[[part]]\ntitle = 'a'\nfitt = 'x'", 16, "[part] has no 'fitt' (did you mean 'fit'?)"),
+        ("[[part]]\ntitle = 'a'\nood = ['x']", 16, "[part] has no 'ood' (did you mean 'near' or 'far'?): choose from"),
         ("[serch]\nid = 'x'", 14, "a spec has no 'serch' (did you mean 'search'?)"),
         ("[scorers]\nmsp = {}\ngradnrm = {}", 16, "there is no scorer 'gradnrm' (did you mean 'gradnorm'?)"),
         ("[scorers]\nG = { name = 'gradnorm', heat = 2 }", 15, "scorer 'gradnorm' has no parameter 'heat'"),

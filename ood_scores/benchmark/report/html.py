@@ -202,7 +202,8 @@ def side_by_side(tables: Sequence[ScoreTable], metrics: Sequence[Metric]) -> Sco
         means = mark_best(metric, [Cell(average, percent=metric.percent) for average in averages])
         for mean, (scorer, of) in zip(means, of_models.items(), strict=True):
             cells[scorer][metric.name] = (mean, *of)
-    made = [Row(scorer, cells[scorer], "", nan, nan) for scorer in scorers]
+    reasons = {row.scorer: row.experimental for row in rows.values()}
+    made = [Row(scorer, cells[scorer], "", nan, nan, reasons[scorer]) for scorer in scorers]
     made.sort(key=lambda row: float(np.nan_to_num(row.cells["auroc"][0].value, nan=-1)), reverse=True)
     columns = [Column(table.model, f"ID accuracy {table.accuracy}", table.columns[0].sets) for table in tables]
     first = Column("mean", "over the models", ())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan, nan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -90,19 +91,25 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A scorer with its cells by metric, in the order of the table's columns, and its costs."""
+    """A scorer with its cells by metric, in the order of the table's columns, and its costs.
+
+    ``experimental`` tells why the scores may not be those of the paper; None if they are.
+    """
 
     scorer: str
     cells: Mapping[str, tuple[Cell, ...]]
     parameters: str
     fit_seconds: float
     score_microseconds: float
+    experimental: str | None
 
-    @property
-    def experimental(self) -> str | None:
-        """Why the scores may not be those of the paper; None if they are, or the label is not the name of a scorer."""
-        cls = SCORERS.get(self.scorer)
-        return cls.tags.experimental if cls else None
+
+def experimental(described: Any) -> str | None:
+    """Return why a scorer or a base of it is experimental, given its name and parameters as plain data; or None."""
+    if isinstance(described, (Mapping, list)):
+        parts = described.values() if isinstance(described, Mapping) else described
+        return next(filter(None, map(experimental, parts)), None)
+    return SCORERS[described].tags.experimental if described in SCORERS else None
 
 
 @dataclass(frozen=True)
@@ -253,6 +260,7 @@ def _score_table(results: Results, part: str, model: str) -> ScoreTable:
     }
     by_scorer = frame.groupby("scorer", sort=False)
     cost = by_scorer[["fit_seconds", "score_microseconds"]].mean().loc[order]
+    parameters = [str(text) for text in by_scorer["parameters"].first().loc[order]]
     return ScoreTable(
         part=part,
         model=model,
@@ -265,9 +273,10 @@ def _score_table(results: Results, part: str, model: str) -> ScoreTable:
             Row(
                 scorer=scorer,
                 cells={metric: tuple(column[i] for column in made) for metric, made in cells.items()},
-                parameters=str(by_scorer["parameters"].first()[scorer]),
+                parameters=parameters[i],
                 fit_seconds=float(cost["fit_seconds"].iloc[i]),
                 score_microseconds=float(cost["score_microseconds"].iloc[i]),
+                experimental=experimental(json.loads(parameters[i])),
             )
             for i, scorer in enumerate(order)
         ),
