@@ -189,7 +189,8 @@ def family_of(name: str) -> str:
 def try_architecture(name: str, max_parameters: float = 1.5e9) -> Result:
     """Create an architecture and extract from it; if it has no classes, also with some."""
     started = time.perf_counter()
-    result, fewer = _try(name, max_parameters), {}
+    fewer: dict[str, Any] = {}
+    result = _try(name, max_parameters)
     if result.outcome == TOO_LARGE:
         result, fewer = _try_fewer_blocks(result, max_parameters)
     if result.num_classes == 0:
