@@ -232,12 +232,12 @@ def test_rna_separates_the_images_that_it_trains_on() -> None:
     net = OodResNet(BasicBlock, (1, 1, 1, 1), num_classes=4, width=8, bn_affine=False).train()
     training = TrainingStep(net, RNA([64] * 4, 64))
     optimizer = torch.optim.Adam(training.parameters(), lr=1e-3, weight_decay=5e-4)
-    labels = torch.arange(256) % 4
+    labels = torch.arange(512) % 4
     patterns = F.interpolate(torch.rand(4, 3, 4, 4), size=16)
-    images = 0.6 * patterns[labels] + 0.4 * torch.rand(256, 3, 16, 16)
-    ood = 0.6 * F.interpolate(torch.rand(256, 3, 4, 4), size=16) + 0.4 * torch.rand(256, 3, 16, 16)
-    for _ in range(60):
-        rows = torch.randperm(256)[:64]
+    images = 0.6 * patterns[labels] + 0.4 * torch.rand(512, 3, 16, 16)
+    ood = 0.6 * F.interpolate(torch.rand(512, 3, 4, 4), size=16) + 0.4 * torch.rand(512, 3, 16, 16)
+    for _ in range(150):
+        rows = torch.randperm(512)[:64]
         train_step(training, linear_classifier(net), optimizer, images[rows], labels[rows], ood[rows])
     with torch.no_grad():
         norms = [pre_logits(net.eval(), each).norm(dim=1) for each in (images, ood)]
