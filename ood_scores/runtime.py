@@ -179,6 +179,18 @@ class _ProcessSettings:
 
 NEW_PRECISION_API = hasattr(torch.backends, "fp32_precision")
 
+
+def tf32_is_allowed() -> tuple[bool, bool]:
+    """Return whether float32 matrix products, and convolutions, may use TF32 on a CUDA device.
+
+    The flags of the older interface cannot be read if the precision was set through the new one.
+    """
+    backends: Any = torch.backends
+    if NEW_PRECISION_API:
+        return backends.cuda.matmul.fp32_precision == "tf32", backends.cudnn.conv.fp32_precision == "tf32"
+    return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+
+
 _PROCESS_SETTINGS = _ProcessSettings()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ood_scores
 from ood_scores.evaluation.neural_collapse import neural_collapse
-from ood_scores.runtime import NEW_PRECISION_API, default_torch_state
+from ood_scores.runtime import NEW_PRECISION_API, default_torch_state, tf32_is_allowed
 from ood_scores.testing.problem import problem, unusual_torch_state
 
 
@@ -84,6 +84,28 @@ def test_precision_set_for_one_backend():
             assert backend.fp32_precision == value
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not NEW_PRECISION_API, reason="this torch has one interface to the precision")
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_tf32_of_convolutions_is_known_when_set_for_them_alone(precision):
+    backends: Any = torch.backends
+    before = backends.cudnn.conv.fp32_precision
+    backends.cudnn.conv.fp32_precision = precision
+    try:
+        assert tf32_is_allowed() == (False, precision == "tf32")
+    finally:
+        backends.cudnn.conv.fp32_precision = before
+
+
+def test_tf32_as_the_older_flags_set_it():
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for matmul, conv in ((True, False), (False, True)):
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
+            assert tf32_is_allowed() == (matmul, conv)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, before
 
 
 def test_deterministic_algorithms_stay_requested_but_refuse_nothing():

@@ -32,7 +32,7 @@ from ood_scores.models.running import architecture, choose_device, unwrapped, we
 from ood_scores.models.zero_shot.build import as_classifier, require_no_texts
 from ood_scores.models.zero_shot.towers import Tokenizer
 from ood_scores.progress import stderr_console
-from ood_scores.runtime import Ranks, default_torch_state, versions_of
+from ood_scores.runtime import Ranks, default_torch_state, tf32_is_allowed, versions_of
 from ood_scores.user_warnings import warn_user
 
 PACKAGES = ("ood_scores", "torch", "timm", "h5py", "numpy")
@@ -197,6 +197,7 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
     inputs, labels = loaders.unpack(batches.example[1])
     text, root = loaders.data_text(loader)
     own = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    matmul_tf32, conv_tf32 = tf32_is_allowed() if device and device.type == "cuda" else (None, None)
     return Provenance(
         architecture=architecture(model),
         weights_sha256=weights_sha256(model),
@@ -224,6 +225,6 @@ def _describe(forward: Forward, batches: loaders.Batches, name: str | None) -> P
         data_root=root,
         model=origin.name if origin else None,
         arguments=origin.unseen_arguments if origin else None,
-        matmul_tf32=torch.backends.cuda.matmul.allow_tf32 if device and device.type == "cuda" else None,
-        conv_tf32=torch.backends.cudnn.allow_tf32 if device and device.type == "cuda" else None,
+        matmul_tf32=matmul_tf32,
+        conv_tf32=conv_tf32,
     )
