@@ -55,9 +55,9 @@ class Transfers:
         with torch.cuda.stream(self._inward):
             sent = {name: self._sent(values) for name, values in columns.items()}
             event = self._inward.record_event()
-            if any(values.is_pinned() for values in columns.values()):
-                self._reads.append(event)
-            return Arriving(sent, event)
+        if any(values.is_pinned() for values in columns.values()):
+            self._reads.append(event)
+        return Arriving(sent, event)
 
     def wait_for_reads(self) -> None:
         """Wait until the pinned tensors given to ``to_device`` have been read, so that their owner may change them.

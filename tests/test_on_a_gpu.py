@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ import ood_scores
 from ood_scores.evaluation.score_table import score_table
 from ood_scores.features.linear_probe import linear_probe
 from ood_scores.features.statistics import moments
-from ood_scores.runtime import CPU, available
+from ood_scores.runtime import CPU, NEW_PRECISION_API, available
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = [torch.randn(8, 3, 8, 8, generator=GENERATOR) for _ in range(6)]
@@ -54,6 +54,11 @@ def extracted(model: nn.Module, **options: object) -> ood_scores.FeatureSet:
     return ood_scores.extract(model.eval(), data, progress=False, **options)  # type: ignore[arg-type]
 
 
+def _with_paths(*folders: Path) -> str:
+    """Return the search path of this process for modules, after these folders."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def assert_same_rows(found: ood_scores.FeatureSet) -> None:
     expected = extracted(Split(), device="cpu")
     torch.testing.assert_close(found.features, expected.features, rtol=1e-3, atol=1e-3)
@@ -68,6 +73,40 @@ def test_outputs_in_the_same_memory_in_every_pass() -> None:
 @pytest.mark.gpu
 def test_a_pinned_buffer_that_the_loader_refills() -> None:
     assert_same_rows(extracted(Split(), data=Refilled(), device="cuda"))
+
+
+@pytest.mark.gpu
+def test_a_buffer_on_the_gpu_that_the_loader_refills_does_not_race_with_the_copies() -> None:
+    code = """
+import ood_scores, torch
+
+class Refilled:
+    def __iter__(self):
+        buffer = torch.empty(8, 12, device="cuda")
+        for value in range(6):
+            yield buffer.copy_(torch.full((8, 12), float(value)))
+
+feats = ood_scores.extract(torch.nn.Linear(12, 5).cuda(), Refilled(), progress=False)
+print(feats.features[::8, 0].tolist())
+"""
+    env = os.environ | {"TORCH_CUDA_SANITIZER": "1", "PYTHONPATH": _with_paths(Path(__file__).parents[1])}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert found.stdout == "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]\n", found.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NEW_PRECISION_API, reason="this torch has one interface to the precision")
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_precision_of_convolutions_that_torchs_new_interface_sets_is_recorded(precision: str) -> None:
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = precision
+    try:
+        feats = extracted(Split(), device="cuda")
+    finally:
+        convolutions.fp32_precision = before
+    assert feats.provenance is not None
+    assert (feats.provenance.matmul_tf32, feats.provenance.conv_tf32) == (False, precision == "tf32")
 
 
 @pytest.mark.gpu
