@@ -13,6 +13,13 @@ from ood_scores.user_warnings import warn_user
 T = TypeVar("T")
 
 
+def bytes_on(device: torch.device, least: int, share: float) -> int:
+    """Return how much memory to use at a time: ``least``, or on a CUDA device a share of its memory if it is more."""
+    if device.type != "cuda":
+        return least
+    return max(least, int(share * torch.cuda.get_device_properties(device).total_memory))
+
+
 @dataclass
 class FittingParts:
     """Parts of blocks or batches, halved when the memory of the device does not suffice.

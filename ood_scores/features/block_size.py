@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ood_scores.device_memory import bytes_on
 from ood_scores.features.storage.columns import Column
 
 BLOCK_BYTES = 16 * 2**20
@@ -25,8 +26,6 @@ GPU_BLOCK_ROWS = 2**17
 def default_rows(columns: Iterable[Column], device: torch.device) -> int:
     """Return the default number of rows of a block of some columns on a device."""
     width = sum(math.prod(column.shape[1:]) for column in columns)
-    most_rows, most_bytes = BLOCK_ROWS, BLOCK_BYTES
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        most_rows, most_bytes = GPU_BLOCK_ROWS, max(BLOCK_BYTES, int(GPU_BLOCK_SHARE * memory))
+    most_rows = GPU_BLOCK_ROWS if device.type == "cuda" else BLOCK_ROWS
+    most_bytes = bytes_on(device, BLOCK_BYTES, GPU_BLOCK_SHARE)
     return max(1, min(most_rows, most_bytes // (8 * max(width, 1))))

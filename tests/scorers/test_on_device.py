@@ -6,12 +6,14 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from ood_scores import FeatureSet, Head, create_scorer
+from ood_scores.device_memory import bytes_on
 from ood_scores.errors import NotFinite
 from ood_scores.features import Block
 from ood_scores.scorers.base import Scorer
@@ -148,3 +150,10 @@ def test_a_row_that_does_not_fit_into_memory_is_an_error() -> None:
 
     with pytest.warns(UserWarning, match="does not suffice"), pytest.raises(torch.OutOfMemoryError):
         written(score, block())
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(2**40, 2**34), (2**30, 2**28)])
+def test_more_is_done_at_a_time_on_a_large_gpu(memory: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    assert bytes_on(torch.device("cuda"), 2**28, 1 / 64) == expected
+    assert bytes_on(torch.device("cpu"), 2**28, 1 / 64) == 2**28

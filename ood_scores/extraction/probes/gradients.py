@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import log_softmax, softplus
 
+from ood_scores.device_memory import bytes_on
 from ood_scores.errors import BadInput
 from ood_scores.extraction.layers import Layers, resolve_layers
 from ood_scores.extraction.outputs import logits_of
@@ -22,6 +23,9 @@ from ood_scores.features.row_reductions import row_norm
 
 GRADIENT_BYTES = 256 * 2**20
 """Maximum size of the gradients of several inputs computed together; those of one input may be larger."""
+
+GPU_GRADIENT_SHARE = 1 / 64
+"""That on a GPU, as a share of its memory, if it is more."""
 
 ALL = "all"
 """The group of all parameters."""
@@ -56,8 +60,8 @@ class ParameterGradients(Probe):
     underflow.
 
     Cost: three to five forward passes; several inputs at a time only if their gradients take less than
-    ``GRADIENT_BYTES`` and vmap supports the model (no in-place writes into other tensors, no branches that depend on
-    values).
+    ``GRADIENT_BYTES``, or 1/64 of the memory of a GPU, and vmap supports the model (no in-place writes into other
+    tensors, no branches that depend on values).
     """
 
     name: str = "gradnorm"
@@ -173,13 +177,14 @@ def noise_like(inputs: Tensor, seed: int) -> Tensor:
 
 
 def gradient_norms(
-    done: Pass, inputs: Tensor, names: Sequence[str], loss: Loss, p: float, most_bytes: int = GRADIENT_BYTES
+    done: Pass, inputs: Tensor, names: Sequence[str], loss: Loss, p: float, most_bytes: int | None = None
 ) -> Tensor:
     """Return the p-norm of the gradient of every named parameter for every input, float64 ``[B, len(names)]``.
 
-    Several inputs are computed together, by ``torch.func``, if their gradients take at most ``most_bytes``; if vmap
-    does not support the model, one input at a time.
+    Several inputs are computed together, by ``torch.func``, if their gradients take at most ``most_bytes``, by default
+    ``GRADIENT_BYTES``, and more on a large GPU; if vmap does not support the model, one input at a time.
     """
+    most_bytes = most_bytes or bytes_on(inputs.device, GRADIENT_BYTES, GPU_GRADIENT_SHARE)
     parameters = {name: _parameters(done.model)[name].detach() for name in names}
     rows = max(1, most_bytes // sum(values.nbytes for values in parameters.values()))
     parts = []
