@@ -249,21 +249,29 @@ class GMM(Scorer):
             ]
         )
 
-    def _packed_distances(self, packed: Tensor, ranks: Tensor, values: Tensor) -> Tensor:
+    def _packed_distances(self, packed: Tensor, all_ranks: Tensor, values: Tensor) -> Tensor:
         """``(z - mu_c)^T Sigma_c^-1 (z - mu_c)``, ``[C, B]``; each factor is read once for all rows."""
         self.require(not torch.compiler.is_compiling(), "its covariances are too large for an exported graph")
         width, means = values.shape[1], self.means_.to(values)
         pieces = [piece.contiguous() for piece in values.T.split(self._rows(), dim=1)]
-        factors = packed.split([packed_size(rank, width) for rank in ranks.tolist()])
+        ranks, jitters = self._ranks_and_jitters(all_ranks)
+        factors = packed.split([packed_size(rank, width) for rank in ranks])
         distances = values.new_empty(len(means), len(values))
-        for number, (factor, members) in enumerate(zip(factors, self._members(), strict=True)):
-            here, rank, jitter = factor.to(values.device), int(ranks[number]), float(self.jitter_[number])
+        for factor, rank, jitter, members in zip(factors, ranks, jitters, self._members(), strict=True):
+            here = factor.to(values.device)
             if rank == width:
                 found = [squares_about(unpacked(here, width), piece, means[members]) for piece in pieces]
             else:
                 found = [packed_squares(here, rank, jitter, piece - means[members].T)[None] for piece in pieces]
             distances[members] = torch.cat(found, dim=1)
         return distances
+
+    def _ranks_and_jitters(self, ranks: Tensor) -> tuple[list[int], list[float]]:
+        """The ranks and jitters of the factors as numbers, which the host gets from a GPU once."""
+        known: tuple[Tensor, list[int], list[float]] | None = getattr(self, "_numbers", None)
+        if known is None or known[0] is not ranks:
+            known = self._numbers = ranks, ranks.tolist(), self.jitter_.tolist()
+        return known[1:]
 
     def _members(self) -> list[slice | list[int]]:
         """The classes of each factor, as a slice if they are consecutive; computed once."""

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ood_scores import FeatureSet, create_scorer, list_scorers
+from ood_scores import FeatureSet, Scorer, create_scorer, list_scorers
+from ood_scores.features.statistics import moments
 from ood_scores.scorers.one_pass import score_all
 from ood_scores.testing.problem import Case, problem
 
@@ -33,6 +34,13 @@ def waits_of(run: Callable[[], object]) -> int:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing" in str(each.message) for each in caught)
+
+
+def waits_for_each_block(scorer: Scorer, feats: FeatureSet) -> float:
+    """Count how often the host waits for a block of 50 rows on the device."""
+    scorer.score(feats, block_rows=25)  # brings the state to the device
+    few, many = (waits_of(partial(scorer.score, feats, block_rows=rows)) for rows in (25, 10))
+    return (many - few) / 3
 
 
 def on_gpu(feats: FeatureSet) -> FeatureSet:
@@ -61,10 +69,16 @@ def test_scores_on_a_gpu_are_those_of_the_cpu(name: str) -> None:
 @pytest.mark.parametrize("name", list_scorers())
 def test_the_host_waits_for_a_block_as_often_as_the_tags_say(name: str) -> None:
     case = Case(type(create_scorer(name)), create_scorer(name).tags.small_parameters)
-    scorer, feats = case.fitted, on_gpu(case.id)
-    scorer.score(feats, block_rows=25)  # brings the state to the device
-    few, many = (waits_of(partial(scorer.score, feats, block_rows=rows)) for rows in (25, 10))
-    assert (many - few) / 3 == scorer.tags.waits
+    assert waits_for_each_block(case.fitted, on_gpu(case.id)) == case.fitted.tags.waits
+
+
+def test_the_host_waits_once_for_all_classes_of_a_packed_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "CLASS_SCATTER_BYTES", 5_000)
+    labels = torch.arange(300) % 5
+    features = torch.eye(5, 12)[labels] + torch.rand(300, 12, generator=torch.Generator().manual_seed(0))
+    scorer = create_scorer("gmm").fit(FeatureSet(features, labels=labels))
+    assert vars(scorer)["packed_"] is not None
+    assert waits_for_each_block(scorer, FeatureSet(features[:50].cuda())) == 1
 
 
 def test_all_scorers_of_one_pass_share_the_wait() -> None:
