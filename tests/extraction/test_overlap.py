@@ -302,7 +302,7 @@ def test_batches_that_do_not_fit_into_memory_are_halved_and_one_warning_says_so(
 def test_channels_last_is_used_recorded_and_restored() -> None:
     model = Network()
     before, place = model.conv.weight.detach().clone(), model.conv.weight.data_ptr()
-    plain, feats = extract(Network()), extract(model, channels_last=True)
+    plain, feats = extract(Network()), extract(model, channels_last=True, device="cpu")
     assert model.orders == {(True, True)}
     assert model.conv.weight.is_contiguous()
     assert model.conv.weight.data_ptr() == place
