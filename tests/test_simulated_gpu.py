@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).parent
+from benchmarks.speed.gpu_day import ROOT, gpu_tests
+
 SIMULATION = os.environ.get("OOD_SCORES_GPU_SIM", "")
 
 
@@ -37,19 +38,9 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tests_that_need_a_gpu_pass_on_a_simulated_one(simulation: Path) -> None:
-    command = [
-        "sh",
-        str(simulation / "sim"),
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run([*command, str(TESTS)], cwd=TESTS.parent, capture_output=True, text=True)
+    command = ["sh", str(simulation / "sim"), *gpu_tests()]
+    two = os.environ | {"SIMCUDA_DEVICES": "2"}  # some tests need two GPUs
+    done = subprocess.run(command, cwd=ROOT, env=two, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
     assert " skipped" not in done.stdout.splitlines()[-1]

@@ -2,13 +2,21 @@
 
 import json
 import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.speed import gpu_day
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.lines import GROUPS, training
+from benchmarks.speed.gpu_day import GpuDay
+from benchmarks.speed.lines import GROUPS, gpu, training
+from benchmarks.speed.measure import Figure, Line
 
 SMALL = ["--scale", "0.01", "--threads", "1"]
 LIGHT = {"gradnorm": 2, "mahalanobis": 1, "knn": 2, "metrics": 1}
@@ -72,3 +80,69 @@ def test_training_speed_is_measured_against_the_bare_network(tmp_path: Path, mon
     for line, speed in zip(lines[::2], lines[1::2], strict=True):
         assert 0 < line["ratio"] < 1, "an epoch takes more than its forward and backward passes"
         assert speed["value"] == pytest.approx(256 / line["ours_s"])
+
+
+# --- the day a GPU is there -------------------------------------------------------------------------------------------
+
+
+def figure(name: str) -> Figure:
+    return Figure(name, "counted", 1, "")
+
+
+def names(folder: Path) -> list[str]:
+    found = [record["name"] for record in records(folder)]
+    readme = (folder / "README.md").read_text()
+    assert all(f"| {name} |" in readme for name in found)
+    return found
+
+
+def test_a_kill_leaves_what_was_measured_before(tmp_path: Path) -> None:
+    def lines() -> Iterator[Figure]:
+        yield figure("first")
+        yield figure("second")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        GpuDay(tmp_path, "a GPU").section("killed", lines())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert names(tmp_path) == ["first", "second"]
+    assert "second / counted / 1" in (tmp_path / "log.txt").read_text()
+
+
+def test_an_error_ends_its_section_alone(tmp_path: Path) -> None:
+    def lines() -> Iterator[Figure]:
+        yield figure("before")
+        raise ValueError("no such kernel")
+
+    day = GpuDay(tmp_path, "a GPU")
+    day.section("broken", lines())
+    day.section("whole", [figure("after")])
+    assert names(tmp_path) == ["before", "after"]
+    assert "broken: ValueError: no such kernel" in (tmp_path / "log.txt").read_text()
+
+
+def test_sections_end_when_the_time_is_up(tmp_path: Path) -> None:
+    def lines() -> Iterator[Figure]:
+        yield figure("short")
+        time.sleep(60)
+        yield figure("long")
+
+    day = GpuDay(tmp_path, "a GPU", started=time.monotonic() - gpu_day.SECONDS + 1.2)
+    day.section("slow", lines())
+    day.section("late", [figure("late")])
+    assert names(tmp_path) == ["short"]
+    log = (tmp_path / "log.txt").read_text()
+    assert "slow: not finished, the time is up" in log
+    assert "late: left out, the time is up" in log
+
+
+@pytest.mark.parametrize("status", [0, -signal.SIGSEGV])
+def test_a_crash_of_faiss_takes_its_line_alone(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line("neighbors", "faiss", 1.0, 2.0, "lower", 1.1, 3)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{'kill -SEGV $$' if status else ''}\necho '{json.dumps(asdict(line))}'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu.sys, "executable", str(python))
+    failed = Figure("faiss's GpuIndexFlatL2 fails", "exit status of its process", status, "")
+    assert list(gpu.faiss_neighbors(1.0)) == ([failed] if status else [line])

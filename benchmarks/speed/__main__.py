@@ -27,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     cpu = f"{platform.machine()} CPU, {options.threads} threads"
     devices = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    smaller = "" if options.scale == 1 else f", at {options.scale:g} of the sizes named"
     if options.all:
         if options.groups != ["gpu"] or not devices:
             parser.error("--all belongs to the group gpu, and needs a CUDA device")
-        gpu_day.run(options.out, options.scale, f"{devices['gpu']}, torch {torch.__version__}")
+        gpu_day.run(options.out, options.scale, f"{devices['gpu']}, torch {torch.__version__}{smaller}")
         return
     if options.groups[:1] == ["scorers"]:
         sizes = (options.fit_rows, options.rows, options.width, options.classes)
@@ -39,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [group for group in options.groups if group not in GROUPS]
     if unknown:
         parser.error(f"there is no group {unknown[0]!r}; there are: {', '.join(GROUPS)}")
-    smaller = "" if options.scale == 1 else f", at {options.scale:g} of the sizes named"
     for group in options.groups or GROUPS:
         measured_on = f"{devices.get(group, cpu)}, torch {torch.__version__}{smaller}"
         for record in table.update(options.out, group, GROUPS[group](options.scale), measured_on, list(GROUPS)):

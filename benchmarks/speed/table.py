@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.measure import Figure, Line
+from ood_scores.atomic import replace_text
 
 Record = Mapping[str, Any]
 """A line or figure of ``results.json``, with its group and the machine."""
@@ -33,8 +34,8 @@ def update(
     new: list[Record] = [{"group": group, "measured_on": measured_on} | _fields(each) for each in found]
     kept = [record for record in known if record["group"] != group or not new]
     records = sorted([*kept, *new], key=lambda record: groups.index(record["group"]))
-    path.write_text(json.dumps(records, indent=2) + "\n")
-    (folder / "README.md").write_text(markdown(records))
+    replace_text(path, json.dumps(records, indent=2) + "\n")  # in one step: a kill leaves the earlier lines
+    replace_text(folder / "README.md", markdown(records))
     return new
 
 

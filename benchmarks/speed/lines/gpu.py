@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -95,7 +98,7 @@ def scoring(scale: float) -> Iterator[Line]:
 
 def neighbors(scale: float) -> Iterator[Line]:
     """Measure exact neighbors in a bank of ImageNet's size against the operations of the products."""
-    name, ours, _, _ = _search(scale)
+    name, ours, _, _ = search(scale)
     bank, queries = scaled(scale, BANK, least=1000), scaled(scale, QUERIES, least=100)
     product = Product(scaled(scale, SIDE, least=512), torch.float32, "cuda")
     share = product.flops / (2 * bank * queries * WIDTH)
@@ -103,33 +106,22 @@ def neighbors(scale: float) -> Iterator[Line]:
     yield paired(name, ours, at_the_speed, product.runner(), better="lower", pairs=3, baseline_share=share)
 
 
-def faiss_neighbors(scale: float) -> Iterator[Line]:
-    """Measure the same against faiss's GPU index if it has one. A faiss for other GPUs ends the process."""
-    name, ours, bank, rows = _search(scale)
-    if index := _faiss_index(bank):
-        run = partial(index.search, rows.cpu().numpy(), K)
-        yield paired(name, ours, "faiss's GpuIndexFlatL2", run, better="lower", asked=1.1, pairs=3)
+def faiss_neighbors(scale: float) -> Iterator[Line | Figure]:
+    """Measure the same against faiss's GPU index in a process of its own, which a faiss for other GPUs ends."""
+    command = [sys.executable, "-m", "benchmarks.speed.lines.faiss_gpu", str(scale)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True)
+    yield from (Line(**json.loads(text)) for text in done.stdout.splitlines() if text.startswith("{"))
+    if done.returncode:
+        yield Figure("faiss's GpuIndexFlatL2 fails", "exit status of its process", done.returncode, "")
 
 
-def _search(scale: float) -> tuple[str, Callable[[], Tensor], Tensor, Tensor]:
+def search(scale: float) -> tuple[str, Callable[[], Tensor], Tensor, Tensor]:
     """Return the name of a search, the search, the bank on the CPU, and the normalized rows to search for."""
     bank, queries = scaled(scale, BANK, least=1000), scaled(scale, QUERIES, least=100)
     scorer = ood_scores.create_scorer("knn", k=K).fit(random_set(bank, "cuda")[0])
     feats, _ = random_set(queries, "cuda")
     name = f"Exact knn on a GPU, k={K}, {queries:,} rows against {bank:,} x {WIDTH:,}"
     return name, partial(scorer.score, feats), vars(scorer)["bank_"], torch.nn.functional.normalize(feats.features)
-
-
-def _faiss_index(bank: Tensor) -> Any:
-    """Return a GPU index of faiss that holds the bank; None if this faiss has none, or is not installed."""
-    try:
-        import faiss
-
-        index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), bank.shape[1])
-        index.add(bank.numpy())
-    except (ImportError, AttributeError, RuntimeError):
-        return None
-    return index
 
 
 def fits(scale: float) -> Iterator[Line]:
