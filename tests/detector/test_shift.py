@@ -40,12 +40,42 @@ def test_kernel_statistics_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     known, new = sides()
     pairs = distances(np.concatenate([known, new]))
     assert shift(known, new, "energy", permutations=9).statistic == pytest.approx(unbiased(-pairs, 60), rel=1e-9)
+
+
+def test_mmd_of_several_widths_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ood_scores.detector.shift.BLOCK", 7)
+    known, new = sides()
+    pairs = distances(np.concatenate([known, new]))
     upper = np.sort(pairs[np.triu_indices(100, 1)])
-    gaussian = np.exp(-(pairs**2) / (2 * upper[(len(upper) - 1) // 2] ** 2))
-    found = shift(torch.from_numpy(known), new, "mmd", permutations=9)
-    assert found.statistic == pytest.approx(unbiased(gaussian, 60), rel=1e-9)
-    witness = (gaussian[60:, 60:].sum(axis=1) - 1) / 39 - gaussian[60:, :60].mean(axis=1)
+    median = upper[(len(upper) - 1) // 2]
+    orders = [np.concatenate([np.flatnonzero(side), np.flatnonzero(~side)]) for side in permuted_sides(100, 60, 9, 3)]
+    scaled, kernels = [], [np.exp(-(pairs**2) / (2 * (2.0**octave * median) ** 2)) for octave in range(-2, 3)]
+    for kernel in kernels:
+        estimates = np.array([unbiased(kernel[np.ix_(order, order)], 60) for order in orders])
+        scaled.append(estimates / estimates.std())
+    largest = np.max(scaled, axis=0)
+    found = shift(torch.from_numpy(known), new, "mmd", permutations=9, seed=3)
+    assert found.statistic == pytest.approx(largest[0], rel=1e-9)
+    assert found.p_value == (largest >= largest[0]).mean()
+    chosen = kernels[int(np.argmax([of_kernel[0] for of_kernel in scaled]))]
+    witness = (chosen[60:, 60:].sum(axis=1) - 1) / 39 - chosen[60:, :60].mean(axis=1)
     assert found.outlyingness == pytest.approx(witness, rel=1e-9)
+
+
+def permuted_sides(rows: int, n: int, permutations: int, seed: int) -> np.ndarray:
+    """The same draws as those of the package: which rows are on the reference side."""
+    sides = np.tile(np.arange(rows) < n, (permutations + 1, 1))
+    sides[1:] = np.random.default_rng(seed).permuted(sides[1:], axis=1)
+    return sides
+
+
+def test_mmd_finds_changes_of_any_scale() -> None:
+    rng = np.random.default_rng(3)
+    known, moved = rng.normal(size=(200, 2)), rng.normal(0.3, 1, size=(200, 2))
+    tight, loose = (sd * rng.normal(size=(200, 2)) + rng.choice([-2.0, 2.0], (200, 2)) for sd in (0.3, 0.9))
+    assert shift(known, moved, "mmd", permutations=199).p_value == 0.005
+    assert shift(tight, loose, "mmd", permutations=199).p_value == 0.005
+    assert shift(tight, loose, "energy", permutations=199).p_value > 0.05
 
 
 def test_neighbors_and_kolmogorov_smirnov_by_hand() -> None:
