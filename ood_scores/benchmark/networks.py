@@ -57,6 +57,13 @@ class Network:
         changes = {key: value for key, value in asdict(preprocessing).items() if value is not None}
         return model, opening.preprocessing(model, **changes)
 
+    def widths(self) -> tuple[int, int] | None:
+        """Return the numbers of features and classes of the model, see ``models.opening.widths_of``."""
+        from ood_scores.models import opening
+
+        table = self.table
+        return opening.widths_of(table.name, self.checkpoint, table.num_classes, **table.arguments)
+
 
 def checkpoints_of(model: ModelTable) -> tuple[str | None, ...]:
     """Return the checkpoint files of a model, one for each seed; None for the weights of timm."""

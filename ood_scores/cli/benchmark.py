@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ood_scores.benchmark import Results, Spec
+    from ood_scores.benchmark.costs import Estimates
     from ood_scores.benchmark.planning import Plan, Unit
     from ood_scores.benchmark.results import NotRun
 
@@ -39,7 +40,7 @@ def benchmark(
         typer.Option(min=1, help="Extractions at the same time; 1 by default on a GPU, else one per core, up to 4."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print what would be done and what is missing.")
+        bool, typer.Option("--dry-run", help="Only print what would be done, what is costly, and what is missing.")
     ] = False,
     device: options.Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not print a line for each step.")] = False,
@@ -141,13 +142,18 @@ def show_not_run(screen: Console, not_run: Iterable[NotRun]) -> None:
 
 def _show_plan(screen: Console, spec: Spec, out: Path | None, data: Path | None) -> None:
     from ood_scores.benchmark import plan
+    from ood_scores.benchmark.costs import Estimates
     from ood_scores.benchmark.runner import places
 
     folder, base = places(spec, out, data)
     planned = plan(spec, folder, base, download=False)
     screen.print(f"[bold]{marked(spec.title)}[/] → {marked(str(folder))}")
-    for line in (*_caches(planned, folder), *(line for unit in planned.units for line in _scorers(unit, planned))):
+    for line in _caches(planned, folder):
         screen.print(line, soft_wrap=True)
+    estimates = Estimates(planned.facts)
+    for unit in planned.units:
+        for line in _scorers(unit, planned, estimates):
+            screen.print(line, soft_wrap=True)
     show_not_run(screen, planned.not_run)
 
 
@@ -166,13 +172,15 @@ def _caches(planned: Plan, folder: Path) -> Iterator[str]:
         yield f"[cyan]extract[/]  {what}: {size}{marked(probes)} [dim]{place}[/]"
 
 
-def _scorers(unit: Unit, planned: Plan) -> Iterator[str]:
+def _scorers(unit: Unit, planned: Plan, estimates: Estimates) -> Iterator[str]:
     """Yield lines about the scorers that would run, as far as it is known before the extraction."""
     from ood_scores.benchmark.planning import runnable_after_extraction
 
     run, lacking = runnable_after_extraction(unit, planned.facts)
     yield f"[cyan]score[/]    {marked(f'{unit.part.title} · {unit.title}')}: {len(run)} scorers"
     yield f"         [dim]{marked(', '.join(run))}[/]"
+    if costly := estimates.costly(unit, run):
+        yield f"         [yellow]expected to be costly[/] {marked(', '.join(costly))}"
     left_out: dict[str, list[str]] = {}
     for label, missing in lacking.items():
         left_out.setdefault(f"{missing.reason}: {missing.how_to_get('benchmark')}", []).append(label)

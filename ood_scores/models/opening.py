@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from torchvision.transforms import Compose, Grayscale
@@ -84,6 +85,33 @@ def load_stored_model(network: str, checkpoint: str | os.PathLike[str]) -> nn.Mo
     if not kind_of(network)[0].offline:
         raise CheckpointError(f"{checkpoint} belongs to {network!r}, which names other files: pass the model.")
     return load_model(network, checkpoint)
+
+
+def widths_of(
+    name: str, checkpoint: str | os.PathLike[str] | None = None, num_classes: int | None = None, **arguments: Any
+) -> tuple[int, int] | None:
+    """Return the numbers of features and of classes (0 for an encoder) of a model, without creating its weights.
+
+    The arguments are those of ``load_model``. Nothing is fetched, and no code of the user runs.
+
+    Returns:
+        None if they are not known without that, or for a zero-shot classifier.
+    """
+    kind, target = kind_of(name)
+    own, texts = _without_texts(kind, arguments)
+    if texts or not kind.offline or isinstance(kind, UserFunction):
+        return None
+    try:
+        state = {} if checkpoint is None else read_checkpoint(user_path(checkpoint))
+        with torch.device("meta"):
+            sizes = {"num_classes": num_classes} if num_classes else kind.sizes(target, state, own) if state else {}
+            model: Any = kind.create(target, own | sizes)
+    except Exception:  # opening the model will tell; constructors may read values, which these tensors do not have
+        return None
+    if hasattr(model, "num_features") and hasattr(model, "num_classes"):
+        return getattr(model, "head_hidden_size", None) or model.num_features, model.num_classes
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return (layers[-1].in_features, layers[-1].out_features) if layers else None
 
 
 def preprocessing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Literal
 
@@ -24,6 +24,7 @@ from ood_scores.scorers.multilayer import LayeredScorer
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.requirements import COLUMNS
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work, work_alone
 
 COMBINED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda standardized: standardized.mean(dim=0),
@@ -116,6 +117,13 @@ class Layers(LayeredScorer):
         self.needs = (*read, *(name for name in self._inner.needs if name not in ("features", "head")))
         fitted_on = dict.fromkeys([*self.needs, *["logits"] * self._reads_head, *self._inner.fit_needs])
         self.fit_needs = tuple(name for name in fitted_on if name not in ("features", "head"))
+
+    def work(self, sizes: Sizes) -> Work:
+        halved = sizes
+        if self.layers is None or len(self.layers) > 1:
+            halved = replace(sizes, fit_rows=sizes.fit_rows // 2, rows=sizes.rows + sizes.fit_rows // 2)
+        at_layers = [replace(halved, features=sizes.width(name)) for name in self.read_from(sizes)]
+        return sum((work_alone(self._inner, at) for at in at_layers), Work())
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self._find_layers(feats)

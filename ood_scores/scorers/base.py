@@ -83,7 +83,7 @@ class Scorer(DeviceState, ABC):
         return self
 
     def work(self, sizes: Sizes) -> Work:
-        """Return what the fit and the scoring are expected to need, if that is much."""
+        """Return what the fit and the scoring are expected to need, besides ``statistics``, if that is much."""
         return Work()
 
     def score_together(self, block: Block, scorers: Sequence[Scorer]) -> Sequence[Tensor]:

@@ -16,6 +16,7 @@ from ood_scores.features.statistics.base import Accumulator, Found
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work
 
 PIECE = 2**22
 """How many distances to the bank, or counts of ranks, are computed at a time; at least one row or class."""
@@ -80,6 +81,9 @@ class ExCeL(Scorer):
         self.require_positive("reward")
         if self.ranks is not None:
             self.require_count("ranks")
+
+    def work(self, sizes: Sizes) -> Work:
+        return Work(memory=3.0 * sizes.classes**2 * (self.ranks or sizes.classes))
 
     def statistics(self) -> tuple[RankLevels]:
         return (RankLevels(self.upper, self.ranks),)

@@ -16,6 +16,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work
 
 BASE = 1000.0
 """The base of the logarithm that spaces the intervals, as in the authors' code."""
@@ -89,6 +90,11 @@ class NAC(Scorer):
         extras = [f"nac.{layer}" for layer in self.layers if layer != "features"]
         self.needs = (*(("features", "logits", "head") if "features" in self.layers else ()), *extras)
         self.fit_needs = self.needs
+
+    def work(self, sizes: Sizes) -> Work:
+        values = sum(sizes.width(name) for name in self.needs if name not in ("logits", "head"))
+        looking = 2500.0  # measured, per value
+        return Work(looking * values * (sizes.fit_rows + sizes.rows))
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         counts: list[Tensor] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from ood_scores.scorers.base import Scorer, as_scorer, fitted
 from ood_scores.scorers.one_pass import score_all
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work, work_alone
 
 
 def fisher(p: Tensor) -> Tensor:
@@ -104,6 +105,10 @@ class Fusion(Scorer):
             *self.needs,
             *(name for name in _union(self._unfitted(), "fit_needs") if name not in self.needs),
         )
+
+    def work(self, sizes: Sizes) -> Work:
+        halved = replace(sizes, fit_rows=sizes.fit_rows // 2, rows=sizes.rows + sizes.fit_rows // 2)
+        return sum((work_alone(member, halved) for member in self._unfitted()), Work())
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         reference = feats

@@ -16,6 +16,7 @@ from ood_scores.scorers.base import fitted
 from ood_scores.scorers.multilayer import LayeredScorer
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
+from ood_scores.scorers.work import Sizes, Work
 from ood_scores.user_warnings import warn_user
 
 SMALLEST_BOUND = 1e-6
@@ -85,6 +86,11 @@ class Gram(LayeredScorer):
 
     def __post_init__(self) -> None:
         self._check_layers()
+
+    def work(self, sizes: Sizes) -> Work:
+        values = float(sum(map(sizes.width, self.read_from(sizes))))
+        fitting, scoring = 6000, 2500  # measured, per value
+        return Work(values * (fitting * sizes.fit_rows + scoring * sizes.rows), 16 * sizes.classes * values)
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self._find_layers(feats)

@@ -110,8 +110,7 @@ class GMM(Scorer):
     def work(self, sizes: Sizes) -> Work:
         width = sizes.features if self.space == "features" else sizes.classes
         scored = 4.0 * sizes.rows * sizes.classes * width**2  # in float64
-        fitted = 24.0 * sizes.fit_rows * width**2  # measured
-        return Work(scored + fitted, min(8.0 * sizes.classes * width**2, 2**31))
+        return Work(scored, min(8.0 * sizes.classes * width**2, 2**31))
 
     def statistics(self) -> tuple[ClassMoments]:
         return (ClassMoments(self.space, self.normalize, per_class=True),)

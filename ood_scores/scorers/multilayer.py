@@ -22,6 +22,7 @@ from ood_scores.scorers.papers import LEE_2018
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.requirements import Requirement
 from ood_scores.scorers.tags import Tags
+from ood_scores.scorers.work import Sizes, Work
 
 SMALLEST_REST = 1e-8
 """A row cannot be left out if this share or less of the variation along its own direction remains without it."""
@@ -42,6 +43,10 @@ class LayeredScorer(Scorer):
     def names(self) -> list[str]:
         """The extras of the layers on which the scorer was fitted."""
         return [f"{self.extra}.{layer}" for layer in self.layers_]
+
+    def read_from(self, sizes: Sizes) -> list[str]:
+        """The extras that a fit on sets of these sizes reads."""
+        return sizes.below(self.extra) if self.layers is None else [f"{self.extra}.{layer}" for layer in self.layers]
 
     def check_ready(self, feats: FeatureSet) -> None:
         super().check_ready(feats)
@@ -157,6 +162,14 @@ class MahalanobisLayers(LayeredScorer):
         self.require_choices()
         self._check_layers()
         self.fit_needs = ("layers", "labels") if self.combine == "sum" else ("layers", "fgsm", "labels")
+
+    def work(self, sizes: Sizes) -> Work:
+        total = Work()
+        for width in map(sizes.width, self.read_from(sizes)):
+            one = 4.0 * width * (width + sizes.classes)  # for a row, in float64
+            left_out = 2 * sizes.fit_rows * (one + 4.0 * width * sizes.classes) if self.combine == "regression" else 0
+            total += Work(4.0 * sizes.fit_rows * width**2 + left_out + sizes.rows * one)
+        return total
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self._find_layers(feats)

@@ -136,8 +136,7 @@ class DkNN(Scorer):
         self.fit_needs = (*self.needs, "labels")
 
     def work(self, sizes: Sizes) -> Work:
-        one = search_of(sizes.fit_rows, sizes.rows, sizes.features)
-        return Work(len(self.layers) * one.operations, len(self.layers) * one.memory)
+        return sum((search_of(sizes.fit_rows, sizes.rows, sizes.width(name)) for name in self.needs), Work())
 
     def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
         self.labels_ = feats.class_labels().cpu()

@@ -10,6 +10,7 @@ from ood_scores.features import Sets, as_feature_set
 from ood_scores.features.statistics.row_hashes import shared_rows, warn_of_overlaps
 from ood_scores.scorers.base import Scorer, as_scorer
 from ood_scores.scorers.one_pass import fit_all, score_all
+from ood_scores.scorers.work import tell_costly
 
 
 def score(
@@ -35,6 +36,7 @@ def score(
     """
     ready, feats = as_scorer(scorer, **params), as_feature_set(feats)
     fit_set = as_feature_set(fit) if fit is not None and ready.fit_needs else None
+    tell_costly({ready.name: ready}, fit_set, [feats])
     if fit_set is not None:
         fit_all([ready], fit_set, hashed=True)
     ready = ready.decided_for([feats])

@@ -15,6 +15,7 @@ from ood_scores.benchmark.networks import find
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, ScorerTable
 from ood_scores.cli import app
 from ood_scores.errors import MissingData
+from ood_scores.scorers import work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCORERS = (ScorerTable("msp", "msp"), ScorerTable("knn", "knn"))
@@ -160,6 +161,21 @@ def test_dry_run_prints_the_plan_and_does_nothing(data: Path, tmp_path: Path) ->
         in result.output
     )
     assert "not run gone (" in result.output
+
+
+def test_dry_run_names_what_is_costly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the extraction, the widths are those of the network; after it, those of the caches."""
+    monkeypatch.setattr(work, "FASTEST", 0.0)
+    monkeypatch.setattr(work, "_speed", lambda device: 100.0)
+    text = FILE.replace("&download=true", "").replace("odin", "mahalanobis")
+    knn, covariance = 2 * 60 * 95 * 64 / 3600, 4 * 60 * 64**2 / 3600
+    line = (
+        f"expected to be costly the covariance of features for mahalanobis (about {covariance / 100:.0f} h), knn "
+        f"(about {knn / 100:.0f} h)"
+    )
+    assert line in command(data, tmp_path / "out", "--dry-run", text=text).output
+    assert command(data, tmp_path / "out", text=text).exit_code == 0
+    assert line in command(data, tmp_path / "out", "--dry-run", text=text).output
 
 
 def test_benchmark_command_prints_percent_and_what_did_not_run(data: Path, tmp_path: Path) -> None:

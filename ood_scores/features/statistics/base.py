@@ -55,6 +55,20 @@ class Stored(Statistic[T_co], Protocol[T_co]):
     stored_as: type
 
 
+@runtime_checkable
+class Costly(Statistic[T_co], Protocol[T_co]):
+    """A statistic that costs much in a large and wide space, and is known by a name in messages."""
+
+    space: str
+
+    @property
+    def title(self) -> str:
+        """What messages call it; statistics of one title are computed once."""
+
+    def operations(self, rows: int, width: int) -> float:
+        """Return the operations for rows of a width, at the speed of a product of float32 matrices."""
+
+
 class Found(dict[Statistic[Any], Any]):
     """The results by statistic, each of the type that its statistic computes."""
 

@@ -28,9 +28,7 @@ def collect(feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statisti
     wanted = list(dict.fromkeys(wanted))
     costs = {} if spent is None else spent
     costs |= {each: Cost() for each in wanted}
-    statistics_store.recall(feats, wanted)
-    sources = {each: _source(each, feats) for each in wanted if each not in feats.statistics}
-    statistics_store.recall(feats, sources.values())
+    sources = sources_of(feats, wanted)
     missing = [source for source in dict.fromkeys(sources.values()) if source not in feats.statistics]
     found, took = _accumulate(feats, missing)
     asked_by = {source: each for each, source in reversed(sources.items())} | {each: each for each in wanted}
@@ -43,6 +41,14 @@ def collect(feats: FeatureSet, wanted: Iterable[Statistic], spent: dict[Statisti
     if found:
         statistics_store.remember(feats, found)
     return Found({statistic: feats.statistics[statistic] for statistic in wanted})
+
+
+def sources_of(feats: FeatureSet, wanted: Sequence[Statistic]) -> dict[Statistic, Statistic]:
+    """Return, for each statistic that a set does not have yet, the statistic that it follows from, or itself."""
+    statistics_store.recall(feats, wanted)
+    sources = {each: _source(each, feats) for each in wanted if each not in feats.statistics}
+    statistics_store.recall(feats, sources.values())
+    return sources
 
 
 def _accumulate(

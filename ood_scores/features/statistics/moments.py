@@ -55,6 +55,13 @@ class ClassMoments:
     def reads(self) -> Sequence[str]:
         return (self.space,)
 
+    @property
+    def title(self) -> str:
+        return _title(self.space, self.normalize, " of each class" if self.per_class else "")
+
+    def operations(self, rows: int, width: int) -> float:
+        return (24.0 if self.per_class else 4.0) * rows * width**2  # measured
+
     def start(self, feats: FeatureSet) -> Accumulator[Moments]:
         labels = feats.class_labels()
         return _ClassMomentsAccumulator(self, labels, feats.num_classes or int(labels.max()) + 1)
@@ -90,9 +97,20 @@ class GlobalMoments:
     def reads(self) -> Sequence[str]:
         return (self.space,)
 
+    @property
+    def title(self) -> str:
+        return _title(self.space, self.normalize)
+
+    def operations(self, rows: int, width: int) -> float:
+        return ClassMoments(self.space, self.normalize).operations(rows, width)
+
     def start(self, feats: FeatureSet) -> Accumulator[Moments]:
         together = torch.zeros(len(feats), dtype=torch.int64)
         return _ClassMomentsAccumulator(ClassMoments(self.space, self.normalize), together, 1)
+
+
+def _title(space: str, normalize: bool, of: str = "") -> str:
+    return f"the covariance of {'normalized ' if normalize else ''}{space}{of}"
 
 
 class _ClassMomentsAccumulator:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ood_scores.features import Block, FeatureSet, Head
 from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import Scorer, as_scorer
+from ood_scores.scorers.work import Sizes, Work, work_alone
 
 
 @dataclass
@@ -80,6 +81,9 @@ class Shaper(Scorer):
 
     def why_no_graph(self) -> str | None:
         return super().why_no_graph() or self._inner.why_no_graph()
+
+    def work(self, sizes: Sizes) -> Work:
+        return work_alone(self._inner, sizes)
 
     def score_block(self, block: Block) -> Tensor:
         return self._inner.score_block(self.shape(block))
