@@ -64,6 +64,18 @@ def leaves_some_unread(objective: Any, head: nn.Linear) -> bool:
     return None in torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
+def ignores_some(model: nn.Module, images: Tensor) -> bool:
+    """Whether the features of images do not depend on some trainable parameters of a model, such as a second head's."""
+    head = {id(parameter) for parameter in linear_classifier(model).parameters()}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in head]
+    if not parameters:
+        return False
+    training = model.training
+    features = pre_logits(model.eval(), images)
+    model.train(training)
+    return None in torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+
+
 def pre_logits(model: Any, images: Tensor, amp: bool = False) -> Tensor:
     """Return the penultimate features ``[N, D]`` in full precision."""
     with torch.autocast(images.device.type, torch.bfloat16) if amp else nullcontext():

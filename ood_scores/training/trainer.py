@@ -40,6 +40,7 @@ from ood_scores.training.state import (
 from ood_scores.training.step import (
     TrainingStep,
     count_correct,
+    ignores_some,
     leaves_some_unread,
     make_optimizer,
     record,
@@ -189,8 +190,14 @@ class Run:
             self.objective.load_state_dict(self.state.part("objective"))
             restore_optimizer(self.optimizer, self.state)
         self.state = None
-        wrapped = self.who.wrap(step, some_unread=self.who.count > 1 and leaves_some_unread(self.objective, self.head))
+        wrapped = self.who.wrap(step, some_unread=self.who.count > 1 and self._some_unread())
         self.step: Any = torch.compile(wrapped) if self.recipe.compile else wrapped
+
+    def _some_unread(self) -> bool:
+        """Whether the loss ignores some trainable parameters."""
+        to_input = self.prepared.to_input
+        images = torch.zeros(2, to_input.channels, *to_input.size, device=self.who.device)
+        return leaves_some_unread(self.objective, self.head) or ignores_some(self.model, images)
 
     def _first_sums(self) -> Tensor:
         """Return the sums over the completed steps of the epoch: loss, correct, norms, samples, terms of the loss."""

@@ -22,9 +22,12 @@ from ood_scores.errors import BadInput
 from ood_scores.training import state, train
 from ood_scores.training.augment import seed_of
 from ood_scores.training.distributed import Processes
+from ood_scores.training.networks import make_model
+from ood_scores.training.recipe import ModelTable
 from ood_scores.training.recipe_file import recipe_from
 from ood_scores.training.setup import prepare
 from ood_scores.training.streams import cycled, order
+from ood_scores.user_code import import_referenced
 
 children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(["ood_scores.training.trainer", "sklearn.datasets", "tiny"])
@@ -33,6 +36,7 @@ children.set_forkserver_preload(["ood_scores.training.trainer", "sklearn.dataset
 def work(out: str, changes: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    import_referenced(changes.get("model", {}).get("name", ""))
     train(recipe_from(tiny.tables(**changes)), out, device="cpu", progress=False)
 
 
@@ -86,6 +90,37 @@ def test_parameters_that_the_loss_ignores_do_not_change(tmp_path: Path) -> None:
         model: Any = timm.create_model("tiny_plain", num_classes=7)
     assert torch.equal(weights(tmp_path)["fc.bias"], model.fc.bias)
     assert not torch.equal(weights(tmp_path)["fc.weight"], model.fc.weight)
+
+
+TWO_HEADS = """
+from torch import nn
+from torchvision import transforms
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU())
+        self.last, self.second = nn.Linear(6, num_classes), nn.Linear(6, num_classes)
+        steps = [transforms.Resize((8, 8)), transforms.Grayscale(), transforms.ToTensor()]
+        self.transform = transforms.Compose([*steps, transforms.Normalize((0.5,), (0.5,))])
+
+    def forward(self, images):
+        features = self.body(images)
+        return {"logits": self.last(features), "second": self.second(features)}
+"""
+
+
+def test_a_second_head_of_the_user_s_own_network_does_not_change(tmp_path: Path) -> None:
+    (tmp_path / "two_heads.py").write_text(TWO_HEADS)
+    name = f"{tmp_path}/two_heads.py:Net"
+    changes: dict[str, Any] = {"model": {"name": name}, "epochs": 1, "drop_last": True}
+    join(start(tmp_path / "two", changes))
+    import_referenced(name)
+    one = train(recipe_from(tiny.tables(**changes)), tmp_path / "one", device="cpu", progress=False)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+    first: Any = make_model(ModelTable(name), {"num_classes": 7}, 0, tmp_path)
+    assert torch.equal(weights(one.checkpoint.parent)["second.weight"], first.second.weight)
+    assert not torch.equal(weights(one.checkpoint.parent)["last.weight"], first.last.weight)
 
 
 def test_batch_statistics_cover_each_process_s_share_of_id_and_ood_images(tmp_path: Path) -> None:
