@@ -6,19 +6,26 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
 import ood_scores
+from ood_scores.cli import doctor
 from ood_scores.evaluation.score_table import score_table
 from ood_scores.features.linear_probe import linear_probe
 from ood_scores.features.statistics import moments
 from ood_scores.runtime import CPU, NEW_PRECISION_API, available
+from ood_scores.testing.probes import SmallNetwork
+from ood_scores.training.networks import make_model
+from ood_scores.training.recipe_file import recipe_from
+from ood_scores.training.stages import make_objective
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = [torch.randn(8, 3, 8, 8, generator=GENERATOR) for _ in range(6)]
@@ -189,3 +196,17 @@ def test_a_device_that_a_process_lacks(gpus: int, found: torch.device, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert available(torch.device("cuda", 3)) == found
     assert available(CPU) == CPU
+
+
+@pytest.mark.gpu
+def test_networks_are_created_without_the_generators_of_gpus(tmp_path: Path) -> None:
+    states = torch.cuda.get_rng_state_all()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "CUDA reports that you have")
+        assert not any(test() for test in doctor.TESTS.values())
+    SmallNetwork()
+    recipe = recipe_from(tiny.tables())
+    model = make_model(recipe.model, {"num_classes": 4}, 0, tmp_path)
+    make_objective(recipe.stages[0], model, [8, 8, 8, 8], 0)
+    for found, expected in zip(torch.cuda.get_rng_state_all(), states, strict=True):
+        assert torch.equal(found, expected)

@@ -75,8 +75,8 @@ def _extracted() -> tuple[FeatureSet, Any, Any]:
     from ood_scores.data.kinds.digits import digits
 
     images = torch.from_numpy(digits()[0][:300]).float() / 255
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         trunk, head = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU()), nn.Linear(32, 10)
     feats = ood_scores.extract(nn.Sequential(trunk, head), images.split(64), device="cpu", progress=False)
     with torch.no_grad():

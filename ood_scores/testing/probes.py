@@ -31,7 +31,7 @@ class SmallNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng([]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             self.stage1 = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
             self.stage2 = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU())
             self.drop = nn.Dropout(0.2)
@@ -49,7 +49,7 @@ def _small_zero_shot_classifier() -> nn.Module:
     texts = {**size, "vocab_size": 8, "bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 0}
     config = CLIPConfig(text_config=texts, vision_config={**size, "image_size": 8, "patch_size": 4}, projection_dim=8)
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return ZeroShotClassifier(CLIPModel(config), zero_shot_head(torch.randn(4, 8), 100.0), ["a", "b", "c", "d"])
 
 

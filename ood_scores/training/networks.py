@@ -81,7 +81,7 @@ def make_model(table: ModelTable, arguments: dict[str, Any], seed: int, out: Pat
     kind, target = kind_of(table.name)
     kind.check(target, arguments)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "model"))
+        torch.default_generator.manual_seed(seed_of(seed, "model"))
         model = kind.create(target, arguments)
     network, own = kind.again(model, target, arguments)
     remember_origin(model, Origin(table.name, arguments, network, own, kind.transform(model, target)))

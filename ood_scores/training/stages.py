@@ -19,7 +19,7 @@ def make_objective(stage: Stage, model: nn.Module, class_counts: list[int], seed
     """Create the objective of a stage; its own parameters depend on the seed."""
     head = linear_classifier(model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         objective = create_objective(
             stage.objective.name,
             class_counts=class_counts,
