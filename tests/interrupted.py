@@ -1,9 +1,12 @@
-"""A loader that raises an error midway, for tests that continue an extraction."""
+"""Loaders that raise an error midway, and processes that are killed, for tests that continue an extraction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import traceback
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -26,3 +29,19 @@ class InterruptedLoader:
             if number == self.stop:
                 raise Interrupted
             yield self.dataset[number * self.batch_size : (number + 1) * self.batch_size]
+
+
+def exit_code_of_fork(work: Callable[[], object]) -> int:
+    """Return the exit code of a fork of this process that does some work, on one thread and without a GPU."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

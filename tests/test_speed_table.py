@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import exit_code_of_fork
 
 from benchmarks.speed import gpu_day
 from benchmarks.speed.__main__ import main
@@ -102,10 +103,8 @@ def test_a_kill_leaves_what_was_measured_before(tmp_path: Path) -> None:
         yield figure("second")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = os.fork()
-    if not child:
-        GpuDay(tmp_path, "a GPU").section("killed", lines())
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    day = GpuDay(tmp_path, "a GPU")
+    assert exit_code_of_fork(lambda: day.section("killed", lines())) == -signal.SIGKILL
     assert names(tmp_path) == ["first", "second"]
     assert "second / counted / 1" in (tmp_path / "log.txt").read_text()
 

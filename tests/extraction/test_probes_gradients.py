@@ -50,7 +50,7 @@ class Writing(Classifier):
     """A network that writes its outputs into another tensor, which vmap does not support."""
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = torch.zeros(len(x), CLASSES)
+        logits = torch.zeros(len(x), CLASSES, device=x.device)
         logits += super().forward(x)
         return logits
 

@@ -188,11 +188,11 @@ def passes(model: nn.Module, batch: int, count: int, seed: int) -> tuple[Tensor,
 def test_mc_dropout(batch: int, count: int, seed: int) -> None:
     with torch.random.fork_rng():
         mean, entropy = passes(Classifier(), batch, count, seed)
-    feats = extract(MCDropout(passes=count, seed=seed), data=loader(batch))
+    feats = extract(MCDropout(passes=count, seed=seed), data=loader(batch), device="cpu")
     assert list(feats.extras) == ["mc_dropout.mean", "mc_dropout.entropy"]
     torch.testing.assert_close(feats.extras["mc_dropout.mean"], mean)
     torch.testing.assert_close(feats.extras["mc_dropout.entropy"], entropy)
-    without = extract(data=loader(batch)).logits
+    without = extract(data=loader(batch), device="cpu").logits
     assert without is not None
     assert feats.logits is not None
     assert torch.equal(feats.logits, without)
@@ -336,8 +336,9 @@ def test_mixed_precision() -> None:
 def test_on_a_gpu() -> None:
     expected, found = (extract("rankfeat", device=device).extras["rankfeat"] for device in ("cpu", "cuda"))
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+    batches = list(loader())  # a DataLoader draws a seed from the generator of the CPU
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
-    one, other = (extract("mc_dropout", device="cuda").extras["mc_dropout.mean"] for _ in range(2))
+    one, other = (extract("mc_dropout", data=batches, device="cuda").extras["mc_dropout.mean"] for _ in range(2))
     assert torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.cuda.get_rng_state(), states[1])

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from interrupted import exit_code_of_fork
 from PIL import Image
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -38,13 +39,13 @@ INPUTS = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 
 
 def network(inputs: int = 6) -> nn.Sequential:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
 
 
 def extract(batches: Any, cache: Path | None = None, inputs: int = 6, **options: Any) -> FeatureSet:
-    return ood_scores.extract(network(inputs), batches, cache, progress=False, **options)
+    return ood_scores.extract(network(inputs), batches, cache, device="cpu", progress=False, **options)
 
 
 class Named(Dataset[Any]):
@@ -247,12 +248,7 @@ def test_repeated_ids_are_named() -> None:
 
 
 def killed(data: Any, cache: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        extract(DataLoader(data, 2), cache)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert exit_code_of_fork(lambda: extract(DataLoader(data, 2), cache)) == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")

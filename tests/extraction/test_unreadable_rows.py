@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import exit_code_of_fork
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -97,13 +98,13 @@ def readable(images: Path) -> DataLoader[Any]:
 
 
 def network() -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
 
 
 def extract(batches: Iterable[Any], cache: Path | None = None, **options: Any) -> ood_scores.FeatureSet:
-    chosen: dict[str, Any] = {"on_error": "skip", "progress": False, "name": "pictures"} | options
+    chosen: dict[str, Any] = {"on_error": "skip", "device": "cpu", "progress": False, "name": "pictures"} | options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RowsLeftOut)
         return ood_scores.extract(network(), batches, cache, **chosen)
@@ -191,12 +192,8 @@ class Dies(Dataset[Any]):
 
 
 def killed(images: Path, cache: Path, row: int) -> None:
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        extract(DataLoader(Dies(loader(images).dataset, row), BATCH), cache)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    data = Dies(loader(images).dataset, row)
+    assert exit_code_of_fork(lambda: extract(DataLoader(data, BATCH), cache)) == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
@@ -228,13 +225,12 @@ def caches_state(path: Path) -> Any:
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_kill_before_the_gaps_are_removed(images: Path, tmp_path: Path) -> None:
     cache = tmp_path / "c.h5"
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
+
+    def work() -> None:
         os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         extract(loader(images), cache)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    assert exit_code_of_fork(work) == -signal.SIGKILL
     state = caches_state(cache)
     assert (state.rows, state.finished, state.has_gaps) == (ROWS, False, True)
     assert_same(extract(loader(images), cache), extract(loader(images)))
