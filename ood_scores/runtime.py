@@ -107,7 +107,8 @@ def default_torch_state() -> Iterator[None]:
         for kind in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if (device := torch.get_default_device()) != CPU:
+        if torch.empty(0).device != CPU:
+            device = torch.get_default_device()  # which is slow
             stack.enter_context(CPU)
             stack.callback(_callers_default_device.reset, _callers_default_device.set(device))
         stack.enter_context(_PROCESS_SETTINGS.at_their_defaults())

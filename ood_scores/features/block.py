@@ -134,7 +134,8 @@ class Block:
     @property
     def device(self) -> torch.device:
         """The device of the columns."""
-        return next((values.device for values in self.floating_columns().values()), CPU)
+        columns = (self._features, self._logits, *self.extras.values())
+        return next((each.device for each in columns if each is not None and each.is_floating_point()), CPU)
 
     def happens(self, rows: Tensor) -> bool:
         """Whether a condition that is rare holds for any row, bool ``[B]``, so that a scorer has to treat some apart.
@@ -272,14 +273,14 @@ class Block:
         """
         if "logits" in self._totals or torch.compiler.is_compiling():
             return by_pieces(reduce, self.logits)
-        totals = []
+        totals: list[Tensor] = []
 
         def summed(logits: Tensor) -> Tensor:
             totals.append(logits.sum())
             return reduce(logits)
 
         values = by_pieces(summed, self.logits)
-        self._totals["logits"] = torch.stack(totals).sum()
+        self._totals["logits"] = sum(totals[1:], totals[0])
         return values
 
     @once
@@ -300,8 +301,8 @@ class Block:
             added = _divided(logits, temperature).log_softmax(dim=1).amax(dim=1)
             return torch.stack([logits.amax(dim=1), added])
 
-        largest, added = self.reduced(parts).unbind()
-        sums = largest.double() / temperature - added.double()
+        largest, added = self.reduced(parts)
+        sums = _divided(largest.double(), temperature) - added
         uniform = added < math.log(NEARLY_UNIFORM / self.logits.shape[1])
         return self.refined(sums, uniform, lambda logits: logits.logsumexp(dim=1), temperature)
 
@@ -350,8 +351,8 @@ def _below(logits: Tensor) -> Tensor:
     return logits - logits.amax(dim=1, keepdim=True)
 
 
-def _divided(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1.0 else logits / temperature
+def _divided(values: Tensor, temperature: float) -> Tensor:
+    return values if temperature == 1.0 else values / temperature
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

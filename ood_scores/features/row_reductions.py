@@ -8,21 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-PIECE = 2**18
+PIECE = 2**19
 """The number of values that a CPU processes at a time when only a reduction of them is kept: they fit its caches."""
 
+SUMMED = 2**18
+"""The same for sums of columns and for products, whose last digits may depend on it."""
 
-def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Reduce each row of ``[B, K]`` to one value ``[B]`` or several ``[..., B]``; on a CPU, by ``PIECE`` values."""
-    rows = max(1, PIECE // max(1, values.shape[1]))
+UNIT = 2**16
+"""The number of values that a CPU normalizes at a time."""
+
+
+def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor, piece: int = PIECE) -> Tensor:
+    """Reduce each row of ``[B, K]`` to one value ``[B]`` or several ``[..., B]``; on a CPU, by ``piece`` values."""
+    rows = max(1, piece // max(1, values.shape[1]))
     if values.device.type != "cpu" or torch.compiler.is_compiling() or len(values) <= rows:
         return reduced(values)
-    return torch.cat([reduced(piece) for piece in values.split(rows)], dim=-1)
+    return torch.cat([reduced(some) for some in values.split(rows)], dim=-1)
 
 
 def column_sums(values: Tensor) -> Tensor:
     """The sum of each column of ``[B, K]``, float64 ``[K]``."""
-    return by_pieces(lambda rows: rows.sum(dim=0, dtype=torch.float64)[:, None], values).sum(dim=1)
+    return by_pieces(lambda rows: rows.sum(dim=0, dtype=torch.float64)[:, None], values, SUMMED).sum(dim=1)
 
 
 def entropy(softmax: Tensor, logits: Tensor) -> Tensor:
@@ -46,6 +52,16 @@ def row_norm(values: Tensor, p: float, overwritten: bool = False) -> Tensor:
     largest = values.abs().amax(dim=1, keepdim=True)
     scaled = values.abs() / torch.where(largest > 0, largest, 1)
     return scaled.pow(p).sum(dim=1).double().pow(1.0 / p) * largest[:, 0].double()
+
+
+def unit_rows(values: Tensor) -> Tensor:
+    """Rows divided by their 2-norms in float64, as float32 ``[B, K]``; a row of zeros stays zero."""
+    found = torch.empty_like(values, dtype=torch.float32)
+    rows = max(1, UNIT // max(1, values.shape[1])) if values.device.type == "cpu" else len(values)
+    for some, unit in zip(values.split(rows), found.split(rows), strict=True):
+        double = some.double()
+        unit.copy_(double / row_norm(double, 2.0).clamp_min(1e-12)[:, None])
+    return found
 
 
 def largest_share(shares: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.row_reductions import by_pieces, entropy, row_norm
+from ood_scores.features.row_reductions import SUMMED, by_pieces, entropy, row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
@@ -64,7 +64,7 @@ class KLMatching(Scorer):
         self.log_means_ = means.clamp_min(torch.finfo(means.dtype).tiny).log()
 
     def score_block(self, block: Block) -> Tensor:
-        return by_pieces(self._scored, block.logits)
+        return by_pieces(self._scored, block.logits, SUMMED)
 
     def _scored(self, logits: Tensor) -> Tensor:
         softmax = logits.softmax(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -76,13 +76,12 @@ class DeviceClock:
     memory: bool
     marks: list[tuple[Cost, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
-    @contextmanager
-    def measured(self, cost: Cost, device: torch.device) -> Iterator[None]:
+    def measured(self, cost: Cost, device: torch.device) -> AbstractContextManager[None]:
         """Add what the work within the context costs, on another device at once, on a CUDA device in ``settle``."""
-        if device.type != "cuda":
-            with cost.measured(self.memory):
-                yield
-            return
+        return self._marked(cost, device) if device.type == "cuda" else cost.measured(self.memory)
+
+    @contextmanager
+    def _marked(self, cost: Cost, device: torch.device) -> Iterator[None]:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record(torch.cuda.current_stream(device))
         yield

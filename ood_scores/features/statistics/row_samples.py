@@ -13,6 +13,7 @@ from torch import Tensor
 from ood_scores.errors import BadInput
 from ood_scores.features.block import Block
 from ood_scores.features.featureset import FeatureSet
+from ood_scores.features.row_reductions import unit_rows
 from ood_scores.features.statistics.base import Accumulator
 from ood_scores.runtime import CPU
 
@@ -35,7 +36,7 @@ class Rows:
         return _AllRows(self._values, len(feats))
 
     def _values(self, block: Block) -> Tensor:
-        return (block.space("features", True) if self.normalize else block.features).float()
+        return unit_rows(block.features) if self.normalize else block.features.float()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -111,14 +111,11 @@ class CombinedColumn:
 Column: TypeAlias = "Tensor | DiskColumn | CombinedColumn"
 
 
-@contextmanager
-def reader(column: Column) -> Iterator[Callable[[int, int], Tensor]]:
+def reader(column: Column) -> AbstractContextManager[Callable[[int, int], Tensor]]:
     """Open any column within a context, which returns a function ``(start, stop) -> rows``."""
-    if not isinstance(column, Tensor):
-        with column.reader() as read:
-            yield read
-    else:
-        yield lambda start, stop: column[start:stop]
+    if isinstance(column, Tensor):
+        return nullcontext(lambda start, stop: column[start:stop])
+    return column.reader()
 
 
 def as_column(name: str, values: Any) -> Column:
