@@ -30,7 +30,7 @@ from ood_scores.cli import (
     show,
     train,
 )
-from ood_scores.cli.options import takes_imports
+from ood_scores.cli.options import takes_common_options
 from ood_scores.cli.printing import print_error, stoppable, warning_printer
 from ood_scores.errors import OodScoresError
 
@@ -113,7 +113,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 for name, command in COMMANDS.items():
-    app.command(name, help=_help_of(command))(takes_imports(command))
+    app.command(name, help=_help_of(command))(takes_common_options(command))
 
 
 def main() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ood_scores.cli import options
-from ood_scores.cli.printing import console, stoppable
+from ood_scores.cli.printing import answer, console, stoppable
 from ood_scores.cli.tables import legend, metric_columns, metric_tables
 from ood_scores.terminal import marked
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from ood_scores.benchmark import Results, Spec
     from ood_scores.benchmark.costs import Estimates
-    from ood_scores.benchmark.planning import Plan, Unit
+    from ood_scores.benchmark.planning import Job, Plan, Unit
     from ood_scores.benchmark.results import NotRun
 
 LEGEND = "near, far, mean: unweighted means over OoD datasets. The report has intervals, all other metrics, and costs."
@@ -77,19 +78,32 @@ def benchmark(
     """
     from ood_scores.benchmark import load_spec, run
 
-    screen = console()
     if dry_run:
-        _show_plan(screen, load_spec(spec, set or ()), out, data)
+        _answer_plan(load_spec(spec, set or ()), out, data)
         return
     with stoppable("run the same command again to continue"):
         results = run(spec, out=out, data=data, overrides=set or (), device=device, jobs=jobs, progress=not quiet)
-    _show(screen, results)
+    answer(document(results), lambda: _show(results))
     if results.table.empty and results.measures.empty:
         raise typer.Exit(1)
 
 
-def _show(screen: Console, results: Results) -> None:
+def document(results: Results) -> dict[str, Any]:
+    """Return what ``--json`` prints of a run: its folder, all metrics, and what did not run."""
+    report = results.folder / "report.html"
+    return {
+        "title": results.title,
+        "folder": str(results.folder),
+        "report": str(report) if report.exists() else None,
+        "rows": results.table,
+        "measures": results.measures,
+        "not_run": [asdict(entry) for entry in results.not_run],
+    }
+
+
+def _show(results: Results) -> None:
     """Print the first two headline metrics and those on request, averaged over checkpoints."""
+    screen = console()
     headline = results.headline
     metrics = [metric for metric in headline if metric in headline[:2] or metric.on_request]
     screen.print(f"[bold]{marked(results.title)}[/]")
@@ -140,49 +154,81 @@ def show_not_run(screen: Console, not_run: Iterable[NotRun]) -> None:
             screen.print(f"        [dim]→ {marked(entries[0].remedy)}[/]", soft_wrap=True)
 
 
-def _show_plan(screen: Console, spec: Spec, out: Path | None, data: Path | None) -> None:
+def _answer_plan(spec: Spec, out: Path | None, data: Path | None) -> None:
     from ood_scores.benchmark import plan
     from ood_scores.benchmark.costs import Estimates
     from ood_scores.benchmark.runner import places
 
     folder, base = places(spec, out, data)
     planned = plan(spec, folder, base, download=False)
-    screen.print(f"[bold]{marked(spec.title)}[/] → {marked(str(folder))}")
-    for line in _caches(planned, folder):
-        screen.print(line, soft_wrap=True)
     estimates = Estimates(planned.facts)
-    for unit in planned.units:
-        for line in _scorers(unit, planned, estimates):
-            screen.print(line, soft_wrap=True)
-    show_not_run(screen, planned.not_run)
+    found = {
+        "title": spec.title,
+        "folder": str(folder),
+        "caches": [_cache(job, planned, folder) for job in _jobs(planned)],
+        "units": [_unit(unit, planned, estimates) for unit in planned.units],
+        "not_run": [asdict(entry) for entry in planned.not_run],
+    }
+    answer(found, lambda: _show_plan(found, planned.not_run))
 
 
-def _caches(planned: Plan, folder: Path) -> Iterator[str]:
-    pending = {job.cache: job for job in planned.pending}
-    for job in {job.cache: job for unit in planned.units for job in unit.jobs}.values():
-        what = marked(f"{job.network.table.title} · {job.set}")
-        place = marked(str(job.cache.relative_to(folder)))
-        if job.cache not in pending:
-            yield f"[green]exists[/]   {what} [dim]{place}[/]"
-            continue
-        rows = planned.facts[job.source].rows
-        size = "number of rows unknown" if rows is None else f"{rows:,} rows"
-        computed = ", ".join(map(str, job.options.probes))
-        probes = f", probes {computed}" if computed else ""
-        yield f"[cyan]extract[/]  {what}: {size}{marked(probes)} [dim]{place}[/]"
+def _jobs(planned: Plan) -> Iterable[Job]:
+    return {job.cache: job for unit in planned.units for job in unit.jobs}.values()
 
 
-def _scorers(unit: Unit, planned: Plan, estimates: Estimates) -> Iterator[str]:
-    """Yield lines about the scorers that would run, as far as it is known before the extraction."""
+def _cache(job: Job, planned: Plan, folder: Path) -> dict[str, Any]:
+    """Return what is known about a cache before the extraction; ``rows`` is None if their number is unknown."""
+    pending = job.cache in {each.cache for each in planned.pending}
+    return {
+        "cache": str(job.cache.relative_to(folder)),
+        "model": job.network.table.title,
+        "set": job.set,
+        "exists": not pending,
+        "rows": planned.facts[job.source].rows if pending else None,
+        "probes": list(map(str, job.options.probes)),
+    }
+
+
+def _unit(unit: Unit, planned: Plan, estimates: Estimates) -> dict[str, Any]:
+    """Return the scorers that would run, as far as it is known before the extraction, and why others would not."""
     from ood_scores.benchmark.planning import runnable_after_extraction
 
     run, lacking = runnable_after_extraction(unit, planned.facts)
-    yield f"[cyan]score[/]    {marked(f'{unit.part.title} · {unit.title}')}: {len(run)} scorers"
-    yield f"         [dim]{marked(', '.join(run))}[/]"
-    if costly := estimates.costly(unit, run):
-        yield f"         [yellow]expected to be costly[/] {marked(', '.join(costly))}"
-    left_out: dict[str, list[str]] = {}
-    for label, missing in lacking.items():
-        left_out.setdefault(f"{missing.reason}: {missing.how_to_get('benchmark')}", []).append(label)
-    for reason, names in left_out.items():
-        yield f"         [yellow]without[/] {marked(', '.join(names))} [dim]({marked(reason)})[/]"
+    reasons = {label: f"{missing.reason}: {missing.how_to_get('benchmark')}" for label, missing in lacking.items()}
+    return {
+        "part": unit.part.title,
+        "model": unit.title,
+        "scorers": list(run),
+        "costly": estimates.costly(unit, run),
+        "without": reasons,
+    }
+
+
+def _show_plan(found: Mapping[str, Any], not_run: Iterable[NotRun]) -> None:
+    screen = console()
+    screen.print(f"[bold]{marked(found['title'])}[/] → {marked(found['folder'])}")
+    for each in found["caches"]:
+        screen.print(_cache_line(each), soft_wrap=True)
+    for unit in found["units"]:
+        for line in _unit_lines(unit):
+            screen.print(line, soft_wrap=True)
+    show_not_run(screen, not_run)
+
+
+def _cache_line(cache: Mapping[str, Any]) -> str:
+    what, place = marked(f"{cache['model']} · {cache['set']}"), marked(cache["cache"])
+    if cache["exists"]:
+        return f"[green]exists[/]   {what} [dim]{place}[/]"
+    size = "number of rows unknown" if cache["rows"] is None else f"{cache['rows']:,} rows"
+    probes = f", probes {', '.join(cache['probes'])}" if cache["probes"] else ""
+    return f"[cyan]extract[/]  {what}: {size}{marked(probes)} [dim]{place}[/]"
+
+
+def _unit_lines(unit: Mapping[str, Any]) -> Iterator[str]:
+    yield f"[cyan]score[/]    {marked(' · '.join([unit['part'], unit['model']]))}: {len(unit['scorers'])} scorers"
+    yield f"         [dim]{marked(', '.join(unit['scorers']))}[/]"
+    if unit["costly"]:
+        yield f"         [yellow]expected to be costly[/] {marked(', '.join(unit['costly']))}"
+    for reason in dict.fromkeys(unit["without"].values()):
+        names = ", ".join(label for label, why in unit["without"].items() if why == reason)
+        yield f"         [yellow]without[/] {marked(names)} [dim]({marked(reason)})[/]"

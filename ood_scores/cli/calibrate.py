@@ -9,7 +9,7 @@ import typer
 
 from ood_scores.atomic import user_path
 from ood_scores.cli import options, parsing
-from ood_scores.cli.printing import console, facts
+from ood_scores.cli.printing import answer, console, facts
 from ood_scores.errors import BadInput
 from ood_scores.terminal import marked
 
@@ -125,7 +125,17 @@ def calibrate(
         **extraction,
     )
     detector.save(out)
-    _show(detector, out)
+    found = {
+        "detector": str(out),
+        "scorer": detector.scorer.name,
+        "passes": detector.passes,
+        "thresholds": [each.value for each in detector.calibration.thresholds],
+        "rows": len(detector.calibration.scores),
+        "dataset": detector.data.dataset if detector.data else None,
+        "guarantee": detector.calibration.guarantee,
+        "label_sets": detector.label_sets.guarantee if detector.label_sets else None,
+    }
+    answer(found, lambda: _show(detector, out))
 
 
 def _opener(network: nn.Module, transform: Any, batch_size: int, workers: int, device: str) -> Callable[[str], Any]:

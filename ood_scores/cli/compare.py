@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ood_scores.cli.parsing import check_table_path, write_table
-from ood_scores.cli.printing import console
+from ood_scores.cli.printing import answer, console
 from ood_scores.progress import showing_work
 from ood_scores.terminal import marked
 
@@ -50,7 +50,8 @@ def compare(
     a, b = load_results(run_a), load_results(run_b)
     with showing_work("comparing …"):
         frame = compare_runs(a, b)
-    _show(frame, a, b)
+    runs = {name: {"folder": str(run.folder), "title": run.title} for name, run in (("a", a), ("b", b))}
+    answer({**runs, "rows": frame}, lambda: _show(frame, a, b))
     if out:
         write_table(frame, out)
         console().print(f"[green]✓[/] every row in [bold]{marked(out)}[/]")

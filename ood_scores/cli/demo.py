@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ood_scores.cli.printing import console
+from ood_scores.cli.printing import answer, console
 from ood_scores.cli.tables import best_first, legend, metric_tables
 from ood_scores.terminal import marked
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from ood_scores.demo import Demo
     from ood_scores.evaluation.metrics import Metric
 
 INTRODUCTION = """\
@@ -40,14 +41,22 @@ def demo(
       ood-scores demo --out elsewhere --seed 1
     """
     from ood_scores.demo import run
+
+    console().print(INTRODUCTION)
+    found = run(out, seed)
+    measures = found.results.measures
+    measured = measures[measures["measure"] == "accuracy"]
+    accuracy = dict(zip(measured["model"], measured["value"], strict=True))
+    document = {"folder": str(out), "accuracy": accuracy, "rows": found.results.table}
+    answer(document, lambda: _show(found, out, accuracy))
+
+
+def _show(found: Demo, out: Path, accuracy: Mapping[str, float]) -> None:
     from ood_scores.evaluation.metrics import headline_metrics
 
     screen = console()
-    screen.print(INTRODUCTION)
-    found = run(out, seed)
-    measures = found.results.measures
-    for training, accuracy in measures[measures["measure"] == "accuracy"].set_index("model")["value"].items():
-        screen.print(f"{training}: [bold]{accuracy:.1%}[/] of new digits 0 to 6 are classified correctly")
+    for training, share in accuracy.items():
+        screen.print(f"{training}: [bold]{share:.1%}[/] of new digits 0 to 6 are classified correctly")
     metrics = headline_metrics()[:2]
     for part in metric_tables(_columns(found.results.table, metrics), screen.width):
         screen.print(part)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import metadata
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ood_scores.cli.printing import console, facts
+from ood_scores.cli.printing import answer, console, facts
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
@@ -24,9 +23,7 @@ OPTIONAL = {
 """Packages that some uses need, with the use."""
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-) -> None:
+def doctor() -> None:
     """Show versions and devices, and test in a few seconds that extraction and scores work here.
 
     The exit code is 1 if a test fails. Paste the output into a bug report.
@@ -37,10 +34,7 @@ def doctor(
       ood-scores doctor --json > machine.json
     """
     found = {"versions": versions(), "devices": devices(), "tests": {name: test() for name, test in TESTS.items()}}
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        _show(found)
+    answer(found, lambda: _show(found))
     if any(found["tests"].values()):
         raise typer.Exit(1)
 

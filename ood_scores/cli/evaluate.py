@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, named_caches, scorer_name, write_table
-from ood_scores.cli.printing import console, stoppable
+from ood_scores.cli.printing import answer, console, stoppable, table_document
 from ood_scores.cli.tables import legend, metric_columns, metric_tables
 from ood_scores.terminal import marked
 
@@ -73,7 +73,7 @@ def evaluate(
         else:
             table = ood_scores.evaluate(chosen, id=id_feats, ood=ood_feats, fit=fit_feats, metrics=asked)
     table.attrs["left_out"] |= _remedies(table.attrs["left_out"], [id_feats, *ood_feats.values()], fit_feats)
-    _show(table, id, len(id_feats), asked)
+    answer(table_document(table), lambda: _show(table, id, len(id_feats), asked))
     if out:
         write_table(table, out)
         console().print(f"[green]✓[/] all metrics in [bold]{marked(out)}[/]")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ood_scores.cli import options, parsing
-from ood_scores.cli.printing import console, stoppable
+from ood_scores.cli.printing import answer, console, stoppable
 from ood_scores.terminal import marked
 
 
@@ -109,12 +109,20 @@ def extract(
         )
     if not Ranks.here().first:
         return
-    shown = f", {feats.num_classes} classes" if feats.head else ""
-    accuracy = accuracy_of(feats)
+    found: dict[str, Any] = {
+        "cache": str(cache),
+        "rows": len(feats),
+        "features": feats.num_features,
+        "classes": feats.num_classes if feats.head else None,
+        "accuracy": accuracy_of(feats),
+    }
+    answer(found, lambda: _show(**found))
+
+
+def _show(cache: str, rows: int, features: int, classes: int | None, accuracy: float | None) -> None:
+    shown = f", {classes} classes" if classes else ""
     correct = "" if accuracy is None else f", accuracy [bold]{accuracy:.2%}[/]"
-    console().print(
-        f"[green]✓[/] {len(feats):,} rows of {feats.num_features} features{shown}{correct} in [bold]{marked(cache)}[/]"
-    )
+    console().print(f"[green]✓[/] {rows:,} rows of {features} features{shown}{correct} in [bold]{marked(cache)}[/]")
 
 
 def _kept(cache: Path, continues: bool) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from ood_scores.cli.printing import console, facts
+from ood_scores.cli.printing import answer, console, facts
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
@@ -35,24 +37,47 @@ def inspect(
     from ood_scores.features.storage import statistics_store
     from ood_scores.features.storage.layout import column_names
 
-    screen = console()
     with caches.open_to_read(cache) as h5:
-        found = caches.state(h5)
-        head = [name for name in ("head/weight", "head/bias") if name in h5]
-        screen.print(
-            f"[bold]{marked(cache)}[/]  {cache.stat().st_size / 1e6:,.1f} MB  {_progress(found)}", soft_wrap=True
-        )
-        screen.print(_arrays(h5, column_names(h5), head, found.rows))
-        statistics = statistics_store.names(cache, h5.attrs["identity"])
+        state = caches.state(h5)
         if verify:
             caches.require_finished(h5)
-            screen.print(_verified(h5), soft_wrap=True)
-    if statistics:
-        screen.print(f"statistics kept: {', '.join(statistics)}", soft_wrap=True, markup=False, highlight=False)
-    if found.provenance is None:
+        head = [name for name in ("head/weight", "head/bias") if name in h5]
+        found = {
+            "cache": str(cache),
+            "bytes": cache.stat().st_size,
+            "finished": state.finished,
+            "rows": state.rows,
+            "arrays": [
+                *(_array(name, h5[name], state.rows) for name in column_names(h5)),
+                *(_array(name, h5[name], len(h5[name])) for name in head),
+            ],
+            "statistics": statistics_store.names(cache, h5.attrs["identity"]),
+            "provenance": state.provenance and asdict(state.provenance),
+            "verified": _is_verified(h5) if verify else None,
+        }
+        answer(found, lambda: _show(found, state))
+
+
+def _show(found: Mapping[str, Any], state: CacheState) -> None:
+    from ood_scores.features.storage.reading import how_to_seal
+
+    screen = console()
+    cache = marked(found["cache"])
+    screen.print(f"[bold]{cache}[/]  {found['bytes'] / 1e6:,.1f} MB  {_progress(state)}", soft_wrap=True)
+    table = Table("array", "shape", "type", header_style="dim")
+    for each in found["arrays"]:
+        table.add_row(Text(each["array"]), " × ".join(f"{size:,}" for size in each["shape"]), each["type"])
+    screen.print(table)
+    if found["verified"]:
+        screen.print("[green]verified[/]: every row is the one that was written", soft_wrap=True)
+    elif found["verified"] is not None:
+        screen.print(f"[yellow]not verified[/]: {marked(how_to_seal(found['cache']))}", soft_wrap=True)
+    if found["statistics"]:
+        screen.print(f"statistics kept: {', '.join(found['statistics'])}", soft_wrap=True, markup=False)
+    if state.provenance is None:
         screen.print("It has no provenance.", style="dim")
     else:
-        screen.print(facts(_readable(found.provenance)))
+        screen.print(facts(_readable(state.provenance)))
 
 
 def _progress(found: CacheState) -> str:
@@ -63,25 +88,19 @@ def _progress(found: CacheState) -> str:
     return f"[yellow]not finished[/], {so_far} so far"
 
 
-def _verified(h5: h5py.File) -> str:
+def _is_verified(h5: h5py.File) -> bool:
+    """Check the rows; return False if the cache has no checksums to compare them with."""
     from ood_scores.features.storage.checksums import verify_rows
     from ood_scores.features.storage.layout import column_names
-    from ood_scores.features.storage.reading import how_to_seal, is_sealed
+    from ood_scores.features.storage.reading import is_sealed
 
-    if verify_rows([h5[name] for name in column_names(h5)]) and is_sealed(h5):
-        return "[green]verified[/]: every row is the one that was written"
-    return f"[yellow]not verified[/]: {marked(how_to_seal(h5.filename))}"
+    return verify_rows([h5[name] for name in column_names(h5)]) and is_sealed(h5)
 
 
-def _arrays(h5: h5py.File, columns: list[str], head: list[str], rows: int) -> Table:
-    table = Table("array", "shape", "type", header_style="dim")
-    for name in columns:
-        kind = h5[name].dtype
-        text = f"text, {kind.itemsize} bytes" if kind.kind == "S" else str(kind)
-        table.add_row(Text(name), " × ".join(f"{size:,}" for size in (rows, *h5[name].shape[1:])), text)
-    for name in head:
-        table.add_row(Text(name), " × ".join(f"{size:,}" for size in h5[name].shape), str(h5[name].dtype))
-    return table
+def _array(name: str, values: h5py.Dataset, rows: int) -> dict[str, Any]:
+    kind = values.dtype
+    text = f"text, {kind.itemsize} bytes" if kind.kind == "S" else str(kind)
+    return {"array": name, "shape": [rows, *values.shape[1:]], "type": text}
 
 
 def _readable(provenance: Provenance) -> dict[str, str]:

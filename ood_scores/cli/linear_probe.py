@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ood_scores.atomic import user_path
 from ood_scores.cli import options
-from ood_scores.cli.printing import console, facts
+from ood_scores.cli.printing import answer, console, facts
 from ood_scores.errors import BadInput
 from ood_scores.progress import showing_work
 from ood_scores.terminal import marked
+
+if TYPE_CHECKING:
+    from ood_scores.features.linear_probe import LinearProbe
 
 
 def linear_probe(
@@ -56,14 +59,21 @@ def linear_probe(
         require_same_weights(sets[paths[0]].provenance, feats.provenance, str(paths[0]), str(path))
     with showing_work("linear probe …"):
         fitted = probes.linear_probe(sets[paths[0]], l2=l2, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path, target in targets.items():
+        probed = sets[path].with_head(fitted.head)
+        probed.save(target)
+        written.append({"cache": str(target), "rows": len(probed), "accuracy": accuracy_of(probed)})
+    found = {"classes": fitted.head.num_classes, "l2": fitted.l2, "accuracy": fitted.accuracy, "caches": written}
+    answer(found, lambda: _show(fitted, written))
+
+
+def _show(fitted: LinearProbe, written: list[dict[str, Any]]) -> None:
     screen = console()
     chosen = f", chosen of {len(fitted.losses)} on held-out rows" if fitted.losses else ""
     held_out = {} if fitted.accuracy is None else {"accuracy": f"{fitted.accuracy:.2%} on held-out rows"}
     screen.print(facts({"classes": f"{fitted.head.num_classes:,}", "l2": f"{fitted.l2:g}{chosen}", **held_out}))
-    out.mkdir(parents=True, exist_ok=True)
-    for path, target in targets.items():
-        probed = sets[path].with_head(fitted.head)
-        probed.save(target)
-        accuracy = accuracy_of(probed)
-        correct = "" if accuracy is None else f", accuracy {accuracy:.2%}"
-        screen.print(f"[green]✓[/] {len(probed):,} rows{correct} in [bold]{marked(target)}[/]")
+    for each in written:
+        correct = "" if each["accuracy"] is None else f", accuracy {each['accuracy']:.2%}"
+        screen.print(f"[green]✓[/] {each['rows']:,} rows{correct} in [bold]{marked(each['cache'])}[/]")

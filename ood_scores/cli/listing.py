@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ood_scores.cli.printing import console
+from ood_scores.cli.printing import answer, console
 from ood_scores.registry import unknown
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ood_scores.scorers import Scorer
 
 GROUPS = (
@@ -53,21 +53,50 @@ def list_scorers(
     found = families((pattern and registered_name(pattern)) or pattern or "*")
     if not found:
         raise unknown("no scorer matches", pattern or "*", names())
+    scorers = [_described(title, cls) for title, group in found.items() for cls in group]
     if bibtex:
-        known = {cls.tags.paper.key: cls.tags.paper for group in found.values() for cls in group if cls.tags.paper}
-        typer.echo("\n\n".join(known[key].bibtex() for key in sorted(known)))
-        return
+        answer({"scorers": scorers}, lambda: _print_bibtex(found))
+    elif pattern is None and not papers:
+        answer({"scorers": scorers}, lambda: _overview([cls() for group in found.values() for cls in group]))
+    else:
+        answer({"scorers": scorers}, lambda: _print_families(found, _papers if papers else _scorers))
+
+
+def _described(family: str, cls: type[Scorer]) -> dict[str, Any]:
+    """Return what is known about a scorer, as ``--json`` prints it."""
+    from ood_scores.scorers.families import summary_of
+
+    scorer, paper = cls(), cls.tags.paper
+    return {
+        "name": scorer.name,
+        "summary": summary_of(cls),
+        "family": family,
+        "needs": scorer.needs,
+        "fit_needs": scorer.fit_needs,
+        "parameters": {name: each.default for name, each in inspect.signature(cls).parameters.items()},
+        "aliases": cls.tags.aliases,
+        "experimental": cls.tags.experimental,
+        "paper": paper and {**asdict(paper), "bibtex": paper.bibtex()},
+    }
+
+
+def _print_bibtex(families: Mapping[str, Sequence[type[Scorer]]]) -> None:
+    known = {cls.tags.paper.key: cls.tags.paper for group in families.values() for cls in group if cls.tags.paper}
+    typer.echo("\n\n".join(known[key].bibtex() for key in sorted(known)))
+
+
+def _print_families(
+    families: Mapping[str, Sequence[type[Scorer]]], table_of: Callable[[Sequence[type[Scorer]]], Table]
+) -> None:
     screen = console()
-    if pattern is None and not papers:
-        _overview(screen, [cls() for group in found.values() for cls in group])
-        return
-    for title, group in found.items():
+    for title, group in families.items():
         screen.print(Text(title, style="bold"))
-        screen.print(_papers(group) if papers else _scorers(group), "")
+        screen.print(table_of(group), "")
 
 
-def _overview(screen: Console, scorers: list[Scorer]) -> None:
+def _overview(scorers: Sequence[Scorer]) -> None:
     """Print the names of the scorers, grouped by what they need."""
+    screen = console()
     groups: dict[str, list[str]] = {title: [] for title in GROUPS}
     for scorer in scorers:
         groups[_group(scorer)].append(f"{scorer.name}{'*' if scorer.tags.experimental else ''}")
@@ -88,7 +117,7 @@ def _group(scorer: Scorer) -> str:
     return logits if set(scorer.needs) == {"logits"} else features
 
 
-def _scorers(group: list[type[Scorer]]) -> Table:
+def _scorers(group: Sequence[type[Scorer]]) -> Table:
     from ood_scores.scorers.families import summary_of
 
     table = _grid()
@@ -102,7 +131,7 @@ def _scorers(group: list[type[Scorer]]) -> Table:
     return table
 
 
-def _papers(group: list[type[Scorer]]) -> Table:
+def _papers(group: Sequence[type[Scorer]]) -> Table:
     table = _grid()
     for cls in group:
         paper = cls.tags.paper

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ood_scores.cli import parsing
+from ood_scores.cli.printing import answering
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.user_code import import_code
 
@@ -61,19 +62,27 @@ Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE|FILE.py", help="Your own code to import first; may be repeated."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output instead of tables.")]
 
 
-def takes_imports(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the option ``--import``, for code of the user that is imported before the command runs."""
+def takes_common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``--import``, for code of the user that is imported first, and ``--json``; see ``answer``."""
     signature = inspect.signature(command, eval_str=True)
-    option = inspect.Parameter("imports", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Imports)
-    parameters = [*signature.parameters.values(), option]
+    options = {"imports": (None, Imports), "as_json": (False, AsJson)}
+    parameters = [
+        *signature.parameters.values(),
+        *(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (default, kind) in options.items()
+        ),
+    ]
 
     @functools.wraps(command)
-    def run(*, imports: list[str] | None, **given: Any) -> None:
+    def run(*, imports: list[str] | None, as_json: bool, **given: Any) -> None:
         for name in imports or ():
             import_code(name)
-        command(**given)
+        with answering(as_json):
+            command(**given)
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}

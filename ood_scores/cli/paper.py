@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,16 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ood_scores.cli import options
-from ood_scores.cli.benchmark import show_not_run
-from ood_scores.cli.printing import console, stoppable
+from ood_scores.cli.benchmark import document, show_not_run
+from ood_scores.cli.printing import answer, console, stoppable
 from ood_scores.errors import UnknownName
 from ood_scores.registry import unknown
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ood_scores.benchmark import Results, Spec
+    from ood_scores.benchmark.figures.page import WrittenFigure
     from ood_scores.benchmark.report.tables import Compared, ComparisonTable
 
 PAPERS = Path("benchmarks/papers")
@@ -55,36 +55,40 @@ def paper(
       ood-scores paper mine.toml --figures --out runs/mine
     """
     from ood_scores.benchmark import load_spec, run
-    from ood_scores.benchmark.figures import write_figures
+    from ood_scores.benchmark.report.tables import comparison_tables
 
-    screen = console()
     if name is None:
-        _list(screen)
+        titles = {path.stem: load_spec(path).title for path in _files()}
+        answer({"papers": titles}, lambda: _show_titles(titles))
         return
     spec = load_spec(_path(name), set or ())
-    tables = tuple(part for part in spec.parts if part.figure is None)
-    chosen = spec if figures or not tables else replace(spec, parts=tables)
+    parts = tuple(part for part in spec.parts if part.figure is None)
+    chosen = spec if figures or not parts else replace(spec, parts=parts)
     with stoppable("run the same command again to continue"):
         results = run(chosen, out=out, data=data, device=device, jobs=jobs, progress=not quiet)
-    _show_tables(screen, results, chosen)
-    show_not_run(screen, results.not_run)
-    if figures:
-        page, written = write_figures(results, chosen, data or Path())
-        for figure in written:
-            place = f"[green]✓[/] {marked(figure.title)}: [bold]{marked(str(page.parent / figure.picture))}[/]"
-            lacks = f"[yellow]not drawn[/] {marked(figure.title)} [dim]({marked(figure.reason)})[/]"
-            screen.print(place if figure.picture else lacks, soft_wrap=True)
-        screen.print(f"[green]✓[/] all figures [bold]{marked(str(page))}[/]", soft_wrap=True)
+    tables = [table for part in chosen.parts for table in comparison_tables(results, part.title)]
+    page, written = _drawn(results, chosen, data) if figures else (None, [])
+    found = {
+        **document(results),
+        "tables": list(map(asdict, tables)),
+        "page": page and str(page),
+        "figures": list(map(asdict, written)),
+    }
+    answer(found, lambda: _show(results, tables, page, written))
     if results.table.empty and results.measures.empty:
         raise typer.Exit(1)
 
 
-def _list(screen: Console) -> None:
-    """Print the names and titles of the papers."""
-    from ood_scores.benchmark import load_spec
+def _drawn(results: Results, spec: Spec, data: Path | None) -> tuple[Path, list[WrittenFigure]]:
+    from ood_scores.benchmark.figures import write_figures
 
-    for path in _files():
-        screen.print(f"[bold]{marked(path.stem)}[/]  {marked(load_spec(path).title)}", soft_wrap=True)
+    return write_figures(results, spec, data or Path())
+
+
+def _show_titles(titles: Mapping[str, str]) -> None:
+    screen = console()
+    for name, title in titles.items():
+        screen.print(f"[bold]{marked(name)}[/]  {marked(title)}", soft_wrap=True)
 
 
 def _files() -> list[Path]:
@@ -103,14 +107,22 @@ def _path(name: str) -> Path:
     return PAPERS / f"{name}.toml"
 
 
-def _show_tables(screen: Console, results: Results, spec: Spec) -> None:
-    """Print each published table with our numbers below the published ones."""
-    from ood_scores.benchmark.report.tables import comparison_tables
-
-    for part in spec.parts:
-        for table in comparison_tables(results, part.title):
-            screen.print(f"\n[bold]{marked(table.source)}[/] [dim]{marked(part.title)}; published / ours[/]")
-            screen.print(_table(table))
+def _show(
+    results: Results, tables: Sequence[ComparisonTable], page: Path | None, figures: Sequence[WrittenFigure]
+) -> None:
+    """Print each published table with our numbers below the published ones, what did not run, and the figures."""
+    screen = console()
+    for table in tables:
+        screen.print(f"\n[bold]{marked(table.source)}[/] [dim]{marked(table.part)}; published / ours[/]")
+        screen.print(_table(table))
+    show_not_run(screen, results.not_run)
+    folder = page.parent if page else Path()
+    for figure in figures:
+        lacks = f"[yellow]not drawn[/] {marked(figure.title)} [dim]({marked(figure.reason)})[/]"
+        place = f"[green]✓[/] {marked(figure.title)}: [bold]{marked(folder / figure.picture)}[/]"
+        screen.print(place if figure.picture else lacks, soft_wrap=True)
+    if page:
+        screen.print(f"[green]✓[/] all figures [bold]{marked(page)}[/]", soft_wrap=True)
 
 
 def _table(table: ComparisonTable) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ood_scores.atomic import replace_text, replacing, user_path
+from ood_scores.cli.printing import json_text, table_document
 from ood_scores.errors import BadInput
 from ood_scores.terminal import csv_text, encodable, with_texts
 from ood_scores.user_code import import_referenced
@@ -136,4 +136,4 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
             file.write(content)
             file.check()
     else:
-        replace_text(path, json.dumps(table.attrs | {"rows": table.to_dict("records")}, indent=2) + "\n")
+        replace_text(path, json_text(table_document(table)))

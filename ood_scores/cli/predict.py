@@ -12,7 +12,7 @@ import typer
 
 from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, scorer_name, write_table
-from ood_scores.cli.printing import console
+from ood_scores.cli.printing import answer, console
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.progress import ProgressBar, showing_work
 from ood_scores.terminal import marked, safe
@@ -81,7 +81,7 @@ def predict(
     loaded = Detector.load(detector, device=device)
     files = image_files(images)
     table = results(loaded, files, batch_size, workers)
-    _show(table)
+    answer({"detector": str(detector), "rows": table}, lambda: _show(table))
     if out:
         write_table(table.astype(object).where(table.notna(), None), out)
         console().print(f"[green]✓[/] every image in [bold]{marked(out)}[/]")

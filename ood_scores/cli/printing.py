@@ -1,10 +1,12 @@
-"""Console output of the commands: errors, warnings, progress and tables of facts."""
+"""Console output of the commands: what they found, as tables or as JSON, errors, warnings, and tables of facts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
@@ -13,6 +15,9 @@ from rich.text import Text
 from ood_scores import errors
 from ood_scores.progress import stderr_console
 from ood_scores.terminal import SafeConsole
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HERE: dict[type[Exception], str] = {
     errors.NotFitted: "pass --fit CACHE, usually of the training set",
@@ -25,8 +30,49 @@ HERE: dict[type[Exception], str] = {
 """What to do on the command line, for errors whose message is about Python."""
 
 
+_AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
+"""Whether standard output is one JSON object."""
+
+
+@contextmanager
+def answering(as_json: bool) -> Iterator[None]:
+    """Let ``answer`` print JSON, or what people read."""
+    token = _AS_JSON.set(as_json)
+    try:
+        yield
+    finally:
+        _AS_JSON.reset(token)
+
+
 def console() -> SafeConsole:
-    return SafeConsole()
+    """Return the console for people: standard output, or standard error with ``--json``."""
+    return SafeConsole(stderr=_AS_JSON.get())
+
+
+def answer(document: Mapping[str, Any], show: Callable[[], None]) -> None:
+    """Print what a command found: with ``--json``, the document as JSON, else what a function prints."""
+    if _AS_JSON.get():
+        typer.echo(json_text(document), nl=False)
+    else:
+        show()
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """Return a document as JSON; see ``plain``, and a data frame becomes a list of rows."""
+    from ood_scores.benchmark.results import plain
+
+    values = {name: _rows(value) if hasattr(value, "to_dict") else value for name, value in document.items()}
+    return json.dumps(plain(values), indent=2, allow_nan=False) + "\n"
+
+
+def table_document(table: pd.DataFrame) -> dict[str, Any]:
+    """Return a table as a document: its ``attrs``, and its rows."""
+    return {**{str(name): value for name, value in table.attrs.items()}, "rows": table}
+
+
+def _rows(table: pd.DataFrame) -> list[dict[Hashable, Any]]:
+    """Return the rows of a table, with None for missing values."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def print_error(error: Exception) -> None:

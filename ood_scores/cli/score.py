@@ -9,7 +9,7 @@ import typer
 
 from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, parameters, scorer_name, write_table
-from ood_scores.cli.printing import console
+from ood_scores.cli.printing import answer, console, table_document
 from ood_scores.progress import showing_work
 from ood_scores.terminal import marked
 
@@ -57,14 +57,20 @@ def score(
         table = score_table(feats, scores)
     chosen = decisions(given, ready)
     table.attrs = {"scorer": scorer, "parameters": params, "decided": chosen, "cache": str(cache)}
-    screen = console()
-    title = " ".join([scorer, *(f"({text})" for text in chosen.values())])
-    screen.print(f"[bold]{marked(title)}[/] of {len(table):,} rows in {marked(cache)} (higher = more in-distribution)")
-    screen.print(_summary(scores))
-    screen.print(_lowest(table))
+    answer(table_document(table), lambda: _show(table, scores))
     if out:
         write_table(table, out)
-        screen.print(f"[green]✓[/] every row in [bold]{marked(out)}[/]")
+        console().print(f"[green]✓[/] every row in [bold]{marked(out)}[/]")
+
+
+def _show(table: pd.DataFrame, scores: Tensor) -> None:
+    screen = console()
+    about = table.attrs
+    title = " ".join([about["scorer"], *(f"({text})" for text in about["decided"].values())])
+    of = f"{len(table):,} rows in {marked(about['cache'])}"
+    screen.print(f"[bold]{marked(title)}[/] of {of} (higher = more in-distribution)")
+    screen.print(_summary(scores))
+    screen.print(_lowest(table))
 
 
 def _summary(scores: Tensor) -> Table:

@@ -10,7 +10,7 @@ import typer
 
 from ood_scores.cli import options
 from ood_scores.cli.parsing import parameters, scorer_name
-from ood_scores.cli.printing import console
+from ood_scores.cli.printing import answer, console
 from ood_scores.errors import BadInput
 from ood_scores.progress import showing_work
 from ood_scores.terminal import marked
@@ -73,4 +73,5 @@ def show(
         file.write(drawn.getvalue())
         file.check()
     which = "highest" if most_id else "lowest"
-    console().print(f"[green]✓[/] pictures with the {which} [bold]{scorer}[/] scores in [bold]{marked(out)}[/]")
+    line = f"[green]✓[/] pictures with the {which} [bold]{scorer}[/] scores in [bold]{marked(out)}[/]"
+    answer({"picture": str(out), "scorer": scorer, "scores": which}, lambda: console().print(line))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ood_scores.cli import options
-from ood_scores.cli.printing import console, stoppable
+from ood_scores.cli.printing import answer, console, stoppable
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
@@ -66,7 +66,12 @@ def train(
     with stoppable(f"run the same command{without} to resume from [bold]{marked(folder)}[/]"):
         trained = run(read, folder, device=device, overwrite=overwrite, progress=not quiet)
     if Ranks.here().first:
-        _say_where(read, trained)
+        found = {
+            "checkpoint": str(trained.checkpoint),
+            "epochs": len(trained.history),
+            "accuracy": trained.accuracy,
+        }
+        answer(found, lambda: _say_where(read, trained))
 
 
 def _say_where(recipe: Recipe, trained: Trained) -> None:
