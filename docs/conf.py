@@ -2,7 +2,6 @@
 
 import re
 import sys
-from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -11,10 +10,12 @@ from sphinx_gallery.scrapers import figure_rst
 sys.path.insert(0, str(Path(__file__).parent))
 from scorer_pages import write_pages
 
+from ood_scores.version import __version__
+
 project = "ood_scores"
 author = "The ood_scores authors"
 copyright = "2026, The ood_scores authors"
-release = version = installed_version("ood_scores")
+release = version = __version__
 
 extensions = [
     "myst_parser",

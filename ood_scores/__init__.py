@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ood_scores.version import __version__
+
 if TYPE_CHECKING:
     from ood_scores import benchmark, metrics, probes, training
     from ood_scores.detector import Detector
@@ -32,6 +34,7 @@ __all__ = [
     "Head",
     "NegativeWords",
     "Scorer",
+    "__version__",
     "benchmark",
     "calibrate",
     "create_scorer",

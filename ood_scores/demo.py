@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -23,7 +22,8 @@ from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Spec
 from ood_scores.data.images import ImageArrays
 from ood_scores.data.kinds.digits import digits, digits_split, photo_patches, uniform_noise
 from ood_scores.models.networks.classifier import PooledClassifier, cifar_cfg, init_he
-from ood_scores.plotting.curves import Panel, score_histograms
+from ood_scores.optional_packages import installed
+from ood_scores.progress import stderr_console
 from ood_scores.training import Recipe, train
 from ood_scores.training.recipe_file import recipe_from
 from ood_scores.training.state import LAST
@@ -85,7 +85,10 @@ class Demo:
 
 
 def run(out: Path, seed: int = 0, epochs: int = 30, progress: bool = True) -> Demo:
-    """Train two networks, compare all scorers on them, and write caches, tables, a report, and a figure to a folder."""
+    """Train two networks, compare all scorers on them, and write caches, tables, a report, and a figure to a folder.
+
+    Without the packages of the extra ``report``, there is neither report nor figure.
+    """
     data = image_sets(seed)
     inputs = out / "inputs" / f"seed{seed}"
     inputs.mkdir(parents=True, exist_ok=True)
@@ -95,18 +98,31 @@ def run(out: Path, seed: int = 0, epochs: int = 30, progress: bool = True) -> De
     with one_thread():
         for training in TRAININGS:
             if progress:
-                rich.print(f"training a network: {training}")
+                stderr_console().print(f"training a network: {training}")
             how = recipe(training, inputs / "train.npz", seed, epochs)
             train(how, inputs / training, device="cpu", progress=progress)
     spec = benchmark()
     results = run_benchmark(spec, out=out, data=inputs, jobs=1, progress=False)
-    figure = io.BytesIO()
-    score_histograms(panels(results), columns=4).savefig(figure, dpi=150, format="png")
-    with replacing(out / "scores.png") as file:
-        file.write(figure.getvalue())
+    if installed("matplotlib"):
+        _draw(results, out / "scores.png")
     units = plan(spec, out, inputs).units
     caches = {unit.model: {job.set: job.cache for job in unit.jobs} for unit in units}
     return Demo(results, caches)
+
+
+def _draw(results: Results, path: Path) -> None:
+    """Draw the scores of ``DRAWN`` on the test set and each OoD dataset, by scorer and training."""
+    from ood_scores.plotting.curves import Panel, score_histograms
+
+    panels = {
+        f"{name}, {scored.model}": Panel(scored.scores[name]["id"], {ood: scored.scores[name][ood] for ood in OOD})
+        for scored in results.scored
+        for name in DRAWN
+    }
+    figure = io.BytesIO()
+    score_histograms({title: panels[title] for title in sorted(panels)}, columns=4).savefig(figure, dpi=150)
+    with replacing(path) as file:
+        file.write(figure.getvalue())
 
 
 def benchmark() -> Spec:
@@ -163,13 +179,3 @@ def recipe(training: str, images: Path, seed: int, epochs: int) -> Recipe:
             "schedule": {"name": "steps", "milestones": [max(1, epochs // 2), max(1, 3 * epochs // 4)]},
         }
     )
-
-
-def panels(results: Results) -> dict[str, Panel]:
-    """Return the scores in the figure, on the test set and each OoD dataset, by scorer and training."""
-    drawn = {
-        f"{name}, {scored.model}": Panel(scored.scores[name]["id"], {ood: scored.scores[name][ood] for ood in OOD})
-        for scored in results.scored
-        for name in DRAWN
-    }
-    return {title: drawn[title] for title in sorted(drawn)}

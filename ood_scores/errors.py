@@ -77,6 +77,10 @@ class MissingInput(OodScoresError, ValueError):
         self.command = command
 
 
+class MissingPackage(MissingInput, ImportError):
+    """A package that only some uses need is not installed; the message says the command that installs it."""
+
+
 class NotFitted(OodScoresError, RuntimeError):
     """A scorer that requires a fit was asked to score before it was fitted."""
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from ood_scores.errors import BadInput, OodScoresError
+from ood_scores.version import __version__
 
 try:
     import resource
@@ -40,7 +41,7 @@ _callers_default_device: ContextVar[torch.device | None] = ContextVar("callers_d
 @functools.cache
 def version_of(package: str) -> str:
     """Return the installed version of a package, which is looked for once: to find it takes milliseconds."""
-    return importlib.metadata.version(package)
+    return __version__ if package == "ood_scores" else importlib.metadata.version(package)
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

@@ -13,9 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ood_scores"
 
 FLOORS = (
-    {"errors", "terminal"},
+    {"errors", "terminal", "version"},
     {"user_code", "notebook", "user_warnings"},
-    {"registry", "atomic", "progress", "runtime"},
+    {"registry", "atomic", "progress", "runtime", "optional_packages"},
     {"parameters", "toml_tables", "transfers", "device_memory"},
     {"features", "data"},
     {"models"},

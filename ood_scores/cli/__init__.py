@@ -7,7 +7,6 @@ import io
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +32,7 @@ from ood_scores.cli import (
 from ood_scores.cli.options import takes_common_options
 from ood_scores.cli.printing import print_error, stoppable, warning_printer
 from ood_scores.errors import OodScoresError
+from ood_scores.version import __version__
 
 
 class Commands(TyperGroup):
@@ -64,7 +64,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ood-scores {metadata.version('ood_scores')}")
+        typer.echo(f"ood-scores {__version__}")
         raise typer.Exit
 
 

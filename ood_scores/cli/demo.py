@@ -82,11 +82,15 @@ def _columns(table: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
 
 
 def _say_where(screen: Console, out: Path, caches: Mapping[str, Path]) -> None:
+    files = {"all metrics": "results.csv", "report": "report.html", "distributions": "scores.png"}
+    written = "\n".join(
+        f"[green]✓[/] {what:<13}  [bold]{marked(out / name)}[/]"
+        for what, name in files.items()
+        if (out / name).exists()
+    )
     screen.print(
         f"""
-[green]✓[/] all metrics    [bold]{marked(out / "results.csv")}[/]
-[green]✓[/] report         [bold]{marked(out / "report.html")}[/]
-[green]✓[/] distributions  [bold]{marked(out / "scores.png")}[/]
+{written}
 
 [bold]Try next[/]
   ood-scores inspect {marked(caches["test"])}

@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ood_scores.cli.printing import answer, console, facts
+from ood_scores.optional_packages import install
 from ood_scores.terminal import marked
+from ood_scores.version import __version__
 
 if TYPE_CHECKING:
     from ood_scores.features import FeatureSet
 
 REQUIRED = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "h5py", "safetensors", "pandas")
 OPTIONAL = {
-    "transformers": "models named hf:, and image processors",
-    "datasets": "datasets named hf:",
-    "onnxruntime": "exporting detectors to ONNX",
+    "faiss": ("knn", "approximate indexes of knn, and a faster search on CPUs"),
+    "matplotlib": ("report", "figures and HTML reports"),
+    "transformers": ("hub", "models named hf:, and image processors"),
+    "datasets": ("hub", "datasets named hf:"),
+    "open_clip_torch": ("clip", "models named open_clip:"),
+    "onnxruntime": ("export", "exporting detectors to ONNX"),
 }
-"""Packages that some uses need, with the use."""
+"""Packages that some uses need, with the extra that installs them, and the use."""
 
 
 def doctor() -> None:
@@ -41,8 +46,8 @@ def doctor() -> None:
 
 def versions() -> dict[str, str]:
     """Return the version of each package; "" if it is missing."""
-    names = ["ood_scores", *REQUIRED, *OPTIONAL]
-    return {name: _version(name) for name in names} | {"faiss": _version("faiss-gpu") or _version("faiss-cpu")}
+    found = {"ood_scores": __version__} | {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    return found | {"faiss": _version("faiss-gpu") or _version("faiss-cpu")}
 
 
 def _version(package: str) -> str:
@@ -132,11 +137,11 @@ TESTS: dict[str, Callable[[], str]] = {
 
 def _show(found: dict[str, Any]) -> None:
     screen = console()
-    missing = {name: use for name, use in OPTIONAL.items() if not found["versions"][name]}
     screen.print(facts({name: version or "not installed" for name, version in found["versions"].items()}))
     gpus = found["devices"]["gpus"]
     screen.print(facts({"CPU threads": str(found["devices"]["threads"]), "GPUs": ", ".join(gpus) or "none"}))
-    for name, use in missing.items():
-        screen.print(f"[yellow]without {name}[/]: {use} (pip install {name})")
+    for name, (extra, use) in OPTIONAL.items():
+        if not found["versions"][name]:
+            screen.print(f"[yellow]without {name}[/]: {use} ({marked(install(extra))})", soft_wrap=True)
     for name, failure in found["tests"].items():
         screen.print(f"[red]✗[/] {name}: {marked(failure)}" if failure else f"[green]✓[/] {name}")

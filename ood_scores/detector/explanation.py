@@ -21,6 +21,7 @@ from ood_scores.errors import BadInput, MissingData
 from ood_scores.evaluation.pictures import pictures_of
 from ood_scores.extraction.positions import Positions, recording_maps
 from ood_scores.features import FeatureSet, OneSet, as_feature_set
+from ood_scores.optional_packages import require
 from ood_scores.scorers.base import Scorer, as_scorer, fit_all
 from ood_scores.scorers.fusion import Fusion
 
@@ -114,6 +115,7 @@ class Explanations:
         Raises:
             CacheWriteFailed: if the page cannot be written.
         """
+        require("the page of explanations needs", "report", "jinja2")
         from ood_scores.detector.explanation_page import write_page
 
         return write_page(self, folder)

@@ -14,7 +14,8 @@ from torch import Tensor
 from ood_scores.atomic import replacing, user_path
 from ood_scores.detector.graph import DetectorGraph
 from ood_scores.detector.preprocessing import Transform, example_input
-from ood_scores.errors import BadInput, MissingInput
+from ood_scores.errors import BadInput
+from ood_scores.optional_packages import require
 
 FORMAT_VERSION = 1
 """Version of the inputs, outputs, and metadata of the ONNX file."""
@@ -56,7 +57,7 @@ def export_onnx(
         metadata: further metadata, such as the hash of the weights.
 
     Raises:
-        MissingInput: if onnx, onnxscript, or onnxruntime is not installed.
+        MissingPackage: if onnx, onnxscript, or onnxruntime is not installed.
         BadInput: if the model cannot be traced, or the outputs in onnxruntime differ.
         CacheWriteFailed: if the file cannot be written; a previous file is then still there.
     """
@@ -182,10 +183,7 @@ def _root_of(error: BaseException) -> str:
 
 
 def _require_onnx() -> Any:
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingInput(f"ONNX export needs {error.name}: pip install 'ood_scores[export]'.") from error
+    require("ONNX export needs", "export", "onnx", "onnxruntime", "onnxscript")
+    import onnx
+
     return onnx

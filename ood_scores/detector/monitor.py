@@ -179,16 +179,14 @@ class Monitor(Evidence):
             EmptyInput: if there are no rows since then.
             BadInput: if alpha is not in (0, 1).
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from ood_scores.plotting.style import new_figure
 
         check_shares(alpha=alpha)
         if self.seen == self._curve[0, 0]:
             raise EmptyInput("no row was added since this monitor was created or loaded: update it first.")
         now = [[self.seen], [self.rejected], [self._wealth()]]
         curve = np.concatenate([self._curve, now], axis=1)
-        figure = Figure(figsize=(7, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(7, 4.4)
         rates, wealth = figure.subplots(2, 1, sharex=True)
         _draw_rates(rates, curve, self.expected_rate)
         draw_wealth(wealth, curve[0], curve[2], alpha)

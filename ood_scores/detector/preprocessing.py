@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from ood_scores.errors import BadInput, MissingInput
+from ood_scores.errors import BadInput
 from ood_scores.models.opening import preprocessing as timm_transform
 from ood_scores.models.origin import origin_of
 from ood_scores.models.processors import ProcessorTransform
+from ood_scores.optional_packages import require
 from ood_scores.user_warnings import warn_user
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
@@ -111,7 +112,7 @@ def transform_of(model: nn.Module, preprocessing: Preprocessing) -> Transform:
 
     Raises:
         BadInput: if an image processor is unknown, or one of its entries could name a file or an address.
-        MissingInput: if transformers, which it needs, is not installed.
+        MissingPackage: if transformers, which it needs, is not installed.
     """
     if not isinstance(preprocessing, Mapping):
         return preprocessing
@@ -196,12 +197,9 @@ def _is_harmless(entries: Any) -> bool:
 
 
 def _processor_of(entries: dict[str, Any]) -> ProcessorTransform:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingInput(
-            "the preprocessing is an image processor of transformers, which is not installed: pip install transformers."
-        ) from error
+    require("the preprocessing, an image processor of Hugging Face, needs", "hub", "transformers")
+    import transformers
+
     name = str(entries.get("image_processor_type"))
     kind = getattr(transformers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.ImageProcessingMixin):

@@ -16,10 +16,11 @@ from ood_scores.features.finite import all_finite
 from ood_scores.features.row_reductions import row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.row_samples import Energies, Rows
+from ood_scores.optional_packages import installed
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
-from ood_scores.scorers.numerics.faiss_index import index_of_bytes, kept_index, trained_index
+from ood_scores.scorers.numerics.faiss_index import faiss_library, index_of_bytes, kept_index, trained_index
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.scorers.work import Sizes, Work, search_of
@@ -45,8 +46,8 @@ class _BankScorer(Scorer):
     """Base class of ``knn`` and ``nnguide``: a float32 search of the bank finds candidates, judged in float64.
 
     Scorers of one pass that search the same normalized bank search it once, together, because their inner products with
-    the bank are the same matrix. A scorer that is scored alone leaves the search to faiss, which finds a single list
-    sooner.
+    the bank are the same matrix. On a CPU, a scorer that is scored alone leaves the search to faiss, if that is
+    installed, which finds a single list sooner.
     """
 
     bank_: Tensor = fitted()
@@ -178,10 +179,8 @@ class KNN(_BankScorer):
 
     def fitted_state(self) -> dict[str, Any]:
         """Return the state to save; an exact index is its bank, while any other may differ when it is built again."""
-        import faiss
-
         state = super().fitted_state()
-        return state if self.index == "Flat" else state | {"index": faiss.serialize_index(self._index)}
+        return state if self.index == "Flat" else state | {"index": faiss_library().serialize_index(self._index)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore({name: value for name, value in state.items() if name != "index"})
@@ -200,7 +199,7 @@ class KNN(_BankScorer):
         return Wanted(self.bank_, min(self.k + AROUND, len(self.bank_)))
 
     def search(self, rows: Tensor) -> Tensor:
-        if self.index == "Flat" and rows.device.type != "cpu":
+        if self.index == "Flat" and not _is_left_to_faiss(rows):
             return search_unit_rows(rows.float(), [self._remembered_wanted()])[0]
         self._index = self._index if getattr(self, "_index", None) else trained_index(self.index, self.bank_)
         count = self.wanted().count if self.index == "Flat" else self.k
@@ -231,6 +230,11 @@ class KNN(_BankScorer):
         """Distances of each row to some rows of the bank, ``[B, K]``."""
         columns = [(rows - self.bank_[column]).square_().sum(dim=1).sqrt_() for column in numbers.unbind(dim=1)]
         return torch.stack(columns, dim=1)
+
+
+def _is_left_to_faiss(rows: Tensor) -> bool:
+    """Return whether faiss searches for the neighbors of rows that are scored alone."""
+    return rows.device.type == "cpu" and installed("faiss")
 
 
 def why_no_graph_of(bank: Tensor | None) -> str | None:
@@ -322,7 +326,7 @@ class NNGuide(_BankScorer):
         return Wanted(self.bank_, min(self.k + SPARE, len(self.bank_)), self.energies_)
 
     def search(self, rows: Tensor) -> Tensor:
-        if rows.device.type != "cpu":
+        if not _is_left_to_faiss(rows):
             return search_unit_rows(rows.float(), [self._remembered_wanted()])[0]
         self._index = self._index if getattr(self, "_index", None) else self._build_index()
         return torch.from_numpy(self._index.search(rows.float().contiguous().numpy(), self.wanted().count)[1])
@@ -337,8 +341,6 @@ class NNGuide(_BankScorer):
         return block.logsumexp() * guidance
 
     def _build_index(self) -> Any:
-        import faiss
-
-        index = faiss.IndexFlatIP(self.bank_.shape[1])
+        index = faiss_library().IndexFlatIP(self.bank_.shape[1])
         index.add((self.bank_ * self.energies_.float()[:, None]).numpy())
         return index

@@ -11,6 +11,7 @@ from typing import Any
 
 from ood_scores.atomic import replace_text
 from ood_scores.errors import BadInput
+from ood_scores.optional_packages import install
 from ood_scores.progress import ProgressBar, stderr_console
 from ood_scores.training.state import CONTINUE, LOG
 
@@ -87,7 +88,7 @@ def require_tensorboard() -> None:
     """Raise BadInput if TensorBoard is not installed, without importing it."""
     if importlib.util.find_spec("tensorboard") is None:
         raise BadInput(
-            f"TensorBoard is not installed: pip install tensorboard, or set tensorboard = false; {LOG} is enough."
+            f"TensorBoard is not installed: {install('train')}, or set tensorboard = false; {LOG} is enough."
         )
 
 

@@ -26,9 +26,9 @@ def test_doctor_fails_where_a_score_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
 
     energy = scorer_class("energy")
     monkeypatch.setattr(energy, "score_block", lambda self, block: -block.logits.double().logsumexp(dim=1))
-    monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_package": "nothing"})
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_package": ("none", "nothing")})
     shown = CliRunner().invoke(app, ["doctor"])
     assert shown.exit_code == 1
     assert "✗ scores: the scores of energy differ from their formulas" in shown.output
     assert "✓ cache" in shown.output
-    assert "without no_such_package: nothing (pip install no_such_package)" in shown.output
+    assert 'without no_such_package: nothing (pip install "ood_scores[none]")' in shown.output

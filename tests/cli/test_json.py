@@ -59,7 +59,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The documents that all commands print, by command."""
     folder = tmp_path_factory.mktemp("json")
     model = network()
@@ -70,7 +70,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     (folder / "spec.toml").write_text(SPEC)
     tiny.write_toml(folder / "recipe.toml", tiny.tables(epochs=1))
     made = demo.Demo(make_results(folder), {"l2_norm": dict.fromkeys(("test", "train", "unseen", "noise"), Path())})
-    documents = {}
+    documents: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(demo, "run", lambda out, seed: made)
@@ -86,12 +86,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return documents
 
 
-def test_every_command_is_walked(found: dict[str, dict[str, Any]]) -> None:
+def test_every_command_is_walked(found: dict[str, Any]) -> None:
     assert WORDS.keys() == COMMANDS.keys()
     assert all(isinstance(found[command], dict) and found[command] for command in COMMANDS)
 
 
-def test_documents_contain_what_the_tables_show(found: dict[str, dict[str, Any]]) -> None:
+def test_documents_contain_what_the_tables_show(found: dict[str, Any]) -> None:
     assert [row["score"] for row in found["score"]["rows"]] == found["energies"]
     assert found["score"]["scorer"] == "energy"
     (row,) = found["evaluate"]["rows"]
@@ -119,7 +119,7 @@ def test_documents_contain_what_the_tables_show(found: dict[str, dict[str, Any]]
     assert found["doctor"]["tests"] == dict.fromkeys(("extraction", "scores", "cache"), "")
 
 
-def test_a_plan_says_what_would_run(found: dict[str, dict[str, Any]]) -> None:
+def test_a_plan_says_what_would_run(found: dict[str, Any]) -> None:
     plan = found["plan"]
     assert [(cache["set"], cache["exists"], cache["rows"]) for cache in plan["caches"]] == [
         ("seen", False, 60),

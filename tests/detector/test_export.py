@@ -267,7 +267,9 @@ def test_a_model_that_mixes_its_batch_is_refused(tmp_path):
 def test_without_onnxruntime_the_message_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     graph = DetectorGraph(tiny_model(), create_scorer("energy"), 0.0, images())
-    with pytest.raises(MissingInput, match=r"needs onnxruntime: pip install 'ood_scores\[export\]'"):
+    with pytest.raises(
+        MissingInput, match=r'needs onnxruntime, which is not installed: pip install "ood_scores\[export\]"'
+    ):
         export_onnx(graph, images(), tmp_path / "det.onnx")
 
 

@@ -295,6 +295,7 @@ def test_names_of_open_clip(tmp_path: Path) -> None:
 def test_open_clip_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(
-        MissingInput, match=r'models of open_clip need open_clip_torch: pip install "ood_scores\[clip\]"'
+        MissingInput,
+        match=r'models of open_clip need open_clip, which is not installed: pip install "ood_scores\[clip\]"',
     ):
         load_model("open_clip:ViT-B-32/openai")

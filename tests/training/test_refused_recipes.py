@@ -61,7 +61,7 @@ def test_missing_tensorboard_is_noticed_before_the_images_are_read(
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *at: None if name == "tensorboard" else find(name, *at)
     )
-    with pytest.raises(BadInput, match="pip install tensorboard"):
+    with pytest.raises(BadInput, match=r'pip install "ood_scores\[train\]"'):
         run(tmp_path, tensorboard=True, data={"train": "npz:nowhere.npz"})
 
 

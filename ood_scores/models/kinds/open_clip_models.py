@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ood_scores.errors import BadInput, CheckpointError, MissingInput
+from ood_scores.errors import BadInput, CheckpointError
 from ood_scores.models.checkpoints import first_sentence
 from ood_scores.models.kinds.base import MODEL_KINDS, ModelKind
+from ood_scores.optional_packages import require
 from ood_scores.registry import unknown
 
 CROP_MODES = {"shortest": "center", "longest": "border", "squash": "squash"}
@@ -83,10 +84,9 @@ def _parts(target: str) -> tuple[str, str]:
 
 
 def _library() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise MissingInput('models of open_clip need open_clip_torch: pip install "ood_scores[clip]".') from error
+    require("models of open_clip need", "clip", "open_clip")
+    import open_clip
+
     return open_clip
 
 

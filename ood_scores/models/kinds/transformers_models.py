@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ood_scores.errors import BadInput, CheckpointError, MissingInput, UnknownName
+from ood_scores.errors import BadInput, CheckpointError, UnknownName
 from ood_scores.models.checkpoints import first_sentence
 from ood_scores.models.hub import hub_file, unreachable
 from ood_scores.models.kinds.base import MODEL_KINDS, ModelKind
 from ood_scores.models.processors import ProcessorTransform
 from ood_scores.models.zero_shot.build import tokenizer_of_transformers
+from ood_scores.optional_packages import require
 from ood_scores.user_warnings import warn_user
 
 CLASSES = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification", "Model", "WithProjection")
@@ -140,10 +141,9 @@ class TransformersClass(ModelKind):
 
 
 def _library() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingInput("models of Hugging Face need transformers: pip install transformers.") from error
+    require("models of Hugging Face need", "hub", "transformers")
+    import transformers
+
     return transformers
 
 

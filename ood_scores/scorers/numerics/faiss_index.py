@@ -23,9 +23,22 @@ from ood_scores.atomic import COPY_BYTES, replacing
 from ood_scores.errors import BadInput, CacheError
 from ood_scores.features import FeatureSet
 from ood_scores.features.storage.statistics_store import cache_of
+from ood_scores.optional_packages import require
 from ood_scores.runtime import version_of
 
 DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def faiss_library() -> Any:
+    """Return the module of faiss.
+
+    Raises:
+        MissingPackage: if it is not installed.
+    """
+    require("indexes other than 'Flat' need", "knn", "faiss")
+    import faiss
+
+    return faiss
 
 
 def trained_index(description: str, bank: Tensor) -> Any:
@@ -34,8 +47,7 @@ def trained_index(description: str, bank: Tensor) -> Any:
     Raises:
         BadInput: if faiss has no such index, or cannot train it on this bank.
     """
-    import faiss
-
+    faiss = faiss_library()
     rows, width = bank.shape
     try:
         index = faiss.index_factory(width, description)
@@ -57,8 +69,7 @@ def index_of_bytes(content: np.ndarray, bank: Tensor) -> Any:
         BadInput: if it is an index of another bank.
         RuntimeError: if faiss cannot read it.
     """
-    import faiss
-
+    faiss = faiss_library()
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
         index = faiss.deserialize_index(content)
     else:
@@ -82,8 +93,7 @@ def kept_index(description: str, bank: Tensor, feats: FeatureSet, bank_of: str) 
         feats: the set from which the bank was taken.
         bank_of: a description of how it was taken.
     """
-    import faiss
-
+    faiss = faiss_library()
     cache = cache_of(feats)
     if not cache:
         return trained_index(description, bank)
@@ -102,10 +112,8 @@ def kept_index(description: str, bank: Tensor, feats: FeatureSet, bank_of: str) 
 
 
 def _keep(index: Any, place: Path, settings: list[str]) -> None:
-    import faiss
-
     with replacing(place) as file:
-        faiss.write_index(index, str(file.name))
+        faiss_library().write_index(index, str(file.name))
         size = os.stat(file.name).st_size
         file.write_at(size, np.frombuffer(_of_file(file, size, settings), np.uint8))
 
