@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -30,6 +33,9 @@ _SHOWN: list[ProgressBar] = []
 _WORK: ContextVar[ProgressBar | None] = ContextVar("work", default=None)
 """The bar of ``showing_work``."""
 
+LINE_SECONDS = 60.0
+"""Time between two lines about a bar in a file or pipe, which the bar itself does not reach before its end."""
+
 LONG = 10.0
 """Seconds after which the cost of a step is told."""
 
@@ -46,7 +52,7 @@ class Counts(MofNCompleteColumn):
 
 
 class ProgressBar:
-    """A progress bar on standard error. Use it as a context manager.
+    """A progress bar on standard error; in a file or pipe, a line each minute. Use it as a context manager.
 
     Args:
         label: The text before the bar.
@@ -61,7 +67,9 @@ class ProgressBar:
         self, label: str, total: int | None, unit: str, *, done: int = 0, visible: bool = True, keep: bool = False
     ) -> None:
         console = SafeConsole(stderr=True)
-        self.visible = visible and (keep or console.is_terminal or console.is_jupyter)
+        drawn = console.is_terminal or console.is_jupyter
+        self.visible = visible and (keep or drawn)
+        self._next_line = monotonic() + LINE_SECONDS if visible and not drawn else math.inf
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),  # names of datasets hold brackets
             BarColumn(),
@@ -93,10 +101,12 @@ class ProgressBar:
     def advance(self, count: int = 1) -> None:
         """Count more units as done."""
         self._progress.advance(self._task, count)
+        self._write_line()
 
     def update(self, done: int) -> None:
         """Set how many units are done."""
         self._progress.update(self._task, completed=done)
+        self._write_line()
 
     def describe(self, note: str, label: str | None = None) -> None:
         """Set the text after the bar, and that before it."""
@@ -105,6 +115,19 @@ class ProgressBar:
     def begin(self, label: str, total: int, unit: str) -> None:
         """Start to count something else, from 0."""
         self._progress.reset(self._task, total=total, description=label, unit=unit, note="")
+
+    def _write_line(self) -> None:
+        """Write a line to a file or pipe if the last one is a minute old."""
+        if monotonic() < self._next_line:
+            return
+        self._next_line = monotonic() + LINE_SECONDS
+        (task,) = self._progress.tasks
+        of = "" if task.total is None else f" of {task.total:,.0f}"
+        left = "" if task.time_remaining is None else f", {timedelta(seconds=int(task.time_remaining))} left"
+        note = f", {task.fields['note']}" if task.fields["note"] else ""
+        line = f"{task.description}: {task.completed:,.0f}{of} {task.fields['unit']}{note}"
+        elapsed = timedelta(seconds=int(task.elapsed or 0))
+        self.console.print(f"{line}, {elapsed} elapsed{left}", markup=False, soft_wrap=True)
 
 
 def stderr_console() -> Console:
@@ -115,8 +138,7 @@ def stderr_console() -> Console:
 @contextmanager
 def showing_work(label: str, visible: bool = True) -> Iterator[None]:
     """Show a bar on a terminal, on which ``working`` and ``worked`` say what is being done; ``tell`` prints lines."""
-    shown = visible and not _SHOWN and stderr_console().is_terminal
-    with ProgressBar(label, None, "", visible=shown) as bar:
+    with ProgressBar(label, None, "", visible=visible and not _SHOWN) as bar:
         token = _WORK.set(bar if visible else None)
         try:
             yield

@@ -59,6 +59,28 @@ def test_line_printed_while_a_bar_is_visible_stands_alone(
     assert "training" not in line.rpartition("\x1b[2K")[2]
 
 
+def test_progress_in_a_file_is_a_line_each_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    with ProgressBar("digits[rows=0:9]", 9000, "rows") as bar, ProgressBar("hidden", 9, "rows", visible=False) as other:
+        for second, done in ((59, 1000), (61, 2000), (119, 3000), (122, 4000)):
+            now[0] = second
+            bar.update(done)
+            other.advance()
+        bar.describe("loss 0.5")
+        now[0] = 200
+        bar.advance(5000)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", 0:00:00 elapsed")[0] for line in lines] == [
+        "digits[rows=0:9]: 2,000 of 9,000 rows",
+        "digits[rows=0:9]: 4,000 of 9,000 rows",
+        "digits[rows=0:9]: 9,000 of 9,000 rows, loss 0.5",
+    ]
+    assert all("\x1b" not in line and line.endswith(" left") for line in lines)
+
+
 def test_bar_of_work_names_what_is_fitted_and_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[object] = []
     monkeypatch.setattr(ProgressBar, "begin", lambda bar, label, total, unit: said.append((label, total, unit)))

@@ -41,7 +41,7 @@ class Network:
     checkpoint: Path | None
     weights_sha256: str
 
-    NOT_IN_DIGEST: ClassVar = frozenset({"checkpoint"})
+    NOT_IN_DIGEST: ClassVar[frozenset[str]] = frozenset({"checkpoint"})
 
     @property
     def key(self) -> str:

@@ -50,7 +50,7 @@ class Job:
     data: Path
     out: Path
 
-    NOT_IN_DIGEST: ClassVar = frozenset({"loading", "data", "out"})
+    NOT_IN_DIGEST: ClassVar[frozenset[str]] = frozenset({"loading", "data", "out"})
     """Fields that only change speed and memory, and the locations of files."""
 
     @cached_property

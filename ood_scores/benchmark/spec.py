@@ -49,7 +49,7 @@ class ModelTable:
     setting: str | None = None
     checkpoint_every: int | None = None
 
-    NOT_IN_DIGEST: ClassVar = frozenset(
+    NOT_IN_DIGEST: ClassVar[frozenset[str]] = frozenset(
         {"label", "checkpoint", "recipe", "seeds", "epoch", "setting", "checkpoint_every"}
     )
     """The label is only presented; the digest of the weights replaces the fields that locate them."""
@@ -261,7 +261,7 @@ class Part:
     published: tuple[Published, ...] = ()
     figure: FigureTable | None = None
 
-    NOT_IN_DIGEST: ClassVar = frozenset(
+    NOT_IN_DIGEST: ClassVar[frozenset[str]] = frozenset(
         {"notes", "published", "figure", "left_out"}
         | {"models", "ensembles", "sets", "preprocessing", "extraction", "scorers"}
     )

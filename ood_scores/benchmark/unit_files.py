@@ -135,7 +135,7 @@ def write(path: Path, digest: str, found: Found) -> dict[str, Any]:
             for number, each in enumerate(found.sets.values()):
                 for name in ARRAYS:
                     h5[f"sets/{number}/{name}"] = getattr(each, name).numpy()
-                if each.ids.any():
+                if (each.ids != "").any():
                     column = packed(each.ids)
                     texts = h5.create_dataset(f"sets/{number}/{IDS}", len(column), text_type(column.shape[1]))
                     texts[:] = as_stored(column.numpy(), texts)

@@ -103,10 +103,10 @@ class ExtractionOptions:
         ),
     )
 
-    NOT_IN_DIGEST: ClassVar = frozenset({"on_error"})
+    NOT_IN_DIGEST: ClassVar[frozenset[str]] = frozenset({"on_error"})
     """The provenance of a cache lists the rows that it lacks."""
 
-    IN_DIGEST_IF_SET: ClassVar = frozenset({"pool"})
+    IN_DIGEST_IF_SET: ClassVar[frozenset[str]] = frozenset({"pool"})
     """Earlier versions did not have it."""
 
     def __post_init__(self) -> None:

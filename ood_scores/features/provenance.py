@@ -85,10 +85,10 @@ class Provenance:
     matmul_tf32: bool | None = None
     conv_tf32: bool | None = None
 
-    NOT_IN_DIGEST: ClassVar = frozenset({"skipped", "matmul_tf32", "conv_tf32"})
+    NOT_IN_DIGEST: ClassVar[frozenset[str]] = frozenset({"skipped", "matmul_tf32", "conv_tf32"})
     """Sets that differ in these have different times of creation."""
 
-    IN_DIGEST_IF_SET: ClassVar = frozenset({"pool"})
+    IN_DIGEST_IF_SET: ClassVar[frozenset[str]] = frozenset({"pool"})
     """Earlier versions did not have it."""
 
     FINGERPRINT = (
