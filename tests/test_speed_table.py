@@ -13,11 +13,12 @@ import pytest
 import torch
 from interrupted import exit_code_of_fork
 
-from benchmarks.speed import gpu_day
+from benchmarks.speed import gpu_day, scorers
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.gpu_day import GpuDay
 from benchmarks.speed.lines import GROUPS, gpu, training
 from benchmarks.speed.measure import Figure, Line
+from ood_scores import create_scorer, list_scorers
 
 SMALL = ["--scale", "0.01", "--threads", "1"]
 LIGHT = {"gradnorm": 2, "mahalanobis": 1, "knn": 2, "metrics": 1}
@@ -81,6 +82,16 @@ def test_training_speed_is_measured_against_the_bare_network(tmp_path: Path, mon
     for line, speed in zip(lines[::2], lines[1::2], strict=True):
         assert 0 < line["ratio"] < 1, "an epoch takes more than its forward and backward passes"
         assert speed["value"] == pytest.approx(256 / line["ours_s"])
+
+
+def test_the_table_of_scorers_states_the_waits_of_all() -> None:
+    folder = Path(scorers.__file__).parent
+    written = (folder / "scorers.md").read_text()
+    assert written == scorers.markdown(json.loads((folder / "scorers.json").read_text()))
+    for name in list_scorers():
+        waits = create_scorer(name).tags.waits
+        row = next((line for line in written.splitlines() if line.startswith(f"| `{name}` |")), None)
+        assert row.endswith(f"| {waits} |") if row else waits == 1 or f"`{name}` ({waits})" in written
 
 
 # --- the day a GPU is there -------------------------------------------------------------------------------------------

@@ -187,7 +187,9 @@ def markdown(results: dict[str, Any]) -> str:
         "\\* of fewer rows, scaled: a tenth for GradNorm, a fifth for the others.",
         "",
         "GPU: waits are the times that the host waits for a GPU to score a block. One of them is the transfer of the "
-        "scores, which all scorers of a pass share.",
+        "scores, which all scorers of a pass share. Scorers that are not in the table wait once, except for "
+        f"{_other_waits({cost['name'] for cost in results['scorers']})}. A block with rows that float32 does not "
+        "decide, as most blocks have for `cf_ood`, takes up to three waits more.",
         "",
     ]
     if results["memory"]:
@@ -208,6 +210,12 @@ def markdown(results: dict[str, Any]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _other_waits(shown: set[str]) -> str:
+    """Describe the scorers that are not shown and wait more than once."""
+    waits = {name: ood_scores.create_scorer(name).tags.waits for name in ood_scores.list_scorers()}
+    return ", ".join(f"`{name}` ({count})" for name, count in waits.items() if count > 1 and name not in shown)
 
 
 def _row(cost: Cost) -> str:
