@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import subprocess
@@ -23,9 +24,11 @@ from ood_scores.features.linear_probe import linear_probe
 from ood_scores.features.statistics import moments
 from ood_scores.runtime import CPU, NEW_PRECISION_API, available
 from ood_scores.testing.probes import SmallNetwork
+from ood_scores.training import train, trainer
 from ood_scores.training.networks import make_model
 from ood_scores.training.recipe_file import recipe_from
 from ood_scores.training.stages import make_objective
+from ood_scores.training.step import train_step
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = [torch.randn(8, 3, 8, 8, generator=GENERATOR) for _ in range(6)]
@@ -210,3 +213,18 @@ def test_networks_are_created_without_the_generators_of_gpus(tmp_path: Path) -> 
     make_objective(recipe.stages[0], model, [8, 8, 8, 8], 0)
     for found, expected in zip(torch.cuda.get_rng_state_all(), states, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_cudnn_chooses_by_trial_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_trial: list[bool] = []
+
+    def step(*arguments: Any) -> Any:
+        by_trial.append(torch.backends.cudnn.benchmark)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    trained = train(recipe_from(tiny.tables()), tmp_path, device="cuda", progress=False)
+    assert set(by_trial) == {True}
+    assert not torch.backends.cudnn.benchmark
+    assert all(math.isfinite(epoch["loss"]) for epoch in trained.history)

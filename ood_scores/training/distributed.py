@@ -89,6 +89,21 @@ def processes(device: str) -> Iterator[Processes]:
                 dist.destroy_process_group()
 
 
+@contextmanager
+def fastest_convolutions(device: torch.device) -> Iterator[None]:
+    """Let cuDNN find the fastest algorithms on a GPU by trial, which pays for many batches of the same size.
+
+    They may sum in another order in the next run, so a caller who requests deterministic algorithms keeps the defaults.
+    """
+    cudnn = torch.backends.cudnn
+    before, deterministic = cudnn.benchmark, cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = before or (device.type == "cuda" and not deterministic)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
 def _start_group(device: torch.device) -> None:
     """Start the process group; with NCCL, each process is bound to its GPU from the start."""
     if device.type == "cuda":

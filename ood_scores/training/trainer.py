@@ -18,7 +18,7 @@ from ood_scores.errors import BadInput, NotFinite
 from ood_scores.models.networks.classifier import linear_classifier
 from ood_scores.progress import showing_work
 from ood_scores.training.augment import Augmentation, seed_of
-from ood_scores.training.distributed import Processes, processes
+from ood_scores.training.distributed import Processes, fastest_convolutions, processes
 from ood_scores.training.log import Log, require_tensorboard, write_log
 from ood_scores.training.recipe import Recipe, Stage
 from ood_scores.training.recipe_file import load_recipe
@@ -139,7 +139,7 @@ class Run:
             show=show, tensorboard=self.recipe.tensorboard, silent=not self.who.first,
         )  # fmt: skip
         devices = [self.who.device] if self.who.device.type == "cuda" else []
-        with self.log, torch.random.fork_rng(devices=devices):
+        with self.log, torch.random.fork_rng(devices=devices), fastest_convolutions(self.who.device):
             if self.state is not None:
                 self.log.say(f"resuming {self.folder} after {self._done()}")
             if self.progress.history and self.who.first:  # a kill may have come between state and log

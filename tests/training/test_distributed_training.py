@@ -21,7 +21,7 @@ from ood_scores.data.subsets import validation_split
 from ood_scores.errors import BadInput
 from ood_scores.training import state, train
 from ood_scores.training.augment import seed_of
-from ood_scores.training.distributed import Processes
+from ood_scores.training.distributed import Processes, fastest_convolutions
 from ood_scores.training.networks import make_model
 from ood_scores.training.recipe import ModelTable
 from ood_scores.training.recipe_file import recipe_from
@@ -159,6 +159,19 @@ def test_killed_processes_resume_to_the_same_weights(tmp_path: Path) -> None:
     peace, killed = weights(tmp_path / "peace"), weights(tmp_path / "killed")
     assert all(torch.equal(peace[name], killed[name]) for name in peace)
     assert (tmp_path / "peace" / "log.csv").read_text() == (tmp_path / "killed" / "log.csv").read_text()
+
+
+@pytest.mark.parametrize(("device", "deterministic"), [("cuda", False), ("cuda", True), ("cpu", False)])
+def test_cudnn_chooses_by_trial_on_a_gpu_unless_algorithms_are_to_be_deterministic(
+    device: str, deterministic: bool
+) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with fastest_convolutions(torch.device(device)):
+            assert torch.backends.cudnn.benchmark == (device == "cuda" and not deterministic)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_sync_batchnorm_keeps_names_and_weights() -> None:
