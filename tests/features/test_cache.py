@@ -143,7 +143,7 @@ def test_cache_folder_that_cannot_be_created(tmp_path: Path) -> None:
 
 def test_provenance_of_the_file(path: Path) -> None:
     model = Classifier()
-    extract(path, model)
+    extract(path, model, device="cpu")
     made_by = ood_scores.load(path).provenance
     assert made_by is not None
     assert made_by.architecture == "Classifier"
