@@ -32,6 +32,7 @@ from ood_scores.errors import (
     UnknownName,
 )
 from ood_scores.features import FeatureSet
+from ood_scores.models.running import on_cpu
 from ood_scores.probes import ODIN
 from ood_scores.scorers import Scorer, create_scorer
 
@@ -357,4 +358,4 @@ def test_a_saved_model_is_a_checkpoint(folder: Path, model: nn.Module) -> None:
     again = ood_scores.models.opening.load_model("tiny_net", folder / "model.safetensors")
     inputs = Rows(8, 3).inputs
     with torch.no_grad():
-        assert torch.equal(again(inputs), model(inputs))
+        assert torch.equal(again(inputs), on_cpu(model)(inputs))

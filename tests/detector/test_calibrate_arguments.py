@@ -43,7 +43,7 @@ def feats(model: nn.Module) -> FeatureSet:
     ids=["list", "tuple", "id2label", "id2label of JSON", "class_to_idx", "NumPy"],
 )
 def test_names_of_classes_are_ordered_by_number(classes: Any, model: nn.Module, feats: FeatureSet) -> None:
-    found = ood_scores.calibrate("energy", model, id=feats, classes=classes)
+    found = ood_scores.calibrate("energy", model, id=feats, classes=classes, device="cpu")
     assert found.classes == tuple(NAMES)
     assert list(found.predict(X).columns()["class_name"]) == [NAMES[row] for row in model(X).argmax(1)]
 

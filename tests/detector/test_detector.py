@@ -291,9 +291,9 @@ def test_the_model_is_left_as_it_was(sets: dict[str, FeatureSet]) -> None:
     model.get_submodule("bn1").eval()
     modes = [module.training for module in model.modules()]
     state = {name: values.clone() for name, values in model.state_dict().items()}
-    detector = calibrate("odin", model, id=sets["id"])
+    detector = calibrate("odin", model, id=sets["id"], device="cpu")
     generator = torch.get_rng_state()
-    expected = calibrate("odin", network(), id=sets["id"]).predict(Rows(8, 3).inputs)
+    expected = calibrate("odin", network(), id=sets["id"], device="cpu").predict(Rows(8, 3).inputs)
     assert same(detector.predict(Rows(8, 3).inputs), expected)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[name], values) for name, values in model.state_dict().items())

@@ -167,9 +167,9 @@ def test_neighbors_are_those_by_the_vectors_of_the_scorer(name: str, monkeypatch
     feats: Any = Forward(detector.model).feature_set(images)
 
     def vectors(of: Any) -> np.ndarray:
-        values = of.features.double().numpy()
+        values = of.features.double().cpu().numpy()
         if name == "energy":
-            return of.logits.double().numpy()
+            return of.logits.double().cpu().numpy()
         if name == "knn":
             return values / np.linalg.norm(values, axis=1, keepdims=True)
         return (values - detector.scorer.centre_.numpy()) @ detector.scorer.whitening_.numpy()
