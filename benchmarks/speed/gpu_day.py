@@ -7,6 +7,7 @@ come first; when the time is up, the rest is left out, and the log says what.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -98,10 +99,10 @@ def gpu_tests() -> list[str]:
 
 
 def _tests(day: GpuDay) -> Iterator[Figure]:
+    at_once = os.environ | {"PYTHONUNBUFFERED": "1"}  # tests that are done are shown if the time is up
+    seconds = min(TESTS_SECONDS, day.left)
     try:
-        done = subprocess.run(
-            gpu_tests(), cwd=ROOT, capture_output=True, text=True, timeout=min(TESTS_SECONDS, day.left)
-        )
+        done = subprocess.run(gpu_tests(), cwd=ROOT, env=at_once, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
         day.say((output.decode() if isinstance(output, bytes) else output)[-2000:])
