@@ -140,6 +140,11 @@ def model_input(transform: Transform, image: Image.Image) -> Tensor:
     found: Any = transform(image)
     if isinstance(found, Tensor) and found.is_floating_point() and found.ndim == 3:
         return found
+    if isinstance(found, Mapping):
+        raise BadInput(
+            f"preprocessing must return a tensor [C, H, W] for a PIL image, got {', '.join(found)}: detectors take "
+            "images of one size, while ood-scores score and evaluate take caches of any model."
+        )
     got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
     raise BadInput(f"preprocessing must return a floating-point tensor [C, H, W] for a PIL image, got {got}.")
 

@@ -16,12 +16,17 @@ from ood_scores.errors import BadInput
 
 @dataclass(frozen=True)
 class ProcessorTransform:
-    """An image processor of transformers as a function from a PIL image to ``[C, H, W]``."""
+    """An image processor of transformers as a function from a PIL image to ``[C, H, W]``.
+
+    One of NaFlex returns patches ``[P, W]``, of which the model needs more: the function returns all it makes by name.
+    """
 
     processor: Any
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+    def __call__(self, image: Image.Image) -> Any:
+        made = self.processor(images=image, return_tensors="pt")
+        pixels: Tensor = made["pixel_values"][0]
+        return pixels if pixels.ndim == 3 else {name: values[0] for name, values in made.items()}
 
     def pixels(self, image: Image.Image) -> Image.Image:
         """Return an image as the processor resizes and crops it, without rescaling and normalization."""

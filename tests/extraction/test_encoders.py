@@ -12,14 +12,18 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from vision_language import CLASSES, TEXT, TOWER, spread, tokenizer
 
 import ood_scores
 from ood_scores import zero_shot_classifier, zero_shot_head
+from ood_scores.data.sources import open_dataset
+from ood_scores.detector.preprocessing import preprocessing_of
 from ood_scores.errors import BadInput, HeadNotFound, MissingInput, ProbeDoesNotApply, ShapeMismatch, StaleCache
 from ood_scores.features import FeatureSet, Head
-from ood_scores.models.opening import load_model
+from ood_scores.models.opening import load_model, preprocessing
 
 transformers = pytest.importorskip("transformers")
 
@@ -447,6 +451,29 @@ def test_images_of_any_size_as_patches() -> None:
         extract(model, [batch], pool="cls")
     with pytest.raises(BadInput, match=r"the model cannot take a batch .*spatial_shapes"):
         extract(model, [batch["pixel_values"]])
+
+
+def test_images_of_any_size_by_the_name_of_a_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given: Any = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**NAFLEX)).eval()
+    given.save_pretrained(tmp_path / "naflex")
+    processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    processor.save_pretrained(tmp_path / "naflex")
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for width, height in ((40, 20), (16, 90), (33, 33)):
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{width}.png")
+    model = load_model(f"hf:{tmp_path}/naflex")
+    dataset = open_dataset(f"folder:{tmp_path}/photos", preprocessing(model))
+    loader: Any = DataLoader(dataset, batch_size=2)
+    found = extract(model, loader).features
+    images = [Image.open(tmp_path / "photos" / name) for name in ("16.png", "33.png", "40.png")]
+    with torch.inference_mode():
+        expected = given(**processor(images=images, return_tensors="pt")).pooler_output
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(BadInput, match="got pixel_values, pixel_attention_mask, spatial_shapes: detectors take images"):
+        preprocessing_of(model, None)
 
 
 def test_zero_shot_classification_of_images_of_any_size() -> None:
