@@ -31,6 +31,9 @@ CLOSE = 0.1
 BANK_PIECE = 4096
 """Number of bank rows that are converted to float64 at a time."""
 
+CACHED_ROWS = 512
+"""Number of rows whose products with ``BANK_PIECE`` bank rows fit the caches of a processor."""
+
 AROUND = 4
 """How many neighbors before and after the k-th ``knn`` examines in float64."""
 
@@ -248,12 +251,24 @@ def kth_neighbors(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -
     """The number of each row's k-th nearest bank row, ``[B]``; exact, in float64, a piece of the bank at a time."""
     nearest, numbers = rows.new_empty(len(rows), 0), rows.new_empty(len(rows), 0, dtype=torch.int64)
     for start in range(0, len(bank), piece):
-        distances = squared_distances(rows, bank[start : start + piece].to(rows))
-        found = torch.arange(start, start + distances.shape[1], device=rows.device).expand(len(rows), -1)
-        nearest, numbers = torch.cat([nearest, distances], dim=1), torch.cat([numbers, found], dim=1)
+        near, found = _nearest(rows, bank[start : start + piece].to(rows), k)
+        nearest, numbers = torch.cat([nearest, near], dim=1), torch.cat([numbers, found + start], dim=1)
         nearest, chosen = nearest.topk(min(k, nearest.shape[1]), dim=1, largest=False)
         numbers = numbers.gather(1, chosen)
     return numbers[:, -1]
+
+
+def _nearest(rows: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The squared distances to each row's k nearest rows of a small bank, and their numbers, ``[B, <= k]``."""
+    squares = bank.square().sum(dim=1)
+    parts = [
+        torch.addmm(some.square().sum(dim=1, keepdim=True), some, bank.T, alpha=-2)
+        .add_(squares)
+        .clamp_min_(0)
+        .topk(min(k, len(bank)), dim=1, largest=False)
+        for some in rows.split(CACHED_ROWS if rows.device.type == "cpu" else max(1, len(rows)))
+    ]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 @register_scorer("nnguide")

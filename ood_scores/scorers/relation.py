@@ -11,7 +11,7 @@ from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.row_samples import Probabilities, Rows
 from ood_scores.scorers.base import Scorer, fitted
-from ood_scores.scorers.neighbors import why_no_graph_of
+from ood_scores.scorers.neighbors import CACHED_ROWS, why_no_graph_of
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.scorers.work import Sizes, Work, search_of
@@ -96,11 +96,17 @@ class Relation(Scorer):
         rows = block.unit_features()
         softmax = block.softmax().to(rows)
         pieces = zip(self.bank_.split(BANK_PIECE), self.probabilities_.split(BANK_PIECE), strict=True)
-        sums = [self._sum(rows, softmax, features.to(rows), shares.to(rows)) for features, shares in pieces]
+        sums = [self._sums(rows, softmax, features.to(rows), shares.to(rows)) for features, shares in pieces]
         return torch.stack(sums).sum(dim=0)
 
+    def _sums(self, rows: Tensor, softmax: Tensor, features: Tensor, shares: Tensor) -> Tensor:
+        """The sum of the relations to some rows of the bank, float64 ``[B]``; on a CPU, for some rows at a time."""
+        if torch.compiler.is_compiling() or rows.device.type != "cpu":
+            return self._sum(rows, softmax, features, shares)
+        parts = zip(rows.split(CACHED_ROWS), softmax.split(CACHED_ROWS), strict=True)
+        return torch.cat([self._sum(*part, features, shares) for part in parts])
+
     def _sum(self, rows: Tensor, softmax: Tensor, features: Tensor, shares: Tensor) -> Tensor:
-        """The sum of the relations to some rows of the bank, float64 ``[B]``."""
         relations = (rows @ features.T).clamp_min_(0).mul_(softmax @ shares.T)
         relations = relations.where(relations > self.threshold, 0)
         return (relations if self.power == 1 else relations.pow(self.power)).sum(dim=1, dtype=torch.float64)
