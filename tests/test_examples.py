@@ -118,6 +118,16 @@ def test_example_of_transformers_keeps_what_it_knows_and_rejects_others(name, tm
 PHOTO = np.full((8, 8, 3), 200, np.uint8)
 
 
+def test_the_image_of_the_server_copies_files_that_exist():
+    lines = (FOLDER / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    allowed = (FOLDER / "Dockerfile.dockerignore").read_text().splitlines()
+    assert {f"!{name}" for name in copied} <= set(allowed)
+    assert all((FOLDER.parent / name).exists() for name in copied)
+    (command,) = [json.loads(line.removeprefix("CMD ")) for line in lines if line.startswith("CMD ")]
+    assert command[:3] == ["uvicorn", "--factory", "serve_fastapi:app"]
+
+
 def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png")

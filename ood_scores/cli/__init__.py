@@ -57,7 +57,6 @@ app = typer.Typer(
     cls=Commands,
     rich_markup_mode="rich",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 

@@ -26,13 +26,18 @@ if TYPE_CHECKING:
 SOME_OOD, SOME_UNREADABLE = 3, 4
 """Exit codes."""
 
+HUB = "hf-hub:"
+"""What the names of detectors on the Hugging Face hub start with."""
+
 SHOWN, EXPLAINED = 5, 50
 """Number of rows to show on the screen, and on the page of --explain."""
 
 
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGES…", help="Files, folders, or quoted patterns.")],
-    detector: Annotated[Path, typer.Option(metavar="DIR", help="Folder from ood-scores calibrate.")],
+    detector: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder from ood-scores calibrate, or hf-hub:OWNER/NAME.")
+    ],
     out: Annotated[Path | None, typer.Option(help="File with a row per image: .csv, .parquet, or .json.")] = None,
     fail_on_ood: Annotated[bool, typer.Option("--fail-on-ood", help="Exit with code 3 if an image is OoD.")] = False,
     explain: Annotated[
@@ -64,6 +69,7 @@ def predict(
       ood-scores predict photos --detector detector --out results.csv
       ood-scores predict "inbox/**/*.jpg" cat.png --detector detector
       ood-scores predict new.png --detector detector --fail-on-ood || echo stop
+      ood-scores predict photos --detector hf-hub:OWNER/NAME@v1
       ood-scores predict photos --detector detector --explain why --fit train.h5 --data folder:train
 
     \b
@@ -78,10 +84,13 @@ def predict(
     check_table_path(out)
     if not explain and (fit or data or id or scorer):
         raise BadInput("--fit, --data, --id, and --scorer are for --explain: pass --explain DIR, too.")
-    loaded = Detector.load(detector, device=device)
+    if detector.startswith(HUB):
+        loaded = Detector.from_pretrained(detector.removeprefix(HUB), device=device)
+    else:
+        loaded = Detector.load(detector, device=device)
     files = image_files(images)
     table = results(loaded, files, batch_size, workers)
-    answer({"detector": str(detector), "rows": table}, lambda: _show(table))
+    answer({"detector": detector, "rows": table}, lambda: _show(table))
     if out:
         write_table(table.astype(object).where(table.notna(), None), out)
         console().print(f"[green]✓[/] every image in [bold]{marked(out)}[/]")

@@ -591,6 +591,19 @@ def test_entry_points_of_the_command_line() -> None:
     assert answer.stderr == "error: there is no file absent.h5.\n"
 
 
+@pytest.mark.parametrize(("typed", "completed"), [("ev", "evaluate"), ("evaluate --metr", "--metrics")])
+def test_the_tab_key_completes(typed: str, completed: str) -> None:
+    typed = f"ood-scores {typed}"
+    state = {"_OOD_SCORES_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    assert CliRunner().invoke(app, [], prog_name="ood-scores", env=state).output.split() == [completed]
+
+
+def test_output_has_no_colors_where_it_is_not_a_terminal() -> None:
+    shown = CliRunner().invoke(app, ["list", "energy"], color=True, env={"FORCE_COLOR": None, "TERM": "xterm-256color"})
+    assert "energy" in shown.output
+    assert "\x1b" not in shown.output
+
+
 def test_usage_errors_exit_with_code_2() -> None:
     assert call("score").exit_code == 2
     assert call("nonsense").exit_code == 2

@@ -15,8 +15,11 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from detecting import PIXELS, Plain, extracted, network, same
+from PIL import Image
+from typer.testing import CliRunner
 
 from ood_scores import Detector, calibrate
+from ood_scores.cli import app
 from ood_scores.errors import BadInput, ForeignFile, UnknownName
 
 REPOSITORY = "somebody/detector"
@@ -143,6 +146,23 @@ def test_a_detector_from_the_hub_decides_as_the_one_that_was_pushed(hub: Hub, de
     assert sorted(hub.revisions[1]) == FILES
     again = Detector.from_pretrained(REPOSITORY, device="cpu")
     assert same(again.predict(PIXELS), detector.predict(PIXELS))
+
+
+def test_predict_opens_a_detector_of_the_hub(hub: Hub, detector: Detector, tmp_path: Path) -> None:
+    detector.push_to_hub(REPOSITORY)
+    for number, pixels in enumerate(PIXELS):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    files = [str(tmp_path / f"{number}.png") for number in range(len(PIXELS))]
+    words = ["predict", *files, "--device", "cpu", "--json"]
+    shown = CliRunner().invoke(app, [*words, "--detector", f"hf-hub:{REPOSITORY}@{revision_name(1)}"])
+    assert shown.exit_code == 0, shown.output
+    expected = detector.predict(files)
+    assert [row["score"] for row in json.loads(shown.stdout)["rows"]] == pytest.approx(
+        expected.score.tolist(), rel=1e-6
+    )
+    absent = CliRunner().invoke(app, [*words, "--detector", "hf-hub:somebody/absent"])
+    assert absent.exit_code == 1
+    assert "the Hugging Face hub has no model 'somebody/absent'" in absent.stderr
 
 
 def test_a_second_push_replaces_the_first_which_its_revision_keeps(hub: Hub, detector: Detector) -> None:
