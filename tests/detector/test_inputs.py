@@ -271,7 +271,7 @@ def test_further_inputs_stay_with_their_images() -> None:
     rows = Rows(100, 1)
     numbers = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
     id = [{"image": rows.inputs, "numbers": numbers, "labels": rows.labels}]
-    detector = calibrate("energy", WithNumbers(), id=id, preprocessing=scaled)
+    detector = calibrate("energy", WithNumbers(), id=id, preprocessing=scaled, device="cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 3), dtype=np.uint8)
     images: list[Any] = [Image.fromarray(each) for each in pixels]
     expected = detector.predict({"image": images, "numbers": numbers[:70]})

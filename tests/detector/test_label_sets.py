@@ -188,8 +188,8 @@ def labeled_inputs(model: nn.Module, rows: int, seed: int) -> list[tuple[torch.T
 def test_a_detector_predicts_sets_and_keeps_them_on_disk(tmp_path: Path) -> None:
     model = small_model()
     batches = labeled_inputs(model, 300, seed=1)
-    detector = ood_scores.calibrate("energy", model, id=batches, sets="aps", alpha=0.2, classes=["a", "b", "c"])
     logits = torch.cat([model(inputs) for inputs, _ in batches]).detach()
+    detector = ood_scores.calibrate("energy", model, id=batches, sets="aps", alpha=0.2, classes=["a", "b", "c"])
     rule = calibrate_sets(logits, torch.cat([labels for _, labels in batches]), "aps", alpha=0.2)
     found = detector.predict(batches[0][0])
     assert found.label_set is not None
