@@ -40,6 +40,7 @@ def rehearse(out: Path, minutes: float) -> Results | None:
 @pytest.mark.filterwarnings("ignore")
 def test_rehearsal_trains_and_compares_all_five_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ood_scores.benchmark.report.write_report", lambda results, images: [])
+    monkeypatch.setattr("ood_scores.benchmark.unit.explained", lambda *_: None)
     out = tmp_path / "out"
     assert rehearse(out, minutes=0) is None  # no time: nothing is trained
     assert not out.exists()

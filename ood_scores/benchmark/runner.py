@@ -84,7 +84,7 @@ def run(
         for unit in units:
             began = time.perf_counter()
             with showing_work(f"{unit.title} · {unit.part.title}", progress):
-                found.append(evaluated(unit, folder))
+                found.append(evaluated(unit, folder, device))
             seconds = time.perf_counter() - began
             say(f"[green]✓[/] scores of {escape(f'{unit.title} · {unit.part.title}')} in {seconds:.1f} s")
         files = [path.name for path, _ in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -10,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.digest import digest
+from ood_scores.benchmark.hardest import Given, explained, hardest_places
 from ood_scores.benchmark.measures import MeasuredSets, accuracies, measured
 from ood_scores.benchmark.parameter_search import choose
 from ood_scores.benchmark.planning import Job, Unit, runnable
@@ -38,26 +41,29 @@ from ood_scores.user_code import source_digests
 ID = "id"
 
 
-def evaluated(unit: Unit, out: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the file of a unit and its facts; evaluate the unit if the file is missing, damaged or outdated."""
+def evaluated(unit: Unit, out: Path, device: str = "auto") -> tuple[Path, dict[str, Any]]:
+    """Return the file of a unit and its facts; evaluate the unit if the file is missing, damaged or outdated.
+
+    The model runs on ``device``, for the hardest rows only.
+    """
     key = key_of(unit)
     path = out / unit_files.FOLDER / f"{key[:16]}.h5"
     facts = unit_files.read(path, key)
-    return path, unit_files.write(path, key, find(unit)) if facts is None else facts
+    return path, unit_files.write(path, key, find(unit, device)) if facts is None else facts
 
 
-def find(unit: Unit) -> Found:
+def find(unit: Unit, device: str) -> Found:
     """Fit, score and compare. The failure of a scorer is recorded and does not affect the others."""
     found = Found(unit.part.title, unit.model, unit.checkpoint)
     try:
-        _find(unit, found)
+        _find(unit, found, device)
     except OodScoresError as error:
         found = Found(unit.part.title, unit.model, unit.checkpoint)
         found.not_run.append(_not_run(unit.title, str(error)))
     return found
 
 
-def _find(unit: Unit, found: Found) -> None:
+def _find(unit: Unit, found: Found, device: str) -> None:
     part = unit.part
     sets = {name: _features(jobs) for name, jobs in unit.sets.items()}
     fit = _features(unit.fit) if unit.fit else None
@@ -77,6 +83,7 @@ def _find(unit: Unit, found: Found) -> None:
     left_out = dict.fromkeys(each.left_out for of_set in made_by.values() for each in of_set)
     found.warnings += _tidy(unit, [{"warning": text} for text in left_out if text])
     found.table = _table(unit, found, runs, made_by)
+    found.explained = _explained(unit, found, runs, sets, made_by, fit, device)
     outside = _outside(part, sets)
     inside = {ID: by_set[part.id], **{name: found.sets[name] for name in outside}}
     scores = {
@@ -98,6 +105,35 @@ def _warn(unit: Unit, found: Found, sets: Mapping[str, FeatureSet], fit: Feature
     found.overlap += _tidy(unit, [overlap.as_dict() for overlap in shared])
     texts = [*map(str, shared), *label_warnings(id, "ID set", accuracy)]
     found.warnings += _tidy(unit, [{"warning": text} for text in texts])
+
+
+def _explained(
+    unit: Unit,
+    found: Found,
+    runs: Mapping[str, ScorerRun],
+    sets: Mapping[str, FeatureSet],
+    made_by: Mapping[str, list[Provenance]],
+    fit: FeatureSet | None,
+    device: str,
+) -> dict[str, Any] | None:
+    """Explain the hardest rows of the scorer with the highest mean AUROC; return None without OoD rows."""
+    aurocs = {label: [row["auroc"] for row in found.table if row["scorer"] == label] for label in runs}
+    if not found.table:
+        return None
+    best = max(aurocs, key=lambda label: np.nan_to_num(np.mean(aurocs[label]), nan=-1))
+    scores = {name: of_set.scores[found.scorers.index(best)].numpy() for name, of_set in found.sets.items()}
+    given = []
+    for name, number in itertools.chain(*hardest_places(scores)):
+        of_set = found.sets[name]
+        origin, row = of_set.names[of_set.origins[number]], int(of_set.rows[number])
+        at = int(np.searchsorted(_dataset_rows(made_by[origin], len(sets[origin])), row))
+        given.append(Given((name, number), origin, row, sets[origin][at : at + 1]))
+    return explained(unit, best, runs[best].scorer, given, fit, device)
+
+
+def _dataset_rows(made_by: Sequence[Provenance], count: int) -> NDArray[np.int64]:
+    """Return the row in its dataset of each row of a set."""
+    return made_by[0].rows_in_dataset(count) if made_by else np.arange(count)
 
 
 def _outside(part: Part, sets: Mapping[str, FeatureSet]) -> dict[str, FeatureSet]:
@@ -189,7 +225,7 @@ def _set_scores(
         scores=torch.stack([scores[label] for label in scorers]) if scorers else torch.empty(0, len(feats)).double(),
         labels=unknown if labels is None else labels,
         predictions=unknown if predictions is None else predictions.long(),
-        rows=torch.from_numpy(made_by[0].rows_in_dataset(len(feats)) if made_by else np.arange(len(feats))),
+        rows=torch.from_numpy(_dataset_rows(made_by, len(feats))),
         origins=torch.zeros(len(feats), dtype=torch.int64),
         names=[name],
         ids=np.full(len(feats), "") if feats.ids is None else feats.ids,

@@ -71,6 +71,7 @@ class Scored:
             several datasets.
         origins: name of the dataset of each item, ``[N]`` by dataset.
         ids: name of each item, such as its file, ``[N]`` by dataset; "" for an item without one.
+        explained: why the hardest rows are hard, see ``benchmark.hardest.explained``; None if it is not known.
     """
 
     part: str
@@ -82,6 +83,7 @@ class Scored:
     rows: Mapping[str, Tensor]
     origins: Mapping[str, list[str]]
     ids: Mapping[str, NDArray[Any]]
+    explained: Mapping[str, Any] | None = None
 
     def to_pandas(self, name: str) -> pd.DataFrame:
         """Return a frame with a row for each item of a dataset: ``set, row, id, label, prediction``, and the scores."""
@@ -109,6 +111,7 @@ class Found:
         not_run: what could not run, and why.
         overlap: rows of its ``overlap``.
         warnings: rows of its ``warnings``.
+        explained: see ``Scored``.
     """
 
     part: str
@@ -122,6 +125,7 @@ class Found:
     not_run: list[dict[str, Any]] = field(default_factory=list)
     overlap: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
+    explained: dict[str, Any] | None = None
 
 
 def write(path: Path, digest: str, found: Found) -> dict[str, Any]:
@@ -192,6 +196,7 @@ def scored(path: Path, facts: Mapping[str, Any]) -> Scored:
         rows=by_set("rows"),
         origins=Lazy(numbers, origins),
         ids=Lazy(numbers, ids),
+        explained=facts.get("explained"),  # of earlier versions: not there
     )
 
 

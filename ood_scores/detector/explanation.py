@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ood_scores.detector.conformal import p_values
 from ood_scores.detector.parts import require_weights
-from ood_scores.detector.score_map import score_map, why_no_map
+from ood_scores.detector.score_map import run_with_positions, score_map
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.evaluation.pictures import pictures_of
-from ood_scores.extraction.positions import Positions, recording_maps
+from ood_scores.evaluation.similar_rows import class_name, likely_classes, similar_rows
+from ood_scores.extraction.positions import Positions
 from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.optional_packages import require
 from ood_scores.scorers.base import Scorer, as_scorer, fit_all
@@ -28,9 +28,6 @@ from ood_scores.scorers.fusion import Fusion
 if TYPE_CHECKING:
     from ood_scores.detector.detector import Detector
     from ood_scores.detector.prediction import Prediction
-
-CLASSES = 3
-"""Number of classes of each image."""
 
 
 @dataclass(frozen=True)
@@ -226,23 +223,15 @@ def _rejected(
     detector: Detector, start: int, batch: Any, inputs: Tensor
 ) -> tuple[Prediction, list[_Rejected], str | None]:
     """Return the prediction for a batch, its rejected rows, and why there are no maps."""
-    if detector.forward.found is None:
-        detector.forward.feature_set(batch, start)  # the passes in which the head is found are not recorded
-    with recording_maps(detector.model) as seen:
-        feats = detector.forward.feature_set(batch, start)
+    feats, positions, reason = run_with_positions(detector.forward, detector.scorer, batch, inputs, start)
     found = detector.decide(feats)
-    reason = why_no_map(detector.scorer, feats.head)
-    aspect = inputs.shape[-1] / inputs.shape[-2] if inputs.ndim == 4 else 1.0
-    positions = None if reason else seen.find(feats.features, aspect)
-    if positions is None and reason is None:
-        reason = "the features of the model are not pooled from a map"
     rows = [
         _Rejected(
             start + row,
             float(found.score[row]),
             float(found.p_value[row]),
             feats[row : row + 1],
-            positions and replace(positions, vectors=positions.vectors[row : row + 1].clone()),
+            positions and positions.of_row(row),
             inputs[row],
         )
         for row in np.flatnonzero(found.is_ood).tolist()
@@ -261,23 +250,11 @@ def _explanation(
         id=None,
         score=rejected.score,
         p_values=own | others.p_values(feats),
-        classes=_classes(feats, detector.classes),
+        classes=likely_classes(feats, detector.classes),
         neighbors=tuple(neighbors),
         score_map=None if rejected.positions is None else score_map(scorer, rejected.positions, feats.head),
         input=rejected.input,
     )
-
-
-def _classes(feats: FeatureSet, names: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
-    if feats.logits is None:
-        return ()
-    probability, label = feats.logits[0].double().softmax(dim=0).sort(descending=True, stable=True)
-    pairs = zip(label[:CLASSES].tolist(), probability[:CLASSES].tolist(), strict=True)
-    return tuple((_name(number, names), share) for number, share in pairs)
-
-
-def _name(label: int, names: Sequence[str] | None) -> str:
-    return names[label] if names and 0 <= label < len(names) else str(label)
 
 
 def _neighbors(
@@ -286,15 +263,7 @@ def _neighbors(
     """Return the nearest rows of the fit set for each rejected image, by the vectors that the scorer compares."""
     if not rejected:
         return []
-    rows = torch.cat([vectors for each in rejected for vectors in _compared(scorer, each.feats)])
-    distances, numbers = rows.new_empty(len(rows), 0), rows.new_empty(len(rows), 0, dtype=torch.int64)
-    start = 0
-    for vectors in _compared(scorer, fit):
-        found = torch.arange(start, start + len(vectors)).expand(len(rows), -1)
-        start += len(vectors)
-        distances = torch.cat([distances, torch.cdist(rows, vectors)], dim=1)
-        distances, chosen = distances.topk(min(count, distances.shape[1]), dim=1, largest=False)
-        numbers = torch.cat([numbers, found], dim=1).gather(1, chosen)
+    distances, numbers = similar_rows(scorer, [each.feats for each in rejected], fit, count)
     pictures = _pictures(fit, data)
     labels, ids = fit.labels, fit.ids
     return [
@@ -302,7 +271,7 @@ def _neighbors(
             Neighbor(
                 row,
                 str(ids[row]) or None if ids is not None else None,
-                None if labels is None else _name(int(labels[row]), names),
+                None if labels is None else class_name(int(labels[row]), names),
                 distance,
                 None if pictures is None else pictures[row],
             )
@@ -310,12 +279,6 @@ def _neighbors(
         )
         for of_image, far in zip(numbers, distances, strict=True)
     ]
-
-
-def _compared(scorer: Scorer, feats: FeatureSet) -> Iterator[Tensor]:
-    """Yield the vectors that a scorer compares, float64 ``[B, K]`` on the CPU, block by block."""
-    for block in feats.blocks(device="cpu", only=("features", *scorer.needs)):
-        yield scorer.compared(block).double()
 
 
 def _pictures(fit: FeatureSet, data: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ood_scores.extraction.positions import Positions
+from ood_scores.extraction.forward import Forward
+from ood_scores.extraction.positions import Positions, recording_maps
 from ood_scores.features import FeatureSet, Head
 from ood_scores.scorers.base import Scorer
 
@@ -25,6 +28,33 @@ def why_no_map(scorer: Scorer, head: Head | None) -> str | None:
     if head is None and set(scorer.needs) & {"logits", "head"}:
         return "the model has no affine head, so that positions have no logits"
     return None
+
+
+def run_with_positions(
+    forward: Forward, scorer: Scorer, batch: Any, inputs: Tensor, start: int = 0
+) -> tuple[FeatureSet, Positions | None, str | None]:
+    """Run a model on a batch, and find the positions of its last map in the same pass.
+
+    Args:
+        forward: the model. If it has not run yet, it runs once more, to find its head.
+        scorer: the scorer whose maps are wanted.
+        batch: the batch, the first row of which is row ``start``.
+        inputs: the inputs in it.
+        start: see ``batch``.
+
+    Returns:
+        The rows of the batch, the positions, and the reason why there are none, as a clause; else None.
+    """
+    if forward.found is None:
+        forward.feature_set(batch, start)  # the passes in which the head is found are not recorded
+    with recording_maps(forward.model) as seen:
+        feats = forward.feature_set(batch, start)
+    reason = why_no_map(scorer, feats.head)
+    aspect = inputs.shape[-1] / inputs.shape[-2] if inputs.ndim == 4 else 1.0
+    positions = None if reason else seen.find(feats.features, aspect)
+    if positions is None and reason is None:
+        reason = "the features of the model are not pooled from a map"
+    return feats, positions, reason
 
 
 def score_map(scorer: Scorer, positions: Positions, head: Head | None) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Positions:
     pooled: bool
     layers: Sequence[nn.Module] = ()
     shape: tuple[int, ...] = ()
+
+    def of_row(self, row: int) -> Positions:
+        """Return a copy for one row of the batch."""
+        return replace(self, vectors=self.vectors[row : row + 1].clone())
 
     def features(self, vectors: Tensor) -> Tensor:
         """Return the features ``[N, D]`` of a map that has a vector ``[N, K]`` as its mean, in its own precision."""

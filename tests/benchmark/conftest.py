@@ -30,4 +30,5 @@ def one_thread() -> Iterator[None]:
 def no_report() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ood_scores.benchmark.report.write_report", lambda results, images: [])
+        patch.setattr("ood_scores.benchmark.unit.explained", lambda *_: None)
         yield

@@ -203,6 +203,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ood_scores.training.setup.input_of", partial(small_input, setup.input_of))
         patch.setattr("ood_scores.benchmark.report.write_report", lambda results, images: [])
+        patch.setattr("ood_scores.benchmark.unit.explained", lambda *_: None)  # only reports show it
         yield Workshop(tmp_path_factory.mktemp("workshop"))
 
 

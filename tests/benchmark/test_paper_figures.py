@@ -278,6 +278,7 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("ood_scores.benchmark.report.write_report", lambda results, images: [])
+        patch.setattr("ood_scores.benchmark.unit.explained", lambda *_: None)  # only reports show it
         first = command("paper", "toy", "--figures", "--quiet")
         assert first.exit_code == 1, first.output
         lines = [line.partition("→")[2].split() for line in first.output.splitlines() if "→ ood-scores train" in line]

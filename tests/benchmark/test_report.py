@@ -22,6 +22,7 @@ from ood_scores.benchmark.report.tables import ScoreTable, errors_and_ties, expe
 from ood_scores.benchmark.results import Results, table_columns
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.data.images import ImageArrays, ImageDataset
+from ood_scores.detector.conformal import p_values
 from ood_scores.evaluation.metrics import auroc, table_metrics
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance
 
@@ -452,7 +453,8 @@ def test_hardest_images_have_the_highest_ood_and_the_lowest_id_scores(results: R
     lowest = np.argsort(scores["id"])[:8]
     assert [(sample.set, sample.row) for sample in found.id] == [("cifar10_test", row) for row in lowest]
     for sample in found.id:
-        assert (sample.label, sample.prediction) == (sample.row % 10, unit.predictions["id"][sample.row].item())
+        predicted = unit.predictions["id"][sample.row].item()
+        assert (sample.label, sample.prediction) == (str(sample.row % 10), str(predicted))
         assert sample.name == f"id/<b>{sample.row}.png"
         assert float(sample.score) == pytest.approx(scores["id"][sample.row], rel=1e-3)
         image = Image.open(io.BytesIO(base64.b64decode(sample.image.split(",")[1])))
@@ -460,10 +462,10 @@ def test_hardest_images_have_the_highest_ood_and_the_lowest_id_scores(results: R
         assert np.abs(np.asarray(image.convert("RGB")) - colors(300)[sample.row]).max() < 12
     others = figures.hardest(unit, "knn", images, ["knn", "energy"])
     for sample, (_, name, row) in zip(others.ood, pooled, strict=False):
-        for scorer, share in sample.shares:
-            known = unit.scores[scorer]["id"].numpy()
-            assert share == (known <= unit.scores[scorer][name][row].item()).mean()
-    assert [scorer for scorer, _ in others.id[0].shares] == ["knn", "energy"]
+        for scorer, p in sample.p_values:
+            assert p == p_values(unit.scores[scorer]["id"], unit.scores[scorer][name][[row]])[0]
+    assert [scorer for scorer, _ in others.id[0].p_values] == ["knn", "energy"]
+    assert [dict(sample.p_values)["knn"] for sample in others.id] == [(1 + rank) / 300 for rank in range(8)]
     in_mnist = {name: values for name, values in unit.scores["knn"].items() if name in ("id", "mnist")}
     alone = figures.hardest(dataclasses.replace(unit, scores={"knn": in_mnist}), "knn", images)
     assert [sample.image for sample in alone.ood] == [""] * 8

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ood_scores.benchmark.hardest import Place, hardest_places
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.evaluation.metrics import auroc
 from ood_scores.evaluation.pictures import data_uri
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 ROC_SIZE = 200
 """Grid steps and maximum number of points of a ROC curve."""
 HISTOGRAM_SIZE = (BINS, 100)
-HARDEST = 8
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,46 @@ class ScorerFigure:
 
 
 @dataclass(frozen=True)
+class Similar:
+    """A similar row of the fit set; ``name`` is its file or number, and ``image`` a data URI, empty if unavailable."""
+
+    name: str
+    label: str
+    distance: str
+    image: str
+
+
+@dataclass(frozen=True)
 class Sample:
     """A row with one of the worst scores.
 
-    ``name`` is its file, or else its number; ``image`` is a data URI, empty if the image is unavailable. ``shares`` has
-    for several scorers the share of ID rows with at most the same score: what each of them makes of the row.
+    ``name`` is its file, or else its number; ``image`` is a data URI, empty if the image is unavailable. ``p_values``
+    has the conformal p-value of each of several scorers: what each of them makes of the row. ``prediction`` and
+    ``label`` are names if they are known, else numbers; ``label`` is empty for OoD rows and rows without one.
+    ``classes`` are the most probable ones, ``similar`` the nearest rows of the fit set, and ``map`` is a data URI.
     """
 
     set: str
     row: int
     name: str
     score: str
-    prediction: int
-    label: int
+    prediction: str
+    label: str
     image: str
-    shares: tuple[tuple[str, float], ...] = ()
+    p_values: tuple[tuple[str, float], ...] = ()
+    classes: tuple[tuple[str, float], ...] = ()
+    similar: tuple[Similar, ...] = ()
+    map: str = ""
 
 
 @dataclass(frozen=True)
 class Hardest:
-    """The OoD rows with the highest scores, and the ID rows with the lowest."""
+    """The OoD rows with the highest scores, and the ID rows with the lowest; ``no_map`` is why there are no maps."""
 
     scorer: str
     ood: tuple[Sample, ...]
     id: tuple[Sample, ...]
+    no_map: str | None = None
 
 
 def scorer_figure(unit: Scored, scorer: str, sets: Iterable[str]) -> ScorerFigure:
@@ -120,46 +136,71 @@ def roc_path(id_scores: NDArray[np.float64], ood_scores: NDArray[np.float64]) ->
 def hardest(
     unit: Scored, scorer: str, images: Callable[[str], ImageDataset | None], others: Sequence[str] = ()
 ) -> Hardest:
-    """Find the hardest samples of a scorer, and what other scorers make of them.
+    """Return the hardest samples of a scorer, why they are hard if that is known, and what other scorers make of them.
 
     ``images`` returns the images of a dataset by its name.
     """
     scores = {name: np.asarray(values) for name, values in unit.scores[scorer].items()}
-    lowest = [("id", row) for row in np.argsort(scores.pop("id"), kind="stable")[:HARDEST]]
-    high = [(name, row) for name in scores for row in np.argsort(-scores[name], kind="stable")[:HARDEST]]
-    highest = sorted(high, key=lambda place: -scores[place[0]][place[1]])[:HARDEST]
-    both = (_samples(unit, scorer, places, images, others) for places in (highest, lowest))
-    return Hardest(scorer, *both)
+    known = unit.explained if unit.explained and unit.explained["scorer"] == scorer else {"rows": (), "fit": None}
+    reasons = {(each["set"], each["row"]): each for each in known["rows"]}
+    both = (_samples(unit, scorer, places, images, others, reasons, known["fit"]) for places in hardest_places(scores))
+    return Hardest(scorer, *both, known.get("no_map"))
 
 
 def _samples(
     unit: Scored,
     scorer: str,
-    places: Sequence[tuple[str, int]],
+    places: Sequence[Place],
     images: Callable[[str], ImageDataset | None],
     others: Sequence[str],
+    reasons: Mapping[Place, Mapping[str, Any]],
+    fit: str | None,
 ) -> tuple[Sample, ...]:
     columns = {name: _Columns(unit, scorer, name) for name, _ in places}
-    shares = {other: _shares(unit.scores[other], places) for other in others}
+    p_values = {other: _p_values(unit.scores[other], places) for other in others}
     samples = []
     for number, (name, i) in enumerate(places):
-        of = columns[name]
-        origin, row = of.origins[i], int(of.rows[i])
-        dataset = images(origin)
-        image = "" if dataset is None else data_uri(dataset.load(row)[0])
-        name = safe(str(of.ids[i])) or f"row {row}"
-        own = tuple((other, float(values[number])) for other, values in shares.items())
+        of, why = columns[name], reasons.get((name, i), {})
+        origin, row, classes = of.origins[i], int(of.rows[i]), why.get("classes") or ()
+        label = int(of.labels[i]) if name == "id" else -1
         samples.append(
-            Sample(origin, row, name, f"{of.scores[i]:.4g}", int(of.predictions[i]), int(of.labels[i]), image, own)
+            Sample(
+                set=origin,
+                row=row,
+                name=_file(str(of.ids[i]), row),
+                score=f"{of.scores[i]:.4g}",
+                prediction=safe(classes[0][0]) if classes else str(int(of.predictions[i])),
+                label=safe(why.get("label") or str(label)) if label >= 0 else "",
+                image=_picture(images(origin), row),
+                p_values=tuple((other, float(values[number])) for other, values in p_values.items()),
+                classes=tuple((safe(text), float(share)) for text, share in classes),
+                similar=tuple(_similar(near, images(fit) if fit else None) for near in why.get("similar", ())),
+                map=why.get("map", ""),
+            )
         )
     return tuple(samples)
 
 
-def _shares(scores: Mapping[str, Tensor], places: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
-    """Return the share of ID rows with at most the score of each row."""
+def _similar(near: Mapping[str, Any], dataset: ImageDataset | None) -> Similar:
+    row = int(near["row"])
+    return Similar(_file(near["id"], row), safe(near["label"] or ""), f"{near['distance']:.3g}", _picture(dataset, row))
+
+
+def _file(name: str, row: int) -> str:
+    return safe(name) or f"row {row}"
+
+
+def _picture(dataset: ImageDataset | None, row: int) -> str:
+    return "" if dataset is None else data_uri(dataset.load(row)[0])
+
+
+def _p_values(scores: Mapping[str, Tensor], places: Sequence[Place]) -> NDArray[np.float64]:
+    """Return the conformal p-value of each row: of an ID row, among the ID rows with itself."""
     known = np.sort(np.asarray(scores["id"]))
     of_set = {name: np.asarray(scores[name]) for name, _ in places}
-    return np.searchsorted(known, [of_set[name][row] for name, row in places], side="right") / len(known)
+    at_most = np.searchsorted(known, [of_set[name][row] for name, row in places], side="right")
+    itself = np.array([name != "id" for name, _ in places])
+    return (at_most + itself) / (len(known) + itself)
 
 
 class _Columns:

@@ -181,7 +181,9 @@ def _model(
     if unit is None or not scorers:
         return ModelView(id, table.model, table, (), None)
     drawn = [scorer_figure(unit, scorer, table.n_ood) for scorer in scorers[:figures]]
-    worst = hardest(unit, scorers[0], lambda name: images(table.part, name), scorers[:SHOWN])
+    own = (unit.explained or {}).get("scorer")  # the best of this checkpoint
+    chosen = own if own in scorers else scorers[0]
+    worst = hardest(unit, chosen, lambda name: images(table.part, name), scorers[:figures])
     return ModelView(id, table.model, table, drawn, worst)
 
 
