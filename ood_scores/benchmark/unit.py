@@ -125,7 +125,7 @@ def _explained(
     given = []
     for name, number in itertools.chain(*hardest_places(scores)):
         of_set = found.sets[name]
-        origin, row = of_set.names[of_set.origins[number]], int(of_set.rows[number])
+        origin, row = of_set.names[int(of_set.origins[number])], int(of_set.rows[number])
         at = int(np.searchsorted(_dataset_rows(made_by[origin], len(sets[origin])), row))
         given.append(Given((name, number), origin, row, sets[origin][at : at + 1]))
     return explained(unit, best, runs[best].scorer, given, fit, device)

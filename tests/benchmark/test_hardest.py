@@ -53,10 +53,11 @@ def test_the_hardest_rows_are_explained(data: Path, tmp_path: Path) -> None:
         assert [near["row"] for near in each["similar"]] == nearest.tolist()
         assert [near["label"] for near in each["similar"]] == [str(row % 4) for row in nearest.tolist()]
         assert each["map"].startswith("data:image/webp;base64,")
-        probability, label = feats.logits.double().softmax(dim=1)[0].sort(descending=True)
+        logits: Any = feats.logits
+        probability, label = logits.double().softmax(dim=1)[0].sort(descending=True)
         assert [name for name, _ in each["classes"]] == [str(number) for number in label[:3].tolist()]
         assert [share for _, share in each["classes"]] == pytest.approx(probability[:3].tolist())
-        assert each["label"] == (str(int(feats.labels[0])) if place == "id" else None)
+        assert each["label"] == (str(int(feats.class_labels()[0])) if place == "id" else None)
     assert any(units[0].origins["id"][each["row"]] == "cousins" for each in first["rows"] if each["set"] == "id")
     page = (tmp_path / "report.html").read_text()
     assert page.count('<img class="map"') == page.count("nearest in the fit set</summary>") == 16
@@ -75,7 +76,10 @@ def test_probes_and_ensembles_have_no_maps(data: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_model_there_are_no_maps(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ood_scores.benchmark.hardest.open_dataset", lambda *_, **__: {}["gone"])
+    def fails(*_: object, **__: object) -> None:
+        raise KeyError("gone")
+
+    monkeypatch.setattr("ood_scores.benchmark.hardest.open_dataset", fails)
     (unit,) = scored(data, tmp_path, part(scorers=named("energy"), fit=None))
     assert unit.explained is not None
     assert unit.explained["no_map"] == "the model could not be run again ('gone')"

@@ -141,10 +141,14 @@ def hardest(
     ``images`` returns the images of a dataset by its name.
     """
     scores = {name: np.asarray(values) for name, values in unit.scores[scorer].items()}
-    known = unit.explained if unit.explained and unit.explained["scorer"] == scorer else {"rows": (), "fit": None}
-    reasons = {(each["set"], each["row"]): each for each in known["rows"]}
-    both = (_samples(unit, scorer, places, images, others, reasons, known["fit"]) for places in hardest_places(scores))
-    return Hardest(scorer, *both, known.get("no_map"))
+    known: Mapping[str, Any] = unit.explained or {}
+    if known.get("scorer") != scorer:
+        known = {}
+    reasons = {(each["set"], each["row"]): each for each in known.get("rows", ())}
+    ood, id = (
+        _samples(unit, scorer, places, images, others, reasons, known.get("fit")) for places in hardest_places(scores)
+    )
+    return Hardest(scorer, ood, id, known.get("no_map"))
 
 
 def _samples(
