@@ -4,7 +4,6 @@ from ood_scores.evaluation.metrics import (
     METRICS,
     Metric,
     Metrics,
-    RocCounts,
     aupr_in,
     aupr_out,
     auroc,
@@ -13,8 +12,8 @@ from ood_scores.evaluation.metrics import (
     fpr95_ood,
     fpr_at_tpr_id,
     fpr_at_tpr_ood,
-    roc_counts,
 )
+from ood_scores.evaluation.threshold_counts import RocCounts, roc_counts
 
 __all__ = [
     "METRICS",

@@ -29,7 +29,7 @@ from ood_scores.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from ood_scores.detector.explanation import Explanations
-    from ood_scores.detector.export import DetectorGraph
+    from ood_scores.detector.graph import DetectorGraph
     from ood_scores.detector.monitor import Monitor
 
 
@@ -246,7 +246,8 @@ class Detector(DetectorParts):
         return export_program(*self._graph(images))
 
     def _graph(self, images: Any) -> tuple[DetectorGraph, torch.Tensor]:
-        from ood_scores.detector.export import DetectorGraph, noise
+        from ood_scores.detector.export import noise
+        from ood_scores.detector.graph import DetectorGraph
 
         options = self.forward.options
         if options.amp is not None:
@@ -390,8 +391,9 @@ def _warn_of_errors(errors: Mapping[int, str], images: int, consequence: str) ->
 
 def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return json.loads(json.dumps(dict(arguments)))
+        stored: dict[str, Any] = json.loads(json.dumps(dict(arguments)))
     except TypeError as error:
         raise BadInput(
             f"arguments cannot be stored as JSON ({error}): leave them out, and pass the model to load."
         ) from error
+    return stored

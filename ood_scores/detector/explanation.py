@@ -22,8 +22,9 @@ from ood_scores.evaluation.similar_rows import class_name, likely_classes, simil
 from ood_scores.extraction.positions import Positions
 from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.optional_packages import require
-from ood_scores.scorers.base import Scorer, as_scorer, fit_all
+from ood_scores.scorers.base import Scorer, as_scorer
 from ood_scores.scorers.fusion import Fusion
+from ood_scores.scorers.one_pass import fit_all
 
 if TYPE_CHECKING:
     from ood_scores.detector.detector import Detector

@@ -177,7 +177,7 @@ def mean_direction(texts: Tensor) -> Tensor:
         NotFinite: if a feature is NaN or infinite, or has no direction.
     """
     mean = (texts / texts.norm(dim=-1, keepdim=True)).mean(dim=1)
-    unit = mean / mean.norm(dim=-1, keepdim=True)
+    unit: Tensor = mean / mean.norm(dim=-1, keepdim=True)
     if not unit.isfinite().all():
         raise NotFinite("a text feature is zero, NaN, or infinite: check the text encoder and the tokenizer.")
     return unit

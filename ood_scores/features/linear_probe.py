@@ -170,7 +170,8 @@ class _Problem:
                 f"the linear probe with l2={l2:g} has not converged after {found.nit} steps: a larger l2 converges "
                 "faster.",
             )
-        return found.x
+        solution: np.ndarray = found.x
+        return solution
 
     def _objective(self, l2: float, used: Tensor | None) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
         rows = len(self.feats) if used is None else int(used.sum())

@@ -39,12 +39,12 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, ve
     """
     from ood_scores.features.storage import cache
     from ood_scores.features.storage.layout import column_names
-    from ood_scores.features.storage.reading import how_to_seal, is_sealed
+    from ood_scores.features.storage.reading import how_to_seal, is_sealed, open_to_read
 
     found = find_device(device)
     if verify not in ("once", "always", False):
         raise BadInput(f"verify must be 'once', 'always', or False, got {verify!r}.")
-    with cache.open_to_read(path, sealed=verify is not False) as h5:
+    with open_to_read(path, sealed=verify is not False) as h5:
         cache.require_finished(h5)
         if verify and not is_sealed(h5):
             warn_user(how_to_seal(path))

@@ -55,7 +55,7 @@ class Scorer(DeviceState, ABC):
         """Name a scorer that is not registered after its class."""
         cls.name = cls.__dict__.get("name", cls.__name__)
 
-    def statistics(self) -> Sequence[Statistic]:
+    def statistics(self) -> Sequence[Statistic[Any]]:
         """Return the statistics that the fit requires; they are collected in one pass for all scorers."""
         return ()
 

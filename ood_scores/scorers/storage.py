@@ -269,7 +269,8 @@ def _keep(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> list[int]:
 def _fetch(name: str, order: list[int], stored: Any) -> Tensor:
     """Return a copy of a tensor: the file is only mapped, it may be replaced, and its alignment is arbitrary."""
     back = sorted(range(len(order)), key=order.__getitem__)
-    return stored.get_tensor(name).clone().permute(back)
+    copied: Tensor = stored.get_tensor(name).clone().permute(back)
+    return copied
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ from ood_scores.evaluation.metrics import (
     fpr95_ood,
     fpr_at_tpr_id,
     fpr_at_tpr_ood,
-    roc_counts,
 )
+from ood_scores.evaluation.threshold_counts import roc_counts
 
 METRICS: dict[str, Callable[..., float]] = {
     "auroc": auroc,

@@ -129,7 +129,8 @@ def _own_tokenizer(model: nn.Module) -> Tokenizer:
     """
     origin = origin_of(model)
     if origin and origin.tokenizer:
-        return origin.tokenizer()
+        tokenizer: Tokenizer = origin.tokenizer()
+        return tokenizer
     place = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not place:
         raise MissingInput(
