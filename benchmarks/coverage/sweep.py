@@ -36,8 +36,6 @@ NOTES = """\
 - `resnet*_clip`: attention pooling applies its last linear layer to every position and then takes one.
 - `*_enc` and `mobilenetv5_300m_enc` return tokens or a feature map for a language model, whatever `num_classes` says:
   they are encoders with `pool="mean"`, and refused without a pooling.
-- Of the encoders, 48 were run. For 41, output and features were computed on the `meta` device, as shapes alone. The
-  other 49, which an earlier sweep refused, declare no classes: their outcome follows from the output that it recorded.
 - `resnet*_clip` declare the width of their embedding as `num_classes`; `model.num_classes = 0` makes them encoders.
 """
 
@@ -366,6 +364,7 @@ def summary(results: list[Result], max_parameters: float) -> str:
     import torch
 
     counts = Counter(result.outcome for result in results)
+    few = [result for result in results if result.blocks]
     given = Counter(result.given_classes for result in results if result.given_classes)
     pooled = sum(result.outcome == ENCODER and bool(result.pool) for result in results)
     listed = len(timm.list_models())
@@ -386,6 +385,9 @@ def summary(results: list[Result], max_parameters: float) -> str:
         f"| refused | {counts[REFUSED]} | no affine map gives the logits: `HeadNotFound` or `HeadMismatch` |",
         f"| failed | {counts[FAILED]} | anything else |",
         f"| too large | {counts[TOO_LARGE]} | over {max_parameters:.3g} parameters, not run |",
+        "",
+        f"{len(few)} others have over {max_parameters:.3g} parameters, too, and ran with few of their blocks, which are "
+        "alike: the column `blocks` has their number.",
         "",
         f"{given.total()} have no classifier of their own (`num_classes=0` in timm). With "
         f"`num_classes={GIVEN_CLASSES}`: " + ", ".join(f"{given[outcome]} {outcome}" for outcome in OUTCOMES) + ".",
