@@ -37,6 +37,8 @@ NOTES = """\
 - `*_enc` and `mobilenetv5_300m_enc` return tokens or a feature map for a language model, whatever `num_classes` says:
   they are encoders with `pool="mean"`, and refused without a pooling.
 - `resnet*_clip` declare the width of their embedding as `num_classes`; `model.num_classes = 0` makes them encoders.
+- 234 rows are of the present version: those of all encoders, of the largest architectures, and of at least one
+  architecture of 90 families, with the outcomes of the version before. The other rows are of that version.
 """
 
 
@@ -386,8 +388,8 @@ def summary(results: list[Result], max_parameters: float) -> str:
         f"| failed | {counts[FAILED]} | anything else |",
         f"| too large | {counts[TOO_LARGE]} | over {max_parameters:.3g} parameters, not run |",
         "",
-        f"{len(few)} others have over {max_parameters:.3g} parameters, too, and ran with few of their blocks, which are "
-        "alike: the column `blocks` has their number.",
+        f"{len(few)} others are as large, and ran with few of their blocks, which are alike: the column `blocks` has "
+        "their number.",
         "",
         f"{given.total()} have no classifier of their own (`num_classes=0` in timm). With "
         f"`num_classes={GIVEN_CLASSES}`: " + ", ".join(f"{given[outcome]} {outcome}" for outcome in OUTCOMES) + ".",
