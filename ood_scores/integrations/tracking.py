@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ood_scores.benchmark import Results
@@ -49,16 +50,23 @@ def _tensorboard(results: Results, writer: Any, step: int) -> None:
 
 def _mlflow(results: Results, mlflow: Any, step: int) -> None:
     mlflow.log_metrics(metrics_by_name(results), step=step)
-    for name in ("report.html", "results.csv"):
-        mlflow.log_artifact(str(results.folder / name))
+    mlflow.log_artifact(str(results.folder / "results.csv"))
+    if _page(results).exists():
+        mlflow.log_artifact(str(_page(results)))
 
 
 def _wandb(results: Results, run: Any, step: int) -> None:
     import wandb
 
-    report = (results.folder / "report.html").read_text(encoding="utf-8")
-    table = wandb.Table(dataframe=results.table)
-    run.log({**metrics_by_name(results), "results": table, "report": wandb.Html(report)}, step=step)
+    logged = {**metrics_by_name(results), "results": wandb.Table(dataframe=results.table)}
+    if _page(results).exists():
+        logged["report"] = wandb.Html(_page(results).read_text(encoding="utf-8"))
+    run.log(logged, step=step)
+
+
+def _page(results: Results) -> Path:
+    """The HTML report, which is written only if the packages that it needs are installed."""
+    return results.folder / "report.html"
 
 
 _TRACKERS: dict[str, Callable[[Results, Any, int], None]] = {

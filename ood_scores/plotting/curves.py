@@ -84,7 +84,7 @@ def _draw_panel(figure: Figure, place: SubplotSpec, title: str, panel: Panel) ->
 def _tidy(axes: Axes, edges: NDArray[np.float64]) -> None:
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.08), yticks=[])
     axes.tick_params(labelsize=7)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 

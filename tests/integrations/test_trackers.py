@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,14 @@ def test_mlflow_gets_metrics_and_files(results: Results) -> None:
     mlflow = Recorder(log_metrics=..., log_artifact=...)
     log_results(results, mlflow, step=2)
     assert mlflow.calls[0] == ("log_metrics", (metrics_by_name(results),), {"step": 2})
-    assert [Path(args[0]).name for _, args, _ in mlflow.calls[1:]] == ["report.html", "results.csv"]
+    assert [Path(args[0]).name for _, args, _ in mlflow.calls[1:]] == ["results.csv", "report.html"]
+
+
+def test_results_without_an_html_report_are_logged(results: Results, tmp_path: Path) -> None:
+    mlflow = Recorder(log_metrics=..., log_artifact=...)
+    log_results(replace(results, folder=tmp_path), mlflow)
+    assert mlflow.calls[0][1] == (metrics_by_name(results),)
+    assert [Path(args[0]).name for _, args, _ in mlflow.calls[1:]] == ["results.csv"]
 
 
 def test_other_objects_are_refused(results: Results) -> None:
