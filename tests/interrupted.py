@@ -31,6 +31,11 @@ class InterruptedLoader:
             yield self.dataset[number * self.batch_size : (number + 1) * self.batch_size]
 
 
+def hide_gpus() -> None:
+    """Let ``device="auto"`` be the CPU for the rest of this process: a fork cannot use CUDA that its parent started."""
+    torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
+
+
 def exit_code_of_fork(work: Callable[[], object]) -> int:
     """Return the exit code of a fork of this process that does some work, on one thread and without a GPU."""
     child = os.fork()
@@ -38,6 +43,7 @@ def exit_code_of_fork(work: Callable[[], object]) -> int:
         code = 1
         try:
             torch.set_num_threads(1)
+            hide_gpus()
             work()
             code = 0
         except BaseException:

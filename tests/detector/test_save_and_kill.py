@@ -25,9 +25,11 @@ def detector(scorer: str) -> Detector:
 
 DRIVER = """
 import os, signal, sys
+from interrupted import hide_gpus
 from test_save_and_kill import detector
 from pathlib import Path
 
+hide_gpus()
 old, new = detector("msp"), detector("energy")
 folders, first = Path(sys.argv[1]), sys.argv[2] == "first"
 for step in range(1, 80):
