@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -45,6 +44,8 @@ class Shown:
 
 def write_page(found: Explanations, folder: str | os.PathLike[str]) -> Path:
     """Write ``index.html`` to a folder, which is created, and return its path."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("ood_scores.detector"),
         autoescape=True,
