@@ -161,11 +161,11 @@ def _answer_plan(spec: Spec, out: Path | None, data: Path | None) -> None:
 
     folder, base = places(spec, out, data)
     planned = plan(spec, folder, base, download=False)
-    estimates = Estimates(planned.facts)
+    estimates, pending = Estimates(planned.facts), {job.cache for job in planned.pending}
     found = {
         "title": spec.title,
         "folder": str(folder),
-        "caches": [_cache(job, planned, folder) for job in _jobs(planned)],
+        "caches": [_cache(job, job.cache in pending, planned, folder) for job in _jobs(planned)],
         "units": [_unit(unit, planned, estimates) for unit in planned.units],
         "not_run": [asdict(entry) for entry in planned.not_run],
     }
@@ -176,9 +176,8 @@ def _jobs(planned: Plan) -> Iterable[Job]:
     return {job.cache: job for unit in planned.units for job in unit.jobs}.values()
 
 
-def _cache(job: Job, planned: Plan, folder: Path) -> dict[str, Any]:
+def _cache(job: Job, pending: bool, planned: Plan, folder: Path) -> dict[str, Any]:
     """Return what is known about a cache before the extraction; ``rows`` is None if their number is unknown."""
-    pending = job.cache in {each.cache for each in planned.pending}
     return {
         "cache": str(job.cache.relative_to(folder)),
         "model": job.network.table.title,

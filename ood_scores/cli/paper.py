@@ -22,7 +22,7 @@ from ood_scores.terminal import marked
 if TYPE_CHECKING:
     from ood_scores.benchmark import Results, Spec
     from ood_scores.benchmark.figures.page import WrittenFigure
-    from ood_scores.benchmark.report.tables import Compared, ComparisonTable
+    from ood_scores.benchmark.report.comparison import Compared, ComparisonTable
 
 PAPERS = Path("benchmarks/papers")
 
@@ -55,7 +55,7 @@ def paper(
       ood-scores paper mine.toml --figures --out runs/mine
     """
     from ood_scores.benchmark import load_spec, run
-    from ood_scores.benchmark.report.tables import comparison_tables
+    from ood_scores.benchmark.report.comparison import comparison_tables
 
     if name is None:
         titles = {path.stem: load_spec(path).title for path in _files()}

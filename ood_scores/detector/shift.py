@@ -140,13 +140,23 @@ def _mmd(known: Values, new: Values, permutations: int, seed: int) -> tuple[floa
     rows, so that the p-value stays exact.
     """
     rows = torch.from_numpy(np.concatenate([known, new]))
-    drawn = rows[np.random.default_rng(seed).permutation(len(rows))[:MEDIAN_ROWS]]
-    median = float(torch.pdist(drawn).median()) or 1.0
+    median = median_distance(rows, seed) or 1.0
     kernels = [partial(_gaussian, width=share * median) for share in WIDTHS]
     estimates, witnesses = _of_kernels(rows, len(known), kernels, permutations, seed)
     estimates /= np.maximum(estimates.std(axis=1, keepdims=True), ROUNDING)
     largest = estimates.max(axis=0)
     return float(largest[0]), _p_value(largest), witnesses[estimates[:, 0].argmax()]
+
+
+def median_distance(rows: torch.Tensor, seed: int) -> float:
+    """Return the median distance between rows ``[N, D]``, at most ``MEDIAN_ROWS`` of them.
+
+    They are drawn from the rows in the order of their sums, so that the order of the rows, of which permutation tests
+    know nothing, does not matter.
+    """
+    in_order = rows[rows.sum(dim=1).argsort()]
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:MEDIAN_ROWS])
+    return float(torch.pdist(in_order[drawn]).median())
 
 
 def _energy(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:

@@ -137,10 +137,16 @@ def _read_file(path: Path) -> Any:
 
 def _is_npz(path: Path) -> bool:
     """Return whether a file is an archive of NumPy arrays and nothing else."""
-    with suppress(zipfile.BadZipFile, OSError, ValueError, NotImplementedError), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        return bool(names) and all(name.endswith(".npy") for name in names)
-    return False
+    names = _names_in_archive(path)
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _names_in_archive(path: Path) -> list[str]:
+    """Return the names of the files in a zip archive; none if the file is no archive that zipfile can read."""
+    unreadable = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError)  # the last: a newer version of zip
+    with suppress(*unreadable), zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+    return []
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -219,9 +225,7 @@ def _read_pickle(path: Path) -> Any:
 
 def _refuse_programs(path: Path) -> None:
     """Raise CheckpointError for archives of whole programs, which hold weights in another form."""
-    names: list[str] = []
-    with suppress(zipfile.BadZipFile, OSError, ValueError, NotImplementedError), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    names = _names_in_archive(path)
     for ending, kind in (("/constants.pkl", "a TorchScript archive"), ("exported_program.json", "an exported program")):
         if any(name.endswith(ending) for name in names):
             raise CheckpointError(

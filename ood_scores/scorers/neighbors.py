@@ -260,12 +260,8 @@ def kth_neighbors(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -
 
 def _nearest(rows: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The squared distances to each row's k nearest rows of a small bank, and their numbers, ``[B, <= k]``."""
-    squares = bank.square().sum(dim=1)
     parts = [
-        torch.addmm(some.square().sum(dim=1, keepdim=True), some, bank.T, alpha=-2)
-        .add_(squares)
-        .clamp_min_(0)
-        .topk(min(k, len(bank)), dim=1, largest=False)
+        squared_distances(some, bank).topk(min(k, len(bank)), dim=1, largest=False)
         for some in rows.split(CACHED_ROWS if rows.device.type == "cpu" else max(1, len(rows)))
     ]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])

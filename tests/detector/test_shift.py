@@ -12,7 +12,7 @@ from scipy.stats import binom, ks_2samp
 from sklearn.neighbors import NearestNeighbors
 
 import ood_scores
-from ood_scores.detector.shift import Test, shift
+from ood_scores.detector.shift import Test, median_distance, shift
 from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch, UnknownName
 
 TESTS: tuple[Test, ...] = ("mmd", "energy", "knn", "classifier", "ks")
@@ -60,6 +60,12 @@ def test_mmd_of_several_widths_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = kernels[int(np.argmax([of_kernel[0] for of_kernel in scaled]))]
     witness = (chosen[60:, 60:].sum(axis=1) - 1) / 39 - chosen[60:, :60].mean(axis=1)
     assert found.outlyingness == pytest.approx(witness, rel=1e-9)
+
+
+def test_the_median_distance_does_not_depend_on_the_order_of_the_rows() -> None:
+    rows = torch.randn(1500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shuffled = rows[torch.randperm(1500, generator=torch.Generator().manual_seed(1))]
+    assert median_distance(shuffled, 0) == median_distance(rows, 0) != median_distance(rows, 1)
 
 
 def permuted_sides(rows: int, n: int, permutations: int, seed: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from ood_scores.benchmark.report.comparison import ComparisonTable, comparison_tables
 from ood_scores.benchmark.report.figures import (
     HISTOGRAM_SIZE,
     ROC_SIZE,
@@ -26,10 +27,8 @@ from ood_scores.benchmark.report.markdown import warned
 from ood_scores.benchmark.report.tables import (
     Cell,
     Column,
-    ComparisonTable,
     Row,
     ScoreTable,
-    comparison_tables,
     mark_best,
     measure_table,
     not_run,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ood_scores.benchmark.measures import shown_as
+from ood_scores.benchmark.report.comparison import Compared, ComparisonTable, comparison_tables
 from ood_scores.benchmark.report.tables import (
     Cell,
-    Compared,
-    ComparisonTable,
     ScoreTable,
     compact_metrics,
-    comparison_tables,
     measure_table,
     not_run,
     notes,

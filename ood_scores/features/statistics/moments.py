@@ -126,8 +126,6 @@ class _ClassMomentsAccumulator:
     def __init__(self, statistic: ClassMoments, labels: Tensor, classes: int) -> None:
         self._statistic, self._classes = statistic, classes
         self._labels = {CPU: labels.cpu(), labels.device: labels}  # on the CPU, they are counted without waiting
-        self._singles = bool((torch.bincount(self._labels[CPU], minlength=classes) == 1).any())
-        """Whether a class has a single row: its scorer then needs the product of all rows to the last digit."""
         self._sums: _Sums | None = None
 
     def update(self, block: Block) -> None:
@@ -150,9 +148,9 @@ class _ClassMomentsAccumulator:
 
         sums.counts += counts
         sums.deviations += _sums(deviations, labels, self._classes)
-        if sums.class_products is None or self._singles:
+        if sums.class_products is None:
             _add_lower_gram(sums.products, deviations)
-        if sums.class_products is not None:
+        else:
             _add_class_products(sums.class_products, deviations, labels, counts)
 
     def result(self) -> Moments:
@@ -161,11 +159,12 @@ class _ClassMomentsAccumulator:
         sums = self._sums
         counts = sums.counts.to(sums.deviations.device)
         means = sums.deviations / counts.clamp_min(1)[:, None]
-        _add_lower_gram(sums.products, counts.double().sqrt()[:, None] * means, sign=-1)
-        scatter = _symmetric(sums.products)
-        if sums.class_products is not None:
+        if sums.class_products is None:
+            _add_lower_gram(sums.products, counts.double().sqrt()[:, None] * means, sign=-1)
+            scatter = _symmetric(sums.products)
+        else:
             sums.class_products.baddbmm_(sums.deviations[:, :, None], means[:, None, :], alpha=-1)
-            scatter = scatter if self._singles else sums.class_products.sum(dim=0)
+            scatter = sums.class_products.sum(dim=0)
         return Moments(counts, means.add_(sums.origins), scatter, sums.class_products)
 
     def _labels_on(self, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 def squared_distances(rows: Tensor, centers: Tensor) -> Tensor:
     """``||x_i - c_j||^2`` for every pair, ``[B, C]``, never negative."""
     products = torch.addmm(rows.square().sum(dim=1, keepdim=True), rows, centers.T, alpha=-2)
-    return (products + centers.square().sum(dim=1)).clamp_min(0)
+    return products.add_(centers.square().sum(dim=1)).clamp_min_(0)
 
 
 def squares_between(rows: Tensor) -> Tensor:
