@@ -11,7 +11,7 @@ import typer
 
 from ood_scores.cli import options
 from ood_scores.cli.printing import answer, console, stoppable
-from ood_scores.cli.tables import legend, metric_columns, metric_tables
+from ood_scores.cli.tables import experimental_in, legend, metric_columns, metric_tables
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
@@ -106,16 +106,17 @@ def _show(results: Results) -> None:
     screen = console()
     headline = results.headline
     metrics = [metric for metric in headline if metric in headline[:2] or metric.on_request]
+    starred = experimental_in(results.table)
     screen.print(f"[bold]{marked(results.title)}[/]")
     for (part, model), table in results.table.groupby(["part", "model"], sort=False):
         title = f"{part}: {model}" if part != results.title else str(model)
         screen.print(f"\n[bold]{marked(title)}[/]{_accuracy(table)}")
         of_checkpoints = table.groupby(["scorer", "ood"], sort=False)[[metric.name for metric in metrics]].mean()
         columns = metric_columns(of_checkpoints.reset_index(), _groups(table), metrics)
-        for shown in metric_tables(columns, screen.width):
+        for shown in metric_tables(columns, screen.width, starred):
             screen.print(shown)
     if len(results.table):
-        screen.print(f"{legend(metrics)} {LEGEND}", style="dim")
+        screen.print(f"{legend(metrics, starred)} {LEGEND}", style="dim")
     show_not_run(screen, results.not_run)
     if (results.folder / "report.html").exists():
         screen.print(f"[green]✓[/] report [bold]{marked(str(results.folder / 'report.html'))}[/]", soft_wrap=True)

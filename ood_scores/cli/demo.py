@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ood_scores.cli.printing import answer, console
-from ood_scores.cli.tables import best_first, legend, metric_tables
+from ood_scores.cli.tables import best_first, experimental_in, legend, metric_tables
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ def _show(found: Demo, out: Path, accuracy: Mapping[str, float]) -> None:
     screen = console()
     for training, share in accuracy.items():
         screen.print(f"{training}: [bold]{share:.1%}[/] of new digits 0 to 6 are classified correctly")
-    metrics = headline_metrics()[:2]
-    for part in metric_tables(_columns(found.results.table, metrics), screen.width):
+    metrics, starred = headline_metrics()[:2], experimental_in(found.results.table)
+    for part in metric_tables(_columns(found.results.table, metrics), screen.width, starred):
         screen.print(part)
-    screen.print(f"{legend(metrics)} {LEGEND}", style="dim")
+    screen.print(f"{legend(metrics, starred)} {LEGEND}", style="dim")
     _say_where(screen, out, found.caches["l2_norm"])
 
 

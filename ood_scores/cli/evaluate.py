@@ -12,7 +12,7 @@ from rich.text import Text
 from ood_scores.cli import options
 from ood_scores.cli.parsing import check_table_path, named_caches, scorer_name, write_table
 from ood_scores.cli.printing import answer, console, stoppable, table_document
-from ood_scores.cli.tables import legend, metric_columns, metric_tables
+from ood_scores.cli.tables import experimental_in, legend, metric_columns, metric_tables
 from ood_scores.terminal import marked
 
 if TYPE_CHECKING:
@@ -100,9 +100,10 @@ def _show(table: pd.DataFrame, id: Path, rows: int, asked: Sequence[str]) -> Non
     screen.print(f"ID [bold]{marked(table.attrs['id'] or id.stem)}[/]: {rows:,} rows{knows}")
     sets = list(dict.fromkeys(table["ood"]))
     groups = {name: [name] for name in sets} | ({"average": sets} if len(sets) > 1 else {})
-    for part in metric_tables(metric_columns(table, groups, headline_metrics(asked)), screen.width):
+    starred = experimental_in(table)
+    for part in metric_tables(metric_columns(table, groups, headline_metrics(asked)), screen.width, starred):
         screen.print(part)
-    screen.print(legend(headline_metrics(asked)), style="dim")
+    screen.print(legend(headline_metrics(asked), starred), style="dim")
     for label, parameters in table.attrs["decided"].items():
         screen.print(f"[dim]{marked(label)}: {marked(parameters)}[/]")
     left_out = table.attrs["left_out"]

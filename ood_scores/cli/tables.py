@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +46,27 @@ def best_first(table: pd.DataFrame) -> pd.Index:
     return table.groupby("scorer")["auroc"].mean().sort_values(ascending=False, kind="stable").index
 
 
-def metric_tables(values: pd.DataFrame, width: int) -> Iterator[Table]:
+def experimental_in(table: pd.DataFrame) -> set[str]:
+    """Return the scorers of a table of results whose scores may not be those of their papers.
+
+    Results of a benchmark have their parameters; in others, scorers have the names under which they are registered.
+    """
+    from ood_scores.scorers.registry import why_experimental
+
+    described = map(json.loads, table["parameters"]) if "parameters" in table else table["scorer"]
+    return {str(scorer) for scorer, each in zip(table["scorer"], described, strict=True) if why_experimental(each)}
+
+
+def metric_tables(values: pd.DataFrame, width: int, experimental: Container[str] = ()) -> Iterator[Table]:
     """Yield tables of at most ``width`` columns if possible, in which the best value of each column is bold.
 
     Args:
         values: Data frame with the columns ``(title, heading, ..., name of a metric)``; neighboring columns with the
             same heading share it.
         width: Width of the terminal.
+        experimental: Scorers to mark with a star.
     """
-    names = [str(name) for name in values.index]
+    names = [f"{name}*" if name in experimental else str(name) for name in values.index]
     titles = list(dict.fromkeys(column[0] for column in values.columns))
     groups = {title: _group(values[[column for column in values.columns if column[0] == title]]) for title in titles}
     widths = {title: max(header.cell_len for header in groups[title][0].split()) + 2 for title in titles}
@@ -67,9 +80,10 @@ def metric_tables(values: pd.DataFrame, width: int) -> Iterator[Table]:
         yield table
 
 
-def legend(metrics: Iterable[Metric]) -> str:
+def legend(metrics: Iterable[Metric], experimental: Collection[str] = ()) -> str:
     """Explain the metrics and marks of a table."""
-    return "Percent, best in bold. " + " ".join(f"{metric.title}: {metric.legend}." for metric in metrics)
+    star = ["*: experimental, may not be the score of the paper (ood-scores list NAME)."] if experimental else []
+    return " ".join(["Percent, best in bold.", *(f"{each.title}: {each.legend}." for each in metrics), *star])
 
 
 def _fitting(widths: dict[str, int], width: int) -> Iterator[list[str]]:

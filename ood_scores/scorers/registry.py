@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -80,6 +80,18 @@ def tell_alias(alias: str, name: str) -> None:
 def is_registered(cls: type) -> bool:
     """Return whether a scorer can be created by name as exactly this class."""
     return cls in SCORERS.values()
+
+
+def why_experimental(described: Any) -> str | None:
+    """Return why the scores of a scorer, or of one inside it, may not be those of its paper; None if they are.
+
+    Args:
+        described: its name, or its name and parameters as plain data.
+    """
+    if isinstance(described, (Mapping, list)):
+        parts = described.values() if isinstance(described, Mapping) else described
+        return next(filter(None, map(why_experimental, parts)), None)
+    return SCORERS[described].tags.experimental if described in SCORERS else None
 
 
 def create_scorer(name: str, **params: Any) -> Scorer:

@@ -18,13 +18,14 @@ from PIL import Image
 
 from ood_scores.benchmark.report import figures, html, latex, markdown, write_report
 from ood_scores.benchmark.report.figures import histogram_path, roc_path
-from ood_scores.benchmark.report.tables import ScoreTable, errors_and_ties, experimental, part_tables, shown_metrics
+from ood_scores.benchmark.report.tables import ScoreTable, errors_and_ties, part_tables, shown_metrics
 from ood_scores.benchmark.results import Results, table_columns
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.data.images import ImageArrays, ImageDataset
 from ood_scores.detector.conformal import p_values
 from ood_scores.evaluation.metrics import auroc, table_metrics
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance
+from ood_scores.scorers.registry import why_experimental
 
 SEVERAL, SINGLE = "ResNet-20", "DenseNet-100 (k=12)"
 EVIL = "<script>alert('ash_s')</script>|`"
@@ -200,11 +201,11 @@ def test_html_shows_the_numbers_of_the_table(results: Results, page: str) -> Non
 
 
 def test_experimental_scorers_are_found_by_their_classes() -> None:
-    reason = experimental({"name": "core"})
+    reason = why_experimental({"name": "core"})
     assert reason == "written after the abstract and summaries of the paper, whose formulas were not available"
     inside = {"name": "react", "base": {"name": "ash_s", "base": {"name": "core"}}}
-    assert experimental(inside) == experimental({"name": "fusion", "scorers": ["energy", "core"]}) == reason
-    assert experimental({"name": "fusion", "scorers": ["energy", "knn"], "method": "min", "k": 3}) is None
+    assert why_experimental(inside) == why_experimental({"name": "fusion", "scorers": ["energy", "core"]}) == reason
+    assert why_experimental({"name": "fusion", "scorers": ["energy", "knn"], "method": "min", "k": 3}) is None
 
 
 def test_experimental_scorers_are_marked(results: Results) -> None:

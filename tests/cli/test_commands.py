@@ -385,6 +385,17 @@ def test_evaluate_tables_fit_the_terminal(caches: dict[str, Path]) -> None:
         assert "average" in output
 
 
+def test_evaluate_tables_mark_experimental_scorers(caches: dict[str, Path]) -> None:
+    words = ["evaluate", "--id", caches["id"], "--ood", caches["near"], "--fit", caches["train"]]
+    output = ok(*words, "--scorer", "core", "--scorer", "energy", columns=120)
+    assert [line.split()[0] for line in output.splitlines() if re.match(r" *(core|energy)", line)] in (
+        ["core*", "energy"],
+        ["energy", "core*"],
+    )
+    assert "*: experimental, may not be the score of the paper" in " ".join(output.split())
+    assert "experimental" not in ok(*words, "--scorer", "energy", columns=120)
+
+
 def test_evaluate_command_refuses_two_sets_with_one_name(caches: dict[str, Path]) -> None:
     words = ("--ood", caches["near"], "--ood", f"near={caches['far']}")
     assert "two OoD sets are named 'near'" in refused("evaluate", "--id", caches["id"], *words)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +15,7 @@ from ood_scores.benchmark.results import NotRun, Results, interval_columns
 from ood_scores.benchmark.unit_files import Scored
 from ood_scores.evaluation.metrics import METRICS, Metric, number
 from ood_scores.evaluation.uncertainty import mean_auroc_covariance, tied_with_best
-from ood_scores.scorers.registry import SCORERS
+from ood_scores.scorers.registry import why_experimental
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,14 +97,6 @@ class Row:
     fit_seconds: float
     score_microseconds: float
     experimental: str | None
-
-
-def experimental(described: Any) -> str | None:
-    """Return why a scorer or a base of it is experimental, given its name and parameters as plain data; or None."""
-    if isinstance(described, (Mapping, list)):
-        parts = described.values() if isinstance(described, Mapping) else described
-        return next(filter(None, map(experimental, parts)), None)
-    return SCORERS[described].tags.experimental if described in SCORERS else None
 
 
 @dataclass(frozen=True)
@@ -230,7 +222,7 @@ def _score_table(results: Results, part: str, model: str) -> ScoreTable:
                 parameters=parameters[i],
                 fit_seconds=float(cost["fit_seconds"].iloc[i]),
                 score_microseconds=float(cost["score_microseconds"].iloc[i]),
-                experimental=experimental(json.loads(parameters[i])),
+                experimental=why_experimental(json.loads(parameters[i])),
             )
             for i, scorer in enumerate(order)
         ),
