@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def find_state(folder: Path, recipe: Recipe) -> State | None:
             )
         return None
     state = load_state(folder / STATE)
-    require_same(folder, "recipe", flat_tables(state.recipe), flat_tables(recipe.to_dict()))
+    require_same(folder, "another recipe", flat_tables(state.recipe), flat_tables(recipe.to_dict()))
     return state
 
 
@@ -163,14 +164,21 @@ def _of_first_epoch(folder: Path) -> bool:
 
 
 def require_same(folder: Path, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raise BadInput if the run in the folder has another recipe or other data."""
-    keys = [key for key in {**old, **new} if key not in FREE_KEYS and old.get(key) != new.get(key)]
+    """Raise BadInput if the run in the folder has another recipe or other data.
+
+    Texts are compared with their environment variables expanded.
+    """
+    keys = [key for key in {**old, **new} if key not in FREE_KEYS and _expanded(old, key) != _expanded(new, key)]
     if keys:
         listed = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys[:8])
         raise BadInput(
-            f"{folder} holds a run with another {what} ({listed}): choose another folder, or pass overwrite to discard "
-            "it."
+            f"{folder} holds a run with {what} ({listed}): choose another folder, or pass overwrite to discard it."
         )
+
+
+def _expanded(facts: Mapping[str, Any], key: str) -> Any:
+    value = facts.get(key)
+    return os.path.expandvars(value) if isinstance(value, str) else value
 
 
 def clear(folder: Path) -> None:

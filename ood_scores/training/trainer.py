@@ -107,7 +107,7 @@ def train(
         with showing_work("reading the images …", progress and who.first):
             prepared = prepare(recipe, who, folder)
         if state is not None:
-            require_same(folder, "data", state.data, prepared.facts())
+            require_same(folder, "other data", state.data, prepared.facts())
         if overwrite and who.first:
             clear(folder)
         run = Run(recipe, folder, who, prepared, state)

@@ -45,12 +45,21 @@ def test_folder_with_another_recipe_or_other_data_is_refused(tmp_path: Path) -> 
     with pytest.raises(BadInput, match=r"another recipe \(seed was 0, is 1; optimizer\.lr was 0\.05, is 0\.5"):
         run(tmp_path / "out", data={"train": spec}, seed=1, optimizer={"lr": 0.5})
     imbalanced(tmp_path, [20, 6, 4])
-    with pytest.raises(BadInput, match=r"another data \(images of each class was \[20, 6, 3\], is \[20, 6, 4\]"):
+    with pytest.raises(BadInput, match=r"other data \(images of each class was \[20, 6, 3\], is \[20, 6, 4\]"):
         run(tmp_path / "out", data={"train": spec})
     recipe = recipe_from(tiny.tables(data={"train": spec}, seed=1))
     second = train(recipe, tmp_path / "out", device="cpu", progress=False, overwrite=True)
     assert second.history != first.history
     assert len((tmp_path / "out" / "log.csv").read_text().splitlines()) == 3
+
+
+def test_environment_variables_of_the_data_may_be_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", str(tmp_path))
+    spec = imbalanced(tmp_path, [20, 6, 3])
+    first = run(tmp_path / "out", data={"train": spec.replace(str(tmp_path), "$DATA")})
+    assert run(tmp_path / "out", data={"train": spec}) == first
+    with pytest.raises(BadInput, match=r"another recipe \(data\.train was .*\$DATA.*, is .*/elsewhere"):
+        run(tmp_path / "out", data={"train": spec.replace(str(tmp_path), "/elsewhere")})
 
 
 def test_foreign_files_in_the_folder_are_not_changed(tmp_path: Path, trained: Trained) -> None:
