@@ -19,6 +19,8 @@ PLAIN = ("features", "logits", "head", "labels")
 """What every classifier with labeled data provides."""
 FIT_CACHE = "train.h5"
 """The cache of the fit set, in examples of probes that read it."""
+FILES = {"mahalanobis_odin": f"fit={FIT_CACHE}", "mixup": "proxy=noise:uniform?n=64&size=8"}
+"""Parameters of probes that read a file or a dataset, by the name of the probe."""
 
 
 def packaged() -> dict[str, list[type[Scorer]]]:
@@ -89,10 +91,7 @@ def example(cls: type[Scorer]) -> str:
     if any(name.startswith(("negatives", "local_mcm")) for name in needed):
         return zero_shot_example(cls)
     averaged = any(name.startswith("ensemble") for name in needed)
-    found = [] if averaged else [probe for probe in probes_for(needed) if probe.name != "layers"]
-    options = ', layers="stages"' if any(name.startswith("layers") for name in needed) else ""
-    for_fit = options + probes_option(probe for probe in found if not probe.reads_a_file)
-    options += probes_option(found)
+    for_fit, options = ("" if averaged else extraction_options(names) for names in (scorer.fit_needs, scorer.needs))
     lines = [
         "import ood_scores",
         "from torch import arange, nn, rand",
@@ -101,8 +100,11 @@ def example(cls: type[Scorer]) -> str:
         "model = nn.Sequential(*blocks, pool, nn.Linear(16, 4)).eval()  # your classifier",
         "images, labels = rand(160, 3, 8, 8), arange(160) % 4  # your data",
     ]
+    if "mixup" in needed:
+        lines.append("from torchvision.transforms import ToTensor")
+        lines.append("model.transform = ToTensor()  # your preprocessing of images")
     if scorer.fit_needs:
-        cache = f', "{FIT_CACHE}"' if for_fit != options else ""
+        cache = f', "{FIT_CACHE}"' if FIT_CACHE in options else ""
         lines.append(f"train = ood_scores.extract(model, [(images[20:], labels[20:])]{cache}{for_fit}, progress=False)")
     lines.append(f"test = ood_scores.extract(model, [(images[:20], labels[:20])]{options}, progress=False)")
     if averaged:
@@ -114,10 +116,12 @@ def example(cls: type[Scorer]) -> str:
     return f"```pycon\n{doctest}\ntorch.Size([20])\n```"
 
 
-def probes_option(found: Iterable[Probe]) -> str:
-    """The option of ``extract`` for some probes; "" for none."""
-    texts = ", ".join(map(probe_text, found))
-    return f", probes=[{texts}]" if texts else ""
+def extraction_options(needs: Iterable[str]) -> str:
+    """The options of ``extract`` for what a scorer reads; "" for none."""
+    found = probes_for(needs)
+    texts = ", ".join(probe_text(probe) for probe in found if probe.name != "layers")
+    layers = ', layers="stages"' if any(probe.name == "layers" for probe in found) else ""
+    return layers + (f", probes=[{texts}]" if texts else "")
 
 
 def probe_text(probe: Probe) -> str:
@@ -125,7 +129,7 @@ def probe_text(probe: Probe) -> str:
     default = type(probe)()
     changed = {each.name: getattr(probe, each.name) for each in fields(probe) if each.name != "name"}
     options = [f"{name}={str(value).lower()}" for name, value in changed.items() if value != getattr(default, name)]
-    options += [f"fit={FIT_CACHE}"] if probe.reads_a_file else []
+    options += [FILES[probe.name]] if probe.reads_a_file else []
     return f'"{probe.name}{":" if options else ""}{",".join(options)}"'
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
@@ -42,12 +42,14 @@ class Forward:
         model: the model; its modes, device and gradient settings are the same after ``ready`` as before.
         options: how it is run, and what is computed.
         device: where it runs; None for the device that the model is on.
+        transform: the function that makes an input from an image of the dataset, for probes; None if it is not known.
         found: the head and the modules whose inputs are the features; None before the first batch.
     """
 
     model: nn.Module
     options: ExtractionOptions = field(default_factory=ExtractionOptions)
     device: torch.device | None = None
+    transform: Callable[[Any], Any] | None = None
     found: heads.FoundHead | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -232,7 +234,7 @@ class Forward:
             return found.read(self._capture, output, others, mask_in(further), start)[0]
 
         known = inputs.new_empty((len(inputs), 0), dtype=torch.float32) if logits is None else logits
-        return Pass(self.model, inputs, known, labels, start, further, features_of)
+        return Pass(self.model, inputs, known, labels, start, further, features_of, self.transform)
 
     def _columns(
         self, features: Tensor, logits: Tensor | None, done: Pass, seen: Sequence[Mapping[str, Tensor]]

@@ -162,9 +162,14 @@ def dataset_name(loader: Iterable[Any]) -> str:
     return str(getattr(dataset, "name", None) or type(dataset).__name__)
 
 
+def transform_of(loader: Iterable[Any]) -> Callable[[Any], Any] | None:
+    """Return the attribute ``transform`` of the loader's dataset; None if there is none."""
+    return getattr(getattr(loader, "dataset", None), "transform", None)
+
+
 def preprocessing(loader: Iterable[Any]) -> str:
     """Return the transform of the loader's dataset in one line, or "" if it cannot be read."""
-    transform = getattr(getattr(loader, "dataset", None), "transform", None)
+    transform = transform_of(loader)
     return " ".join(repr(transform).split()) if transform is not None else ""
 
 

@@ -119,7 +119,7 @@ def extract(
     )
     require_no_texts(model)
     require_whole_inputs(model)
-    forward = Forward(model, chosen, choose_device(model, device, ranks.local))
+    forward = Forward(model, chosen, choose_device(model, device, ranks.local), loaders.transform_of(loader))
     order = other_order(getattr(loader, "dataset", None), model)
     if order and ranks.first:
         warn_user(order)

@@ -120,8 +120,9 @@ def preprocessing(
     """Return the evaluation transform of a model, from a PIL image to its input.
 
     Args:
-        model: Model of timm, or one of ``load_model``. It determines size, crop, interpolation and normalization. A
-            model for gray images gets gray images, normalized with the averages over the three channels.
+        model: Model of timm, or one of ``load_model``, or one with an attribute ``transform``, which is then returned.
+            It determines size, crop, interpolation and normalization. A model for gray images gets gray images,
+            normalized with the averages over the three channels.
         mean: Mean for pixels in [0, 1], one number or one per channel; defaults to the model's.
         std: Standard deviation for pixels in [0, 1], one number or one per channel; defaults to the model's.
         **changes: Other entries of timm's data configuration: ``input_size`` (height, width), ``crop_pct``,
@@ -132,8 +133,9 @@ def preprocessing(
             its own that cannot be changed, or its preprocessing is unknown.
     """
     origin = origin_of(model)
-    if origin and origin.transform:
-        return _changed(origin.transform, mean, std, changes)
+    own = origin.transform if origin else getattr(model, "transform", None)
+    if own:
+        return _changed(own, mean, std, changes)
     _require_described(model, [*changes, *(["mean"] if mean else []), *(["std"] if std else [])])
     channels = _channels(model)
     config = resolve_model_data_config(model) | changes

@@ -54,6 +54,13 @@ HOW_TO_GET: Mapping[str, tuple[str, str, str]] = {
         "extract it with --probe mahalanobis_odin:fit=train.h5, where train.h5 is the cache of the fit set",
         '[extraction] probes = ["mahalanobis_odin:fit=PATH/train.h5"], where train.h5 is the cache of the fit set',
     ),
+    "mixup": (
+        "extract the fit set with extract(..., probes=[Mixup(proxy='folder:photos')]), where photos is a folder of "
+        "images that stand for OoD data",
+        "extract it with --probe mixup:proxy=folder:photos, where photos is a folder of images that stand for OoD data",
+        '[extraction] fit_probes = ["mixup:proxy=folder:PATH/photos"], where photos is a folder of images that stand '
+        "for OoD data",
+    ),
     "labels": (
         "extract from a loader that yields (images, labels), or pass labels=... to FeatureSet",
         "extract from a dataset with labels",

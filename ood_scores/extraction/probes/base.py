@@ -39,6 +39,7 @@ class Pass:
         further: the other inputs ``[B, ...]`` of a model with several, by name. Calls of the model with all ``inputs``
             receive them; a call with some rows must pass their rows.
         features_of: returns the features ``[B, D]`` of other inputs, as extraction stores those of ``inputs``.
+        transform: the function that makes an input from an image of the dataset; None if the loader does not tell.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Pass:
     start: int
     further: Mapping[str, Tensor] = field(default_factory=dict)
     features_of: Callable[[Tensor], Tensor] | None = None
+    transform: Callable[[Any], Any] | None = None
 
     def run(self, inputs: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of other inputs."""
@@ -66,9 +68,9 @@ class Probe(ABC):
         name: the name of its extras, or what these start with.
         gradients: whether it differentiates.
         needs_logits: whether it reads the logits of the model, so that it is refused for encoders.
-        random: whether it draws random numbers for each batch, so that its extras depend on the size of batches.
+        random: whether it draws random numbers, so that its extras depend on the size of batches or the order of rows.
         zero_shot: whether it needs a zero-shot classifier.
-        reads_a_file: whether it reads a file that a parameter names, so that no detector can contain it.
+        reads_a_file: whether it reads files that a parameter names, so that no detector can contain it.
     """
 
     name: str = ""

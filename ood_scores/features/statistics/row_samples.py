@@ -84,7 +84,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class SampledRows:
-    """Features for quantiles, ``[M, D]``, in their own precision (half precision as float32).
+    """Features, or an extra of their width, for quantiles, ``[M, D]``, in their own precision (if half, as float32).
 
     All rows are used if they hold at most ``values`` values, so that quantiles are exact. Otherwise as many rows as
     that allows are evenly spaced, which is a fair sample unless the order of the rows repeats in the same rhythm. Like
@@ -92,11 +92,19 @@ class SampledRows:
     """
 
     values: int = 2**26
-    reads: ClassVar[Sequence[str]] = ("features",)
+    space: str = "features"
+
+    @property
+    def reads(self) -> Sequence[str]:
+        return (self.space,)
 
     def start(self, feats: FeatureSet) -> Accumulator[Tensor]:
         count = min(len(feats), max(1, self.values // max(feats.num_features, 1)))
-        return ChosenRows(torch.arange(count) * len(feats) // count, lambda block: block.features)
+        return ChosenRows(torch.arange(count) * len(feats) // count, self._values)
+
+    def _values(self, block: Block) -> Tensor:
+        values = block.features if self.space == "features" else block.extras[self.space]
+        return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def quantiles(values: Tensor, shares: Sequence[float]) -> Tensor:
