@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ood_scores.detector.bundle import load_parts, save_parts
-from ood_scores.detector.inputs import file_names, input_batches, inputs_of
+from ood_scores.detector.inputs import file_names, input_batches, inputs_of, warn_of_unreadable
 from ood_scores.detector.parts import DetectorParts, require_weights
 from ood_scores.detector.prediction import Prediction, scores_and_predictions
 from ood_scores.detector.preprocessing import Preprocessing
-from ood_scores.errors import BadInput, RowsLeftOut
+from ood_scores.errors import BadInput, NotFinite
 from ood_scores.extraction.loaders import NamedInputs, input_key
 from ood_scores.extraction.options import ON_ERROR
 from ood_scores.features import FeatureSet, OneSet
@@ -25,7 +25,6 @@ from ood_scores.models.running import architecture, choose_device, model_dtype
 from ood_scores.notebook import facts_html
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer
-from ood_scores.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from ood_scores.detector.explanation import Explanations
@@ -68,15 +67,24 @@ class Detector(DetectorParts):
             raise BadInput(f"on_error must be 'skip' or 'raise', got {on_error!r}.")
         errors: dict[int, str] = {}
         batches = self._batches(images, errors if on_error == "skip" else None)
-        parts = [self.decide(self.forward.feature_set(batch, start)) for start, batch, _ in batches]
+        parts = [self._decide_on_batch(batch, start) for start, batch, _ in batches]
         found = (parts[0] if len(parts) == 1 else Prediction.joined(parts)).with_unreadable(errors)
-        _warn_of_errors(
+        warn_of_unreadable(
             errors,
             len(found),
             "their scores are NaN, they are not accepted (is_ood is True), and errors has the reasons",
         )
         names = file_names(images)
         return found if names is None else replace(found, id=names)
+
+    def _decide_on_batch(self, batch: Any, start: int) -> Prediction:
+        """Return the predictions for a batch; the host waits once for the device, which checks what it scores."""
+        feats = self.forward.feature_set(batch, start, checked=False)
+        try:
+            return self.decide(feats)
+        except NotFinite:
+            feats.check_finite(start)
+            raise
 
     def _batches(self, images: Any, errors: dict[int, str] | None) -> Iterator[tuple[int, Any, torch.Tensor]]:
         """Yield the number of the first image of each batch, the batch for the model, and the inputs in it."""
@@ -136,7 +144,7 @@ class Detector(DetectorParts):
             pictures=pictures,
             most=most,
         )
-        _warn_of_errors(errors, found.images + len(errors), "they are left out")
+        warn_of_unreadable(errors, found.images + len(errors), "they are left out")
         return found
 
     @default_torch_state()
@@ -149,7 +157,9 @@ class Detector(DetectorParts):
         """
         require_weights(self.model, self.weights, feats, "this set")
         self.scorer.check_ready(feats)
-        (scores,), label, probability = scores_and_predictions([self.scorer], feats)
+        rule, sets = self.label_sets, list[tuple[str | int, ...]]()
+        read_logits = None if rule is None else lambda logits: sets.extend(rule.labels(logits, self.classes))
+        (scores,), label, probability = scores_and_predictions([self.scorer], feats, read_logits)
         return Prediction(
             label=label,
             probability=probability,
@@ -157,7 +167,7 @@ class Detector(DetectorParts):
             p_value=self.calibration.p_values(scores, label),
             is_ood=self.calibration.rejects(scores, label),
             class_name=None if self.classes is None or label is None else np.array(self.classes)[label],
-            label_set=None if self.label_sets is None else self.label_sets.labels(feats, self.classes),
+            label_set=np.fromiter(sets, dtype=object) if rule else None,
             id=feats.ids,
         )
 
@@ -376,17 +386,6 @@ class Detector(DetectorParts):
 
     def __repr__(self) -> str:
         return f"Detector({self.scorer.name} on {architecture(self.model)}: {self.calibration}; {self.passes})"
-
-
-def _warn_of_errors(errors: Mapping[int, str], images: int, consequence: str) -> None:
-    """Warn of images that cannot be read, if there are any."""
-    if errors:
-        first = min(errors)
-        warn_user(
-            f"{len(errors):,} of {images:,} images cannot be read (image {first}: {errors[first].rstrip('.')}): "
-            f"{consequence}.",
-            RowsLeftOut,
-        )
 
 
 def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:

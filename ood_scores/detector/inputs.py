@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ood_scores.data.decoding import as_rgb, read_rgb
 from ood_scores.detector.preprocessing import FUNCTIONS, Transform, model_input
-from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch, UnreadableImage
+from ood_scores.errors import BadInput, EmptyInput, RowsLeftOut, ShapeMismatch, UnreadableImage
 from ood_scores.extraction.further_inputs import further_inputs, with_names
 from ood_scores.extraction.loaders import input_key
 from ood_scores.features.finite import require_finite
+from ood_scores.user_warnings import warn_user
 
 ROWS = 64
 """Number of images of a list that are decoded and passed to the model at a time."""
@@ -187,6 +188,17 @@ def _of_array(array: NDArray[Any], layout: str, ndim: int) -> Tensor | NDArray[n
             "them, and put a single one in a list."
         )
     return array
+
+
+def warn_of_unreadable(errors: Mapping[int, str], images: int, consequence: str) -> None:
+    """Warn of images that cannot be read, if there are any."""
+    if errors:
+        first = min(errors)
+        warn_user(
+            f"{len(errors):,} of {images:,} images cannot be read (image {first}: {errors[first].rstrip('.')}): "
+            f"{consequence}.",
+            RowsLeftOut,
+        )
 
 
 def _of_uint8_tensor(images: Tensor, layout: str, ndim: int) -> NDArray[np.uint8]:

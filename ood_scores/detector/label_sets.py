@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import softmax
+from torch import Tensor
 
 from ood_scores.detector.conformal import check_shares
 from ood_scores.errors import BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch
@@ -64,20 +65,20 @@ class LabelSets:
     limits: Values
     rows: int
 
-    def labels(self, feats: FeatureSet, classes: Sequence[str] | None = None) -> NDArray[np.object_]:
-        """Return the labels in the set of each row, most probable first: tuples of names or numbers, object ``[N]``.
+    def labels(self, logits: Tensor, classes: Sequence[str] | None = None) -> list[tuple[str | int, ...]]:
+        """Return the labels in the set of each row, most probable first, as names or numbers.
 
         Args:
-            feats: a feature set with logits, which is read block by block.
+            logits: the logits ``[B, C]`` on the CPU.
             classes: the names of the classes; None for their numbers.
+
+        Raises:
+            ShapeMismatch, NotFinite: as for a call.
         """
-        found = np.empty(len(feats), dtype=object)
-        for block in feats.blocks(device="cpu", only=["logits"]):
-            inside = self(block.logits)
-            for row, ranked in enumerate(block.logits.argsort(dim=1, descending=True, stable=True).numpy()):
-                kept = ranked[inside[row, ranked]].tolist()
-                found[block.start + row] = tuple(kept if classes is None else (classes[label] for label in kept))
-        return found
+        inside = self(logits)
+        ranked = logits.argsort(dim=1, descending=True, stable=True).numpy()
+        kept = [labels[inside[row, labels]].tolist() for row, labels in enumerate(ranked)]
+        return [tuple(labels if classes is None else (classes[label] for label in labels)) for labels in kept]
 
     def __call__(self, logits: Any) -> NDArray[np.bool_]:
         """Return which labels are in the set of each row, bool ``[B, C]``, for logits ``[B, C]``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -132,12 +132,17 @@ def predictions_of(feats: FeatureSet) -> tuple[Any, Any]:
     return labels, probabilities
 
 
-def scores_and_predictions(scorers: Sequence[Scorer], feats: FeatureSet) -> tuple[list[NDArray[np.float64]], Any, Any]:
-    """Return the scores ``[N]`` of each scorer, and the same as ``predictions_of``, from one pass over the set."""
+def scores_and_predictions(
+    scorers: Sequence[Scorer], feats: FeatureSet, read_logits: Callable[[Tensor], None] | None = None
+) -> tuple[list[NDArray[np.float64]], Any, Any]:
+    """Return the scores ``[N]`` of each scorer, and the same as ``predictions_of``, from one pass over the set.
+
+    ``read_logits`` is that of ``score_all``.
+    """
     predictions = [_PredictedClass(), _Confidence()] if feats.has("logits") else []
     if not (scorers or predictions):
         return [], None, None
-    found = [values.numpy() for values in score_all([*scorers, *predictions], feats)]
+    found = [values.numpy() for values in score_all([*scorers, *predictions], feats, read_logits=read_logits)]
     if not predictions:
         return found, None, None
     *scores, labels, probabilities = found

@@ -103,15 +103,21 @@ class Forward:
         self._transfers.wait_for_reads()  # the loader may refill its buffer, while the device is still busy
         return parts[0] if len(parts) == 1 else {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
 
-    def feature_set(self, batch: Any, start: int = 0) -> FeatureSet:
+    def feature_set(self, batch: Any, start: int = 0, *, checked: bool = True) -> FeatureSet:
         """Prepare the model, and return the rows of one batch as a feature set, on the device of the model.
 
+        Args:
+            batch: the batch.
+            start: the number of its first row.
+            checked: whether to wait for the device to know that all columns are finite.
+
         Raises:
-            NotFinite: if a column contains NaN or infinite values. Other errors are those of a call.
+            NotFinite: if a column contains NaN or infinite values, and is checked. Other errors are those of a call.
         """
         with self.ready():
             columns = self._on_device(batch, start)
-        require_finite(columns, start)
+        if checked:
+            require_finite(columns, start)
         head = self.found.head if self.found else None
         if head and self._head_there is None:
             self._head_there = head.to(columns["features"].device)

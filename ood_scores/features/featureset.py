@@ -295,13 +295,17 @@ class FeatureSet:
         """All columns as they are stored, on the CPU, in runs of rows."""
         return blocks_on(CPU, self._parts(self._columns, default_rows(self._columns.values(), CPU)))
 
-    def check_finite(self) -> None:
+    def check_finite(self, start: int = 0) -> None:
         """Check that features, logits, and extras hold neither NaN nor infinite values.
+
+        Args:
+            start: The number of the first row, for the message.
 
         Raises:
             NotFinite: if one does; the message names the column and its first such row.
         """
         for block in self.blocks():
+            block.start += start
             block.require_finite()
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,6 +91,7 @@ def score_all(
     block_rows: int | None = None,
     spent: list[Cost] | None = None,
     hashed: bool = False,
+    read_logits: Callable[[Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Return the scores of each scorer, float64 ``[N]`` on the CPU, from one pass over a set.
 
@@ -101,13 +102,15 @@ def score_all(
         spent: a list to which the cost of each scorer is appended, without the time to read the set. Work shared by
             several scorers is charged to the first that needs it; scorers scored in one call share its cost equally.
         hashed: whether to compute ``RowHashes`` of the set in the same pass, if the scorers read its features.
+        read_logits: a function that is called with the logits ``[B, C]`` of each block, in order, on the CPU. From a
+            device they come in the same transfer as the scores, as float64.
 
     Raises:
         NotFinite: if the data that the scorers read contain NaN or infinite values, or if a score is NaN.
         ShapeMismatch: if a scorer does not return one score per row.
         EmptyInput: if the set has no rows.
     """
-    read = {name for scorer in scorers for name in scorer.needs}
+    read = {name for scorer in scorers for name in scorer.needs} | ({"logits"} if read_logits else set())
     scores = torch.empty(len(scorers), len(feats), dtype=torch.float64)
     groups = _scored_together(scorers)
     costs, clock = [Cost() for _ in groups], DeviceClock(tells_costs())
@@ -123,15 +126,18 @@ def score_all(
     working(f"scoring {feats.provenance.dataset if feats.provenance else 'a set'}", len(feats), "rows")
     hashes = pending(feats) if hashed and "features" in read else None
     for block in feats.blocks(block_rows, only=read):
-        rows = scores[:, block.start : block.start + len(block)]
+        rows, logits = scores[:, block.start : block.start + len(block)], block.logits if read_logits else None
         if block.device.type != "cpu":
-            queued.write(block, rows)
+            logits = None if logits is None else torch.empty(logits.shape, dtype=torch.float64)
+            queued.write(block, rows, logits)
             clock.settle()
         else:
             try:
                 write_scores(block, rows)
             finally:
                 block.require_finite()  # last, because quantities that the scorers derived make the check cheaper
+        if read_logits and logits is not None:
+            read_logits(logits)
         if hashes:
             hashes.update(block)
     if hashes:

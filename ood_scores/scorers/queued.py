@@ -19,9 +19,9 @@ from ood_scores.runtime import Cost
 class QueuedScores:
     """The scores of blocks on a device, each with one wait of the host and one transfer.
 
-    The transfer carries the scores of all scorers, whether the columns are finite, and whether a rare condition (see
-    ``Block.happens``) holds for a row. If one does, this block and the following ones are scored with waits. Blocks for
-    which the memory of the device does not suffice are scored in parts.
+    The transfer carries the scores of all scorers, the logits if they are asked for, whether the columns are finite,
+    and whether a rare condition (see ``Block.happens``) holds for a row. If one does, this block and the following ones
+    are scored with waits. Blocks for which the memory of the device does not suffice are scored in parts.
 
     Args:
         score: A function that writes the scores of a block into ``[S, B]`` on its device.
@@ -31,21 +31,23 @@ class QueuedScores:
     waits: bool = field(default=False, init=False)
     parts: FittingParts = field(default_factory=lambda: FittingParts("block"), init=False)
 
-    def write(self, block: Block, scores: Tensor) -> None:
-        """Write the scores of a block into ``scores`` ``[S, B]`` on the CPU.
+    def write(self, block: Block, scores: Tensor, logits: Tensor | None = None) -> None:
+        """Write the scores of a block into ``scores`` ``[S, B]`` and its logits into ``logits`` ``[B, C]`` on the CPU.
 
         Raises:
             NotFinite: if a column holds NaN or infinite values.
         """
 
-        def received(rows: slice) -> Tensor:
-            return self._received(block.part(rows), len(scores))
+        def received(rows: slice) -> tuple[Tensor, Tensor]:
+            return self._received(block.part(rows), len(scores), logits is not None)
 
-        for part, found in self.parts.run(len(block), received):
+        for part, (found, its_logits) in self.parts.run(len(block), received):
             scores[:, part] = found
+            if logits is not None:
+                logits[part] = its_logits
 
-    def _received(self, block: Block, count: int) -> Tensor:
-        """Return the scores ``[count, B]`` of a block on the CPU."""
+    def _received(self, block: Block, count: int, with_logits: bool) -> tuple[Tensor, Tensor]:
+        """Return the scores ``[count, B]`` and the logits ``[B, C]`` of a block on the CPU; C is 0 without logits."""
         block.postponed = None if self.waits else []
         found = torch.empty(count, len(block), dtype=torch.float64, device=block.device)
         try:
@@ -55,14 +57,15 @@ class QueuedScores:
             raise
         finite, happened = block.is_finite(), [condition.to(block.device) for condition in block.postponed or []]
         flags = [finite, torch.stack(happened).any() if happened else ~finite.new_ones(())]
-        received = torch.cat([found.flatten(), torch.stack(flags).double()]).cpu()
+        logits = block.logits if with_logits else found.new_empty(len(block), 0)
+        received = torch.cat([values.flatten().double() for values in (found, logits, torch.stack(flags))]).cpu()
         is_finite, has_happened = received[-2:].tolist()
         if not is_finite:
             block.require_finite()
         if has_happened:
             self.waits = True
-            return self._received(block.part(slice(None)), count)
-        return received[:-2].view(count, -1)
+            return self._received(block.part(slice(None)), count, with_logits)
+        return received[: found.numel()].view(count, -1), received[found.numel() : -2].view(logits.shape)
 
 
 @dataclass

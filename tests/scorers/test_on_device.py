@@ -99,6 +99,15 @@ def test_the_scores_are_those_of_the_scorer() -> None:
     assert torch.equal(written(energy, block()), create_scorer("energy").score(feats()))
 
 
+def test_the_logits_come_with_the_scores() -> None:
+    scores, logits = torch.empty(1, 60, dtype=torch.float64), torch.empty(60, 3, dtype=torch.float64)
+    queued = QueuedScores(energy)
+    queued.parts.rows = 25
+    queued.write(block(), scores, logits)
+    assert torch.equal(scores[0], create_scorer("energy").score(feats()))
+    assert torch.equal(logits, HEAD(FEATURES).double())
+
+
 def test_rows_with_a_rare_condition_are_scored_with_waits() -> None:
     logits = torch.cat([HEAD(FEATURES[:30]), 1e-3 * HEAD(FEATURES[30:])])  # nearly uniform: refined in float64
     calls: list[bool] = []

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pickle
-import sys
-import warnings
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from gpu_waits import waits_of
 from torch import Tensor
 
 from ood_scores import FeatureSet, Scorer, create_scorer, list_scorers
@@ -18,22 +16,6 @@ from ood_scores.scorers.one_pass import score_all
 from ood_scores.testing.problem import Case, problem
 
 pytestmark = pytest.mark.gpu
-
-
-def waits_of(run: Callable[[], object]) -> int:
-    """Count how often the host waits for the device: torch warns of it, and the simulation counts."""
-    if "simcuda" in sys.modules:
-        with sys.modules["simcuda"].watch() as events:
-            run()
-        return int(events.waits())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(each.message) for each in caught)
 
 
 def waits_for_each_block(scorer: Scorer, feats: FeatureSet) -> float:
