@@ -26,7 +26,7 @@ table = ood_scores.evaluate(
     id=known,
     ood={"digits 7-9": feature_set(unseen.reshape(len(unseen), -1) / 255)},
     fit=feature_set(features[::2], labels[::2]),
-    metrics=["augrc", "augrc_scod", "oscr", "ccr_fpr2"],
+    metrics=["augrc", "augrc_scod", "oscr", "ccr_fpr2", "ece"],
 )
 print(f"accuracy {table.attrs['id_accuracy']:.3f}; {classifier_calibration(known)}")
 print(table.drop(columns=["aupr_in", "aupr_out", "n_id", "n_ood"]).round(3).to_string(index=False))

@@ -231,14 +231,13 @@ class Figure:
         return 100 if self.percent else 1
 
 
-FIGURES = {
+FIGURES: dict[str, Metric | Figure] = {
     "accuracy": Figure("ID accuracy"),
     "training_accuracy": Figure("accuracy, training images"),
     "training_cross_entropy": Figure("cross-entropy, training images", percent=False),
     **{name: Figure(title, percent=False) for name, title in TITLES.items()},
-    **{name: Figure(name, percent=False) for name in ("brier", "nll")},
-    **{name: Figure(name) for name in ("ece_equal_mass", "rms_debiased")},
-    **{name: Figure(name) for name in ("ece", "activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")},
+    **{name: METRICS[name] for name in ("brier", "nll", "ece", "ece_equal_mass", "rms_debiased")},
+    **{name: Figure(name) for name in ("activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")},
     **{name: Figure(name) for name in ("confidence", "confidence_few", "confidence_ood")},
     **{f"activation_ratio_{group}": Figure(f"activation_ratio_{group}") for group in ("id", "ood")},
     "gap_ratio": Figure("ratio of the gaps to the last BatchNorm, ID to OoD", percent=False),

@@ -25,6 +25,7 @@ from ood_scores.benchmark.spec import Part
 from ood_scores.benchmark.unit_files import Found, SetScores
 from ood_scores.errors import EmptyInput, OodScoresError
 from ood_scores.evaluation import metrics
+from ood_scores.evaluation.calibration_error import ClassifiedRows
 from ood_scores.evaluation.uncertainty import interval
 from ood_scores.features import Block, FeatureSet, Provenance, ensemble
 from ood_scores.features.accuracy import label_warnings
@@ -74,8 +75,10 @@ def _find(unit: Unit, found: Found, device: str) -> None:
     _drop_failed(runs, found)
     found.scorers = list(runs)
     made_by = _provenances(unit, sets, fit)
+    rated = metrics.asks_for_classifier(part.metrics)
     by_set = {
-        name: _set_scores(whole[name], feats, name, found.scorers, made_by[name]) for name, feats in reported.items()
+        name: _set_scores(whole[name], feats, name, found.scorers, made_by[name], rated)
+        for name, feats in reported.items()
     }
     found.measures += _tidy(unit, accuracies(part, by_set, reported))
     found.sets = _id_and_ood(part, by_set, found)
@@ -216,7 +219,12 @@ def _features(jobs: Sequence[Job]) -> FeatureSet:
 
 
 def _set_scores(
-    scores: Mapping[str, Tensor], feats: FeatureSet, name: str, scorers: Sequence[str], made_by: Sequence[Provenance]
+    scores: Mapping[str, Tensor],
+    feats: FeatureSet,
+    name: str,
+    scorers: Sequence[str],
+    made_by: Sequence[Provenance],
+    rated: bool,
 ) -> SetScores:
     unknown = torch.full((len(feats),), -1)
     labels = feats.labels
@@ -229,12 +237,14 @@ def _set_scores(
         origins=torch.zeros(len(feats), dtype=torch.int64),
         names=[name],
         ids=np.full(len(feats), "") if feats.ids is None else feats.ids,
+        classified=ClassifiedRows.of(feats, labels) if rated and labels is not None and feats.has("logits") else None,
     )
 
 
 def _rows(whole: SetScores, mask: Tensor) -> SetScores:
     arrays = {name: getattr(whole, name)[..., mask] for name in unit_files.ARRAYS}
-    return SetScores(**arrays, names=whole.names, ids=whole.ids[mask.numpy()])
+    classified = None if whole.classified is None else whole.classified[mask.numpy()]
+    return SetScores(**arrays, names=whole.names, ids=whole.ids[mask.numpy()], classified=classified)
 
 
 def _joined(parts: Sequence[SetScores]) -> SetScores:
@@ -242,7 +252,9 @@ def _joined(parts: Sequence[SetScores]) -> SetScores:
     arrays = {name: torch.cat([getattr(each, name) for each in parts], dim=-1) for name in unit_files.ARRAYS}
     arrays["origins"] = torch.cat([torch.full_like(each.origins, number) for number, each in enumerate(parts)])
     ids = np.concatenate([each.ids for each in parts])
-    return SetScores(**arrays, names=[each.names[0] for each in parts], ids=ids)
+    known = [each.classified for each in parts if each.classified is not None]
+    classified = ClassifiedRows.joined(known) if len(known) == len(parts) else None
+    return SetScores(**arrays, names=[each.names[0] for each in parts], ids=ids, classified=classified)
 
 
 def _table(
@@ -250,12 +262,11 @@ def _table(
 ) -> list[dict[str, Any]]:
     part = unit.part
     accuracy = next((row["value"] for row in found.measures if row["measure"] == "accuracy"), None)
+    sides = {name: _sides(part, found.sets, name) for name in found.sets if name != ID}
+    of_classifier = _of_classifier(sides, part) if runs else {}
     rows = []
     for number, (label, each) in enumerate(runs.items()):
-        for name in found.sets:
-            if name == ID:
-                continue
-            known, other = _sides(part, found.sets, name)
+        for name, (known, other) in sides.items():
             rows.append(
                 {
                     **_names(unit),
@@ -263,6 +274,7 @@ def _table(
                     "ood": name,
                     "group": "near" if name in part.near else "far",
                     **_compared(known.scores[number], other.scores[number], _correct(known), part),
+                    **of_classifier[name],
                     "id_accuracy": accuracy,
                     "fit_seconds": each.fit_seconds,
                     "score_microseconds": 1e6 * each.score_seconds / each.rows,
@@ -293,9 +305,29 @@ def _correct(known: SetScores) -> Tensor | None:
 def _compared(inside: Tensor, outside: Tensor, correct: Tensor | None, part: Part) -> dict[str, Any]:
     figures = dict(metrics.compare(inside, outside, correct=correct, metrics=part.metrics, rule=part.rule))
     for metric in metrics.headline_metrics(part.metrics):
-        found = interval(metric.name, inside, outside, correct)
-        figures |= zip(interval_columns(metric), (found.low, found.high), strict=True)
+        if not metric.of_classifier:
+            found = interval(metric.name, inside, outside, correct)
+            figures |= zip(interval_columns(metric), (found.low, found.high), strict=True)
     return figures
+
+
+def _of_classifier(sides: Mapping[str, tuple[SetScores, SetScores]], part: Part) -> dict[str, dict[str, float]]:
+    """Return the metrics of the classifier that are asked for, and their intervals, by OoD set; all scorers share them.
+
+    So do all OoD sets, unless some of their rows count as ID.
+    """
+    asked = [metric for metric in metrics.headline_metrics(part.metrics) if metric.of_classifier]
+    found: dict[str, dict[str, float]] = {}
+    for name, (known, other) in sides.items():
+        if found and not part.relabel:
+            found[name] = next(iter(found.values()))
+            continue
+        found[name] = {}
+        for metric in asked:
+            limits = interval(metric.name, known.scores[0], other.scores[0], classified=known.classified)
+            names = metric.name, *interval_columns(metric)
+            found[name] |= zip(names, (limits.value, limits.low, limits.high), strict=True)
+    return found
 
 
 def described(value: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ood_scores.atomic import replacing
 from ood_scores.errors import OodScoresError
+from ood_scores.evaluation.calibration_error import ClassifiedRows
 from ood_scores.features.storage.reading import open_to_read
 from ood_scores.features.storage.seal import seal
 from ood_scores.features.storage.texts import IDS, as_bytes, as_stored, packed, text_type, unpacked
@@ -42,6 +43,7 @@ class SetScores:
         origins: index in ``names`` of the dataset of each item, int64 ``[N]``.
         names: names of the datasets.
         ids: name of each item, such as its file, ``[N]``; "" for an item without one.
+        classified: the rows for metrics of the classifier, which are not stored; None if there are no such metrics.
     """
 
     scores: Tensor
@@ -51,6 +53,7 @@ class SetScores:
     origins: Tensor
     names: Sequence[str]
     ids: NDArray[np.str_]
+    classified: ClassifiedRows | None = None
 
 
 @dataclass(frozen=True)

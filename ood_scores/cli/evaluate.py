@@ -37,7 +37,7 @@ def evaluate(
         typer.Option(
             metavar="NAME,NAME",
             help="Further metrics: aurc, e_aurc, augrc (each also with _scod), oscr, ccr_fpr1 … ccr_fpr4, "
-            "detection_error, autc.",
+            "detection_error, autc; of the classifier alone: brier, nll, ece, ece_equal_mass, rms_debiased.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for all metrics: .csv, .parquet, or .json.")] = None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
-from ood_scores.evaluation.metrics import compare, table_metrics
+from ood_scores.evaluation.calibration_error import ClassifiedRows
+from ood_scores.evaluation.metrics import asks_for_classifier, compare, table_metrics
 from ood_scores.evaluation.score_table import score_columns
 from ood_scores.features import Block, FeatureSet, Sets, as_feature_set
 from ood_scores.features.accuracy import label_warnings
@@ -42,7 +44,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Measure how well each scorer separates an in-distribution (ID) set from each OoD set.
 
-    Each set, including the fit set, is read once for all scorers together.
+    Each set, including the fit set, is read once for all scorers together, and the logits of the ID set once more if
+    metrics of the classifier are asked for.
 
     Args:
         scorers: Registered names or Scorer objects; or a mapping from display names to either, for a scorer with
@@ -52,9 +55,10 @@ def evaluate(
         ood: OoD sets by name.
         fit: ID set that scorers are fitted on, usually the training set. If None, scorers must be fitted already or
             need no fit.
-        metrics: Names of metrics on request, such as ``"oscr"`` or ``"augrc_scod"``; see
-            ``ood_scores.metrics.METRICS``. Those that need to know which ID rows are classified correctly are NaN if
-            ``id`` has no labels or no logits.
+        metrics: Names of metrics on request, such as ``"oscr"``, ``"augrc_scod"``, or ``"ece"``; see
+            ``ood_scores.metrics.METRICS``. Those that need to know which ID rows are classified correctly, or rate the
+            probabilities of the classifier, are NaN if ``id`` has no labels or no logits. Those of the classifier are
+            the same for all scorers and OoD sets.
         progress: Whether to show on a terminal which scorer is fitted or scored, and to print (on standard error)
             those that are expected to take more than a minute or to keep 1 GB, and those that took 10 seconds or raised
             the peak memory by 1 GB.
@@ -139,8 +143,10 @@ def _evaluated(
         found, left_out = score_sets(chosen, fit, [id, *others.values()], correct)
     id_scores, *ood_scores = found
     is_correct = id_scores[_Correct.name] if correct else None
+    classified = ClassifiedRows.of(id, id.class_labels()) if correct and asks_for_classifier(metrics) else None
+    compared = partial(compare, correct=is_correct, classified=classified, metrics=metrics)
     rows = [
-        {"scorer": label, "ood": name, **compare(id_scores[label], scores[label], correct=is_correct, metrics=metrics)}
+        {"scorer": label, "ood": name, **compared(id_scores[label], scores[label])}
         for label in chosen
         if label not in left_out
         for name, scores in zip(others, ood_scores, strict=True)

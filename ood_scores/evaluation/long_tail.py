@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch
+from ood_scores.errors import BadInput, BadLabels, MissingInput, ShapeMismatch
+from ood_scores.evaluation.calibration_error import expected_calibration_error
 from ood_scores.evaluation.metrics import Rule
 from ood_scores.evaluation.roc_metrics import threshold_index
 from ood_scores.evaluation.threshold_counts import Scores, roc_counts
@@ -191,42 +192,6 @@ def class_fpr95_ood(
     rejected = _array(id_scores) <= -as_ood.thresholds[threshold_index(as_ood, 0.95, rule)]
     label = _checked_labels(labels, id_scores, classes)
     return _class_means(rejected.astype(np.float64), label, np.bincount(label, minlength=classes))
-
-
-def expected_calibration_error(confidence: Values, correct: Values, bins: int = 15) -> float:
-    """Compute ``sum_m |B_m| / N  |acc(B_m) - conf(B_m)|`` over M bins of equal width.
-
-    Bin m contains the confidences in ``((m-1)/M, m/M]``; a confidence of exactly 0 belongs to the first bin. The edges
-    are the float64 numbers closest to m/M, so a confidence of 0.2 lies on the edge 3/15 and not above it.
-
-    Args:
-        confidence: Confidences in [0, 1], ``[N]``, usually the maximum softmax.
-        correct: Whether each prediction is correct, ``[N]``.
-        bins: Number of bins M.
-
-    Raises:
-        BadInput: if confidences are outside [0, 1], or ``bins`` is less than 1.
-        NotFinite: if a confidence is NaN.
-        EmptyInput: if there are no rows.
-        ShapeMismatch: if ``confidence`` and ``correct`` are not both ``[N]``.
-
-    Source: Guo et al. 2017, "On calibration of modern neural networks", Eq. 3; Shin et al. 2024, Table 7.
-    """
-    sure, right = _array(confidence), _array(correct)
-    if bins < 1:
-        raise BadInput(f"bins must be at least 1, got {bins}.")
-    if sure.ndim != 1 or sure.shape != right.shape:
-        raise ShapeMismatch(
-            f"confidence has shape {list(sure.shape)} and correct {list(right.shape)}: pass [N] for both."
-        )
-    if not len(sure):
-        raise EmptyInput("there are no confidences: pass at least one row.")
-    if np.isnan(sure).any():
-        raise NotFinite("a confidence is NaN: check the logits.")
-    if sure.min() < 0 or sure.max() > 1:
-        raise BadInput(f"confidences run from {sure.min()} to {sure.max()}: pass probabilities, not scores or logits.")
-    number = np.searchsorted(np.arange(1, bins) / bins, sure, side="left")
-    return float(np.abs(np.bincount(number, weights=right - sure, minlength=bins)).sum() / len(sure))
 
 
 def sc_ood(

@@ -17,7 +17,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ood_scores.evaluation import selective
+from ood_scores.evaluation import calibration_error, selective
+from ood_scores.evaluation.calibration_error import ClassifiedRows
 from ood_scores.evaluation.roc_metrics import aupr_of, auroc_of, fpr_of, resampled_fpr
 from ood_scores.evaluation.threshold_counts import Correct, RocCounts, Scores, roc_counts
 from ood_scores.registry import Registry
@@ -51,7 +52,8 @@ class Metric:
     Attributes:
         name: Key in data frames, files and specs.
         label: Short name for headings.
-        formula: Function of the counts; options are passed as keyword arguments.
+        formula: Function of the counts; options are passed as keyword arguments. For a metric of the classifier, a
+            function of ``ClassifiedRows``.
         meaning: Description of the number for legends.
         positive: Positive class of the counts that are passed to the formula, or None if the choice makes no
             difference.
@@ -62,6 +64,7 @@ class Metric:
         on_request: Whether the metric is computed only where it is asked for by name; it is then a headline metric
             there. All other metrics appear in data frames, files and the HTML report.
         needs_correct: Whether the formula needs to know which ID rows are classified correctly.
+        of_classifier: Whether the metric rates the softmax probabilities of ID rows, whatever the scores.
         interval: Method of the interval: DeLong (AUROC only) or the bootstrap.
         options: Names of the options of ``compare`` that the formula accepts.
         resampled: Function of the counts, the number of replicates R and a random generator that returns the metric on
@@ -78,6 +81,7 @@ class Metric:
     headline: bool = False
     on_request: bool = False
     needs_correct: bool = False
+    of_classifier: bool = False
     interval: Literal["DeLong", "bootstrap"] = "bootstrap"
     options: tuple[str, ...] = ()
     resampled: Callable[[RocCounts, int, np.random.Generator], NDArray[np.float64]] | None = None
@@ -100,15 +104,23 @@ class Metric:
         """Factor by which a value is multiplied before it is shown."""
         return 100 if self.percent else 1
 
-    def __call__(self, id_scores: Scores, ood_scores: Scores, correct: Correct | None = None) -> float:
+    def __call__(
+        self,
+        id_scores: Scores,
+        ood_scores: Scores,
+        correct: Correct | None = None,
+        classified: ClassifiedRows | None = None,
+    ) -> float:
         """Compute the metric of two score vectors with default options; errors are those of ``roc_counts``.
 
-        The value is NaN if the metric needs ``correct`` and it is None.
+        The value is NaN if the metric needs ``correct`` or ``classified`` and it is None.
         """
-        return self.of(roc_counts(id_scores, ood_scores, correct))
+        return self.of(roc_counts(id_scores, ood_scores, correct), classified)
 
-    def of(self, as_id: RocCounts, **options: object) -> float:
-        """Compute the metric of counts with ID as the positive class; NaN if it needs ``correct`` and they lack it."""
+    def of(self, as_id: RocCounts, classified: ClassifiedRows | None = None, **options: object) -> float:
+        """Compute the metric of counts with ID as the positive class; NaN if what it needs is not there."""
+        if self.of_classifier:
+            return nan if classified is None else self.formula(classified)
         if self.needs_correct and as_id.correct is None:
             return nan
         return self.formula(self.counts(as_id), **{name: options[name] for name in self.options if name in options})
@@ -123,6 +135,7 @@ def compare(
     ood_scores: Scores,
     *,
     correct: Correct | None = None,
+    classified: ClassifiedRows | None = None,
     metrics: Iterable[str] = (),
     rule: Rule = "first",
     interpolation: Interpolation = "step",
@@ -133,6 +146,7 @@ def compare(
         id_scores: Scores of ID rows, ``[N]``, as for ``roc_counts``.
         ood_scores: Scores of OoD rows, ``[M]``, as for ``roc_counts``.
         correct: Whether each ID row is classified correctly, bool ``[N]``. Metrics that need it are NaN without it.
+        classified: The ID rows for metrics of the classifier, which are NaN without them.
         metrics: Names of metrics on request, see ``METRICS``.
         rule: See ``fpr_at_tpr_id``.
         interpolation: See ``aupr_in``.
@@ -142,7 +156,8 @@ def compare(
         NotFinite, EmptyInput, ShapeMismatch, BadInput: as for ``roc_counts``.
     """
     as_id = roc_counts(id_scores, ood_scores, correct)
-    values = {each.name: each.of(as_id, rule=rule, interpolation=interpolation) for each in table_metrics(metrics)}
+    options = {"rule": rule, "interpolation": interpolation}
+    values = {each.name: each.of(as_id, classified, **options) for each in table_metrics(metrics)}
     return Metrics(values, n_id=as_id.n_positive, n_ood=as_id.n_negative)
 
 
@@ -232,6 +247,7 @@ _fpr95 = partial(
 )
 _system = partial(Metric, on_request=True, needs_correct=True)
 _risk = partial(_system, higher_is_better=False)
+_classifier = partial(Metric, on_request=True, of_classifier=True, higher_is_better=False)
 _ROWS = (
     Metric(
         "auroc",
@@ -308,6 +324,39 @@ _ROWS = (
         higher_is_better=False,
         on_request=True,
     ),
+    _classifier(
+        "brier",
+        label="Brier",
+        formula=calibration_error.brier_of,
+        meaning="mean squared distance of the probabilities of ID images from their labels, summed over classes",
+        percent=False,
+    ),
+    _classifier(
+        "nll",
+        label="NLL",
+        formula=calibration_error.nll_of,
+        meaning="mean negative log-likelihood of the labels of ID images, in nats",
+        percent=False,
+    ),
+    _classifier(
+        "ece",
+        label="ECE",
+        formula=calibration_error.ece_of,
+        meaning="mean difference of confidence and accuracy on ID images, over 15 bins of equal width",
+    ),
+    _classifier(
+        "ece_equal_mass",
+        label="ECE-mass",
+        formula=calibration_error.ece_equal_mass_of,
+        meaning="mean difference of confidence and accuracy on ID images, over 15 bins of equally many images",
+    ),
+    _classifier(
+        "rms_debiased",
+        label="RMSCE",
+        formula=calibration_error.rms_debiased_of,
+        meaning="root mean squared difference of confidence and accuracy on ID images, over 15 bins of equally many "
+        "images, without the part that is due to chance",
+    ),
 )
 METRICS: Registry[Metric] = Registry("metric", {metric.name: metric for metric in _ROWS})
 """All metrics by name, in the order of data frames and files. To add a metric, add a row."""
@@ -329,6 +378,11 @@ def table_metrics(asked: Iterable[str] = ()) -> list[Metric]:
     """
     wanted = {METRICS[name].name for name in asked}
     return [metric for metric in METRICS.values() if metric.name in wanted or not metric.on_request]
+
+
+def asks_for_classifier(asked: Iterable[str]) -> bool:
+    """Whether a metric that is asked for rates the classifier, and needs its probabilities."""
+    return any(METRICS[name].of_classifier for name in asked)
 
 
 def headline_metrics(asked: Iterable[str] = ()) -> list[Metric]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit, ndtr, ndtri
 
 from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
+from ood_scores.evaluation.calibration_error import ClassifiedRows
 from ood_scores.evaluation.metrics import METRICS
 from ood_scores.evaluation.threshold_counts import Correct, RocCounts, Scores, checked_scores, roc_counts
 
@@ -235,11 +237,17 @@ def tied_with_best(aurocs: ArrayLike, covariance: ArrayLike, level: float = 0.05
     return ~worse
 
 
-def interval(metric: str, id_scores: Scores, ood_scores: Scores, correct: Correct | None = None) -> Interval:
+def interval(
+    metric: str,
+    id_scores: Scores,
+    ood_scores: Scores,
+    correct: Correct | None = None,
+    classified: ClassifiedRows | None = None,
+) -> Interval:
     """95% interval of a metric, by DeLong's method or the bootstrap as its row of ``METRICS`` says."""
     if METRICS[metric].interval == "DeLong":
         return auroc_interval(id_scores, ood_scores)
-    return bootstrap(id_scores, ood_scores, metric, correct=correct)
+    return bootstrap(id_scores, ood_scores, metric, correct=correct, classified=classified)
 
 
 def bootstrap(
@@ -248,6 +256,7 @@ def bootstrap(
     metric: str = "auroc",
     *,
     correct: Correct | None = None,
+    classified: ClassifiedRows | None = None,
     replicates: int = 1000,
     seed: int = 0,
     level: float = 0.95,
@@ -263,6 +272,7 @@ def bootstrap(
         ood_scores: Scores of OoD rows, ``[M]``, as for ``roc_counts``.
         metric: Name of a metric in ``METRICS``, which is computed with default options.
         correct: Whether each ID row is classified correctly, bool ``[N]``. A metric that needs it is NaN without it.
+        classified: The ID rows for a metric of the classifier, which is NaN without them.
         replicates: Number of resamples R, at least 2.
         seed: Seed of the resamples; the same seed produces the same replicates.
         level: Confidence level, in (0, 1).
@@ -278,14 +288,16 @@ def bootstrap(
         raise BadInput(f"replicates must be at least 2, got {replicates}: pass 1000.")
     counts = measured.counts(roc_counts(id_scores, ood_scores, correct))
     rng = np.random.default_rng(seed)
-    if measured.needs_correct and counts.correct is None:
+    given = classified if measured.of_classifier else counts
+    if given is None or (measured.needs_correct and counts.correct is None):
         return BootstrapInterval(nan, nan, nan, nan, np.full(replicates, nan))
     if measured.resampled:
         values = measured.resampled(counts, replicates, rng)
     else:
-        values = np.fromiter(map(measured.formula, _resamples(counts, replicates, rng)), np.float64, replicates)
+        drawn = given.resamples if isinstance(given, ClassifiedRows) else partial(_resamples, given)
+        values = np.fromiter(map(measured.formula, drawn(replicates, rng)), np.float64, replicates)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return BootstrapInterval(measured.formula(counts), float(low), float(high), float(values.std(ddof=1)), values)
+    return BootstrapInterval(measured.formula(given), float(low), float(high), float(values.std(ddof=1)), values)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_scores.errors import EmptyInput, ShapeMismatch
+from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.evaluation.metrics import METRICS, compare
 
 
@@ -30,10 +30,14 @@ class OODMetric:
 
     Raises:
         UnknownName: if there is no such metric.
+        BadInput: if a metric needs labels or logits.
     """
 
     def __init__(self, metrics: Sequence[str] = ("auroc", "fpr95_id")) -> None:
         self.metrics = [METRICS[name].name for name in metrics]
+        for name in self.metrics:
+            if METRICS[name].needs_correct or METRICS[name].of_classifier:
+                raise BadInput(f"{name} does not follow from scores alone: pass it to ood_scores.evaluate as metrics=.")
         self.reset()
 
     def update(self, scores: Tensor, is_ood: Tensor) -> None:
@@ -63,8 +67,8 @@ class OODMetric:
         scores, is_ood = np.concatenate(_gathered(self._scores)), np.concatenate(_gathered(self._is_ood))
         if is_ood.all() or not is_ood.any():
             raise EmptyInput("there are no scores of ID rows, or none of OoD rows: call update with both kinds.")
-        found = compare(scores[~is_ood], scores[is_ood])
-        return {name: float(getattr(found, name)) for name in self.metrics}
+        found = compare(scores[~is_ood], scores[is_ood], metrics=self.metrics)
+        return {name: found[name] for name in self.metrics}
 
     def reset(self) -> None:
         """Forget all batches."""

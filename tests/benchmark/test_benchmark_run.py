@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from small_benchmark import CLASSES, ROWS, part, spec
+from torch.nn.functional import cross_entropy
 
 import ood_scores
 from ood_scores.benchmark import Results, load_results, run
@@ -209,14 +210,18 @@ def test_benchmark_with_several_checkpoints_and_an_ensemble(data: Path, tmp_path
 
 
 def test_relabeled_rows_count_as_id_for_their_own_dataset(data: Path, tmp_path: Path) -> None:
-    found = results(data, tmp_path, part(scorers=named("msp"), relabel=True, far=("val_ood",)))
+    found = results(data, tmp_path, part(scorers=named("msp"), relabel=True, far=("val_ood",), metrics=("nll",)))
     feats = caches(tmp_path)
     inside, near = (ood_scores.score("msp", feats[name]) for name in ("test", "cousins"))
     labels: Any = feats["cousins"].labels
     expected = metrics.compare(*sc_ood(inside, near, labels))
     (row,) = found.table.to_dict("records")
-    assert {key: row[key] for key in METRICS} == dict(expected)
+    assert {key: row[key] for key in expected} == dict(expected)
     assert (row["n_id"], row["n_ood"]) == (50, 20)
+    rows = feats["test"], feats["cousins"][::3]
+    logits = torch.cat([torch.as_tensor(each.logits) for each in rows])
+    classes = torch.cat([torch.as_tensor(each.labels) for each in rows])
+    assert row["nll"] == pytest.approx(float(cross_entropy(logits.double(), classes)), abs=1e-12)
     assert [(entry.what, entry.reason) for entry in found.not_run] == [
         ("val_ood", "all of its rows are labeled as ID classes")
     ]

@@ -64,7 +64,8 @@ def new_metrics() -> Iterator[None]:
 def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     small = part(
         scorers=(ScorerTable("msp", "msp"), ScorerTable("knn", "knn")),
-        metrics=("oscr", "autc"),
+        metrics=("oscr", "autc", "nll", "ece"),
+        measures=("calibration",),
         search=Search("val_id", ("val_ood",), "fpr80_id", {"knn": {"k": (1, 9)}}),
         published=tuple(
             Published("Net", "msp", "dark", metric, value, "A paper")
@@ -110,12 +111,20 @@ def test_metrics_on_request_reach_results_and_reports(results: Results, tmp_path
     expected = interval("oscr", scores["id"], scores["dark"], correct)
     assert (row["oscr"], row["oscr_low"], row["oscr_high"]) == (expected.value, expected.low, expected.high)
     assert "augrc" not in results.table
+    measures = results.measures.set_index("measure")["value"]
+    rated = {name: results.table[[name, f"{name}_low", f"{name}_high"]].drop_duplicates() for name in ("nll", "ece")}
+    for name, rows in rated.items():
+        value, low, high = rows.to_numpy().squeeze()  # one for all scorers and sets
+        assert value == measures[name]
+        assert low < value < high
     assert [metric.name for metric in results.headline] == [
         "auroc",
         "fpr95_id",
         "fpr95_ood",
         "oscr",
         "autc",
+        "nll",
+        "ece",
         "fpr80_id",
     ]
     texts = {path.name: path.read_text() for path in write_report(dataclasses.replace(results, folder=tmp_path))}

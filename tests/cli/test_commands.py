@@ -316,17 +316,19 @@ def test_evaluate_command_writes_the_frame_of_evaluate(caches: dict[str, Path], 
 
 def test_evaluate_command_shows_and_writes_the_metrics_asked_for(caches: dict[str, Path], tmp_path: Path) -> None:
     words = ["evaluate", "--id", caches["id"], "--ood", caches["near"], "--scorer", "energy"]
-    output = ok(*words, "--metrics", "oscr, autc", "--out", tmp_path / "t.csv")
+    output = ok(*words, "--metrics", "oscr, autc, nll", "--out", tmp_path / "t.csv")
+    assert "Percent (not NLL), best in bold." in output
     assert "OSCR: probability that an ID image is classified correctly" in " ".join(output.split())
     heads, arrows, row = (
         next(line for line in output.splitlines() if text in line) for text in ("OSCR", "↑", "energy ")
     )
-    assert heads.rstrip().endswith("OSCR  AUTC")
+    assert heads.rstrip().endswith("OSCR  AUTC   NLL")
     assert len(row.rstrip()) == len(heads.rstrip()) == len(arrows.rstrip())
     sets = {name: ood_scores.load(caches[name]) for name in ("id", "near")}
-    expected = ood_scores.evaluate(["energy"], id=sets["id"], ood={"near": sets["near"]}, metrics=["oscr", "autc"])
+    asked = ["oscr", "autc", "nll"]
+    expected = ood_scores.evaluate(["energy"], id=sets["id"], ood={"near": sets["near"]}, metrics=asked)
     written = pd.read_csv(tmp_path / "t.csv")
-    assert written[["oscr", "autc"]].to_numpy() == pytest.approx(expected[["oscr", "autc"]].to_numpy())
+    assert written[asked].to_numpy() == pytest.approx(expected[asked].to_numpy())
     assert "there is no metric 'oscar' (did you mean 'oscr'?)" in " ".join(
         refused(*words, "--metrics", "oscar").split()
     )

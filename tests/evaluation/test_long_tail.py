@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from ood_scores import FeatureSet
 from ood_scores.data.long_tail import long_tail_counts
 from ood_scores.errors import BadInput, BadLabels, EmptyInput, MissingInput, NotFinite, ShapeMismatch, UnknownName
+from ood_scores.evaluation.calibration_error import expected_calibration_error
 from ood_scores.evaluation.long_tail import (
     class_fpr95_id,
     class_fpr95_ood,
     class_groups,
-    expected_calibration_error,
     long_tail_report,
     sc_ood,
 )

@@ -17,7 +17,7 @@ from ood_scores.errors import BadInput, ShapeMismatch, UnknownName
 from ood_scores.evaluation.metrics import METRICS, compare, headline_metrics, table_metrics
 from ood_scores.evaluation.uncertainty import bootstrap, interval
 
-ON_REQUEST = [metric.name for metric in METRICS.values() if metric.on_request]
+ON_REQUEST = [metric.name for metric in METRICS.values() if metric.on_request and not metric.of_classifier]
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import distributed, multiprocessing
 
-from ood_scores.errors import EmptyInput, NotFinite, ShapeMismatch, UnknownName
+from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch, UnknownName
 from ood_scores.integrations.streaming import OODMetric
 from ood_scores.metrics import fpr95_id
 
@@ -38,6 +38,15 @@ def test_batches_are_one_set() -> None:
     (later,) = batches(1, seed=1)
     metric.update(*later)
     assert metric.compute()["auroc"] == pytest.approx(roc_auc_score(~later[1], later[0]), abs=1e-12)
+
+
+def test_metrics_on_request_follow_from_scores_or_are_refused() -> None:
+    metric = OODMetric(["autc"])
+    metric.update(torch.tensor([2.0, 3.0, 1.0]), torch.tensor([False, False, True]))
+    assert metric.compute() == {"autc": pytest.approx(0.125)}
+    for name in ("oscr", "ece"):
+        with pytest.raises(BadInput, match=f"{name} does not follow from scores alone"):
+            OODMetric([name])
 
 
 def in_a_group(rank: int, file: str, results: Any) -> None:

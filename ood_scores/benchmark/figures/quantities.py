@@ -103,7 +103,9 @@ def _found(source: Source, name: str, scorer: str, ood: str) -> pd.DataFrame:
     part, results = source.part, source.results
     if name == FALSE_POSITIVES:
         return _false_positives(source, scorer, _sets(part, ood))
-    if name in METRICS:
+    measures = results.measures
+    measured = measures[(measures["part"] == part.title) & (measures["measure"] == name)]
+    if name in METRICS and measured.empty:
         table = results.table
         if name not in table:
             raise BadInput(f"{name} is computed on request only: write metrics = [{name!r}] in the part.")
@@ -112,9 +114,7 @@ def _found(source: Source, name: str, scorer: str, ood: str) -> pd.DataFrame:
         ]
         grouped = of_part.groupby(["model", "checkpoint"], sort=False)[name]
         return grouped.mean()[grouped.size() == len(_sets(part, ood))].rename("value").reset_index()
-    measures = results.measures
-    of_part = measures[(measures["part"] == part.title) & (measures["measure"] == name)]
-    return of_part[["model", "checkpoint", "value"]].reset_index(drop=True)
+    return measured[["model", "checkpoint", "value"]].reset_index(drop=True)
 
 
 def _sets(part: Part, ood: str) -> tuple[str, ...]:
