@@ -34,7 +34,7 @@ from ood_scores.features import Head, Provenance
 from ood_scores.features.migration import migrated
 from ood_scores.features.provenance import ProbeRecord
 from ood_scores.models.opening import load_stored_model, require_known
-from ood_scores.models.origin import origin_of
+from ood_scores.models.origin import network_of, origin_of
 from ood_scores.models.running import architecture, model_device, unwrapped, weights_sha256
 from ood_scores.runtime import versions_of
 from ood_scores.scorers.storage import load_scorer
@@ -229,10 +229,15 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
     """Write the weights as a checkpoint of ``ood_scores.training``, if ``load_model`` restores the model from it."""
     model = detector.model
     name, arguments = _network_of(detector)
-    origin = origin_of(model)
-    if not ((origin and origin.network) or (hasattr(model, "pretrained_cfg") and timm.is_model(name))):
+    if network_of(model)[0] is None and not (hasattr(model, "pretrained_cfg") and timm.is_model(name)):
+        warn_user(
+            f"the {name} is not saved with the detector, because only models of timm and transformers, and those of "
+            "load_model, can be created again: pass save(..., with_model=False), and the model to Detector.load(path, "
+            "model).",
+        )
         return
-    require_known(name, arguments)
+    if detector.arguments:
+        require_known(name, arguments)
     facts = {"architecture": json.dumps(name), "arguments": json.dumps(arguments)}
     state = {key: values.detach().cpu().contiguous().clone() for key, values in model.state_dict().items()}
     with replacing(file) as content:
@@ -248,10 +253,8 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
 
 def _network_of(detector: DetectorParts) -> tuple[str, dict[str, Any]]:
     """Return the name and the arguments that create the detector's network again."""
-    origin = origin_of(detector.model)
-    if origin is None or origin.network is None:
-        return architecture(detector.model), dict(detector.arguments)
-    return origin.network, {**origin.network_arguments, **detector.arguments}
+    network, arguments = network_of(detector.model)
+    return network or architecture(detector.model), {**arguments, **detector.arguments}
 
 
 def _difference(detector: DetectorParts, file: Path) -> str:
@@ -262,10 +265,17 @@ def _difference(detector: DetectorParts, file: Path) -> str:
     except OodScoresError as error:
         return str(error).rstrip(".")
     if weights_sha256(again) != detector.weights:
-        return f"timm creates {architecture(model)} with other weights or buffers from its checkpoint"
+        return f"{architecture(model)} is created with other weights or buffers from its checkpoint"
+    if _attention(again) != _attention(model):
+        return f"{architecture(model)} is created with the attention {_attention(again)}, not {_attention(model)}"
     if detector.transform and not torch.equal(_outputs(detector, model), _outputs(detector, again)):
-        return f"timm creates {architecture(model)} with other logits"
+        return f"{architecture(model)} is created with other logits"
     return ""
+
+
+def _attention(model: nn.Module) -> str | None:
+    """Return how a model of transformers computes its attention, which its configuration does not store."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 def _outputs(detector: DetectorParts, model: nn.Module) -> Tensor:

@@ -265,8 +265,15 @@ class Detector(DetectorParts):
                 f"a graph cannot run in mixed precision ({options.amp}), as the calibration data were extracted: "
                 "calibrate on sets extracted without amp."
             )
-        given = noise(self.transform) if images is None else next(input_batches(images, self.transform))
-        inputs = given.to(model_dtype(self.model))
+        given, _, further = inputs_of(noise(self.transform) if images is None else images, self.model)
+        if further:
+            raise BadInput(
+                f"a graph has one input, but the batch also has {', '.join(further)}: calibrate a module whose forward "
+                "computes everything from its first input."
+            )
+        inputs = next(input_batches(given, self.transform))
+        if inputs.is_floating_point():
+            inputs = inputs.to(model_dtype(self.model))
         limits = torch.tensor([each.value for each in self.calibration.thresholds], dtype=torch.float64)
         threshold = limits if self.calibration.predicted is not None else limits[0]
         if options.pool is not None:
@@ -279,13 +286,13 @@ class Detector(DetectorParts):
     ) -> None:
         """Write the detector to a folder, replacing a detector that is already there.
 
-        The files are ``detector.json``, ``scorer.safetensors``, ``calibration.safetensors``, and, for a timm model that
-        ``load`` can create again, ``model.safetensors``. Nothing is pickled.
+        The files are ``detector.json``, ``scorer.safetensors``, ``calibration.safetensors``, and, for a model that
+        ``load`` can create again (of timm, transformers, or ``load_model``), ``model.safetensors``. Nothing is pickled.
 
         Args:
             path: the folder, which must be new, empty, or contain a detector.
-            with_model: whether to save the model, so that ``load`` does not need it. If timm cannot create the model
-                again exactly, it is left out with a warning. So is a preprocessing that is a function.
+            with_model: whether to save the model, so that ``load`` does not need it. A model that cannot be created
+                again exactly is left out with a warning. So is a preprocessing that is a function.
             arguments: the arguments of ``timm.create_model`` with which the model was created, beyond ``num_classes``.
 
         Raises:

@@ -149,8 +149,8 @@ def _single(image: Any, transform: Transform | None) -> Tensor:
         return image
     if transform is None:
         raise BadInput(
-            "the preprocessing of images for this model is unknown: pass tensors [B, C, H, W], or pass preprocessing= "
-            f"to calibrate or Detector.load, {FUNCTIONS}."
+            "the preprocessing of images for this model is unknown: pass tensors [B, C, H, W], or what a tokenizer of "
+            f"texts returns; or pass preprocessing= to calibrate or Detector.load, {FUNCTIONS}."
         )
     return model_input(transform, _as_pil(image))
 

@@ -162,7 +162,8 @@ def _require_described(model: nn.Module, given: Sequence[str]) -> None:
         raise BadInput(
             f"the {', '.join(missing)} of the preprocessing of {name} are unknown: give the model an attribute "
             "transform, a function from a PIL image to its input, or pretrained_cfg, a dictionary of timm's data "
-            "configuration; for a model of transformers, save its image processor in its folder."
+            "configuration; for a model of transformers, save its image processor in its folder. A model of texts or "
+            "audio takes batches in Python, ood_scores.extract(model, loader)."
         )
 
 

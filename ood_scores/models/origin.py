@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,3 +48,18 @@ def remember_origin(model: nn.Module, origin: Origin) -> None:
 def origin_of(model: nn.Module) -> Origin | None:
     """Return the origin of a model; None for one that ``load_model`` did not create."""
     return getattr(model, ATTRIBUTE, None)
+
+
+def network_of(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
+    """Return the name and the arguments that create the network of a model without any other file.
+
+    They are those of its origin, or, for a model of transformers, its class and configuration. The name is None if they
+    are unknown.
+    """
+    origin = origin_of(model)
+    if origin:
+        return origin.network, dict(origin.network_arguments)
+    config: Any = getattr(model, "config", None)
+    if not type(model).__module__.startswith("transformers.") or not hasattr(config, "to_json_string"):
+        return None, {}
+    return f"transformers:{type(model).__name__}", {"config": json.loads(config.to_json_string(use_diff=False))}

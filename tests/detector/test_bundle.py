@@ -157,12 +157,35 @@ def test_a_model_that_is_not_from_timm_is_passed_to_load(tmp_path: Path) -> None
     torch.manual_seed(0)
     plain = Plain()
     detector = calibrate("energy", plain, id=[Rows(64, 2).inputs])
-    detector.save(tmp_path / "detector")
+    with pytest.warns(UserWarning, match="the Plain is not saved with the detector, because only models of timm and"):
+        detector.save(tmp_path / "detector")
     assert names(tmp_path / "detector") == [name for name in FILES if name != "model.safetensors"]
     with pytest.raises(BadInput, match=r"contains no model: pass the Plain .*Detector.load\(path, model\)"):
         Detector.load(tmp_path / "detector")
     inputs = Rows(20, 3).inputs
     assert same(Detector.load(tmp_path / "detector", plain).predict(inputs), detector.predict(inputs))
+
+
+def text_classifier(attention: str = "sdpa") -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=20, num_labels=3, **sizes, attn_implementation=attention)
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def test_a_model_of_transformers_is_saved_with_the_detector(tmp_path: Path) -> None:
+    batch = {"input_ids": torch.randint(20, (64, 5)), "attention_mask": torch.ones(64, 5, dtype=torch.long)}
+    detector = calibrate("energy", text_classifier(), id=[batch])
+    detector.save(tmp_path / "detector")
+    assert same(Detector.load(tmp_path / "detector").predict(batch), detector.predict(batch))
+    assert type(Detector.load(tmp_path / "detector").model) is type(detector.model)
+    with pytest.warns(UserWarning, match="not saved .* because BertFor.* created with the attention sdpa, not eager"):
+        calibrate("energy", text_classifier("eager"), id=[batch]).save(tmp_path / "eager")
+    with pytest.raises(BadInput, match="a graph has one input, but the batch also has attention_mask: calibrate a"):
+        detector.export(batch)
+    with pytest.raises(BadInput, match="what a tokenizer of texts returns"):
+        detector.predict(["a text"])
 
 
 def test_the_model_can_be_left_out(folder: Path, model: nn.Module) -> None:

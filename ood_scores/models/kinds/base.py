@@ -76,8 +76,8 @@ class ModelKind(ABC):
         """
         raise MissingInput(f"{self.form} has no tokenizer: pass tokenizer= to zero_shot_classifier.")
 
-    def again(self, model: nn.Module, target: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Return the name and the arguments that create the same network without any other file."""
+    def again(self, model: nn.Module, target: str, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Return the name and the arguments that create the same network without any other file, or no name."""
         return self.form.replace("NAME", target), dict(arguments)
 
 

@@ -18,6 +18,7 @@ from ood_scores.errors import BadInput, CheckpointError, UnknownName
 from ood_scores.models.checkpoints import first_sentence
 from ood_scores.models.hub import hub_file, unreachable
 from ood_scores.models.kinds.base import MODEL_KINDS, ModelKind
+from ood_scores.models.origin import network_of
 from ood_scores.models.processors import ProcessorTransform
 from ood_scores.models.zero_shot.build import tokenizer_of_transformers
 from ood_scores.optional_packages import require
@@ -88,9 +89,8 @@ class TransformersModel(ModelKind):
         where, options = _place(target)
         return tokenizer_of_transformers(where, **options)
 
-    def again(self, model: nn.Module, target: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        config: Any = model.config
-        return f"transformers:{type(model).__name__}", {"config": json.loads(config.to_json_string(use_diff=False))}
+    def again(self, model: nn.Module, target: str, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        return network_of(model)
 
     def _class_name(self, target: str) -> str:
         names = self._config(target).get("architectures") or [None]

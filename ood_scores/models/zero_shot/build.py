@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ood_scores.errors import BadInput, MissingInput
 from ood_scores.features.head import mean_direction, zero_shot_head
-from ood_scores.models.origin import Origin, origin_of, remember_origin
+from ood_scores.models.origin import Origin, network_of, origin_of, remember_origin
 from ood_scores.models.running import choose_device, evaluating, model_device, unwrapped
 from ood_scores.models.zero_shot.classifier import ZeroShotClassifier
 from ood_scores.models.zero_shot.negatives import NegativeWords, negative_words
@@ -163,7 +162,7 @@ def _remember(classifier: ZeroShotClassifier, words: NegativeWords | None) -> No
     inner = origin_of(classifier.model)
     texts: dict[str, Any] = {"classes": list(classifier.class_names), "templates": list(classifier.templates)}
     counts = {kind: len(values) for kind, values in classifier.negatives.items()}
-    network, arguments = _network_of(classifier.model)
+    network, arguments = network_of(classifier.model)
     stored = {**arguments, **texts, "width": classifier.head.in_features, "negatives": counts}
     chosen = {} if words is None else {"negatives": {**counts, "share": words.share, "quantile": words.quantile}}
     origin = Origin(
@@ -174,17 +173,6 @@ def _remember(classifier: ZeroShotClassifier, words: NegativeWords | None) -> No
         transform=inner.transform if inner else None,
     )
     remember_origin(classifier, origin)
-
-
-def _network_of(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
-    """Return the name and the arguments that create the model without any other file; None if they are unknown."""
-    origin = origin_of(model)
-    if origin:
-        return origin.network, dict(origin.network_arguments)
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_json_string"):
-        return None, {}
-    return f"transformers:{type(model).__name__}", {"config": json.loads(config.to_json_string(use_diff=False))}
 
 
 def check_texts(classes: Any = None, templates: Any = None, negatives: Any = None) -> None:
