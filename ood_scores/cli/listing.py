@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from ood_scores.cli.printing import answer, console
 from ood_scores.registry import unknown
 
 if TYPE_CHECKING:
+    from ood_scores.data.known_set import KnownSet
     from ood_scores.scorers import Scorer
 
 GROUPS = (
@@ -35,8 +37,12 @@ def list_scorers(
         bool, typer.Option("--papers", help="Show the paper and the authors' code of each scorer.")
     ] = False,
     bibtex: Annotated[bool, typer.Option("--bibtex", help="Print the papers as BibTeX.")] = False,
+    datasets: Annotated[
+        bool, typer.Option("--datasets", help="List the datasets of papers instead, and how to get them.")
+    ] = False,
 ) -> None:
     """List the scorers by what they need, or describe some: what they compute, what they read, their parameters.
+    With --datasets, list known datasets with their licenses, and describe some: how to get and to open them.
 
     \b
     [bold]Examples[/]
@@ -45,7 +51,12 @@ def list_scorers(
       ood-scores list "*norm*"
       ood-scores list --papers
       ood-scores list energy --bibtex > references.bib
+      ood-scores list --datasets
+      ood-scores list ninco --datasets
     """
+    if datasets:
+        _list_datasets(pattern)
+        return
     from ood_scores.scorers import list_scorers as names
     from ood_scores.scorers.families import families
     from ood_scores.scorers.registry import registered_name
@@ -60,6 +71,45 @@ def list_scorers(
         answer({"scorers": scorers}, lambda: _overview([cls() for group in found.values() for cls in group]))
     else:
         answer({"scorers": scorers}, lambda: _print_families(found, _papers if papers else _scorers))
+
+
+def _list_datasets(pattern: str | None) -> None:
+    """Print the known datasets, or all facts about those that match a pattern."""
+    from ood_scores.data.catalog import CATALOG
+
+    found = [known for known in CATALOG if fnmatch(known.name, pattern or "*")]
+    if not found:
+        raise unknown("no dataset matches", pattern or "*", [known.name for known in CATALOG])
+    show = _print_overview_of_datasets if pattern is None else _print_datasets
+    answer({"datasets": [_known(known) for known in found]}, lambda: show(found))
+
+
+def _known(known: KnownSet) -> dict[str, Any]:
+    """Return what is known about a dataset, as ``--json`` prints it."""
+    from ood_scores.data.sources import remedy
+
+    return {**asdict(known), "get": remedy(known.spec) or "opening it downloads it"}
+
+
+def _print_overview_of_datasets(found: Sequence[KnownSet]) -> None:
+    screen, table = console(), _grid()
+    table.add_column(style="dim", justify="right", overflow="fold")
+    for known in found:
+        table.add_row(known.name, Text(known.license), f"{known.images:,}" if known.images else "")
+    screen.print("[bold]Dataset, license, and number of images[/]", table)
+    screen.print("\n[bold]ood-scores list NAME --datasets[/] shows how to get and to open a dataset.")
+
+
+def _print_datasets(found: Sequence[KnownSet]) -> None:
+    """Print everything that is known; commands are not broken into lines, so that they can be copied."""
+    screen = console()
+    for known in found:
+        screen.print(Text(known.name, style="bold cyan"), Text(known.what), sep="\n", soft_wrap=True)
+        facts = _known(known) | {"md5": known.checksums, "opens with": known.spec}
+        for name in ("license", "size", "md5", "page", "get", "opens with"):
+            if facts[name]:
+                screen.print(Text(f"{name}: ", style="dim").append(facts[name], style="none"), soft_wrap=True)
+        screen.print()
 
 
 def _described(family: str, cls: type[Scorer]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ood_scores.data.known_set import KnownSet, unpacked
+from ood_scores.data.known_set import IMAGES_OF_IMAGENET, KnownSet, unpacked
 from ood_scores.data.open_set_catalog import OPEN_SETS
 
 
@@ -65,6 +65,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "torchvision:CIFAR100?split=test&download=true",
         ("cifar100", "cifar_100"),
         md5="eb9058c3a382ffc7106e4002c42a8d85",
+        size="161 MB",
     ),
     KnownSet(
         "svhn",
@@ -78,6 +79,7 @@ CATALOG: tuple[KnownSet, ...] = (
             "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
             "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
         },
+        size="246 MB",
     ),
     KnownSet(
         "mnist",
@@ -87,6 +89,12 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         "torchvision:MNIST?split=test&download=true",
         ("mnist",),
+        md5={
+            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
     ),
     KnownSet(
         "gtsrb",
@@ -96,6 +104,10 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         "torchvision:GTSRB?split=test&download=true",
         ("gtsrb",),
+        md5={
+            "GTSRB_Final_Test_Images.zip": "c7e4e6327067d32654124b0fe9e82185",
+            "GTSRB_Final_Test_GT.zip": "fe31e9c9270bbcd7b84b7f21a9d9d9e5",
+        },
     ),
     KnownSet(
         "textures",
@@ -108,6 +120,7 @@ CATALOG: tuple[KnownSet, ...] = (
         ("textures", "texture", "dtd"),
         "for research",
         md5="fff73e5086ae6bdbea199a49dfb8a4c1",
+        size="625 MB",
     ),
     KnownSet(
         "places365",
@@ -202,6 +215,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "awk 'NR==FNR {n[$1]=NR-1; next} {print $1, n[$2]}' - val/val_annotations.txt > val_labels.txt",
         "folder:tiny-imagenet-200/test/images",
         ("tiny_imagenet_200", "tinyimagenet", "tiny_imagenet", "tin"),
+        IMAGES_OF_IMAGENET,
     ),
     KnownSet(
         "imagenet",
@@ -214,6 +228,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "torchvision:ImageNet?split=val&root=imagenet",
         ("imagenet", "imagenet_1k", "imagenet1k", "ilsvrc_2012", "ilsvrc2012"),
         _IMAGENET_TERMS,
+        size="138 GB for training, 6.3 GB for validation",
         md5={
             "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
             "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
@@ -238,6 +253,7 @@ CATALOG: tuple[KnownSet, ...] = (
         _openood("ssb_hard"),
         _large("ssb_hard"),
         ("ssb_hard",),
+        IMAGES_OF_IMAGENET,
     ),
     KnownSet(
         "ninco",
@@ -269,6 +285,7 @@ CATALOG: tuple[KnownSet, ...] = (
         _openood("imagenet_c"),
         _large("imagenet_c"),
         ("imagenet_c",),
+        IMAGES_OF_IMAGENET,
     ),
     KnownSet(
         "imagenet_r",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+IMAGES_OF_IMAGENET = "unknown; the images are ImageNet's, whose terms of access forbid commercial use"
+"""The license of a dataset of ImageNet's images whose authors state none."""
+
 
 @dataclass(frozen=True)
 class KnownSet:

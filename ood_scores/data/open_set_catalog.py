@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ood_scores.data.known_set import KnownSet, unpacked
+from ood_scores.data.known_set import IMAGES_OF_IMAGENET, KnownSet, unpacked
 
 _NATURAL = "https://github.com/hendrycks/natural-adv-examples"
 _ROBUSTNESS = "https://github.com/hendrycks/robustness"
@@ -109,6 +109,7 @@ OPEN_SETS: tuple[KnownSet, ...] = (
         unpacked("https://zenodo.org/record/2235448/files/noise.tar", "imagenet-c"),
         "folder:imagenet-c/gaussian_noise/5",
         ("gaussian_noise", "shot_noise", "impulse_noise"),
+        IMAGES_OF_IMAGENET,
         size="21 GB",
         md5={
             "noise.tar": "e80562d7f6c3f8834afb1ecf27252745",

@@ -13,8 +13,10 @@ import pytest
 import ood_scores
 from ood_scores.benchmark import Spec, load_spec
 from ood_scores.benchmark.spec import Part, Published
+from ood_scores.data.catalog import CATALOG
 from ood_scores.data.dataset_spec import parse
 from ood_scores.data.kinds.base import DATASET_KINDS
+from ood_scores.data.sources import remedy
 from ood_scores.toml_tables import tomllib
 from ood_scores.training import Recipe, load_recipe
 
@@ -61,6 +63,16 @@ def test_names_in_shipped_specs_exist(name: str) -> None:
             assert parse(text).kind in DATASET_KINDS
         for table in part.scorer_tables:
             assert table.create().name == table.name
+
+
+@every_file
+def test_sets_of_shipped_specs_are_known_datasets(name: str) -> None:
+    """All but those that need no files, and those of the folder ``OOD_SCORES_DATA``."""
+    downloaded = {parse(known.spec).target for known in CATALOG if known.spec.endswith("download=true")}
+    for text in {text for part in spec(name).parts for text in part.sets.values()}:
+        kind, target, options = parse(text)
+        if kind not in ("noise", "digits") and "$OOD_SCORES_DATA" not in text:
+            assert remedy(text) or (target in downloaded and options["download"] == "true"), text
 
 
 @every_file

@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 import ood_scores
 from ood_scores.cli import app
 from ood_scores.cli.parsing import named_caches, parameters
+from ood_scores.data.catalog import CATALOG
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import OodScoresError
@@ -547,6 +548,20 @@ def test_list_fits_in_a_screen_and_groups_all_scorers_by_what_they_need() -> Non
     assert {"gradnorm", "scale"} <= features
     assert {"knn", "vim", "prior_msp"} <= fitted
     assert {"odin", "gram", "ensemble", "mahalanobis_layers"} <= probed
+
+
+def test_list_of_datasets() -> None:
+    output = ok("list", "--datasets", columns=100)
+    for known in CATALOG:
+        assert re.search(rf"^{known.name} +{known.license.split()[0]}", output, flags=re.MULTILINE)
+    lines = ok("list", "ninc?", "--datasets", columns=40).splitlines()
+    assert "license: CC BY 4.0" in lines
+    assert "md5: NINCO_all.tar.gz: b9ffae324363cd900a81ce3c367cd834" in lines
+    assert any(line.startswith("get: git clone https://github.com/Jingkang50/OpenOOD && ") for line in lines)
+    assert "opens with: imglist:benchmark_imglist/imagenet/test_ninco.txt?root=images_largescale" in lines
+    (cifar,) = json.loads(ok("list", "cifar10", "--datasets", "--json"))["datasets"]
+    assert (cifar["images"], cifar["get"]) == (60000, "opening it downloads it")
+    assert "choose from cifar10" in refused("list", "nothing*", "--datasets")
 
 
 def test_list_groups_scorers_by_family_and_cites_their_papers() -> None:

@@ -39,6 +39,17 @@ def test_names_of_known_datasets_are_unique() -> None:
     assert all(re.fullmatch(r"https?://\S+", known.page) for known in CATALOG)
 
 
+def test_every_known_dataset_states_its_license_size_and_checksums() -> None:
+    by_name = {known.name: known for known in CATALOG}
+    assert all(known.license for known in CATALOG)
+    assert by_name["ninco"].license == by_name["cifar10_c"].license == "CC BY 4.0"
+    assert all(re.fullmatch(r"[\d.]+ (MB|GB|GiB)( .*)?|", known.size) for known in CATALOG)
+    sums = [known.md5 if isinstance(known.md5, str) else " ".join(known.md5.values()) for known in CATALOG]
+    assert all(re.fullmatch(r"([0-9a-f]{32}( |$))*", text) for text in sums)
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| [\d,]* \| (.*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [(known.name, known.license) for known in CATALOG]
+
+
 @pytest.mark.parametrize(
     ("spec", "root", "expected"),
     [
