@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ood_scores.atomic import user_path
-from ood_scores.cli import options, parsing
+from ood_scores.cli import completion, options, parsing
 from ood_scores.cli.printing import answer, console, facts
 from ood_scores.errors import BadInput
 from ood_scores.terminal import marked
@@ -28,13 +28,25 @@ CACHES = (".h5", ".hdf5")
 def calibrate(
     model: options.Model,
     id: Annotated[
-        str, typer.Option("--id", metavar="DATA", help="Held-out ID data for the threshold: cache or dataset.")
+        str,
+        typer.Option(
+            "--id",
+            metavar="DATA",
+            help="Held-out ID data for the threshold: cache or dataset.",
+            autocompletion=completion.paths_and_datasets,
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the detector to.")],
-    scorer: Annotated[str, typer.Option(help="Name of a scorer; ood-scores list shows them.")] = "energy",
+    scorer: Annotated[
+        str, typer.Option(help="Name of a scorer; ood-scores list shows them.", autocompletion=completion.scorers)
+    ] = "energy",
     fit: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="ID data to fit the scorer on, usually the training set: cache or dataset."),
+        typer.Option(
+            metavar="DATA",
+            help="ID data to fit the scorer on, usually the training set: cache or dataset.",
+            autocompletion=completion.paths_and_datasets,
+        ),
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of ID images to keep.")] = 0.95,
     delta: Annotated[
@@ -59,7 +71,11 @@ def calibrate(
     model_arg: options.ModelArg = None,
     images: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Dataset of the images of the cache --id, to check the preprocessing."),
+        typer.Option(
+            metavar="DATA",
+            help="Dataset of the images of the cache --id, to check the preprocessing.",
+            autocompletion=completion.datasets,
+        ),
     ] = None,
     classes: options.Classes = None,
     templates: options.Templates = None,

@@ -9,7 +9,7 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from ood_scores.cli import options
+from ood_scores.cli import completion, options
 from ood_scores.cli.parsing import check_table_path, named_caches, scorer_name, write_table
 from ood_scores.cli.printing import answer, console, stoppable, table_document
 from ood_scores.cli.tables import experimental_in, legend, metric_columns, metric_tables
@@ -30,7 +30,10 @@ def evaluate(
     ],
     fit: Annotated[Path | None, typer.Option(help="Cache of the set to fit on, usually the training set.")] = None,
     scorer: Annotated[
-        list[str] | None, typer.Option(help="Scorer name; may be repeated. Default: all that can run.")
+        list[str] | None,
+        typer.Option(
+            help="Scorer name; may be repeated. Default: all that can run.", autocompletion=completion.scorers
+        ),
     ] = None,
     metrics: Annotated[
         str | None,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ood_scores.cli import options, parsing
+from ood_scores.cli import completion, options, parsing
 from ood_scores.cli.printing import answer, console, stoppable
 from ood_scores.terminal import marked
 
@@ -15,7 +15,12 @@ from ood_scores.terminal import marked
 @options.takes_extraction_options
 def extract(
     model: options.Model,
-    data: Annotated[str, typer.Argument(help="Dataset, as folder:, npz:, imglist:, torchvision:, hf:, …")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Dataset, as folder:, npz:, imglist:, torchvision:, hf:, …", autocompletion=completion.datasets
+        ),
+    ],
     cache: Annotated[Path, typer.Argument(help="HDF5 file to write.")],
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,

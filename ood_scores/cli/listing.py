@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ood_scores.cli import completion
 from ood_scores.cli.printing import answer, console
 from ood_scores.registry import unknown
 
@@ -31,7 +32,11 @@ GROUPS = (
 
 def list_scorers(
     pattern: Annotated[
-        str | None, typer.Argument(help="Scorers to describe; * and ? are wildcards. Default: only list all names.")
+        str | None,
+        typer.Argument(
+            help="Scorers to describe; * and ? are wildcards. Default: only list all names.",
+            autocompletion=completion.scorers,
+        ),
     ] = None,
     papers: Annotated[
         bool, typer.Option("--papers", help="Show the paper and the authors' code of each scorer.")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ood_scores.cli import parsing
+from ood_scores.cli import completion, parsing
 from ood_scores.cli.printing import answering
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.user_code import import_code
@@ -123,7 +123,12 @@ def _parameter(field: Field[Any]) -> inspect.Parameter:
     elif isinstance(default, tuple):
         default, kind = None, list[str] | None
     flag = f"--{name.replace('_', '-')}"
-    option = typer.Option(flag, help=field.metadata["help"], metavar=field.metadata["metavar"])
+    option = typer.Option(
+        flag,
+        help=field.metadata["help"],
+        metavar=field.metadata["metavar"],
+        autocompletion=completion.probes if field.name == "probes" else None,
+    )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ood_scores.cli import options
+from ood_scores.cli import completion, options
 from ood_scores.cli.benchmark import document, show_not_run
 from ood_scores.cli.printing import answer, console, stoppable
 from ood_scores.errors import UnknownName
@@ -29,7 +29,11 @@ PAPERS = Path("benchmarks/papers")
 
 def paper(
     name: Annotated[
-        str | None, typer.Argument(help="Name of a file in benchmarks/papers, or its path; default: list them.")
+        str | None,
+        typer.Argument(
+            help="Name of a file in benchmarks/papers, or its path; default: list them.",
+            autocompletion=lambda incomplete: completion.starting(incomplete, (file.stem for file in PAPERS.glob("*"))),
+        ),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also measure and draw the figures.")] = False,
     set: Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ood_scores.cli import options
+from ood_scores.cli import completion, options
 from ood_scores.cli.parsing import check_table_path, scorer_name, write_table
 from ood_scores.cli.printing import answer, console
 from ood_scores.errors import BadInput, MissingData
@@ -47,14 +47,22 @@ def predict(
         Path | None, typer.Option(help="Cache of the training data, in which --explain finds similar images.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FOLDER|DATA", help="Folder or dataset with the pictures of --fit.")
+        str | None,
+        typer.Option(
+            metavar="FOLDER|DATA",
+            help="Folder or dataset with the pictures of --fit.",
+            autocompletion=completion.paths_and_datasets,
+        ),
     ] = None,
     id: Annotated[
         Path | None, typer.Option("--id", help="Cache of held-out ID data, for the p-values of --scorer.")
     ] = None,
     scorer: Annotated[
         list[str] | None,
-        typer.Option(help="Further scorer whose p-values --explain shows; may be repeated. Needs --id."),
+        typer.Option(
+            help="Further scorer whose p-values --explain shows; may be repeated. Needs --id.",
+            autocompletion=completion.scorers,
+        ),
     ] = None,
     batch_size: options.BatchSize = 64,
     workers: Annotated[int, typer.Option(min=0, max=1024, help="Number of processes that decode images.")] = 2,

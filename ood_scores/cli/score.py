@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ood_scores.cli import options
+from ood_scores.cli import completion, options
 from ood_scores.cli.parsing import check_table_path, parameters, scorer_name, write_table
 from ood_scores.cli.printing import answer, console, table_document
 from ood_scores.progress import showing_work
@@ -23,7 +23,9 @@ LOWEST = 5
 
 
 def score(
-    scorer: Annotated[str, typer.Argument(help="Scorer name; ood-scores list shows all names.")],
+    scorer: Annotated[
+        str, typer.Argument(help="Scorer name; ood-scores list shows all names.", autocompletion=completion.scorers)
+    ],
     cache: Annotated[Path, typer.Argument(help="Feature cache to score, written by ood-scores extract.")],
     fit: Annotated[Path | None, typer.Option(help="Cache to fit on, usually the ID training data.")] = None,
     param: Annotated[

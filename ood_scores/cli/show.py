@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ood_scores.cli import options
+from ood_scores.cli import completion, options
 from ood_scores.cli.parsing import parameters, scorer_name
 from ood_scores.cli.printing import answer, console
 from ood_scores.errors import BadInput
@@ -21,7 +21,9 @@ DEFAULT_COUNT = 24
 
 def show(
     cache: Annotated[Path, typer.Argument(help="Feature cache, written by ood-scores extract.")],
-    scorer: Annotated[str, typer.Option(help="Scorer name; ood-scores list shows all names.")] = "energy",
+    scorer: Annotated[
+        str, typer.Option(help="Scorer name; ood-scores list shows all names.", autocompletion=completion.scorers)
+    ] = "energy",
     fit: Annotated[Path | None, typer.Option(help="Cache to fit on, usually the ID training data.")] = None,
     param: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Scorer parameter as KEY=VALUE; may be repeated.")
@@ -34,7 +36,11 @@ def show(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|DATA", help="Folder or dataset of the pictures, as it was given to extract."),
+        typer.Option(
+            metavar="FOLDER|DATA",
+            help="Folder or dataset of the pictures, as it was given to extract.",
+            autocompletion=completion.paths_and_datasets,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="File of the grid: .png, .pdf, .svg, .jpg, or .webp.")] = Path("grid.png"),
     device: options.Device = "auto",

@@ -100,7 +100,7 @@ def _kind(spec: str, base: Path) -> DatasetKind:
     if name not in DATASET_KINDS:
         path = located(spec.partition("?")[0], base)
         for suggested, kind in DATASET_KINDS.items():
-            if kind.suggested_for(path):
+            if kind.suggested_for and kind.suggested_for(path):
                 raise UnknownName(
                     f"{spec!r} is a path without its kind (did you mean '{suggested}:{spec}'?): write KIND:PATH, where "
                     f"KIND is one of {', '.join(sorted(DATASET_KINDS))}."

@@ -26,13 +26,13 @@ class DatasetKind:
         remedy: returns how to get the data that a text names, called as ``remedy(text, root)``; "" where nothing is
             known.
         offline: returns the text that opens the same dataset without network access, or None if there is none.
-        suggested_for: whether to suggest this kind for a path that was written without a kind.
+        suggested_for: whether to suggest this kind for a path that was written without a kind; None if it opens none.
     """
 
     open: Callable[..., ImageDataset]
     remedy: Callable[[str, Root], str]
     offline: Callable[[str], str | None]
-    suggested_for: Callable[[Path], bool]
+    suggested_for: Callable[[Path], bool] | None
 
     @property
     def options(self) -> list[str]:
@@ -47,7 +47,7 @@ def register_dataset_kind(
     name: str,
     remedy: Callable[[str, Root], str] = lambda text, root: "",
     offline: Callable[[str], str | None] = lambda text: text,
-    suggested_for: Callable[[Path], bool] = lambda path: False,
+    suggested_for: Callable[[Path], bool] | None = None,
 ) -> Callable[[OpenT], OpenT]:
     """Register the decorated function as the one that opens datasets of a kind; see ``DatasetKind``.
 
