@@ -14,7 +14,8 @@ def digest(*facts: Any) -> str:
 
     All fields of a dataclass are included, except those that its class lists in ``NOT_IN_DIGEST``: fields that only
     affect the presentation, and fields that are included in another form. Fields that it lists in ``IN_DIGEST_IF_SET``,
-    which an earlier version did not have, are left out while they are None, so that its files keep their names.
+    which an earlier version did not have, are left out while they are None, so that its files keep their names; so do
+    those of fields in ``NONE_IN_DIGEST``, whose value None is included as the earlier version's default.
     """
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_plain).encode()).hexdigest()
 
@@ -24,5 +25,6 @@ def _plain(value: Any) -> Any:
         left_out = {*getattr(value, "NOT_IN_DIGEST", ())}
         left_out |= {name for name in getattr(value, "IN_DIGEST_IF_SET", ()) if getattr(value, name) is None}
         counted = {each.name: getattr(value, each.name) for each in fields(value) if each.name not in left_out}
-        return [type(value).__name__, counted]
+        earlier = getattr(value, "NONE_IN_DIGEST", {})
+        return [type(value).__name__, counted | {name: earlier[name] for name in earlier if counted[name] is None}]
     return dict(value) if isinstance(value, Mapping) else repr(value)

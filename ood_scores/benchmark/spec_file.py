@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
 from math import gcd
 from typing import Any, Literal
 
@@ -46,11 +46,11 @@ OF_A_TRAINING = ("epoch", "setting", "checkpoint_every")
 """Fields of a model that the keys ``epochs`` and ``sweep`` set."""
 
 
-def _option_hint(default: Any) -> Any:
+def _option_hint(option: Field[Any]) -> Any:
     """Return the TOML type of an option of ``extract``; ``ExtractionOptions`` validates the value."""
-    if isinstance(default, bool):
+    if option.metadata["flag"]:
         return bool
-    return tuple[str, ...] if isinstance(default, tuple) else str | tuple[str, ...]
+    return tuple[str, ...] if isinstance(option.default, tuple) else str | tuple[str, ...]
 
 
 NO_NUMBER = "-"
@@ -60,7 +60,7 @@ OF_THE_MODEL = "model"
 
 _PART_KEYS = hints_of(Part, TABLES)
 _EXTRACTION_KEYS = hints_of(Loading) | {
-    option.name: _option_hint(option.default) for option in fields(ExtractionOptions) if option.name != "head"
+    option.name: _option_hint(option) for option in fields(ExtractionOptions) if option.name != "head"
 }
 _PART: dict[str, Any] = {
     **_PART_KEYS,

@@ -118,11 +118,13 @@ def _parameter(field: Field[Any]) -> inspect.Parameter:
         create: Any = Enum
         choices = create("Choices", {choice: choice for choice in field.metadata["choices"]})
         default, kind = (None, choices | None) if default is None else (choices[default], choices)
-    elif isinstance(default, bool):
-        kind = bool
+    elif field.metadata["flag"]:
+        kind = bool if default is False else bool | None
     elif isinstance(default, tuple):
         default, kind = None, list[str] | None
     flag = f"--{name.replace('_', '-')}"
+    if kind == bool | None:
+        flag += f"/--no{flag[1:]}"
     option = typer.Option(
         flag,
         help=field.metadata["help"],

@@ -24,7 +24,15 @@ from ood_scores.extraction.probes.base import Pass, Probe, watch_all
 from ood_scores.extraction.writers import feature_set
 from ood_scores.features import FeatureSet, Head
 from ood_scores.features.finite import require_finite
-from ood_scores.models.running import autocasting, evaluating, model_device, model_dtype, on_cpu
+from ood_scores.models.running import (
+    autocasting,
+    evaluating,
+    laid_out,
+    model_device,
+    model_dtype,
+    on_cpu,
+    prefers_channels_last,
+)
 from ood_scores.runtime import available, callers_default_device, default_torch_state
 from ood_scores.transfers import Arriving, Transfers
 
@@ -56,6 +64,7 @@ class Forward:
         self._run = torch.compile(self.model) if self.options.compile else self.model
         self._head_there: Head | None = None
         self._parts = FittingParts("batch")
+        self._refuses_channels_last = False
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -65,12 +74,15 @@ class Forward:
         with (
             default_torch_state(),
             _LOCKS.setdefault(self.model, RLock()),
-            evaluating(self.model, device, differentiates, self.options.channels_last),
+            evaluating(self.model, device, differentiates),
             autocasting(device, self.options.amp),
             Encoder(self.model, self.options.pooling).ready(),
             ExitStack() as self._hooks,
         ):
             self._transfers = Transfers(device)
+            self._channels_last = self._runs_channels_last(device)
+            if self._channels_last:
+                self._hooks.enter_context(laid_out(self.model, torch.channels_last))
             if self.found:
                 self._hooks.enter_context(self._capture.running())
             yield
@@ -94,7 +106,7 @@ class Forward:
 
         def columns_of(rows: slice) -> dict[str, Tensor]:
             here = {name: values[rows] for name, values in further.items()}
-            part = inputs[rows], None if labels is None else labels[rows], here, start + rows.start
+            part = self._laid_out(inputs[rows]), None if labels is None else labels[rows], here, start + rows.start
             with _naming(part[0], part[-1]), callers_default_device(), passed_by_name(self.model, batch, here):
                 first = self._first_rows(*part) if self.found is None else None
                 return first if first and not self.options.compile else self._rows(*part)
@@ -137,14 +149,22 @@ class Forward:
         self.__init__(model, state["options"], device and available(device))  # type: ignore[misc]
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the inputs on the device, in the model's floating-point type and memory format, and the labels."""
+        """Return the inputs on the device, in the model's floating-point type, and the labels."""
         inputs, labels = loaders.unpack(batch)
-        inputs = self._to_model({"inputs": inputs})["inputs"]
+        return self._to_model({"inputs": inputs})["inputs"], labels
+
+    def _runs_channels_last(self, device: torch.device) -> bool:
+        if self.options.channels_last is None:
+            return not self._refuses_channels_last and prefers_channels_last(self.model, device)
+        return self.options.channels_last
+
+    def _laid_out(self, inputs: Tensor) -> Tensor:
+        """Return inputs in the memory format that the model is run in."""
+        if self._channels_last and inputs.ndim == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
         if self.options.channels_last:
-            if inputs.ndim != 4:
-                raise BadInput(f"channels_last requires inputs [batch, channels, height, width], got {inputs.ndim}-D.")
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return inputs, labels
+            raise BadInput(f"channels_last requires inputs [batch, channels, height, width], got {inputs.ndim}-D.")
+        return inputs
 
     def _further(self, batch: Any) -> dict[str, Tensor]:
         """Return the inputs of a model with several inputs besides the first, as ``_unpack`` returns that."""
@@ -164,6 +184,20 @@ class Forward:
         }
 
     def _first_rows(
+        self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int
+    ) -> dict[str, Tensor]:
+        """Find the head, in the channels-last memory format only if the model accepts it or it was requested."""
+        try:
+            return self._rows_and_head(inputs, labels, further, start)
+        except RuntimeError as error:  # such as that of a model that views the map of a convolution
+            chosen = self._channels_last and self.options.channels_last is None
+            if not chosen or isinstance(error, torch.OutOfMemoryError):
+                raise
+        self._channels_last, self._refuses_channels_last = False, True
+        self._hooks.enter_context(laid_out(self.model, torch.contiguous_format))
+        return self._rows_and_head(inputs.contiguous(), labels, further, start)
+
+    def _rows_and_head(
         self, inputs: Tensor, labels: Tensor | None, further: dict[str, Tensor], start: int
     ) -> dict[str, Tensor]:
         """Find and check the head on the first batch, without ``torch.compile``."""

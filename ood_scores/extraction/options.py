@@ -26,9 +26,12 @@ DTYPES = ("float16", "float32", "float64")
 ON_ERROR = ("skip", "raise")
 
 
-def _shown(help: str, *, choices: Sequence[str] = (), metavar: str | None = None) -> dict[str, Any]:
-    """The metadata of a field: its help text, its allowed values (besides the default), and a placeholder."""
-    return {"help": help, "choices": choices, "metavar": metavar}
+def _shown(help: str, *, choices: Sequence[str] = (), metavar: str | None = None, flag: bool = False) -> dict[str, Any]:
+    """The metadata of a field: its help text, its allowed values (besides the default), a placeholder.
+
+    A ``flag`` is true or false, or None by default.
+    """
+    return {"help": help, "choices": choices, "metavar": metavar, "flag": flag}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class ExtractionOptions:
     Args:
         amp: ``"bf16"`` or ``"fp16"`` for automatic mixed precision.
         channels_last: whether to use the channels-last memory format for weights and inputs ``[B, C, H, W]``, which
-            tensor cores prefer.
+            tensor cores prefer. None for convolutional models on a CUDA device alone, unless they do not accept it; a
+            cache does not tell this from False.
         compile: whether to run the model through ``torch.compile``, which takes about a minute to start and needs a C++
             compiler. Not available with ``layers`` or ``probes``.
         dtype: the type in which features, logits and extras are stored: ``"float16"``, ``"float32"`` or ``"float64"``.
@@ -68,10 +72,13 @@ class ExtractionOptions:
     """
 
     amp: str | None = field(default=None, metadata=_shown("Automatic mixed precision.", choices=AMP))
-    channels_last: bool = field(
-        default=False, metadata=_shown("Use the channels-last memory format, which tensor cores prefer.")
+    channels_last: bool | None = field(
+        default=None,
+        metadata=_shown("Channels-last memory format; defaults to convolutional models on a GPU alone.", flag=True),
     )
-    compile: bool = field(default=False, metadata=_shown("Run through torch.compile; not with layers or probes."))
+    compile: bool = field(
+        default=False, metadata=_shown("Run through torch.compile; not with layers or probes.", flag=True)
+    )
     dtype: str = field(
         default="float32",
         metadata=_shown("Type to store: float16, float32, or float64.", choices=DTYPES, metavar="TYPE"),
@@ -108,6 +115,9 @@ class ExtractionOptions:
 
     IN_DIGEST_IF_SET: ClassVar[frozenset[str]] = frozenset({"pool"})
     """Earlier versions did not have it."""
+
+    NONE_IN_DIGEST: ClassVar[Mapping[str, Any]] = {"channels_last": False}
+    """The defaults of earlier versions."""
 
     def __post_init__(self) -> None:
         if isinstance(self.probes, Iterable) and not isinstance(self.probes, str):

@@ -44,14 +44,15 @@ class Provenance:
     and their labels, so that a changed resize, crop, or normalization is noticed; ``preprocessing`` describes the
     transform, if it can be read. ``dataset`` is the name under which the data were first extracted. ``head``, ``amp``,
     ``channels_last``, ``compiled``, ``dtype``, and ``pool`` are the options of ``extract``; the name of a head that was
-    given is its digest. ``shard`` names the rows of the dataset in a file that is one of several. ``label_order`` is
-    the order of the labels if it is not the dataset's own, or the alphabetical one for folders. ``data_text`` opens the
-    dataset with relative paths starting from ``data_root``, if its rows are those of the set, in order; see
-    ``ood_scores.data.sources``. ``skipped`` lists the rows of the dataset that the set lacks because they cannot be
-    read, each with the reason. ``model`` is the name that ``load_model`` opened, and ``arguments`` are those of the
-    network that its weights do not show; both are None for other models. ``matmul_tf32`` and ``conv_tf32`` tell whether
-    matrix products and convolutions could use TF32; they are None on devices other than CUDA ones, and for information
-    only.
+    given is its digest. ``channels_last`` is None if the memory format was chosen for the device and the model; it then
+    affects rounding alone, as the device does, and the fingerprint does not tell it from False. ``shard`` names the
+    rows of the dataset in a file that is one of several. ``label_order`` is the order of the labels if it is not the
+    dataset's own, or the alphabetical one for folders. ``data_text`` opens the dataset with relative paths starting
+    from ``data_root``, if its rows are those of the set, in order; see ``ood_scores.data.sources``. ``skipped`` lists
+    the rows of the dataset that the set lacks because they cannot be read, each with the reason. ``model`` is the name
+    that ``load_model`` opened, and ``arguments`` are those of the network that its weights do not show; both are None
+    for other models. ``matmul_tf32`` and ``conv_tf32`` tell whether matrix products and convolutions could use TF32;
+    they are None on devices other than CUDA ones, and for information only.
     """
 
     architecture: str
@@ -67,7 +68,7 @@ class Provenance:
     preprocessing: str
     model_dtype: str
     amp: str | None
-    channels_last: bool
+    channels_last: bool | None
     compiled: bool
     dtype: str
     device: str

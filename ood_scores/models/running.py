@@ -107,19 +107,16 @@ def model_dtype(model: nn.Module, default: torch.dtype = torch.float32) -> torch
 
 
 @contextmanager
-def evaluating(
-    model: nn.Module, device: torch.device, differentiable: bool = False, channels_last: bool = False
-) -> Iterator[None]:
+def evaluating(model: nn.Module, device: torch.device, differentiable: bool = False) -> Iterator[None]:
     """Put a model in eval mode, on the device, and disable gradients.
 
-    Every module's mode, the device, and the memory format of the weights are restored afterwards.
+    Every module's mode and the device are restored afterwards.
 
     Args:
         model: the model.
         device: the device to run on.
         differentiable: whether tensors that the model returns can be used in computations with gradients; otherwise
             inference mode is used, which is faster, if the model runs in it.
-        channels_last: whether to use the channels-last memory format for the weights of convolutions.
     """
     home = model_device(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -129,7 +126,6 @@ def evaluating(
             model.to(device)
         with (
             _original_parts(model),
-            _laid_out(model, channels_last),
             _current(device),
             torch.inference_mode(not differentiable and all(map(_is_plain, model.parameters()))),
             torch.no_grad(),
@@ -163,18 +159,28 @@ def _original_parts(model: nn.Module) -> Iterator[None]:
             vars(module)["forward"] = compiled
 
 
+def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Whether a model is likely to run faster in the channels-last memory format: a convolutional one on a GPU.
+
+    Tensor cores read this format. A single convolution, as in a vision transformer, makes no model convolutional.
+    """
+    return device.type == "cuda" and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
+
+
 @contextmanager
-def _laid_out(model: nn.Module, channels_last: bool) -> Iterator[None]:
-    """Use the channels-last memory format for the weights of convolutions, if requested."""
-    weights = [weight for weight in model.parameters() if weight.ndim == 4 and channels_last]
+def laid_out(model: nn.Module, memory_format: torch.memory_format) -> Iterator[None]:
+    """Use a memory format for the weights of convolutions, and restore their own afterwards."""
+    weights = [weight for weight in model.parameters() if weight.ndim == 4]
     before = [weight.data for weight in weights]
-    for weight in weights:
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(False):
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=memory_format)
     try:
         yield
     finally:
-        for weight, data in zip(weights, before, strict=True):
-            weight.data = data
+        with torch.inference_mode(False):
+            for weight, data in zip(weights, before, strict=True):
+                weight.data = data
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ from typer.testing import CliRunner
 import ood_scores
 from ood_scores.cli import app
 from ood_scores.errors import BadInput, NotFinite, StaleCache
+from ood_scores.extraction import forward
 from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.extraction.writers import AHEAD, BackgroundWriter
 from ood_scores.features.finite import require_finite
 from ood_scores.features.storage import cache as caches
 from ood_scores.models.networks import cifar_resnet20
+from ood_scores.models.running import prefers_channels_last
 from ood_scores.transfers import Arriving, Transfers
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -334,6 +337,96 @@ def test_channels_last_requires_images() -> None:
         extract(nn.Linear(3, 5), [torch.zeros(4, 3)], channels_last=True)
 
 
+class Viewing(nn.Module):
+    """A convolutional network that views a map as vectors, which channels-last maps cannot be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.convs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+            self.fc = nn.Linear(32, 5)
+        self.accepted: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.convs(x).view(len(x), -1)
+        self.accepted.append(x.is_contiguous(memory_format=torch.channels_last))
+        return self.fc(features)
+
+
+class Reshaping(Viewing):
+    def forward(self, x: Tensor) -> Tensor:
+        self.accepted.append(x.is_contiguous(memory_format=torch.channels_last))
+        return self.fc(self.convs(x).flatten(1))
+
+
+@pytest.fixture
+def channels_last_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU prefer the format as a GPU does."""
+    rule = forward.prefers_channels_last
+    monkeypatch.setattr(forward, "prefers_channels_last", lambda model, _: rule(model, torch.device("cuda")))
+
+
+def test_convolutional_models_prefer_channels_last_on_a_gpu_alone() -> None:
+    models = {"convolutional": timm.create_model("cifar_resnet20"), "one": Network(), "none": nn.Linear(2, 3)}
+    models["transformer"] = timm.create_model("vit_tiny_patch16_224", depth=1)
+    preferring = {name for name, model in models.items() if prefers_channels_last(model, torch.device("cuda", 1))}
+    assert preferring == {"convolutional"}
+    assert not prefers_channels_last(models["convolutional"], torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("channels_last_pays")
+@pytest.mark.parametrize("kind", [Reshaping, Viewing])
+@pytest.mark.parametrize("options", [{}, {"layers": ["convs.0"], "probes": ["odin", "gradnorm"]}])
+def test_channels_last_is_the_default_where_the_model_accepts_it(kind: type[Viewing], options: dict[str, Any]) -> None:
+    model = kind()
+    before = [weight.data_ptr() for weight in model.parameters()]
+    options = options | {"device": "cpu"}
+    feats, plain = extract(model, **options), extract(kind(), channels_last=False, **options)
+    assert set(model.accepted) == {kind is Reshaping}
+    assert [weight.data_ptr() for weight in model.parameters()] == before
+    torch.testing.assert_close(feats.features, plain.features)
+    for name, values in plain.extras.items():
+        torch.testing.assert_close(feats.extras[name], values, atol=1e-5, rtol=1e-4)
+    model.fc(model.convs(IMAGES).flatten(1)).sum().backward()
+
+
+@pytest.mark.usefixtures("channels_last_pays")
+def test_a_model_that_refuses_channels_last_is_asked_once() -> None:
+    model = Viewing()
+    run, seen = forward.Forward(model), []
+    model.convs[0].register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    for _ in range(2):
+        run.feature_set(IMAGES)
+    assert (seen, model.accepted) == ([True, False, False], [False, False])
+    with pytest.raises(BadInput, match="cannot take a batch"):
+        extract(Viewing(), channels_last=True)
+
+
+@pytest.mark.usefixtures("channels_last_pays")
+def test_a_format_chosen_for_the_device_is_not_part_of_the_identity_of_a_cache(tmp_path: Path) -> None:
+    path = tmp_path / "cache.h5"
+    feats = extract(Reshaping(), None, path)
+    assert feats.provenance is not None
+    assert feats.provenance.channels_last is None
+    assert ExtractionOptions.of(feats.provenance).channels_last is None
+    for same in (None, False):
+        extract(reopened := Reshaping(), None, path, channels_last=same)
+        assert reopened.accepted == []
+    with pytest.raises(StaleCache, match="now model float32, autocast off, channels last, stored float32"):
+        extract(Reshaping(), None, path, channels_last=True)
+
+
+@pytest.mark.gpu
+def test_channels_last_is_the_default_of_convolutional_models_on_a_gpu() -> None:
+    for kind in (Reshaping, Viewing):
+        feats, plain = extract(model := kind(), device="cuda"), extract(kind(), device="cpu")
+        assert set(model.accepted) == {kind is Reshaping}
+        torch.testing.assert_close(feats.features, plain.features, atol=1e-3, rtol=1e-3)  # TF32
+
+
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
@@ -398,7 +491,11 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = tmp_path / "weights.safetensors"
     save_file(cifar_resnet20(num_classes=10).state_dict(), weights)
     words = ["extract", "cifar_resnet20", "digits", str(tmp_path / "c.h5"), "--checkpoint", str(weights)]
-    for flags, expected in ([], {}), (["--channels-last", "--compile"], {"channels_last": True, "compile": True}):
+    given_as = {
+        "--channels-last --compile": {"channels_last": True, "compile": True},
+        "--no-channels-last": {"channels_last": False},
+    }
+    for flags, expected in ([], {}), *((text.split(), options) for text, options in given_as.items()):
         given.clear()
         result = CliRunner().invoke(app, [*words, *flags])
         assert result.exit_code == 0, result.output
