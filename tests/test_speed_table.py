@@ -4,8 +4,8 @@ import json
 import math
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -97,8 +97,13 @@ def test_the_table_of_scorers_states_the_waits_of_all() -> None:
 # --- the day a GPU is there -------------------------------------------------------------------------------------------
 
 
-def figure(name: str) -> Figure:
-    return Figure(name, "counted", 1, "")
+SLEEP = "import time; time.sleep(60)"
+
+
+def printing(*names: str, then: str = "") -> list[str]:
+    """A command that prints figures, as a part of the day does."""
+    lines = [json.dumps(asdict(Figure(name, "counted", 1, ""))) for name in names]
+    return [sys.executable, "-c", f"for line in {lines!r}: print(line)\n{then}"]
 
 
 def names(folder: Path) -> list[str]:
@@ -108,43 +113,76 @@ def names(folder: Path) -> list[str]:
     return found
 
 
-def test_a_kill_leaves_what_was_measured_before(tmp_path: Path) -> None:
-    def lines() -> Iterator[Figure]:
-        yield figure("first")
-        yield figure("second")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    day = GpuDay(tmp_path, "a GPU")
-    assert exit_code_of_fork(lambda: day.section("killed", lines())) == -signal.SIGKILL
-    assert names(tmp_path) == ["first", "second"]
-    assert "second / counted / 1" in (tmp_path / "log.txt").read_text()
-
-
-def test_an_error_ends_its_section_alone(tmp_path: Path) -> None:
-    def lines() -> Iterator[Figure]:
-        yield figure("before")
-        raise ValueError("no such kernel")
-
-    day = GpuDay(tmp_path, "a GPU")
-    day.section("broken", lines())
-    day.section("whole", [figure("after")])
-    assert names(tmp_path) == ["before", "after"]
-    assert "broken: ValueError: no such kernel" in (tmp_path / "log.txt").read_text()
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The commands of a day of four parts; each has a quarter of the time."""
+    commands = {
+        "slow": printing("short", then=f"print('half a li', end=''); {SLEEP}"),
+        "broken": printing("before", then="raise ValueError('no such kernel')"),
+        "quick": printing("first", "second"),
+        "late": printing("last", then=f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"),
+    }
+    monkeypatch.setattr(gpu_day, "SHARES", dict.fromkeys(commands, 0.25))
+    return commands
 
 
-def test_sections_end_when_the_time_is_up(tmp_path: Path) -> None:
-    def lines() -> Iterator[Figure]:
-        yield figure("short")
-        time.sleep(60)
-        yield figure("long")
-
-    day = GpuDay(tmp_path, "a GPU", started=time.monotonic() - gpu_day.SECONDS + 1.2)
-    day.section("slow", lines())
-    day.section("late", [figure("late")])
-    assert names(tmp_path) == ["short"]
+def test_parts_are_cut_off_when_their_time_is_up_and_what_they_printed_is_kept(
+    parts: dict[str, list[str]], tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    GpuDay(tmp_path, "a GPU", seconds=4).run(parts)
+    assert 4 <= time.monotonic() - started < 6
+    assert names(tmp_path) == ["short", "before", "first", "second", "last"]
     log = (tmp_path / "log.txt").read_text()
-    assert "slow: not finished, the time is up" in log
-    assert "late: left out, the time is up" in log
+    assert "slow: cut off, see slow.txt" in log
+    assert "broken: exit status 1, see broken.txt" in log
+    assert "ValueError: no such kernel" in (tmp_path / "broken.txt").read_text()
+    assert "late: cut off" in log, "its share, and the time that was left"
+    assert "quick: " not in log
+    assert log.rstrip().endswith("5 lines")
+
+
+def test_no_time_at_all_leaves_an_empty_table(
+    parts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu_day, "SHARES", {"scoring": 0.5, "fits": 0.5})
+    main(["gpu", "--all", "--minutes", "0.001", "--out", str(tmp_path)])
+    torch.set_num_threads(threads)
+    assert records(tmp_path) == []
+    assert (tmp_path / "log.txt").read_text().count("cut off") == 2
+
+
+def test_the_shares_of_the_time_are_those_of_all_parts() -> None:
+    assert gpu_day.SHARES.keys() == gpu.SECTIONS.keys() | {"tests", "profile"}
+    assert sum(gpu_day.SHARES.values()) == pytest.approx(1)
+    assert gpu_day.MINUTES < 9
+
+
+@pytest.mark.parametrize("end", ["", SLEEP])
+def test_tests_are_counted_though_they_are_cut_off(end: str, tmp_path: Path) -> None:
+    words = ("test_a[x y] PASSED [ 10%]", "test_b FAILED [ 20%]", "test_c ERROR [ 30%]", "test_d SKIPPED [ 40%]")
+    lines = [*(f"tests/test_it.py::{text}" for text in words), "FAILED tests/test_it.py::test_b"]
+    command = [sys.executable, "-c", f"print({chr(10).join(lines)!r}); {end}"]
+    GpuDay(tmp_path, "a GPU", seconds=2).part("tests", command, time.monotonic() + (2 if end else 60))
+    failed, passed = records(tmp_path)
+    assert (failed["value"], failed["met"], passed["value"]) == (2, False, 1)
+    assert failed["how"] == ("pytest -m gpu, cut off" if end else "pytest -m gpu")
+
+
+def test_a_kill_leaves_what_was_measured_before(tmp_path: Path) -> None:
+    day = GpuDay(tmp_path, "a GPU", seconds=60)
+
+    def killed() -> None:
+        keep = day.keep
+        day.keep = lambda each: (keep(each), os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[method-assign,assignment,func-returns-value]
+        day.part("killed", printing("first", "second"), time.monotonic() + 60)
+
+    assert exit_code_of_fork(killed) == -signal.SIGKILL
+    assert names(tmp_path) == ["first"]
+    assert "first / counted / 1" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("status", [0, -signal.SIGSEGV])

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.all:
         if options.groups != ["gpu"] or not devices:
             parser.error("--all belongs to the group gpu, and needs a CUDA device")
-        gpu_day.run(options.out, options.scale, f"{devices['gpu']}, torch {torch.__version__}{smaller}")
+        measured_on = f"{devices['gpu']}, torch {torch.__version__}{smaller}"
+        gpu_day.run(options.out, options.scale, measured_on, options.minutes)
         return
     if options.groups[:1] == ["scorers"]:
         sizes = (options.fit_rows, options.rows, options.width, options.classes)
@@ -56,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default 2)")
     parser.add_argument(
-        "--all", action="store_true", help="with the group gpu: its tests and a profile too, in 9 minutes"
+        "--all", action="store_true", help="with the group gpu: its tests and a profile too, in --minutes"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=gpu_day.MINUTES, help=f"time for --all (default {gpu_day.MINUTES})"
     )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the rows to use (default 1)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the results")

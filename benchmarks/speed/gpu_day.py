@@ -1,50 +1,99 @@
 """Everything to measure while a GPU is there, in under nine minutes: ``python -m benchmarks.speed gpu --all``.
 
-The tests that need a GPU, the lines of the group ``gpu``, and a profile. ``results.json``, ``README.md``, and
-``log.txt`` are written after each line, so that what is done survives the loss of the rest. The lines that matter most
-come first; when the time is up, the rest is left out, and the log says what.
+The tests that need a GPU, the lines of the group ``gpu``, and a profile, those that matter most first. Each part is a
+process of its own, which is killed when the shares of the time up to its own have passed; time that a part leaves is
+that of the next ones. ``results.json``, ``README.md``, and ``log.txt`` are written after each line, so that what is
+done survives the loss of the rest; ``NAME.txt`` is what a part printed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from benchmarks.speed import table
-from benchmarks.speed.lines.gpu import SECTIONS, profile
 from benchmarks.speed.measure import Figure, Line
-from benchmarks.time_limit import TimeIsUp, time_limit
 
 ROOT = Path(__file__).parents[2]
 
-SECONDS = 520
-"""When to stop."""
+MINUTES = 8.6
+"""The time for all parts: nine minutes, less the start of this process."""
 
-TESTS_SECONDS = 120
-"""The most time for the tests."""
+TESTS = "tests"
+SHARES = {
+    TESTS: 0.22,
+    "scoring": 0.07,
+    "neighbors": 0.13,
+    "fits": 0.14,
+    "extraction": 0.15,
+    "detector": 0.08,
+    "profile": 0.05,
+    "training": 0.10,
+    "faiss": 0.06,
+}
+"""The parts in order, and their shares of the time."""
+
+POLL_SECONDS = 0.1
+AT_ONCE = os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
 @dataclass
 class GpuDay:
-    """What has been measured so far, and where it is written."""
+    """What has been measured so far, where it is written, and when to stop."""
 
     folder: Path
     measured_on: str
+    seconds: float
     started: float = field(default_factory=time.monotonic)
     found: list[Line | Figure] = field(default_factory=list)
 
-    @property
-    def left(self) -> float:
-        """The seconds that are left."""
-        return SECONDS - (time.monotonic() - self.started)
+    def run(self, commands: Mapping[str, list[str]]) -> None:
+        """Run the command of each part, for its share of the time and what earlier parts have left."""
+        self.say(f"on {self.measured_on}, {self.seconds:.0f} s")
+        self._write()
+        passed = 0.0
+        for name, share in SHARES.items():
+            passed += share
+            self.part(name, commands[name], self.started + passed * self.seconds)
+        self.say(f"{len(self.found)} lines")
+
+    def part(self, name: str, command: list[str], end: float) -> None:
+        """Keep the lines that a command prints as JSON, and kill it with its children at a time."""
+        self.say(f"{name}, until {end - self.started:.0f} s …")
+        output = self.folder / f"{name}.txt"
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=AT_ONCE, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            for text in _lines(output, process, end):
+                if text.startswith('{"name"'):
+                    self.keep(_line_or_figure(text))
+        finally:
+            status = process.poll()
+            if status is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(subprocess.TimeoutExpired):  # a process that waits for the driver may outlive it
+                    process.wait(timeout=2)
+        if name == TESTS:
+            self._keep_tests(output.read_text(), status)
+        if status != 0:
+            self.say(f"{name}: {'cut off' if status is None else f'exit status {status}'}, see {output.name}")
+
+    def keep(self, each: Line | Figure) -> None:
+        """Write a line with those before it."""
+        self.found.append(each)
+        self.say(table.in_words(self._write()[-1]))
 
     def say(self, text: str) -> None:
         """Print a text, and append it to the log, with the time."""
@@ -53,39 +102,40 @@ class GpuDay:
         with (self.folder / "log.txt").open("a") as log:
             log.write(line + "\n")
 
-    def keep(self, each: Line | Figure) -> None:
-        """Write a line with those before it."""
-        self.found.append(each)
-        records = table.update(self.folder, "gpu", self.found, self.measured_on, ["gpu"])
-        self.say(table.in_words(records[-1]))
+    def _write(self) -> list[table.Record]:
+        return table.update(self.folder, "gpu", self.found, self.measured_on, ["gpu"])
 
-    def section(self, name: str, lines: Iterable[Line | Figure]) -> None:
-        """Measure the lines of a section, unless the time is up; an error ends the section alone."""
-        if self.left < 1:
-            self.say(f"{name}: left out, the time is up")
-            return
-        self.say(f"{name} …")
-        try:
-            with time_limit(self.left):
-                for each in lines:
-                    self.keep(each)
-        except TimeIsUp:
-            self.say(f"{name}: not finished, the time is up")
-        except Exception as error:
-            self.say(f"{name}: {type(error).__name__}: {error}")
-        torch.cuda.empty_cache()
+    def _keep_tests(self, output: str, status: int | None) -> None:
+        """Count the tests that have passed and failed so far."""
+        outcomes = Counter(re.findall(r"^tests/\S+::.* (PASSED|FAILED|ERROR)\b", output, re.MULTILINE))
+        how = "pytest -m gpu" if status is not None else "pytest -m gpu, cut off"
+        failed = outcomes["FAILED"] + outcomes["ERROR"] + (status not in (0, 1, None))
+        self.keep(Figure("Tests that need a GPU and fail", how, failed, "", most=0))
+        self.keep(Figure("Tests that need a GPU and pass", how, outcomes["PASSED"], "", least=1))
 
 
-def run(folder: Path, scale: float, measured_on: str) -> None:
+def _lines(path: Path, process: subprocess.Popen[bytes], end: float) -> Iterator[str]:
+    """Yield the lines of a file as a process writes them, until it has ended or the time has come."""
+    rest = ""
+    with path.open() as file:
+        running = True
+        while running:
+            running = process.poll() is None and time.monotonic() < end
+            *lines, rest = (rest + file.read()).split("\n")
+            yield from lines
+            time.sleep(POLL_SECONDS * running)
+
+
+def _line_or_figure(text: str) -> Line | Figure:
+    fields = json.loads(text)
+    return Line(**fields) if "baseline" in fields else Figure(**fields)
+
+
+def run(folder: Path, scale: float, measured_on: str, minutes: float) -> None:
     """Run the tests, measure all lines, and profile an extraction, as time allows."""
-    day = GpuDay(folder, measured_on)
-    day.say(f"on {measured_on}, {SECONDS} s, into {folder}")
-    day.section("tests", _tests(day))
-    for name, lines in SECTIONS.items():
-        if name == "training":
-            day.section("profile", _profile(day, scale))
-        day.section(name, lines(scale))
-    day.say(f"{len(day.found)} lines")
+    part = [sys.executable, "-m", "benchmarks.speed.gpu_part"]
+    commands = {name: [*part, name, str(scale), str(folder.absolute())] for name in SHARES}
+    GpuDay(folder, measured_on, 60 * minutes).run(commands | {TESTS: gpu_tests()})
 
 
 def gpu_tests() -> list[str]:
@@ -94,27 +144,5 @@ def gpu_tests() -> list[str]:
     Only their files are collected: others take time, and may need packages that a machine with a GPU lacks.
     """
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options = ["-v", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     return [sys.executable, "-m", "pytest", *options, *files]
-
-
-def _tests(day: GpuDay) -> Iterator[Figure]:
-    at_once = os.environ | {"PYTHONUNBUFFERED": "1"}  # tests that are done are shown if the time is up
-    seconds = min(TESTS_SECONDS, day.left)
-    try:
-        done = subprocess.run(gpu_tests(), cwd=ROOT, env=at_once, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        day.say((output.decode() if isinstance(output, bytes) else output)[-2000:])
-        day.say(f"tests: not finished after {error.timeout:.0f} s")
-        return
-    day.say(done.stdout[-4000:] + done.stderr[-1000:])
-    failed = done.stdout.count("\nFAILED ") + done.stdout.count("\nERROR ") + (done.returncode not in (0, 1))
-    passed = re.search(r"(\d+) passed", done.stdout)
-    yield Figure("Tests that need a GPU and fail", "pytest -m gpu", failed, "", most=0)
-    yield Figure("Tests that need a GPU and pass", "pytest -m gpu", int(passed[1]) if passed else 0, "", least=1)
-
-
-def _profile(day: GpuDay, scale: float) -> Iterator[Figure]:
-    day.say("\n" + profile(scale, day.folder))
-    yield from ()

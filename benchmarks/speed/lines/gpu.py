@@ -39,11 +39,15 @@ def _resnet50() -> nn.Module:
     return timm.create_model("resnet50").eval().cuda().to(memory_format=torch.channels_last)
 
 
+def _pixels(scale: float) -> int:
+    return 224 if scale == 1 else 64
+
+
 def extraction(scale: float) -> Iterator[Line]:
     """Measure ``extract`` to HDF5 on copies of one batch, so that loading images takes no time."""
     model = _resnet50()
-    size, count = scaled(scale, BATCH), scaled(scale, BATCHES, least=2)
-    pinned = torch.randn(size, 3, 224, 224).to(memory_format=torch.channels_last).pin_memory()
+    size, count, pixels = scaled(scale, BATCH), scaled(scale, BATCHES, least=2), _pixels(scale)
+    pinned = torch.randn(size, 3, pixels, pixels).to(memory_format=torch.channels_last).pin_memory()
     there = pinned.cuda()
 
     def bare_loop() -> None:
@@ -54,7 +58,7 @@ def extraction(scale: float) -> Iterator[Line]:
     for batch, where, asked in ((there, "on the device", 0.95), (pinned, "streamed from pinned memory", 0.90)):
         with tempfile.TemporaryDirectory() as folder:
             yield paired(
-                f"extract to HDF5 on a GPU, ResNet-50, 224 px, bf16, channels last, {count} x {size} images {where}",
+                f"extract to HDF5 on a GPU, ResNet-50, {pixels} px, bf16, channels last, {count} x {size} {where}",
                 partial(_extract, model, [batch] * count, Path(folder) / "cache.h5"),
                 "bare forward loop of images on the device",
                 bare_loop,
@@ -155,7 +159,8 @@ def detector(scale: float) -> Iterator[Line]:
     """Measure ``Detector.predict`` on images in device memory against the model alone."""
     model = _resnet50()
     size = scaled(scale, BATCH, least=2)
-    images = torch.randn(size, 3, 224, 224, device="cuda")
+    pixels = _pixels(scale)
+    images = torch.randn(size, 3, pixels, pixels, device="cuda")
     features = torch.rand(scaled(scale, 10_000, least=2000), WIDTH)
     classifier: Any = model.get_submodule("fc")
     head = ood_scores.Head(classifier.weight.detach().cpu(), classifier.bias.detach().cpu())
@@ -168,7 +173,7 @@ def detector(scale: float) -> Iterator[Line]:
     for scorer in ("energy", "gradnorm", "knn"):
         found = ood_scores.calibrate(scorer, model, fit=feats[::2], id=feats[1::2], device="cuda")
         yield paired(
-            f"Detector.predict with {scorer} on a GPU, ResNet-50, 224 px, batch {size}",
+            f"Detector.predict with {scorer} on a GPU, ResNet-50, {pixels} px, batch {size}",
             partial(found.predict, images),
             "bare model",
             bare,
@@ -201,7 +206,8 @@ def profile(scale: float, folder: Path) -> str:
     from torch.profiler import profile as profiled
 
     model = _resnet50()
-    batches = [torch.randn(scaled(scale, BATCH, least=2), 3, 224, 224).pin_memory()] * 5
+    pixels = _pixels(scale)
+    batches = [torch.randn(scaled(scale, BATCH, least=2), 3, pixels, pixels).pin_memory()] * 5
     with tempfile.TemporaryDirectory() as caches:
         run = partial(_extract, model, batches, Path(caches) / "cache.h5")
         timed(run)
