@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from ood_scores.cli import completion, options
 from ood_scores.cli.benchmark import document, show_not_run
 from ood_scores.cli.printing import answer, console, stoppable
+from ood_scores.cli.tables import only_model, published_table
 from ood_scores.errors import UnknownName
 from ood_scores.registry import unknown
 from ood_scores.terminal import marked
@@ -22,7 +20,7 @@ from ood_scores.terminal import marked
 if TYPE_CHECKING:
     from ood_scores.benchmark import Results, Spec
     from ood_scores.benchmark.figures.page import WrittenFigure
-    from ood_scores.benchmark.report.comparison import Compared, ComparisonTable
+    from ood_scores.benchmark.report.comparison import ComparisonTable
 
 PAPERS = Path("benchmarks/papers")
 
@@ -117,8 +115,9 @@ def _show(
     """Print each published table with our numbers below the published ones, what did not run, and the figures."""
     screen = console()
     for table in tables:
-        screen.print(f"\n[bold]{marked(table.source)}[/] [dim]{marked(table.part)}; published / ours[/]")
-        screen.print(_table(table))
+        of = " · ".join(["", table.part, *only_model(table)])
+        screen.print(f"\n[bold]{marked(table.source)}[/][dim]{marked(of)}; published / ours[/]", soft_wrap=True)
+        screen.print(published_table(table))
     show_not_run(screen, results.not_run)
     folder = page.parent if page else Path()
     for figure in figures:
@@ -127,17 +126,3 @@ def _show(
         screen.print(place if figure.picture else lacks, soft_wrap=True)
     if page:
         screen.print(f"[green]✓[/] all figures [bold]{marked(page)}[/]", soft_wrap=True)
-
-
-def _table(table: ComparisonTable) -> Table:
-    shown = Table("model", "scorer", "metric", *table.columns, box=SIMPLE_HEAD, pad_edge=False)
-    for row in table.rows:
-        shown.add_row(*map(Text, (row.model, row.scorer, row.metric)), *map(_cell, row.cells))
-    return shown
-
-
-def _cell(cell: Compared | None) -> Text:
-    if cell is None:
-        return Text("")
-    ours = (cell.ours, "bold") if cell.difference else ("–", "dim")
-    return Text.assemble(cell.published, " / ", ours)

@@ -14,6 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ood_scores.benchmark.report.comparison import Compared, ComparisonTable
     from ood_scores.evaluation.metrics import Metric
 
 CELL = 5
@@ -137,3 +138,30 @@ def _column(values: Iterable[float], metric: Metric, width: int) -> list[Text]:
     best = max(values) if metric.higher_is_better else min(values)
     texts = [number(metric.scale * value, metric.percent).rjust(width) for value in values]
     return [Text(text, style="bold green" if value == best else "") for text, value in zip(texts, values, strict=True)]
+
+
+def only_model(table: ComparisonTable) -> list[str]:
+    """Return the model that all rows have in common, which has no column of its own; [] if there are several."""
+    models = {row.model for row in table.rows}
+    return list(models) if len(models) == 1 else []
+
+
+def published_table(table: ComparisonTable) -> Table:
+    """Return a table of published numbers and ours; a narrow terminal wraps cells and metrics, but not names."""
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    names = ["scorer"] if only_model(table) else ["model", "scorer"]
+    for name in names:
+        shown.add_column(name, no_wrap=True)
+    shown.add_column("metric", min_width=max(len(word) for row in table.rows for word in row.metric.split()))
+    for column in table.columns:
+        shown.add_column(column, min_width=len(column))
+    for row in table.rows:
+        shown.add_row(*(Text(getattr(row, name)) for name in names), Text(row.metric), *map(_cell, row.cells))
+    return shown
+
+
+def _cell(cell: Compared | None) -> Text:
+    if cell is None:
+        return Text("")
+    ours = (cell.ours, "bold") if cell.difference else ("–", "dim")
+    return Text.assemble(cell.published, " / ", ours)
