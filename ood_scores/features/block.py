@@ -134,8 +134,10 @@ class Block:
     @property
     def device(self) -> torch.device:
         """The device of the columns."""
-        columns = (self._features, self._logits, *self.extras.values())
-        return next((each.device for each in columns if each is not None and each.is_floating_point()), CPU)
+        for values in (self._features, self._logits, *self.extras.values()):
+            if values is not None and values.is_floating_point():
+                return values.device
+        return CPU
 
     def happens(self, rows: Tensor) -> bool:
         """Whether a condition that is rare holds for any row, bool ``[B]``, so that a scorer has to treat some apart.

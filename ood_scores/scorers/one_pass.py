@@ -145,12 +145,13 @@ def score_all(
     shares = _shared(costs, groups)
     if spent is not None:
         spent += shares
-    for row, scorer, cost in zip(scores, scorers, shares, strict=True):
+    found = list(scores.unbind())
+    for row, scorer, cost in zip(found, scorers, shares, strict=True):
         tell_cost(f"scoring {len(feats):,} rows with {scorer.name}", cost)
         if math.isnan(row.sum()) and row.isnan().any():  # a sum is the cheaper pass
             first = int(row.isnan().nonzero()[0])
             raise NotFinite(f"{scorer.name!r} returned NaN for finite inputs, first for row {first}.")
-    return list(scores)
+    return found
 
 
 def _scored_together(scorers: Sequence[Scorer]) -> list[list[int]]:
