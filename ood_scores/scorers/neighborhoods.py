@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from ood_scores.features.layer_set import LayerSet
 from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
-from ood_scores.scorers.neighbors import KNN
+from ood_scores.scorers.neighbors import KNN, search_together
+from ood_scores.scorers.numerics.exact_search import Wanted
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.scorers.work import Sizes, Work, search_of
@@ -75,8 +76,8 @@ class LID(KNN):
         super().__post_init__()
         self.require(self.k > 1, f"k must be at least 2, got {self.k}")
 
-    def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
-        distances = self.distances(rows, candidates).sort(dim=1).values[:, : self.k]
+    def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
+        distances = self.distances(rows, found).sort(dim=1).values[:, : self.k]
         known = distances.clamp_min(SMALLEST).log()
         logs = (known[:, -1:] - known).mean(dim=1).clamp_min(SMALLEST)
         return torch.where(distances[:, -1] > SMALLEST, -1 / logs, 0)
@@ -105,7 +106,7 @@ class DkNN(Scorer):
             ``extract(layers=...)`` keeps.
         normalize: L2-normalize features in the fit and in the score.
 
-    Cost: that of ``knn`` for each layer.
+    Cost: that of ``knn`` for each layer; on the features alone, shared with ``knn`` if both are scored in one pass.
     """
 
     tags = Tags(
@@ -146,12 +147,32 @@ class DkNN(Scorer):
             bank.fit(feats if name == "features" else LayerSet(feats, name))
             self.banks_.append(bank)
 
+    def scored_with(self) -> Hashable:
+        return self.banks_[0].scored_with() if self.needs == ("features",) else None
+
+    def score_together(self, block: Block, scorers: Sequence[Scorer]) -> list[Tensor]:
+        return search_together(block, scorers)
+
+    def request(self, block: Block) -> Wanted:
+        return self.banks_[0].request()
+
+    def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
+        return self._largest_share(self._labels_of(self.banks_[0], rows, found))
+
     def score_block(self, block: Block) -> Tensor:
-        classes = int(self.labels_.max()) + 1
-        counts = torch.zeros(len(block), classes, dtype=torch.float64, device=block.device)
+        labels = []
         for name, bank in zip(self.needs, self.banks_, strict=True):
             if name != "features":
                 read_extra(block, name, self.name)
-            nearest = bank.search(block.space(name, self.normalize))[:, : self.k]
-            counts.scatter_add_(1, self.labels_[nearest], counts.new_ones(nearest.shape))
-        return counts.amax(dim=1) / (self.k * len(self.banks_))
+            rows = block.space(name, self.normalize)
+            labels.append(self._labels_of(bank, rows, bank.search(rows)))
+        return self._largest_share(torch.cat(labels, dim=1))
+
+    def _labels_of(self, bank: KNN, rows: Tensor, found: Tensor) -> Tensor:
+        """The labels ``[B, k]`` of the nearest of the candidates that were found in a bank."""
+        return self.labels_[bank.nearest(rows, found)]
+
+    def _largest_share(self, labels: Tensor) -> Tensor:
+        counts = torch.zeros(len(labels), int(self.labels_.max()) + 1, dtype=torch.float64, device=labels.device)
+        counts.scatter_add_(1, labels, counts.new_ones(labels.shape))
+        return counts.amax(dim=1) / labels.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ood_scores.features.statistics.row_samples import Energies, Rows
 from ood_scores.optional_packages import installed
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.distances import squared_distances
-from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
+from ood_scores.scorers.numerics.exact_search import Summed, Wanted, search_unit_rows
 from ood_scores.scorers.numerics.faiss_index import faiss_library, index_of_bytes, kept_index, trained_index
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -44,6 +44,37 @@ GRAPH_ROWS = 50_000
 """The largest bank of fit rows that fits into an exported graph."""
 
 
+class Searcher(Protocol):
+    """A scorer that reads inner products with a bank of unit rows, which several of one pass may share."""
+
+    def request(self, block: Block) -> Wanted | Summed | None:
+        """The request to a search of the bank; None if products in float32 do not suffice for the block."""
+
+    def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
+        """The scores ``[B]``, from what was found for the normalized rows, float64 ``[B, D]``."""
+
+    def score_block(self, block: Block) -> Tensor:
+        """The scores ``[B]`` from products of its own."""
+
+
+def search_together(block: Block, scorers: Sequence[Scorer]) -> list[Tensor]:
+    """The scores of searchers of one bank of unit rows, whose products with the block are computed once."""
+    searchers = cast("Sequence[Searcher]", scorers)
+    rows = block.space("features", True)
+    requests = [scorer.request(block) for scorer in searchers]
+    shared = [each for each in requests if each]
+    found = iter(search_unit_rows(rows.float(), shared) if shared else ())
+    return [
+        scorer.judge(block, rows, next(found)) if asked else scorer.score_block(block)
+        for scorer, asked in zip(searchers, requests, strict=True)
+    ]
+
+
+def same_bank(bank: Tensor) -> Hashable:
+    """The key of ``Scorer.scored_with`` for searchers of a bank."""
+    return "bank", bank.data_ptr(), tuple(bank.shape)
+
+
 @dataclass
 class _BankScorer(Scorer):
     """Base class of ``knn`` and ``nnguide``: a float32 search of the bank finds candidates, judged in float64.
@@ -64,8 +95,8 @@ class _BankScorer(Scorer):
         """The request of this scorer to a search of the normalized bank."""
 
     @abstractmethod
-    def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
-        """The scores, from the candidates' numbers."""
+    def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
+        """The scores, from the numbers of the candidates."""
 
     def why_no_graph(self) -> str | None:
         return super().why_no_graph() or why_no_graph_of(getattr(self, "bank_", None))
@@ -74,7 +105,7 @@ class _BankScorer(Scorer):
         return search_of(getattr(self, "share", 1.0) * sizes.fit_rows, sizes.rows, sizes.features)
 
     def scored_with(self) -> Hashable:
-        return "bank", self.bank_.data_ptr(), tuple(self.bank_.shape)
+        return same_bank(self.bank_)
 
     @abstractmethod
     def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:
@@ -87,12 +118,9 @@ class _BankScorer(Scorer):
         return self.judge(block, rows, self.search(rows))
 
     def score_together(self, block: Block, scorers: Sequence[Scorer]) -> list[Tensor]:
-        together = [scorer for scorer in scorers if isinstance(scorer, _BankScorer)]
-        rows = block.space("features", True)
-        found = search_unit_rows(rows.float(), [scorer._remembered_wanted() for scorer in together])
-        return [scorer.judge(block, rows, candidates) for scorer, candidates in zip(together, found, strict=True)]
+        return search_together(block, scorers)
 
-    def _remembered_wanted(self) -> Wanted:
+    def request(self, block: Block | None = None) -> Wanted:
         """``wanted()`` of this bank, whose ranking is computed once."""
         known: tuple[Tensor, Wanted] | None = getattr(self, "_asked", None)
         if known is None or known[0] is not self.bank_:
@@ -133,8 +161,8 @@ class KNN(_BankScorer):
             drawn by their number.
         seed: The seed of the draw.
 
-    Cost: one inner product with each bank row for each row, shared with ``nnguide`` if both are scored in one pass; ``4
-    D`` bytes for each bank row, twice that if faiss searches.
+    Cost: one inner product with each bank row for each row, shared with ``nnguide``, ``dknn``, and ``relation`` if they
+    are scored in one pass; ``4 D`` bytes for each bank row, twice that if faiss searches.
     """
 
     tags = Tags(
@@ -203,7 +231,7 @@ class KNN(_BankScorer):
 
     def search(self, rows: Tensor) -> Tensor:
         if self.index == "Flat" and not _is_left_to_faiss(rows):
-            return search_unit_rows(rows.float(), [self._remembered_wanted()])[0]
+            return search_unit_rows(rows.float(), [self.request()])[0]
         self._index = self._index if getattr(self, "_index", None) else trained_index(self.index, self.bank_)
         count = self.wanted().count if self.index == "Flat" else self.k
         _, found = self._index.search(rows.float().cpu().contiguous().numpy(), count)
@@ -213,14 +241,24 @@ class KNN(_BankScorer):
             )
         return torch.from_numpy(found).to(rows.device)
 
-    def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
+    def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
         first = max(0, self.k - 1 - AROUND) if self.index == "Flat" else self.k - 1
-        distances = self.distances(rows, candidates[:, first:]).sort(dim=1).values[:, self.k - 1 - first]
+        distances = self.distances(rows, found[:, first:]).sort(dim=1).values[:, self.k - 1 - first]
         close = distances < CLOSE * row_norm(rows, 2.0)
         if self.index == "Flat" and block.happens(close):
             kth = kth_neighbors(rows[close], self.bank_, self.k)
             distances[close] = self.distances(rows[close], kth[:, None])[:, 0]
         return -distances
+
+    def nearest(self, rows: Tensor, found: Tensor) -> Tensor:
+        """The numbers of the k nearest ``[B, k]`` of the candidates, of which those about the k-th are compared in
+        float64; their order means nothing."""
+        first = max(0, self.k - 1 - AROUND)
+        sure, doubtful = found[:, :first], found[:, first:]
+        if doubtful.shape[1] > self.k - first:
+            nearer = self.distances(rows, doubtful).topk(self.k - first, dim=1, largest=False).indices
+            doubtful = doubtful.gather(1, nearer)
+        return torch.cat([sure, doubtful], dim=1)
 
     def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:
         nearest = squared_distances(rows, bank).topk(self.k, dim=1, largest=False).values
@@ -288,8 +326,8 @@ class NNGuide(_BankScorer):
         share: The share of the fit rows that make up the bank, drawn by their number.
         seed: The seed of the draw.
 
-    Cost: one inner product with each bank row for each row, shared with ``knn`` if both are scored in one pass; ``4 D``
-    bytes for each bank row, twice that if faiss searches.
+    Cost: one inner product with each bank row for each row, shared with ``knn``, ``dknn``, and ``relation`` if they are
+    scored in one pass; ``4 D`` bytes for each bank row, twice that if faiss searches.
     """
 
     tags = Tags(
@@ -338,13 +376,13 @@ class NNGuide(_BankScorer):
 
     def search(self, rows: Tensor) -> Tensor:
         if not _is_left_to_faiss(rows):
-            return search_unit_rows(rows.float(), [self._remembered_wanted()])[0]
+            return search_unit_rows(rows.float(), [self.request()])[0]
         self._index = self._index if getattr(self, "_index", None) else self._build_index()
         return torch.from_numpy(self._index.search(rows.float().contiguous().numpy(), self.wanted().count)[1])
 
-    def judge(self, block: Block, rows: Tensor, candidates: Tensor) -> Tensor:
-        products = torch.stack([(rows * self.bank_[column]).sum(dim=1) for column in candidates.unbind(dim=1)], dim=1)
-        guidance = (products * self.energies_[candidates]).topk(self.k, dim=1).values.mean(dim=1)
+    def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
+        products = torch.stack([(rows * self.bank_[column]).sum(dim=1) for column in found.unbind(dim=1)], dim=1)
+        guidance = (products * self.energies_[found]).topk(self.k, dim=1).values.mean(dim=1)
         return block.logsumexp() * guidance
 
     def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:

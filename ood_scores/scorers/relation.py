@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.row_samples import Probabilities, Rows
 from ood_scores.scorers.base import Scorer, fitted
-from ood_scores.scorers.neighbors import CACHED_ROWS, why_no_graph_of
+from ood_scores.scorers.neighbors import same_bank, search_together, why_no_graph_of
+from ood_scores.scorers.numerics.exact_search import Summed, search_unit_rows
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.scorers.work import Sizes, Work, search_of
 
 BANK_PIECE = 4096
-"""Number of bank rows that a block is compared with at a time."""
+"""Number of bank rows that a block is compared with at a time, a multiple of ``GROUP`` of the search."""
 
 
 @register_scorer("relation")
@@ -45,7 +48,8 @@ class Relation(Scorer):
         seed: The seed of the draw.
 
     Cost: one inner product of features and one of probabilities with each bank row for each row, in the precision in
-    which the columns are stored; ``4 (D + C)`` bytes for each bank row.
+    which the columns are stored; in float32, the former is shared with ``knn``, ``nnguide``, and ``dknn`` if they are
+    scored in one pass. ``4 (D + C)`` bytes for each bank row.
     """
 
     tags = Tags(
@@ -92,21 +96,37 @@ class Relation(Scorer):
     def why_no_graph(self) -> str | None:
         return super().why_no_graph() or why_no_graph_of(getattr(self, "bank_", None))
 
+    def scored_with(self) -> Hashable:
+        return same_bank(self.bank_)
+
+    def score_together(self, block: Block, scorers: Sequence[Scorer]) -> list[Tensor]:
+        return search_together(block, scorers)
+
+    def request(self, block: Block) -> Summed | None:
+        return self._summed(block) if block.features.dtype == torch.float32 else None
+
+    def _summed(self, block: Block) -> Summed:
+        softmax = block.softmax().to(block.features)
+
+        def terms(cosines: Tensor, rows: slice, of_bank: slice) -> Tensor:
+            pieces = zip(cosines.split(BANK_PIECE, dim=1), self.probabilities_[of_bank].split(BANK_PIECE), strict=True)
+            return torch.stack([self._sums(piece, softmax[rows], shares.to(softmax)) for piece, shares in pieces]).sum(
+                0
+            )
+
+        return Summed(self.bank_, terms)
+
+    def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
+        return found
+
     def score_block(self, block: Block) -> Tensor:
-        rows = block.unit_features()
-        softmax = block.softmax().to(rows)
-        pieces = zip(self.bank_.split(BANK_PIECE), self.probabilities_.split(BANK_PIECE), strict=True)
-        sums = [self._sums(rows, softmax, features.to(rows), shares.to(rows)) for features, shares in pieces]
-        return torch.stack(sums).sum(dim=0)
+        rows = block.space("features", True).to(block.features.dtype)
+        if torch.compiler.is_compiling():
+            return self._sums(rows @ self.bank_.to(rows).T, block.softmax().to(rows), self.probabilities_.to(rows))
+        (found,) = search_unit_rows(rows, [self._summed(block)], bank_at_a_time=BANK_PIECE)
+        return found
 
-    def _sums(self, rows: Tensor, softmax: Tensor, features: Tensor, shares: Tensor) -> Tensor:
-        """The sum of the relations to some rows of the bank, float64 ``[B]``; on a CPU, for some rows at a time."""
-        if torch.compiler.is_compiling() or rows.device.type != "cpu":
-            return self._sum(rows, softmax, features, shares)
-        parts = zip(rows.split(CACHED_ROWS), softmax.split(CACHED_ROWS), strict=True)
-        return torch.cat([self._sum(*part, features, shares) for part in parts])
-
-    def _sum(self, rows: Tensor, softmax: Tensor, features: Tensor, shares: Tensor) -> Tensor:
-        relations = (rows @ features.T).clamp_min_(0).mul_(softmax @ shares.T)
-        relations = relations.where(relations > self.threshold, 0)
+    def _sums(self, cosines: Tensor, softmax: Tensor, shares: Tensor) -> Tensor:
+        """The sums of the relations to some rows of the bank, float64 ``[B]``."""
+        relations = threshold((softmax @ shares.T).mul_(cosines), self.threshold, 0.0)  # of a negative cosine too
         return (relations if self.power == 1 else relations.pow(self.power)).sum(dim=1, dtype=torch.float64)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from classified import CLASSES, FIT, FIT_LOGITS, LOGITS, ROWS, TRAIN, Array, labels_of_fit, ours
 from scipy.spatial.distance import cdist
 
 from ood_scores import FeatureSet, create_scorer
 from ood_scores.errors import BadInput
+from ood_scores.scorers.one_pass import score_all
 
 
 def unit(rows: Array) -> Array:
@@ -60,6 +62,34 @@ def test_dknn_ranks_rows_as_credibility_does() -> None:
     assert len(np.unique(credibility)) > 3
     better = found[:, None] > found
     assert (credibility[:, None] >= credibility)[better].all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scorers_of_one_bank_share_its_products(dtype: type) -> None:
+    together = [
+        create_scorer("dknn", k=20),
+        create_scorer("knn", k=5),
+        create_scorer("lid", k=20, normalize=True),
+        create_scorer("nnguide"),
+        create_scorer("relation"),
+        create_scorer("relation", power=2.0),
+    ]
+    feats = FeatureSet(ROWS.astype(dtype), LOGITS.astype(dtype))
+    alone = [scorer.fit(FIT_SET).score(feats) for scorer in together]
+    assert len({scorer.scored_with() for scorer in together}) == 1
+    for found, expected in zip(score_all(together, feats), alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    layers = create_scorer("dknn", k=20, layers=("features", "a")).fit(FIT_SET)
+    assert layers.scored_with() is None
+
+
+def test_dknn_decides_between_neighbors_at_nearly_the_same_distance_in_float64() -> None:
+    """The distances of the third and the fourth neighbor differ by less than the rounding of float32 products."""
+    angles = torch.tensor([0.1, 0.2, 0.300001, 0.3, 0.31, 2.0], dtype=torch.float64)
+    rows = torch.stack([angles.cos(), angles.sin()], dim=1)
+    fit = FeatureSet(rows, labels=torch.tensor([0, 0, 1, 0, 1, 1]))
+    found = create_scorer("dknn", k=3).fit(fit).score(FeatureSet(torch.tensor([[1.0, 0.0]])))
+    assert found.tolist() == [1.0]
 
 
 def test_messages() -> None:

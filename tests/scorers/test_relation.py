@@ -33,7 +33,7 @@ def test_relation_to_a_share_of_the_rows() -> None:
 
 def test_relation_in_pieces_of_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ours("relation")
-    monkeypatch.setattr(relation, "BANK_PIECE", 17)
+    monkeypatch.setattr(relation, "BANK_PIECE", 64)
     np.testing.assert_allclose(ours("relation"), whole, rtol=1e-12)
 
 

@@ -1,9 +1,9 @@
-"""Exact search of one bank of unit rows for several scorers: inner products with the bank are computed only once."""
+"""Exact search of one bank of unit rows, and sums over it, for several scorers: inner products are computed once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,60 +48,97 @@ class Wanted:
         ).float() / 2
 
 
+@dataclass(frozen=True, eq=False)
+class Summed:
+    """A request for sums over all bank rows.
+
+    ``terms(products, rows, of_bank)`` returns the sums ``[b]``, float64, over some bank rows. The ``products`` ``[b,
+    n]``, which must not be changed, are those of the rows in the slice ``rows`` with the bank rows in ``of_bank``.
+    """
+
+    bank: Tensor
+    terms: Callable[[Tensor, slice, slice], Tensor]
+
+
 def search_unit_rows(
-    rows: Tensor, wanted: Sequence[Wanted], rows_at_a_time: int | None = None, bank_at_a_time: int = SEARCH_BANK
+    rows: Tensor,
+    requests: Sequence[Wanted | Summed],
+    rows_at_a_time: int | None = None,
+    bank_at_a_time: int = SEARCH_BANK,
 ) -> list[Tensor]:
-    """Return, for each request, the indices of its bank rows ``[B, count]``, best first, on the device of the rows.
+    """Return what is requested, on the device of the rows: indices of bank rows ``[B, count]``, best first, or sums
+    ``[B]``.
 
     The search is exact up to the rounding of the products.
 
     Args:
         rows: normalized rows ``[B, D]``, float32; rows of zeros are allowed.
-        wanted: the requests, all for the same bank, which may be on the CPU if it is too large for the device.
+        requests: the requests, all for the same bank, which may be on the CPU if it is too large for the device.
         rows_at_a_time: the number of rows in one step; by default ``SEARCH_ROWS``, or ``DEVICE_ROWS`` on a device.
         bank_at_a_time: the number of bank rows in one step, a multiple of ``GROUP``.
     """
-    bank, rankings = wanted[0].bank, [want.ranking for want in wanted]
+    bank = requests[0].bank
+    wanted = [each for each in requests if isinstance(each, Wanted)]
+    summed = {each: rows.new_zeros(len(rows), dtype=torch.float64) for each in requests if isinstance(each, Summed)}
     rows_at_a_time = rows_at_a_time or (SEARCH_ROWS if rows.device.type == "cpu" else DEVICE_ROWS)
-    found = [rows.new_empty(len(rows), want.count, dtype=torch.int64) for want in wanted]
+    found = {want: rows.new_empty(len(rows), want.count, dtype=torch.int64) for want in wanted}
     space = rows.new_empty(min(rows_at_a_time, len(rows)) * min(bank_at_a_time, len(bank) + -len(bank) % GROUP))
     for first in range(0, len(rows), rows_at_a_time):
-        part = rows[first : first + rows_at_a_time]
+        here = slice(first, min(first + rows_at_a_time, len(rows)))
+        part = rows[here]
         best = [(part.new_empty(len(part), 0), part.new_empty(len(part), 0, dtype=torch.int64)) for _ in wanted]
         for start in range(0, len(bank), bank_at_a_time):
-            stop = min(start + bank_at_a_time, len(bank))
-            here = [(weights[start:stop].to(part), added[start:stop].to(part)) for weights, added in rankings]
-            pieces = _search_piece(part, bank[start:stop].to(part), here, [want.count for want in wanted], space)
+            piece = _Piece(part, bank, slice(start, min(start + bank_at_a_time, len(bank))), space, wanted)
+            for of_bank, products in piece.products():
+                for each, sums in summed.items():
+                    sums[here] += each.terms(products, here, of_bank)
             best = [
                 (torch.cat([values, more], dim=1), torch.cat([numbers, places + start], dim=1))
-                for (values, numbers), (more, places) in zip(best, pieces, strict=True)
+                for (values, numbers), (more, places) in zip(best, piece.largest(), strict=True)
             ]
-        for numbers, (values, places), want in zip(found, best, wanted, strict=True):
-            numbers[first : first + len(part)] = places.gather(1, values.topk(want.count, dim=1).indices)
-    return found
+        for want, (values, places) in zip(wanted, best, strict=True):
+            found[want][here] = places.gather(1, values.topk(want.count, dim=1).indices)
+    return [found[each] if isinstance(each, Wanted) else summed[each] for each in requests]
 
 
-def _search_piece(
-    rows: Tensor, bank: Tensor, rankings: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int], space: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each ranking, the largest values ``[B, <= count]`` and their indices; write products to ``space``."""
-    over = -len(bank) % GROUP
-    width = len(bank) + over
-    grouped = [(pad(weights, (0, over)), pad(added, (0, over), value=-math.inf)) for weights, added in rankings]
-    products = space[: len(rows) * width].view(len(rows), width)
-    products[:, len(bank) :] = 0
-    maxima = [rows.new_empty(len(rows), width // GROUP) for _ in rankings]
-    at_a_time = SUB_BANK if rows.device.type == "cpu" else width
-    for start in range(0, width, at_a_time):
-        stop = min(start + at_a_time, width)
-        torch.mm(rows, bank[start:stop].T, out=products[:, start : min(stop, len(bank))])
-        for largest, (weights, added) in zip(maxima, grouped, strict=True):
-            ranked = torch.addcmul(added[start:stop], products[:, start:stop], weights[start:stop])
-            torch.amax(ranked.unflatten(1, (-1, GROUP)), dim=2, out=largest[:, start // GROUP : stop // GROUP])
-    return [
-        _largest(products, *ranking, largest, min(count, len(bank)))
-        for ranking, largest, count in zip(grouped, maxima, counts, strict=True)
-    ]
+class _Piece:
+    """The inner products of some rows with a piece of the bank, written to ``space``, and the largest of each ranking.
+
+    ``products`` computes them, as many at a time as a CPU's caches hold; ``largest`` then returns the values ``[B, <=
+    count]`` of each ranking, and their places.
+    """
+
+    def __init__(self, rows: Tensor, bank: Tensor, piece: slice, space: Tensor, wanted: Sequence[Wanted]) -> None:
+        self._rows, self._start, self._bank = rows, piece.start, bank[piece].to(rows)
+        self._counts = [min(want.count, len(self._bank)) for want in wanted]
+        over = -len(self._bank) % GROUP
+        width = len(self._bank) + over
+        rankings = [(weights[piece].to(rows), added[piece].to(rows)) for weights, added in (w.ranking for w in wanted)]
+        self._rankings = [
+            (pad(weights, (0, over)), pad(added, (0, over), value=-math.inf)) for weights, added in rankings
+        ]
+        self._products = space[: len(rows) * width].view(len(rows), width)
+        self._products[:, len(self._bank) :] = 0
+        self._maxima = [rows.new_empty(len(rows), width // GROUP) for _ in wanted]
+
+    def products(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some bank rows, as a slice, and the products ``[B, n]`` with them, until all are computed."""
+        width = self._products.shape[1]
+        at_a_time = SUB_BANK if self._rows.device.type == "cpu" else width
+        for start in range(0, width, at_a_time):
+            stop, last = min(start + at_a_time, width), min(start + at_a_time, len(self._bank))
+            products = self._products[:, start:last]
+            torch.mm(self._rows, self._bank[start:last].T, out=products)
+            for largest, (weights, added) in zip(self._maxima, self._rankings, strict=True):
+                ranked = torch.addcmul(added[start:stop], self._products[:, start:stop], weights[start:stop])
+                torch.amax(ranked.unflatten(1, (-1, GROUP)), dim=2, out=largest[:, start // GROUP : stop // GROUP])
+            yield slice(self._start + start, self._start + last), products
+
+    def largest(self) -> list[tuple[Tensor, Tensor]]:
+        return [
+            _largest(self._products, *ranking, maxima, count)
+            for ranking, maxima, count in zip(self._rankings, self._maxima, self._counts, strict=True)
+        ]
 
 
 def _largest(products: Tensor, weights: Tensor, added: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
