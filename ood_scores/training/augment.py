@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from PIL import Image
@@ -134,8 +135,7 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     safe = torch.where(spread == 0, 1, spread)
     from_green = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     hue = torch.where(value == red, (green - blue) / safe, from_green) + 6 * turn
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).reshape(1, 3, 1, 1)
-    sector = (hue + offsets) % 6
+    sector = (hue + _channels((5.0, 3.0, 1.0), images.device)) % 6
     return value - value * saturation * torch.minimum(sector, 4 - sector).clamp(0, 1)
 
 
@@ -168,8 +168,13 @@ def _share(images: Tensor, share: float, generator: Generator) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
-    weights = torch.tensor(GRAY, device=images.device).reshape(1, 3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True)
+    return (images * _channels(GRAY, images.device)).sum(dim=1, keepdim=True)
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a value for each channel, ``[1, C, 1, 1]``, on a device, where it is copied once."""
+    return torch.tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:

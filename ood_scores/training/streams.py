@@ -48,8 +48,7 @@ class HeldImages:
         return len(self.images)
 
     def batches(self, rows: Sequence[Tensor], seeds: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in rows:
-            chosen = batch.to(self.images.device)
+        for chosen in _sent_at_once(rows, self.images.device):
             yield self.images[chosen], self.labels[chosen]
 
 
@@ -72,8 +71,16 @@ class LoadedImages:
         )
         pinned = self.device.type == "cuda"
         loader = DataLoader(self.images, batch_sampler=keys, num_workers=self.workers, pin_memory=pinned)
-        for batch, images in zip(rows, from_workers(loader), strict=True):
-            yield images.to(self.device, non_blocking=True), self.labels[batch].to(self.device, non_blocking=True)
+        labels = _sent_at_once([self.labels[batch] for batch in rows], self.device)
+        for images, own in zip(from_workers(loader), labels, strict=True):
+            yield images.to(self.device, non_blocking=True), own
+
+
+def _sent_at_once(vectors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Return vectors on a device; a copy for each one would let the host wait for every step."""
+    if not vectors:
+        return []
+    return torch.cat(list(vectors)).to(device).split([len(each) for each in vectors])
 
 
 class OpenedImages(Dataset[Tensor]):

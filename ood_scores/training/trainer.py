@@ -239,7 +239,7 @@ class Run:
             weight = len(labels) * self.who.count / (len(whole) * self.objective.views)
             sums = train_step(self.step, self.head, self.optimizer, images, labels, ood, weight)
             terms = [len(labels) * self.objective.terms[name] for name in self.objective.term_names]
-            self.sums += torch.stack([*sums, sums.new_tensor(len(labels)), *terms])
+            self.sums += torch.stack([*sums, sums.new_full((), len(labels)), *terms])
             losses.append(sums[0])
             self.log.step()
             last = step + 1 == len(rows)
