@@ -73,7 +73,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ood_scores(folder: Path, *words: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[bytes]:
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": paths}
     return subprocess.run(
         [sys.executable, "-m", "ood_scores", *words], cwd=folder, env=environment, capture_output=True, check=False
     )

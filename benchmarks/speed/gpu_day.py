@@ -21,13 +21,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.speed import table
+from benchmarks.speed import STARTED, table
 from benchmarks.speed.measure import Figure, Line
 
 ROOT = Path(__file__).parents[2]
 
-MINUTES = 8.6
-"""The time for all parts: nine minutes, less the start of this process."""
+MINUTES = 8.8
+"""The time for everything, from the start of this process: nine minutes, less the end of the last part."""
 
 TESTS = "tests"
 SHARES = {
@@ -132,10 +132,10 @@ def _line_or_figure(text: str) -> Line | Figure:
 
 
 def run(folder: Path, scale: float, measured_on: str, minutes: float) -> None:
-    """Run the tests, measure all lines, and profile an extraction, as time allows."""
+    """Run the tests, measure all lines, and profile an extraction, as the time from the start of the process allows."""
     part = [sys.executable, "-m", "benchmarks.speed.gpu_part"]
     commands = {name: [*part, name, str(scale), str(folder.absolute())] for name in SHARES}
-    GpuDay(folder, measured_on, 60 * minutes).run(commands | {TESTS: gpu_tests()})
+    GpuDay(folder, measured_on, 60 * minutes, STARTED).run(commands | {TESTS: gpu_tests()})
 
 
 def gpu_tests() -> list[str]:
