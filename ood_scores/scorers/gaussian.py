@@ -146,7 +146,8 @@ class MahalanobisODIN(Mahalanobis):
     a file.
 
     Fails where the step does not suit the data: its authors tune it on OoD data. On near OoD, it fails as
-    ``mahalanobis`` does.
+    ``mahalanobis`` does (AUROC 0.61 of a ResNet-20 with 1,000 fit rows, CIFAR-10 against CIFAR-100, after 0.59 without
+    the step; 0.85 after 0.84 against textures).
 
     Args:
         normalize: L2-normalize features in the fit and in the score.
@@ -259,7 +260,7 @@ class WDiscOOD(_TiedGaussians):
 
     Fails where the fit set is the training set and its rows are much nearer to their means than unseen ID rows; with
     more classes than features, nothing is left of the space for the second part. On near OoD, that part outweighs the
-    first (AUROC 0.55 of a ResNet-20 with 1,000 fit rows, CIFAR-10 against CIFAR-100; 0.86 against textures).
+    first (AUROC 0.54 of a ResNet-20 with 1,000 fit rows, CIFAR-10 against CIFAR-100; 0.82 against textures).
 
     Args:
         normalize: L2-normalize features in the fit and in the score.

@@ -40,7 +40,9 @@ class LID(KNN):
     rows has dimension 0; a dimension is at most 1e12.
 
     Fails where OoD rows lie far from all fit rows: these then seem to lie at nearly the same distance, but so do ID
-    rows in many dimensions; and for rows of the fit set, which are their own neighbors.
+    rows in many dimensions; and for rows of the fit set, which are their own neighbors. Distances alone say more
+    (AUROC 0.68 of a ResNet-20 with 1,000 fit rows, CIFAR-10 against CIFAR-100, where knn reaches 0.85; 0.74 and 0.94
+    against textures; chance on ImageNet, fitted on 500 rows).
 
     Args:
         k: The number of neighbors.
@@ -97,8 +99,9 @@ class DkNN(Scorer):
     the best candidate; it ranks rows as this share does, except that it may make more of them equal, so that no
     calibration rows are needed. Cosine distance and k = 75 are theirs; the search is exact, while theirs uses hashing.
 
-    Fails to tell many rows apart: there are only ``k L`` scores, and most ID rows have the highest. OoD rows nearer to
-    one class than to all others score as ID rows do, however far away they are.
+    Fails to tell many rows apart: there are only ``k L`` scores, and many ID rows have the highest (about half of
+    CIFAR-10, of a ResNet-20 with 1,000 fit rows; AUROC 0.85 against CIFAR-100, 0.86 against textures, where knn reaches
+    0.94). OoD rows nearer to one class than to all others score as ID rows do, however far away they are.
 
     Args:
         k: The number of neighbors.

@@ -89,7 +89,7 @@ def test_messages(proxy: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"name a dataset, mixup:proxy=folder:PHOTOS"):
         extracted("mixup")
     with pytest.raises(MissingData, match="there is no"):
-        Mixup(proxy=f"folder:{tmp_path}/none")
+        extracted(Mixup(proxy=f"folder:{tmp_path}/none"))
     np.savez(tmp_path / "large.npz", images=PROXIES.repeat(2, axis=1))
     with pytest.raises(BadInput, match=r"become inputs of shape \[3, 12, 6\], those of the loader have \[3, 6, 6\]"):
         extracted(Mixup(proxy=f"npz:{tmp_path}/large.npz"))

@@ -47,6 +47,9 @@ def test_pages_have_the_rows_of_the_tables_of_real_images() -> None:
     text = scorer_pages.page(scorer_class("energy"))
     assert text.count("place ") == sum(row.startswith("| `energy` |") for row in rows)
     assert f"{energy}\n" in text
+    text = scorer_pages.page(scorer_class("gradient_classifier"))
+    assert "**ImageNet: Scores that run the model again, EfficientNet-Lite0**: place " in text
+    assert "| `gradient_classifier` (experimental) |" in text
 
 
 def test_public_names_and_signatures_are_those_of_the_committed_list() -> None:

@@ -103,7 +103,9 @@ class AdaSCALEA(_AdaSCALE):
     positive activations is scaled by e; at least one activation is taken of each share.
 
     Fails where the fit set is the training set and perturbations move its features less than those of unseen ID rows,
-    and on features of both signs, for which s1 is not informative.
+    and on features of both signs, for which s1 is not informative. With 1,000 fit rows on a ResNet-20, its AUROC is
+    0.64 for CIFAR-10 against CIFAR-100, and that of ``adascale_l`` 0.70, where the energy reaches 0.88; on ImageNet,
+    they lead the scores that run the model again with 0.94 and 0.95.
 
     Args:
         low: The percentile of a row that moves more than all fit rows, in [0, 1).
