@@ -68,16 +68,19 @@ def metric_tables(values: pd.DataFrame, width: int, experimental: Container[str]
         experimental: Scorers to mark with a star.
     """
     names = [f"{name}*" if name in experimental else str(name) for name in values.index]
-    titles = list(dict.fromkeys(column[0] for column in values.columns))
-    groups = {title: _group(values[[column for column in values.columns if column[0] == title]]) for title in titles}
-    widths = {title: max(header.cell_len for header in groups[title][0].split()) + 2 for title in titles}
-    for part in _fitting(widths, width - max(map(len, names)) - 2):
+    width -= max(map(len, names)) + 2
+    titles = dict.fromkeys(column[0] for column in values.columns)
+    runs = [
+        run for title in titles for run in _runs(values[[each for each in values.columns if each[0] == title]], width)
+    ]
+    for part in _fitting(list(map(_width, runs)), width):
+        groups = [_group(runs[number]) for number in part]
         table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
         table.add_column("", no_wrap=True, style="cyan")
-        for title in part:
-            table.add_column(groups[title][0], no_wrap=True)
+        for heading, _ in groups:
+            table.add_column(heading, no_wrap=True)
         for row, name in enumerate(names):
-            table.add_row(Text(name), *(groups[title][1][row] for title in part))
+            table.add_row(Text(name), *(cells[row] for _, cells in groups))
         yield table
 
 
@@ -90,15 +93,29 @@ def legend(metrics: Iterable[Metric], experimental: Collection[str] = ()) -> str
     return " ".join([f"{unit}, best in bold.", *(f"{each.title}: {each.legend}." for each in metrics), *star])
 
 
-def _fitting(widths: dict[str, int], width: int) -> Iterator[list[str]]:
-    """Split the titles into runs with a total width of at most ``width``, or of a single title."""
-    part: list[str] = []
-    for title in widths:
-        if part and sum(widths[other] for other in (*part, title)) > width:
+def _fitting(widths: Sequence[int], width: int) -> Iterator[list[int]]:
+    """Split the numbers of groups into runs with a total width of at most ``width``, or of a single group."""
+    part: list[int] = []
+    for number, own in enumerate(widths):
+        if part and sum(widths[other] for other in part) + own > width:
             yield part
             part = []
-        part.append(title)
+        part.append(number)
     yield part
+
+
+def _runs(columns: pd.DataFrame, width: int) -> Iterator[pd.DataFrame]:
+    """Split the columns of a title into groups of at most ``width``, or of a single metric."""
+    first = 0
+    for last in range(1, columns.shape[1]):
+        if _width(columns.iloc[:, first : last + 1]) > width:
+            yield columns.iloc[:, first:last]
+            first = last
+    yield columns.iloc[:, first:]
+
+
+def _width(columns: pd.DataFrame) -> int:
+    return max(line.cell_len for line in _group(columns)[0].split()) + 2
 
 
 def _group(columns: pd.DataFrame) -> tuple[Text, list[Text]]:

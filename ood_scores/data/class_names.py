@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ from PIL import Image
 from ood_scores.atomic import read_text
 from ood_scores.data.images import ImageDataset, SameRows
 from ood_scores.data.long_tail import labels_of
-from ood_scores.errors import BadInput
+from ood_scores.errors import BadInput, BadLabels
 
 WORDNET_ID = re.compile(r"(n\d{8})\s+(.+)")
 """A line such as ``n01440764 tench, Tinca tinca``."""
@@ -63,7 +64,8 @@ def renumbered(dataset: ImageDataset, classes: Sequence[str], source: object = "
     ``n01440764 tench, Tinca tinca``, the WordNet id and each synonym are names, too, if no other class has them.
 
     Args:
-        dataset: a dataset that knows the names of its classes, such as the names of folders.
+        dataset: a dataset. If it does not know the names of its classes, as arrays of labels do not, its labels are
+            numbers in the list already, which names them.
         classes: the names, in the order of the numbers.
         source: what error messages call the list.
 
@@ -71,11 +73,11 @@ def renumbered(dataset: ImageDataset, classes: Sequence[str], source: object = "
         The dataset itself if its labels are in this order already.
 
     Raises:
-        BadInput: if the names of the dataset's classes are unknown, or some are not in the list.
+        BadInput: if some of the dataset's classes are not in the list, or it has no labels.
     """
     names = dataset.class_names
     if names is None:
-        raise BadInput(f"the names of the classes of {dataset.name} are unknown: leave out classes=.")
+        return _named(dataset, classes, source)
     found = numbers_of(names, classes)
     missing = [name for name in names if name not in found]
     if missing:
@@ -87,6 +89,22 @@ def renumbered(dataset: ImageDataset, classes: Sequence[str], source: object = "
         )
     numbers = np.array([found[name] for name in names], dtype=np.int64)
     return dataset if (numbers == np.arange(len(names))).all() else RenumberedImages(dataset, numbers, classes)
+
+
+def _named(dataset: ImageDataset, classes: Sequence[str], source: object) -> ImageDataset:
+    """Return a dataset whose labels are numbers in a list of classes, with these names."""
+    try:
+        largest = int(labels_of(dataset).max(initial=-1))
+    except BadLabels as error:
+        raise BadInput(f"the images of {dataset.name} have no labels: leave out classes=.") from error
+    if largest >= len(classes):
+        raise BadInput(
+            f"{dataset.name} has the label {largest}, but {source} has {len(classes)} names: list a name for each "
+            "number from 0, in the order of the model."
+        )
+    named = copy.copy(dataset)
+    named.class_names = tuple(classes)
+    return named
 
 
 def numbers_of(names: Iterable[str], classes: Sequence[str]) -> dict[str, int]:

@@ -29,6 +29,7 @@ from ood_scores.data.catalog import CATALOG
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import OodScoresError
+from ood_scores.evaluation.metrics import METRICS
 from ood_scores.features import FeatureSet, Head
 from ood_scores.scorers import create_scorer
 from ood_scores.scorers.registry import scorer_class
@@ -333,6 +334,16 @@ def test_evaluate_command_shows_and_writes_the_metrics_asked_for(caches: dict[st
     assert "there is no metric 'oscar' (did you mean 'oscr'?)" in " ".join(
         refused(*words, "--metrics", "oscar").split()
     )
+
+
+def test_tables_of_many_metrics_fit_into_a_terminal(caches: dict[str, Path]) -> None:
+    asked = [metric for metric in METRICS.values() if metric.on_request]
+    words = ["--id", caches["id"], "--ood", caches["near"], "--scorer", "energy", "--metrics"]
+    output = ok("evaluate", *words, ",".join(metric.name for metric in asked), columns=80)
+    heads = [line for line in output.splitlines() if not line.endswith(".")]
+    assert "…" not in output
+    assert len([line for line in heads if line.strip().startswith("energy")]) > 1
+    assert all(any(f" {metric.label} " in f"{line} " for line in heads) for metric in asked)
 
 
 def test_evaluate_command_names_scorers_that_cannot_run(caches: dict[str, Path], tmp_path: Path) -> None:

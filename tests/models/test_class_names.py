@@ -94,6 +94,19 @@ def test_a_cache_with_labels_in_textual_order_is_refused(tmp_path: Path) -> None
         extract(open_dataset("folder:set", root=tmp_path).label_order)
 
 
+def test_classes_option_names_labels_that_are_numbers(tmp_path: Path) -> None:
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "some.npz", images=images, labels=[2, 0, 1, 2])
+    (tmp_path / "names.txt").write_text("ant\ncow\ndog\n")
+    dataset = open_dataset("npz:some.npz?classes=names.txt&rows=1:", root=tmp_path)
+    assert dataset.class_names == ("ant", "cow", "dog")
+    assert (labels_of(dataset).tolist(), dataset.label_order) == ([0, 1, 2], None)
+    assert open_dataset("npz:some.npz", root=tmp_path).class_names is None
+    np.savez(tmp_path / "more.npz", images=images, labels=[2, 0, 3, 2])
+    with pytest.raises(BadInput, match=r"more has the label 3, but .*names\.txt has 3 names"):
+        open_dataset("npz:more.npz?classes=names.txt", root=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -125,7 +138,7 @@ def test_classes_option_errors(tmp_path: Path) -> None:
         open_dataset("folder:set?classes=names.txt", root=tmp_path)
     with pytest.raises(MissingData, match=r"there is no file .*none\.txt with the names of classes"):
         open_dataset("folder:set?classes=none.txt", root=tmp_path)
-    with pytest.raises(BadInput, match="the names of the classes of uniform_noise are unknown: leave out"):
+    with pytest.raises(BadInput, match="the images of uniform_noise have no labels: leave out classes="):
         open_dataset("noise:uniform?classes=names.txt", root=tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.json").write_text("[")
