@@ -22,6 +22,9 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.user_warnings import warn_user
 
+ROUNDED = 4.0
+"""Deviations of features of up to so many units of their last digit are rounding alone."""
+
 AMPLIFIED = 3e5
 """Float32 features are whitened in float32 unless whitening multiplies the length of deviations by more than this."""
 
@@ -54,7 +57,8 @@ class Mahalanobis(_TiedGaussians):
 
     Source: Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
     Attacks", on penultimate features, without input perturbation. Directions in which the fit data do not vary (a
-    singular covariance) are left out, as with a pseudo-inverse.
+    singular covariance) are left out, as with a pseudo-inverse. So is the one in which the features of a LayerNorm vary
+    by rounding alone (``tied_whitening``).
 
     Fails on near OoD: most of the distance is in directions that do not separate the classes (Ren et al. 2021).
 
@@ -82,7 +86,7 @@ class Mahalanobis(_TiedGaussians):
         moments = found[self.statistics()[0]]
         means = moments.means[classes_present(moments.counts, self.name)]
         self.centre_ = means.mean(dim=0)
-        self.whitening_ = whitening(moments.scatter / moments.counts.sum())
+        self.whitening_ = tied_whitening(moments, feats)
         self.means_ = (means - self.centre_) @ self.whitening_
         self.double_ = amplifies(self.whitening_, moments)
 
@@ -225,7 +229,7 @@ class RelativeMahalanobis(_TiedGaussians):
         moments = found[self.statistics()[0]]
         present = classes_present(moments.counts, self.name)
         means, weights = moments.means[present], moments.counts[present] / moments.counts.sum().double()
-        root = whitening(moments.scatter / moments.counts.sum())
+        root = tied_whitening(moments, feats)
         self.mean_ = weights @ means
         centered = (means - self.mean_) @ root
         _, deviations, axes = torch.linalg.svd(weights.sqrt()[:, None] * centered, full_matrices=False)
@@ -303,7 +307,7 @@ class WDiscOOD(_TiedGaussians):
         present = classes_present(moments.counts, self.name)
         means, shares = moments.means[present], moments.counts[present] / moments.counts.sum().double()
         self.mean_ = shares @ means
-        self.whitening_ = whitening(moments.scatter / moments.counts.sum())
+        self.whitening_ = tied_whitening(moments, feats)
         centered = (means - self.mean_) @ self.whitening_
         _, deviations, axes = torch.linalg.svd(centered, full_matrices=False)
         differing = deviations > torch.finfo(deviations.dtype).eps * max(centered.shape) * deviations.amax()
@@ -340,16 +344,32 @@ def rows_of(block: Block, normalize: bool, double: bool) -> Tensor:
     return block.unit_features() if normalize else block.features
 
 
-def whitening(covariance: Tensor) -> Tensor:
-    """W ``[D, K]`` such that ``W W^T`` is the inverse of the covariance, or its pseudo-inverse (K < D) if singular."""
+def tied_whitening(moments: Moments, feats: FeatureSet) -> Tensor:
+    """Return the ``whitening`` of the pooled covariance, without directions that rounding alone fills.
+
+    The features that a LayerNorm returns lie in a hyperplane, from which rounding moves them by about one unit of the
+    last digit. If this direction were kept, scores would depend on the device, the batch size, and the runtime.
+    """
+    rows, width = moments.counts.sum(), moments.means.shape[1]
+    squares = moments.scatter.trace() + moments.counts.double() @ moments.means.square().sum(dim=1)
+    digit = torch.finfo(torch.promote_types(feats.columns["features"].dtype, torch.float32)).eps
+    return whitening(moments.scatter / rows, noise=float((ROUNDED * digit) ** 2 * squares / (rows * width)))
+
+
+def whitening(covariance: Tensor, noise: float = 0.0) -> Tensor:
+    """W ``[D, K]`` such that ``W W^T`` is the inverse of the covariance, or its pseudo-inverse (K < D) if singular.
+
+    Directions whose variance is at most ``noise`` are left out, too.
+    """
     cholesky, failed = torch.linalg.cholesky_ex(covariance)
     diagonal = cholesky.diagonal()
     smallest = torch.finfo(covariance.dtype).eps * len(covariance)
-    if not failed and (diagonal.amin() / diagonal.amax()).square() > smallest:
+    is_regular = not failed and bool((diagonal.amin() / diagonal.amax()).square() > smallest)
+    if is_regular and (diagonal.amin() > len(covariance) * noise**0.5 or torch.linalg.eigvalsh(covariance)[0] > noise):
         identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
         return torch.linalg.solve_triangular(cholesky, identity, upper=False).T
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > smallest * values.amax()
+    kept = values > max(smallest * float(values.amax()), noise)
     if not kept.any():
         raise BadInput("the features do not vary within any class and have no covariance: fit on more rows.")
     return vectors[:, kept] / values[kept].sqrt()

@@ -296,6 +296,41 @@ def test_whitening_is_a_root_of_the_inverse() -> None:
     torch.testing.assert_close(singular @ singular.T, torch.linalg.pinv(covariance, hermitian=True))
 
 
+def normalized_rows(rows: int, seed: int) -> torch.Tensor:
+    """What a LayerNorm returns: rows in a hyperplane, up to rounding."""
+    norm = torch.nn.LayerNorm(24)
+    rng = torch.Generator().manual_seed(0)
+    norm.weight.data, norm.bias.data = 1 + 0.3 * torch.randn(24, generator=rng), torch.randn(24, generator=rng)
+    values = 2 * torch.randn(rows, 24, generator=torch.Generator().manual_seed(seed))
+    return norm(values).detach()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "mahalanobis_pp", "relative_mahalanobis", "wdiscood"])
+def test_the_rounding_of_a_layer_norm_does_not_count(name: str) -> None:
+    rows, labels = normalized_rows(400, 1), torch.arange(400) % CLASSES
+    fit = FeatureSet(rows, torch.eye(CLASSES)[labels], labels)
+    test = normalized_rows(50, 2)
+    moved = torch.nextafter(test, torch.full_like(test, torch.inf))  # as another device may round
+    found, again = (score(name, FeatureSet(each, torch.zeros(50, CLASSES)), fit=fit) for each in (test, moved))
+    torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_whitening_leaves_out_rounding_alone() -> None:
+    rows, labels = normalized_rows(400, 1), torch.arange(400) % CLASSES
+    logits = torch.eye(CLASSES)[labels]
+    kept = create_scorer("mahalanobis").fit(FeatureSet(rows, logits, labels)).whitening_
+    assert kept.shape == (24, 23)
+    exact = rows.double()
+    exact[:, 0] += 1e-6 * torch.randn(400, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert create_scorer("mahalanobis").fit(FeatureSet(exact, logits, labels)).whitening_.shape == (24, 24)
+    ordinary = train(width=24)
+    pooled = create_scorer("mahalanobis").fit(ordinary).whitening_
+    moments = [values(ordinary)[ordinary.labels == c] for c in range(CLASSES)]
+    covariance = sum((each - each.mean(axis=0)).T @ (each - each.mean(axis=0)) for each in moments) / len(ordinary)
+    torch.testing.assert_close(pooled @ pooled.T, torch.from_numpy(np.linalg.inv(covariance)))
+    assert not pooled.tril(-1).any()  # the Cholesky factor, as without the limit
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
 @pytest.mark.parametrize("rank", [5, 3])
 def test_whitened_is_the_product_with_the_root(size: int, rank: int) -> None:
@@ -336,12 +371,12 @@ def test_solved_squares_are_as_accurate_as_substitution(condition: float, size: 
 
 @pytest.mark.parametrize("name", ["mahalanobis", "relative_mahalanobis"])
 def test_a_nearly_singular_covariance_is_whitened_in_float64(name: str) -> None:
-    """One direction is 1e-7 times as wide as the others: in float32, rounding would fill it with noise."""
+    """One direction is 3e-6 times as wide as the others: in float32, rounding would fill it with noise."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(400) % 4
     rows = torch.randn(400, 12, generator=generator, dtype=torch.float64) + labels[:, None]
     turned = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
-    features = ((rows * torch.tensor([1e-7, *[1.0] * 11])) @ turned).float()
+    features = ((rows * torch.tensor([3e-6, *[1.0] * 11])) @ turned).float()
     feats = FeatureSet(features, labels=labels)
     scorer = create_scorer(name).fit(feats)
     in_double = (
