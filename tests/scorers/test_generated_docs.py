@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -24,6 +25,13 @@ NAMES = [name for name in list_scorers() if scorer_class(name).__module__.starts
 @pytest.mark.parametrize("page", SCRIPT["PARTS"])
 def test_pages_are_up_to_date(page: str) -> None:
     assert (ROOT / page).read_text() == SCRIPT["generated"](page), "run python docs/generate.py"
+
+
+def test_each_page_is_in_one_place_of_the_navigation() -> None:
+    trees = re.findall(r"```{toctree}\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
+    pages = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    assert [page for page in set(pages) if pages.count(page) > 1] == []
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} <= set(pages)
 
 
 @pytest.mark.parametrize("name", NAMES)
