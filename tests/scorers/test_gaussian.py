@@ -302,7 +302,8 @@ def normalized_rows(rows: int, seed: int) -> torch.Tensor:
     rng = torch.Generator().manual_seed(0)
     norm.weight.data, norm.bias.data = 1 + 0.3 * torch.randn(24, generator=rng), torch.randn(24, generator=rng)
     values = 2 * torch.randn(rows, 24, generator=torch.Generator().manual_seed(seed))
-    return norm(values).detach()  # type: ignore[no-any-return]
+    found: torch.Tensor = norm(values).detach()
+    return found
 
 
 @pytest.mark.parametrize("name", ["mahalanobis", "mahalanobis_pp", "relative_mahalanobis", "wdiscood"])
@@ -315,18 +316,23 @@ def test_the_rounding_of_a_layer_norm_does_not_count(name: str) -> None:
     torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-5)
 
 
+def fitted_whitening(fit: FeatureSet) -> torch.Tensor:
+    scorer = Mahalanobis()
+    scorer.fit(fit)
+    return scorer.whitening_
+
+
 def test_tied_whitening_leaves_out_rounding_alone() -> None:
     rows, labels = normalized_rows(400, 1), torch.arange(400) % CLASSES
     logits = torch.eye(CLASSES)[labels]
-    kept = create_scorer("mahalanobis").fit(FeatureSet(rows, logits, labels)).whitening_
-    assert kept.shape == (24, 23)
+    assert fitted_whitening(FeatureSet(rows, logits, labels)).shape == (24, 23)
     exact = rows.double()
     exact[:, 0] += 1e-6 * torch.randn(400, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    assert create_scorer("mahalanobis").fit(FeatureSet(exact, logits, labels)).whitening_.shape == (24, 24)
+    assert fitted_whitening(FeatureSet(exact, logits, labels)).shape == (24, 24)
     ordinary = train(width=24)
-    pooled = create_scorer("mahalanobis").fit(ordinary).whitening_
-    moments = [values(ordinary)[ordinary.labels == c] for c in range(CLASSES)]
-    covariance = sum((each - each.mean(axis=0)).T @ (each - each.mean(axis=0)) for each in moments) / len(ordinary)
+    pooled = fitted_whitening(ordinary)
+    centered = np.concatenate([each - each.mean(axis=0) for each in groups(values(ordinary), ordinary)])
+    covariance = centered.T @ centered / len(ordinary)
     torch.testing.assert_close(pooled @ pooled.T, torch.from_numpy(np.linalg.inv(covariance)))
     assert not pooled.tril(-1).any()  # the Cholesky factor, as without the limit
 
