@@ -22,8 +22,10 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.compatibility import require_same_weights
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present
-from ood_scores.scorers.neighbors import kth_neighbors, why_no_graph_of
+from ood_scores.scorers.neighbors import why_no_graph_of
 from ood_scores.scorers.numerics.distances import squared_distances
+from ood_scores.scorers.numerics.exact_search import lengths_of
+from ood_scores.scorers.numerics.nearest import nearest_neighbors
 from ood_scores.scorers.papers import HUANG_2021
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
@@ -295,7 +297,8 @@ class GROOD(Scorer):
             number for each feature. With None, it is the mean of the class prototypes.
 
     Cost: distances to C + 1 prototypes; with ``by="nearest"``, an inner product with each row of the fit set, in
-    float64, and ``4 D`` bytes for each of them.
+    float32, and also in float64 for the rows whose nearest one that does not decide; ``4 D`` bytes for each row of the
+    fit set.
     """
 
     tags = Tags(
@@ -326,7 +329,7 @@ class GROOD(Scorer):
         if self.by == "norm":
             return Work()
         found = search_of(sizes.fit_rows, sizes.rows, sizes.features)
-        return Work(2 * found.operations, found.memory / 2)  # in float64
+        return Work(found.operations, found.memory / 2)
 
     def statistics(self) -> tuple[Means]:
         return (Means("features", "label"),)
@@ -344,7 +347,7 @@ class GROOD(Scorer):
         log_share, direction = self._gradient(block)
         if self.bank_ is None:
             return -log_share - direction.abs().sum(dim=1).clamp_min(1).log()
-        return -self._nearest(log_share.exp()[:, None] * direction, self.bank_)
+        return -self._nearest(block, log_share.exp()[:, None] * direction, self.bank_)
 
     def _gradient(self, block: Block) -> tuple[Tensor, Tensor]:
         """The logarithm of q ``[B]`` and the direction of z - o ``[B, D]``, float64."""
@@ -353,11 +356,19 @@ class GROOD(Scorer):
         scores = -squared_distances(rows, prototypes - prototypes[-1]).sqrt()
         return scores.log_softmax(dim=1)[:, -1], normalize(rows, dim=1)
 
-    def _nearest(self, gradients: Tensor, bank: Tensor) -> Tensor:
+    def _nearest(self, block: Block, gradients: Tensor, bank: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return squared_distances(gradients, bank.to(gradients)).amin(dim=1).sqrt()
-        numbers = kth_neighbors(gradients, bank.to(gradients.device), 1)
-        return torch.linalg.vector_norm(gradients - bank.to(gradients.device)[numbers], dim=1)
+        bank, lengths = bank.to(gradients.device), self._bank_lengths(bank).to(gradients.device)
+        numbers = nearest_neighbors(gradients, bank, lengths, block.happens)
+        return torch.linalg.vector_norm(gradients - bank[numbers], dim=1)
+
+    def _bank_lengths(self, bank: Tensor) -> Tensor:
+        """The lengths of the bank rows, computed once."""
+        known: tuple[Tensor, Tensor] | None = getattr(self, "_lengths", None)
+        if known is None or known[0] is not bank:
+            known = self._lengths = bank, lengths_of(bank)
+        return known[1]
 
     def _gradients_of_correct(self, feats: FeatureSet) -> Tensor:
         """Gradients of the correctly predicted rows, float32 ``[M, D]`` on the CPU."""

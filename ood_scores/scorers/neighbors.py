@@ -21,18 +21,13 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.numerics.exact_search import Summed, Wanted, search_unit_rows
 from ood_scores.scorers.numerics.faiss_index import faiss_library, index_of_bytes, kept_index, trained_index
+from ood_scores.scorers.numerics.nearest import kth_neighbors
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.scorers.work import Sizes, Work, search_of
 
 CLOSE = 0.1
 """Neighbors nearer than this share of the row's norm are searched for in float64."""
-
-BANK_PIECE = 4096
-"""Number of bank rows that are converted to float64 at a time."""
-
-CACHED_ROWS = 512
-"""Number of rows whose products with ``BANK_PIECE`` bank rows fit the caches of a processor."""
 
 AROUND = 4
 """How many neighbors before and after the k-th ``knn`` examines in float64."""
@@ -283,26 +278,6 @@ def why_no_graph_of(bank: Tensor | None) -> str | None:
     if bank is None or len(bank) <= GRAPH_ROWS:
         return None
     return f"its bank has {len(bank):,} rows, while a graph holds at most {GRAPH_ROWS:,}: fit it on fewer rows"
-
-
-def kth_neighbors(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -> Tensor:
-    """The number of each row's k-th nearest bank row, ``[B]``; exact, in float64, a piece of the bank at a time."""
-    nearest, numbers = rows.new_empty(len(rows), 0), rows.new_empty(len(rows), 0, dtype=torch.int64)
-    for start in range(0, len(bank), piece):
-        near, found = _nearest(rows, bank[start : start + piece].to(rows), k)
-        nearest, numbers = torch.cat([nearest, near], dim=1), torch.cat([numbers, found + start], dim=1)
-        nearest, chosen = nearest.topk(min(k, nearest.shape[1]), dim=1, largest=False)
-        numbers = numbers.gather(1, chosen)
-    return numbers[:, -1]
-
-
-def _nearest(rows: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The squared distances to each row's k nearest rows of a small bank, and their numbers, ``[B, <= k]``."""
-    parts = [
-        squared_distances(some, bank).topk(min(k, len(bank)), dim=1, largest=False)
-        for some in rows.split(CACHED_ROWS if rows.device.type == "cpu" else max(1, len(rows)))
-    ]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 @register_scorer("nnguide")

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ood_scores import FeatureSet, create_scorer, load_scorer, score
 from ood_scores.errors import BadInput
+from ood_scores.scorers.numerics.nearest import nearest_neighbors
 
 CLASSES, WIDTH = 4, 6
 
@@ -122,3 +123,26 @@ def test_grood_refuses_a_fit_set_without_correct_rows() -> None:
     wrong = FeatureSet(FIT.features, torch.eye(CLASSES)[(FIT.labels + 1) % CLASSES], FIT.labels)
     with pytest.raises(BadInput, match="no row of the fit set is predicted correctly"):
         create_scorer("grood", by="nearest").fit(wrong)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-20])
+@pytest.mark.parametrize("spread", [1.0, 1e-6, 1e-9])
+def test_the_nearest_gradient_is_exact_where_float32_does_not_decide(scale: float, spread: float) -> None:
+    """A bank around one direction, of lengths over six orders of magnitude; the last rows of the bank are equal."""
+    generator = torch.Generator().manual_seed(0)
+    center = torch.nn.functional.normalize(torch.randn(1, 24, generator=generator, dtype=torch.float64), dim=1)
+    bank = (center + spread * torch.randn(300, 24, generator=generator, dtype=torch.float64)) / 30
+    bank[:100] *= torch.logspace(-6, 0, 100, dtype=torch.float64)[:, None]
+    bank[-20:] = bank[-20]
+    rows = scale * (center + spread * torch.randn(40, 24, generator=generator, dtype=torch.float64)) / 20
+    rows[0] = 0
+    bank, doubts = (scale * bank).float(), []
+
+    def happens(doubtful: Tensor) -> bool:
+        doubts.append(int(doubtful.sum()))
+        return bool(doubtful.any())
+
+    numbers = nearest_neighbors(rows, bank, bank.double().norm(dim=1), happens)
+    distances = (rows[:, None] - bank).norm(dim=2)
+    torch.testing.assert_close(distances.gather(1, numbers[:, None])[:, 0], distances.amin(dim=1), rtol=1e-7, atol=0)
+    assert (doubts[0] < 20) == (spread == 1.0 and scale > 1e-20)

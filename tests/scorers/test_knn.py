@@ -12,8 +12,8 @@ from scipy.spatial.distance import cdist
 
 from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput, NotFinite
-from ood_scores.scorers.neighbors import kth_neighbors
 from ood_scores.scorers.numerics.exact_search import Wanted, search_unit_rows
+from ood_scores.scorers.numerics.nearest import kth_neighbors
 from ood_scores.scorers.one_pass import score_all
 
 Array = NDArray[np.float64]

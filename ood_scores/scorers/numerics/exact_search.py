@@ -29,23 +29,30 @@ DEVICE_ROWS = 2**12
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """A request for the ``count`` bank rows with the largest ``weights_i <x, b_i>``, or for the nearest ones."""
+    """A request for the ``count`` bank rows with the largest ``weights_i <x, b_i>``, or for the nearest ones.
+
+    With ``lengths`` ``[B]``, they are those nearest to rows of these lengths in the directions x, and the bank rows may
+    have any length. ``bank_lengths`` ``[N]`` are the ``lengths_of`` the bank, if they are known.
+    """
 
     bank: Tensor
     count: int
     weights: Tensor | None = None
+    lengths: Tensor | None = None
+    bank_lengths: Tensor | None = None
 
     @cached_property
     def ranking(self) -> tuple[Tensor, Tensor]:
         """The weights w and offsets a, both ``[N]``, such that ``w_i <x, b_i> + a_i`` ranks the bank rows.
 
         For the nearest rows, a accounts for their lengths, ``(1 - |b|^2) / 2``: rounding, except for rows of zeros.
+        With ``lengths``, it is ``-|b|^2 / 2``, to be divided by the length of the row.
         """
         if self.weights is not None:
             return self.weights.float(), torch.zeros(len(self.bank), device=self.bank.device)
-        return torch.ones(len(self.bank), device=self.bank.device), (
-            1 - torch.linalg.vector_norm(self.bank, dim=1, dtype=torch.float64).square()
-        ).float() / 2
+        constant = 1 if self.lengths is None else 0
+        of_bank = lengths_of(self.bank) if self.bank_lengths is None else self.bank_lengths
+        return torch.ones(len(self.bank), device=self.bank.device), (constant - of_bank.square()).float() / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +95,7 @@ def search_unit_rows(
         part = rows[here]
         best = [(part.new_empty(len(part), 0), part.new_empty(len(part), 0, dtype=torch.int64)) for _ in wanted]
         for start in range(0, len(bank), bank_at_a_time):
-            piece = _Piece(part, bank, slice(start, min(start + bank_at_a_time, len(bank))), space, wanted)
+            piece = _Piece(part, here, bank, slice(start, min(start + bank_at_a_time, len(bank))), space, wanted)
             for of_bank, products in piece.products():
                 for each, sums in summed.items():
                     sums[here] += each.terms(products, here, of_bank)
@@ -101,6 +108,11 @@ def search_unit_rows(
     return [found[each] if isinstance(each, Wanted) else summed[each] for each in requests]
 
 
+def lengths_of(bank: Tensor) -> Tensor:
+    """The lengths of the bank rows, float64 ``[N]``."""
+    return torch.linalg.vector_norm(bank, dim=1, dtype=torch.float64)
+
+
 class _Piece:
     """The inner products of some rows with a piece of the bank, written to ``space``, and the largest of each ranking.
 
@@ -108,14 +120,18 @@ class _Piece:
     count]`` of each ranking, and their places.
     """
 
-    def __init__(self, rows: Tensor, bank: Tensor, piece: slice, space: Tensor, wanted: Sequence[Wanted]) -> None:
+    def __init__(
+        self, rows: Tensor, here: slice, bank: Tensor, piece: slice, space: Tensor, wanted: Sequence[Wanted]
+    ) -> None:
         self._rows, self._start, self._bank = rows, piece.start, bank[piece].to(rows)
         self._counts = [min(want.count, len(self._bank)) for want in wanted]
         over = -len(self._bank) % GROUP
         width = len(self._bank) + over
-        rankings = [(weights[piece].to(rows), added[piece].to(rows)) for weights, added in (w.ranking for w in wanted)]
         self._rankings = [
-            (pad(weights, (0, over)), pad(added, (0, over), value=-math.inf)) for weights, added in rankings
+            _Ranking(
+                pad(weights[piece].to(rows), (0, over)), pad(added[piece].to(rows), (0, over), value=-math.inf), scale
+            )
+            for (weights, added), scale in ((want.ranking, _scale(want, here, rows)) for want in wanted)
         ]
         self._products = space[: len(rows) * width].view(len(rows), width)
         self._products[:, len(self._bank) :] = 0
@@ -129,24 +145,48 @@ class _Piece:
             stop, last = min(start + at_a_time, width), min(start + at_a_time, len(self._bank))
             products = self._products[:, start:last]
             torch.mm(self._rows, self._bank[start:last].T, out=products)
-            for largest, (weights, added) in zip(self._maxima, self._rankings, strict=True):
-                ranked = torch.addcmul(added[start:stop], self._products[:, start:stop], weights[start:stop])
+            for largest, ranking in zip(self._maxima, self._rankings, strict=True):
+                ranked = ranking.of(self._products[:, start:stop], start, stop)
                 torch.amax(ranked.unflatten(1, (-1, GROUP)), dim=2, out=largest[:, start // GROUP : stop // GROUP])
             yield slice(self._start + start, self._start + last), products
 
     def largest(self) -> list[tuple[Tensor, Tensor]]:
         return [
-            _largest(self._products, *ranking, maxima, count)
+            _largest(self._products, ranking, maxima, count)
             for ranking, maxima, count in zip(self._rankings, self._maxima, self._counts, strict=True)
         ]
 
 
-def _largest(products: Tensor, weights: Tensor, added: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest values of ``w p + a``: they lie in the groups with the largest maxima, even with ties."""
+@dataclass(frozen=True)
+class _Ranking:
+    """The weights and offsets of a ``Wanted``, and the factors ``[B, 1]`` of the offsets, if each row has its own."""
+
+    weights: Tensor
+    added: Tensor
+    scale: Tensor | None
+
+    def of(self, products: Tensor, start: int, stop: int) -> Tensor:
+        """Return what ranks the bank rows ``start .. stop``, given the products ``[B, n]`` with them."""
+        added = self.added[start:stop] if self.scale is None else self.added[start:stop] * self.scale
+        return torch.addcmul(added, products, self.weights[start:stop])
+
+    def of_groups(self, products: Tensor, groups: Tensor) -> Tensor:
+        """Return the same for bank rows in the groups ``[B, g]`` of each row, given the products ``[B, g GROUP]``."""
+        weights, added = (
+            values.view(-1, GROUP).index_select(0, groups.flatten()).view_as(products)
+            for values in (self.weights, self.added)
+        )
+        return products.mul_(weights).add_(added if self.scale is None else added.mul_(self.scale))
+
+
+def _scale(want: Wanted, rows: slice, like: Tensor) -> Tensor | None:
+    return None if want.lengths is None else want.lengths[rows].reciprocal().to(like)[:, None]
+
+
+def _largest(products: Tensor, ranking: _Ranking, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest values of a ranking: they lie in the groups with the largest maxima, even with ties."""
     groups = maxima.topk(min(count, maxima.shape[1]), dim=1, sorted=False).indices
-    flat = groups.flatten()
     first = torch.arange(0, maxima.numel(), maxima.shape[1], device=maxima.device)[:, None]
-    inside = products.view(-1, GROUP).index_select(0, (groups + first).flatten())
-    inside.mul_(weights.view(-1, GROUP).index_select(0, flat)).add_(added.view(-1, GROUP).index_select(0, flat))
-    values, places = inside.view(len(products), -1).topk(count, dim=1)
+    inside = products.view(-1, GROUP).index_select(0, (groups + first).flatten()).view(len(products), -1)
+    values, places = ranking.of_groups(inside, groups).topk(count, dim=1)
     return values, groups.gather(1, places // GROUP) * GROUP + places % GROUP
