@@ -15,10 +15,11 @@ import re
 import sys
 from collections.abc import Container, Iterable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from ood_scores.errors import BadInput
+from ood_scores.registry import unknown
 
 _REFERENCE = re.compile(r"(?P<module>.+?\.py|[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)")
 
@@ -76,7 +77,8 @@ def referenced(text: str) -> Any:
     """Return the object that ``MODULE:ATTRIBUTE`` or ``FILE.py:ATTRIBUTE`` names in code that has been imported.
 
     Raises:
-        BadInput: if the code has not been imported, or does not define such an attribute.
+        BadInput: if the code has not been imported, or another module defines the attribute.
+        UnknownName: if it has no such attribute; the message lists those that it has.
     """
     parts = split_reference(text)
     if parts is None or parts[2]:
@@ -105,10 +107,20 @@ def source_digests(objects: Iterable[Any]) -> dict[str, str]:
     return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
 
 
+def traceback_of_imported(error: BaseException) -> TracebackType | None:
+    """Return the traceback of an error from its first line in imported code on; the whole one if there is none."""
+    files = {getattr(each, "__file__", None) for each in _imported.values()}
+    below = error.__traceback__
+    while below and below.tb_frame.f_code.co_filename not in files:
+        below = below.tb_next
+    return below or error.__traceback__
+
+
 def _own_attribute(module: ModuleType, attribute: str) -> Any:
     found = getattr(module, attribute, None)
     if found is None:
-        raise BadInput(f"{module.__name__} has no {attribute!r}: check the name.")
+        own = [name for name, value in vars(module).items() if _is_in(getattr(value, "__module__", ""), module)]
+        raise unknown(f"{module.__name__} has no", attribute, own)
     if not _is_in(getattr(found, "__module__", ""), module):
         raise BadInput(f"{attribute!r} is not defined in {module.__name__}: name the module that defines it.")
     return found

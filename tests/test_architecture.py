@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "ood_scores"
 
 FLOORS = (
     {"errors", "terminal", "version"},
-    {"user_code", "notebook", "user_warnings"},
+    {"notebook", "user_warnings"},
     {"registry", "atomic", "progress", "runtime", "optional_packages"},
-    {"parameters", "toml_tables", "transfers", "device_memory"},
+    {"parameters", "toml_tables", "transfers", "device_memory", "user_code"},
     {"features", "data"},
     {"models"},
     {"extraction"},

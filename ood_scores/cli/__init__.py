@@ -32,11 +32,15 @@ from ood_scores.cli import (
 from ood_scores.cli.options import takes_common_options
 from ood_scores.cli.printing import print_error, stoppable, warning_printer
 from ood_scores.errors import OodScoresError
+from ood_scores.user_code import traceback_of_imported
 from ood_scores.version import __version__
 
 
 class Commands(TyperGroup):
-    """Command group that prints errors of the package and the file system in red and exits with code 1."""
+    """Command group that prints errors of the package and the file system in red and exits with code 1.
+
+    Of other errors that the user's own code raises, the traceback starts there.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
@@ -51,6 +55,8 @@ class Commands(TyperGroup):
             except (OodScoresError, OSError) as error:
                 print_error(error)
                 raise typer.Exit(1) from error
+            except Exception as error:
+                raise error.with_traceback(traceback_of_imported(error)) from error.__cause__
 
 
 app = typer.Typer(

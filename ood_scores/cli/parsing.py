@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
     from ood_scores.extraction.layers import Layers
 
+_NOT_OF_THE_NETWORK = {
+    "name": "it is the name of the model, so rename this argument of your function",
+    "checkpoint": "pass --checkpoint, or rename this argument of your function",
+    "num_classes": "pass --num-classes",
+}
+"""Arguments of ``load_model`` itself, and what to do instead."""
+
 TABLE_SUFFIXES = (".csv", ".parquet", ".json")
 
 
@@ -29,6 +36,15 @@ def scorer_name(text: str) -> str:
 
     import_referenced(text, SCORERS)
     return scorer_class(text).name
+
+
+def scorer_names(texts: Iterable[str]) -> list[str]:
+    """Return the names of the scorers of an option that is repeated; see ``scorer_name``."""
+    for text in texts:
+        if "," in text:
+            repeated = " ".join(f"--scorer {each.strip()}" for each in text.split(","))
+            raise BadInput(f"--scorer takes one name, got {text!r}: repeat the option, as in {repeated}.")
+    return [scorer_name(text) for text in texts]
 
 
 def import_named(model: str, datasets: Iterable[str], probes: Iterable[str], pool: str | None = None) -> None:
@@ -60,7 +76,11 @@ def model_arguments(texts: Iterable[str] | None) -> dict[str, Any]:
     """Return ``key=value`` texts as arguments of a network."""
     from ood_scores.parameters import plain_values
 
-    return plain_values(texts or (), "--model-arg key=value")
+    arguments = plain_values(texts or (), "--model-arg key=value")
+    for key, instead in _NOT_OF_THE_NETWORK.items():
+        if key in arguments:
+            raise BadInput(f"--model-arg cannot set {key!r}: {instead}.")
+    return arguments
 
 
 def zero_shot(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ood_scores.cli import completion, options
-from ood_scores.cli.parsing import check_table_path, scorer_name, write_table
+from ood_scores.cli.parsing import check_table_path, scorer_names, write_table
 from ood_scores.cli.printing import answer, console
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.progress import ProgressBar, showing_work
@@ -60,6 +60,7 @@ def predict(
     scorer: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME",
             help="Further scorer whose p-values --explain shows; may be repeated. Needs --id.",
             autocompletion=completion.scorers,
         ),
@@ -103,7 +104,7 @@ def predict(
         write_table(table.astype(object).where(table.notna(), None), out)
         console().print(f"[green]✓[/] every image in [bold]{marked(out)}[/]")
     if explain:
-        names = [scorer_name(each) for each in scorer or ()]
+        names = scorer_names(scorer or ())
         _explain(loaded, table, files, explain, {"fit": fit, "pictures": data, "id": id, "scorers": names})
     if table["error"].notna().any():
         raise typer.Exit(SOME_UNREADABLE)

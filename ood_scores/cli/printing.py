@@ -79,7 +79,7 @@ def print_error(error: Exception) -> None:
     stderr = stderr_console()
     stderr.print(Text(f"error: {error}", style="red"), soft_wrap=True)
     here = getattr(error, "command", "") or HERE.get(type(error))
-    if here:
+    if here and here not in str(error):
         stderr.print(Text(f"here: {here}", style="dim"), soft_wrap=True)
 
 

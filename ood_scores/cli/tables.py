@@ -75,7 +75,7 @@ def metric_tables(values: pd.DataFrame, width: int, experimental: Container[str]
     ]
     for part in _fitting(list(map(_width, runs)), width):
         groups = [_group(runs[number]) for number in part]
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), header_style="")
         table.add_column("", no_wrap=True, style="cyan")
         for heading, _ in groups:
             table.add_column(heading, no_wrap=True)

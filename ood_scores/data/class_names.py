@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -73,13 +74,13 @@ def renumbered(dataset: ImageDataset, classes: Sequence[str], source: object = "
         The dataset itself if its labels are in this order already.
 
     Raises:
-        BadInput: if some of the dataset's classes are not in the list, or it has no labels.
+        BadInput: if some of the dataset's classes that have images are not in the list, or it has no labels.
     """
     names = dataset.class_names
     if names is None:
         return _named(dataset, classes, source)
     found = numbers_of(names, classes)
-    missing = [name for name in names if name not in found]
+    missing = without_number(dataset, found)
     if missing:
         more = ", …" if len(missing) > SHOWN else ""
         raise BadInput(
@@ -87,7 +88,7 @@ def renumbered(dataset: ImageDataset, classes: Sequence[str], source: object = "
             f"{', '.join(missing[:SHOWN])}{more}; it has {len(classes)} names, {', '.join(classes[:SHOWN])}, …: add "
             "the missing names, in the order of the model, or remove their images."
         )
-    numbers = np.array([found[name] for name in names], dtype=np.int64)
+    numbers = np.array([found.get(name, -1) for name in names], dtype=np.int64)
     return dataset if (numbers == np.arange(len(names))).all() else RenumberedImages(dataset, numbers, classes)
 
 
@@ -105,6 +106,17 @@ def _named(dataset: ImageDataset, classes: Sequence[str], source: object) -> Ima
     named = copy.copy(dataset)
     named.class_names = tuple(classes)
     return named
+
+
+def without_number(dataset: ImageDataset, numbers: Mapping[str, int]) -> list[str]:
+    """Return the classes of a dataset that have no number, except for those of which it has no images."""
+    missing = [name for name in dataset.class_names or () if name not in numbers]
+    if not missing:
+        return []
+    with suppress(BadLabels):  # of a dataset without a list of its labels
+        present = set(labels_of(dataset).tolist())
+        return [name for number, name in enumerate(dataset.class_names or ()) if name in missing and number in present]
+    return missing
 
 
 def numbers_of(names: Iterable[str], classes: Sequence[str]) -> dict[str, int]:

@@ -55,7 +55,7 @@ def read_rgb(source: str | PathLike[str] | bytes, name: str = "") -> Image.Image
         with Image.open(io.BytesIO(encoded), formats=_formats()) as file:
             return as_rgb(file, name)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingData(f"there is no image {name}") from error
+        raise MissingData(f"there is no image {name}: restore it, or leave it out.") from error
     except BadInput:
         raise
     except UnidentifiedImageError as error:

@@ -81,6 +81,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             code when opened.
     """
     path = user_path(path)
+    _refuse_one_of_several(path)
     content = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
     state = as_timm(without_prefix(clean_state_dict(_without_average_count(_weights_in(content, path)))))
     for name, values in state.items():
@@ -218,9 +219,18 @@ def _read_pickle(path: Path) -> Any:
             raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint: restore it.") from error
         raise CheckpointError(
             f"{path} was not opened because that would call {wanted[1]}. If you trust the file, save its weights alone "
-            f"in Python:\n  model = torch.load({str(path)!r}, weights_only=False)\n"
-            f"  torch.save(model.state_dict(), {f'{path.stem}_weights.pth'!r})"
+            f"in Python:\n  content = torch.load({str(path)!r}, weights_only=False)\n"
+            "  weights = content.state_dict()  # of a dictionary: content['model'].state_dict(), or content['net']\n"
+            f"  torch.save(weights, {f'{path.stem}_weights.pth'!r})"
         ) from error
+
+
+def _refuse_one_of_several(path: Path) -> None:
+    """Raise CheckpointError for one file of a sharded checkpoint whose index is beside it."""
+    shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name)
+    index = path.with_name(f"{shard[1]}{shard[2]}.index.json") if shard else None
+    if index and index.is_file():
+        raise CheckpointError(f"{path} is one of several files of a checkpoint: pass {index}, which lists all of them.")
 
 
 def _refuse_programs(path: Path) -> None:

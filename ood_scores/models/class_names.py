@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from torch.utils.data import Subset
 
-from ood_scores.data.class_names import numbers_of, renumbered
+from ood_scores.data.class_names import numbers_of, renumbered, without_number
 from ood_scores.data.images import ImageDataset
 from ood_scores.errors import BadInput
 from ood_scores.models.running import unwrapped
@@ -58,8 +58,9 @@ def in_models_order(dataset: ImageDataset, model: nn.Module) -> ImageDataset:
     classes = (_numbers(names, model) or class_names(model)) if names else None
     if not names or not classes:
         return dataset
-    found = numbers_of(names, classes)
-    return renumbered(dataset, classes, "the model's list") if len(found) == len(names) else dataset
+    if without_number(dataset, numbers_of(names, classes)):
+        return dataset
+    return renumbered(dataset, classes, "the model's list")
 
 
 def other_order(dataset: Any, model: nn.Module) -> str | None:

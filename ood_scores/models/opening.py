@@ -50,7 +50,8 @@ def load_model(
         name: Name of a model, in one of the forms above.
         checkpoint: A ``.safetensors`` file, the index of several, or a file of ``torch.save``; defaults to the model's
             own weights, which are downloaded if they are not in a folder.
-        num_classes: Number of classes of the checkpoint; defaults to the size of its classifier.
+        num_classes: Number of classes of the checkpoint; defaults to the size of its classifier. A function of yours
+            receives it as its argument, with and without a checkpoint.
         **arguments: Arguments of the network itself; see ``ood_scores.models.arguments``. ``classes``, ``templates``,
             and ``negatives`` are those of a zero-shot classifier.
 
@@ -58,8 +59,8 @@ def load_model(
         UnknownName: if there is no such model.
         CheckpointError: if the checkpoint is missing, unsafe, damaged or of another architecture; or if there is none,
             and the model's own weights do not exist or cannot be downloaded.
-        BadInput: if ``num_classes`` is given without a checkpoint, the model does not accept an argument, or the name
-            is that of code that has not been imported.
+        BadInput: if ``num_classes`` is given without a checkpoint and without a function of yours, the model does not
+            accept an argument, or the name is that of code that has not been imported.
         MissingInput: if transformers is needed and not installed.
     """
     kind, target = kind_of(name)
@@ -67,10 +68,11 @@ def load_model(
     kind.check(target, arguments)
     if checkpoint is not None:
         model, own = _from_checkpoint(kind, target, name, user_path(checkpoint), num_classes, arguments)
-    elif num_classes is not None:
+    elif num_classes is not None and not isinstance(kind, UserFunction):
         raise BadInput("num_classes needs a checkpoint, since pretrained weights have their own classes: pass both.")
     else:
-        model, own = kind.open(target, arguments), arguments
+        own = arguments if num_classes is None else {**arguments, "num_classes": num_classes}
+        model = kind.open(target, own)
     transform, tokenizer = kind.transform(model, target), partial(kind.tokenizer, target)
     remember_origin(model, Origin(name, own, *kind.again(model, target, own), transform, tokenizer))
     return as_classifier(model, **texts).eval()

@@ -247,7 +247,7 @@ def as_scorer(scorer: str | Scorer, **params: Any) -> Scorer:
     if isinstance(scorer, str):
         return create_scorer(scorer, **params)
     if not isinstance(scorer, Scorer):
-        raise BadInput(f"scorer must be a registered name or a Scorer object, got {scorer!r}.")
+        raise BadInput(f"scorer must be a registered name or a Scorer object, got {type(scorer).__name__}.")
     if params:
         raise BadInput(
             f"{scorer.name!r} exists already, so {', '.join(params)} cannot be set: pass the name of the scorer, or "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ood_scores.errors import NotFinite, OodScoresError, ShapeMismatch
+from ood_scores.errors import BadInput, NotFinite, OodScoresError, ShapeMismatch
 from ood_scores.features import Block, FeatureSet
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.features.statistics.collect import collect
@@ -178,6 +178,11 @@ def _score_group(numbers: Sequence[int], scorers: Sequence[Scorer], block: Block
     group = [scorers[number] for number in numbers]
     found = group[0].score_together(block, group) if len(group) > 1 else [group[0].score_block(block)]
     for number, scored in zip(numbers, found, strict=True):
+        if not isinstance(scored, Tensor):
+            raise BadInput(
+                f"{scorers[number].name!r} returned {type(scored).__name__} from score_block: return a tensor with one "
+                "score per row. Of block.logits.max(dim=1), for one, that is .values; torch.as_tensor converts arrays."
+            )
         if scored.shape != (len(block),):
             raise ShapeMismatch(
                 f"{scorers[number].name!r} returned scores of shape {tuple(scored.shape)} for {len(block)} rows: "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ood_scores.errors import BadInput
 from ood_scores.extraction.probes import PROBES, Probe
+from ood_scores.registry import did_you_mean
 
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
@@ -117,7 +118,8 @@ class Requirement:
         if stem in HOW_TO_GET:
             return HOW_TO_GET[stem][get_args(Where).index(where)]
         if stem not in PROBES:
-            return "pass it to FeatureSet in extras={...}, because no registered probe computes it"
+            meant = did_you_mean(stem, [*COLUMNS, *PROBES])
+            return f"pass it to FeatureSet in extras={{...}}, because no registered probe computes it{meant}"
         default = PROBES[stem]()
         asked = PROBES[stem].parameters_for(_parts([self.name, *self.together])[stem])
         parameters = {key: value for key, value in asked.items() if value != getattr(default, key)}

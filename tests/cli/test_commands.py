@@ -399,6 +399,34 @@ def test_evaluate_tables_fit_the_terminal(caches: dict[str, Path]) -> None:
         assert "average" in output
 
 
+def test_a_table_of_two_sets_fits_a_terminal_of_80_columns(caches: dict[str, Path]) -> None:
+    words = [
+        "evaluate",
+        "--id",
+        caches["id"],
+        "--ood",
+        caches["near"],
+        "--ood",
+        caches["far"],
+        "--fit",
+        caches["train"],
+    ]
+    output = ok(*words, "--scorer", "relative_mahalanobis", columns=80)
+    (row,) = (line.split() for line in output.splitlines() if "relative_mahalanobis" in line)
+    assert len([float(cell) for cell in row[1:]]) == 9
+
+
+def test_scorers_separated_by_commas_are_told_apart(caches: dict[str, Path]) -> None:
+    words = ["evaluate", "--id", caches["id"], "--ood", caches["near"], "--scorer", "energy, msp"]
+    assert "repeat the option, as in --scorer energy --scorer msp." in refused(*words)
+
+
+def test_a_cache_that_is_not_there_is_looked_for(caches: dict[str, Path]) -> None:
+    other = caches["id"].with_name(f"{caches['id'].stem}s.h5")
+    assert f"there is no file {other} (did you mean '{caches['id'].name}'?)." in refused("inspect", other)
+    assert "is a folder: pass the file of a cache" in refused("inspect", caches["id"].parent)
+
+
 def test_evaluate_tables_mark_experimental_scorers(caches: dict[str, Path]) -> None:
     words = ["evaluate", "--id", caches["id"], "--ood", caches["near"], "--fit", caches["train"]]
     output = ok(*words, "--scorer", "core", "--scorer", "energy", columns=120)

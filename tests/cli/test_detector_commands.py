@@ -149,7 +149,7 @@ def test_an_unreadable_image_is_a_row_with_its_error(home: Path, suffix: str) ->
     table = pd.read_csv(out) if suffix == "csv" else pd.DataFrame(json.loads(out.read_text())["rows"])
     assert list(table["error"].notna()) == [False, True, True, False]
     assert "cannot read the image" in table["error"][1]
-    assert table["error"][2] == f"there is no image {home / 'missing.png'}"
+    assert table["error"][2] == f"there is no image {home / 'missing.png'}: restore it, or leave it out."
     assert table.loc[1:2, "label":"is_ood"].isna().all(axis=None)
     expected = expected_detector(home).predict([images[0], images[3]])
     assert list(table["label"].dropna()) == list(expected.label)

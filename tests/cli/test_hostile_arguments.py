@@ -192,7 +192,7 @@ def extracting(data: str, *more: str) -> list[str]:
 
 MISTAKES: list[tuple[list[str], str, int]] = [
     (extracting("folder:~gone_user/x"), "there is no ~gone_user/x", 1),
-    (extracting("imglist:minus.txt"), "line 1 of minus.txt is .*: write relative/path integer-label", 1),
+    (extracting("imglist:minus.txt"), "line 1 of minus.txt is .*: write one image per line, such as 'cats/1.jpg 3'", 1),
     (extracting("imglist:pipe"), "cannot read pipe as a text file, since it is not a regular file", 1),
     (extracting("sheets:list"), "there is no image list.*webp", 1),
     (extracting(f"noise:uniform?n={HUGE}"), "write a whole number from 1 to 2147483647", 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,34 @@ class FlipGap(Scorer):
         return -(block.logits - block.extras["flipped"]).abs().amax(dim=1)
 
 
+class Array(Scorer):
+    needs = ("logits",)
+
+    def score_block(self, block):
+        return block.logits.numpy().max(axis=1)
+
+
+class Largest(Scorer):
+    needs = ("logits",)
+
+    def score_block(self, block):
+        return block.logits.max(dim=1)
+
+
+class Typing(Scorer):
+    needs = ("logit",)
+
+    def score_block(self, block):
+        return block.logits[:, 0]
+
+
+class Failing(Scorer):
+    needs = ("logits",)
+
+    def score_block(self, block):
+        return block.logits @ torch.ones(7)  # the line to mend
+
+
 def noisy(n="12", seed="0"):
     images = np.random.default_rng(int(seed)).integers(0, 256, (int(n), 8, 8, 3), dtype=np.uint8)
     return ImageArrays(images, np.arange(int(n)) % 3, name="noisy")
@@ -93,6 +122,12 @@ def small(width=4):
     layers = (torch.nn.Conv2d(3, width, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 3))
     model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+    return model
+
+
+def sized(num_classes=3):
+    model = small()
+    model[-1] = torch.nn.Linear(4, num_classes)
     return model
 
 
@@ -301,7 +336,13 @@ def test_changed_code_is_run_again(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("score", "own.py:Nothing", "a.h5"), "own has no 'Nothing'"),
+        (
+            ("score", "own.py:FlipGab", "a.h5"),
+            r"own has no 'FlipGab' \(did you mean 'FlipGap'\?\): choose from .*FlipGap",
+        ),
+        (("score", "own.py:Array", "a.h5"), "'own.py:Array' returned ndarray from score_block: return a tensor with"),
+        (("score", "own.py:Largest", "a.h5"), "'own.py:Largest' returned max from score_block.* that is .values"),
+        (("score", "own.py:Typing", "a.h5"), r"needs logit .* no registered probe computes it \(did you mean 'logits'"),
         (("score", "own.py:small", "a.h5"), "own.py:small is not a scorer"),
         (("score", "own.py:system", "a.h5"), "'system' is not defined in own"),
         (("score", "absent.py:X", "a.h5"), "there is no file .*absent.py"),
@@ -314,6 +355,18 @@ def test_changed_code_is_run_again(folder: Path) -> None:
         (("extract", "own.py:small", "own.py:noisy", "b.h5", "--probe", "own.py:small"), "own.py:small is not a probe"),
         (("extract", "own.py:noisy", "own.py:noisy", "b.h5"), "returned ImageArrays: it must return a torch.nn.Module"),
         (("extract", "own.py:small", "own.py:noisy", "b.h5", "--model-arg", "depth=3"), "cannot be called with"),
+        (("extract", "own.py", "own.py:noisy", "b.h5"), "is a file without its function: write own.py:FUNCTION"),
+        *(
+            (
+                ("extract", "own.py:small", "own.py:noisy", "b.h5", "--model-arg", f"{key}=3"),
+                f"cannot set '{key}': {why}",
+            )
+            for key, why in {
+                "name": "it is the name",
+                "checkpoint": "pass --ch",
+                "num_classes": "pass --num-cl",
+            }.items()
+        ),
     ],
 )
 def test_mistakes_in_names_of_code(folder: Path, words: tuple[str, ...], message: str) -> None:
@@ -321,6 +374,20 @@ def test_mistakes_in_names_of_code(folder: Path, words: tuple[str, ...], message
     for name, code in {"json": "", "a-b": "", "broken": "1 / 0"}.items():
         (folder / f"{name}.py").write_text(code)
     assert re.search(message, refused(*words))
+
+
+def test_number_of_classes_is_an_argument_of_an_own_function(folder: Path) -> None:
+    ok("extract", "own.py:sized", "own.py:noisy", "c.h5", "--num-classes", "4")
+    assert ood_scores.load("c.h5").num_classes == 4
+
+
+def test_error_in_own_code_shows_its_lines_and_not_those_of_the_package(folder: Path) -> None:
+    FeatureSet(torch.ones(3, 2), torch.eye(3)).save("a.h5")
+    words = [sys.executable, "-m", "ood_scores", "score", "own.py:Failing", "a.h5"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "# the line to mend" in result.stderr
+    assert "one_pass.py" not in result.stderr
 
 
 def test_fitted_scorer_of_the_documentation_is_saved_and_loaded(folder: Path) -> None:

@@ -297,7 +297,7 @@ def test_a_missing_file_of_a_list_stops(images: Path, tmp_path: Path) -> None:
     listed = images / "gone.txt"
     listed.write_text((images / "list.txt").read_text().replace("30.png", "gone.png"))
     for workers in (0, 1):
-        with pytest.raises(MissingData, match=r"^there is no image .*gone\.png$"):
+        with pytest.raises(MissingData, match=r"^there is no image .*gone\.png: restore it"):
             extract(DataLoader(open_dataset(f"imglist:{listed}", to_tensor), BATCH, num_workers=workers))
 
 

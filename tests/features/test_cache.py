@@ -272,7 +272,7 @@ def _newer_format(path: Path) -> None:
 FOREIGN = {
     "text": (_text, "is not an HDF5 file"),
     "zero bytes": (Path.touch, "is not an HDF5 file"),
-    "directory": (Path.mkdir, "is not an HDF5 file"),
+    "directory": (Path.mkdir, r"is a folder: pass the file of a cache, such as .*val\.h5"),
     "another HDF5 file": (_another_hdf5_file, "but not a feature cache"),
     "newer format": (_newer_format, "has cache format 2, .* reads up to 1: update ood_scores"),
 }

@@ -221,3 +221,12 @@ def test_error_for_a_pickled_module_contains_the_lines_that_convert_it(
     exec("\n".join(["import torch", *lines]), {})
     found = read_checkpoint(tmp_path / "whole_weights.pth")
     assert found.keys() == resnet(num_classes=7).state_dict().keys()
+
+
+def test_one_file_of_a_sharded_checkpoint_leads_to_the_index(state: State, tmp_path: Path) -> None:
+    index = sharded(state, tmp_path)
+    first = next(tmp_path.glob("*-00001-of-0000*.safetensors"))
+    with pytest.raises(CheckpointError, match=r"is one of several files of a checkpoint: pass .*index\.json"):
+        read_checkpoint(first)
+    index.unlink()
+    read_checkpoint(first)

@@ -129,6 +129,19 @@ def test_classes_option_numbers_labels_by_a_list(file: str, content: str, tmp_pa
     assert (labels(some), some.label_order) == ([1, 0], dataset.label_order)
 
 
+def test_classes_without_images_need_no_name(tmp_path: Path) -> None:
+    folders(tmp_path / "set", ["ant", "cat", "dog"])
+    (tmp_path / "set" / "bat").mkdir()
+    (tmp_path / "names.txt").write_text("dog\nant\ncat\n")
+    with pytest.warns(UserWarning, match="has no images of bat, but counts these subfolders as classes"):
+        plain = open_dataset("folder:set", root=tmp_path)
+    assert labels(plain) == [0, 2, 3]
+    with pytest.warns(UserWarning, match="no images of bat"):
+        listed = open_dataset("folder:set?classes=names.txt", root=tmp_path)
+    assert labels(listed) == [1, 2, 0]
+    assert labels(in_models_order(plain, with_names({0: "dog", 1: "ant", 2: "cat"}))) == [1, 2, 0]
+
+
 def test_classes_option_errors(tmp_path: Path) -> None:
     folders(tmp_path / "set", ["ant", "cat", "dog"])
     (tmp_path / "names.txt").write_text("ant\ncow\n")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ood_scores.data.dataset_spec import existing
-from ood_scores.data.image_files import IMAGE_SUFFIXES, Search, is_hidden
+from ood_scores.data.image_files import IMAGE_SUFFIXES, SHOWN, Search, is_hidden
 from ood_scores.data.images import ImageFiles
 from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.data.remedies import remedy_for_path
 from ood_scores.errors import BadInput, EmptyInput
+from ood_scores.user_warnings import warn_user
 
 BY_NUMBER = "folders by number, not as text like in earlier versions"
 """The order of labels in a folder where it differs from the alphabetical one."""
@@ -23,6 +24,7 @@ def open_folder(target: str, base: Path) -> ImageFiles:
     are numbers. Hidden files and folders are skipped. If no subfolder has images, the images in the folder itself are
     in alphabetical order and have no labels. Links to folders are followed; each folder is read once per class. A
     warning counts what is left out: hidden and other files, and the images in the folder itself if there are classes.
+    Another one names subfolders without images, which are numbered as classes, too.
     """
     path = existing("folder", target, base)
     if not path.is_dir():
@@ -39,6 +41,13 @@ def open_folder(target: str, base: Path) -> ImageFiles:
     elif on_top:
         search.left_out["images outside the class folders"] += len(on_top)
     search.warn(f"folder:{path}")
+    empty = [name for name, each in zip(classes, files, strict=True) if not each]
+    if labels and empty:
+        more = ", …" if len(empty) > SHOWN else ""
+        warn_user(
+            f"folder:{path} has no images of {', '.join(empty[:SHOWN])}{more}, but counts these subfolders as classes: "
+            "remove those that are not classes."
+        )
     if not paths:
         raise EmptyInput(f"there are no images in {path}: files must end in {', '.join(IMAGE_SUFFIXES)}.")
     dataset = ImageFiles(paths, labels, None, path.resolve().name, path)

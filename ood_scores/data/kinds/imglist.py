@@ -13,6 +13,8 @@ from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.data.remedies import remedy_for_path
 from ood_scores.errors import BadInput, EmptyInput, MissingData
 
+FORM = "write one image per line, such as 'cats/1.jpg 3', with the number of its class, or -1 if it has none"
+
 
 @register_dataset_kind("imglist", remedy_for_path, suggested_for=lambda path: path.suffix == ".txt")
 def open_imglist(target: str, base: Path, *, root: str | None = None) -> ImageFiles:
@@ -31,11 +33,11 @@ def open_imglist(target: str, base: Path, *, root: str | None = None) -> ImageFi
         try:
             file, label = _file_and_label(line.strip())
         except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError) as error:
-            raise BadInput(f"line {number} of {path} is {line[:200]!r}: write relative/path integer-label.") from error
+            raise BadInput(f"line {number} of {path} is {line[:200]!r}: {FORM}.") from error
         paths.append(str(folder / file))
         labels.append(label)
     if not paths:
-        raise EmptyInput(f"{path} lists no images: write relative/path integer-label, one line per image.")
+        raise EmptyInput(f"{path} lists no images: {FORM}.")
     if not Path(paths[0]).exists():
         raise MissingData(f"the first image of {path} is not at {paths[0]}: name their folder with ?root=DIR")
     return ImageFiles(paths, labels, None, path.stem, folder)

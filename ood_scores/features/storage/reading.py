@@ -15,6 +15,7 @@ from ood_scores.atomic import NO_LOCKS, user_path
 from ood_scores.errors import CacheBusy, DamagedCache, ForeignFile, OodScoresError
 from ood_scores.features.storage.seal import check_seal
 from ood_scores.features.storage.structure import check_structure, objects
+from ood_scores.registry import did_you_mean
 
 FORMAT = "ood_scores features"
 OWN = "ood_scores"
@@ -65,7 +66,10 @@ def opened(file: str | os.PathLike[str], sealed: bool = True) -> Iterator[h5py.F
 
 def _open(path: Path, sealed: bool = True) -> h5py.File:
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}.")
+        beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"there is no file {path}{did_you_mean(path.name, beside)}.")
+    if path.is_dir():
+        raise ForeignFile(f"{path} is a folder: pass the file of a cache, such as {path / 'val.h5'}.")
     if not is_hdf5(path):
         raise ForeignFile(f"{path} is not an HDF5 file: pass a cache that extract wrote.")
     if sealed:

@@ -18,6 +18,10 @@ from ood_scores.registry import did_you_mean
 
 def require_known(name: str) -> None:
     """Raise UnknownName, with the closest name, if timm has no model of this name."""
+    if name.endswith(".py"):
+        raise UnknownName(
+            f"{name!r} is a file without its function: write {name}:FUNCTION, a function that returns a model."
+        )
     if not timm.is_model(name):
         raise UnknownName(
             f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}: see timm.list_models()."
