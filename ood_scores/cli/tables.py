@@ -86,11 +86,8 @@ def metric_tables(values: pd.DataFrame, width: int, experimental: Container[str]
 
 def legend(metrics: Iterable[Metric], experimental: Collection[str] = ()) -> str:
     """Explain the metrics and marks of a table."""
-    metrics = list(metrics)
-    others = ", ".join(each.label for each in metrics if not each.percent)
-    unit = f"Percent (not {others})" if others else "Percent"
     star = ["*: experimental, may not be the score of the paper (ood-scores list NAME)."] if experimental else []
-    return " ".join([f"{unit}, best in bold.", *(f"{each.title}: {each.legend}." for each in metrics), *star])
+    return " ".join(["Percent, best in bold.", *(f"{each.title}: {each.legend}." for each in metrics), *star])
 
 
 def _fitting(widths: Sequence[int], width: int) -> Iterator[list[int]]:

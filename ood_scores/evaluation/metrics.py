@@ -97,7 +97,8 @@ class Metric:
 
     @property
     def legend(self) -> str:
-        return f"{self.meaning}; {'higher' if self.higher_is_better else 'lower'} is better"
+        unit = "" if self.percent else ", not in percent"
+        return f"{self.meaning}{unit}; {'higher' if self.higher_is_better else 'lower'} is better"
 
     @property
     def scale(self) -> int:

@@ -171,7 +171,9 @@ def test_reports_show_the_new_metric(results: Results, tmp_path: Path) -> None:
     assert f"| Net | msp | gap | {row['gap']:.3g} / 0.5 /" in texts["report.md"]
     assert "overall, FPR80 (ID positive)" in texts["tables.tex"]
     assert '<option value="gap">gap</option>' in texts["report.html"]
-    assert "<dd>largest distance between the distributions; higher is better.</dd>" in texts["report.html"]
+    assert (
+        "<dd>largest distance between the distributions, not in percent; higher is better.</dd>" in texts["report.html"]
+    )
     assert f'data-v="{row["gap"]:.4f}">{row["gap"]:.3g}</td>' in texts["report.html"]
     assert f'data-v="{100 * row["fpr80_id"]:.4f}"' in texts["report.html"]
 

@@ -319,7 +319,7 @@ def test_evaluate_command_writes_the_frame_of_evaluate(caches: dict[str, Path], 
 def test_evaluate_command_shows_and_writes_the_metrics_asked_for(caches: dict[str, Path], tmp_path: Path) -> None:
     words = ["evaluate", "--id", caches["id"], "--ood", caches["near"], "--scorer", "energy"]
     output = ok(*words, "--metrics", "oscr, autc, nll", "--out", tmp_path / "t.csv")
-    assert "Percent (not NLL), best in bold." in output
+    assert "labels of ID images, in nats, not in percent; lower is better" in " ".join(output.split())
     assert "OSCR: probability that an ID image is classified correctly" in " ".join(output.split())
     heads, arrows, row = (
         next(line for line in output.splitlines() if text in line) for text in ("OSCR", "↑", "energy ")
