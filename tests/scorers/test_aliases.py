@@ -12,7 +12,18 @@ import torch
 from pytorch_ood import detector as peer
 from typer.testing import CliRunner
 
-from ood_scores import FeatureSet, Head, create_scorer, evaluate, list_scorers, register_scorer, score, sweep
+from ood_scores import (
+    FeatureSet,
+    Head,
+    calibrate,
+    create_scorer,
+    evaluate,
+    extract,
+    list_scorers,
+    register_scorer,
+    score,
+    sweep,
+)
 from ood_scores.benchmark.spec_file import load_spec
 from ood_scores.cli import app
 from ood_scores.errors import UnknownName
@@ -96,6 +107,31 @@ def test_a_base_may_be_an_alias() -> None:
     assert torch.equal(found, score("react", ID, fit=FIT, base="max_logit"))
 
 
+def test_members_of_a_fusion_and_scorers_at_a_layer_may_be_aliases() -> None:
+    with pytest.warns(UserWarning, match="ebo is energy here"):
+        found = score("fusion", ID, fit=FIT, scorers=["ebo", "msp"])
+    assert torch.equal(found, score("fusion", ID, fit=FIT, scorers=["energy", "msp"]))
+    fit, feats = (FeatureSet(each.features, each.logits, each.labels, extras=layer(each)) for each in (FIT, ID))
+    expected = score("mahalanobis", feats, fit=fit, space="layers.a")
+    with pytest.warns(UserWarning, match="mds is mahalanobis here"):
+        assert torch.equal(score("mds", feats, fit=fit, space="layers.a"), expected)
+    tell_alias.cache_clear()
+    with pytest.warns(UserWarning, match="mds is mahalanobis here"):
+        assert torch.equal(score("layers", feats, fit=fit, base="mds"), expected)
+
+
+def layer(feats: FeatureSet) -> dict[str, Any]:
+    return {"layers.a": feats.features[:, :3].square()}
+
+
+def test_the_scorer_of_a_detector_may_be_an_alias() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 6), torch.nn.Linear(6, 4)).eval()
+    feats = extract(model, [torch.randn(40, 3, 2, 2)], progress=False)
+    with pytest.warns(UserWarning, match="ebo is energy here"):
+        assert calibrate("ebo", model, id=feats, keep=0.9).scorer == create_scorer("energy")
+
+
 def test_a_registered_scorer_takes_precedence(registered_scorers: dict[str, type[Scorer]]) -> None:
     @register_scorer("ebo")
     class Own(Scorer):
@@ -140,3 +176,11 @@ def test_in_a_benchmark_file(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="ebo is energy here"):
         (part,) = load_spec(file).parts
     assert [table.create() for table in part.scorer_tables] == [create_scorer("energy"), create_scorer("msp")]
+    text = file.read_text().replace('scorers = ["ebo", "msp"]\n', "")
+    file.write_text(f'{text}[scorers]\na = {{name = "react", base = "mls"}}\nb = {{name = "rmds"}}\n')
+    with pytest.warns(UserWarning, match="mls is max_logit here"):
+        (part,) = load_spec(file).parts
+    expected = [create_scorer("react", base="max_logit"), create_scorer("relative_mahalanobis")]
+    found = [table.create() for table in part.scorer_tables]
+    assert torch.equal(found[0].fit(FIT).score(ID), expected[0].fit(FIT).score(ID))
+    assert found[1] == expected[1]
