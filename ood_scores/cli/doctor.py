@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,10 @@ def doctor() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the version of each package; "" if it is missing."""
-    found = {"ood_scores": __version__} | {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    """Return the version of Python and of each package; "" if it is missing."""
+    found = {"ood_scores": __version__, "python": platform.python_version()} | {
+        name: _version(name) for name in (*REQUIRED, *OPTIONAL)
+    }
     return found | {"faiss": _version("faiss-gpu") or _version("faiss-cpu")}
 
 
@@ -58,11 +61,16 @@ def _version(package: str) -> str:
 
 
 def devices() -> dict[str, Any]:
-    """Return the number of threads of the CPU, and what can be used beside it."""
+    """Return the operating system, the number of threads of the CPU, and what can be used beside it."""
     import torch
 
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {"threads": torch.get_num_threads(), "gpus": names, "mps": torch.backends.mps.is_available()}
+    return {
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpus": names,
+        "mps": torch.backends.mps.is_available(),
+    }
 
 
 def _extracted() -> tuple[FeatureSet, Any, Any]:
@@ -138,8 +146,9 @@ TESTS: dict[str, Callable[[], str]] = {
 def _show(found: dict[str, Any]) -> None:
     screen = console()
     screen.print(facts({name: version or "not installed" for name, version in found["versions"].items()}))
-    gpus = found["devices"]["gpus"]
-    screen.print(facts({"CPU threads": str(found["devices"]["threads"]), "GPUs": ", ".join(gpus) or "none"}))
+    there = found["devices"]
+    gpus = ", ".join(there["gpus"]) or "none"
+    screen.print(facts({"system": there["system"], "CPU threads": str(there["threads"]), "GPUs": gpus}))
     for name, (extra, use) in OPTIONAL.items():
         if not found["versions"][name]:
             screen.print(f"[yellow]without {name}[/]: {use} ({marked(install(extra))})", soft_wrap=True)

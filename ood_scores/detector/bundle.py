@@ -232,8 +232,8 @@ def _write_model(detector: DetectorParts, file: Path) -> None:
     if network_of(model)[0] is None and not (hasattr(model, "pretrained_cfg") and timm.is_model(name)):
         warn_user(
             f"the {name} is not saved with the detector, because only models of timm and transformers, and those of "
-            "load_model, can be created again: pass save(..., with_model=False), and the model to Detector.load(path, "
-            "model).",
+            "load_model, can be created again: pass the model to Detector.load(path, model); save(..., "
+            "with_model=False) leaves it out without this warning.",
         )
         return
     if detector.arguments:

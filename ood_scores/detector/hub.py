@@ -14,14 +14,14 @@ from ood_scores.terminal import safe
 
 CARD = """---
 library_name: ood_scores
-pipeline_tag: image-classification
+pipeline_tag: {task}
 tags:
 - out-of-distribution-detection
 ---
 
 # {title}
 
-This image classifier also tells whether an image is out of distribution (OoD): not like the images on which it was
+This classifier also tells whether {an_input} is out of distribution (OoD): not like the {inputs} on which it was
 calibrated.
 
 | | |
@@ -32,13 +32,20 @@ calibrated.
 import ood_scores
 
 detector = ood_scores.Detector.from_pretrained("{repository}"{passed})
-found = detector.predict(["photo.jpg"])
+found = detector.predict({example}
 found.label, found.is_ood, found.p_value
 ```
 
-The guarantee holds for new images that are like those of the calibration. It says nothing about the share of OoD images
-that are found, which depends on how they differ: measure it on OoD images of your own.
+The guarantee holds for new {inputs} that are like those of the calibration. It says nothing about the share of OoD
+{inputs} that are found, which depends on how they differ: measure it on OoD {inputs} of your own.
 """
+
+KINDS = {
+    "input_ids": ("text", "a text", "texts"),
+    "input_values": ("audio", "a recording", "recordings"),
+    "input_features": ("audio", "a recording", "recordings"),
+}
+"""The task, and the words for inputs, of models of transformers that are not of images, by their main input."""
 
 
 def push(detector: DetectorParts, facts: Mapping[str, object], repository: str, private: bool | None) -> str:
@@ -69,7 +76,13 @@ def card(detector: DetectorParts, facts: Mapping[str, object], repository: str, 
     passed = [] if any(saved.glob("model*.safetensors")) else ["model"]
     if detector.transform is not None and detector.stored_preprocessing is None:
         passed.append("preprocessing=preprocessing")
+    main_input = getattr(detector.model, "main_input_name", "pixel_values")
+    kind, an_input, inputs = KINDS.get(main_input, ("image", "an image", "images"))
     return CARD.format(
+        task=f"{kind}-classification",
+        an_input=an_input,
+        inputs=inputs,
+        example="batch)  # an input of the model" if detector.transform is None else '["photo.jpg"])',
         title=f"{rows['scorer']} on {rows['model']}",
         facts="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         repository=repository,

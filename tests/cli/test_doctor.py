@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from importlib.metadata import version
 
 import pytest
@@ -18,6 +19,8 @@ def test_doctor_shows_versions_and_passes() -> None:
     found = json.loads(shown.stdout)
     assert found["tests"] == {"extraction": "", "scores": "", "cache": ""}
     assert found["versions"]["torch"] == version("torch")
+    assert found["versions"]["python"] == platform.python_version()
+    assert found["devices"]["system"] == platform.platform()
     assert found["devices"]["threads"] == torch.get_num_threads()
 
 

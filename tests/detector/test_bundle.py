@@ -22,6 +22,7 @@ import ood_scores
 from ood_scores import Detector, calibrate
 from ood_scores.detector import Fusion
 from ood_scores.detector.folder import sealed
+from ood_scores.detector.hub import card
 from ood_scores.errors import (
     BadInput,
     CacheWriteFailed,
@@ -180,6 +181,10 @@ def test_a_model_of_transformers_is_saved_with_the_detector(tmp_path: Path) -> N
     detector.save(tmp_path / "detector")
     assert same(Detector.load(tmp_path / "detector").predict(batch), detector.predict(batch))
     assert type(Detector.load(tmp_path / "detector").model) is type(detector.model)
+    text = card(detector, {"scorer": "energy", "model": "Bert"}, "me/x", tmp_path / "detector")
+    assert "pipeline_tag: text-classification" in text
+    assert "whether a text is out of distribution" in text
+    assert "found = detector.predict(batch)  # an input of the model\n" in text
     with pytest.warns(UserWarning, match="not saved .* because BertFor.* created with the attention sdpa, not eager"):
         calibrate("energy", text_classifier("eager"), id=[batch]).save(tmp_path / "eager")
     with pytest.raises(BadInput, match="a graph has one input, but the batch also has attention_mask: calibrate a"):

@@ -187,6 +187,7 @@ def test_the_card_states_what_the_detector_guarantees_and_runs(hub: Hub, detecto
     text = hub.revisions[1]["README.md"].decode()
     assert text.startswith("---\nlibrary_name: ood_scores\npipeline_tag: image-classification\n")
     assert "# mahalanobis on " in text
+    assert 'found = detector.predict(["photo.jpg"])\n' in text
     assert f"| guarantee | {detector.calibration.guarantee} |" in text
     assert f'Detector.from_pretrained("{REPOSITORY}")' in text
 
