@@ -118,7 +118,9 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The commands of a day of four parts; each has a quarter of the time."""
     commands = {
         "slow": printing("short", then=f"print('half a li', end=''); {SLEEP}"),
-        "broken": printing("before", then="raise ValueError('no such kernel')"),
+        "broken": printing(
+            "before", then="import sys; sys.stdout.buffer.write(b'\\xff\\n'); raise ValueError('no such kernel')"
+        ),
         "quick": printing("first", "second"),
         "late": printing("last", then=f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"),
     }
@@ -131,12 +133,12 @@ def test_parts_are_cut_off_when_their_time_is_up_and_what_they_printed_is_kept(
 ) -> None:
     started = time.monotonic()
     GpuDay(tmp_path, "a GPU", seconds=4).run(parts)
-    assert 4 <= time.monotonic() - started < 6
+    assert 4 <= time.monotonic() - started < 20  # the parts sleep for a minute
     assert names(tmp_path) == ["short", "before", "first", "second", "last"]
     log = (tmp_path / "log.txt").read_text()
     assert "slow: cut off, see slow.txt" in log
     assert "broken: exit status 1, see broken.txt" in log
-    assert "ValueError: no such kernel" in (tmp_path / "broken.txt").read_text()
+    assert "ValueError: no such kernel" in (tmp_path / "broken.txt").read_text(errors="replace")
     assert "late: cut off" in log, "its share, and the time that was left"
     assert "quick: " not in log
     assert log.rstrip().endswith("5 lines")

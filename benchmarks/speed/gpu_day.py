@@ -86,7 +86,7 @@ class GpuDay:
                 with suppress(subprocess.TimeoutExpired):  # a process that waits for the driver may outlive it
                     process.wait(timeout=2)
         if name == TESTS:
-            self._keep_tests(output.read_text(), status)
+            self._keep_tests(output.read_text(errors="replace"), status)
         if status != 0:
             self.say(f"{name}: {'cut off' if status is None else f'exit status {status}'}, see {output.name}")
 
@@ -117,7 +117,7 @@ class GpuDay:
 def _lines(path: Path, process: subprocess.Popen[bytes], end: float) -> Iterator[str]:
     """Yield the lines of a file as a process writes them, until it has ended or the time has come."""
     rest = ""
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         running = True
         while running:
             running = process.poll() is None and time.monotonic() < end
