@@ -232,7 +232,7 @@ MADE_OF_WORDS = {
 
 def test_every_command_in_a_message_is_known() -> None:
     found = {mention for _, text in messages() for mention in MENTION.findall(text)} - {"ood-scores train"}
-    assert found == set(MENTIONED)
+    assert found - set(MENTIONED) == set()
     assert {file for file, text in texts() if text == "ood-scores"} == set(MADE_OF_WORDS)
 
 
@@ -249,7 +249,7 @@ def test_options_in_messages_are_options_of_a_command() -> None:
     known = {each for option in options for each in (*option.opts, *option.secondary_opts)}
     torchrun = {each for action in get_args_parser()._actions for each in action.option_strings}
     found = {option for _, text in messages() for option in re.findall(r"(?<!\S)--[a-z][a-z_-]*\b", text)}
-    assert found - known - torchrun == OTHER_PROGRAMS["options"]
+    assert found - known - torchrun - OTHER_PROGRAMS["options"] == set()
 
 
 def test_packages_to_install_are_those_of_the_extras() -> None:
