@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from ood_scores.terminal import SafeConsole
@@ -72,10 +73,10 @@ class ProgressBar:
         self._next_line = monotonic() + LINE_SECONDS if visible and not drawn else math.inf
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),  # names of datasets hold brackets
-            BarColumn(),
-            Counts(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            BarColumn(),  # the only column that gives way in a narrow terminal
+            Counts(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[note]}", markup=False),
             console=console,
             disable=not self.visible,

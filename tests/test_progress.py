@@ -38,6 +38,17 @@ def test_bar_shows_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loss 0.5" in shown.err
 
 
+def test_a_bar_with_a_long_label_stays_on_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with ProgressBar("missing → features, resumed after 448 rows", 501, "rows", done=448, keep=True):
+        pass
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "resumed after 448 rows ━" in line
+    assert "448/501 rows" in line
+
+
 def test_invisible_bar_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar("training", None, "steps", visible=False, keep=True) as bar:
         bar.advance()
