@@ -52,6 +52,15 @@ class Counts(MofNCompleteColumn):
         return super().render(task).append(f" {unit}") if unit else Text("")
 
 
+class Note(TextColumn):
+    """Text that is cut off in a narrow terminal, rather than what is beside it."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 class ProgressBar:
     """A progress bar on standard error; in a file or pipe, a line each minute. Use it as a context manager.
 
@@ -73,11 +82,11 @@ class ProgressBar:
         self._next_line = monotonic() + LINE_SECONDS if visible and not drawn else math.inf
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),  # names of datasets hold brackets
-            BarColumn(),  # the only column that gives way in a narrow terminal
+            BarColumn(),  # in a narrow terminal, it and the note give way
             Counts(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[note]}", markup=False),
+            Note("{task.fields[note]}", markup=False, table_column=Column()),
             console=console,
             disable=not self.visible,
             transient=not keep,

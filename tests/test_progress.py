@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -47,6 +48,10 @@ def test_a_bar_with_a_long_label_stays_on_one_line(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "resumed after 448 rows ━" in line
     assert "448/501 rows" in line
+    with ProgressBar("epoch 4", 192, "steps", done=101, keep=True) as bar:
+        bar.describe("loss 0.312  accuracy 98.0%  ‖z‖ 10.87  lr 0.0075  validation 98.0%")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(r"epoch 4 ━+╸? +101/192 steps 0:00:00 -:--:-- loss 0\.312  .*…$", line)
 
 
 def test_invisible_bar_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
