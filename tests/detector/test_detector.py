@@ -427,7 +427,7 @@ def test_graph(tmp_path: Path, model: nn.Module, sets: dict[str, FeatureSet]) ->
     pytest.importorskip("onnxruntime")
     from ood_scores.detector.export import run_onnx
 
-    detector = calibrate("gradnorm", model, id=sets["id"], keep=0.7, per_class=True)
+    detector = calibrate("gradnorm", model, id=sets["id"], keep=0.7, per_class=True, device="cpu")
     inputs = Rows(64, 3).inputs
     detector.export_onnx(tmp_path / "detector.onnx", inputs)
     expected = detector.predict(inputs)
