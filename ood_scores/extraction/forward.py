@@ -67,8 +67,11 @@ class Forward:
         self._refuses_channels_last = False
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Prepare the model for calls, and restore it afterwards. Other threads that run the model wait until then."""
+    def ready(self, one_batch: bool = False) -> Iterator[None]:
+        """Prepare the model for calls, and restore it afterwards. Other threads that run the model wait until then.
+
+        For one batch alone, the weights keep their memory format unless the options say otherwise.
+        """
         device = self.device or model_device(self.model)
         differentiates = any(probe.gradients for probe in self.options.all_probes)
         with (
@@ -80,7 +83,7 @@ class Forward:
             ExitStack() as self._hooks,
         ):
             self._transfers = Transfers(device)
-            self._channels_last = self._runs_channels_last(device)
+            self._channels_last = self._runs_channels_last(device, one_batch)
             if self._channels_last:
                 self._hooks.enter_context(laid_out(self.model, torch.channels_last))
             if self.found:
@@ -126,7 +129,7 @@ class Forward:
         Raises:
             NotFinite: if a column contains NaN or infinite values, and is checked. Other errors are those of a call.
         """
-        with self.ready():
+        with self.ready(one_batch=True):
             columns = self._on_device(batch, start)
         if checked:
             require_finite(columns, start)
@@ -153,9 +156,9 @@ class Forward:
         inputs, labels = loaders.unpack(batch)
         return self._to_model({"inputs": inputs})["inputs"], labels
 
-    def _runs_channels_last(self, device: torch.device) -> bool:
+    def _runs_channels_last(self, device: torch.device, one_batch: bool) -> bool:
         if self.options.channels_last is None:
-            return not self._refuses_channels_last and prefers_channels_last(self.model, device)
+            return not (one_batch or self._refuses_channels_last) and prefers_channels_last(self.model, device)
         return self.options.channels_last
 
     def _laid_out(self, inputs: Tensor) -> Tensor:

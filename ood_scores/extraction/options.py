@@ -45,7 +45,7 @@ class ExtractionOptions:
         amp: ``"bf16"`` or ``"fp16"`` for automatic mixed precision.
         channels_last: whether to use the channels-last memory format for weights and inputs ``[B, C, H, W]``, which
             tensor cores prefer. None for convolutional models on a CUDA device alone, unless they do not accept it; a
-            cache does not tell this from False.
+            cache does not tell this from False, and a detector then uses the format that its model has.
         compile: whether to run the model through ``torch.compile``, which takes about a minute to start and needs a C++
             compiler. Not available with ``layers`` or ``probes``.
         dtype: the type in which features, logits and extras are stored: ``"float16"``, ``"float32"`` or ``"float64"``.

@@ -399,10 +399,21 @@ def test_a_model_that_refuses_channels_last_is_asked_once() -> None:
         lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
     )
     for _ in range(2):
-        run.feature_set(IMAGES)
+        with run.ready():
+            run(IMAGES)
     assert (seen, model.accepted) == ([True, False, False], [False, False])
     with pytest.raises(BadInput, match="cannot take a batch"):
         extract(Viewing(), channels_last=True)
+
+
+@pytest.mark.usefixtures("channels_last_pays")
+def test_one_batch_does_not_change_the_format_of_a_model() -> None:
+    model = Reshaping()
+    run = forward.Forward(model)
+    run.feature_set(IMAGES)
+    assert model.accepted == [False]
+    run.feature_set(IMAGES.contiguous(memory_format=torch.channels_last))
+    assert model.accepted == [False, True]
 
 
 @pytest.mark.usefixtures("channels_last_pays")
