@@ -37,8 +37,6 @@ NOTES = """\
 - `*_enc` and `mobilenetv5_300m_enc` return tokens or a feature map for a language model, whatever `num_classes` says:
   they are encoders with `pool="mean"`, and refused without a pooling.
 - `resnet*_clip` declare the width of their embedding as `num_classes`; `model.num_classes = 0` makes them encoders.
-- 234 rows are of the present version: those of all encoders, of the largest architectures, and of at least one
-  architecture of 90 families, with the outcomes of the version before. The other rows are of that version.
 """
 
 

@@ -110,7 +110,7 @@ def _in_processes(jobs: Sequence[Job], device: str, at_once: int, threads: int) 
 def _submit(pool: ProcessPoolExecutor, jobs: Sequence[Job], device: str) -> dict[Future[Done], Job]:
     try:
         return {pool.submit(run_job, job, device, 0): job for job in jobs}
-    except OSError as error:  # a process that dies while the next one starts closes the pipes they share
+    except (OSError, ValueError) as error:  # a process that dies while the next one starts closes the pipes they share
         raise BrokenProcessPool(str(error)) from error
 
 

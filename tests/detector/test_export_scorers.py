@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ood_scores
-from ood_scores import Scorer, create_scorer
+from ood_scores import FeatureSet, Scorer, create_scorer
 from ood_scores.data.kinds.digits import digits_split
 from ood_scores.detector.export import export_onnx, export_program, run_onnx
 from ood_scores.detector.graph import DetectorGraph, exportable
@@ -77,12 +77,17 @@ def problem():
     return model.eval(), ood_scores.extract(model, loader, device="cpu", progress=False), test[:200]
 
 
+def with_small_extras(fit, scorer):
+    extras = {name: make(fit.features, fit.logits) for name, make in scorer.tags.small_extras.items()}
+    return FeatureSet(fit.features, fit.logits, fit.labels, fit.head, extras) if extras else fit
+
+
 def test_every_scorer_in_onnxruntime_and_traced(tmp_path):
     model, fit, batch = problem()
     scorers = [create_scorer(name, **scorer_class(name).tags.small_parameters) for name in exportable()] + VARIANTS
     for scorer in scorers:
         assert scorer.why_no_graph() is None
-        scorer.fit(fit)
+        scorer.fit(with_small_extras(fit, scorer))
     graph = DetectorGraph(model, Together(scorers), 0.0, batch)
     with torch.no_grad():
         expected = graph(batch)[1]

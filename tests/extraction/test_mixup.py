@@ -66,7 +66,7 @@ def test_features_are_those_of_mixtures(proxy: str) -> None:
 
 
 def test_the_probe_has_the_properties_of_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ood_scores.extraction.probes.mixup.preprocessing", lambda model: as_input)
+    monkeypatch.setattr("ood_scores.models.opening.preprocessing", lambda model: as_input)
     assert ProbeCase(Mixup, {}).inputs.shape[1:] == (3, 8, 8)
     check_probe(Mixup, proxy="noise:uniform?n=9&size=8")
 

@@ -46,7 +46,7 @@ IMAGENET = Sizes(fit_rows=1_000_000, rows=60_000, features=2048, classes=1000, e
         (create_scorer("excel", ranks=10), 0, 3e7),
         (create_scorer("relation"), 2 * 1e6 * 6e4 * 3048, 4 * 1e6 * 3048),
         (create_scorer("grood", by="norm"), 0, 0),
-        (create_scorer("grood"), 4 * 1e6 * 6e4 * 2048, 4 * 1e6 * 2048),
+        (create_scorer("grood"), 2 * 1e6 * 6e4 * 2048, 4 * 1e6 * 2048),
         (create_scorer("gmm"), 4 * 6e4 * 1e3 * 2048**2, 2**31),
         (create_scorer("weiper", repeats=50), 4 * 50 * 1e3 * 2048 * 1.06e6, 4 * 50 * 1e3 * 2048),
         (create_scorer("openmax"), 0, 4e9),

@@ -17,7 +17,6 @@ from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.extraction.probes.base import Pass, Probe, register_probe
 from ood_scores.extraction.probes.reruns import seed_of
-from ood_scores.models.opening import preprocessing
 
 SHARES = (0.25, 0.5, 0.75)
 """The shares of the input in a mixed one, of which each row draws one."""
@@ -69,6 +68,8 @@ class Mixup(Probe):
         return self
 
     def columns(self, done: Pass, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from ood_scores.models.opening import preprocessing
+
         assert done.features_of is not None
         images, transform = _opened(self.proxy, self.identity), done.transform or preprocessing(done.model)
         drawn = [seed_of(self.seed, done.start + row) for row in range(len(done.inputs))]
