@@ -433,7 +433,7 @@ def reason(result: Result) -> str:
         ("not logits [batch, classes]", "returns a map or tokens"),
         ("a classifier returns a tensor", "returns no tensor"),
         ("no affine module", "no affine module gives the outputs"),
-        ("nor the mean of several", "the outputs are neither those of an affine module nor a mean of them"),
+        ("nor a weighted mean of several", "the outputs are neither those of an affine module nor a mean of them"),
         ("but not as weight", "the module that gives the outputs is not affine"),
     ):
         if found in result.message:
