@@ -14,8 +14,8 @@ def digest(*facts: Any) -> str:
 
     All fields of a dataclass are included, except those that its class lists in ``NOT_IN_DIGEST``: fields that only
     affect the presentation, and fields that are included in another form. Fields that it lists in ``IN_DIGEST_IF_SET``,
-    which an earlier version did not have, are left out while they are None, so that its files keep their names; so do
-    those of fields in ``NONE_IN_DIGEST``, whose value None is included as the earlier version's default.
+    which an earlier version did not have, are left out while they are None, so that its files keep their names. For the
+    same reason, a field of ``NONE_IN_DIGEST`` is included with the value there while it is None: its earlier default.
     """
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_plain).encode()).hexdigest()
 

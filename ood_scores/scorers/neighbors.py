@@ -246,8 +246,7 @@ class KNN(_BankScorer):
         return -distances
 
     def nearest(self, rows: Tensor, found: Tensor) -> Tensor:
-        """The numbers of the k nearest ``[B, k]`` of the candidates, of which those about the k-th are compared in
-        float64; their order means nothing."""
+        """The numbers of the k nearest candidates, ``[B, k]``, in any order; float64 decides about the k-th."""
         first = max(0, self.k - 1 - AROUND)
         sure, doubtful = found[:, :first], found[:, first:]
         if doubtful.shape[1] > self.k - first:

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ood_scores.data.images import ImageDataset
-from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.extraction.probes.base import Pass, Probe, register_probe
 from ood_scores.extraction.probes.reruns import seed_of
+
+if TYPE_CHECKING:
+    from ood_scores.data.images import ImageDataset
 
 SHARES = (0.25, 0.5, 0.75)
 """The shares of the input in a mixed one, of which each row draws one."""
@@ -58,7 +59,7 @@ class Mixup(Probe):
         super().__post_init__()
         if self.proxy and not self.identity:
             with suppress(MissingData):  # a benchmark file can be read without its data; the extraction fails
-                object.__setattr__(self, "identity", _identity(open_dataset(self.proxy)))
+                object.__setattr__(self, "identity", _identity(_images(self.proxy)))
 
     def for_model(self, model: nn.Module, inputs: Tensor) -> Probe:
         if not self.proxy:
@@ -84,6 +85,12 @@ class Mixup(Probe):
         return {self.name: done.features_of(mixed)}
 
 
+def _images(proxy: str) -> ImageDataset:
+    from ood_scores.data.sources import open_dataset  # which scoring does not need
+
+    return open_dataset(proxy)
+
+
 def _identity(images: ImageDataset) -> str:
     checksum = hashlib.sha256(str(len(images)).encode())
     for number in range(min(len(images), IDENTIFYING)):
@@ -93,7 +100,7 @@ def _identity(images: ImageDataset) -> str:
 
 @lru_cache(maxsize=2)
 def _opened(proxy: str, identity: str) -> ImageDataset:
-    images = open_dataset(proxy)
+    images = _images(proxy)
     if identity and _identity(images) != identity:
         raise BadInput(f"the images of {proxy} have changed since the probe was created: create it again.")
     return images

@@ -73,10 +73,9 @@ def search_unit_rows(
     rows_at_a_time: int | None = None,
     bank_at_a_time: int = SEARCH_BANK,
 ) -> list[Tensor]:
-    """Return what is requested, on the device of the rows: indices of bank rows ``[B, count]``, best first, or sums
-    ``[B]``.
+    """Return, for each request, the indices of its bank rows ``[B, count]``, best first, or its sums ``[B]``.
 
-    The search is exact up to the rounding of the products.
+    They are on the device of the rows. The search is exact up to the rounding of the products.
 
     Args:
         rows: normalized rows ``[B, D]``, float32; rows of zeros are allowed.
