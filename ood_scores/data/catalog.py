@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from ood_scores.data.known_set import IMAGES_OF_IMAGENET, KnownSet, unpacked
-from ood_scores.data.open_set_catalog import OPEN_SETS
+from ood_scores.data.known_set import (
+    IMAGENET_TERMS,
+    IMAGES_OF_IMAGENET,
+    NONE_STATED,
+    KnownSet,
+    repository_under,
+    unpacked,
+)
+from ood_scores.data.long_tail_catalog import LONG_TAIL_SETS
+from ood_scores.data.open_set_catalog import OPEN_SETS, SSB
 
 
 def _openood(*names: str) -> str:
@@ -15,11 +23,6 @@ def _openood(*names: str) -> str:
     )
 
 
-def _lt_list(split: str) -> str:
-    lists = "https://github.com/facebookresearch/classifier-balancing/raw/main/data/ImageNet_LT"
-    return f"wget -P {{data}} {lists}/ImageNet_LT_{split}.txt"
-
-
 def _large(name: str) -> str:
     return f"imglist:benchmark_imglist/imagenet/test_{name}.txt?root=images_largescale"
 
@@ -28,10 +31,8 @@ _OPENOOD_PAGE = "https://github.com/Jingkang50/OpenOOD"
 _MOS = "https://github.com/deeplearning-wisc/large_scale_ood"
 _MOS_FILES = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
 _ODIN = "https://github.com/facebookresearch/odin"
-_PASCL = "https://github.com/amazon-science/long-tailed-ood-detection"
-_LT = "https://liuziwei7.github.io/projects/LongTail.html"
 _IMAGENET = "https://image-net.org/download.php"
-_IMAGENET_TERMS = "ImageNet's terms of access: non-commercial research and education"
+_PLACES_TERMS = "non-commercial research and education, without redistribution"
 
 OPENOOD = KnownSet(
     "openood",
@@ -42,6 +43,7 @@ OPENOOD = KnownSet(
     _openood(),
     "imglist:benchmark_imglist/cifar10/test_cifar10.txt?root=images_classic",
     ("benchmark_imglist", "images_classic", "images_largescale"),
+    "that of each dataset",
 )
 
 CATALOG: tuple[KnownSet, ...] = (
@@ -53,6 +55,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         "torchvision:CIFAR10?split=test&download=true",
         ("cifar10", "cifar_10"),
+        NONE_STATED,
         size="163 MB",
         md5="c58f30108f718f92721af3b95e74349a",
     ),
@@ -64,6 +67,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         "torchvision:CIFAR100?split=test&download=true",
         ("cifar100", "cifar_100"),
+        NONE_STATED,
         md5="eb9058c3a382ffc7106e4002c42a8d85",
         size="161 MB",
     ),
@@ -75,6 +79,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         "torchvision:SVHN?split=test&download=true",
         ("svhn",),
+        "non-commercial use only",
         md5={
             "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
             "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
@@ -89,6 +94,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         "torchvision:MNIST?split=test&download=true",
         ("mnist",),
+        "CC BY-SA 3.0, according to https://keras.io/api/datasets/mnist/",
         md5={
             "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
             "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -130,6 +136,7 @@ CATALOG: tuple[KnownSet, ...] = (
         unpacked("http://data.csail.mit.edu/places/places365/test_256.tar"),
         "folder:test_256",
         ("places365", "test_256"),
+        _PLACES_TERMS,
         md5="f532f6ad7b582262a2ec8009075e186b",
     ),
     KnownSet(
@@ -140,6 +147,7 @@ CATALOG: tuple[KnownSet, ...] = (
         unpacked(f"{_MOS_FILES}/iNaturalist.tar.gz"),
         "folder:iNaturalist",
         ("inaturalist",),
+        repository_under("Apache 2.0"),
     ),
     KnownSet(
         "sun",
@@ -149,6 +157,7 @@ CATALOG: tuple[KnownSet, ...] = (
         unpacked(f"{_MOS_FILES}/SUN.tar.gz"),
         "folder:SUN",
         ("sun",),
+        repository_under("Apache 2.0"),
     ),
     KnownSet(
         "places",
@@ -158,6 +167,7 @@ CATALOG: tuple[KnownSet, ...] = (
         unpacked(f"{_MOS_FILES}/Places.tar.gz"),
         "folder:Places",
         ("places",),
+        f"{repository_under('Apache 2.0')}; the terms of Places are {_PLACES_TERMS}",
     ),
     KnownSet(
         "lsun_crop",
@@ -167,6 +177,7 @@ CATALOG: tuple[KnownSet, ...] = (
         unpacked("https://www.dropbox.com/s/fhtsw1m3qxlwj6h/LSUN.tar.gz"),
         "folder:LSUN",
         ("lsun", "lsun_c", "lsun_crop"),
+        repository_under("CC BY-NC 4.0"),
     ),
     KnownSet(
         "lsun_resize",
@@ -176,6 +187,7 @@ CATALOG: tuple[KnownSet, ...] = (
         unpacked("https://www.dropbox.com/s/moqh2wh8696c3yl/LSUN_resize.tar.gz"),
         "folder:LSUN_resize",
         ("lsun_r", "lsun_resize"),
+        repository_under("CC BY-NC 4.0"),
     ),
     KnownSet(
         "isun",
@@ -185,6 +197,7 @@ CATALOG: tuple[KnownSet, ...] = (
         unpacked("https://www.dropbox.com/s/ssz7qxfqae0cca5/iSUN.tar.gz"),
         "folder:iSUN",
         ("isun",),
+        repository_under("CC BY-NC 4.0"),
     ),
     KnownSet(
         "tinyimagenet_resize",
@@ -194,6 +207,7 @@ CATALOG: tuple[KnownSet, ...] = (
         unpacked("https://www.dropbox.com/s/kp3my3412u5k9rl/Imagenet_resize.tar.gz"),
         "folder:Imagenet_resize",
         ("imagenet_resize", "tinyimagenet_resize"),
+        f"{repository_under('CC BY-NC 4.0')}; {IMAGES_OF_IMAGENET}",
     ),
     KnownSet(
         "tinyimagenet_crop",
@@ -203,6 +217,7 @@ CATALOG: tuple[KnownSet, ...] = (
         unpacked("https://www.dropbox.com/s/avgm2u562itwpkl/Imagenet.tar.gz"),
         "folder:Imagenet",
         ("imagenet_crop", "tinyimagenet_crop"),
+        f"{repository_under('CC BY-NC 4.0')}; {IMAGES_OF_IMAGENET}",
     ),
     KnownSet(
         "tinyimagenet",
@@ -215,7 +230,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "awk 'NR==FNR {n[$1]=NR-1; next} {print $1, n[$2]}' - val/val_annotations.txt > val_labels.txt",
         "folder:tiny-imagenet-200/test/images",
         ("tiny_imagenet_200", "tinyimagenet", "tiny_imagenet", "tin"),
-        IMAGES_OF_IMAGENET,
+        f"unknown; {IMAGES_OF_IMAGENET}",
     ),
     KnownSet(
         "imagenet",
@@ -227,7 +242,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "the folder that root names",
         "torchvision:ImageNet?split=val&root=imagenet",
         ("imagenet", "imagenet_1k", "imagenet1k", "ilsvrc_2012", "ilsvrc2012"),
-        _IMAGENET_TERMS,
+        IMAGENET_TERMS,
         size="138 GB for training, 6.3 GB for validation",
         md5={
             "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
@@ -243,17 +258,17 @@ CATALOG: tuple[KnownSet, ...] = (
         _openood("imagenet_1k"),
         "imglist:benchmark_imglist/imagenet200/test_imagenet200.txt?root=images_largescale",
         ("imagenet200", "imagenet_200"),
-        _IMAGENET_TERMS,
+        IMAGENET_TERMS,
     ),
     KnownSet(
         "ssb_hard",
         "980 classes of ImageNet-21k that are close to those of ImageNet-1k (Vaze et al. 2022)",
         49000,
-        _OPENOOD_PAGE,
+        SSB,
         _openood("ssb_hard"),
         _large("ssb_hard"),
         ("ssb_hard",),
-        IMAGES_OF_IMAGENET,
+        f"{repository_under('MIT')}; {IMAGES_OF_IMAGENET}",
     ),
     KnownSet(
         "ninco",
@@ -275,6 +290,8 @@ CATALOG: tuple[KnownSet, ...] = (
         _openood("openimage_o"),
         _large("openimage_o"),
         ("openimage_o",),
+        f"{repository_under('Apache 2.0')}; Open Images lists its images as CC BY 2.0, without warranty, at "
+        "https://storage.googleapis.com/openimages/web/factsfigures_v7.html",
     ),
     KnownSet(
         "imagenet_c",
@@ -285,7 +302,7 @@ CATALOG: tuple[KnownSet, ...] = (
         _openood("imagenet_c"),
         _large("imagenet_c"),
         ("imagenet_c",),
-        IMAGES_OF_IMAGENET,
+        f"unknown; {IMAGES_OF_IMAGENET}",
     ),
     KnownSet(
         "imagenet_r",
@@ -296,6 +313,7 @@ CATALOG: tuple[KnownSet, ...] = (
         _openood("imagenet_r"),
         _large("imagenet_r"),
         ("imagenet_r",),
+        repository_under("MIT"),
         md5={"imagenet-r.tar": "a61312130a589d0ca1a8fca1f2bd3337"},
     ),
     KnownSet(
@@ -307,6 +325,7 @@ CATALOG: tuple[KnownSet, ...] = (
         _openood("imagenet_v2"),
         _large("imagenet_v2"),
         ("imagenet_v2", "imagenetv2", "imagenetv2_matched_frequency_format_val"),
+        "that of each image on Flickr; to be used as ImageNet",
     ),
     KnownSet(
         "imagenet_es",
@@ -316,6 +335,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "",
         _large("imagenet_es"),
         ("imagenet_es",),
+        NONE_STATED,
     ),
     KnownSet(
         "scood",
@@ -327,6 +347,7 @@ CATALOG: tuple[KnownSet, ...] = (
         "unzip {data}/scood_benchmark.zip -d {data}/scood",
         "imglist:scood/data/imglist/benchmark_cifar10/test_tin.txt?root=scood/data/images",
         ("benchmark_cifar10", "benchmark_cifar100", "scood", "scood_benchmark"),
+        repository_under("MIT"),
     ),
     KnownSet(
         "300k_random_images",
@@ -338,61 +359,9 @@ CATALOG: tuple[KnownSet, ...] = (
         "\"import numpy as np; np.savez('300K_random_images.npz', images=np.load('300K_random_images.npy'))\"",
         "npz:300K_random_images.npz",
         ("300k_random_images",),
+        repository_under("Apache 2.0"),
     ),
-    KnownSet(
-        "imagenet_lt",
-        "long-tailed list of ImageNet's training images (Liu et al. 2019), with 1,280 to 5 per class; the images are "
-        "ImageNet's",
-        115846,
-        _LT,
-        _lt_list("train"),
-        "imglist:ImageNet_LT_train.txt?root=imagenet",
-        ("imagenet_lt", "imagenet_lt_train"),
-        _IMAGENET_TERMS,
-    ),
-    KnownSet(
-        "imagenet_lt_val",
-        "list of ImageNet's training images for the validation of ImageNet-LT (Liu et al. 2019), 20 per class",
-        20000,
-        _LT,
-        _lt_list("val"),
-        "imglist:ImageNet_LT_val.txt?root=imagenet",
-        ("imagenet_lt_val",),
-        _IMAGENET_TERMS,
-    ),
-    KnownSet(
-        "imagenet_lt_test",
-        "list of ImageNet's validation images for the test of ImageNet-LT (Liu et al. 2019), 50 per class",
-        50000,
-        _LT,
-        _lt_list("test"),
-        "imglist:ImageNet_LT_test.txt?root=imagenet",
-        ("imagenet_lt_test",),
-        _IMAGENET_TERMS,
-    ),
-    KnownSet(
-        "imagenet_1k_ood",
-        "1,000 classes of ImageNet-22k that are not in ImageNet-1k, 50 of each: the OoD test set of ImageNet-LT (Wang "
-        "et al. 2022, PASCL)",
-        50000,
-        _PASCL,
-        "register with ImageNet, unpack https://image-net.org/data/imagenet10k_eccv2010.tar into {data}/imagenet10k, "
-        "run PASCL's extract_ood_test_imagenet_1k.py --data_root_path {data}",
-        "folder:imagenet_ood_test_1k",
-        ("imagenet_ood_test_1k", "imagenet_1k_ood"),
-        _IMAGENET_TERMS,
-    ),
-    KnownSet(
-        "imagenet_extra",
-        "500 other classes of ImageNet-22k: auxiliary OoD images of ImageNet-LT (Wang et al. 2022, PASCL)",
-        517711,
-        _PASCL,
-        "register with ImageNet, unpack https://image-net.org/data/imagenet10k_eccv2010.tar into {data}/imagenet10k, "
-        "run PASCL's extract_extra_imagenet_1k.py --data_root_path {data}",
-        "folder:imagenet_extra_1k",
-        ("imagenet_extra_1k", "imagenet_extra"),
-        _IMAGENET_TERMS,
-    ),
+    *LONG_TAIL_SETS,
     *OPEN_SETS,
     OPENOOD,
 )

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-IMAGES_OF_IMAGENET = "unknown; the images are ImageNet's, whose terms of access forbid commercial use"
-"""The license of a dataset of ImageNet's images whose authors state none."""
+NONE_STATED = "none stated by its authors"
+"""The license of a dataset whose authors' page was read and names none."""
+
+IMAGENET_TERMS = "ImageNet's terms of access: non-commercial research and education"
+IMAGES_OF_IMAGENET = "the images are ImageNet's, whose terms of access forbid commercial use"
+
+
+def repository_under(license: str) -> str:
+    """Return the license of images in whose repository only the code's license is stated."""
+    return f"none stated for the images; the authors' repository is under {license}"
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,8 @@ class KnownSet:
             downloads it.
         spec: the text that opens the dataset afterwards, with ``open_dataset(spec, root=data)``.
         folders: names of files and folders that identify a path to it, in lower case and with ``_`` for ``-``.
-        license: the license or terms that the authors state; "unknown" if none was found.
+        license: the license or terms that ``page``, or the address in the text, states for the images;
+            ``NONE_STATED`` if ``page`` names none, and "unknown" where nothing could be read.
         size: size of the download; "" if it is not known.
         md5: MD5 of the downloaded file, or of each file by its name; "" if none is known.
     """

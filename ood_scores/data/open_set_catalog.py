@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from ood_scores.data.known_set import IMAGES_OF_IMAGENET, KnownSet, unpacked
+from ood_scores.data.known_set import IMAGES_OF_IMAGENET, KnownSet, repository_under, unpacked
 
 _NATURAL = "https://github.com/hendrycks/natural-adv-examples"
 _ROBUSTNESS = "https://github.com/hendrycks/robustness"
-_OF_A_REPOSITORY = "unknown; the authors' repository is under the MIT license"
 _HENDRYCKS = "https://people.eecs.berkeley.edu/~hendrycks"
-_SSB = "https://github.com/sgvaze/osr_closed_set_all_you_need"
+SSB = "https://github.com/sgvaze/osr_closed_set_all_you_need"
 _OPENMIBOOD = "https://github.com/remic-othr/OpenMIBOOD"
 
 
@@ -47,6 +46,7 @@ OPEN_SETS: tuple[KnownSet, ...] = (
         "awk '$6==0 {print $2, $4-1}' > test.txt",
         "imglist:CUB_200_2011/test.txt?root=CUB_200_2011/images",
         ("cub", "cub_200_2011"),
+        "non-commercial research and education",
         size="1.1 GB",
         md5="97eceeb196236b17998738112f37df78",
     ),
@@ -67,7 +67,7 @@ OPEN_SETS: tuple[KnownSet, ...] = (
         "196 models of cars (Krause et al. 2013); a part of the semantic shift benchmark (Vaze et al. 2022). The "
         "authors' address no longer works",
         16185,
-        _SSB,
+        SSB,
         "get cars_test and cars_test_annos_withlabels.mat from a mirror, and put them into {data}/stanford_cars, then "
         "cd {data}/stanford_cars && python -c \"from scipy.io import loadmat; open('test.txt', 'w').writelines("
         "f'{row[5][0]} {row[4][0][0] - 1}\\n' "
@@ -84,7 +84,7 @@ OPEN_SETS: tuple[KnownSet, ...] = (
         unpacked(f"{_HENDRYCKS}/imagenet-o.tar"),
         "folder:imagenet-o",
         ("imagenet_o",),
-        _OF_A_REPOSITORY,
+        repository_under("MIT"),
         md5="86bd7a50c1c4074fb18fc5f219d6d50b",
     ),
     KnownSet(
@@ -95,7 +95,7 @@ OPEN_SETS: tuple[KnownSet, ...] = (
         unpacked(f"{_HENDRYCKS}/imagenet-a.tar"),
         "folder:imagenet-a",
         ("imagenet_a",),
-        _OF_A_REPOSITORY,
+        repository_under("MIT"),
         size="688 MB",
         md5="c3e55429088dc681f30d81f4726b6595",
     ),
@@ -109,7 +109,7 @@ OPEN_SETS: tuple[KnownSet, ...] = (
         unpacked("https://zenodo.org/record/2235448/files/noise.tar", "imagenet-c"),
         "folder:imagenet-c/gaussian_noise/5",
         ("gaussian_noise", "shot_noise", "impulse_noise"),
-        IMAGES_OF_IMAGENET,
+        f"unknown; {IMAGES_OF_IMAGENET}",
         size="21 GB",
         md5={
             "noise.tar": "e80562d7f6c3f8834afb1ecf27252745",

@@ -43,6 +43,11 @@ def test_every_known_dataset_states_its_license_size_and_checksums() -> None:
     by_name = {known.name: known for known in CATALOG}
     assert all(known.license for known in CATALOG)
     assert by_name["ninco"].license == by_name["cifar10_c"].license == "CC BY 4.0"
+    assert by_name["cifar10"].license == by_name["cifar100"].license == "none stated by its authors"
+    assert "non-commercial" in by_name["svhn"].license
+    assert "non-commercial" in by_name["places365"].license
+    plain_unknown = [known.name for known in CATALOG if known.license == "unknown"]
+    assert plain_unknown == ["gtsrb", "stanford_cars", "cifar100_c"]
     assert all(re.fullmatch(r"[\d.]+ (MB|GB|GiB)( .*)?|", known.size) for known in CATALOG)
     sums = [known.md5 if isinstance(known.md5, str) else " ".join(known.md5.values()) for known in CATALOG]
     assert all(re.fullmatch(r"([0-9a-f]{32}( |$))*", text) for text in sums)
