@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> Results | None:
         print("no training was finished: run the same command again to resume", flush=True)
         return None
     results = run(_spec(finished, options.rows), out=options.out / "results", data=options.out, device=options.device)
-    columns = ["part", "model", "scorer", "ood", "metric", "published", "ours", "difference"]
+    columns = ["part", "model", "scorer", "ood", "metric", "ours", "published", "difference"]
     print(results.comparison[columns].round(2).to_string(index=False), flush=True)
     return results
 

@@ -120,11 +120,11 @@ def _path(name: str) -> Path:
 def _show(
     results: Results, tables: Sequence[ComparisonTable], page: Path | None, figures: Sequence[WrittenFigure]
 ) -> None:
-    """Print each published table with our numbers below the published ones, what did not run, and the figures."""
+    """Print each published table with our numbers before the published ones, what did not run, and the figures."""
     screen = console()
     for table in tables:
         of = " · ".join(["", table.part, *only_model(table)])
-        screen.print(f"\n[bold]{marked(table.source)}[/][dim]{marked(of)}; published / ours[/]", soft_wrap=True)
+        screen.print(f"\n[bold]{marked(table.source)}[/][dim]{marked(of)}; ours / published[/]", soft_wrap=True)
         screen.print(published_table(table))
     show_not_run(screen, results.not_run)
     folder = page.parent if page else Path()

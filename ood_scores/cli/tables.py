@@ -161,7 +161,7 @@ def only_model(table: ComparisonTable) -> list[str]:
 
 
 def published_table(table: ComparisonTable) -> Table:
-    """Return a table of published numbers and ours; a narrow terminal wraps cells and metrics, but not names."""
+    """Return a table of our numbers / published ones; a narrow terminal wraps cells and metrics, but not names."""
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
     names = ["scorer"] if only_model(table) else ["model", "scorer"]
     for name in names:
@@ -178,4 +178,4 @@ def _cell(cell: Compared | None) -> Text:
     if cell is None:
         return Text("")
     ours = (cell.ours, "bold") if cell.difference else ("–", "dim")
-    return Text.assemble(cell.published, " / ", ours)
+    return Text.assemble(ours, " / ", cell.published)

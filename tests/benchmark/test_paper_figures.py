@@ -336,7 +336,8 @@ def test_published_tables_are_shown_with_our_numbers(paper: Path) -> None:
     sets = {name: features(paper, "Net", name) for name in ("train", "test", "nines", "noise", "sevens")}
     expected = 50 * sum(auroc(norms(sets["test"]), norms(sets[name])) for name in ("nines", "noise"))
     assert row["ours"] == pytest.approx(expected)
-    assert f"50.00 / {expected:.2f}" in output
+    assert f"{expected:.2f} / 50.00" in output
+    assert "ours / published" in output
     found = results.comparison[results.comparison["source"] == "Nobody 2024, Table 2"]["ours"].tolist()
     assert found == pytest.approx([norms(sets["train"]).mean(), norms(sets["sevens"]).mean()])
     assert "ood-scores train benchmarks/recipes/gone.toml --set seed=0 --out runs/gone_seed0" in output
