@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ood_scores
 from ood_scores.errors import BadInput, UnknownName
-from ood_scores.integrations import lightning, transformers
 from ood_scores.integrations.epoch_scores import EpochScores
 
 NAMES = {
@@ -59,43 +57,48 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 3))
 
 
-class Classifier(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net: Any = network()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, _: int) -> torch.Tensor:
-        assert self.net[1].training
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, _: int) -> None:
-        self(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 def loader(data: Dataset) -> DataLoader:
     return DataLoader(data, 16)
 
 
-def fitted(folder: Path, callback: Any, epochs: int) -> Trainer:
+def fitted(folder: Path, epochs: int, **arguments: Any) -> Any:
+    """Train with Lightning and the callback."""
+    pytest.importorskip("lightning.pytorch", reason="pip install lightning")
+    from lightning.pytorch import LightningModule, Trainer
+
+    from ood_scores.integrations.lightning import OODCallback
+
+    class Classifier(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net: Any = network()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            assert self.net[1].training
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
     quiet: Any = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    callbacks: Any = [OODCallback(**arguments)]
     trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=folder, callbacks=[callback], **quiet
+        max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=folder, callbacks=callbacks, **quiet
     )
-    model = Classifier()
-    trainer.fit(model, loader(rows(60, 4)), loader(rows(40, 1)))
+    trainer.fit(Classifier(), loader(rows(60, 4)), loader(rows(40, 1)))
     return trainer
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightning_logs_the_metrics_of_the_weights_at_the_end_of_the_epoch(tmp_path: Path) -> None:
     given = sets(loader)
-    trainer = fitted(tmp_path, lightning.OODCallback(**given), epochs=2)
+    trainer = fitted(tmp_path, epochs=2, **given)
     found = {name: value.item() for name, value in trainer.callback_metrics.items()}
     assert found.keys() == NAMES
     assert found == pytest.approx(expected(trainer.lightning_module, given))
@@ -111,7 +114,7 @@ def test_lightning_measures_every_third_validation(tmp_path: Path, monkeypatch: 
         return {"ood/x": 1.0}
 
     monkeypatch.setattr(EpochScores, "measure", measure)
-    fitted(tmp_path, lightning.OODCallback(**sets(loader), every=3), epochs=7)
+    fitted(tmp_path, epochs=7, every=3, **sets(loader))
     assert len(measured) == 2
 
 
@@ -131,8 +134,12 @@ class Columns(Dataset):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_trainer_of_transformers_logs_and_can_choose_the_best_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="pip install transformers")
+    pytest.importorskip("accelerate", reason="pip install accelerate")
     from transformers import Trainer as HuggingFaceTrainer
     from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+
+    from ood_scores.integrations.transformers import OODCallback
 
     sizes: Any = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     sizes |= {"num_channels": 1, "num_labels": 3, "image_size": (4, 6), "patch_size": (2, 3)}
@@ -147,7 +154,7 @@ def test_the_trainer_of_transformers_logs_and_can_choose_the_best_model(tmp_path
         train_dataset=Columns(rows(60, 4)), eval_dataset=Columns(rows(40, 1)),
     )  # fmt: skip
     given = sets(lambda data: DataLoader(Columns(data), 16))
-    trainer.add_callback(transformers.OODCallback(trainer, **given))
+    trainer.add_callback(OODCallback(trainer, **given))
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "ood/noise/energy/auroc" in entry]
     assert [entry["epoch"] for entry in logged] == [1, 2]
