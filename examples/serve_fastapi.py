@@ -65,14 +65,15 @@ def is_form(request):
 
 
 async def images_of(request):
-    """Return the encoded images in a body."""
+    """Return the encoded images in a body, those of a form with the names that messages use."""
     if not is_form(request):
         return [await request.body()]
     async with request.form(max_files=MOST_IMAGES, max_fields=MOST_IMAGES) as form:
         files = [file for file in form.getlist("image") if not isinstance(file, str)]
         if not files:
             raise HTTPException(422, "the form has no file named image: send at least one.")
-        return [await file.read() for file in files]
+        names = [f"{number} of {len(files)}, {file.filename!r}" for number, file in enumerate(files, 1)]
+        return [{"bytes": await file.read(), "path": name} for name, file in zip(names, files, strict=True)]
 
 
 def make_app(detector):

@@ -197,7 +197,9 @@ def test_server_example_reads_forms(server, monkeypatch):
     assert [each["score"] for each in answer.json()] == pytest.approx([each["score"] for each in alone], rel=1e-5)
     assert client.post("/predict", files=files[:1] * 17).status_code == 400
     assert client.post("/predict", files=[("photo", files[0][1])]).status_code == 422
-    assert client.post("/predict", files=[*files, ("image", ("c.png", b"no image"))]).status_code == 422
+    refused = client.post("/predict", files=[*files, ("image", ("c.png", b"no image"))])
+    assert refused.status_code == 422
+    assert refused.json()["detail"].startswith("cannot read the image 3 of 3, 'c.png' (its format is none of ")
     monkeypatch.setattr(module, "MOST_BYTES", 1000)
     assert client.post("/predict", files=files * 8).status_code == 413
 

@@ -162,7 +162,9 @@ def _as_pil(image: Any) -> Image.Image:
     if isinstance(image, Tensor):
         return _as_pil(_of_uint8_tensor(image, "[3, H, W]", 3))
     if isinstance(image, Mapping) and _is_encoded(image):
-        image = image["path"] if image["bytes"] is None else image["bytes"]
+        if image["bytes"] is not None:
+            return read_rgb(image["bytes"], image["path"] or "")
+        image = image["path"]
     if isinstance(image, (str, PathLike, bytes)):
         return read_rgb(image)
     if isinstance(image, Image.Image):
