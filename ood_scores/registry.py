@@ -19,14 +19,16 @@ class Registry(dict[str, T]):
     Args:
         noun: The kind of the objects, such as ``scorer``, for error messages.
         entries: The first objects.
+        listing: The command that lists all names; "" if there is none.
     """
 
-    def __init__(self, noun: str, entries: Mapping[str, T] | None = None) -> None:
+    def __init__(self, noun: str, entries: Mapping[str, T] | None = None, listing: str = "") -> None:
         super().__init__(entries or {})
         self.noun = noun
+        self.listing = listing
 
     def __missing__(self, name: str) -> T:
-        raise unknown(f"there is no {self.noun}", name, sorted(self))
+        raise unknown(f"there is no {self.noun}", name, sorted(self), listing=self.listing)
 
     def register(self, name: str) -> Callable[[Class], Class]:
         """Return a class decorator that adds a class under a name and sets its attribute ``name``.
@@ -55,21 +57,33 @@ class Registry(dict[str, T]):
         return sorted(fnmatch.filter(self, pattern))
 
 
-def unknown(what: str, name: str, known: Iterable[str], meant: Iterable[str] = ()) -> UnknownName:
-    """Create the error for a name that does not exist: it suggests ``meant``, or else the closest known name, and lists
-    all of them."""
+def unknown(what: str, name: str, known: Iterable[str], meant: Iterable[str] = (), *, listing: str = "") -> UnknownName:
+    """Create the error for a name that does not exist.
+
+    Args:
+        what: The beginning of the message, such as ``there is no scorer``.
+        name: The name.
+        known: All names, which the message lists.
+        meant: The names that it suggests; defaults to the closest known one.
+        listing: The command that lists all names; the message then has it and up to three close names, if there are
+            any, instead of the list.
+    """
     names = list(known)
+    question = _question(meant) or did_you_mean(name, names, at_most=3 if listing else 1)
     choice = f"choose from {', '.join(names)}" if names else "there are none"
-    suggestion = " or ".join(map(repr, meant))
-    question = f" (did you mean {suggestion}?)" if suggestion else did_you_mean(name, names)
-    return UnknownName(f"{what} {name!r}{question}: {choice}.")
+    return UnknownName(f"{what} {name!r}{question}: {f'{listing} shows all' if listing and question else choice}.")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], at_most: int = 1) -> str:
     """`` (did you mean 'x'?)``, or an empty text if no known name is close."""
     as_written = {_plain(each): each for each in known}
-    close = difflib.get_close_matches(_plain(str(name)), as_written, n=1)
-    return f" (did you mean {as_written[close[0]]!r}?)" if close else ""
+    close = difflib.get_close_matches(_plain(str(name)), as_written, n=at_most)
+    return _question(as_written[each] for each in close)
+
+
+def _question(names: Iterable[str]) -> str:
+    *others, last = [*map(repr, names)] or [""]
+    return f" (did you mean {' or '.join(filter(None, (', '.join(others), last)))}?)" if last else ""
 
 
 def _plain(name: str) -> str:

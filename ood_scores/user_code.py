@@ -84,13 +84,31 @@ def referenced(text: str) -> Any:
     if parts is None or parts[2]:
         raise BadInput(f"cannot read {text!r}: write MODULE:NAME or FILE.py:NAME.")
     module, attribute, _ = parts
-    name = Path(module).stem if module.endswith(".py") else module
-    for known in _imported.values():
-        if known.__name__ == name:
-            return _own_attribute(known, attribute)
-    raise BadInput(
-        f"{text!r} names code, which runs only if you ask for it: if you trust {module}, add --import {module} to the "
-        f"command, or call ood_scores.user_code.import_code({module!r}) in Python."
+    known = _imported_as(module)
+    if known is None:
+        raise code_to_import([text])
+    return _own_attribute(known, attribute)
+
+
+def not_imported(texts: Iterable[str]) -> list[str]:
+    """Return the texts that start with ``FILE.py:NAME`` of files that have not been imported, one for each file."""
+    found: dict[str, str] = {}
+    for text in texts:
+        parts = split_reference(text)
+        if parts and parts[0].endswith(".py") and _imported_as(parts[0]) is None:
+            found.setdefault(parts[0], f"{parts[0]}:{parts[1]}")
+    return list(found.values())
+
+
+def code_to_import(texts: Iterable[str]) -> BadInput:
+    """Create the error for texts that name code that has not been imported; it says how to import all of it."""
+    modules = {text: (split_reference(text) or [text])[0] for text in texts}
+    names = dict.fromkeys(modules.values())
+    calls = [f"ood_scores.user_code.import_code({name!r})" for name in names]
+    return BadInput(
+        f"{_enumerated(map(repr, modules))} {'names' if len(modules) == 1 else 'name'} code, which runs only if you "
+        f"ask for it: if you trust {_enumerated(names)}, add {' '.join(f'--import {name}' for name in names)} to the "
+        f"command, or call {_enumerated(calls)} in Python."
     )
 
 
@@ -114,6 +132,17 @@ def traceback_of_imported(error: BaseException) -> TracebackType | None:
     while below and below.tb_frame.f_code.co_filename not in files:
         below = below.tb_next
     return below or error.__traceback__
+
+
+def _imported_as(name: str) -> ModuleType | None:
+    """Return the imported module that a reference names."""
+    stem = Path(name).stem if name.endswith(".py") else name
+    return next((known for known in _imported.values() if known.__name__ == stem), None)
+
+
+def _enumerated(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _own_attribute(module: ModuleType, attribute: str) -> Any:

@@ -27,7 +27,7 @@ def registered_scorers(monkeypatch):
     from ood_scores.registry import Registry
     from ood_scores.scorers import registry
 
-    known = Registry("scorer", registry.SCORERS)
+    known = Registry("scorer", registry.SCORERS, registry.SCORERS.listing)
     monkeypatch.setattr(registry, "SCORERS", known)
     return known
 

@@ -33,6 +33,15 @@ def test_unknown_name_suggests_the_closest_one(animals: Registry[Any]) -> None:
         animals["x"]
 
 
+def test_unknown_name_has_close_ones_and_the_command_that_lists_all() -> None:
+    long = Registry("animal", {"cat": 1, "cow": 2, "horse": 3, "cot": 4}, listing="zoo list")
+    with pytest.raises(UnknownName) as error:
+        long["coat"]
+    assert str(error.value) == "there is no animal 'coat' (did you mean 'cot' or 'cat'?): zoo list shows all."
+    with pytest.raises(UnknownName, match=r"^there is no animal 'x': choose from cat, cot, cow, horse\.$"):
+        long["x"]
+
+
 def test_class_is_registered_under_its_name(animals: Registry[Any]) -> None:
     @animals.register("dog")
     class Dog:

@@ -16,7 +16,9 @@ from ood_scores.extraction.options import ExtractionOptions
 from ood_scores.registry import unknown
 from ood_scores.runtime import MOST_WORKERS
 from ood_scores.scorers import list_scorers
+from ood_scores.scorers.registry import SCORERS
 from ood_scores.toml_tables import KeyPath
+from ood_scores.user_code import code_to_import, not_imported
 
 GROUPS = ("near", "far", "mean")
 AXES = ("ood", "scorer")
@@ -55,6 +57,7 @@ def check(spec: Spec) -> None:
 
 
 def problems(spec: Spec) -> Iterator[Problem]:
+    yield from _code(spec)
     titles = Counter(part.title for part in spec.parts)
     for number, part in enumerate(spec.parts):
         if titles[part.title] > 1:
@@ -66,6 +69,27 @@ def problems(spec: Spec) -> Iterator[Problem]:
 Found = Iterator[tuple[KeyPath, str, type[OodScoresError]]]
 
 
+def _code(spec: Spec) -> Iterator[Problem]:
+    """Yield one problem for all files of code that the spec names, and that have not been imported."""
+    named = [(number, *each) for number, part in enumerate(spec.parts) for each in _names_of(part)]
+    if missing := not_imported(text for *_, text in named):
+        number, path, _ = next(each for each in named if each[2].startswith(missing[0]))
+        yield Problem(number, path, str(code_to_import(missing)))
+
+
+def _names_of(part: Part) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the texts of a part that may name code, and where they are."""
+    for number, model in enumerate(part.models):
+        yield ("model", number, "name"), model.name
+    for name, source in part.sets.items():
+        yield ("sets", name), source
+    for table in part.scorer_tables:
+        yield from ((("scorers", table.label), text) for text in table.texts)
+    for key in ("probes", "fit_probes"):
+        yield from ((("extraction", key), str(probe)) for probe in getattr(part.extraction, key))
+    yield ("extraction", "pool"), str(part.extraction.pool)
+
+
 def _of_part(part: Part) -> Found:
     for check_some in (_models, _sets, _scorers, _extraction, _metrics, _measures, _searches, _figure):
         yield from check_some(part)
@@ -73,11 +97,11 @@ def _of_part(part: Part) -> Found:
         yield from _published(part, number)
 
 
-def _unknown(path: KeyPath, what: str, name: str, known: Iterable[str]) -> Found:
+def _unknown(path: KeyPath, what: str, name: str, known: Iterable[str], listing: str = "") -> Found:
     """Yield a problem if a name is unknown."""
     known = list(known)
     if name not in known:
-        yield path, str(unknown(f"there is no {what}", name, known)), UnknownName
+        yield path, str(unknown(f"there is no {what}", name, known, listing=listing)), UnknownName
 
 
 def _wrong(condition: bool, path: KeyPath, message: str) -> Found:
@@ -156,7 +180,7 @@ def _scorers(part: Part) -> Found:
         yield from _raised(path, table.create)
     for reason, names in part.left_out.items():
         for name in names:
-            yield from _unknown(("left_out", reason), "scorer", name, list_scorers())
+            yield from _unknown(("left_out", reason), "scorer", name, list_scorers(), SCORERS.listing)
             twice = name in [table.label for table in tables]
             yield from _wrong(twice, ("left_out", reason), f"{name!r} is also in scorers: remove it from one of them.")
 

@@ -139,6 +139,17 @@ class ScorerTable:
         """
         return _created(self.name, {**self.parameters, **(changes or {})})
 
+    @property
+    def texts(self) -> list[str]:
+        """The name of the scorer, and the texts in its parameters, some of which name scorers, too."""
+        return _texts({"name": self.name, **self.parameters})
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for inner in value.values() for text in _texts(inner)]
+    return [value] if isinstance(value, str) else []
+
 
 def _created(name: str, parameters: Mapping[str, Any]) -> Scorer:
     return create_scorer(name, **{key: _parameter(value) for key, value in parameters.items()})

@@ -64,11 +64,11 @@ def list_scorers(
         return
     from ood_scores.scorers import list_scorers as names
     from ood_scores.scorers.families import families
-    from ood_scores.scorers.registry import registered_name
+    from ood_scores.scorers.registry import SCORERS, registered_name
 
     found = families((pattern and registered_name(pattern)) or pattern or "*")
     if not found:
-        raise unknown("no scorer matches", pattern or "*", names())
+        raise unknown("no scorer matches", pattern or "*", names(), listing=SCORERS.listing)
     scorers = [_described(title, cls) for title, group in found.items() for cls in group]
     if bibtex:
         answer({"scorers": scorers}, lambda: _print_bibtex(found))
@@ -84,7 +84,8 @@ def _list_datasets(pattern: str | None) -> None:
 
     found = [known for known in CATALOG if fnmatch(known.name, pattern or "*")]
     if not found:
-        raise unknown("no dataset matches", pattern or "*", [known.name for known in CATALOG])
+        names = [known.name for known in CATALOG]
+        raise unknown("no dataset matches", pattern or "*", names, listing="ood-scores list --datasets")
     show = _print_overview_of_datasets if pattern is None else _print_datasets
     answer({"datasets": [_known(known) for known in found]}, lambda: show(found))
 

@@ -29,7 +29,7 @@ from ood_scores.errors import BadInput, DamagedCache, OodScoresError, OtherModel
 from ood_scores.extraction.encoders import pool_text
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions
-from ood_scores.extraction.probes.base import probe_of, record_of
+from ood_scores.extraction.probes.base import class_of, probe_of, record_of
 from ood_scores.features import Head, Provenance
 from ood_scores.features.migration import migrated
 from ood_scores.features.provenance import ProbeRecord
@@ -38,6 +38,7 @@ from ood_scores.models.origin import network_of, origin_of
 from ood_scores.models.running import architecture, model_device, unwrapped, weights_sha256
 from ood_scores.runtime import versions_of
 from ood_scores.scorers.storage import load_scorer
+from ood_scores.user_code import code_to_import, not_imported
 from ood_scores.user_warnings import warn_user
 
 PACKAGES = ("ood_scores", "torch", "timm", "numpy")
@@ -80,6 +81,7 @@ def load_parts(
     with _damage_named(folder):
         described = read_description(folder)
         files = verified_files(folder, described)
+        _require_code(described, model is None)
         if model is None:
             model = _model_in(folder, files.get("model"), described["model"])
         else:
@@ -101,6 +103,15 @@ def load_parts(
         )
         _require_example(parts, described.get("example"), folder)
         return parts
+
+
+def _require_code(described: Mapping[str, Any], with_model: bool) -> None:
+    """Raise one error for all code of the user that the scorer, the model, and the probes need."""
+    network = described["model"].get("network") if with_model else None
+    if missing := not_imported(filter(None, (described["scorer"], network))):
+        records = [ProbeRecord(**record) for record in migrated(described["run"])["probes"]]
+        kinds = ", ".join(record.kind for record in records if class_of(record) is None)
+        raise BadInput(f"{code_to_import(missing)}{f' Import what defines its probe {kinds}, too.' if kinds else ''}")
 
 
 def _own_transform(model: nn.Module) -> Transform | None:

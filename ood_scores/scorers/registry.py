@@ -27,7 +27,7 @@ class ScorerRegistry(Registry["type[Scorer]"]):
         return self[known]
 
 
-SCORERS = ScorerRegistry("scorer")
+SCORERS = ScorerRegistry("scorer", listing="ood-scores list")
 """The registered scorer classes by name."""
 
 S = TypeVar("S", bound="type[Scorer]")
@@ -49,7 +49,7 @@ def scorer_class(name: str) -> type[Scorer]:
     ``FILE.py:CLASS`` is a class in code that has been imported. It is registered under this text, unless it has a name.
 
     Raises:
-        UnknownName: if no scorer has this name; the message lists all names.
+        UnknownName: if no scorer has this name; the message suggests close names, or else lists all.
         BadInput: if the text names code that has not been imported, or something other than a scorer.
     """
     if name in SCORERS or not is_reference(name):

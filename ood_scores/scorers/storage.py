@@ -39,7 +39,7 @@ from ood_scores.errors import (
 from ood_scores.features import Block, Head, Provenance
 from ood_scores.parameters import check_types
 from ood_scores.runtime import default_torch_state, version_of
-from ood_scores.scorers.registry import create_scorer, is_registered, list_scorers, scorer_class
+from ood_scores.scorers.registry import create_scorer, is_registered, scorer_class
 
 if TYPE_CHECKING:
     from ood_scores.scorers.base import Scorer
@@ -149,7 +149,7 @@ def _remake(described: Mapping[str, Any], stored: Any) -> Scorer:
     except (UnknownName, BadInput) as error:
         raise UnknownName(
             f"the file holds a scorer {described['name']!r}, which is not registered: import the module that registers "
-            f"it first (--import on the command line). Registered scorers: {', '.join(list_scorers())}."
+            "it first (--import on the command line)."
         ) from error
     parameters = {name: _decode(value, stored) for name, value in described["parameters"].items()}
     cls = scorer_class(described["name"])

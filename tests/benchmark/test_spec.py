@@ -215,7 +215,7 @@ def test_spec_extends_another_file(tmp_path: Path) -> None:
         ("[[part]]\ntitle = 'a'\nfitt = 'x'", 16, "[part] has no 'fitt' (did you mean 'fit'?)"),
         ("[[part]]\ntitle = 'a'\nood = ['x']", 16, "[part] has no 'ood' (did you mean 'near' or 'far'?): choose from"),
         ("[serch]\nid = 'x'", 14, "a spec has no 'serch' (did you mean 'search'?)"),
-        ("[scorers]\nmsp = {}\ngradnrm = {}", 16, "there is no scorer 'gradnrm' (did you mean 'gradnorm'?)"),
+        ("[scorers]\nmsp = {}\ngradnrm = {}", 16, "there is no scorer 'gradnrm' (did you mean 'gradnorm',"),
         ("[scorers]\nG = { name = 'gradnorm', heat = 2 }", 15, "scorer 'gradnorm' has no parameter 'heat'"),
         ("[scorers]\nR = { name = 'react', base = 'ensrgy' }", 15, "there is no scorer 'ensrgy'"),
         ("[extraction]\nprobes = ['odn']", 15, "there is no probe 'odn' (did you mean 'odin'?)"),
@@ -394,6 +394,7 @@ def test_scorers_that_are_left_out_are_not_run_and_reported_with_the_reason(tmp_
         ("gmm", "each class has one image", ""),
         ("ensemble", "it is an ensemble", ""),
     ]
-    assert "did you mean 'gmm'?" in refused(toml(tmp_path, SMALL + text.replace("gmm", "gmn")), error=UnknownName)
+    misspelled = toml(tmp_path, SMALL + text.replace("gmm", "gmn"))
+    assert "did you mean 'gmm' or 'gen'?" in refused(misspelled, error=UnknownName)
     both = SMALL.replace("[sets]", 'scorers = ["msp", "gmm"]\n[sets]', 1) + text
     assert "'gmm' is also in scorers" in refused(toml(tmp_path, both))

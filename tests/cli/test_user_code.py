@@ -305,6 +305,26 @@ def test_benchmark_of_own_things(folder: Path) -> None:
     assert table["auroc"][1] == pytest.approx(expected)
 
 
+def test_all_code_that_a_benchmark_needs_is_named_at_once(folder: Path) -> None:
+    text = BENCHMARK.replace("own:LargestLogit", "b.py:X").replace("own:FlipGap", "b.py:Y")
+    (folder / "b.toml").write_text(text.replace("own.py:Flipped", "c.py:Z"))
+    message = refused("benchmark", "b.toml", "--out", "run")
+    assert "b.toml, line 9: 'own.py:small', 'b.py:X' and 'c.py:Z' name code, which runs only if you ask" in message
+    assert "if you trust own.py, b.py and c.py, add --import own.py --import b.py --import c.py to the" in message
+    assert not (folder / "ran").exists()
+
+
+def test_all_code_that_a_detector_needs_is_named_at_once(folder: Path) -> None:
+    (folder / "net.py").write_text("import own\n\ndef net():\n    return own.small()\n")
+    words = ("--scorer", "own.py:FlipGap", "--probe", "own.py:Flipped", "--keep", 0.5, "--workers", 0)
+    ok("calibrate", "net.py:net", "--id", "own.py:noisy?n=30", "--out", "detector", *words)
+    forget()
+    with pytest.raises(
+        BadInput, match=r"add --import own\.py --import net\.py .* Import what defines its probe Flipped, too\."
+    ):
+        Detector.load("detector")
+
+
 def test_kinds_come_before_code_of_the_same_name(folder: Path) -> None:
     (folder / "noise.py").write_text("")
     user_code.import_code("noise.py")

@@ -203,6 +203,13 @@ def record_of(probe: Probe) -> ProbeRecord:
     return ProbeRecord(type(probe).__qualname__, parameters)
 
 
+def class_of(record: ProbeRecord) -> type[Probe] | None:
+    """Return the class of a probe, registered or in code that has been imported; None if it is in neither."""
+    own = defined(record.kind)
+    known = {cls.__qualname__: cls for cls in PROBES.values()}
+    return known.get(record.kind, own if isinstance(own, type) and issubclass(own, Probe) else None)
+
+
 def probe_of(record: ProbeRecord) -> Probe:
     """Create a probe from its description.
 
@@ -210,20 +217,20 @@ def probe_of(record: ProbeRecord) -> Probe:
         BadInput: if its class is not registered, a parameter cannot be restored, or it names a file, which may be any
             file of this machine.
     """
-    classes = {cls.__qualname__: cls for cls in PROBES.values()}
-    own = defined(record.kind)
-    if isinstance(own, type) and issubclass(own, Probe):
-        classes.setdefault(record.kind, own)
-    if record.kind in classes and classes[record.kind].reads_a_file:
+    cls = class_of(record)
+    if cls is not None and cls.reads_a_file:
         raise BadInput(
             f"the probe {record.parameters.get('name')!r} reads a file, which a cache or a detector must not name: no "
             "detector can contain it, so choose another scorer."
         )
     try:
-        return classes[record.kind](**{name: from_json(value) for name, value in record.parameters.items()})
-    except (KeyError, TypeError, ValueError) as error:
+        if cls is None:
+            raise TypeError(f"there is no class {record.kind}")
+        return cls(**{name: from_json(value) for name, value in record.parameters.items()})
+    except (TypeError, ValueError) as error:
+        known = ", ".join(sorted(each.__qualname__ for each in PROBES.values()))
         raise BadInput(
-            f"cannot create the probe {record} again; registered are {', '.join(sorted(classes))}: import the module "
+            f"cannot create the probe {record} again; registered are {known}: import the module "
             "that registers it first (--import on the command line)."
         ) from error
 
