@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any
 
 from ood_scores.benchmark.measures import FIGURES, MEASURES, OF_SCORERS
-from ood_scores.benchmark.spec import ModelTable, Part, Published, Spec
+from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Published, Spec
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
 from ood_scores.extraction.options import ExtractionOptions
+from ood_scores.extraction.probes import Probe
+from ood_scores.extraction.probes.base import parsed_probe
 from ood_scores.registry import unknown
 from ood_scores.runtime import MOST_WORKERS
 from ood_scores.scorers import list_scorers
@@ -198,13 +200,19 @@ def _extraction(part: Part) -> Found:
         alone = {option.name: getattr(extraction, option.name)}
         yield from _raised(("extraction", option.name), partial(ExtractionOptions, **alone))
     for key in ("probes", "fit_probes"):
-        yield from _raised(("extraction", key), partial(extraction.options, getattr(extraction, key)))
+        yield from _raised(("extraction", key), partial(_without_files, extraction, getattr(extraction, key)))
     for key, least in (("batch_size", 1), ("workers", 0), ("rows", 1)):
         value = getattr(extraction, key)
         small = value is not None and value < least
         yield from _wrong(small, ("extraction", key), f"{key} = {value} is out of range: give at least {least}.")
     many = f"workers = {extraction.workers} is out of range: give at most {MOST_WORKERS}."
     yield from _wrong(extraction.workers > MOST_WORKERS, ("extraction", "workers"), many)
+
+
+def _without_files(extraction: Extraction, probes: Iterable[str | Probe]) -> ExtractionOptions:
+    """Create the options without probes that read files: only a run knows the folder where their paths start."""
+    opened = [each for each in probes if isinstance(each, Probe) or not parsed_probe(each)[0].reads_a_file]
+    return extraction.options(opened)
 
 
 def _measures(part: Part) -> Found:

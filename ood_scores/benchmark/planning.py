@@ -18,7 +18,8 @@ from ood_scores.data.images import ImageDataset
 from ood_scores.data.kinds.base import DATASET_KINDS
 from ood_scores.errors import CacheError, EmptyInput, MissingData, OodScoresError, UnknownName, UnreadableRow
 from ood_scores.extraction.options import ExtractionOptions
-from ood_scores.extraction.probes import Probe
+from ood_scores.extraction.probes import Probe, probe_from
+from ood_scores.extraction.probes.base import parsed_probe
 from ood_scores.extraction.unreadable import ROW_ERRORS, as_row_error
 from ood_scores.features import FeatureSet, load
 from ood_scores.models.kinds.base import MODEL_KINDS
@@ -237,9 +238,16 @@ def _unit(part: Part, model: str, checkpoint: int, members: list[Network], out: 
 
 def _job(network: Network, part: Part, name: str, probes: Iterable[str | Probe], out: Path, data: Path) -> Job:
     extraction = part.extraction
-    options = extraction.options(probes, network.table.head)
+    options = extraction.options([_located(probe, data) for probe in probes], network.table.head)
     source = limited(part.sets[name], extraction.rows)
     return Job(network, name, source, part.preprocessing, options, extraction, data, out)
+
+
+def _located(probe: str | Probe, data: Path) -> str | Probe:
+    """Create a probe that reads files with its relative paths in the folder of the data; leave others as they are."""
+    if isinstance(probe, Probe) or data == Path() or not parsed_probe(probe)[0].reads_a_file:
+        return probe
+    return probe_from(probe, str(data))
 
 
 def limited(source: str, rows: int | None) -> str:

@@ -17,6 +17,7 @@ from ood_scores import FeatureSet, calibrate, extract, load, score
 from ood_scores.cli import app
 from ood_scores.data.images import ImageArrays
 from ood_scores.errors import BadInput, MissingData, StaleCache
+from ood_scores.extraction.probes.base import record_of
 from ood_scores.extraction.probes.mixup import SHARES
 from ood_scores.probes import Mixup
 from ood_scores.testing import check_probe
@@ -69,6 +70,12 @@ def test_the_probe_has_the_properties_of_probes(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("ood_scores.models.opening.preprocessing", lambda model: as_input)
     assert ProbeCase(Mixup, {}).inputs.shape[1:] == (3, 8, 8)
     check_probe(Mixup, proxy="noise:uniform?n=9&size=8")
+
+
+def test_relative_paths_start_in_root(proxy: str, tmp_path: Path) -> None:
+    there = Mixup(proxy="npz:proxies.npz", root=str(tmp_path))
+    torch.testing.assert_close(extracted(there).extras["mixup"], extracted(Mixup(proxy=proxy)).extras["mixup"])
+    assert record_of(there).parameters.keys() == {"name", "proxy", "seed", "identity"}
 
 
 def test_other_images_make_a_cache_stale(proxy: str, tmp_path: Path) -> None:

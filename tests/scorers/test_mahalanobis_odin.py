@@ -113,6 +113,7 @@ def test_messages(train: Path, tmp_path: Path) -> None:
         MahalanobisODIN(epsilon=-1)
     with pytest.raises(FileNotFoundError):
         MahalanobisODIN(fit=str(tmp_path / "none.h5"))
+    assert MahalanobisODIN(fit=train.name, root=str(train.parent)).identity == MahalanobisODIN(fit=str(train)).identity
     with pytest.raises(OtherModel, match=r"train.h5 come from other weights than those of the model"):
         extract(network(1), [IMAGES], probes=[MahalanobisODIN(fit=str(train))], progress=False)
 

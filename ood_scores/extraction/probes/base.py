@@ -70,7 +70,8 @@ class Probe(ABC):
         needs_logits: whether it reads the logits of the model, so that it is refused for encoders.
         random: whether it draws random numbers, so that its extras depend on the size of batches or the order of rows.
         zero_shot: whether it needs a zero-shot classifier.
-        reads_a_file: whether it reads files that a parameter names, so that no detector can contain it.
+        reads_a_file: whether it reads files that a parameter names, so that no detector can contain it. Its
+            parameter ``root``, if it has one, is the folder where relative paths start: no part of its identity.
     """
 
     name: str = ""
@@ -146,14 +147,29 @@ def register_probe(cls: P) -> P:
     return PROBES.register(cls.name)(cls)
 
 
-def probe_from(text: str) -> Probe:
+def probe_from(text: str, root: str = "") -> Probe:
     """Create a probe from its ``name``, or from ``name:key=value,key=value`` with parameters.
 
     The name may be ``FILE.py:CLASS`` or ``MODULE:CLASS`` in code that has been imported.
 
+    Args:
+        text: the text.
+        root: the folder where relative paths start, for a probe that has this parameter, if the text has none.
+
     Raises:
         UnknownName: if there is no such probe, or it has no such parameter.
         BadInput: if a parameter has a value of the wrong type, or the name is that of code that has not been imported.
+    """
+    cls, params = parsed_probe(text)
+    has_root = any(each.name == "root" for each in fields(cls))
+    return cls(**({"root": root} if root and has_root else {}) | params)
+
+
+def parsed_probe(text: str) -> tuple[type[Probe], dict[str, Any]]:
+    """Return the class and the parameters that a text of ``probe_from`` names, and open no file.
+
+    Raises:
+        UnknownName, BadInput: see ``probe_from``.
     """
     name, _, rest = text.partition(":")
     if name not in PROBES and is_reference(text):
@@ -162,7 +178,7 @@ def probe_from(text: str) -> Probe:
     texts = re.split(r",(?![^(]*\))", rest) if rest else []
     params = from_texts(cls, texts, f"{name}:key=value,key=value")
     require_known(cls, params, f"probe {name!r}")
-    return cls(**params)
+    return cls, params
 
 
 def _registered_reference(text: str) -> tuple[str, str]:

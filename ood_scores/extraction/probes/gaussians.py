@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ood_scores.data.dataset_spec import expanded, located
 from ood_scores.errors import BadInput, OtherModel
 from ood_scores.extraction.probes.base import Pass, Probe, register_probe
 from ood_scores.extraction.probes.input_perturbation import step
@@ -38,6 +40,7 @@ class MahalanobisODIN(Probe):
         normalize: whether to L2-normalize the features in the distance.
         one_class: whether to use one mean, and the covariance around it; no labels are needed.
         identity: the identity of the cache, which is read from it if it is "".
+        root: the folder where a relative path ``fit`` starts; defaults to the current folder.
 
     Cost: one additional forward and backward pass, and a forward pass.
     """
@@ -49,21 +52,28 @@ class MahalanobisODIN(Probe):
     normalize: bool = False
     one_class: bool = False
     identity: str = ""
+    root: str = field(default="", repr=False)
     gradients: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     reads_a_file: ClassVar[bool] = True
+    NOT_IN_DIGEST: ClassVar[frozenset[str]] = frozenset({"root"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.epsilon < 0:
             raise BadInput(f"{self.name}: epsilon must be at least 0, got {self.epsilon}.")
         if self.fit and not self.identity:
-            object.__setattr__(self, "identity", _identity(load(self.fit)))
+            object.__setattr__(self, "identity", _identity(load(self._cache)))
+
+    @property
+    def _cache(self) -> Path:
+        """The path of the cache; environment variables are expanded."""
+        return located(expanded(self.fit), Path(self.root))
 
     def for_model(self, model: nn.Module, inputs: Tensor) -> Probe:
         if not self.fit:
             raise BadInput(f"{self.name} needs the cache of the fit set: pass fit=CACHE ({self.name}:fit=train.h5).")
-        origin = load(self.fit).provenance
+        origin = load(self._cache).provenance
         if origin and origin.weights_sha256 != weights_sha256(model):
             raise OtherModel(
                 f"the features in {self.fit} come from other weights than those of the model: extract them again."
@@ -83,7 +93,7 @@ class MahalanobisODIN(Probe):
 
     def _distances(self, features: Tensor) -> Tensor:
         """Return half of the squared distance to the nearest mean, float64 ``[B]``."""
-        means, precision = _gaussians(self.fit, self.identity, self.normalize, self.one_class)
+        means, precision = _gaussians(self._cache, self.identity, self.normalize, self.one_class)
         rows = features.double()
         if self.normalize:
             rows = torch.nn.functional.normalize(rows)
@@ -105,7 +115,7 @@ def _identity(feats: FeatureSet) -> str:
 
 
 @lru_cache(maxsize=2)
-def _gaussians(fit: str, identity: str, normalize: bool, one_class: bool) -> tuple[Tensor, Tensor]:
+def _gaussians(fit: Path, identity: str, normalize: bool, one_class: bool) -> tuple[Tensor, Tensor]:
     """Return the class means ``[C, D]`` and the inverse of the tied covariance ``[D, D]`` of a cache, float64."""
     feats = load(fit)
     if _identity(feats) != identity:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,6 +43,7 @@ class Mixup(Probe):
             the model does.
         seed: the seed of the draw.
         identity: a checksum of the first images of the dataset, which is computed if it is "".
+        root: the folder where relative paths in ``proxy`` start; defaults to the current folder.
 
     Cost: one additional forward pass, and reading one image for each input.
     """
@@ -51,15 +52,17 @@ class Mixup(Probe):
     proxy: str = ""
     seed: int = 0
     identity: str = ""
+    root: str = field(default="", repr=False)
     needs_logits: ClassVar[bool] = False
     random: ClassVar[bool] = True
     reads_a_file: ClassVar[bool] = True
+    NOT_IN_DIGEST: ClassVar[frozenset[str]] = frozenset({"root"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.proxy and not self.identity:
             with suppress(MissingData):  # a benchmark file can be read without its data; the extraction fails
-                object.__setattr__(self, "identity", _identity(_images(self.proxy)))
+                object.__setattr__(self, "identity", _identity(_images(self.proxy, self.root)))
 
     def for_model(self, model: nn.Module, inputs: Tensor) -> Probe:
         if not self.proxy:
@@ -72,7 +75,7 @@ class Mixup(Probe):
         from ood_scores.models.opening import preprocessing
 
         assert done.features_of is not None
-        images, transform = _opened(self.proxy, self.identity), done.transform or preprocessing(done.model)
+        images, transform = _opened(self.proxy, self.root, self.identity), done.transform or preprocessing(done.model)
         drawn = [seed_of(self.seed, done.start + row) for row in range(len(done.inputs))]
         others = torch.stack([torch.as_tensor(transform(images.load(each % len(images))[0])) for each in drawn])
         if others.shape != done.inputs.shape:
@@ -85,10 +88,10 @@ class Mixup(Probe):
         return {self.name: done.features_of(mixed)}
 
 
-def _images(proxy: str) -> ImageDataset:
+def _images(proxy: str, root: str) -> ImageDataset:
     from ood_scores.data.sources import open_dataset  # which scoring does not need
 
-    return open_dataset(proxy)
+    return open_dataset(proxy, root=root)
 
 
 def _identity(images: ImageDataset) -> str:
@@ -99,8 +102,8 @@ def _identity(images: ImageDataset) -> str:
 
 
 @lru_cache(maxsize=2)
-def _opened(proxy: str, identity: str) -> ImageDataset:
-    images = _images(proxy)
+def _opened(proxy: str, root: str, identity: str) -> ImageDataset:
+    images = _images(proxy, root)
     if identity and _identity(images) != identity:
         raise BadInput(f"the images of {proxy} have changed since the probe was created: create it again.")
     return images
