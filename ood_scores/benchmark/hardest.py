@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ood_scores.benchmark.digest import digest
 from ood_scores.benchmark.planning import Job, Unit
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.sources import open_dataset
@@ -52,6 +53,28 @@ class Opened:
     datasets: Mapping[str, ImageDataset]
 
 
+class OpenedModels:
+    """The models of the units of a run, opened one at a time: the last one stays open for the next unit.
+
+    Args:
+        device: where the models run.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._last: tuple[str, Forward, Callable[[Any], Any]] | None = None
+
+    def of(self, job: Job) -> tuple[Forward, Callable[[Any], Any]]:
+        """Return the model of a job, as it was run without probes, and the transform to its input."""
+        options = replace(job.options, probes=(), layers=None, compile=False)
+        key = digest(job.network, job.preprocessing, options)
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            model, transform = job.network.open(job.preprocessing)
+            self._last = key, Forward(model, options, choose_device(model, self.device)), transform
+        return self._last[1:]
+
+
 def hardest_places(scores: Mapping[str, NDArray[np.float64]]) -> tuple[list[Place], list[Place]]:
     """Return the OoD rows with the highest scores, and the ID rows with the lowest, by the scores of each dataset."""
     outside = [name for name in scores if name != "id"]
@@ -61,7 +84,7 @@ def hardest_places(scores: Mapping[str, NDArray[np.float64]]) -> tuple[list[Plac
 
 
 def explained(
-    unit: Unit, label: str, scorer: Scorer, given: Sequence[Given], fit: FeatureSet | None, device: str
+    unit: Unit, label: str, scorer: Scorer, given: Sequence[Given], fit: FeatureSet | None, models: OpenedModels
 ) -> dict[str, Any]:
     """Explain the hardest rows for a scorer.
 
@@ -73,7 +96,7 @@ def explained(
         scorer: the scorer, fitted if it needs a fit.
         given: the rows, at least one.
         fit: the fit set, in which similar rows are found; None for none.
-        device: where the model runs.
+        models: opens the model.
 
     Returns:
         Plain data for JSON: ``scorer``, the label; ``fit``, the name of the fit set; ``no_map``, why there are no maps,
@@ -82,7 +105,7 @@ def explained(
         with ``row``, ``id``, ``label``, and ``distance``; ``map``, a data URI, empty if there is none.
     """
     try:
-        opened = _opened(unit, {each.origin for each in given}, device)
+        opened = _opened(unit, {each.origin for each in given}, models)
         names = _names(opened)
         maps, no_map = _maps(opened, scorer, given)
     except Exception as error:  # of somebody's model or data, which have changed since the extraction
@@ -102,16 +125,14 @@ def explained(
     return {"scorer": label, "fit": unit.part.fit, "no_map": no_map, "rows": rows}
 
 
-def _opened(unit: Unit, origins: set[str], device: str) -> Opened | None:
+def _opened(unit: Unit, origins: set[str], models: OpenedModels) -> Opened | None:
     """Open the model of a unit, and the datasets of these names; return None for an ensemble."""
     jobs = {name: unit.sets[name] for name in (unit.part.id, *sorted(origins))}
     if any(len(of_set) > 1 for of_set in jobs.values()):
         return None
-    first: Job = jobs[unit.part.id][0]
-    model, transform = first.network.open(first.preprocessing)
-    options = replace(first.options, probes=(), layers=None, compile=False)
+    forward, transform = models.of(jobs[unit.part.id][0])
     datasets = {name: open_dataset(job.source, transform, root=job.data) for name, (job,) in jobs.items()}
-    return Opened(Forward(model, options, choose_device(model, device)), datasets)
+    return Opened(forward, datasets)
 
 
 def _names(opened: Opened | None) -> list[str] | None:

@@ -189,6 +189,12 @@ def without(units: Iterable[Unit], failures: Failures) -> tuple[list[Unit], list
     return kept, not_run
 
 
+def numbers_by_network(units: Sequence[Unit]) -> list[int]:
+    """Return the numbers of the units, those with the same networks next to each other."""
+    networks = [[job.network.key for job in unit.sets[unit.part.id]] for unit in units]
+    return sorted(range(len(units)), key=lambda number: networks.index(networks[number]))
+
+
 def _basis(unit: Unit) -> dict[str, tuple[Job, ...]]:
     """The jobs without which a unit cannot run, by dataset."""
     part = unit.part

@@ -17,7 +17,8 @@ from rich.markup import escape
 from ood_scores.atomic import LockedFile, user_path
 from ood_scores.benchmark import checks, unit_files
 from ood_scores.benchmark.extract_jobs import extract_all
-from ood_scores.benchmark.planning import Plan, limited, plan, without
+from ood_scores.benchmark.hardest import OpenedModels
+from ood_scores.benchmark.planning import Plan, limited, numbers_by_network, plan, without
 from ood_scores.benchmark.progress import watching
 from ood_scores.benchmark.published import compared
 from ood_scores.benchmark.results import NotRun, Results, frame, plain, recorded_environment, save
@@ -80,13 +81,14 @@ def run(
             failures = extract_all(planned.pending, device, jobs, say)
         units, more = without(planned.units, failures)
         known = {path.name for path in (folder / unit_files.FOLDER).glob("*.h5")}
-        found = []
-        for unit in units:
-            began = time.perf_counter()
+        models, by_number = OpenedModels(device), {}
+        for number in numbers_by_network(units):
+            unit, began = units[number], time.perf_counter()
             with showing_work(f"{unit.title} · {unit.part.title}", progress):
-                found.append(evaluated(unit, folder, device))
+                by_number[number] = evaluated(unit, folder, models)
             seconds = time.perf_counter() - began
             say(f"[green]✓[/] scores of {escape(f'{unit.title} · {unit.part.title}')} in {seconds:.1f} s")
+        found = [by_number[number] for number in range(len(units))]
         files = [path.name for path, _ in found]
         idle = not planned.pending and known.issuperset(files)
         environment = recorded_environment(folder, files) if idle else None

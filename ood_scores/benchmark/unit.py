@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ood_scores.benchmark import unit_files
 from ood_scores.benchmark.digest import digest
-from ood_scores.benchmark.hardest import Given, explained, hardest_places
+from ood_scores.benchmark.hardest import Given, OpenedModels, explained, hardest_places
 from ood_scores.benchmark.measures import MeasuredSets, accuracies, measured
 from ood_scores.benchmark.parameter_search import choose
 from ood_scores.benchmark.planning import Job, Unit, runnable
@@ -42,29 +42,29 @@ from ood_scores.user_code import source_digests
 ID = "id"
 
 
-def evaluated(unit: Unit, out: Path, device: str = "auto") -> tuple[Path, dict[str, Any]]:
+def evaluated(unit: Unit, out: Path, models: OpenedModels) -> tuple[Path, dict[str, Any]]:
     """Return the file of a unit and its facts; evaluate the unit if the file is missing, damaged or outdated.
 
-    The model runs on ``device``, for the hardest rows only.
+    Of ``models``, that of the unit runs for the hardest rows only.
     """
     key = key_of(unit)
     path = out / unit_files.FOLDER / f"{key[:16]}.h5"
     facts = unit_files.read(path, key)
-    return path, unit_files.write(path, key, find(unit, device)) if facts is None else facts
+    return path, unit_files.write(path, key, find(unit, models)) if facts is None else facts
 
 
-def find(unit: Unit, device: str) -> Found:
+def find(unit: Unit, models: OpenedModels) -> Found:
     """Fit, score and compare. The failure of a scorer is recorded and does not affect the others."""
     found = Found(unit.part.title, unit.model, unit.checkpoint)
     try:
-        _find(unit, found, device)
+        _find(unit, found, models)
     except OodScoresError as error:
         found = Found(unit.part.title, unit.model, unit.checkpoint)
         found.not_run.append(_not_run(unit.title, str(error)))
     return found
 
 
-def _find(unit: Unit, found: Found, device: str) -> None:
+def _find(unit: Unit, found: Found, models: OpenedModels) -> None:
     part = unit.part
     sets = {name: _features(jobs) for name, jobs in unit.sets.items()}
     fit = _features(unit.fit) if unit.fit else None
@@ -86,7 +86,7 @@ def _find(unit: Unit, found: Found, device: str) -> None:
     left_out = dict.fromkeys(each.left_out for of_set in made_by.values() for each in of_set)
     found.warnings += _tidy(unit, [{"warning": text} for text in left_out if text])
     found.table = _table(unit, found, runs, made_by)
-    found.explained = _explained(unit, found, runs, sets, made_by, fit, device)
+    found.explained = _explained(unit, found, runs, sets, made_by, fit, models)
     outside = _outside(part, sets)
     inside = {ID: by_set[part.id], **{name: found.sets[name] for name in outside}}
     scores = {
@@ -117,7 +117,7 @@ def _explained(
     sets: Mapping[str, FeatureSet],
     made_by: Mapping[str, list[Provenance]],
     fit: FeatureSet | None,
-    device: str,
+    models: OpenedModels,
 ) -> dict[str, Any] | None:
     """Explain the hardest rows of the scorer with the highest mean AUROC; return None without OoD rows."""
     aurocs = {label: [row["auroc"] for row in found.table if row["scorer"] == label] for label in runs}
@@ -131,7 +131,7 @@ def _explained(
         origin, row = of_set.names[int(of_set.origins[number])], int(of_set.rows[number])
         at = int(np.searchsorted(_dataset_rows(made_by[origin], len(sets[origin])), row))
         given.append(Given((name, number), origin, row, sets[origin][at : at + 1]))
-    return explained(unit, best, runs[best].scorer, given, fit, device)
+    return explained(unit, best, runs[best].scorer, given, fit, models)
 
 
 def _dataset_rows(made_by: Sequence[Provenance], count: int) -> NDArray[np.int64]:

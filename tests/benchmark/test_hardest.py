@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from small_benchmark import part, spec
 import ood_scores
 from ood_scores.benchmark import run
 from ood_scores.benchmark.hardest import hardest_places
-from ood_scores.benchmark.spec import Extraction, ModelTable, Part, ScorerTable
+from ood_scores.benchmark.networks import Network
+from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Preprocessing, ScorerTable
 from ood_scores.benchmark.unit_files import Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the network has not learned some classes
@@ -73,6 +75,28 @@ def test_probes_and_ensembles_have_no_maps(data: Path, tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert page.count('<img class="map"') == 16  # of the first checkpoint
     assert "There are no maps, because an ensemble has several maps." in page
+
+
+def test_each_model_is_opened_once_for_all_parts(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tuple(ModelTable("cifar_resnet20", label, f"{number}.safetensors") for number, label in enumerate("AB"))
+    parts = [part(title=title, models=models, scorers=named("energy"), fit=None) for title in ("First", "Second")]
+    first = scored(data, tmp_path, *parts)
+    shutil.rmtree(tmp_path / "scores")
+    opened: list[str] = []
+
+    def counted(network: Network, preprocessing: Preprocessing) -> Any:
+        opened.append(network.table.title)
+        return open_network(network, preprocessing)
+
+    open_network = Network.open
+    monkeypatch.setattr(Network, "open", counted)
+    again = scored(data, tmp_path, *parts)
+    assert opened == ["A", "B"]
+    assert [(unit.part, unit.model) for unit in again] == [
+        (title, name) for title in ("First", "Second") for name in "AB"
+    ]
+    assert [unit.explained for unit in again] == [unit.explained for unit in first]
+    assert all(unit.explained and unit.explained["no_map"] is None for unit in again)
 
 
 def test_without_the_model_there_are_no_maps(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
