@@ -21,32 +21,42 @@ class Estimates:
     """
 
     facts: Mapping[str, SetFacts]
-    _widths: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+    _widths: dict[str, tuple[int, int] | str] = field(default_factory=dict)
 
     def costly(self, unit: Unit, scorers: Mapping[str, ScorerTable]) -> list[str]:
         """Return the scorers of a unit that will take more than a minute or keep more than 1 GB, see ``work.costly``.
 
         Returns:
-            Nothing if the sizes are not known yet.
+            Nothing if the sizes are not known yet, see ``unknown``.
         """
         sizes = self._sizes(unit)
-        return [] if sizes is None else costly({label: table.create() for label, table in scorers.items()}, sizes)
+        return (
+            [] if isinstance(sizes, str) else costly({name: table.create() for name, table in scorers.items()}, sizes)
+        )
 
-    def _sizes(self, unit: Unit) -> Sizes | None:
-        """Return the sizes of the sets of a unit, those of the first member of an ensemble; None if unknown."""
+    def unknown(self, unit: Unit) -> str | None:
+        """Return why the costs of a unit are not known before the extraction, as a clause; None if they are."""
+        sizes = self._sizes(unit)
+        return sizes if isinstance(sizes, str) else None
+
+    def _sizes(self, unit: Unit) -> Sizes | str:
+        """Return the sizes of the sets of a unit, those of the first member of an ensemble, or why they are unknown."""
         fits, scored = unit.fit[:1], [jobs[0] for jobs in unit.sets.values()]
-        fit_rows, rows = (sum(map(self._rows, jobs)) for jobs in (fits, scored))
+        rows = {job.set: self._rows(job) for job in (*fits, *scored)}
+        if lacking := [repr(name) for name, count in rows.items() if count is None]:
+            return f"the number of rows of {', '.join(lacking)} is first known then"
+        fit_rows, scored_rows = (sum(rows[job.set] or 0 for job in jobs) for jobs in (fits, scored))
         found = next(_extracted([*fits, *scored]), None)
         if found is not None:
-            return replace(sizes_of(None, [found]), fit_rows=fit_rows, rows=rows)
+            return replace(sizes_of(None, [found]), fit_rows=fit_rows, rows=scored_rows)
         widths = self._widths_of(scored[0].network)
-        return None if widths is None else Sizes(fit_rows, rows, *widths)
+        return widths if isinstance(widths, str) else Sizes(fit_rows, scored_rows, *widths)
 
-    def _rows(self, job: Job) -> int:
+    def _rows(self, job: Job) -> int | None:
         feats = job.features()
-        return len(feats) if feats is not None else self.facts[job.source].rows or 0
+        return len(feats) if feats is not None else self.facts[job.source].rows
 
-    def _widths_of(self, network: Network) -> tuple[int, int] | None:
+    def _widths_of(self, network: Network) -> tuple[int, int] | str:
         if network.key not in self._widths:
             self._widths[network.key] = network.widths()
         return self._widths[network.key]

@@ -57,8 +57,8 @@ class Network:
         changes = {key: value for key, value in asdict(preprocessing).items() if value is not None}
         return model, opening.preprocessing(model, **changes)
 
-    def widths(self) -> tuple[int, int] | None:
-        """Return the numbers of features and classes of the model, see ``models.opening.widths_of``."""
+    def widths(self) -> tuple[int, int] | str:
+        """Return the numbers of features and classes of the model, or why they are unknown; see ``widths_of``."""
         from ood_scores.models import opening
 
         table = self.table

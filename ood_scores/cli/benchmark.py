@@ -200,6 +200,7 @@ def _unit(unit: Unit, planned: Plan, estimates: Estimates) -> dict[str, Any]:
         "model": unit.title,
         "scorers": list(run),
         "costly": estimates.costly(unit, run),
+        "costs_unknown": estimates.unknown(unit),
         "without": reasons,
     }
 
@@ -229,6 +230,8 @@ def _unit_lines(unit: Mapping[str, Any]) -> Iterator[str]:
     yield f"         [dim]{marked(', '.join(unit['scorers']))}[/]"
     if unit["costly"]:
         yield f"         [yellow]expected to be costly[/] {marked(', '.join(unit['costly']))}"
+    if unit["costs_unknown"]:
+        yield f"         [yellow]costs are known after the extraction[/] [dim]({marked(unit['costs_unknown'])})[/]"
     for reason in dict.fromkeys(unit["without"].values()):
         names = ", ".join(label for label, why in unit["without"].items() if why == reason)
         yield f"         [yellow]without[/] {marked(names)} [dim]({marked(reason)})[/]"

@@ -91,29 +91,33 @@ def load_stored_model(network: str, checkpoint: str | os.PathLike[str]) -> nn.Mo
 
 def widths_of(
     name: str, checkpoint: str | os.PathLike[str] | None = None, num_classes: int | None = None, **arguments: Any
-) -> tuple[int, int] | None:
+) -> tuple[int, int] | str:
     """Return the numbers of features and of classes (0 for an encoder) of a model, without creating its weights.
 
     The arguments are those of ``load_model``. Nothing is fetched, and no code of the user runs.
 
     Returns:
-        None if they are not known without that, or for a zero-shot classifier.
+        The numbers, or why they are not known without that, as a clause.
     """
     kind, target = kind_of(name)
     own, texts = _without_texts(kind, arguments)
-    if texts or not kind.offline or isinstance(kind, UserFunction):
-        return None
+    if texts:
+        return "the texts of a zero-shot classifier are first encoded then"
+    if isinstance(kind, UserFunction):
+        return f"{name} is code of your own, which first runs then"
+    if not kind.offline:
+        return f"the files that describe {name} are first read then"
     try:
         state = {} if checkpoint is None else read_checkpoint(user_path(checkpoint))
         with torch.device("meta"):
             sizes = {"num_classes": num_classes} if num_classes else kind.sizes(target, state, own) if state else {}
             model: Any = kind.create(target, own | sizes)
     except Exception:  # opening the model will tell; constructors may read values, which these tensors do not have
-        return None
+        return f"{name} cannot be created without its weights"
     if hasattr(model, "num_features") and hasattr(model, "num_classes"):
         return getattr(model, "head_hidden_size", None) or model.num_features, model.num_classes
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    return (layers[-1].in_features, layers[-1].out_features) if layers else None
+    return (layers[-1].in_features, layers[-1].out_features) if layers else f"{name} has no linear layer"
 
 
 def preprocessing(

@@ -10,8 +10,10 @@ import pytest
 from small_benchmark import part, spec
 from typer.testing import CliRunner
 
-from ood_scores.benchmark import load_results, run
+from ood_scores.benchmark import load_results, plan, run
+from ood_scores.benchmark.costs import Estimates
 from ood_scores.benchmark.networks import find
+from ood_scores.benchmark.planning import SetFacts
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, ScorerTable
 from ood_scores.cli import app
 from ood_scores.errors import MissingData
@@ -176,6 +178,31 @@ def test_dry_run_names_what_is_costly(data: Path, tmp_path: Path, monkeypatch: p
     assert line in command(data, tmp_path / "out", "--dry-run", text=text).output
     assert command(data, tmp_path / "out", text=text).exit_code == 0
     assert line in command(data, tmp_path / "out", "--dry-run", text=text).output
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("cifar_resnet20", "hf-hub:o/n"), "the files that describe hf-hub:o/n are first read then"),
+        (('name = "cifar_resnet20"', 'name = "open_clip:RN50"\nclasses = ["a", "b"]'), "the texts of a zero-shot cl"),
+    ],
+)
+def test_dry_run_says_why_costs_are_unknown(
+    data: Path, tmp_path: Path, change: tuple[str, str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_speed", lambda device: 100.0)
+    text = FILE.replace('checkpoint = "0.safetensors"', "").replace(', "gone"', "").replace(*change)
+    output = command(data, tmp_path / "out", "--dry-run", text=text).output
+    assert f"costs are known after the extraction ({reason}" in output
+    assert "expected to be costly" not in output
+
+
+def test_costs_are_unknown_while_a_number_of_rows_is(data: Path, tmp_path: Path) -> None:
+    planned = plan(spec(part()), tmp_path, data)
+    assert Estimates(planned.facts).unknown(planned.units[0]) is None
+    estimates = Estimates({**planned.facts, "npz:dark.npz": SetFacts(None, labeled=False)})
+    assert estimates.unknown(planned.units[0]) == "the number of rows of 'dark' is first known then"
+    assert estimates.costly(planned.units[0], {}) == []
 
 
 def test_benchmark_command_prints_percent_and_what_did_not_run(data: Path, tmp_path: Path) -> None:
