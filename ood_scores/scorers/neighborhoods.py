@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from ood_scores.features.layer_set import LayerSet
 from ood_scores.features.statistics.base import Found
 from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.extras import read_extra
-from ood_scores.scorers.neighbors import KNN, search_together
-from ood_scores.scorers.numerics.exact_search import Wanted
+from ood_scores.scorers.neighbors import KNN, same_bank, search_together
+from ood_scores.scorers.numerics.exact_search import Wanted, lengths_of
+from ood_scores.scorers.numerics.nearest import SHORTEST
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.scorers.work import Sizes, Work, search_of
@@ -51,7 +52,8 @@ class LID(KNN):
         share: The share of the fit rows that make up the bank, drawn by their number.
         seed: The seed of the draw.
 
-    Cost: as ``knn``, plus the distances to k rows in float64.
+    Cost: as ``knn``, with which it shares the inner products if both are fitted and scored in one pass, plus the
+    distances to k rows in float64.
     """
 
     tags = Tags(
@@ -78,8 +80,32 @@ class LID(KNN):
         super().__post_init__()
         self.require(self.k > 1, f"k must be at least 2, got {self.k}")
 
+    def fit_statistics(self, found: Found, feats: FeatureSet) -> None:
+        super().fit_statistics(found, feats)
+        units = feats.statistics.get(replace(self.statistics()[0], normalize=True))
+        self._others = None if units is None else (self.bank_, units, lengths_of(self.bank_))
+
+    def _units_and_lengths(self) -> tuple[Tensor, Tensor] | None:
+        """The unit bank of other scorers of the fit and the lengths of the bank rows; None if no scorer has one."""
+        known: tuple[Tensor, Tensor, Tensor] | None = getattr(self, "_others", None)
+        return None if known is None or known[0] is not self.bank_ else known[1:]
+
+    def scored_with(self) -> Hashable:
+        others = None if self.normalize or self.index != "Flat" else self._units_and_lengths()
+        return super().scored_with() if others is None else same_bank(others[0])
+
+    def request(self, block: Block) -> Wanted | None:
+        if self.normalize:
+            return self.of_own_bank()
+        others = self._units_and_lengths()
+        if others is None:
+            return None
+        units, of_bank = others
+        lengths = block.feature_norm().clamp_min(SHORTEST)
+        return Wanted(units, self.wanted().count, lengths=lengths, bank_lengths=of_bank, directions=True)
+
     def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
-        distances = self.distances(rows, found).sort(dim=1).values[:, : self.k]
+        distances = self.distances(block.space("features", self.normalize), found).sort(dim=1).values[:, : self.k]
         known = distances.clamp_min(SMALLEST).log()
         logs = (known[:, -1:] - known).mean(dim=1).clamp_min(SMALLEST)
         return torch.where(distances[:, -1] > SMALLEST, -1 / logs, 0)
@@ -157,7 +183,7 @@ class DkNN(Scorer):
         return search_together(block, scorers)
 
     def request(self, block: Block) -> Wanted:
-        return self.banks_[0].request()
+        return self.banks_[0].of_own_bank()
 
     def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
         return self._largest_share(self._labels_of(self.banks_[0], rows, found))

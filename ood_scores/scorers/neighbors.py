@@ -115,8 +115,11 @@ class _BankScorer(Scorer):
     def score_together(self, block: Block, scorers: Sequence[Scorer]) -> list[Tensor]:
         return search_together(block, scorers)
 
-    def request(self, block: Block | None = None) -> Wanted:
-        """``wanted()`` of this bank, whose ranking is computed once."""
+    def request(self, block: Block) -> Wanted | None:
+        return self.of_own_bank()
+
+    def of_own_bank(self) -> Wanted:
+        """``wanted()``, whose ranking is computed once."""
         known: tuple[Tensor, Wanted] | None = getattr(self, "_asked", None)
         if known is None or known[0] is not self.bank_:
             self._asked = self.bank_, self.wanted()
@@ -226,7 +229,7 @@ class KNN(_BankScorer):
 
     def search(self, rows: Tensor) -> Tensor:
         if self.index == "Flat" and not _is_left_to_faiss(rows):
-            return search_unit_rows(rows.float(), [self.request()])[0]
+            return search_unit_rows(rows.float(), [self.of_own_bank()])[0]
         self._index = self._index if getattr(self, "_index", None) else trained_index(self.index, self.bank_)
         count = self.wanted().count if self.index == "Flat" else self.k
         _, found = self._index.search(rows.float().cpu().contiguous().numpy(), count)
@@ -350,7 +353,7 @@ class NNGuide(_BankScorer):
 
     def search(self, rows: Tensor) -> Tensor:
         if not _is_left_to_faiss(rows):
-            return search_unit_rows(rows.float(), [self.request()])[0]
+            return search_unit_rows(rows.float(), [self.of_own_bank()])[0]
         self._index = self._index if getattr(self, "_index", None) else self._build_index()
         return torch.from_numpy(self._index.search(rows.float().contiguous().numpy(), self.wanted().count)[1])
 

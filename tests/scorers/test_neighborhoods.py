@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from classified import CLASSES, FIT, FIT_LOGITS, LOGITS, ROWS, TRAIN, Array, labels_of_fit, ours
 from scipy.spatial.distance import cdist
 
-from ood_scores import FeatureSet, create_scorer
+from ood_scores import FeatureSet, create_scorer, load_scorer
 from ood_scores.errors import BadInput
-from ood_scores.scorers.one_pass import score_all
+from ood_scores.scorers.one_pass import fit_all, score_all
 
 
 def unit(rows: Array) -> Array:
@@ -99,3 +102,71 @@ def test_messages() -> None:
         create_scorer("lid", k=1)
     with pytest.raises(BadInput, match="dknn: layers must be a list"):
         create_scorer("dknn", layers="layer4")
+
+
+SHARED_RNG = np.random.default_rng(5)
+LENGTHS = 10.0 ** SHARED_RNG.uniform(-3, 3, size=(len(FIT), 1))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ordinary", "lengths of six orders", "zeros", "collapsed", "large", "tiny", "copies of fit rows", "float64"],
+)
+@pytest.mark.parametrize("block_rows", [None, 7])
+def test_lid_searches_together_with_knn_and_finds_the_same(kind: str, block_rows: int | None) -> None:
+    """Its features are not normalized, while ``knn`` searches a bank of directions."""
+    fit, rows = {
+        "ordinary": (FIT, ROWS),
+        "lengths of six orders": (FIT * LENGTHS, ROWS * LENGTHS[: len(ROWS)]),
+        "zeros": (
+            np.where(np.arange(len(FIT))[:, None] % 3, FIT, 0),
+            np.where(np.arange(len(ROWS))[:, None] % 2, ROWS, 0),
+        ),
+        "collapsed": (1 + 1e-2 * FIT, 1 + 1e-2 * ROWS),
+        "large": (1e12 * FIT, 1e12 * ROWS),
+        "tiny": (1e-10 * FIT, 1e-10 * ROWS),
+        "copies of fit rows": (FIT, FIT[:50]),
+        "float64": (FIT, ROWS),
+    }[kind]
+    dtype = np.float64 if kind == "float64" else np.float32
+    train, feats = (
+        FeatureSet(fit.astype(dtype), FIT_LOGITS, labels_of_fit),
+        FeatureSet(rows.astype(dtype), LOGITS[: len(rows)]),
+    )
+    scorers: list[Any] = [
+        create_scorer("lid", k=10),
+        create_scorer("knn", k=10),
+        create_scorer("nnguide"),
+        create_scorer("lid"),
+    ]
+    fit_all(scorers, train)
+    assert len({scorer.scored_with() for scorer in scorers}) == 1
+    found = score_all(scorers, feats, block_rows=block_rows)
+    for scorer, scores in zip(scorers[::3], found[::3], strict=True):
+        nearest = np.sort(cdist(feats.features.double().numpy(), fit.astype(np.float32)), axis=1)[:, : scorer.k]
+        known = np.log(np.maximum(nearest, 1e-12))
+        logs = np.maximum((known[:, -1:] - known).mean(axis=1), 1e-12)
+        expected = np.where(nearest[:, -1] > 1e-12, -1 / logs, 0)
+        np.testing.assert_allclose(scores, expected, rtol=1e-5 if kind == "collapsed" else 1e-9)
+
+
+def test_lid_is_scored_alone_if_no_scorer_of_its_fit_normalizes() -> None:
+    train = FeatureSet(FIT, FIT_LOGITS, labels_of_fit)
+    scorer = create_scorer("lid").fit(train)
+    assert scorer.scored_with() is None
+    create_scorer("knn").fit(train)
+    assert scorer.scored_with() is None
+    together = create_scorer("lid").fit(train)
+    assert together.scored_with() is not None
+    assert together.scored_with() != create_scorer("lid", share=0.5).fit(train).scored_with()
+    torch.testing.assert_close(together.score(FEATS), scorer.score(FEATS), rtol=1e-12, atol=0)
+
+
+def test_a_saved_lid_returns_the_same_scores(tmp_path: Path) -> None:
+    scorers = [create_scorer("lid"), create_scorer("knn")]
+    fit_all(scorers, FeatureSet(FIT, FIT_LOGITS, labels_of_fit))
+    expected = score_all(scorers, FEATS)[0]
+    scorers[0].save(tmp_path / "lid")
+    again = load_scorer(tmp_path / "lid")
+    assert again.scored_with() is None
+    torch.testing.assert_close(again.score(FEATS), expected, rtol=1e-12, atol=0)

@@ -32,7 +32,8 @@ class Wanted:
     """A request for the ``count`` bank rows with the largest ``weights_i <x, b_i>``, or for the nearest ones.
 
     With ``lengths`` ``[B]``, they are those nearest to rows of these lengths in the directions x, and the bank rows may
-    have any length. ``bank_lengths`` ``[N]`` are the ``lengths_of`` the bank, if they are known.
+    have any length. ``bank_lengths`` ``[N]`` are the ``lengths_of`` the bank, if they are known; with ``directions``,
+    they are the lengths of rows whose directions the bank holds, and the nearest of those rows are requested.
     """
 
     bank: Tensor
@@ -40,19 +41,21 @@ class Wanted:
     weights: Tensor | None = None
     lengths: Tensor | None = None
     bank_lengths: Tensor | None = None
+    directions: bool = False
 
     @cached_property
     def ranking(self) -> tuple[Tensor, Tensor]:
         """The weights w and offsets a, both ``[N]``, such that ``w_i <x, b_i> + a_i`` ranks the bank rows.
 
         For the nearest rows, a accounts for their lengths, ``(1 - |b|^2) / 2``: rounding, except for rows of zeros.
-        With ``lengths``, it is ``-|b|^2 / 2``, to be divided by the length of the row.
+        With ``lengths``, it is ``-|b|^2 / 2``, to be divided by the length of the row; for ``directions``, w is |b|.
         """
         if self.weights is not None:
             return self.weights.float(), torch.zeros(len(self.bank), device=self.bank.device)
         constant = 1 if self.lengths is None else 0
         of_bank = lengths_of(self.bank) if self.bank_lengths is None else self.bank_lengths
-        return torch.ones(len(self.bank), device=self.bank.device), (constant - of_bank.square()).float() / 2
+        weights = of_bank.float() if self.directions else torch.ones(len(self.bank), device=self.bank.device)
+        return weights, (constant - of_bank.square()).float() / 2
 
 
 @dataclass(frozen=True, eq=False)
