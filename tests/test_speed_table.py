@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -161,6 +162,14 @@ def test_the_shares_of_the_time_are_those_of_all_parts() -> None:
     assert gpu_day.SHARES.keys() == gpu.SECTIONS.keys() | {"tests", "profile"}
     assert sum(gpu_day.SHARES.values()) == pytest.approx(1)
     assert gpu_day.MINUTES < 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the age of a process is read from /proc")
+def test_the_time_counts_from_the_start_of_the_process() -> None:
+    code = "import time; time.sleep(0.5); from benchmarks.speed import STARTED; print(time.monotonic() - STARTED)"
+    before = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=gpu_day.ROOT, capture_output=True, text=True, check=True)
+    assert 0.5 <= float(done.stdout) <= time.monotonic() - before + 0.01  # a tick of the clock
 
 
 @pytest.mark.parametrize("end", ["", SLEEP])
