@@ -203,8 +203,10 @@ def test_the_shared_search_is_exact_with_ties(count: int, size: int, rows_at_a_t
     values = torch.from_numpy(np.round(rows(40, 6, seed=1))).float()
     weights = torch.from_numpy(np.random.default_rng(0).integers(-2, 3, size=size)).double()
     products = values.double() @ bank.T.double()
-    wanted = [Wanted(bank, count), Wanted(bank, count, weights)]
-    nearest, weighted = search_unit_rows(values, wanted, rows_at_a_time, bank_at_a_time)
+    wanted = [Wanted(bank, count), Wanted(bank, count, weights), Wanted(bank, count // 2 + 1)]
+    assert wanted[0].order == wanted[2].order != wanted[1].order  # one search for the first and the last
+    nearest, weighted, fewer = search_unit_rows(values, wanted, rows_at_a_time, bank_at_a_time)
+    assert torch.equal(fewer, nearest[:, : count // 2 + 1])
     added = (1 - bank.double().square().sum(dim=1)) / 2
     for numbers, ranked in ((nearest, products + added), (weighted, products * weights)):
         assert all(len(set(row)) == count for row in numbers.tolist())

@@ -57,6 +57,11 @@ class Wanted:
         weights = of_bank.float() if self.directions else torch.ones(len(self.bank), device=self.bank.device)
         return weights, (constant - of_bank.square()).float() / 2
 
+    @property
+    def order(self) -> tuple[int, int, bool]:
+        """A key that requests have in common if they rank the bank rows alike, whatever their counts."""
+        return id(self.weights), id(self.lengths), self.directions
+
 
 @dataclass(frozen=True, eq=False)
 class Summed:
@@ -78,7 +83,8 @@ def search_unit_rows(
 ) -> list[Tensor]:
     """Return, for each request, the indices of its bank rows ``[B, count]``, best first, or its sums ``[B]``.
 
-    They are on the device of the rows. The search is exact up to the rounding of the products.
+    They are on the device of the rows. The search is exact up to the rounding of the products. Requests that rank the
+    bank rows alike are one search, for the largest count.
 
     Args:
         rows: normalized rows ``[B, D]``, float32; rows of zeros are allowed.
@@ -87,10 +93,10 @@ def search_unit_rows(
         bank_at_a_time: the number of bank rows in one step, a multiple of ``GROUP``.
     """
     bank = requests[0].bank
-    wanted = [each for each in requests if isinstance(each, Wanted)]
+    wanted = _largest_of_each_order([each for each in requests if isinstance(each, Wanted)])
     summed = {each: rows.new_zeros(len(rows), dtype=torch.float64) for each in requests if isinstance(each, Summed)}
     rows_at_a_time = rows_at_a_time or (SEARCH_ROWS if rows.device.type == "cpu" else DEVICE_ROWS)
-    found = {want: rows.new_empty(len(rows), want.count, dtype=torch.int64) for want in wanted}
+    found = {want.order: rows.new_empty(len(rows), want.count, dtype=torch.int64) for want in wanted}
     space = rows.new_empty(min(rows_at_a_time, len(rows)) * min(bank_at_a_time, len(bank) + -len(bank) % GROUP))
     for first in range(0, len(rows), rows_at_a_time):
         here = slice(first, min(first + rows_at_a_time, len(rows)))
@@ -106,8 +112,16 @@ def search_unit_rows(
                 for (values, numbers), (more, places) in zip(best, piece.largest(), strict=True)
             ]
         for want, (values, places) in zip(wanted, best, strict=True):
-            found[want][here] = places.gather(1, values.topk(want.count, dim=1).indices)
-    return [found[each] if isinstance(each, Wanted) else summed[each] for each in requests]
+            found[want.order][here] = places.gather(1, values.topk(want.count, dim=1).indices)
+    return [found[each.order][:, : each.count] if isinstance(each, Wanted) else summed[each] for each in requests]
+
+
+def _largest_of_each_order(wanted: Sequence[Wanted]) -> list[Wanted]:
+    largest: dict[tuple[int, int, bool], Wanted] = {}
+    for want in wanted:
+        known = largest.setdefault(want.order, want)
+        largest[want.order] = max(known, want, key=lambda each: each.count)
+    return list(largest.values())
 
 
 def lengths_of(bank: Tensor) -> Tensor:
