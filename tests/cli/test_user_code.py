@@ -81,7 +81,7 @@ class Array(Scorer):
     needs = ("logits",)
 
     def score_block(self, block):
-        return block.logits.numpy().max(axis=1)
+        return block.logits.cpu().numpy().max(axis=1)
 
 
 class Largest(Scorer):
