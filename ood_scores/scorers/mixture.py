@@ -42,8 +42,9 @@ from ood_scores.user_warnings import warn_user
 DENSITY_BYTES = 4 * 2**20
 """Bound on the whitened copy ``[rows, D]`` of one step of the density, so that it stays in the CPU caches."""
 
-PRUNED_ROWS, PRUNED_WIDTH = 512, 256
-"""The fewest rows of a block, and the fewest features, for which a CPU leaves out classes that do not count."""
+PRUNED_ROWS, PRUNED_WIDTH = 2, 256
+"""The fewest rows of a block for each feature, and the fewest features, for which a CPU leaves out classes that do not
+count: their bounds take as long as D / 2 rows to compute."""
 
 NEGLIGIBLE = 64 * math.log(2)
 """The difference of log densities from which on the smaller density, even C of them, changes no digit of their sum."""
@@ -83,9 +84,9 @@ class GMM(Scorer):
     and are read class by class for each block that is scored: large blocks (``score(..., block_rows=...)``) read it
     less often. Such a scorer cannot be saved or exported.
 
-    On a CPU, from D = 256 on, and with all factors in memory and none shared, blocks of 512 rows or more leave out the
-    classes whose densities are too small to change a digit of the score, which bounds in float32 tell. If most classes
-    count for most rows, as those of a network trained on CIFAR-10 do, all are computed.
+    On a CPU, from D = 256 on, and with all factors in memory and none shared, blocks of ``2 D`` rows or more leave out
+    the classes whose densities are too small to change a digit of the score, which bounds in float32 tell. If more than
+    half of the pairs of a row and a class count, all are computed.
 
     Cost: ``C D^2`` float64 operations for each row, in matrix products, or ``C D^2 / 8`` in float32 and ``D^2`` in
     float64 for each class that counts; ``C D^2`` float64 of memory, or, if that is more than 1 GiB, at most 2 GiB and a
@@ -249,7 +250,8 @@ class GMM(Scorer):
         means, factors, inverses = (part.to(values.device) for part in (self.means_, self.cholesky_, self._inverses()))
         if torch.compiler.is_compiling() or values.device.type != "cpu":
             return self._batched_distances(values, means, factors, inverses)
-        if len(values) >= PRUNED_ROWS and means.shape[1] >= PRUNED_WIDTH and 1 < len(means) == len(factors):
+        width, alone = means.shape[1], 1 < len(means) == len(factors)
+        if alone and width >= PRUNED_WIDTH and len(values) >= PRUNED_ROWS * width:
             return self._pruned_distances(values, means, factors, inverses)
         return self._all_distances(values, means, factors, inverses)
 

@@ -24,7 +24,7 @@ CLASSES, WIDTH = 12, 48
 
 @pytest.fixture(autouse=True)
 def small_sets_are_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixture, "PRUNED_ROWS", 1)
+    monkeypatch.setattr(mixture, "PRUNED_ROWS", 0)
     monkeypatch.setattr(mixture, "PRUNED_WIDTH", 1)
 
 

@@ -33,9 +33,6 @@ RANK = 1 / 16
 EVEN = 0.1
 """The share of the variance of the means that is added in all directions, for rows that lie elsewhere."""
 
-ITERATIONS = 2
-"""The number of subspace iterations that find U."""
-
 MARGIN = 2.0**-10
 """The share by which bounds are lowered for rounding other than that of float32 products."""
 
@@ -106,15 +103,13 @@ def class_bounds(means: Tensor, factors: Tensor, numbers: Sequence[int]) -> Clas
 
 
 def _projections(factors: Tensor, spread: Tensor, offsets: Tensor, start: Tensor) -> Tensor:
-    """Return A ``[C, r, D]``; U spans about the first eigenvectors of ``L^-1 T L^-T``.
+    """Return A ``[C, r, D]``; U spans about the first eigenvectors of ``L^-1 T L^-T``, by one subspace iteration.
 
     T is the second moment of the means about that of the class, ``spread`` plus the square of the class's offset.
     """
-    directions = torch.linalg.qr(start).Q.expand(len(factors), -1, -1)
-    for _ in range(ITERATIONS):
-        rows = torch.linalg.solve_triangular(factors.mT, directions, upper=True)
-        moved = spread @ rows + offsets[:, :, None] * (offsets[:, None] @ rows)
-        directions = torch.linalg.qr(torch.linalg.solve_triangular(factors, moved, upper=False)).Q
+    rows = torch.linalg.solve_triangular(factors.mT, start.expand(len(factors), -1, -1), upper=True)
+    moved = spread @ rows + offsets[:, :, None] * (offsets[:, None] @ rows)
+    directions = torch.linalg.qr(torch.linalg.solve_triangular(factors, moved, upper=False)).Q
     return torch.linalg.solve_triangular(factors.mT, directions, upper=True).mT
 
 
