@@ -49,9 +49,10 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def sets(model: nn.Module) -> dict[str, FeatureSet]:
+    """Feature sets, extracted in the memory format in which a detector runs the model, on a GPU too."""
     probes = ["odin", "rankfeat", "fgsm", "gram", "norms", ParameterGradients(groups=("fc",))]
     return {
-        name: extracted(model, rows, seed, layers="stages", probes=probes)
+        name: extracted(model, rows, seed, layers="stages", probes=probes, channels_last=False)
         for name, rows, seed in (("fit", 200, 1), ("id", 199, 2), ("new", 64, 3))
     }
 
@@ -101,7 +102,7 @@ def test_predict_is_extract_score_and_compare(name: str, model: nn.Module, sets:
 
 def test_loaders_and_feature_sets_result_in_the_same_detector(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
     from_sets = calibrate("mahalanobis", model, fit=sets["fit"], id=sets["id"])
-    from_loaders = calibrate("mahalanobis", model, fit=loader(200, 1), id=loader(199, 2))
+    from_loaders = calibrate("mahalanobis", model, fit=loader(200, 1), id=loader(199, 2), channels_last=False)
     inputs = Rows(64, 3).inputs
     assert same(from_sets.predict(inputs), from_loaders.predict(inputs))
 
@@ -192,12 +193,12 @@ def test_compile_is_applied_as_in_extraction(monkeypatch: pytest.MonkeyPatch) ->
     original = torch.compile
     monkeypatch.setattr(torch, "compile", compiled)
     model = network()
-    detector = calibrate("energy", model, id=extracted(model, 199, 2, compile=True))
+    detector = calibrate("energy", model, id=extracted(model, 199, 2, compile=True, channels_last=False))
     made.clear()
     again = pickle.loads(pickle.dumps(detector))
     assert len(made) == 1
     for rows in (64, 5, 64):
-        expected = detector.decide(extracted(model, rows, 3))
+        expected = detector.decide(extracted(model, rows, 3, channels_last=False))
         assert same(detector.predict(Rows(rows, 3).inputs), expected)
         assert same(again.predict(Rows(rows, 3).inputs), expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
