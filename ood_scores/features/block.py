@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ood_scores.features.finite import require_finite
 from ood_scores.features.head import Head
-from ood_scores.features.row_reductions import by_pieces, column_sums, entropy, largest_share, row_norm
+from ood_scores.features.row_reductions import by_pieces, column_sums, entropy, exp_, odds_of, row_norm, total_of
 from ood_scores.features.storage.texts import unpacked
 from ood_scores.runtime import CPU
 
@@ -288,7 +288,7 @@ class Block:
     @once
     def confidence(self, temperature: float = 1.0) -> Tensor:
         """The largest probability, float64 ``[B]``; it does not saturate, since near 1 it is 1 minus all others."""
-        confidence = self.from_native_softmax(temperature, largest_share)
+        confidence = 1 / self.reduced(lambda logits: total_of(odds_of(logits, temperature)))
         uniform = confidence < NEARLY_UNIFORM / self.logits.shape[1]
         return self.refined(confidence, uniform, lambda logits: logits.softmax(dim=1).amax(dim=1), temperature)
 
@@ -296,24 +296,24 @@ class Block:
     def logsumexp(self, temperature: float = 1.0) -> Tensor:
         """``logsumexp(logits / temperature)``, float64 ``[B]``.
 
-        The difference to the largest logit is computed in the precision of the logits by one kernel.
+        The difference to the largest logit is computed in the precision of the logits.
         """
 
         def parts(logits: Tensor) -> Tensor:
-            added = _divided(logits, temperature).log_softmax(dim=1).amax(dim=1)
-            return torch.stack([logits.amax(dim=1), added])
+            largest = logits.amax(dim=1, keepdim=True)
+            return torch.stack([largest[:, 0], exp_(logits - largest, temperature).sum(dim=1)])
 
-        largest, added = self.reduced(parts)
-        sums = _divided(largest.double(), temperature) - added
-        uniform = added < math.log(NEARLY_UNIFORM / self.logits.shape[1])
+        largest, total = self.reduced(parts).double()
+        sums = _divided(largest, temperature) + total.log()
+        uniform = total > self.logits.shape[1] / NEARLY_UNIFORM
         return self.refined(sums, uniform, lambda logits: logits.logsumexp(dim=1), temperature)
 
     @once
     def entropy(self) -> Tensor:
         """The entropy of the softmax in nats, float64 ``[B]``."""
-        entropies = self.reduced(lambda logits: entropy(logits.softmax(dim=1), logits))
+        entropies = self.reduced(entropy)
         uniform = entropies > math.log(self.logits.shape[1] / NEARLY_UNIFORM)
-        return self.refined(entropies, uniform, lambda logits: entropy(logits.softmax(dim=1), logits))
+        return self.refined(entropies, uniform, entropy)
 
     @once
     def prediction(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-PIECE = 2**19
+PIECE = 2**20
 """The number of values that a CPU processes at a time when only a reduction of them is kept: they fit its caches."""
 
 SUMMED = 2**18
@@ -17,6 +18,8 @@ SUMMED = 2**18
 
 UNIT = 2**16
 """The number of values that a CPU normalizes at a time."""
+
+LOG2_E = math.log2(math.e)
 
 
 def by_pieces(reduced: Callable[[Tensor], Tensor], values: Tensor, piece: int = PIECE) -> Tensor:
@@ -34,11 +37,39 @@ def column_sums(values: Tensor) -> Tensor:
     return values.sum(dim=0, dtype=torch.float64)
 
 
-def entropy(softmax: Tensor, logits: Tensor) -> Tensor:
-    """The entropy in nats of the softmax ``[B, C]`` of logits, float64 ``[B]``; the softmax is overwritten."""
+def exp_(values: Tensor, divisor: float = 1.0) -> Tensor:
+    """``exp(values / divisor)``, in place: many CPUs compute powers of 2 in half the time."""
+    if torch.compiler.is_compiling():
+        return (values / divisor).exp()
+    return values.mul_(LOG2_E / divisor).exp2_()
+
+
+def odds_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Each probability of ``softmax(logits / temperature)`` divided by the largest one, which becomes 1, ``[B, C]``."""
+    return exp_(logits - logits.amax(dim=1, keepdim=True), temperature)
+
+
+def total_of(odds: Tensor) -> Tensor:
+    """The sum of ``odds_of``, float64 ``[B]``: near 1, one plus all others, whose digits it keeps. Odds are lost."""
+    total = odds.sum(dim=1).double()
+    minus_others = threshold(odds.neg_(), -1.0, 0.0, inplace=True).sum(dim=1).double()
+    return torch.where(total < 1.5, 1 - minus_others, total)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """The entropy in nats of the softmax of logits ``[B, C]``, float64 ``[B]``."""
     below = logits - logits.amax(dim=1, keepdim=True)
-    below_largest = below.mul_(softmax).sum(dim=1).double()  # the terms have one sign, so nothing cancels
-    return -largest_share(softmax).log() - below_largest
+    return entropy_and_total(below, exp_(below.clone()))[0]
+
+
+def entropy_and_total(below: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
+    """The entropy in nats of the softmax and the ``total_of`` its odds, float64 ``[B]``; both arguments are lost.
+
+    ``below`` are the logarithms of the odds.
+    """
+    below_largest = below.mul_(odds).sum(dim=1).double()  # the terms have one sign, so nothing cancels
+    total = total_of(odds)
+    return total.log() - below_largest / total, total
 
 
 def row_norm(values: Tensor, p: float, overwritten: bool = False) -> Tensor:
@@ -65,10 +96,3 @@ def unit_rows(values: Tensor) -> Tensor:
         double = some.double()
         unit.copy_(double / row_norm(double, 2.0).clamp_min(1e-12)[:, None])
     return found
-
-
-def largest_share(shares: Tensor) -> Tensor:
-    """The largest of shares that sum to 1, float64 ``[B]``; the shares are overwritten."""
-    largest = shares.amax(dim=1).double()
-    minus_others = threshold(shares.neg_(), -0.5, 0.0, inplace=True).sum(dim=1).double()  # all below one half
-    return torch.where(largest > 0.75, 1 + minus_others, largest)
