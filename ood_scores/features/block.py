@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ood_scores.features.finite import require_finite
 from ood_scores.features.head import Head
-from ood_scores.features.row_reductions import by_pieces, column_sums, entropy, exp_, odds_of, row_norm, total_of
+from ood_scores.features.row_reductions import by_pieces, column_sums, entropy, exp_, odds_of, others_of, row_norm
 from ood_scores.features.storage.texts import unpacked
 from ood_scores.runtime import CPU
 
@@ -288,7 +288,7 @@ class Block:
     @once
     def confidence(self, temperature: float = 1.0) -> Tensor:
         """The largest probability, float64 ``[B]``; it does not saturate, since near 1 it is 1 minus all others."""
-        confidence = 1 / self.reduced(lambda logits: total_of(odds_of(logits, temperature)))
+        confidence = 1 / (1 + self.reduced(lambda logits: others_of(odds_of(logits, temperature))))
         uniform = confidence < NEARLY_UNIFORM / self.logits.shape[1]
         return self.refined(confidence, uniform, lambda logits: logits.softmax(dim=1).amax(dim=1), temperature)
 

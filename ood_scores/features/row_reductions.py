@@ -49,27 +49,27 @@ def odds_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return exp_(logits - logits.amax(dim=1, keepdim=True), temperature)
 
 
-def total_of(odds: Tensor) -> Tensor:
-    """The sum of ``odds_of``, float64 ``[B]``: near 1, one plus all others, whose digits it keeps. Odds are lost."""
+def others_of(odds: Tensor) -> Tensor:
+    """The sum of ``odds_of`` except for one that is 1, float64 ``[B]``, to all digits; the odds are overwritten."""
     total = odds.sum(dim=1).double()
     minus_others = threshold(odds.neg_(), -1.0, 0.0, inplace=True).sum(dim=1).double()
-    return torch.where(total < 1.5, 1 - minus_others, total)
+    return torch.where(total < 1.5, -minus_others, total - 1)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """The entropy in nats of the softmax of logits ``[B, C]``, float64 ``[B]``."""
     below = logits - logits.amax(dim=1, keepdim=True)
-    return entropy_and_total(below, exp_(below.clone()))[0]
+    return entropy_and_others(below, exp_(below.clone()))[0]
 
 
-def entropy_and_total(below: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
-    """The entropy in nats of the softmax and the ``total_of`` its odds, float64 ``[B]``; both arguments are lost.
+def entropy_and_others(below: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
+    """The entropy in nats of the softmax and the ``others_of`` its odds, float64 ``[B]``.
 
-    ``below`` are the logarithms of the odds.
+    ``below`` are the logarithms of the odds; both are overwritten.
     """
     below_largest = below.mul_(odds).sum(dim=1).double()  # the terms have one sign, so nothing cancels
-    total = total_of(odds)
-    return total.log() - below_largest / total, total
+    others = others_of(odds)
+    return others.log1p() - below_largest / (1 + others), others
 
 
 def row_norm(values: Tensor, p: float, overwritten: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.row_reductions import SUMMED, by_pieces, entropy_and_total, exp_, row_norm
+from ood_scores.features.row_reductions import SUMMED, by_pieces, entropy_and_others, exp_, row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
@@ -70,8 +70,8 @@ class KLMatching(Scorer):
         below = logits - logits.amax(dim=1, keepdim=True)
         odds = exp_(below.clone())
         cross = (odds @ self.log_means_.to(odds).T).amax(dim=1)
-        entropy, total = entropy_and_total(below, odds)
-        return entropy + cross / total
+        entropy, others = entropy_and_others(below, odds)
+        return entropy + cross / (1 + others)
 
 
 @register_scorer("she")

@@ -55,7 +55,9 @@ def test_predictions_and_description_are_what_they_were(name: str, tmp_path: Pat
             expected = legacy.ARRAYS[f"detectors/{name}/{kind}/{column}"]
             assert values.dtype == expected.dtype
             if values.dtype.kind == "f":
-                assert np.allclose(values, expected, rtol=tolerance, atol=tolerance)
+                rank = 1 / (facts["rows"] + 1) if column == "p_value" and kind == "held_out" else 0.0
+                # the held-out images are those of the calibration, and rounding decides each one's tie with itself
+                assert np.allclose(values, expected, rtol=tolerance, atol=tolerance + rank)
             else:
                 assert np.array_equal(values, expected)
     detector.save(tmp_path / "again", with_model=facts["has_model"])
