@@ -43,7 +43,7 @@ def readme_table() -> str:
         if (dataset, model) in TABLES_IN_THE_README:
             heads.append(f"{dataset}, {model}")
             for place, row in enumerate(rows, 1):
-                name, overall = (cell.strip(" `*") for cell in row.split("|")[1:3])
+                name, overall = name_in(row), row.split("|")[2].strip()
                 if name in cells:
                     cells[name].append(f"{overall.replace('*', '').replace('†', '')} ({place})")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -56,9 +56,9 @@ def choosing_table() -> str:
     for dataset, model, _, rows in result_tables():
         if (dataset, model) in TABLES_IN_THE_README:
             for row in rows:
-                name, overall, far, near = (cell.strip(" `*") for cell in row.split("|")[1:5])
+                overall, far, near = row.split("|")[2:5]
                 aurocs = [float(re.findall(r"[0-9.]+", cell)[0]) for cell in (overall, near, far)]
-                found.setdefault(name, []).append(aurocs)
+                found.setdefault(name_in(row), []).append(aurocs)
     columns = {name: [sum(values) / len(values) for values in zip(*each, strict=True)] for name, each in found.items()}
     lines = ["| Scorer | Needs beyond logits | Mean | Near | Far | Lowest of three |", "|---|---|---|---|---|---|"]
     for name, means in sorted(columns.items(), key=lambda item: -item[1][0]):
@@ -66,6 +66,11 @@ def choosing_table() -> str:
         shown = " | ".join(f"{value:.1f}" for value in [*means, lowest])
         lines.append(f"| [`{name}`](scorers/{name}.md) | {beyond_logits(name)} | {shown} |")
     return "\n".join(lines)
+
+
+def name_in(row: str) -> str:
+    """The name of the scorer in the row of a table of results, which may be marked as experimental."""
+    return row.split("`")[1]
 
 
 def beyond_logits(name: str) -> str:
