@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-PIECE = 2**20
+PIECE = 2**19
 """The number of values that a CPU processes at a time when only a reduction of them is kept: they fit its caches."""
 
 SUMMED = 2**18
