@@ -44,7 +44,7 @@ class Estimates:
         fits, scored = unit.fit[:1], [jobs[0] for jobs in unit.sets.values()]
         rows = {job.set: self._rows(job) for job in (*fits, *scored)}
         if lacking := [repr(name) for name, count in rows.items() if count is None]:
-            return f"the number of rows of {', '.join(lacking)} is first known then"
+            return f"the number of rows of {', '.join(lacking)} is known only then"
         fit_rows, scored_rows = (sum(rows[job.set] or 0 for job in jobs) for jobs in (fits, scored))
         found = next(_extracted([*fits, *scored]), None)
         if found is not None:

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from ood_scores.features.finite import require_finite
 from ood_scores.features.head import Head
-from ood_scores.features.row_reductions import by_pieces, column_sums, entropy, exp_, odds_of, others_of, row_norm
+from ood_scores.features.row_reductions import (
+    below_largest,
+    by_pieces,
+    column_sums,
+    entropy,
+    exp_,
+    odds_of,
+    others_of,
+    row_norm,
+)
 from ood_scores.features.storage.texts import unpacked
 from ood_scores.runtime import CPU
 
@@ -225,7 +234,7 @@ class Block:
         therefore does not saturate."""
         total = self.odds(temperature).double().sum(dim=1)
         uniform = total > self.logits.shape[1] / NEARLY_UNIFORM
-        return self.refined(total, uniform, lambda logits: _below(logits).exp_().sum(dim=1), temperature)
+        return self.refined(total, uniform, lambda logits: below_largest(logits).exp_().sum(dim=1), temperature)
 
     @once
     def odds_of_others(self) -> tuple[Tensor, Tensor]:
@@ -347,10 +356,6 @@ class Block:
         else:
             values = (self.features if name == "features" else self.extras[name]).double()
         return values / row_norm(values, 2.0).clamp_min(1e-12)[:, None] if normalize else values
-
-
-def _below(logits: Tensor) -> Tensor:
-    return logits - logits.amax(dim=1, keepdim=True)
 
 
 def _divided(values: Tensor, temperature: float) -> Tensor:

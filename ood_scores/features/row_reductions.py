@@ -44,13 +44,18 @@ def exp_(values: Tensor, divisor: float = 1.0) -> Tensor:
     return values.mul_(LOG2_E / divisor).exp2_()
 
 
+def below_largest(logits: Tensor) -> Tensor:
+    """``f - max f`` of the logits f of each row, ``[B, C]``: at most 0."""
+    return logits - logits.amax(dim=1, keepdim=True)
+
+
 def odds_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Each probability of ``softmax(logits / temperature)`` divided by the largest one, which becomes 1, ``[B, C]``."""
-    return exp_(logits - logits.amax(dim=1, keepdim=True), temperature)
+    return exp_(below_largest(logits), temperature)
 
 
 def others_of(odds: Tensor) -> Tensor:
-    """The sum of ``odds_of`` except for one that is 1, float64 ``[B]``, to all digits; the odds are overwritten."""
+    """The sum of the odds of each row but one that is 1, float64 ``[B]``, to all digits; the odds are overwritten."""
     total = odds.sum(dim=1).double()
     minus_others = threshold(odds.neg_(), -1.0, 0.0, inplace=True).sum(dim=1).double()
     return torch.where(total < 1.5, -minus_others, total - 1)
@@ -58,18 +63,18 @@ def others_of(odds: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """The entropy in nats of the softmax of logits ``[B, C]``, float64 ``[B]``."""
-    below = logits - logits.amax(dim=1, keepdim=True)
+    below = below_largest(logits)
     return entropy_and_others(below, exp_(below.clone()))[0]
 
 
 def entropy_and_others(below: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
-    """The entropy in nats of the softmax and the ``others_of`` its odds, float64 ``[B]``.
+    """The entropy in nats of the softmax, and the sum of the odds but one, both float64 ``[B]``.
 
     ``below`` are the logarithms of the odds; both are overwritten.
     """
-    below_largest = below.mul_(odds).sum(dim=1).double()  # the terms have one sign, so nothing cancels
+    weighted = below.mul_(odds).sum(dim=1).double()  # the terms have one sign, so nothing cancels
     others = others_of(odds)
-    return others.log1p() - below_largest / (1 + others), others
+    return others.log1p() - weighted / (1 + others), others
 
 
 def row_norm(values: Tensor, p: float, overwritten: bool = False) -> Tensor:

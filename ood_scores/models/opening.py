@@ -102,11 +102,11 @@ def widths_of(
     kind, target = kind_of(name)
     own, texts = _without_texts(kind, arguments)
     if texts:
-        return "the texts of a zero-shot classifier are first encoded then"
+        return "the texts of a zero-shot classifier are encoded only then"
     if isinstance(kind, UserFunction):
-        return f"{name} is code of your own, which first runs then"
+        return f"{name} is code of your own, which runs only then"
     if not kind.offline:
-        return f"the files that describe {name} are first read then"
+        return f"the files that describe {name} are read only then"
     try:
         state = {} if checkpoint is None else read_checkpoint(user_path(checkpoint))
         with torch.device("meta"):

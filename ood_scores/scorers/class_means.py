@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.row_reductions import SUMMED, by_pieces, entropy_and_others, exp_, row_norm
+from ood_scores.features.row_reductions import SUMMED, below_largest, by_pieces, entropy_and_others, exp_, row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
@@ -67,7 +67,7 @@ class KLMatching(Scorer):
         return by_pieces(self._scored, block.logits, SUMMED)
 
     def _scored(self, logits: Tensor) -> Tensor:
-        below = logits - logits.amax(dim=1, keepdim=True)
+        below = below_largest(logits)
         odds = exp_(below.clone())
         cross = (odds @ self.log_means_.to(odds).T).amax(dim=1)
         entropy, others = entropy_and_others(below, odds)

@@ -183,7 +183,7 @@ def test_dry_run_names_what_is_costly(data: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("cifar_resnet20", "hf-hub:o/n"), "the files that describe hf-hub:o/n are first read then"),
+        (("cifar_resnet20", "hf-hub:o/n"), "the files that describe hf-hub:o/n are read only then"),
         (('name = "cifar_resnet20"', 'name = "open_clip:RN50"\nclasses = ["a", "b"]'), "the texts of a zero-shot cl"),
     ],
 )
@@ -201,7 +201,7 @@ def test_costs_are_unknown_while_a_number_of_rows_is(data: Path, tmp_path: Path)
     planned = plan(spec(part()), tmp_path, data)
     assert Estimates(planned.facts).unknown(planned.units[0]) is None
     estimates = Estimates({**planned.facts, "npz:dark.npz": SetFacts(None, labeled=False)})
-    assert estimates.unknown(planned.units[0]) == "the number of rows of 'dark' is first known then"
+    assert estimates.unknown(planned.units[0]) == "the number of rows of 'dark' is known only then"
     assert estimates.costly(planned.units[0], {}) == []
 
 

@@ -295,7 +295,7 @@ def test_benchmark_of_own_things(folder: Path) -> None:
     assert "add --import own.py" in message
     assert not (folder / "ran").exists()
     planned = ok("benchmark", "b.toml", "--out", "run", "--import", "own.py", "--dry-run")
-    assert "costs are known after the extraction (own.py:small is code of your own, which first runs then)" in planned
+    assert "costs are known after the extraction (own.py:small is code of your own, which runs only then)" in planned
     ok("benchmark", "b.toml", "--out", "run", "--jobs", 2, "--import", "own.py", "--quiet")
     table = pd.read_csv("run/results.csv")
     assert list(table["scorer"]) == ["own.py:LogitSpread", "own:LargestLogit", "own:FlipGap", "energy"]
