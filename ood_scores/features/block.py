@@ -313,7 +313,7 @@ class Block:
             return torch.stack([largest[:, 0], exp_(logits - largest, temperature).sum(dim=1)])
 
         largest, total = self.reduced(parts).double()
-        sums = _divided(largest, temperature) + total.log()
+        sums = total.log().add_(_divided(largest, temperature))
         uniform = total > self.logits.shape[1] / NEARLY_UNIFORM
         return self.refined(sums, uniform, lambda logits: logits.logsumexp(dim=1), temperature)
 

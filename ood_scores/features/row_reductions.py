@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-PIECE = 2**19
+PIECE = 2**20
 """The number of values that a CPU processes at a time when only a reduction of them is kept: they fit its caches."""
 
 SUMMED = 2**18
@@ -74,7 +74,7 @@ def entropy_and_others(below: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
     """
     weighted = below.mul_(odds).sum(dim=1).double()  # the terms have one sign, so nothing cancels
     others = others_of(odds)
-    return others.log1p() - weighted / (1 + others), others
+    return others.log1p().sub_(weighted / (1 + others)), others
 
 
 def row_norm(values: Tensor, p: float, overwritten: bool = False) -> Tensor:

@@ -339,11 +339,12 @@ class PNML(Scorer):
         coordinates = whitened(rows, root[: rows.shape[1]])
         if self.bias:
             coordinates += root[-1]
-        projected = coordinates.square_().sum(dim=1, keepdim=True).double()
+        projected = row_norm(coordinates, 2.0).square()[:, None]
         learner = block.replaced(logits=block.head(rows))
-        rest = (learner.total_odds()[:, None] - learner.odds()).scatter(1, *learner.odds_of_others())
-        rest = rest / learner.total_odds()[:, None]
-        terms = rest.mul_((learner.log_softmax() * (-1 / (1 + projected))).exp_()).add_(1).reciprocal_()
+        total, share = learner.total_odds()[:, None], 1 / (1 + projected)
+        rest = (total - learner.odds()).scatter_(1, *learner.odds_of_others())
+        powers = torch.addcmul((share - 1) * total.log(), learner.below_max(), -share).exp_()  # p^(k - 1) / total
+        terms = rest.mul_(powers).add_(1).reciprocal_()
         return -terms.sum(dim=1).log() / math.log(max(terms.shape[1], 2))
 
 
