@@ -38,6 +38,10 @@ VARIANTS = [
     create_scorer("dice", base=create_scorer("ash_p", base="gen")),
 ]
 
+ROUNDING = 2e-6
+"""On some processors, two threads compute the last digit of a traced network otherwise, which openmax multiplies: its
+scores differed by 1.4e-6."""
+
 ISSUE = {
     *("msp", "max_logit", "energy", "entropy", "kl_uniform", "gen", "scaled_msp", "prior_msp", "prior_energy"),
     *("gradnorm", "feature_norm", "logit_norm", "activation_ratio", "mahalanobis", "mahalanobis_pp"),
@@ -99,7 +103,7 @@ def test_every_scorer_in_onnxruntime_and_traced(tmp_path):
         assert column.isfinite().all()
         close = {"rtol": 0, "msg": lambda text, scorer=scorer: f"{scorer}: {text}"}
         size = float(column.abs().max())
-        torch.testing.assert_close(traced[:, number], column, atol=1e-6 * size, **close)
+        torch.testing.assert_close(traced[:, number], column, atol=ROUNDING * size, **close)
         torch.testing.assert_close(found[:, number], column, atol=1e-5 * size, **close)
 
 

@@ -160,7 +160,7 @@ def test_weights_of_torchvision_are_opened_or_named(inputs: Tensor, monkeypatch:
         ("local-dir:", {}, BadInput, "write local-dir:"),
         ("torchvison:resnet18", {}, UnknownName, r"no kind of model 'torchvison' \(did you mean 'torchvision'\?\)"),
         ("local_dir:/x", {}, UnknownName, "did you mean 'local-dir'"),
-        ("nets.py:small", {}, BadInput, "runs only if you ask for it: if you trust nets.py, add --import nets.py"),
+        ("own.py:small", {}, BadInput, "runs only if you ask for it: if you trust own.py, add --import own.py"),
     ],
 )
 def test_names_and_arguments_are_checked_without_network(
