@@ -59,10 +59,12 @@ def extract(
       ood-scores extract hf:openai/clip-vit-base-patch16 folder:photos clip.h5 \\
           --classes classes.txt --templates "a photo of a {}."
       ood-scores extract nets.py:small folder:photos c.h5 --model-arg width=32
-      ood-scores extract vit_small_patch14_dinov2 folder:photos c.h5 --pool cls+mean
+      ood-scores extract vit_small_patch14_dinov2 folder:photos c.h5 \\
+          --pool cls+mean
       ood-scores extract resnet50 folder:imagenet/val val.h5 \\
           --layers stages --probe odin:epsilon=0.004 --probe rankfeat
-      torchrun --nproc-per-node 4 -m ood_scores extract resnet50 folder:imagenet/val val.h5
+      torchrun --nproc-per-node 4 -m ood_scores extract resnet50 \\
+          folder:imagenet/val val.h5
 
     \b
     [bold]Data[/]
@@ -75,13 +77,16 @@ def extract(
       wds:DIR/shards-{000..127}.tar  tar files of webdataset
       noise:gaussian?n=10000&size=32&seed=0     or noise:uniform
       digits?classes=0-6             scikit-learn's handwritten digits
-      options of all: rows=0:5000, take=500, only=2,4,7-9, long_tail=100, scramble=SEED,
+      options of all: rows=0:5000, take=500, only=2,4,7-9, long_tail=100,
+                      scramble=SEED
                       classes=FILE    names in the order of the model's classes
       $NAME is replaced by the environment variable NAME
 
     \b
     [bold]Probes[/] add extras to the cache; most run the model again
-      odin, fgsm, gradnorm, gradients, rankfeat, mc_dropout, gram, norms
+      activations, adascale, batch_norm_gap, extremes, fgsm, gradients,
+      gradnorm, gram, iodin, layers, local_mcm, mahalanobis_odin, mc_dropout,
+      mixup, nac, norms, odin, rankfeat
       with parameters: odin:epsilon=0.004,std=(0.2,0.2,0.2)
     """
     from torch.utils.data import DataLoader

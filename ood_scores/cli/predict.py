@@ -79,7 +79,8 @@ def predict(
       ood-scores predict "inbox/**/*.jpg" cat.png --detector detector
       ood-scores predict new.png --detector detector --fail-on-ood || echo stop
       ood-scores predict photos --detector hf-hub:OWNER/NAME@v1
-      ood-scores predict photos --detector detector --explain why --fit train.h5 --data folder:train
+      ood-scores predict photos --detector detector --explain why \\
+          --fit train.h5 --data folder:train
 
     \b
     [bold]Exit codes[/]
