@@ -129,5 +129,6 @@ class Relation(Scorer):
 
     def _sums(self, cosines: Tensor, softmax: Tensor, shares: Tensor) -> Tensor:
         """The sums of the relations to some rows of the bank, float64 ``[B]``."""
-        relations = threshold((softmax @ shares.T).mul_(cosines), self.threshold, 0.0)  # of a negative cosine too
-        return (relations if self.power == 1 else relations.pow(self.power)).sum(dim=1, dtype=torch.float64)
+        products = (softmax @ shares.T).mul_(cosines)
+        relations = threshold(products, self.threshold, 0.0, inplace=True)  # of a negative cosine too
+        return (relations if self.power == 1 else relations.pow_(self.power)).sum(dim=1).double()
