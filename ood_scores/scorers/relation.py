@@ -128,7 +128,7 @@ class Relation(Scorer):
         return found
 
     def _sums(self, cosines: Tensor, softmax: Tensor, shares: Tensor) -> Tensor:
-        """The sums of the relations to some rows of the bank, added in the precision of the columns, float64 ``[B]``."""
+        """The sums of relations to some rows of the bank, float64 ``[B]``, added in the precision of the columns."""
         products = (softmax @ shares.T).mul_(cosines)
         relations = threshold(products, self.threshold, 0.0, inplace=True)  # of a negative cosine too
         return (relations if self.power == 1 else relations.pow_(self.power)).sum(dim=1).double()
