@@ -81,7 +81,7 @@ def _long_tail(sets: MeasuredSets, *, fpr95: bool = False) -> dict[str, float]:
     groups = report.groups.set_index("group")
     return {
         "ece": report.ece,
-        "activation_ratio": report.activation_ratio,
+        _activation_ratio([sets.id]): report.activation_ratio,
         **{f"accuracy_{group}": float(groups["accuracy"][group]) for group in GROUPS},
         "confidence": float(groups["confidence"]["all"]),
         "confidence_few": float(groups["confidence"]["few"]),
@@ -123,8 +123,13 @@ def _representation(sets: MeasuredSets) -> dict[str, float]:
     return {
         **_means("representation_norm", "feature_norm", groups),
         "representation_norm_sd": float(create_scorer("feature_norm").score(sets.id).std()),
-        **_means("activation_ratio", "activation_ratio", tested),
+        **_means(_activation_ratio([sets.id, *sets.ood.values()]), "activation_ratio", tested),
     }
+
+
+def _activation_ratio(sets: Sequence[FeatureSet]) -> str:
+    """Return the name of the ratio that these sets have: without maps, it is another quantity."""
+    return "activation_ratio" if all(feats.has("activations") for feats in sets) else "pooled_activation_ratio"
 
 
 def _batch_norm_gaps(sets: MeasuredSets) -> dict[str, float]:
@@ -237,9 +242,13 @@ FIGURES: dict[str, Metric | Figure] = {
     "training_cross_entropy": Figure("cross-entropy, training images", percent=False),
     **{name: Figure(title, percent=False) for name, title in TITLES.items()},
     **{name: METRICS[name] for name in ("brier", "nll", "ece", "ece_equal_mass", "rms_debiased")},
-    **{name: Figure(name) for name in ("activation_ratio", "accuracy_many", "accuracy_medium", "accuracy_few")},
+    **{name: Figure(name) for name in ("accuracy_many", "accuracy_medium", "accuracy_few")},
     **{name: Figure(name) for name in ("confidence", "confidence_few", "confidence_ood")},
-    **{f"activation_ratio_{group}": Figure(f"activation_ratio_{group}") for group in ("id", "ood")},
+    **{
+        f"{pooled}activation_ratio{group}": Figure(f"{pooled}activation_ratio{group}")
+        for pooled in ("", "pooled_")
+        for group in ("", "_id", "_ood")
+    },
     "gap_ratio": Figure("ratio of the gaps to the last BatchNorm, ID to OoD", percent=False),
     **{
         f"representation_norm_{group}": Figure(title, percent=False)

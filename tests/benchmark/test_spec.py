@@ -361,8 +361,8 @@ def test_representation_measures_norms_and_activations_of_id_and_ood_sets() -> N
             "representation_norm_id": norms[0],
             "representation_norm_ood": (norms[1] + norms[2]) / 2,
             "representation_norm_sd": float(sets[0].features.norm(dim=1).std()),
-            "activation_ratio_id": shares[0],
-            "activation_ratio_ood": (shares[1] + shares[2]) / 2,
+            "pooled_activation_ratio_id": shares[0],
+            "pooled_activation_ratio_ood": (shares[1] + shares[2]) / 2,
         }
     )
     maps = [

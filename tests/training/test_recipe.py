@@ -347,6 +347,13 @@ def test_recipes_of_cifar_lt(row: str, objective: str, data: str) -> None:
         assert stage.schedule == ScheduleTable("cosine")
 
 
+def test_networks_of_rna_are_those_of_the_authors_code() -> None:
+    found = {path.stem: load_recipe(path) for path in RECIPES.glob("rna_*cifar*.toml")}
+    assert len(found) > 20
+    for recipe in found.values():
+        assert recipe.model.arguments["shortcut_affine"]
+
+
 def test_counts_of_balanced_energy_are_those_of_all_auxiliary_images() -> None:
     for data, classes in (("cifar10", 10), ("cifar100", 100)):
         counts = named(f"balanced_energy_{data}_lt").stages[0].objective.settings["ood_counts"]
