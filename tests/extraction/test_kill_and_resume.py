@@ -178,7 +178,8 @@ def test_killed_at_random_instants(kind: str, tmp_path: Path, uninterrupted: dic
     whole, seconds = uninterrupted[kind]
     instants = random.Random(kind)
     left: list[int | None] = []
-    while len(left) < KILLS:
+    while not in_many_places(left):
+        assert len(left) < 5 * KILLS
         path = tmp_path / f"{len(left)}.h5"
         for _ in range(3):
             began = children.Event()
@@ -193,9 +194,12 @@ def test_killed_at_random_instants(kind: str, tmp_path: Path, uninterrupted: dic
         extract(path, kind)
         assert contents(path) == contents(whole)
     assert leftovers(tmp_path) == []
+
+
+def in_many_places(left: list[int | None]) -> bool:
+    """Whether enough extractions were killed in the middle, which depends on what else the machine does."""
     in_the_middle = [rows for rows in left if rows and rows < ROWS]
-    assert len(in_the_middle) >= KILLS // 3
-    assert len(set(in_the_middle)) >= KILLS // 4
+    return len(left) >= KILLS and len(in_the_middle) >= KILLS // 3 and len(set(in_the_middle)) >= KILLS // 4
 
 
 def extract_killed_in_write(path: Path, kind: str, number: int) -> None:
