@@ -44,7 +44,7 @@ def linear_probe(
     import ood_scores
     from ood_scores.features import linear_probe as probes
     from ood_scores.features.accuracy import accuracy_of
-    from ood_scores.scorers.compatibility import require_same_weights
+    from ood_scores.scorers.compatibility import require_same_features
 
     paths = [user_path(each) for each in (train, *(others or ()))]
     out = user_path(out)
@@ -56,7 +56,7 @@ def linear_probe(
             raise BadInput(f"{target} exists: choose another --out, or pass --overwrite.")
     sets = {path: ood_scores.load(path, device) for path in paths}
     for path, feats in sets.items():
-        require_same_weights(sets[paths[0]].provenance, feats.provenance, str(paths[0]), str(path))
+        require_same_features(sets[paths[0]].provenance, feats.provenance, str(paths[0]), str(path))
     with showing_work("linear probe …"):
         fitted = probes.linear_probe(sets[paths[0]], l2=l2, seed=seed)
     out.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.progress import showing_work
 from ood_scores.scorers.base import Scorer, as_scorer
-from ood_scores.scorers.compatibility import require_same_weights
+from ood_scores.scorers.compatibility import require_same_features, require_same_head, require_same_probes
 from ood_scores.scorers.decisions import decided, decisions
 from ood_scores.scorers.one_pass import fit_all, score_all
 from ood_scores.scorers.registry import create_scorer, list_scorers
@@ -79,7 +79,8 @@ def evaluate(
         NotFitted, MissingInput, NotFinite: as for ``Scorer.score``.
         EmptyInput: if there is no scorer (or none that can run) or no OoD set, or as for ``Scorer.score``.
         ShapeMismatch: if the sets have different numbers of features or classes.
-        OtherModel: if the sets were extracted with different weights.
+        OtherModel: if the sets were extracted with different weights or poolings, if their heads differ, or if the
+            parameters of a probe that a scorer reads differ between the ID set and an OoD set.
         BadLabels: if labels of ``id`` are not class indices of the model.
     """
     return _evaluated(scorers, id, ood, fit, metrics, progress)[0]
@@ -137,6 +138,9 @@ def _evaluated(
         fit = as_feature_set(fit)
         _check_same_model(id, fit, "the fit set")
     given, chosen = chosen, decided(chosen, [id, *others.values()])
+    read = {need for scorer in chosen.values() for need in scorer.needs}
+    for name, feats in others.items():
+        require_same_probes(feats.provenance, id.provenance, f"the OoD set {name!r}", "the ID set", read)
     correct = [_Correct()] if _knows_accuracy(id) else []
     score_sets = _score_what_can_run if scorers == ALL else _score_all
     with showing_work("evaluating", progress):
@@ -230,7 +234,8 @@ def _check_same_model(id: FeatureSet, other: FeatureSet, name: str) -> None:
             raise ShapeMismatch(
                 f"{name} has {what} = {there}, the ID set has {here}: all sets must come from the same model."
             )
-    require_same_weights(other.provenance, id.provenance, name, "the ID set")
+    require_same_features(other.provenance, id.provenance, name, "the ID set")
+    require_same_head(other, id, name, "the ID set")
 
 
 def _named(scorers: Scorers) -> dict[str, Scorer]:

@@ -14,6 +14,7 @@ from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
 from ood_scores.features.featureset import FeatureSet
 from ood_scores.features.head import Head
 from ood_scores.features.loading import load
+from ood_scores.features.provenance import Provenance
 from ood_scores.features.storage import columns as col
 
 OneSet: TypeAlias = FeatureSet | str | os.PathLike[str]
@@ -58,7 +59,9 @@ def _combined(members: Sequence[FeatureSet]) -> FeatureSet:
         columns["ensemble.mean"] = col.CombinedColumn(logits, _mean_softmax)
         columns["ensemble.entropy"] = col.CombinedColumn(logits, _mean_entropy)
     labels, ids = (next((each.columns[name] for each in members if each.has(name)), None) for name in ("labels", "ids"))
-    joint = FeatureSet(features, columns.pop("logits", None), labels, _joint_head(members), columns, ids=ids)
+    made = [member.provenance for member in members if member.provenance]
+    origin = Provenance.of_members(made) if len(made) == len(members) else None
+    joint = FeatureSet(features, columns.pop("logits", None), labels, _joint_head(members), columns, origin, ids)
     joint.device = members[0].device
     return joint
 

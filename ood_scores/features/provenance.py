@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -19,6 +19,9 @@ SHOWN = 3
 
 LONGEST_TEXT = 300
 """Number of characters of a value that an error message quotes."""
+
+JOINT = " + "
+"""What joins the facts of the members of an ensemble."""
 
 WHAT_TO_DO = "pass overwrite=True to extract again, or another cache path to keep both"
 
@@ -135,6 +138,28 @@ class Provenance:
     def probe_texts(self) -> tuple[str, ...]:
         """Each probe as it is written in Python."""
         return tuple(map(str, self.probes))
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The digest of the weights of each member of an ensemble; of one model, its own."""
+        return tuple(self.weights_sha256.split(JOINT))
+
+    @classmethod
+    def of_members(cls, members: Sequence[Provenance]) -> Provenance:
+        """Return the provenance of the joint set of several models for the same data, which are told by their order."""
+        if len(members) == 1:
+            return members[0]
+        poolings = [each.pooling for each in members]
+        return replace(
+            members[0],
+            architecture=JOINT.join(each.architecture for each in members),
+            weights_sha256=JOINT.join(each.weights_sha256 for each in members),
+            head_modules=JOINT.join(each.head_modules for each in members),
+            pool=members[0].pool if len(set(poolings)) == 1 else JOINT.join(poolings),
+            probes=(),
+            model=None,
+            arguments=None,
+        )
 
     def of_some_rows(self) -> Provenance:
         """Return the provenance of some rows of the set, which are no longer those of the dataset."""

@@ -17,7 +17,7 @@ from ood_scores.features import Block, FeatureSet, Provenance, Sets, as_feature_
 from ood_scores.features.statistics.base import Found, Statistic
 from ood_scores.notebook import facts_html
 from ood_scores.parameters import check_choices, check_types
-from ood_scores.scorers.compatibility import require_same_weights, widths
+from ood_scores.scorers.compatibility import require_same_features, widths
 from ood_scores.scorers.on_device import DeviceState
 from ood_scores.scorers.one_pass import fit_all, score_all
 from ood_scores.scorers.registry import create_scorer
@@ -122,7 +122,7 @@ class Scorer(DeviceState, ABC):
             NotFitted: if the scorer needs a fit and has not been fitted.
             MissingInput: if the set lacks something that the scorer reads.
             ShapeMismatch: if the widths of the set differ from those of the fit set.
-            OtherModel: if the set and the fit set are known to come from different weights.
+            OtherModel: if the set and the fit set are known to come from different weights or poolings.
             NotFinite: if the data that the scorer reads contain NaN or infinite values, or if a score is NaN.
             EmptyInput: if the set has no rows.
         """
@@ -155,7 +155,7 @@ class Scorer(DeviceState, ABC):
                     f"{self.name!r} was fitted on {name} of width {fitted[name]}, but this set has width "
                     f"{found[name]}: use sets from the same model."
                 )
-        require_same_weights(feats.provenance, self.fitted_on, "this set", f"the set that {self.name!r} was fitted on")
+        require_same_features(feats.provenance, self.fitted_on, "this set", f"the set that {self.name!r} was fitted on")
 
     def why_no_graph(self) -> str | None:
         """Return the reason why this scorer cannot be exported as a graph, as a clause, or None if it can."""

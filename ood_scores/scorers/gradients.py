@@ -19,7 +19,7 @@ from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.means import FeatureMean, Means
 from ood_scores.scorers.base import Scorer, fitted
-from ood_scores.scorers.compatibility import require_same_weights
+from ood_scores.scorers.compatibility import require_same_features
 from ood_scores.scorers.extras import read_extra
 from ood_scores.scorers.gaussian import classes_present
 from ood_scores.scorers.neighbors import why_no_graph_of
@@ -388,7 +388,7 @@ class GROOD(Scorer):
             return means.mean(dim=0)
         if isinstance(self.prototype, str):
             ood = load(self.prototype)
-            require_same_weights(ood.provenance, feats.provenance, f"prototype={self.prototype!r}", "the fit set")
+            require_same_features(ood.provenance, feats.provenance, f"prototype={self.prototype!r}", "the fit set")
             given = collect(ood, [FeatureMean()])[FeatureMean()].to(means)
         else:
             given = means.new_tensor([float(value) for value in self.prototype])

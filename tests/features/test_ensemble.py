@@ -55,7 +55,7 @@ def test_a_list_is_scored_as_the_joint_model(name: str) -> None:
 
 
 def test_a_list_is_evaluated_as_the_joint_model() -> None:
-    other = [member(seed, width) for seed, width in ((3, 5), (4, 7), (5, 5))]
+    other = [member(seed, width, head=MEMBERS[seed - 3].head) for seed, width in ((3, 5), (4, 7), (5, 5))]
     table = ood_scores.evaluate(["energy", "mahalanobis"], id=MEMBERS, ood={"other": other}, fit=MEMBERS)
     expected = ood_scores.evaluate(["energy", "mahalanobis"], id=JOINT, ood={"other": ensemble(other)}, fit=JOINT)
     assert table.equals(expected)
