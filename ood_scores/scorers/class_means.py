@@ -24,6 +24,9 @@ from ood_scores.user_warnings import warn_user
 CLOSEST = 1e-12
 """The smallest length that a vector counts as before it divides."""
 
+PARALLEL = 0.99
+"""Cosines above this are computed in float64: what float32 leaves of their differences from 1 is too little."""
+
 
 @register_scorer("kl_matching")
 @dataclass
@@ -162,7 +165,12 @@ class CTM(Scorer):
         self.means_ = normalize(labeled.means[classes_present(labeled.counts, self.name)], dim=1)
 
     def score_block(self, block: Block) -> Tensor:
-        return (block.unit_features() @ self.means_.to(block.features).T).amax(dim=1).double()
+        cosines = (block.unit_features() @ self.means_.to(block.features).T).amax(dim=1).double()
+        parallel = cosines > PARALLEL
+        if block.features.dtype != torch.float64 and not torch.compiler.is_compiling() and block.happens(parallel):
+            rows = normalize(block.features[parallel].double(), dim=1)
+            cosines[parallel] = (rows @ self.means_.to(rows).T).amax(dim=1)
+        return cosines
 
 
 @register_scorer("nci")

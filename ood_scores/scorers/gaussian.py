@@ -28,6 +28,9 @@ ROUNDED = 4.0
 AMPLIFIED = 3e5
 """Float32 features are whitened in float32 unless whitening multiplies the length of deviations by more than this."""
 
+LOST = 1e-3
+"""Squared distances are float32 unless its rounding may reach this share of their spread among the fit rows."""
+
 
 @dataclass
 class _TiedGaussians(Scorer):
@@ -52,8 +55,8 @@ class Mahalanobis(_TiedGaussians):
 
     Fits class means and one tied covariance, the pooled within-class scatter divided by N, in float64. Scores are
     computed in the precision in which the features are stored, because the rounding errors of float32 features are as
-    large as those of a product. Only where a nearly singular covariance would amplify these errors (``AMPLIFIED``) is
-    the product float64.
+    large as those of a product. Only where a nearly singular covariance would amplify these errors (``AMPLIFIED``), or
+    where the classes are so far apart or collapsed that distances would lose them (``LOST``), is float64 used.
 
     Source: Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
     Attacks", on penultimate features, without input perturbation. Directions in which the fit data do not vary (a
@@ -88,7 +91,7 @@ class Mahalanobis(_TiedGaussians):
         self.centre_ = means.mean(dim=0)
         self.whitening_ = tied_whitening(moments, feats)
         self.means_ = (means - self.centre_) @ self.whitening_
-        self.double_ = amplifies(self.whitening_, moments)
+        self.double_ = amplifies(self.whitening_, moments) or loses_distances(self.means_)
 
     def score_block(self, block: Block) -> Tensor:
         rows = self.compared(block)
@@ -235,7 +238,7 @@ class RelativeMahalanobis(_TiedGaussians):
         _, deviations, axes = torch.linalg.svd(weights.sqrt()[:, None] * centered, full_matrices=False)
         self.directions_, self.means_ = root @ axes.T, centered @ axes.T
         self.shares_ = deviations.square() / (1 + deviations.square())
-        self.double_ = amplifies(root, moments)
+        self.double_ = amplifies(root, moments) or loses_distances(self.means_)
 
     def score_block(self, block: Block) -> Tensor:
         features = rows_of(block, self.normalize, self.double_)
@@ -313,7 +316,7 @@ class WDiscOOD(_TiedGaussians):
         differing = deviations > torch.finfo(deviations.dtype).eps * max(centered.shape) * deviations.amax()
         self.discriminants_ = axes[differing][: self.dimension].T.contiguous()
         self.means_ = centered @ self.discriminants_
-        self.double_ = amplifies(self.whitening_, moments)
+        self.double_ = amplifies(self.whitening_, moments) or loses_distances(self.means_)
 
     def score_block(self, block: Block) -> Tensor:
         features = rows_of(block, self.normalize, self.double_)
@@ -335,6 +338,16 @@ def amplifies(root: Tensor, moments: Moments) -> bool:
     between = means - means.mean(dim=0)
     spread = moments.scatter.trace() / moments.counts.sum() + between.square().sum(dim=1).mean()
     return bool(root.norm(dim=0).amax() * spread.maximum(largest).sqrt() > AMPLIFIED)
+
+
+def loses_distances(means: Tensor) -> bool:
+    """Return whether float32 would lose the squared distances to whitened means ``[C, K]``.
+
+    Their terms are as large as the squared lengths of the means, which are long if classes are far apart or collapsed,
+    while the squared distances of the fit rows to their own mean have a standard deviation of about ``sqrt(2 K)``.
+    """
+    longest = means.square().sum(dim=1).amax()
+    return bool(torch.finfo(torch.float32).eps * longest > LOST * math.sqrt(2 * means.shape[1]))
 
 
 def rows_of(block: Block, normalize: bool, double: bool) -> Tensor:

@@ -21,7 +21,7 @@ from ood_scores.scorers.base import Scorer, fitted
 from ood_scores.scorers.numerics.distances import squared_distances
 from ood_scores.scorers.numerics.exact_search import Summed, Wanted, search_unit_rows
 from ood_scores.scorers.numerics.faiss_index import faiss_library, index_of_bytes, kept_index, trained_index
-from ood_scores.scorers.numerics.nearest import kth_neighbors
+from ood_scores.scorers.numerics.nearest import exact_neighbors
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.scorers.work import Sizes, Work, search_of
@@ -241,21 +241,27 @@ class KNN(_BankScorer):
 
     def judge(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
         first = max(0, self.k - 1 - AROUND) if self.index == "Flat" else self.k - 1
-        distances = self.distances(rows, found[:, first:]).sort(dim=1).values[:, self.k - 1 - first]
-        close = distances < CLOSE * row_norm(rows, 2.0)
-        if self.index == "Flat" and block.happens(close):
-            kth = kth_neighbors(rows[close], self.bank_, self.k)
-            distances[close] = self.distances(rows[close], kth[:, None])[:, 0]
-        return -distances
+        return -self.nearest_distances(block, rows, found, first)[:, -1]
 
-    def nearest(self, rows: Tensor, found: Tensor) -> Tensor:
-        """The numbers of the k nearest candidates, ``[B, k]``, in any order; float64 decides about the k-th."""
+    def nearest_distances(self, block: Block, rows: Tensor, found: Tensor, first: int = 0) -> Tensor:
+        """The distances to the k nearest rows but the first ones, ascending, float64 ``[B, k - first]``."""
+        distances = self.distances(rows, found[:, first:]).sort(dim=1).values[:, : self.k - first]
+        close = distances[:, -1] < CLOSE * row_norm(rows, 2.0)
+        if self.index == "Flat" and block.happens(close):
+            numbers = exact_neighbors(rows[close], self.bank_, self.k)[:, first:]
+            distances[close] = self.distances(rows[close], numbers)
+        return distances
+
+    def nearest(self, block: Block, rows: Tensor, found: Tensor) -> Tensor:
+        """The numbers of the k nearest rows, ``[B, k]``, in any order; float64 decides about the k-th."""
         first = max(0, self.k - 1 - AROUND)
         sure, doubtful = found[:, :first], found[:, first:]
-        if doubtful.shape[1] > self.k - first:
-            nearer = self.distances(rows, doubtful).topk(self.k - first, dim=1, largest=False).indices
-            doubtful = doubtful.gather(1, nearer)
-        return torch.cat([sure, doubtful], dim=1)
+        nearer = self.distances(rows, doubtful).topk(self.k - first, dim=1, largest=False)
+        numbers = torch.cat([sure, doubtful.gather(1, nearer.indices)], dim=1)
+        close = nearer.values.amax(dim=1) < CLOSE * row_norm(rows, 2.0)
+        if block.happens(close):
+            numbers[close] = exact_neighbors(rows[close], self.bank_, self.k)
+        return numbers
 
     def score_against_all(self, block: Block, rows: Tensor, bank: Tensor) -> Tensor:
         nearest = squared_distances(rows, bank).topk(self.k, dim=1, largest=False).values

@@ -18,7 +18,7 @@ from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.moments import GlobalMoments, Moments
 from ood_scores.features.statistics.row_samples import SampledRows
 from ood_scores.scorers.base import Scorer, fitted
-from ood_scores.scorers.gaussian import whitened, whitening
+from ood_scores.scorers.gaussian import AMPLIFIED, rows_of, whitened, whitening
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.user_warnings import warn_user
@@ -289,7 +289,8 @@ class PNML(Scorer):
     a column of ones before the normalized features, as ``bias=True`` does; the pseudocode of its README, its Lightning
     modules and pytorch-ood do not. Departures: each term is computed as ``1 / (1 + (1 - p_c) p_c^(k - 1))`` from
     log-probabilities, which are not clipped; k is not raised to the squared norm of the part of x outside the span, as
-    it is in ``main_score.py``. The products are in the precision in which the features are stored.
+    it is in ``main_score.py``. The products are in the precision in which the features are stored, or in float64 if the
+    root amplifies their rounding (features with a large common offset).
 
     Fails where the logits of normalized features are all small: p is then nearly uniform, and q alone determines the
     score. With a large fit set, q is small for every row in its span. The part of a row outside the span does not
@@ -318,6 +319,7 @@ class PNML(Scorer):
     )
     bias: bool = True
     root_: Tensor = fitted()
+    double_: bool = fitted(False)
     needs = ("features", "head")
     fit_needs = ("features",)
 
@@ -331,10 +333,12 @@ class PNML(Scorer):
         if self.bias:
             column = torch.cat([mean, mean.new_ones(1)])
             products = torch.cat([torch.cat([products, mean[None]]), column[:, None]], dim=1)
-        self.root_ = whitening(products) / moments.counts.sum().double().sqrt()
+        root = whitening(products)
+        self.double_ = bool(root.norm(dim=0).amax() > AMPLIFIED)
+        self.root_ = root / moments.counts.sum().double().sqrt()
 
     def score_block(self, block: Block) -> Tensor:
-        rows = block.unit_features()
+        rows = rows_of(block, True, self.double_)
         root = self.root_.to(rows)
         coordinates = whitened(rows, root[: rows.shape[1]])
         if self.bias:

@@ -55,7 +55,7 @@ def nearest_neighbors(rows: Tensor, bank: Tensor, of_bank: Tensor, happens: Call
     )
     doubtful |= lengths < SHORTEST
     if len(bank) > CANDIDATES and happens(doubtful):
-        numbers[doubtful] = kth_neighbors(rows[doubtful], bank, 1)
+        numbers[doubtful] = exact_neighbors(rows[doubtful], bank, 1)[:, 0]
     return numbers
 
 
@@ -69,15 +69,15 @@ def _error(lengths: Tensor, last: Tensor, longest: Tensor, width: int) -> Tensor
     return 4 * ROUNDING * in_products + in_float64 + VANISHING * width
 
 
-def kth_neighbors(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -> Tensor:
-    """The number of each row's k-th nearest bank row, ``[B]``; exact, in float64, a piece of the bank at a time."""
+def exact_neighbors(rows: Tensor, bank: Tensor, k: int, piece: int = BANK_PIECE) -> Tensor:
+    """The numbers of each row's k nearest bank rows, ``[B, k]``, nearest first; in float64, by pieces of the bank."""
     nearest, numbers = rows.new_empty(len(rows), 0), rows.new_empty(len(rows), 0, dtype=torch.int64)
     for start in range(0, len(bank), piece):
         near, found = _nearest(rows, bank[start : start + piece].to(rows), k)
         nearest, numbers = torch.cat([nearest, near], dim=1), torch.cat([numbers, found + start], dim=1)
         nearest, chosen = nearest.topk(min(k, nearest.shape[1]), dim=1, largest=False)
         numbers = numbers.gather(1, chosen)
-    return numbers[:, -1]
+    return numbers
 
 
 def _nearest(rows: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
