@@ -16,7 +16,7 @@ from ood_scores.benchmark.networks import find
 from ood_scores.benchmark.planning import SetFacts
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, ScorerTable
 from ood_scores.cli import app
-from ood_scores.errors import MissingData
+from ood_scores.errors import BadInput, MissingData
 from ood_scores.scorers import work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +108,13 @@ def test_shared_rows_are_named_in_results_and_reports(data: Path, tmp_path: Path
     assert again.warnings.equals(found.warnings)
     assert text in (tmp_path / "report.md").read_text()
     assert text in (tmp_path / "report.html").read_text()
+
+
+def test_file_in_the_place_of_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"something else")
+    with pytest.raises(BadInput, match="out cannot be a folder, since a file is in its way"):
+        run(spec(part(scorers=SCORERS)), out=tmp_path / "out", data=data, jobs=1, progress=False)
+    assert (tmp_path / "out").read_bytes() == b"something else"
 
 
 def test_model_with_a_wrong_checkpoint_does_not_run(data: Path, tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def test_foreign_files_in_the_folder_are_not_changed(tmp_path: Path, trained: Tr
         run(other)
 
 
+def test_file_in_the_place_of_the_folder_is_refused_before_the_images_are_read(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"something else")
+    with pytest.raises(BadInput, match=r"out cannot be a folder, since a file is in its way: choose another\."):
+        run(tmp_path / "out", data={"train": "npz:nowhere.npz"})
+    assert (tmp_path / "out").read_bytes() == b"something else"
+
+
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     with LockedFile(tmp_path / ".lock", "a"), pytest.raises(CacheBusy, match="another process"):
         run(tmp_path)
