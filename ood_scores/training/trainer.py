@@ -107,7 +107,8 @@ def train(
         with showing_work("reading the images …", progress and who.first):
             prepared = prepare(recipe, who, folder)
         if state is not None:
-            require_same(folder, "other data", state.data, prepared.facts())
+            known = {name: fact for name, fact in prepared.facts().items() if name in state.data}
+            require_same(folder, "other data", state.data, known)  # an earlier version knew fewer facts
         if overwrite and who.first:
             clear(folder)
         run = Run(recipe, folder, who, prepared, state)
