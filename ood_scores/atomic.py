@@ -121,6 +121,20 @@ def read_text(path: Path) -> str:
         raise BadInput(f"cannot read {path} as a text file ({error}): save it as UTF-8.") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, unless they exist.
+
+    Raises:
+        BadInput: if one of them is a file.
+        CacheWriteFailed: if the disk refuses.
+    """
+    with disk_errors(folder, "choose another folder"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise BadInput(f"{folder} cannot be a folder, since a file is in its way: choose another.") from error
+
+
 def copy_bytes(source: io.FileIO, start: int, target: LockedFile, to: int, size: int) -> None:
     """Copy ``size`` bytes from one file to another, a few at a time."""
     for done in range(0, size, COPY_BYTES):

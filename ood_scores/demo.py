@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ood_scores.atomic import replacing
+from ood_scores.atomic import make_folder, replacing
 from ood_scores.benchmark import Results, plan
 from ood_scores.benchmark import run as run_benchmark
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Spec
@@ -91,7 +91,7 @@ def run(out: Path, seed: int = 0, epochs: int = 30, progress: bool = True) -> De
     """
     data = image_sets(seed)
     inputs = out / "inputs" / f"seed{seed}"
-    inputs.mkdir(parents=True, exist_ok=True)
+    make_folder(inputs)
     for name, images in data.items():
         labelled: dict[str, Any] = {} if images.labels is None else {"labels": images.labels}
         np.savez(inputs / f"{name}.npz", images=images.images, **labelled)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ood_scores.atomic import LockedFile, is_marked, replacing, require_unlocked
-from ood_scores.errors import CacheBusy, CacheWriteFailed
+from ood_scores.atomic import LockedFile, is_marked, make_folder, replacing, require_unlocked
+from ood_scores.errors import BadInput, CacheBusy, CacheWriteFailed
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -24,6 +24,17 @@ def test_file_is_replaced_when_the_context_ends(tmp_path: Path) -> None:
             assert (path.read_bytes() if path.exists() else None) == before
         assert file.closed
         assert files(path.parent) == {"a.bin": content}
+
+
+def test_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_bytes(b"old")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BadInput, match=f"{folder} cannot be a folder, since a file is in its way"):
+            make_folder(folder)
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_error_leaves_the_old_file(tmp_path: Path) -> None:

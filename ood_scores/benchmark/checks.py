@@ -156,6 +156,7 @@ def _models(part: Part) -> Found:
         for member in members:
             titles = [model.title for model in part.models]
             yield from _unknown(("ensembles", label), "model", member, titles)
+        yield from _twice(("ensembles", label), members, "the model", "list it once")
         yield from _wrong(not members, ("ensembles", label), f"the ensemble {label!r} has no members: list models.")
 
 
@@ -172,6 +173,9 @@ def _sets(part: Part) -> Found:
         key = "near" if name in part.near else "far"
         yield from _wrong(known, (key,), f"{name!r} is both in-distribution and OoD: remove it from one of the lists.")
     yield from _twice(("far",), part.ood, "the OoD dataset", "list it once")
+    yield from _twice(("covariate",), part.covariate, "the dataset", "list it once")
+    again = f"{part.id!r} is the ID dataset, and is in covariate, too: remove it there, or its rows count twice."
+    yield from _wrong(part.id in part.covariate, ("covariate",), again)
 
 
 def _scorers(part: Part) -> Found:
@@ -235,6 +239,7 @@ def _searches(part: Part) -> Found:
             same = reported.get(part.sets.get(name, ""))
             message = f"{name!r} is reported as {same!r}: choose parameters on a dataset that is not reported."
             yield from _wrong(same is not None, ("search", key), message)
+    yield from _twice(("search", "ood"), search.ood, "the OoD dataset", "list it once")
     yield from _wrong(not search.ood, ("search", "ood"), "the search has no OoD dataset: write ood = […].")
     yield from _unknown(("search", "metric"), "metric", search.metric, [metric.name for metric in headline_metrics()])
     tables = {table.label: table for table in part.scorer_tables}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from ood_scores.atomic import LockedFile, user_path
+from ood_scores.atomic import LockedFile, make_folder, user_path
 from ood_scores.benchmark import checks, unit_files
 from ood_scores.benchmark.extract_jobs import extract_all
 from ood_scores.benchmark.hardest import OpenedModels
@@ -64,7 +64,7 @@ def run(
         progress: whether to print a line to standard error for each step.
 
     Raises:
-        BadInput: if the spec is invalid, see ``load_spec``.
+        BadInput: if the spec is invalid, see ``load_spec``, or ``out`` is a file.
         UnknownName: if the spec names something that does not exist, see ``load_spec``.
         CacheBusy: if another run uses the folder.
         CacheWriteFailed: if the disk is full.
@@ -137,7 +137,7 @@ def _rows_to_do(planned: Plan) -> int:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Lock the folder of a run; raise CacheBusy if another run uses it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         lock = LockedFile(folder / LOCK, "a+")
     except CacheBusy as error:

@@ -102,8 +102,12 @@ def _find(unit: Unit, found: Found, models: OpenedModels) -> None:
 
 def _warn(unit: Unit, found: Found, sets: Mapping[str, FeatureSet], fit: FeatureSet | None) -> None:
     """Record the sets that share rows, and labels that do not seem to be the model's classes."""
-    id, names = sets[unit.part.id], [name for name in unit.part.ood if name in sets]
-    shared = overlaps(fit, id, {name: sets[name] for name in names})
+    part, id = unit.part, sets[unit.part.id]
+    searched = (part.search.id, *part.search.ood) if part.search else ()
+    ood, covariate, search = (
+        {name: sets[name] for name in names if name in sets} for names in (part.ood, part.covariate, searched)
+    )
+    shared = overlaps(fit, id, ood, covariate, search)
     accuracy = next((row["value"] for row in found.measures if row["measure"] == "accuracy"), None)
     found.overlap += _tidy(unit, [overlap.as_dict() for overlap in shared])
     texts = [*map(str, shared), *label_warnings(id, "ID set", accuracy)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ood_scores.atomic import user_path
+from ood_scores.atomic import make_folder, user_path
 from ood_scores.cli import options
 from ood_scores.cli.printing import answer, console, facts
 from ood_scores.errors import BadInput
@@ -57,9 +57,9 @@ def linear_probe(
     sets = {path: ood_scores.load(path, device) for path in paths}
     for path, feats in sets.items():
         require_same_features(sets[paths[0]].provenance, feats.provenance, str(paths[0]), str(path))
+    make_folder(out)
     with showing_work("linear probe …"):
         fitted = probes.linear_probe(sets[paths[0]], l2=l2, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
     written = []
     for path, target in targets.items():
         probed = sets[path].with_head(fitted.head)

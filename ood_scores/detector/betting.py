@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,8 @@ Values = NDArray[np.float64]
 
 POINTS = 1000
 """Maximum number of points of a curve in a figure."""
+MOST = 2**62
+"""Maximum of a count in the state of a monitor: sums of two fit into 64 bits."""
 
 
 def reserve(bets: Any) -> Any:
@@ -165,7 +168,7 @@ def read_state(line: str, kind: str, version: int, names: Collection[str]) -> di
     """
     try:
         state = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadInput(
             f"this line is not the complete state of a monitor ({error}): pass a line from to_json()."
         ) from error
@@ -179,3 +182,31 @@ def read_state(line: str, kind: str, version: int, names: Collection[str]) -> di
     if state.keys() != set(names):
         raise BadInput("this line is not the complete state of a monitor: start a new monitor.")
     return state
+
+
+def require_valid(state: Mapping[str, Any], name: str, is_valid: Callable[[Any], bool], wanted: str) -> None:
+    """Raise BadInput if a value of the state of a monitor cannot be right."""
+    if not is_valid(state[name]):
+        raise BadInput(
+            f"{name} is {state[name]!r:.60} in this state of a monitor, but it must be {wanted}: start a new monitor."
+        )
+
+
+def require_evidence(state: Mapping[str, Any], bettors: int) -> None:
+    """Raise BadInput if what all monitors have in common cannot be right: the seed, the stakes, and the peak."""
+    require_valid(state, "seed", lambda seed: is_whole(seed, most=math.inf), "a whole number of at least 0")
+    stakes = state["stakes"]
+    are_stakes = isinstance(stakes, list) and len(stakes) == bettors and all(map(is_finite, stakes))
+    require_valid(state, "stakes", lambda _: are_stakes, f"a list of {bettors} finite numbers")
+    require_valid(state, "peak", lambda peak: is_finite(peak) and peak >= 0, "a finite number of at least 0")
+
+
+def is_whole(value: Any, least: int = 0, most: float = MOST) -> bool:
+    """Whether a value is a whole number in this range."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can have, and not infinite."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ood_scores.atomic import replace_text, user_path
+from ood_scores.atomic import make_folder, replace_text, user_path
 from ood_scores.detector.preprocessing import PRESET, PROCESSOR
 from ood_scores.evaluation.pictures import data_uri
 from ood_scores.models.running import architecture
@@ -64,7 +64,7 @@ def write_page(found: Explanations, folder: str | os.PathLike[str]) -> Path:
         pooled=found.pooled,
     )
     home = user_path(folder)
-    home.mkdir(parents=True, exist_ok=True)
+    make_folder(home)
     replace_text(home / "index.html", text)
     return home / "index.html"
 

@@ -7,7 +7,8 @@ import binascii
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,18 @@ from ood_scores.detector.betting import (
     Evidence,
     draw_wealth,
     initial_stakes,
+    is_finite,
+    is_whole,
     read_state,
+    require_evidence,
+    require_valid,
     stakes_after,
     state_line,
     thinned,
 )
 from ood_scores.detector.conformal import check_shares
 from ood_scores.detector.shift import LEAST_ROWS, Test, check_test, checked_features, shift
-from ood_scores.errors import BadInput, EmptyInput, ShapeMismatch
+from ood_scores.errors import BadInput, EmptyInput, NotFinite, ShapeMismatch
 from ood_scores.features import FeatureSet
 
 if TYPE_CHECKING:
@@ -38,6 +43,7 @@ SMALLEST = 1e-300
 """The smallest p-value that is told apart from others."""
 POWERS = (0.05, 0.1, 0.2, 0.4, 0.7)
 """Powers k of the bettors: small ones gain most from very small p-values, large ones from slightly small ones."""
+LARGEST = float(np.finfo(np.float32).max)
 NAMED = 10
 """Number of rows of a window that are named."""
 
@@ -114,12 +120,12 @@ class FeatureMonitor(Evidence):
 
         Raises:
             BadInput: if the window has fewer than 10 rows, or there is no permutation. Other errors are those of
-                ``ood_scores.shift`` for the reference.
+                ``ood_scores.shift`` for the reference; NotFinite also if a feature exceeds float32.
         """
         check_test(test, permutations)
         if window < LEAST_ROWS:
             raise BadInput(f"a window must have at least {LEAST_ROWS} rows, got {window}: pass window=100.")
-        pool = checked_features(reference, "reference").astype(np.float32)
+        pool = _as_float32(reference, "reference", LEAST_ROWS)
         return cls(test, window, pool, pool[:0], permutations=permutations, seed=seed)
 
     @property
@@ -134,9 +140,10 @@ class FeatureMonitor(Evidence):
 
         Raises:
             ShapeMismatch: if the rows have another number of features than the reference. Other errors are those of
-                ``ood_scores.shift``; the monitor is then unchanged.
+                ``ood_scores.shift``; NotFinite also if a feature exceeds float32. The monitor is then unchanged, as it
+                is if the update is interrupted.
         """
-        rows = checked_features(features, "stream", least=1).astype(np.float32)
+        rows = _as_float32(features, "stream", 1)
         if rows.shape[1] != self.pool.shape[1]:
             raise ShapeMismatch(
                 f"the reference rows have {self.pool.shape[1]} features and the stream {rows.shape[1]}: pass features "
@@ -147,11 +154,12 @@ class FeatureMonitor(Evidence):
         names = (
             [str(own) or number for own, number in zip(ids, numbers, strict=True)] if ids is not None else [*numbers]
         )
-        self.waiting = np.concatenate([self.waiting, rows])
-        self.waiting_names = self.waiting_names + names
-        while len(self.waiting) >= self.window:
-            self._test(self.waiting[: self.window], self.waiting_names[: self.window])
-            self.waiting, self.waiting_names = self.waiting[self.window :], self.waiting_names[self.window :]
+        before = dict(vars(self))
+        try:
+            self._add(rows, names)
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     @property
     def bets(self) -> int:
@@ -171,10 +179,14 @@ class FeatureMonitor(Evidence):
         """Restore a monitor from ``to_json``; it continues with the same values, bit for bit. Its figure starts anew.
 
         Raises:
-            BadInput: if the line is not the state of a monitor, or was written by a newer version of this package.
+            BadInput: if the line is not the state of a monitor, has a value that cannot be right, or was written by a
+                newer version of this package.
         """
         state = read_state(line, FORMAT, VERSION, [each.name for each in fields(cls)])
-        return cls(**state | {name: _as_rows(state[name]) for name in ("pool", "waiting")})
+        _check(state)
+        monitor = cls(**state | {name: _as_rows(state[name]) for name in ("pool", "waiting")})
+        monitor._check_rows()
+        return monitor
 
     def plot(self, alpha: float = 0.01, *, ax: Axes | None = None) -> Figure:
         """Plot the e-value over the rows, the p-values of the windows, and where the e-value reached 1 / alpha.
@@ -205,6 +217,25 @@ class FeatureMonitor(Evidence):
         axes.set_ylabel("evidence, powers of 10", fontsize=9)
         return axes.get_figure(root=True)  # type: ignore[return-value]
 
+    def _add(self, rows: Rows, names: list[str]) -> None:
+        """Add rows, and test the windows that are full."""
+        self.waiting = np.concatenate([self.waiting, rows])
+        self.waiting_names = self.waiting_names + names
+        while len(self.waiting) >= self.window:
+            self._test(self.waiting[: self.window], self.waiting_names[: self.window])
+            self.waiting, self.waiting_names = self.waiting[self.window :], self.waiting_names[self.window :]
+
+    def _check_rows(self) -> None:
+        """Raise BadInput if the pool and the rows that wait cannot be those of one monitor."""
+        pool, waiting = self.pool, self.waiting
+        names, wanted = len(self.waiting_names), f"less than {self.window} rows of {pool.shape[1]} features"
+        if len(pool) < LEAST_ROWS:
+            raise _damaged(f"the pool has {len(pool)}")
+        if waiting.shape[1] != pool.shape[1] or len(waiting) >= self.window:
+            raise _damaged(f"waiting has shape {list(waiting.shape)}, not {wanted}")
+        if names != len(waiting):
+            raise _damaged(f"{len(waiting)} wait, and waiting_names has {names} names")
+
     def _test(self, rows: Rows, names: list[str]) -> None:
         """Test a window, bet on it, and draw the next pool."""
         lots = np.random.default_rng([self.seed, self.windows])
@@ -224,6 +255,14 @@ class FeatureMonitor(Evidence):
         self._curve = thinned(np.concatenate([self._curve, point], axis=1))
 
 
+def _as_float32(features: Any, name: str, least: int) -> Rows:
+    """Return ``checked_features`` as float32; NotFinite if one exceeds its range."""
+    rows = checked_features(features, name, least)
+    if np.abs(rows).max(initial=0) > LARGEST:
+        raise NotFinite(f"a {name} feature exceeds {LARGEST:.2g}, the largest float32: scale the features down.")
+    return rows.astype(np.float32)
+
+
 def _as_text(rows: Rows) -> dict[str, Any]:
     data = base64.b64encode(np.ascontiguousarray(rows, "<f4").tobytes()).decode()
     return {"shape": list(rows.shape), "float32": data}
@@ -232,6 +271,29 @@ def _as_text(rows: Rows) -> dict[str, Any]:
 def _as_rows(text: Mapping[str, Any]) -> Rows:
     try:
         data = np.frombuffer(base64.b64decode(text["float32"], validate=True), "<f4")
-        return data.reshape(text["shape"]).astype(np.float32)
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
-        raise BadInput(f"the rows in this state of a monitor are damaged ({error}): start a new monitor.") from error
+        rows = data.reshape(text["shape"]).astype(np.float32)
+    except (KeyError, TypeError, ValueError, OverflowError, binascii.Error) as error:
+        raise _damaged(error) from error
+    if rows.ndim != 2 or not np.isfinite(rows).all():
+        raise _damaged(f"shape {list(rows.shape)}" if rows.ndim != 2 else "a feature is NaN or infinite")
+    return rows
+
+
+def _damaged(reason: object) -> BadInput:
+    return BadInput(f"the rows in this state of a monitor are damaged ({reason}): start a new monitor.")
+
+
+def _check(state: Mapping[str, Any]) -> None:
+    """Raise BadInput if a value other than the rows cannot be right."""
+    tests = get_args(Test)
+    require_valid(state, "test", lambda test: test in tests, " or ".join(map(repr, tests)))
+    for name, least in (("window", LEAST_ROWS), ("permutations", 1), ("windows", 0)):
+        require_valid(state, name, partial(is_whole, least=least), f"a whole number of at least {least}")
+    require_valid(state, "last_p_value", lambda p: is_finite(p) and 0 < p <= 1, "a number above 0 and up to 1")
+    for name in ("waiting_names", "most_moved"):
+        require_valid(state, name, _are_texts, "a list of texts")
+    require_evidence(state, len(POWERS))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)

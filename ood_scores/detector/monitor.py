@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +15,13 @@ from ood_scores.detector.betting import (
     Evidence,
     draw_wealth,
     initial_stakes,
+    is_finite,
+    is_whole,
     legend_above,
     log_wealth,
     read_state,
+    require_evidence,
+    require_valid,
     stakes_after,
     state_line,
     thinned,
@@ -165,9 +171,12 @@ class Monitor(Evidence):
         """Restore a monitor from ``to_json``; it continues with the same values, bit for bit. Its figure starts anew.
 
         Raises:
-            BadInput: if the line is not the state of a monitor, or was written by a newer version of this package.
+            BadInput: if the line is not the state of a monitor, has a value that cannot be right, or was written by a
+                newer version of this package.
         """
-        return cls(**read_state(line, FORMAT, VERSION, [each.name for each in fields(cls)]))
+        state = read_state(line, FORMAT, VERSION, [each.name for each in fields(cls)])
+        _check(state)
+        return cls(**state)
 
     def plot(self, alpha: float = 0.01) -> Figure:
         """Plot the rejection rate (top) and the e-value (bottom) over the rows, and mark when it reached 1 / alpha.
@@ -201,6 +210,20 @@ class Monitor(Evidence):
         rates = np.maximum(odds / (1 + odds), chance)
         pays = np.where(is_below, np.log(rates / chance), np.log((1 - rates) / (1 - chance)))
         return stakes_after(self.stakes, pays, seen)
+
+
+def _check(state: Mapping[str, Any]) -> None:
+    require_valid(state, "value", lambda value: is_finite(value) or value in (-math.inf, math.inf), "a number")
+    require_valid(state, "n", lambda n: is_whole(n, 1), "a whole number of at least 1")
+    require_valid(
+        state, "rank", lambda rank: is_whole(rank, 1, state["n"]), f"a whole number from 1 to n = {state['n']}"
+    )
+    require_valid(state, "cut", lambda cut: is_finite(cut) and 0 <= cut <= 1, "a number from 0 to 1")
+    require_valid(state, "seen", is_whole, "a whole number of at least 0")
+    for name, most in (("below", "seen"), ("rejected", "below")):
+        limit = state[most]
+        require_valid(state, name, partial(is_whole, most=limit), f"a whole number from 0 to {most} = {limit}")
+    require_evidence(state, len(ODDS))
 
 
 def _draw_rates(axes: Axes, curve: NDArray[np.float64], expected: float) -> None:

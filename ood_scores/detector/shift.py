@@ -45,6 +45,8 @@ WIDTHS = (1 / 4, 1 / 2, 1, 2, 4)
 ROUNDING = 1e-12
 """Standard deviation of MMD below which it is rounding."""
 NEIGHBORS = 5
+LARGEST_EXPONENT = 256
+"""Rows whose largest value is between 2^-256 and 2^256 are compared as they are."""
 LEAST_ROWS = 10
 """Number of rows that a side must have."""
 
@@ -139,7 +141,7 @@ def _mmd(known: Values, new: Values, permutations: int, seed: int) -> tuple[floa
     The standard deviation is that over the permutations and the rows as they are. It is the same for every order of the
     rows, so that the p-value stays exact.
     """
-    rows = torch.from_numpy(np.concatenate([known, new]))
+    rows, _ = _within_range(known, new)
     median = median_distance(rows, seed) or 1.0
     kernels = [partial(_gaussian, width=share * median) for share in WIDTHS]
     estimates, witnesses = _of_kernels(rows, len(known), kernels, permutations, seed)
@@ -160,9 +162,9 @@ def median_distance(rows: torch.Tensor, seed: int) -> float:
 
 
 def _energy(known: Values, new: Values, permutations: int, seed: int) -> tuple[float, float, Values]:
-    rows = torch.from_numpy(np.concatenate([known, new]))
+    rows, exponent = _within_range(known, new)
     (estimates,), (witness,) = _of_kernels(rows, len(known), [torch.neg], permutations, seed)
-    return float(estimates[0]), _p_value(estimates), witness
+    return float(np.ldexp(estimates[0], exponent)), _p_value(estimates), np.ldexp(witness, exponent)
 
 
 def _gaussian(distances: torch.Tensor, width: float) -> torch.Tensor:
@@ -202,7 +204,7 @@ def _knn(known: Values, new: Values, permutations: int, seed: int) -> tuple[floa
     Of rows at the same distance, ``topk`` prefers some places. The rows are shuffled, so that it prefers no side.
     """
     order = np.random.default_rng((seed, 1)).permutation(len(known) + len(new))
-    rows = torch.from_numpy(np.concatenate([known, new])[order])
+    rows = _within_range(known, new)[0][order]
     neighbors = torch.empty(len(rows), NEIGHBORS, dtype=torch.int64)
     for here, distances in _distances(rows):
         distances[torch.arange(len(distances)), torch.arange(here.start, here.stop)] = torch.inf
@@ -219,7 +221,7 @@ def _classifier(known: Values, new: Values, permutations: int, seed: int) -> tup
     from sklearn.preprocessing import StandardScaler
 
     rng = np.random.default_rng(seed)
-    rows, n = np.concatenate([known, new]), len(known)
+    rows, n = _within_range(known, new)[0].numpy(), len(known)
     is_new = np.arange(len(rows)) >= n
     fitted = np.concatenate([rng.permutation(n)[: n // 2], n + rng.permutation(len(new))[: len(new) // 2]])
     tested = np.setdiff1d(np.arange(len(rows)), fitted)
@@ -252,6 +254,14 @@ def _ks(known: Values, new: Values, permutations: int, seed: int) -> tuple[float
 _TESTS: Registry[Callable[[Values, Values, int, int], tuple[float, float, Values]]] = Registry(
     "test of shift", {"mmd": _mmd, "energy": _energy, "knn": _knn, "classifier": _classifier, "ks": _ks}
 )
+
+
+def _within_range(known: Values, new: Values) -> tuple[torch.Tensor, int]:
+    """Return all rows, divided by a power of 2 if their squares would exceed float64 or vanish, and its exponent."""
+    rows = np.concatenate([known, new])
+    exponent = int(np.frexp(np.abs(rows).max(initial=0))[1])
+    exponent = exponent if abs(exponent) > LARGEST_EXPONENT else 0
+    return torch.from_numpy(np.ldexp(rows, -exponent)), exponent
 
 
 def _permuted_sides(rows: int, n: int, permutations: int, seed: int) -> NDArray[np.bool_]:

@@ -116,10 +116,12 @@ class OptimizerTable:
     def __post_init__(self) -> None:
         check_choices(self, "optimizer")
         _require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "a positive number")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        _require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "finite, at least 0")
         _require(0 <= (self.momentum or 0) < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
         if self.name != "sgd" and (self.momentum is not None or self.nesterov):
             raise BadInput(f"{self.name} has neither momentum nor nesterov: remove them from [optimizer].")
+        if self.nesterov and self.momentum == 0:
+            raise BadInput("nesterov = true needs a momentum above 0: raise optimizer.momentum, or remove nesterov.")
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,9 @@ class ScheduleTable:
 
     def __post_init__(self) -> None:
         check_choices(self, "schedule")
+        _require(0 < self.gamma < math.inf, "schedule.gamma", self.gamma, "a positive number")
+        first = min(self.milestones, default=1)
+        _require(first >= 1, "schedule.milestones", list(self.milestones), "numbers of epochs of at least 1")
         if self.per_step and self.name != "cosine":
             raise BadInput('per_step belongs to [schedule] name = "cosine": remove it.')
         if (self.name == "steps") != bool(self.milestones):

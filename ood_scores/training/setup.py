@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from ood_scores.data.fingerprint import fingerprint
 from ood_scores.data.images import ImageDataset
 from ood_scores.data.long_tail import labels_of, long_tail
 from ood_scores.data.sources import open_dataset
 from ood_scores.data.subsets import validation_split
 from ood_scores.errors import BadInput, BadLabels, MissingInput
 from ood_scores.models.networks.classifier import CLASSIFIER, batchnorms, linear_classifier
+from ood_scores.models.running import weights_sha256
 from ood_scores.training.augment import Augmentation, augmentation
 from ood_scores.training.distributed import Processes
 from ood_scores.training.networks import ToInput, input_of, make_model, network_arguments
@@ -27,6 +29,7 @@ from ood_scores.training.step import pre_logits
 from ood_scores.training.streams import Images, OpenedImages, make_images
 from ood_scores.user_warnings import warn_user
 
+CHECKSUM_DIGITS = 16
 TRAINING_IMAGES = "train"
 """Value of ``data`` in ``[auxiliary]`` for the training images themselves."""
 
@@ -43,6 +46,7 @@ class Prepared:
         augment: Augmentation of the training images.
         augment_auxiliary: Augmentation of the auxiliary images.
         class_counts: Number of training images of each class.
+        checksums: Checksums of the images, and of the weights of the checkpoint that the training starts from.
     """
 
     model: nn.Module
@@ -55,12 +59,14 @@ class Prepared:
     augment: Augmentation
     augment_auxiliary: Augmentation
     class_counts: list[int]
+    checksums: dict[str, str | None]
 
     def facts(self) -> dict[str, Any]:
         """Return facts that distinguish these data from other data of the same name."""
         return {
             "images of each class": self.class_counts,
             "auxiliary images": 0 if self.auxiliary is None else len(self.auxiliary),
+            **{f"checksum of the {name}": checksum for name, checksum in self.checksums.items()},
         }
 
 
@@ -94,6 +100,7 @@ def prepare(recipe: Recipe, who: Processes, out: Path) -> Prepared:
     model = make_model(recipe.model, arguments, recipe.seed, out)
     if recipe.compile and hasattr(model, CLASSIFIER):
         raise BadInput(f"compile = true is for timm's models, and {recipe.model.name} is not one: set it to false.")
+    started = None if recipe.model.checkpoint is None else weights_sha256(model)[:CHECKSUM_DIGITS]
     to_input = input_of(model)
     counts = _class_counts(recipe, train.labels, linear_classifier(model).out_features)
     if test is not None:
@@ -122,7 +129,18 @@ def prepare(recipe: Recipe, who: Processes, out: Path) -> Prepared:
         augment=augment,
         augment_auxiliary=augment_auxiliary,
         class_counts=counts.tolist(),
+        checksums={
+            "training images": _checksum(train),
+            "validation images": _checksum(validation if len(validation.rows) else None),
+            "test images": _checksum(test),
+            "auxiliary images": _checksum(auxiliary),
+            "initial weights": started,
+        },
     )
+
+
+def _checksum(rows: Rows | None) -> str | None:
+    return None if rows is None else fingerprint(rows.dataset, rows.rows, rows.labels)[:CHECKSUM_DIGITS]
 
 
 def _checked_objective(recipe: Recipe, stage: Stage, model: nn.Module, class_counts: list[int]) -> Objective:

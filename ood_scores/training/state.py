@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ood_scores.atomic import LockedFile, replacing
+from ood_scores.atomic import LockedFile, make_folder, replacing
 from ood_scores.errors import BadInput, CheckpointError
 from ood_scores.training.recipe import Recipe, flat_tables
 
@@ -134,8 +134,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder for this run."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Create the folder unless it exists, and lock it for this run.
+
+    Raises:
+        BadInput: if it is a file.
+        CacheBusy: if another process trains in the folder.
+    """
+    make_folder(folder)
     with LockedFile(folder / ".lock", "a"):
         yield
 

@@ -92,8 +92,8 @@ def train(
         The path of the checkpoint, the history, and the accuracies.
 
     Raises:
-        BadInput: if the recipe cannot be used, or the folder holds a run of another recipe. ``prepare`` and
-            ``load_recipe`` list the other errors.
+        BadInput: if the recipe cannot be used, the folder is a file, or it holds a run of another recipe or with other
+            images. ``prepare`` and ``load_recipe`` list the other errors.
         NotFinite: if the loss or the weights become infinite or NaN; the last good state is kept.
         CacheBusy: if another process trains in the folder.
         CacheWriteFailed: if the disk refuses a write; what was saved before is safe.
@@ -107,7 +107,8 @@ def train(
         with showing_work("reading the images …", progress and who.first):
             prepared = prepare(recipe, who, folder)
         if state is not None:
-            require_same(folder, "other data", state.data, prepared.facts())
+            known = {name: fact for name, fact in prepared.facts().items() if name in state.data}
+            require_same(folder, "other data", state.data, known)  # an earlier version knew fewer facts
         if overwrite and who.first:
             clear(folder)
         run = Run(recipe, folder, who, prepared, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from ood_scores.benchmark import load_results, plan, run
 from ood_scores.benchmark.costs import Estimates
 from ood_scores.benchmark.networks import find
 from ood_scores.benchmark.planning import SetFacts
-from ood_scores.benchmark.spec import Extraction, ModelTable, Part, ScorerTable
+from ood_scores.benchmark.spec import Extraction, ModelTable, Part, ScorerTable, Search
 from ood_scores.cli import app
-from ood_scores.errors import MissingData
+from ood_scores.errors import BadInput, MissingData
 from ood_scores.scorers import work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +109,34 @@ def test_shared_rows_are_named_in_results_and_reports(data: Path, tmp_path: Path
     assert again.warnings.equals(found.warnings)
     assert text in (tmp_path / "report.md").read_text()
     assert text in (tmp_path / "report.html").read_text()
+
+
+def test_rows_of_search_and_covariate_sets_under_other_names_are_named(data: Path, tmp_path: Path) -> None:
+    again = {"far again": "npz:./dark.npz", "test again": "npz:./test.npz", "shifted again": "npz:./shifted.npz"}
+    changed = part(
+        scorers=SCORERS,
+        sets={**part().sets, **again},
+        covariate=("test again", "shifted"),
+        search=Search("shifted again", ("far again", "val_ood"), grid={"knn": {"k": (1, 5)}}),
+    )
+    with pytest.warns(UserWarning, match="the search set 'far again' shares 25 of 25 rows with the OoD set 'dark'"):
+        found = run(spec(changed), out=tmp_path, data=data, jobs=1, progress=False)
+    names = found.overlap[["set", "other", "rows", "of"]].to_numpy().tolist()
+    assert names == [
+        ["search set 'shifted again'", "covariate-shifted set 'shifted'", 20, 20],
+        ["search set 'far again'", "OoD set 'dark'", 25, 25],
+        ["ID set", "covariate-shifted set 'test again'", 40, 40],
+    ]
+    for written in ("report.md", "report.html"):
+        text = html.unescape((tmp_path / written).read_text())
+        assert "the ID set shares 40 of 40 rows with the covariate-shifted set 'test again'" in text
+
+
+def test_file_in_the_place_of_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"something else")
+    with pytest.raises(BadInput, match="out cannot be a folder, since a file is in its way"):
+        run(spec(part(scorers=SCORERS)), out=tmp_path / "out", data=data, jobs=1, progress=False)
+    assert (tmp_path / "out").read_bytes() == b"something else"
 
 
 def test_model_with_a_wrong_checkpoint_does_not_run(data: Path, tmp_path: Path) -> None:

@@ -292,7 +292,12 @@ def test_mistake_in_an_extended_spec_is_reported_there(tmp_path: Path) -> None:
         ("[search]\nid = 'fits'\nood = ['cousins']", "'cousins' is reported as 'cousins'"),
         ("[search]\nid = 'again'\nood = ['fits']\n[[part]]\ntitle = 'a'\nsets = {again = 'digits?classes=0-6'}",
          "'again' is reported as 'test'"),
+        ("[search]\nid = 'fits'\nood = ['a', 'a']\n[[part]]\ntitle = 'a'\nsets = {a = 'noise?rows=9'}",
+         "the OoD dataset 'a' is listed 2 times: list it once"),
         ("covariate = ['noise']", "'noise' is both in-distribution and OoD"),
+        ("covariate = ['test']", "'test' is the ID dataset, and is in covariate, too: remove it there"),
+        ("covariate = ['fits', 'fits']", "the dataset 'fits' is listed 2 times: list it once"),
+        ("ensembles = {both = ['cifar_resnet20', 'cifar_resnet20']}", "the model 'cifar_resnet20' is listed 2 times"),
     ],
 )  # fmt: skip
 def test_contradictions_in_a_spec_are_reported(tmp_path: Path, wrong: str, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -25,6 +26,12 @@ SURE = 1e-4
 
 def rows(rng: np.random.Generator, count: int, moved: float = 0.0) -> NDArray[Any]:
     return rng.normal(moved, 1, size=(count, 3)).astype(np.float32)
+
+
+def stored(values: NDArray[Any]) -> dict[str, Any]:
+    """Return rows as the state of a monitor contains them."""
+    data = base64.b64encode(values.astype("<f4").tobytes()).decode()
+    return {"shape": list(values.shape), "float32": data}
 
 
 def monitored(seed: int, test: Test = "energy", windows: int = 4, moved: float = 0.0) -> FeatureMonitor:
@@ -134,6 +141,61 @@ def test_the_state_is_one_line_from_which_the_monitor_continues() -> None:
             FeatureMonitor.from_json(bad)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"test": "mmdd"}, "test is 'mmdd' in this state of a monitor, but it must be 'mmd' or 'energy' or"),
+        ({"test": []}, r"test is \[\]"),
+        ({"window": 9}, "window is 9 in .*at least 10"),
+        ({"permutations": 0}, "permutations is 0 in .*at least 1"),
+        ({"windows": "a"}, "windows is 'a' in .*at least 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"last_p_value": 0}, "last_p_value is 0 in .*above 0 and up to 1"),
+        ({"last_p_value": math.nan}, "last_p_value is nan"),
+        ({"waiting_names": [3]}, r"waiting_names is \[3\] in .*a list of texts"),
+        ({"most_moved": None}, "most_moved is None"),
+        ({"stakes": [0.0]}, r"stakes is \[0.0\] in .*a list of 5 finite numbers"),
+        ({"peak": None}, "peak is None in .*a finite number of at least 0"),
+        ({"pool": stored(np.zeros((9, 3)))}, r"rows in this state of a monitor are damaged \(the pool has 9\)"),
+        ({"pool": stored(np.zeros(30))}, r"damaged \(shape \[30\]\)"),
+        ({"pool": stored(np.full((40, 3), np.inf))}, "a feature is NaN or infinite"),
+        ({"pool": stored(np.zeros((40, 2)))}, r"waiting has shape \[7, 3\], not less than 20 rows of 2 features"),
+        ({"pool": {"shape": [10**30], "float32": ""}}, "damaged"),
+        ({"waiting": stored(np.zeros((20, 3)))}, r"waiting has shape \[20, 3\]"),
+        ({"waiting": stored(np.zeros((6, 3)))}, "6 wait, and waiting_names has 7 names"),
+    ],
+)
+def test_values_that_cannot_be_right_are_refused(changes: dict[str, Any], words: str) -> None:
+    rng = np.random.default_rng(0)
+    monitor = FeatureMonitor.of(rows(rng, 40), "energy", window=20, permutations=19)
+    monitor.update(rows(rng, 7))
+    with pytest.raises(BadInput, match=words):
+        FeatureMonitor.from_json(json.dumps(json.loads(monitor.to_json()) | changes))
+
+
+def test_an_interrupted_update_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    monitor = FeatureMonitor.of(rows(rng, 40), window=20, permutations=19)
+    monitor.update(rows(rng, 7))
+    before, new, calls = monitor.to_json(), rows(rng, 50), iter(range(2))
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return shift(*arguments, **options)
+
+    monkeypatch.setattr("ood_scores.detector.feature_monitor.shift", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        monitor.update(new)
+    assert monitor.to_json() == before
+    monkeypatch.undo()
+    monitor.update(new)
+    again = FeatureMonitor.from_json(before)
+    again.update(new)
+    assert monitor.to_json() == again.to_json()
+    assert monitor.windows == 2
+
+
 def test_bad_input_is_refused_and_changes_nothing() -> None:
     rng = np.random.default_rng(0)
     monitor = FeatureMonitor.of(rows(rng, 40), window=20)
@@ -142,10 +204,15 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
         (np.full((3, 3), np.nan), NotFinite),
         (np.zeros((0, 3)), EmptyInput),
         (np.zeros((3, 2)), ShapeMismatch),
+        (np.full((60, 3), 1e39), NotFinite),
     ):
         with pytest.raises(error):
             monitor.update(bad)
     assert monitor.to_json() == before
+    monitor.update(rows(rng, 20))
+    assert monitor.windows == 1
+    with pytest.raises(NotFinite, match=r"a reference feature exceeds 3.4e\+38, the largest float32"):
+        FeatureMonitor.of(np.full((40, 3), 1e39))
     with pytest.raises(BadInput, match="a window must have at least 10 rows"):
         FeatureMonitor.of(rows(rng, 40), window=9)
     with pytest.raises(UnknownName, match="there is no test of shift"):

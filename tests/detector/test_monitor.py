@@ -204,9 +204,9 @@ def test_the_state_is_one_line_from_which_the_monitor_continues() -> None:
 
 def test_other_lines_are_refused() -> None:
     line = Monitor.of(range(30)).to_json()
-    for bad in ("", line[:-5], "[]", "3", "{}", '{"format": "something else"}'):
+    for bad in ("", line[:-5], "[]", "3", "{}", '{"format": "something else"}', "[" * 10**5, None):
         with pytest.raises(BadInput, match=r"this line is not the (complete )?state of a monitor"):
-            Monitor.from_json(bad)
+            Monitor.from_json(bad)  # type: ignore[arg-type]
     parts = json.loads(line)
     parts.pop("cut")
     with pytest.raises(BadInput, match="not the complete state of a monitor"):
@@ -214,6 +214,40 @@ def test_other_lines_are_refused() -> None:
     newer = json.loads(line) | {"version": 2}
     with pytest.raises(BadInput, match="has version 2, but this package reads version 1"):
         Monitor.from_json(json.dumps(newer))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"value": math.nan}, "value is nan in this state of a monitor, but it must be a number: start a new monitor"),
+        ({"n": -5}, "n is -5 in .*a whole number of at least 1"),
+        ({"n": 30.0}, "n is 30.0"),
+        ({"n": True}, "n is True"),
+        ({"n": 2**64}, "n is 18446744073709551616"),
+        ({"rank": 0}, "rank is 0 in .*a whole number from 1 to n = 30"),
+        ({"rank": 31}, "rank is 31"),
+        ({"cut": 1.5}, "cut is 1.5 in .*a number from 0 to 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seen": "a"}, "seen is 'a' in .*a whole number of at least 0"),
+        ({"below": 11}, "below is 11 in .*a whole number from 0 to seen = 10"),
+        ({"below": 4, "rejected": 5}, "rejected is 5 in .*a whole number from 0 to below = 4"),
+        ({"stakes": [0.0] * 6}, "stakes is .*a list of 7 finite numbers"),
+        ({"stakes": ["a"] * 7}, "stakes is "),
+        ({"stakes": [math.inf] * 7}, "stakes is "),
+        ({"peak": None}, "peak is None in .*a finite number of at least 0"),
+        ({"peak": 10**400}, "peak is 1000"),
+    ],
+)
+def test_values_that_cannot_be_right_are_refused(changes: dict[str, Any], words: str) -> None:
+    monitor = Monitor.of(range(30))
+    monitor.update(range(10))
+    with pytest.raises(BadInput, match=words):
+        Monitor.from_json(json.dumps(json.loads(monitor.to_json()) | changes))
+
+
+def test_seeds_of_any_size_and_infinite_thresholds_are_restored() -> None:
+    for monitor in (Monitor.of(range(30), seed=2**70), Monitor.of([-math.inf] * 30)):
+        assert Monitor.from_json(monitor.to_json()) == monitor
 
 
 def test_bad_input_is_refused_and_changes_nothing() -> None:

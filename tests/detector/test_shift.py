@@ -155,6 +155,19 @@ def test_cifar100_among_cifar10_is_found() -> None:
     assert (mixed.most_moved(40) >= 150).mean() > 0.6
 
 
+@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("exponent", [-1060, -530, 530, 1000])
+def test_the_scale_of_the_features_does_not_matter(test: Test, exponent: int) -> None:
+    """At 2^530 squares of features exceed float64, and at 2^-530 they vanish."""
+    known, new = (np.round(side * 8) for side in sides(3, 0.5))
+    found = shift(np.ldexp(known, exponent), np.ldexp(new, exponent), test, permutations=99)
+    expected = shift(known, new, test, permutations=99)
+    assert found.p_value == expected.p_value
+    assert found.most_moved(5).tolist() == expected.most_moved(5).tolist()
+    statistic = np.ldexp(expected.statistic, exponent) if test == "energy" else expected.statistic
+    assert found.statistic == pytest.approx(statistic, rel=1e-9)
+
+
 def test_input_that_cannot_be_right_is_refused() -> None:
     known, new = sides()
     with pytest.raises(UnknownName, match="there is no test of shift 'mmdd'"):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -24,6 +25,8 @@ from ood_scores.errors import (
 )
 from ood_scores.training import Trained, train, trainer
 from ood_scores.training.recipe_file import recipe_from
+from ood_scores.training.setup import Prepared
+from ood_scores.training.state import load_state
 
 
 def test_repeating_a_finished_training_does_nothing(trained: Trained) -> None:
@@ -53,6 +56,58 @@ def test_folder_with_another_recipe_or_other_data_is_refused(tmp_path: Path) -> 
     assert len((tmp_path / "out" / "log.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("changed", ["train", "test", "auxiliary"])
+def test_other_images_of_the_same_number_are_refused(changed: str, tmp_path: Path) -> None:
+    def trained(invert: str) -> Trained:
+        texts = {}
+        for name in ("train", "test", "auxiliary"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            texts[name] = imbalanced(tmp_path / name, [20, 6, 3])
+            arrays = np.load(tmp_path / name / "data.npz")
+            images = 255 - arrays["images"] if name == invert else arrays["images"]
+            np.savez(tmp_path / name / "data.npz", images=images, labels=arrays["labels"])
+        auxiliary = {"auxiliary": {"data": texts.pop("auxiliary")}, "objective": {"name": "oe"}}
+        return run(tmp_path / "out", data=texts, **auxiliary)
+
+    first = trained("")
+    assert trained("") == first
+    what = {"train": "training"}.get(changed, changed)
+    with pytest.raises(BadInput, match=rf"other data \(checksum of the {what} images was [0-9a-f]{{16}}, is [0-9a-f]"):
+        trained(changed)
+
+
+def test_other_initial_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    initial = tmp_path / "initial" / "last.safetensors"
+    run(initial.parent, epochs=1)
+    first = run(tmp_path / "out", model={"checkpoint": str(initial)})
+    assert run(tmp_path / "out", model={"checkpoint": str(initial)}) == first
+    run(tmp_path / "other", epochs=1, seed=1).checkpoint.replace(initial)
+    with pytest.raises(BadInput, match=r"other data \(checksum of the initial weights was [0-9a-f]{16}, is"):
+        run(tmp_path / "out", model={"checkpoint": str(initial)})
+
+
+def test_run_of_a_version_without_checksums_resumes(tmp_path: Path) -> None:
+    spec = imbalanced(tmp_path, [20, 6, 3])
+    whole = run(tmp_path / "whole", data={"train": spec})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prepared, "facts", lambda prepared: {"images of each class": [20, 6, 3], "auxiliary images": 0})
+        patch.setattr(trainer, "save_state", interrupted_after(trainer.save_state))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", data={"train": spec})
+    state = load_state(tmp_path / "out" / "state.safetensors")
+    assert (state.progress.epoch, len(state.data)) == (1, 2)
+    assert run(tmp_path / "out", data={"train": spec}).history == whole.history
+    assert "checksum of the training images" in load_state(tmp_path / "out" / "state.safetensors").data
+
+
+def interrupted_after(save: Any) -> Any:
+    def saved(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    return saved
+
+
 def test_environment_variables_of_the_data_may_be_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA", str(tmp_path))
     spec = imbalanced(tmp_path, [20, 6, 3])
@@ -72,6 +127,13 @@ def test_foreign_files_in_the_folder_are_not_changed(tmp_path: Path, trained: Tr
     save_file({"a": torch.zeros(1)}, other / "last.safetensors")
     with pytest.raises(BadInput, match=r"no state\.safetensors to resume from"):
         run(other)
+
+
+def test_file_in_the_place_of_the_folder_is_refused_before_the_images_are_read(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"something else")
+    with pytest.raises(BadInput, match=r"out cannot be a folder, since a file is in its way: choose another\."):
+        run(tmp_path / "out", data={"train": "npz:nowhere.npz"})
+    assert (tmp_path / "out").read_bytes() == b"something else"
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -135,16 +136,31 @@ def shared_rows(one: FeatureSet, other: FeatureSet, name: str, other_name: str) 
     return Overlap(name, other_name, rows, len(other), distinct)
 
 
-def overlaps(fit: FeatureSet | None, id: FeatureSet, ood: Mapping[str, FeatureSet]) -> list[Overlap]:
-    """Return the overlaps that matter: of the fit set, the ID set and each OoD set; and OoD sets that are the same."""
-    scored = {"ID set": id} | {f"OoD set {name!r}": feats for name, feats in ood.items()}
-    fitted = {} if fit is None else {"fit set": fit}
-    found = [shared_rows(fitted[one], scored[other], one, other) for one in fitted for other in scored]
+def overlaps(
+    fit: FeatureSet | None,
+    id: FeatureSet,
+    ood: Mapping[str, FeatureSet],
+    covariate: Mapping[str, FeatureSet] = MappingProxyType({}),
+    search: Mapping[str, FeatureSet] = MappingProxyType({}),
+) -> list[Overlap]:
+    """Return the overlaps that matter.
+
+    They are those of the fit set and of each search set with each set that is scored, of the ID set and each
+    covariate-shifted set with each other and with each OoD set; and OoD sets that are the same.
+    """
+    inside = {"ID set": id} | _titled("covariate-shifted set", covariate)
+    scored = inside | _titled("OoD set", ood)
+    chosen_on = ({} if fit is None else {"fit set": fit}) | _titled("search set", search)
+    found = [shared_rows(chosen_on[one], scored[other], one, other) for one in chosen_on for other in scored]
     for one, other in combinations(scored, 2):
         overlap = shared_rows(scored[one], scored[other], one, other)
         same = overlap.rows == overlap.of == len(scored[one])
-        found += [overlap] if one == "ID set" or same else []
+        found += [overlap] if one in inside or same else []
     return [overlap for overlap in found if overlap.matters]
+
+
+def _titled(what: str, sets: Mapping[str, FeatureSet]) -> dict[str, FeatureSet]:
+    return {f"{what} {name!r}": feats for name, feats in sets.items()}
 
 
 def warn_of_overlaps(found: Iterable[Overlap]) -> None:
