@@ -210,6 +210,70 @@ def test_pnml_of_certain_predictions():
     np.testing.assert_allclose(found, expected.astype(np.float64), rtol=2e-3)
 
 
+# --- a softmax that is close to a typical one -------------------------------------------------------------------------
+
+
+def classified_logits(seed: int, rows: int, noise: float, scale: float, classes: int = 20) -> Tensor:
+    logits = noise * torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed))
+    logits[torch.arange(rows), torch.arange(rows) % classes] += 3
+    return scale * logits
+
+
+def kl_matching(fit: Array, logits: Array) -> Array:
+    """The divergences from the means as sums of terms of one sign, whose first digits do not cancel."""
+    p, typical, predicted = softmax(logits), softmax(fit), fit.argmax(axis=1)
+    found = []
+    for k in np.unique(predicted):
+        d = typical[predicted == k].mean(axis=0)
+        log_ratio = np.log(p / d)
+        small = log_ratio**2 / 2 - log_ratio**3 / 6 + log_ratio**4 / 24
+        found.append(np.where(np.abs(log_ratio) < 1e-4, p * small, d - p + p * log_ratio).sum(axis=1))
+    return -np.min(found, axis=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 20.0])
+def test_kl_matching_near_a_mean(scale):
+    fit, logits = classified_logits(0, 400, 0.5, scale), classified_logits(1, 200, 0.5, scale)
+    scorer = create_scorer("kl_matching").fit(FeatureSet(fit, fit))
+    found = scorer.score(FeatureSet(logits, logits))
+    expected = kl_matching(*(given.numpy().astype(np.longdouble) for given in (fit, logits)))
+    assert_same(found, expected, 2e-4)
+    assert (found <= 0).all()
+    alone = scorer.score(FeatureSet(logits, logits), block_rows=1)
+    np.testing.assert_allclose(alone, found, rtol=1e-4 if scale >= 1 else 1e-12)
+
+
+def test_kl_matching_of_a_repeated_softmax():
+    """Logits that differ by 1e-3 from peaked ones: the entropy is 1e7 times as large as the divergence."""
+    peaked = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
+    fit, logits = (
+        peaked + 1e-3 * torch.randn(200, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
+    found = create_scorer("kl_matching").fit(FeatureSet(fit, fit)).score(FeatureSet(logits, logits))
+    expected = kl_matching(*(given.numpy().astype(np.longdouble) for given in (fit, logits)))
+    assert_same(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-4])
+def test_kl_matching_ranks_small_logits_as_in_float64(scale):
+    fit, near, far = (
+        classified_logits(seed, rows, noise, scale, classes=100)
+        for seed, rows, noise in ((0, 2000, 0.5), (1, 500, 0.5), (2, 500, 1.0))
+    )
+    scorer = create_scorer("kl_matching").fit(FeatureSet(fit, fit))
+    assert auroc(*(scorer.score(FeatureSet(logits, logits)) for logits in (near, far))) == pytest.approx(1, abs=1e-5)
+
+
+def test_kl_matching_means_of_certain_predictions():
+    """The fit finds means far below 1e-45, the smallest number of float32."""
+    fit = certain_logits(150.0)
+    scorer: Any = create_scorer("kl_matching").fit(FeatureSet(fit, fit))
+    p, predicted = softmax(fit.numpy().astype(np.longdouble)), fit.argmax(dim=1).numpy()
+    expected = np.log(np.stack([p[predicted == k].mean(axis=0) for k in range(10)]))
+    np.testing.assert_allclose(scorer.log_means_, expected.astype(np.float64), rtol=1e-12, atol=1e-15)
+    assert expected.min() < -110
+
+
 # --- features with a common offset, and heads that are nearly rank-deficient ------------------------------------------
 
 
