@@ -39,6 +39,10 @@ NEARLY_UNIFORM = 1.05
 """A softmax is nearly uniform if no probability exceeds this multiple of 1 / C: quantities derived from its float32
 logits are then computed in float64, because float32 rounds away the small differences between rows."""
 
+CERTAIN = 1e-28
+"""A softmax is certain if all odds but the largest sum to less than this: what small odds decide is then computed in
+float64, because float32 exponentials lose digits below 1e-38 and are 0 below 1e-45."""
+
 
 def once(method: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Block, P], R]:
     """Compute a derived quantity once per block and set of arguments."""
@@ -243,7 +247,10 @@ class Block:
         The sum keeps the digits that ``total_odds() - 1`` loses for a confident prediction.
         """
         predicted = self.prediction()[:, None]
-        return predicted, self.odds().scatter(1, predicted, 0.0).double().sum(dim=1, keepdim=True)
+        others = self.odds().scatter(1, predicted, 0.0).double().sum(dim=1)
+        extreme = (others < CERTAIN) | (others > self.logits.shape[1] / NEARLY_UNIFORM - 1)
+        others = self.refined(others, extreme, lambda logits: others_of(odds_of(logits)))
+        return predicted, others[:, None]
 
     @once
     def log_softmax(self, temperature: float = 1.0) -> Tensor:
@@ -259,14 +266,14 @@ class Block:
         return self.refined(softmax, uniform, lambda logits: logits.softmax(dim=1), temperature)
 
     def refined(
-        self, values: Tensor, uniform: Tensor, exact: Callable[[Tensor], Tensor], temperature: float = 1.0
+        self, values: Tensor, extreme: Tensor, exact: Callable[[Tensor], Tensor], temperature: float = 1.0
     ) -> Tensor:
-        """Replace the values ``[B, ...]`` of rows with a nearly uniform softmax, in place, and return all values.
+        """Replace the values ``[B, ...]`` of rows with a nearly uniform or certain softmax, in place; return all.
 
         ``exact`` computes them from ``logits / temperature`` in float64. A traced graph leaves the values as they are.
         """
-        if self.logits.dtype != torch.float64 and not torch.compiler.is_compiling() and self.happens(uniform):
-            values[uniform] = exact(self.logits[uniform].double().div_(temperature))
+        if self.logits.dtype != torch.float64 and not torch.compiler.is_compiling() and self.happens(extreme):
+            values[extreme] = exact(self.logits[extreme].double().div_(temperature))
         return values
 
     def from_native_softmax(self, temperature: float, reduced: Callable[[Tensor], Tensor]) -> Tensor:
@@ -321,8 +328,8 @@ class Block:
     def entropy(self) -> Tensor:
         """The entropy of the softmax in nats, float64 ``[B]``."""
         entropies = self.reduced(entropy)
-        uniform = entropies > math.log(self.logits.shape[1] / NEARLY_UNIFORM)
-        return self.refined(entropies, uniform, entropy)
+        extreme = (entropies < CERTAIN) | (entropies > math.log(self.logits.shape[1] / NEARLY_UNIFORM))
+        return self.refined(entropies, extreme, entropy)
 
     @once
     def prediction(self) -> Tensor:

@@ -77,6 +77,14 @@ def entropy_and_others(below: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
     return others.log1p().sub_(weighted / (1 + others)), others
 
 
+def exp_minus_tangent(values: Tensor) -> Tensor:
+    """``exp(x) - 1 - x`` for small x, by its power series up to x^10."""
+    series = torch.full_like(values, 1 / math.factorial(10))
+    for power in range(9, 1, -1):
+        series = series.mul_(values).add_(1 / math.factorial(power))
+    return series * values.square()
+
+
 def row_norm(values: Tensor, p: float, overwritten: bool = False) -> Tensor:
     """The p-norm of each row, p in (0, inf], float64 ``[B]``; rows are scaled first if a power could overflow.
 

@@ -19,7 +19,7 @@ from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.moments import GlobalMoments
 from ood_scores.scorers.base import Scorer, as_scorer, fitted
-from ood_scores.scorers.fusion import fisher, p_values
+from ood_scores.scorers.fusion import fisher, leveled, p_values
 from ood_scores.scorers.multilayer import LayeredScorer
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.requirements import COLUMNS
@@ -47,7 +47,8 @@ class Layers(LayeredScorer):
     rows are the reference rows, as in ``fusion``: scores of rows that a scorer was fitted on are too high. The logits
     of a layer are those of the model. A base that reads the head finds, in its place, the affine map from the layer to
     the model's logits with the least squared error on the rows it is fitted on; at the penultimate layer, this is the
-    head of the model.
+    head of the model. Where the reference scores of a layer vary by rounding alone, as those of constant features do,
+    all scores that are not below them count as equal.
 
     Source: our construction of what oodeel and scio offer for some scorers; ``"mean"`` ranks rows as the default of
     oodeel does, and ``"fisher"`` as its Fisher aggregator does (Haroush et al. 2022, "A Statistical Framework for
@@ -140,7 +141,7 @@ class Layers(LayeredScorer):
                     part.head = self.heads_[-1]
             member = copy.deepcopy(self._inner)
             self.members_.append(member.fit(rows) if member.fit_needs else member)
-            references += [member.score(part) for part in reference]
+            references += [leveled(member.score(part), member, part) for part in reference]
         self.reference_ = torch.stack(references).sort(dim=1).values if references else None
         self.weights_ = least_varying(torch.stack(references)) if references else None
 
@@ -164,7 +165,7 @@ class Layers(LayeredScorer):
         """The combination of the scores ``[L, B]`` of several layers, ``[B]``."""
         if self.combine == "fisher":
             return fisher(p_values(scores, reference))
-        standardized = (scores - reference.mean(dim=1, keepdim=True)) / _spread(reference)
+        standardized = _standardized(scores, reference)
         if self.combine == "learned":
             assert self.weights_ is not None
             return self.weights_.to(scores.device) @ standardized
@@ -188,12 +189,17 @@ def head_at(feats: FeatureSet) -> Head:
 
 def least_varying(scores: Tensor) -> Tensor:
     """The weights ``[L]`` that sum to 1 and with which the mean of standardized scores ``[L, N]`` varies least."""
-    standardized = (scores - scores.mean(dim=1, keepdim=True)) / _spread(scores)
+    standardized = _standardized(scores, scores)
     weights = torch.linalg.pinv(standardized @ standardized.T, hermitian=True).sum(dim=1)
     return weights / weights.sum()
 
 
-def _spread(scores: Tensor) -> Tensor:
-    """The standard deviation of the scores of each layer ``[L, N]``, ``[L, 1]``; 1 if they are all equal."""
-    spread = scores.std(dim=1, correction=0, keepdim=True)
-    return torch.where(spread > 0, spread, 1)
+def _standardized(scores: Tensor, reference: Tensor) -> Tensor:
+    """Scores ``[L, B]`` in standard deviations from the mean of the reference scores ``[L, N]`` of their layers.
+
+    Where all reference scores are equal, the unit is 1, and scores above them count as equal to them.
+    """
+    above_mean = scores - reference.mean(dim=1, keepdim=True)
+    equal = reference.amin(dim=1, keepdim=True) == reference.amax(dim=1, keepdim=True)
+    spread = torch.where(equal, 1, reference.std(dim=1, correction=0, keepdim=True))
+    return torch.where(equal, above_mean.clamp_max(0), above_mean / spread)

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ood_scores.features import Block, FeatureSet
-from ood_scores.features.row_reductions import SUMMED, below_largest, by_pieces, entropy_and_others, exp_, row_norm
+from ood_scores.features.row_reductions import (
+    SUMMED,
+    below_largest,
+    by_pieces,
+    entropy_and_others,
+    exp_,
+    exp_minus_tangent,
+    row_norm,
+)
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.means import Means
 from ood_scores.scorers.base import Scorer, fitted
@@ -27,6 +35,12 @@ CLOSEST = 1e-12
 PARALLEL = 0.99
 """Cosines above this are computed in float64: what float32 leaves of their differences from 1 is too little."""
 
+CANCELED = 1e-2
+"""The divergence, relative to the entropy from which it results, below which it is computed without cancellation."""
+
+NO_DIVERGENCE = 1e-10
+"""The same, absolute, because the logarithm of a mean near 1 is rounded to 1e-16."""
+
 
 @register_scorer("kl_matching")
 @dataclass
@@ -38,7 +52,8 @@ class KLMatching(Scorer):
 
     Source: Hendrycks et al. 2022, "Scaling Out-of-Distribution Detection for Real-World Settings", who fit on held-out
     rows: the d_k of a training set that the model has memorized are too sharp. Departure: probabilities below 1e-308
-    count as 1e-308. The product with log d has the precision in which the logits are stored.
+    count as 1e-308. The product with log d has the precision in which the logits are stored, except for rows whose
+    divergence is so small that it would cancel.
 
     Fails where known inputs of one predicted class are confused in more than one way, and where OoD inputs are
     predicted with confidence.
@@ -67,14 +82,30 @@ class KLMatching(Scorer):
         self.log_means_ = means.clamp_min(torch.finfo(means.dtype).tiny).log()
 
     def score_block(self, block: Block) -> Tensor:
-        return by_pieces(self._scored, block.logits, SUMMED)
+        scores, entropy = by_pieces(self._scored, block.logits, SUMMED)
+        close = -scores < CANCELED * entropy + NO_DIVERGENCE
+        if not torch.compiler.is_compiling() and block.happens(close):
+            scores[close] = by_pieces(self._close, block.logits[close], SUMMED)
+        return scores
 
     def _scored(self, logits: Tensor) -> Tensor:
+        """The scores and the entropies of the softmax, float64 ``[2, B]``."""
         below = below_largest(logits)
         odds = exp_(below.clone())
         cross = (odds @ self.log_means_.to(odds).T).amax(dim=1)
         entropy, others = entropy_and_others(below, odds)
-        return entropy + cross / (1 + others)
+        return torch.stack([entropy + cross / (1 + others), entropy])
+
+    def _close(self, logits: Tensor) -> Tensor:
+        """The scores of rows that are close to a mean, ``sum_c p_c (1 - d_kc / p_c + log (d_kc / p_c))``.
+
+        Their terms have one sign, and each has its digits, so that float64 is exact however small the divergence is.
+        """
+        log_p, log_means = logits.double().log_softmax(dim=1), self.log_means_.to(logits.device)
+        p = log_p.exp()
+        log_d = log_means[(p @ (log_means - log_means.mean(dim=0)).T).argmax(dim=1)]
+        ratio = log_d - log_p
+        return -torch.where(ratio.abs() < 0.1, p * exp_minus_tangent(ratio), log_d.exp() - p - p * ratio).sum(dim=1)
 
 
 @register_scorer("she")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ood_scores.features import Block
-from ood_scores.features.block import NEARLY_UNIFORM
+from ood_scores.features.block import CERTAIN, NEARLY_UNIFORM
+from ood_scores.features.row_reductions import exp_minus_tangent, odds_of, others_of
 from ood_scores.scorers.base import Scorer
 from ood_scores.scorers.papers import HUANG_2021
 from ood_scores.scorers.registry import register_scorer
@@ -73,16 +74,8 @@ def _divergence_from_uniform(logits: Tensor) -> Tensor:
     The mean of d is 0, so it is taken out of the exponential: ``exp(d) - 1 - d`` is its power series.
     """
     deviations = logits - logits.mean(dim=1, keepdim=True)
-    terms = torch.where(deviations.abs() < 0.1, _exp_minus_tangent(deviations), torch.expm1(deviations) - deviations)
+    terms = torch.where(deviations.abs() < 0.1, exp_minus_tangent(deviations), torch.expm1(deviations) - deviations)
     return torch.log1p(terms.mean(dim=1))
-
-
-def _exp_minus_tangent(values: Tensor) -> Tensor:
-    """``exp(x) - 1 - x`` for small x, by its power series up to x^10."""
-    series = torch.full_like(values, 1 / math.factorial(10))
-    for power in range(9, 1, -1):
-        series = series.mul_(values).add_(1 / math.factorial(power))
-    return series * values.square()
 
 
 @register_scorer("gen")
@@ -142,7 +135,7 @@ class Doctor(Scorer):
 
     Source: Granese et al. 2021, "DOCTOR: A Simple Method for Detecting Misclassification Errors", D_alpha without its
     input perturbation, T = 1. Their D_beta, the odds of ``1 - max_c p_c``, ranks rows as ``msp`` does. Departure: 1 - g
-    is summed as ``sum_c p_c (1 - p_c)``, so that it does not become 0 for all confident rows.
+    is summed over the classes other than the predicted one, so that it does not become 0 for all confident rows.
 
     Fails where the softmax is confident: the score was designed to find errors on known classes, not inputs of other
     classes.
@@ -171,11 +164,20 @@ class Doctor(Scorer):
         self.require_positive("temperature")
 
     def score_block(self, block: Block) -> Tensor:
-        p = block.softmax(self.temperature)
-        others = p.scatter(1, block.prediction()[:, None], 0.0)
-        largest, rest = p.amax(dim=1), others.sum(dim=1)  # rest is 1 - largest, which would cancel
-        impurity = largest * rest + (others * (1 - others)).sum(dim=1)
-        return -impurity / p.square().sum(dim=1)
+        temperature = self.temperature
+        found = block.reduced(lambda logits: _odds_of_an_error(logits, temperature))
+        extreme = (found < CERTAIN) | (found > block.logits.shape[1] / NEARLY_UNIFORM - 1)
+        return -block.refined(found, extreme, _odds_of_an_error, temperature)
+
+
+def _odds_of_an_error(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """``(1 - g) / g`` of Doctor from the odds o of all classes but the predicted one; nothing cancels.
+
+    With ``r = sum o``, it is ``((1 + r)^2 - 1 - sum o^2) / (1 + sum o^2)``.
+    """
+    odds = odds_of(logits, temperature)
+    squares, others = others_of(odds.square()), others_of(odds)
+    return (others * (2 + others) - squares) / (1 + squares)
 
 
 @register_scorer("renyi")
@@ -195,7 +197,7 @@ class Renyi(Scorer):
     Args:
         alpha: The order, positive; may be infinite.
 
-    Cost: one log softmax and one logsumexp for each row.
+    Cost: two exponentials for each logit.
     """
 
     tags = Tags(
@@ -217,6 +219,9 @@ class Renyi(Scorer):
     def score_block(self, block: Block) -> Tensor:
         if self.alpha == 1:
             return -block.entropy()
+        predicted, others = block.odds_of_others()
+        log_total = others[:, 0].log1p()
         if self.alpha == math.inf:
-            return block.log_softmax().amax(dim=1)
-        return (self.alpha * block.log_softmax()).logsumexp(dim=1) / (self.alpha - 1)
+            return -log_total
+        powers = (self.alpha * block.below_max()).exp_().scatter_(1, predicted, 0.0)
+        return (powers.sum(dim=1).log1p() - self.alpha * log_total) / (self.alpha - 1)

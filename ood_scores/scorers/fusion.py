@@ -20,6 +20,9 @@ from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.scorers.work import Sizes, Work, work_alone
 
+ENDS = 8
+"""The number of reference rows with the lowest scores, and of those with the highest, that are scored again."""
+
 
 def fisher(p: Tensor) -> Tensor:
     """Return ``sum log p`` of p-values ``[M, B]``: a single very small p-value results in a low score."""
@@ -42,6 +45,22 @@ def p_values(scores: Tensor, reference: Tensor) -> Tensor:
     return (1 + places).double() / (reference.shape[1] + 2)
 
 
+def leveled(scores: Tensor, member: Scorer, reference: FeatureSet) -> Tensor:
+    """Return a member's scores ``[n]`` of reference rows; if they vary by rounding alone, as one number below them all.
+
+    They do if one of the lowest or highest moves by a quarter of the distance between these when its row is a block of
+    its own. The number is lower by more than rounding, so that no score is compared with the digits of another.
+    """
+    order = scores.argsort()
+    ends = torch.cat([order[:ENDS], order[-ENDS:]])
+    moved = (member.score(reference[ends], block_rows=1) - scores[ends]).abs().max()
+    if not moved >= (scores.max() - scores.min()) / 4:  # also where scores are infinite
+        return scores
+    dtype = torch.promote_types(reference.columns["features"].dtype, torch.float32)
+    rounding = torch.maximum(moved, torch.finfo(dtype).eps * scores.abs().max())
+    return torch.full_like(scores, float(scores.min() - 4 * rounding))
+
+
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {"fisher": fisher, "stouffer": stouffer, "min": smallest}
 
 
@@ -53,11 +72,12 @@ class Fusion(Scorer):
     ``p_i = (1 + #{reference scores of member i <= score}) / (n + 2)``, in (0, 1); ``fisher``: ``sum_i log p_i``;
     ``stouffer``: ``sum_i Phi^-1(p_i) / sqrt(M)``; ``min``: ``min_i p_i``.
 
-    The fit stores the members' scores of the reference rows. If all members are already fitted, they are not changed,
-    and all rows are reference rows. Otherwise the members that are not fitted are fitted on half of the rows of each
-    class, and the other rows are the reference rows: the scores of rows that a member was fitted on are too high. The
-    halves are drawn with a fixed seed. Fitted members, and reference rows that neither they nor the model have seen,
-    are best: half of a validation set, the other half of which calibrates the detector.
+    The fit stores the members' scores of the reference rows; where those of a member vary by rounding alone, all scores
+    that are not below them count as equal. If all members are already fitted, they are not changed, and all rows are
+    reference rows. Otherwise the members that are not fitted are fitted on half of the rows of each class, and the
+    other rows are the reference rows: the scores of rows that a member was fitted on are too high. The halves are drawn
+    with a fixed seed. Fitted members, and reference rows that neither they nor the model have seen, are best: half of a
+    validation set, the other half of which calibrates the detector.
 
     The members are dependent, so that quantiles of a chi-squared or normal distribution cannot serve as thresholds for
     the combined score. It is calibrated like any other score, on rows that are not used in the fit, and the guarantees
@@ -122,7 +142,8 @@ class Fusion(Scorer):
             }
         for member in self._members():
             member.check_ready(reference)
-        self.reference_ = torch.stack(score_all(self._members(), reference)).sort(dim=1).values
+        scores = zip(self._members(), score_all(self._members(), reference), strict=True)
+        self.reference_ = torch.stack([leveled(found, each, reference) for each, found in scores]).sort(dim=1).values
 
     def fitted_state(self) -> dict[str, Any]:
         return super().fitted_state() | {"trained": self._trained}

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from ood_scores.errors import BadInput
 from ood_scores.features import Block, FeatureSet, load
+from ood_scores.features.block import CERTAIN
 from ood_scores.features.row_reductions import row_norm
 from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.collect import collect
@@ -102,12 +103,18 @@ class GradNorm(Scorer):
             return classes * block.from_native_softmax(
                 self.temperature, lambda softmax: row_norm(softmax.sub_(1 / classes), float(self.p), overwritten=True)
             )
-        softmax = block.softmax(self.temperature)
-        others = softmax.scatter(1, block.prediction()[:, None], 0.0)
-        one_minus_largest = others.sum(
-            dim=1, keepdim=True
-        )  # as a sum: a difference would cancel to 0 where p is nearly 1
-        return -row_norm(torch.cat([others, one_minus_largest], dim=1), float(self.p))
+        found, rest = self._distance_to_predicted(block.softmax(self.temperature))
+
+        def exact(logits: Tensor) -> Tensor:
+            return self._distance_to_predicted(logits.softmax(dim=1))[0]
+
+        return -block.refined(found, rest < CERTAIN, exact, self.temperature)
+
+    def _distance_to_predicted(self, softmax: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of the difference between softmax and predicted class, and the sum of the others, both ``[B]``."""
+        others = softmax.scatter(1, softmax.argmax(dim=1, keepdim=True), 0.0)
+        rest = others.sum(dim=1, keepdim=True)  # 1 minus the largest, which would cancel where p is nearly 1
+        return row_norm(torch.cat([others, rest], dim=1), float(self.p)), rest[:, 0]
 
 
 SMALLEST = 1e-12

@@ -346,10 +346,13 @@ class PNML(Scorer):
         projected = row_norm(coordinates, 2.0).square()[:, None]
         learner = block.replaced(logits=block.head(rows))
         total, share = learner.total_odds()[:, None], 1 / (1 + projected)
-        rest = (total - learner.odds()).scatter_(1, *learner.odds_of_others())
+        predicted, others = learner.odds_of_others()
+        rest = (total - learner.odds()).scatter_(1, predicted, others)
         powers = torch.addcmul((share - 1) * total.log(), learner.below_max(), -share).exp_()  # p^(k - 1) / total
-        terms = rest.mul_(powers).add_(1).reciprocal_()
-        return -terms.sum(dim=1).log() / math.log(max(terms.shape[1], 2))
+        inverse = rest.mul_(powers)
+        missing = inverse.gather(1, predicted)
+        terms = inverse.add_(1).reciprocal_().scatter_(1, predicted, -missing / (1 + missing))  # 1 less, which is exact
+        return -terms.sum(dim=1).log1p() / math.log(max(terms.shape[1], 2))
 
 
 def default_dimension(width: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from classified import FIT, FIT_LOGITS, HEAD, LOGITS, ROWS, TRAIN, Array, labels_of_fit, ours
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ood_scores import FeatureSet, create_scorer, extract, list_scorers, load, score
+from ood_scores import FeatureSet, Scorer, create_scorer, extract, list_scorers, load, score
 from ood_scores.errors import BadInput, MissingInput
+from ood_scores.features import Block
 from ood_scores.features.halves import halves
 from ood_scores.features.layer_set import LayerSet
+from ood_scores.metrics import auroc
 from ood_scores.scorers.any_layer import head_at
 from ood_scores.scorers.registry import scorer_class
 from ood_scores.scorers.storage import load_scorer
@@ -130,6 +133,60 @@ def test_learned_weights_vary_least() -> None:
     assert scorer.weights_.sum() == pytest.approx(1)
     variances = [np.var(np.array([w, 1 - w]) @ standardized) for w in np.linspace(-1, 2, 61)]
     assert np.var(scorer.weights_.numpy() @ standardized) <= min(variances)
+
+
+@dataclass
+class Rounded(Scorer):
+    """A scorer that returns the first feature, with a last digit that depends on the place of the row in its block."""
+
+    needs = ("features",)
+
+    def score_block(self, block: Block) -> Tensor:
+        return block.features[:, 0].double() + 1e-9 * (torch.arange(len(block)) % 3)
+
+
+def with_a_constant_layer(rows: Array) -> FeatureSet:
+    return FeatureSet(rows, extras={"layers.a": rows, "layers.dead": np.full((len(rows), 4), 1.7)})
+
+
+@pytest.mark.parametrize("combine", ["mean", "min", "max", "fisher", "learned"])
+def test_a_constant_layer_says_nothing_in_blocks_of_any_size(combine: Any) -> None:
+    fit, scored = with_a_constant_layer(FIT), with_a_constant_layer(ROWS)
+    scorer: Any = create_scorer("layers", base=Rounded(), combine=combine).fit(fit)
+    reference, constant = scorer.reference_
+    assert constant.unique().numel() == 1
+    assert reference.unique().numel() == len(FIT) // 2
+    usual = torch.from_numpy(ROWS[:, 0].copy())
+    standardized, n = (usual - reference.mean()) / reference.std(correction=0), len(reference)
+    p = (1 + torch.searchsorted(reference, usual, right=True)) / (n + 2)
+    expected = {
+        "mean": standardized / 2,
+        "min": standardized.clamp_max(0),
+        "max": standardized.clamp_min(0),
+        "fisher": p.log() + np.log((n + 1) / (n + 2)),
+        "learned": standardized,
+    }[combine]
+    for rows in (None, 1, 7, 50):
+        np.testing.assert_allclose(scorer.score(scored, block_rows=rows), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", ["pnml", "ctm"])
+def test_a_constant_layer_leaves_the_ranks_of_the_other_one(base: str) -> None:
+    def made(rows: int, seed: int, scale: float) -> FeatureSet:
+        generator = torch.Generator().manual_seed(seed)
+        labels, means = torch.arange(rows) % 4, 3 * torch.randn(4, 16, generator=torch.Generator().manual_seed(9))
+        features = scale * means[labels] + torch.randn(rows, 16, generator=generator)
+        dead = 1.7 * torch.rand(100, generator=torch.Generator().manual_seed(7))
+        layers = {"layers.a": features, "layers.dead": dead.repeat(rows, 1)}
+        return FeatureSet(features, features @ means.T / 5, labels, extras=layers)
+
+    scorer: Any = create_scorer("layers", base=base).fit(made(403, 0, 1.0))
+    sets = made(101, 1, 1.0), made(101, 2, 0.4)
+    heads = scorer.heads_[:1] or [None]
+    alone = [scorer.members_[0].score(FeatureSet(feats.extras["layers.a"], head=heads[0])) for feats in sets]
+    for rows in (None, 1, 7, 50):
+        found = [scorer.score(feats, block_rows=rows) for feats in sets]
+        assert auroc(*found) == pytest.approx(auroc(*alone), abs=1e-4)
 
 
 def test_extracted_layers_on_disk_and_saved(tmp_path: Path) -> None:

@@ -204,3 +204,22 @@ def test_rows_without_labels_are_halved_in_random_order() -> None:
     first, second = halves(FeatureSet(torch.zeros(1000, 1)))
     assert len(first) == len(second) == 500
     assert 200 < int((first % 2).sum()) < 300
+
+
+class Jittered(Column):
+    """A scorer that returns 1 up to the rounding of float32, which depends on the place of the row in its block."""
+
+    def score_block(self, block: Block) -> Tensor:
+        return 1 + 1e-7 * (torch.arange(len(block)) % 3).double()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_member_that_varies_by_rounding_alone_says_nothing(method: Any) -> None:
+    values = np.random.default_rng(0).normal(size=(40, 1)).astype(np.float32)
+    reference, new = FeatureSet(values[:30]), FeatureSet(values[30:])
+    found: Any = Fusion((Column(0), Jittered()), method).fit(reference)
+    p = (1 + (values[:30, 0] <= values[30:]).sum(axis=1)) / 32
+    expected = METHODS[method](torch.from_numpy(np.stack([p, np.full(10, 31 / 32)])))
+    for rows in (None, 1, 4):
+        np.testing.assert_allclose(found.score(new, block_rows=rows), expected, rtol=1e-12)
+    assert found.reference_[0].unique().numel() == 30

@@ -16,7 +16,7 @@ from ood_scores.features.row_reductions import column_sums
 from ood_scores.features.statistics.base import Accumulator
 
 FROM_LOGITS: Mapping[str, Callable[[Block], Tensor]] = {
-    "softmax": Block.softmax,
+    "softmax": lambda block: block.logits.double().softmax(dim=1),
     "max_logit": lambda block: block.max_logit()[:, None],
 }
 """Quantities ``[B, K]`` derived from the logits whose means can be requested."""
