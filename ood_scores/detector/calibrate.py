@@ -30,6 +30,7 @@ from ood_scores.models.class_names import own_class_names
 from ood_scores.models.running import unwrapped, weights_sha256
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer, as_scorer
+from ood_scores.scorers.compatibility import other_preprocessing
 from ood_scores.scorers.one_pass import fit_all
 from ood_scores.scorers.requirements import probes_for
 from ood_scores.user_warnings import warn_user
@@ -137,7 +138,8 @@ def calibrate(
     id_set = as_set(id, "id", ready.needs)
     ready = ready.decided_for([id_set])
     _warn_of_same_data(ready, fit_set, id_set, fit is id)
-    for text in label_warnings(id_set, "ID set"):
+    other = other_preprocessing(id_set.provenance, ready.fitted_on, "the ID set", "the fit set")
+    for text in (*label_warnings(id_set, "ID set"), *other):
         warn_user(text)
     scores = ready.score(id_set).numpy()
     label, _ = predictions_of(id_set)

@@ -17,7 +17,12 @@ from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import overlaps
 from ood_scores.progress import showing_work
 from ood_scores.scorers.base import Scorer, as_scorer
-from ood_scores.scorers.compatibility import require_same_features, require_same_head, require_same_probes
+from ood_scores.scorers.compatibility import (
+    other_preprocessing,
+    require_same_features,
+    require_same_head,
+    require_same_probes,
+)
 from ood_scores.scorers.decisions import decided, decisions
 from ood_scores.scorers.one_pass import fit_all, score_all
 from ood_scores.scorers.registry import create_scorer, list_scorers
@@ -167,7 +172,11 @@ def _evaluated(
         "left_out": left_out,
         "decided": {label: text for label, text in decisions(given, chosen).items() if label not in left_out},
         "overlap": [overlap.as_dict() for overlap in shared],
-        "warnings": [*map(str, shared), *label_warnings(id, "ID set", accuracy)],
+        "warnings": [
+            *map(str, shared),
+            *label_warnings(id, "ID set", accuracy),
+            *_other_preprocessing(id, fit if fitted else None, others),
+        ],
     }
     for text in table.attrs["warnings"]:
         warn_user(text)
@@ -236,6 +245,17 @@ def _check_same_model(id: FeatureSet, other: FeatureSet, name: str) -> None:
             )
     require_same_features(other.provenance, id.provenance, name, "the ID set")
     require_same_head(other, id, name, "the ID set")
+
+
+def _other_preprocessing(id: FeatureSet, fit: FeatureSet | None, others: Mapping[str, FeatureSet]) -> list[str]:
+    named = {f"the OoD set {name!r}": feats for name, feats in others.items()}
+    named |= {} if fit is None else {"the fit set": fit}
+    origin = id.provenance
+    return [
+        text
+        for name, feats in named.items()
+        for text in other_preprocessing(feats.provenance, origin, name, "the ID set")
+    ]
 
 
 def _named(scorers: Scorers) -> dict[str, Scorer]:

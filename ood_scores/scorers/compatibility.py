@@ -9,6 +9,9 @@ from ood_scores.errors import OtherModel
 from ood_scores.features import FeatureSet, Provenance
 from ood_scores.features.provenance import ProbeRecord
 
+ADDRESS = " at 0x"
+"""What the description of a function contains, which differs between processes."""
+
 ROUNDING = 1e-2
 """The share of the largest weight by which stored heads may differ: one may be in half precision."""
 
@@ -56,6 +59,19 @@ def require_same_probes(
                 f"{probe!r} of {name} comes from {mine[probe]}, that of {other_name} from {theirs[probe]}: extract one "
                 "of them again with the same parameters."
             )
+
+
+def other_preprocessing(one: Provenance | None, other: Provenance | None, name: str, other_name: str) -> list[str]:
+    """Return a warning, with both names, if two sets are known to be preprocessed in different ways."""
+    if not one or not other or one.preprocessing == other.preprocessing:
+        return []
+    texts = one.preprocessing, other.preprocessing
+    if "" in texts or any(ADDRESS in text for text in texts):
+        return []
+    return [
+        f"{name} was preprocessed in another way, {texts[0]}, than {other_name}, {texts[1]}: extract one of them "
+        "again, unless their images differ in this way."
+    ]
 
 
 def _settings(record: ProbeRecord) -> tuple[str, dict[str, Any]]:

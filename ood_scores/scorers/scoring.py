@@ -9,8 +9,10 @@ from torch import Tensor
 from ood_scores.features import Sets, as_feature_set
 from ood_scores.features.statistics.row_hashes import shared_rows, warn_of_overlaps
 from ood_scores.scorers.base import Scorer, as_scorer
+from ood_scores.scorers.compatibility import other_preprocessing
 from ood_scores.scorers.one_pass import fit_all, score_all
 from ood_scores.scorers.work import tell_costly
+from ood_scores.user_warnings import warn_user
 
 
 def score(
@@ -44,4 +46,6 @@ def score(
     (scores,) = score_all([ready], feats, hashed=fit_set is not None)
     if fit_set is not None:
         warn_of_overlaps([shared_rows(fit_set, feats, "fit set", "set to score")])
+        for text in other_preprocessing(feats.provenance, fit_set.provenance, "the set to score", "the fit set"):
+            warn_user(text)
     return scores

@@ -104,3 +104,51 @@ def test_extras_of_probes_with_other_parameters_are_not_compared() -> None:
     ):
         ood_scores.evaluate(["odin"], id=inside, ood={"far": outside}, progress=False)
     assert len(ood_scores.evaluate(["energy"], id=inside, ood={"far": outside}, progress=False)) == 1
+
+
+class Scaled(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Random inputs, multiplied by a transform that has a description."""
+
+    def __init__(self, seed: int, transform: nn.Module) -> None:
+        self.inputs = torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(seed))
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return self.transform(self.inputs[row]), row % CLASSES
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor}"
+
+
+def test_another_preprocessing_is_named() -> None:
+    model = network(0)
+
+    def made(seed: int, factor: float) -> FeatureSet:
+        loader = torch.utils.data.DataLoader(Scaled(seed, Scale(factor)), batch_size=20)
+        return ood_scores.extract(model, loader, progress=False)
+
+    inside, same, other = made(0, 1.0), made(1, 1.0), made(2, 3.0)
+    said = r"was preprocessed in another way, Scale\(3.0\), than the ID set, Scale\(1.0\)"
+    with pytest.warns(UserWarning, match=f"the OoD set 'far' {said}"):
+        table = ood_scores.evaluate(["energy"], id=inside, ood={"near": same, "far": other}, progress=False)
+    assert sum("preprocessed" in text for text in table.attrs["warnings"]) == 1
+    with pytest.warns(UserWarning, match=f"the fit set {said}"):
+        ood_scores.evaluate(["knn"], id=inside, ood={"near": same}, fit=other, progress=False)
+    with pytest.warns(
+        UserWarning, match=r"the set to score was preprocessed in another way, Scale\(1.0\), than the fit"
+    ):
+        ood_scores.score("knn", inside, fit=other)
+    with pytest.warns(UserWarning, match=r"the ID set was preprocessed in another way, Scale\(1.0\), than the fit set"):
+        ood_scores.calibrate("knn", model, id=inside, fit=other)
