@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -47,6 +48,11 @@ def from_texts(cls: type, texts: Iterable[str], usage: str) -> dict[str, Any]:
             raise BadInput(f"cannot read the parameter {text!r}: write {usage}.")
         params[key] = _as_type_of(defaults.get(key), key, value)
     return params
+
+
+def between_commas(text: str) -> list[str]:
+    """Return the ``key=value`` texts of ``key=value,key=(value,value)``; "" has none."""
+    return re.split(r",(?![^(]*\))", text) if text else []
 
 
 def plain_values(texts: Iterable[str], usage: str) -> dict[str, Any]:

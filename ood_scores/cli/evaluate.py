@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ood_scores.cli import completion, options
-from ood_scores.cli.parsing import check_table_path, named_caches, scorer_names, write_table
+from ood_scores.cli.parsing import check_table_path, labeled_scorers, named_caches, write_table
 from ood_scores.cli.printing import answer, console, stoppable, table_document
 from ood_scores.cli.tables import experimental_in, legend, metric_columns, metric_tables
 from ood_scores.terminal import marked
@@ -32,8 +32,9 @@ def evaluate(
     scorer: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME",
-            help="Scorer name; may be repeated. Default: all that can run.",
+            metavar="NAME[:KEY=VALUE,…]",
+            help="Scorer name, and parameters that differ from their defaults; may be repeated. By default, "
+            "all that can run.",
             autocompletion=completion.scorers,
         ),
     ] = None,
@@ -59,7 +60,7 @@ def evaluate(
       ood-scores evaluate --id val.h5 --ood textures.h5 --fit train.h5 \\
           --out table.csv
       ood-scores evaluate --id val.h5 --ood textures.h5 --scorer energy \\
-          --scorer gradnorm --details rows.parquet
+          --scorer gradnorm:p=2 --details rows.parquet
       ood-scores evaluate --id val.h5 --ood textures.h5 --metrics oscr,augrc
     """
     import ood_scores
@@ -71,7 +72,7 @@ def evaluate(
     ood_feats = {name: ood_scores.load(cache, device) for name, cache in named_caches(ood).items()}
     fit_feats = ood_scores.load(fit, device) if fit else None
     asked = [name.strip() for name in metrics.split(",")] if metrics else []
-    chosen = scorer_names(scorer) if scorer and scorer != ["all"] else "all"
+    chosen = labeled_scorers(scorer) if scorer and scorer != ["all"] else "all"
     with stoppable("the caches are unchanged; run the same command again"):
         if details:
             table, rows = evaluate_details(chosen, id=id_feats, ood=ood_feats, fit=fit_feats, metrics=asked)

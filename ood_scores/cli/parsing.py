@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ood_scores.atomic import replace_text, replacing, user_path
 from ood_scores.cli.printing import json_text, table_document
 from ood_scores.errors import BadInput
+from ood_scores.parameters import between_commas
 from ood_scores.terminal import csv_text, encodable, with_texts
 from ood_scores.user_code import import_referenced
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ood_scores.extraction.layers import Layers
+    from ood_scores.scorers import Scorer
 
 _NOT_OF_THE_NETWORK = {
     "name": "it is the name of the model, so rename this argument of your function",
@@ -26,6 +29,9 @@ _NOT_OF_THE_NETWORK = {
     "num_classes": "pass --num-classes",
 }
 """Arguments of ``load_model`` itself, and what to do instead."""
+
+WITH_PARAMETERS = re.compile(r"(?P<name>.+?):(?P<parameters>\w+=.*)")
+"""A scorer with parameters; its name may be that of code, which contains a colon, too."""
 
 TABLE_SUFFIXES = (".csv", ".parquet", ".json")
 
@@ -47,6 +53,26 @@ def scorer_names(texts: Iterable[str]) -> list[str]:
     return [scorer_name(text) for text in texts]
 
 
+def labeled_scorers(texts: Iterable[str]) -> dict[str, str | Scorer]:
+    """Return the scorers of a repeated ``NAME`` or ``NAME:KEY=VALUE,KEY=VALUE``, each by its name or its whole text."""
+    from ood_scores.scorers import create_scorer
+
+    found: dict[str, str | Scorer] = {}
+    for text in texts:
+        with_parameters = WITH_PARAMETERS.fullmatch(text)
+        if with_parameters:
+            name = scorer_name(with_parameters["name"])
+            values = between_commas(with_parameters["parameters"])
+            label, scorer = text, create_scorer(name, **parameters(name, values, "--scorer NAME:KEY=VALUE,KEY=VALUE"))
+        else:
+            (label,) = scorer_names([text])
+            scorer = label
+        if label in found:
+            raise BadInput(f"--scorer {label} is listed twice: remove one of them.")
+        found[label] = scorer
+    return found
+
+
 def import_named(model: str, datasets: Iterable[str], probes: Iterable[str], pool: str | None = None) -> None:
     """Import the code that names on the command line stand for."""
     import ood_scores.data.kinds
@@ -64,12 +90,12 @@ def import_named(model: str, datasets: Iterable[str], probes: Iterable[str], poo
         probe_from(text)  # registers a class that is not registered
 
 
-def parameters(scorer: str, texts: Iterable[str]) -> dict[str, Any]:
+def parameters(scorer: str, texts: Iterable[str], usage: str = "--param key=value") -> dict[str, Any]:
     """Return ``key=value`` texts as parameters of a scorer, each with the type of its default."""
     from ood_scores.parameters import from_texts
     from ood_scores.scorers.registry import scorer_class
 
-    return from_texts(scorer_class(scorer), texts, "--param key=value")
+    return from_texts(scorer_class(scorer), texts, usage)
 
 
 def model_arguments(texts: Iterable[str] | None) -> dict[str, Any]:

@@ -427,6 +427,20 @@ def test_a_cache_that_is_not_there_is_looked_for(caches: dict[str, Path]) -> Non
     assert "is a folder: pass the file of a cache" in refused("inspect", caches["id"].parent)
 
 
+def test_evaluate_takes_parameters_of_scorers(caches: dict[str, Path], tmp_path: Path) -> None:
+    sets = ["--id", caches["id"], "--ood", caches["near"], "--fit", caches["train"], "--out", tmp_path / "t.csv"]
+    ok("evaluate", *sets, "--scorer", "knn:k=3,normalize=false", "--scorer", "knn", "--scorer", "energy")
+    table = pd.read_csv(tmp_path / "t.csv").set_index("scorer")
+    assert list(table.index) == ["knn:k=3,normalize=false", "knn", "energy"]
+    fit, inside, outside = (ood_scores.load(caches[name]) for name in ("train", "id", "near"))
+    scorer = ood_scores.create_scorer("knn", k=3, normalize=False).fit(fit)
+    assert table["auroc"].iloc[0] == pytest.approx(
+        ood_scores.metrics.auroc(scorer.score(inside), scorer.score(outside))
+    )
+    assert "'knn' has no parameter 'kk' (did you mean 'k'?)" in refused("evaluate", *sets, "--scorer", "knn:kk=3")
+    assert "--scorer energy is listed twice" in refused("evaluate", *sets, "--scorer", "energy", "--scorer", "energy")
+
+
 def test_evaluate_tables_mark_experimental_scorers(caches: dict[str, Path]) -> None:
     words = ["evaluate", "--id", caches["id"], "--ood", caches["near"], "--fit", caches["train"]]
     output = ok(*words, "--scorer", "core", "--scorer", "energy", columns=120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,7 +15,7 @@ from ood_scores.errors import BadInput
 from ood_scores.extraction.layers import Layers, resolve_layers, watching
 from ood_scores.extraction.outputs import logits_of
 from ood_scores.features.provenance import ProbeRecord, from_json, to_json
-from ood_scores.parameters import from_texts, require_known
+from ood_scores.parameters import between_commas, from_texts, require_known
 from ood_scores.registry import Registry
 from ood_scores.user_code import defined, is_reference, referenced, split_reference
 
@@ -175,8 +174,7 @@ def parsed_probe(text: str) -> tuple[type[Probe], dict[str, Any]]:
     if name not in PROBES and is_reference(text):
         name, rest = _registered_reference(text)
     cls = PROBES[name]
-    texts = re.split(r",(?![^(]*\))", rest) if rest else []
-    params = from_texts(cls, texts, f"{name}:key=value,key=value")
+    params = from_texts(cls, between_commas(rest), f"{name}:key=value,key=value")
     require_known(cls, params, f"probe {name!r}")
     return cls, params
 
