@@ -55,22 +55,24 @@ def scorer_names(texts: Iterable[str]) -> list[str]:
 
 def labeled_scorers(texts: Iterable[str]) -> dict[str, str | Scorer]:
     """Return the scorers of a repeated ``NAME`` or ``NAME:KEY=VALUE,KEY=VALUE``, each by its name or its whole text."""
-    from ood_scores.scorers import create_scorer
-
     found: dict[str, str | Scorer] = {}
     for text in texts:
-        with_parameters = WITH_PARAMETERS.fullmatch(text)
-        if with_parameters:
-            name = scorer_name(with_parameters["name"])
-            values = between_commas(with_parameters["parameters"])
-            label, scorer = text, create_scorer(name, **parameters(name, values, "--scorer NAME:KEY=VALUE,KEY=VALUE"))
-        else:
-            (label,) = scorer_names([text])
-            scorer = label
+        label, scorer = _labeled_scorer(text)
         if label in found:
             raise BadInput(f"--scorer {label} is listed twice: remove one of them.")
         found[label] = scorer
     return found
+
+
+def _labeled_scorer(text: str) -> tuple[str, str | Scorer]:
+    from ood_scores.scorers import create_scorer
+
+    parts = WITH_PARAMETERS.fullmatch(text)
+    if parts is None:
+        (name,) = scorer_names([text])
+        return name, name
+    name, values = scorer_name(parts["name"]), between_commas(parts["parameters"])
+    return text, create_scorer(name, **parameters(name, values, "--scorer NAME:KEY=VALUE,KEY=VALUE"))
 
 
 def import_named(model: str, datasets: Iterable[str], probes: Iterable[str], pool: str | None = None) -> None:
