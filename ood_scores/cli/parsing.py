@@ -145,8 +145,13 @@ def check_table_path(path: Path | None) -> None:
         raise BadInput(f"cannot write {path}, since pyarrow is not installed: pip install pyarrow, or use .csv.")
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV without formulas of spreadsheets, as Parquet, or as JSON with its ``attrs`` and its rows."""
+def write_table(table: pd.DataFrame, path: Path | None) -> None:
+    """Write a table as CSV without formulas of spreadsheets, as Parquet, or as JSON with its ``attrs`` and its rows.
+
+    Without a path, nothing is written. Commands write before they print, since the reader of their output may leave.
+    """
+    if path is None:
+        return
     path = user_path(path)
     if path.suffix == ".csv":
         replace_text(path, csv_text(table))

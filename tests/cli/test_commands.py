@@ -246,6 +246,24 @@ def test_score_writes_the_scores(caches: dict[str, Path], tmp_path: Path) -> Non
     assert [int(row) for row in lowest] == expected.argsort()[:5].tolist()
 
 
+@pytest.mark.parametrize("words", [("score", "energy", "id"), ("evaluate", "--id", "id", "--ood", "far")])
+def test_tables_are_written_though_the_reader_of_the_output_leaves(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError
+
+    given = [caches.get(word, word) for word in words]
+    options = [*given, *(("--scorer", "msp", "--details", tmp_path / "rows.csv") if words[0] == "evaluate" else ())]
+    ok(*options, "--out", tmp_path / "expected.csv")
+    expected = {path.name: path.read_text() for path in tmp_path.glob("*.csv")}
+    (tmp_path / "rows.csv").unlink(missing_ok=True)
+    monkeypatch.setattr(f"ood_scores.cli.{words[0]}.answer", closed)
+    call(*options, "--out", tmp_path / "table.csv")
+    written = {path.name: path.read_text() for path in tmp_path.glob("*.csv")}
+    assert written == {**expected, "table.csv": expected["expected.csv"]}
+
+
 def test_score_writes_json_with_a_fit_set_and_without_labels(caches: dict[str, Path], tmp_path: Path) -> None:
     words = ("score", "mahalanobis", caches["near"], "--fit", caches["train"], "--out", tmp_path / "s.json")
     ok(*words, "--param", "normalize=true")

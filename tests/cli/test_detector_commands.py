@@ -291,6 +291,19 @@ def test_the_screen_fits_a_terminal(home: Path, monkeypatch: pytest.MonkeyPatch)
     assert max(map(len, result.output.splitlines())) <= 80
 
 
+def test_predict_writes_its_files_though_the_reader_of_the_output_leaves(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("ood_scores.cli.predict.answer", closed)
+    words = ("predict", home / "photos", "--detector", home / "detector")
+    call(*words, "--out", tmp_path / "rows.csv", "--explain", tmp_path / "why")
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == 30
+    assert (tmp_path / "why" / "index.html").exists()
+
+
 def test_predict_explains_rejected_images(home: Path, tmp_path: Path) -> None:
     detector = ("--detector", home / "detector")
     words = ("--explain", tmp_path / "why", "--fit", home / "fit.h5", "--id", home / "id.h5", "--scorer", "msp")
