@@ -184,6 +184,9 @@ def _scorers(part: Part) -> Found:
     for table in tables:
         path = ("scorers", table.label)
         yield from _raised(path, table.create)
+    alone = bool(tables) and not part.ood
+    without = "the scorers have no OoD dataset to compare with: list some in near or far, or write scorers = []."
+    yield from _wrong(alone, ("scorers",), without)
     for reason, names in part.left_out.items():
         for name in names:
             yield from _unknown(("left_out", reason), "scorer", name, list_scorers(), SCORERS.listing)

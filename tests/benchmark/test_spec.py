@@ -307,6 +307,14 @@ def test_contradictions_in_a_spec_are_reported(tmp_path: Path, wrong: str, words
     assert words in message
 
 
+def test_scorers_without_an_ood_dataset_are_refused(tmp_path: Path) -> None:
+    text = SMALL.replace('near = ["cousins"]\nfar = ["noise"]\n', "")
+    without = "the scorers have no OoD dataset to compare with: list some in near or far, or write scorers = []."
+    assert refused(toml(tmp_path, text)).endswith(without)
+    assert refused(toml(tmp_path, f'scorers = ["msp"]\n{text}')) == f"{tmp_path}/small.toml, line 1: {without}"
+    assert part(toml(tmp_path, f"scorers = []\n{text}")).ood == ()
+
+
 def test_published_numbers_of_unknown_things_are_reported(tmp_path: Path) -> None:
     def with_table(**changes: Any) -> Path:
         table = {"model": "cifar_resnet20", "metrics": ["auroc"], "ood": ["noise"], "scorer": "msp"} | changes
