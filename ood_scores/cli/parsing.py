@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ood_scores.atomic import replace_text, replacing, user_path
+from ood_scores.atomic import replace_text, replacing, require_writable, user_path
 from ood_scores.cli.printing import json_text, table_document
 from ood_scores.errors import BadInput
 from ood_scores.terminal import csv_text, encodable, with_texts
@@ -135,7 +135,12 @@ def named_caches(texts: Iterable[str]) -> dict[str, Path]:
 
 
 def check_table_path(path: Path | None) -> None:
-    """Raise BadInput, before any work is done, if ``write_table`` cannot write this kind of file."""
+    """Check, before any work is done, that ``write_table`` can write this kind of file, and to this folder.
+
+    Raises:
+        BadInput: if it cannot write this kind of file, or a file is where its folder should be.
+        CacheWriteFailed: if the folder may not be written.
+    """
     if path is None:
         return
     if path.suffix not in TABLE_SUFFIXES:
@@ -143,6 +148,7 @@ def check_table_path(path: Path | None) -> None:
         raise BadInput(f"cannot write {path}: use a file name that ends in {allowed}.")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise BadInput(f"cannot write {path}, since pyarrow is not installed: pip install pyarrow, or use .csv.")
+    require_writable(user_path(path).parent)
 
 
 def write_table(table: pd.DataFrame, path: Path | None) -> None:

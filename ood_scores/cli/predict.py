@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ood_scores.atomic import require_writable, user_path
 from ood_scores.cli import completion, options
 from ood_scores.cli.parsing import check_table_path, scorer_names, write_table
 from ood_scores.cli.printing import answer, console
@@ -94,6 +95,8 @@ def predict(
     check_table_path(out)
     if not explain and (fit or data or id or scorer):
         raise BadInput("--fit, --data, --id, and --scorer are for --explain: pass --explain DIR, too.")
+    if explain:
+        require_writable(user_path(explain))
     if detector.startswith(HUB):
         loaded = Detector.from_pretrained(detector.removeprefix(HUB), device=device)
     else:

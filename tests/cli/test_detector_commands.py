@@ -291,6 +291,22 @@ def test_the_screen_fits_a_terminal(home: Path, monkeypatch: pytest.MonkeyPatch)
     assert max(map(len, result.output.splitlines())) <= 80
 
 
+def test_a_folder_that_may_not_be_written_is_found_before_any_work(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    commands = (
+        ("calibrate", "no_such_model", "--id", "folder:gone", "--out", tmp_path / "detector"),
+        ("predict", "gone", "--detector", "gone", "--out", tmp_path / "rows.csv"),
+        ("predict", "gone", "--detector", "gone", "--explain", tmp_path / "why"),
+        ("linear-probe", home / "fit.h5", "--out", tmp_path / "probed"),
+        ("show", home / "fit.h5", "--out", tmp_path / "grid.png"),
+    )
+    for words in commands:
+        assert "the folder may not be written, so choose another." in " ".join(refused(*words).split())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_predict_writes_its_files_though_the_reader_of_the_output_leaves(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
