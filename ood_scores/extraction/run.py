@@ -112,7 +112,7 @@ def extract(
         WorkerDied: if another process of ``torchrun`` has ended.
         ForeignFile, DamagedCache, CacheBusy, CacheWriteFailed: see ``ood_scores.errors``.
     """
-    chosen = options_from(options)
+    chosen = options_from(options, extract)
     model, ranks = unwrapped(model), Ranks.here()
     model = as_classifier(
         model, classes, templates, negatives, tokenizer, device=choose_device(model, device, ranks.local)
