@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -605,6 +606,15 @@ def test_list_fits_in_a_screen_and_groups_all_scorers_by_what_they_need() -> Non
     assert {"gradnorm", "scale"} <= features
     assert {"knn", "vim", "prior_msp"} <= fitted
     assert {"odin", "gram", "ensemble", "mahalanobis_layers"} <= probed
+
+
+@pytest.mark.parametrize("scorer", ["weiper", "knn"])
+def test_list_cuts_no_parameter_in_a_terminal_of_80_columns(scorer: str) -> None:
+    output = ok("list", scorer, columns=80)
+    words = output.split()
+    for name, default in ((each.name, each.default) for each in fields(scorer_class(scorer)) if each.init):
+        assert f"{name}={default}" in words
+    assert "…" not in output
 
 
 def test_list_of_datasets() -> None:
