@@ -25,8 +25,12 @@ except ImportError:  # Windows, where writers are not locked out
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, 524}
 """Error numbers of file systems without locks, such as some of NFS, Lustre, and FUSE (524 is Linux's own ENOTSUPP)."""
 
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+"""Error numbers of folders that may not be written, or are on a read-only disk."""
+
 COPY_BYTES = 2**24
 MAKE_ROOM = "make room on the disk, or choose another path"
+CHOOSE_ANOTHER = "the folder may not be written, so choose another"
 
 
 class LockedFile(io.FileIO):
@@ -135,6 +139,22 @@ def make_folder(folder: Path) -> None:
             raise BadInput(f"{folder} cannot be a folder, since a file is in its way: choose another.") from error
 
 
+def require_writable(folder: Path) -> None:
+    """Check, before any work and without creating anything, that files can be written to a folder.
+
+    A folder that does not exist is one that can be created.
+
+    Raises:
+        BadInput: if it or one above it is a file.
+        CacheWriteFailed: if it may not be written.
+    """
+    existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    if not existing.is_dir():
+        raise BadInput(f"{folder} cannot be a folder, since a file is in its way: choose another.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CacheWriteFailed(f"could not write {folder}: {CHOOSE_ANOTHER}.")
+
+
 def copy_bytes(source: io.FileIO, start: int, target: LockedFile, to: int, size: int) -> None:
     """Copy ``size`` bytes from one file to another, a few at a time."""
     for done in range(0, size, COPY_BYTES):
@@ -234,10 +254,11 @@ def _put_in_place(temporary: Path, path: Path, exclusive: bool) -> None:
 
 @contextmanager
 def disk_errors(path: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
-    """Turn an OSError into a CacheWriteFailed whose message ends with the remedy."""
+    """Turn an OSError into a CacheWriteFailed whose message ends with the remedy, or with that for permissions."""
     try:
         yield
     except OSError as error:
+        remedy = CHOOSE_ANOTHER if error.errno in FORBIDDEN else remedy
         raise CacheWriteFailed(f"could not write {path} ({error}): {remedy}.") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,12 +14,12 @@ from ood_scores.registry import unknown
 
 
 def require_known(
-    cls: type, names: Iterable[str], owner: str, noun: str = "parameter", exclude: Iterable[str] = ()
+    cls: Callable[..., Any], names: Iterable[str], owner: str, noun: str = "parameter", exclude: Iterable[str] = ()
 ) -> None:
-    """Check that a class has parameters of these names.
+    """Check that a class or a function has parameters of these names.
 
     Args:
-        cls: The class.
+        cls: The class or the function.
         names: The names to check.
         owner: The object that has the parameters, such as ``scorer 'energy'``, for the error message.
         noun: The word for a parameter in the error message.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from ood_scores.atomic import LockedFile, is_marked, make_folder, replacing, require_unlocked
+from ood_scores.atomic import LockedFile, is_marked, make_folder, replacing, require_unlocked, require_writable
 from ood_scores.errors import BadInput, CacheBusy, CacheWriteFailed
 
 
@@ -101,6 +102,33 @@ def test_file_systems_without_locks_are_named_and_their_hidden_files_are_kept(
         file.write(b"first")
     require_unlocked(tmp_path / "a.bin")
     assert files(tmp_path) == {".a.bin.01234567.part": b"", "a.bin": b"first"}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_folders_that_may_not_be_written_are_told_from_full_disks(tmp_path: Path, number: int) -> None:
+    with (
+        pytest.raises(CacheWriteFailed, match=r"the folder may not be written, so choose another\.$"),
+        replacing(tmp_path / "a.bin"),
+    ):
+        raise OSError(number, os.strerror(number))
+    with (
+        pytest.raises(CacheWriteFailed, match=r"make room on the disk, or choose another path\.$"),
+        replacing(tmp_path / "a.bin"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_folders_are_checked_without_creating_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    require_writable(tmp_path / "new" / "folder")
+    assert files(tmp_path) == {"file": b""}
+    with pytest.raises(BadInput, match="a file is in its way: choose another"):
+        require_writable(tmp_path / "file" / "folder")
+    asked = []
+    monkeypatch.setattr(os, "access", lambda *given: asked.append(given))
+    with pytest.raises(CacheWriteFailed, match="new/folder: the folder may not be written, so choose another"):
+        require_writable(tmp_path / "new" / "folder")
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
 
 
 def test_only_writers_lock(tmp_path: Path) -> None:

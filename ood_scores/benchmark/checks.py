@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 from ood_scores.benchmark.measures import FIGURES, MEASURES, OF_SCORERS
 from ood_scores.benchmark.spec import Extraction, ModelTable, Part, Published, Spec
+from ood_scores.data.sources import require_kind
 from ood_scores.errors import BadInput, OodScoresError, UnknownName
 from ood_scores.evaluation.metrics import METRICS, headline_metrics
 from ood_scores.extraction.options import ExtractionOptions
@@ -25,6 +27,8 @@ from ood_scores.user_code import code_to_import, not_imported
 GROUPS = ("near", "far", "mean")
 AXES = ("ood", "scorer")
 """Values of ``x`` of the plot ``comparison``, which are no quantities."""
+MISSPELLED = 0.8
+"""Similarity from which an argument that a network does not take is a misspelled key of ``[[model]]``."""
 STATISTICS = ("_sd", "_min", "_max")
 """Suffixes of published figures: statistics over the checkpoints of a model other than the mean."""
 
@@ -124,11 +128,14 @@ def _metrics(part: Part) -> Found:
 def _arguments(path: KeyPath, model: ModelTable) -> Found:
     from ood_scores.models.opening import require_known
 
+    keys = [each.name for each in fields(ModelTable) if each.name != "arguments"]
     for key, value in model.arguments.items():
         try:
             require_known(model.name, {key: value})
         except BadInput as error:
-            yield (*path, key), str(error), BadInput
+            meant = get_close_matches(key, keys, 1, MISSPELLED)
+            text = f"[[model]] has no key {key!r} (did you mean {meant[0]!r}?): correct it." if meant else str(error)
+            yield (*path, key), text, BadInput
 
 
 def _models(part: Part) -> Found:
@@ -167,6 +174,9 @@ def _sets(part: Part) -> Found:
     for key, names in named.items():
         for name in names:
             yield from _unknown((key,), "dataset", name, part.sets)
+    used = {*part.scored, *([part.fit] if part.fit else [])} & part.sets.keys()
+    for name in (name for name in part.sets if name in used):
+        yield from _raised(("sets", name), partial(require_kind, part.sets[name]))
     for name in part.ood:
         yield from _wrong(name in (*GROUPS, "id"), ("sets", name), f"{name!r} cannot be an OoD dataset: rename it.")
         known = name in (part.id, *part.covariate)
@@ -184,6 +194,9 @@ def _scorers(part: Part) -> Found:
     for table in tables:
         path = ("scorers", table.label)
         yield from _raised(path, table.create)
+    alone = bool(tables) and not part.ood
+    without = "the scorers have no OoD dataset to compare with: list some in near or far, or write scorers = []."
+    yield from _wrong(alone, ("scorers",), without)
     for reason, names in part.left_out.items():
         for name in names:
             yield from _unknown(("left_out", reason), "scorer", name, list_scorers(), SCORERS.listing)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from ood_scores.atomic import LockedFile, make_folder, user_path
+from ood_scores.atomic import LockedFile, disk_errors, make_folder, user_path
 from ood_scores.benchmark import checks, unit_files
 from ood_scores.benchmark.extract_jobs import extract_all
 from ood_scores.benchmark.hardest import OpenedModels
@@ -67,7 +67,7 @@ def run(
         BadInput: if the spec is invalid, see ``load_spec``, or ``out`` is a file.
         UnknownName: if the spec names something that does not exist, see ``load_spec``.
         CacheBusy: if another run uses the folder.
-        CacheWriteFailed: if the disk is full.
+        CacheWriteFailed: if the disk is full, or the folder may not be written.
         WorkerDied: if a process that ran a model was killed.
     """
     start = time.perf_counter()
@@ -139,7 +139,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Lock the folder of a run; raise CacheBusy if another run uses it."""
     make_folder(folder)
     try:
-        lock = LockedFile(folder / LOCK, "a+")
+        with disk_errors(folder):
+            lock = LockedFile(folder / LOCK, "a+")
     except CacheBusy as error:
         raise CacheBusy(f"another run uses {folder}: wait for it, or choose another --out.") from error
     with lock:

@@ -84,7 +84,7 @@ def benchmark(
     with stoppable("run the same command again to continue"):
         results = run(spec, out=out, data=data, overrides=set or (), device=device, jobs=jobs, progress=not quiet)
     answer(document(results), lambda: _show(results))
-    if results.table.empty and results.measures.empty:
+    if measured_nothing(results):
         raise typer.Exit(1)
 
 
@@ -99,6 +99,12 @@ def document(results: Results) -> dict[str, Any]:
         "measures": results.measures,
         "not_run": [asdict(entry) for entry in results.not_run],
     }
+
+
+def measured_nothing(results: Results) -> bool:
+    """Return whether no scorer of the spec scored a row or, if it has none, nothing was measured."""
+    asked = any(part["scorers"] for part in results.spec["parts"])
+    return results.table.empty and (asked or results.measures.empty)
 
 
 def _show(results: Results) -> None:
@@ -120,7 +126,8 @@ def _show(results: Results) -> None:
     show_not_run(screen, results.not_run)
     if (results.folder / "report.html").exists():
         screen.print(f"[green]✓[/] report [bold]{marked(str(results.folder / 'report.html'))}[/]", soft_wrap=True)
-    screen.print(f"[green]✓[/] all metrics [bold]{marked(str(results.folder / 'results.csv'))}[/]", soft_wrap=True)
+    if len(results.table):
+        screen.print(f"[green]✓[/] all metrics [bold]{marked(str(results.folder / 'results.csv'))}[/]", soft_wrap=True)
 
 
 def _accuracy(table: pd.DataFrame) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ood_scores.atomic import user_path
+from ood_scores.atomic import require_writable, user_path
 from ood_scores.cli import completion, options, parsing
 from ood_scores.cli.printing import answer, console, facts
 from ood_scores.errors import BadInput
@@ -114,6 +114,7 @@ def calibrate(
     out = user_path(out)
     if (out / DESCRIPTION).exists() and not overwrite:
         raise BadInput(f"there is a detector in {out}: pass --overwrite to replace it, or choose another --out.")
+    require_writable(out)
     named = [id, *([fit] if fit else []), *([images] if images else [])]
     parsing.import_named(model, named, extraction.get("probes", ()), extraction.get("pool"))
     scorer = parsing.scorer_name(scorer)

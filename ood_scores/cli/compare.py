@@ -51,9 +51,9 @@ def compare(
     with showing_work("comparing …"):
         frame = compare_runs(a, b)
     runs = {name: {"folder": str(run.folder), "title": run.title} for name, run in (("a", a), ("b", b))}
+    write_table(frame, out)
     answer({**runs, "rows": frame}, lambda: _show(frame, a, b))
     if out:
-        write_table(frame, out)
         console().print(f"[green]✓[/] every row in [bold]{marked(out)}[/]")
 
 

@@ -79,12 +79,13 @@ def evaluate(
         else:
             table = ood_scores.evaluate(chosen, id=id_feats, ood=ood_feats, fit=fit_feats, metrics=asked)
     table.attrs["left_out"] |= _remedies(table.attrs["left_out"], [id_feats, *ood_feats.values()], fit_feats)
-    answer(table_document(table), lambda: _show(table, id, len(id_feats), asked))
-    if out:
-        write_table(table, out)
-        console().print(f"[green]✓[/] all metrics in [bold]{marked(out)}[/]")
+    write_table(table, out)
     if details:
         write_table(rows, details)
+    answer(table_document(table), lambda: _show(table, id, len(id_feats), asked))
+    if out:
+        console().print(f"[green]✓[/] all metrics in [bold]{marked(out)}[/]")
+    if details:
         console().print(f"[green]✓[/] the scores of every row in [bold]{marked(details)}[/]")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ood_scores.atomic import make_folder, user_path
+from ood_scores.atomic import make_folder, require_writable, user_path
 from ood_scores.cli import options
 from ood_scores.cli.printing import answer, console, facts
 from ood_scores.errors import BadInput
@@ -54,6 +54,7 @@ def linear_probe(
     for path, target in targets.items():
         if target.exists() and (not overwrite or target.samefile(path)):
             raise BadInput(f"{target} exists: choose another --out, or pass --overwrite.")
+    require_writable(out)
     sets = {path: ood_scores.load(path, device) for path in paths}
     for path, feats in sets.items():
         require_same_features(sets[paths[0]].provenance, feats.provenance, str(paths[0]), str(path))

@@ -29,6 +29,9 @@ GROUPS = (
 )
 """Titles of the groups of scorers; see ``_group``."""
 
+WIDEST = 24
+"""Number of characters of a parameter and its default that are not broken into lines."""
+
 
 def list_scorers(
     pattern: Annotated[
@@ -177,8 +180,9 @@ def _scorers(group: Sequence[type[Scorer]]) -> Table:
     from ood_scores.scorers.families import summary_of
 
     table = _grid()
-    table.add_column(ratio=3, style="dim")
-    table.add_column(ratio=2, style="dim")
+    table.add_column(ratio=3, style="dim", overflow="fold")
+    longest = max(len(line) for cls in group for line in ["", *_parameters(cls).splitlines()])
+    table.add_column(width=min(longest, WIDEST), style="dim", overflow="fold")
     for cls in group:
         scorer = cls()
         note = f" Elsewhere: {', '.join(cls.tags.aliases)}." if cls.tags.aliases else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ood_scores.cli import completion, options
-from ood_scores.cli.benchmark import document, show_not_run
+from ood_scores.cli.benchmark import document, measured_nothing, show_not_run
 from ood_scores.cli.printing import answer, console, stoppable
 from ood_scores.cli.tables import only_model, published_table
 from ood_scores.errors import UnknownName
@@ -79,7 +79,7 @@ def paper(
         "figures": list(map(asdict, written)),
     }
     answer(found, lambda: _show(results, tables, page, written))
-    if results.table.empty and results.measures.empty:
+    if measured_nothing(results):
         raise typer.Exit(1)
 
 

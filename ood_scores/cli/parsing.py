@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ood_scores.atomic import replace_text, replacing, user_path
+from ood_scores.atomic import replace_text, replacing, require_writable, user_path
 from ood_scores.cli.printing import json_text, table_document
 from ood_scores.errors import BadInput
 from ood_scores.parameters import between_commas
@@ -163,7 +163,12 @@ def named_caches(texts: Iterable[str]) -> dict[str, Path]:
 
 
 def check_table_path(path: Path | None) -> None:
-    """Raise BadInput, before any work is done, if ``write_table`` cannot write this kind of file."""
+    """Check, before any work is done, that ``write_table`` can write this kind of file, and to this folder.
+
+    Raises:
+        BadInput: if it cannot write this kind of file, or a file is where its folder should be.
+        CacheWriteFailed: if the folder may not be written.
+    """
     if path is None:
         return
     if path.suffix not in TABLE_SUFFIXES:
@@ -171,10 +176,16 @@ def check_table_path(path: Path | None) -> None:
         raise BadInput(f"cannot write {path}: use a file name that ends in {allowed}.")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise BadInput(f"cannot write {path}, since pyarrow is not installed: pip install pyarrow, or use .csv.")
+    require_writable(user_path(path).parent)
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV without formulas of spreadsheets, as Parquet, or as JSON with its ``attrs`` and its rows."""
+def write_table(table: pd.DataFrame, path: Path | None) -> None:
+    """Write a table as CSV without formulas of spreadsheets, as Parquet, or as JSON with its ``attrs`` and its rows.
+
+    Without a path, nothing is written. Commands write before they print, since the reader of their output may leave.
+    """
+    if path is None:
+        return
     path = user_path(path)
     if path.suffix == ".csv":
         replace_text(path, csv_text(table))

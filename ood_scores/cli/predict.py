@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ood_scores.atomic import require_writable, user_path
 from ood_scores.cli import completion, options
 from ood_scores.cli.parsing import check_table_path, scorer_names, write_table
 from ood_scores.cli.printing import answer, console
@@ -94,19 +95,24 @@ def predict(
     check_table_path(out)
     if not explain and (fit or data or id or scorer):
         raise BadInput("--fit, --data, --id, and --scorer are for --explain: pass --explain DIR, too.")
+    if explain:
+        require_writable(user_path(explain))
     if detector.startswith(HUB):
         loaded = Detector.from_pretrained(detector.removeprefix(HUB), device=device)
     else:
         loaded = Detector.load(detector, device=device)
     files = image_files(images)
     table = results(loaded, files, batch_size, workers)
-    answer({"detector": detector, "rows": table}, lambda: _show(table))
-    if out:
-        write_table(table.astype(object).where(table.notna(), None), out)
-        console().print(f"[green]✓[/] every image in [bold]{marked(out)}[/]")
+    write_table(table.astype(object).where(table.notna(), None), out)
+    said = ""
     if explain:
         names = scorer_names(scorer or ())
-        _explain(loaded, table, files, explain, {"fit": fit, "pictures": data, "id": id, "scorers": names})
+        said = _explain(loaded, table, files, explain, {"fit": fit, "pictures": data, "id": id, "scorers": names})
+    answer({"detector": detector, "rows": table}, lambda: _show(table))
+    if out:
+        console().print(f"[green]✓[/] every image in [bold]{marked(out)}[/]")
+    if explain:
+        console().print(said)
     if table["error"].notna().any():
         raise typer.Exit(SOME_UNREADABLE)
     if fail_on_ood and table["is_ood"].any():
@@ -115,18 +121,20 @@ def predict(
 
 def _explain(
     detector: Detector, table: pd.DataFrame, files: Sequence[str], folder: Path, arguments: Mapping[str, Any]
-) -> None:
-    """Write a page that explains the rejected images with the lowest scores; the arguments are those of ``explain``."""
+) -> str:
+    """Write a page that explains the rejected images with the lowest scores, and return the line that says so.
+
+    The arguments are those of ``explain``.
+    """
     rejected = table[table["is_ood"].fillna(False)]
     if rejected.empty:
-        console().print("no image was rejected, so that there is nothing to explain")
-        return
+        return "no image was rejected, so that there is nothing to explain"
     lowest = rejected.nsmallest(EXPLAINED, "score").index
     with showing_work("explaining …"):
         found = detector.explain([files[row] for row in lowest], **arguments)
         found = replace(found, images=int(table["error"].isna().sum()), rejected=len(rejected))
         page = found.save(folder)
-    console().print(f"[green]✓[/] why {len(found)} images were rejected: [bold]{marked(page)}[/]")
+    return f"[green]✓[/] why {len(found)} images were rejected: [bold]{marked(page)}[/]"
 
 
 def image_files(texts: Iterable[str]) -> list[str]:

@@ -59,9 +59,9 @@ def score(
         table = score_table(feats, scores)
     chosen = decisions(given, ready)
     table.attrs = {"scorer": scorer, "parameters": params, "decided": chosen, "cache": str(cache)}
+    write_table(table, out)
     answer(table_document(table), lambda: _show(table, scores))
     if out:
-        write_table(table, out)
         console().print(f"[green]✓[/] every row in [bold]{marked(out)}[/]")
 
 

@@ -57,7 +57,7 @@ def show(
       ood-scores show val.h5 --data val --scorer mahalanobis --fit train.h5
     """
     import ood_scores
-    from ood_scores.atomic import replacing, user_path
+    from ood_scores.atomic import replacing, require_writable, user_path
     from ood_scores.evaluation.pictures import dataset_of
     from ood_scores.plotting.picture_grid import picture_grid
 
@@ -65,6 +65,7 @@ def show(
         raise BadInput("--most-ood and --most-id cannot be combined: run the command once for each.")
     if out.suffix not in FORMATS:
         raise BadInput(f"cannot write {out}: use a file name that ends in {', '.join(FORMATS[:-1])}, or {FORMATS[-1]}.")
+    require_writable(user_path(out).parent)
     feats = ood_scores.load(cache, device)
     pictures = dataset_of(feats, data)
     scorer = scorer_name(scorer)

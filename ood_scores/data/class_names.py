@@ -170,6 +170,8 @@ def read_classes(path: str | PathLike[str]) -> tuple[str, ...]:
         text = read_text(Path(path))
         is_json = Path(path).suffix.lower() == ".json"
         content = json.loads(text) if is_json else [line.strip() for line in text.split("\n") if line.strip()]
+    except FileNotFoundError as error:
+        raise BadInput(f"there is no file {path} of names of classes: correct the path.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(
             f"cannot read the names of classes in {path} ({error}): save it as UTF-8, with one name per line, or as a "

@@ -92,6 +92,13 @@ def reopened(spec: str | None, root: str | None) -> ImageDataset | None:
     return open_dataset(known, root=root) if known else None
 
 
+def require_kind(spec: str) -> None:
+    """Raise UnknownName if a text starts with a word and a colon, but there is no such kind of dataset."""
+    kind, colon, _ = spec.partition(":")
+    if colon and kind.isidentifier() and not is_reference(spec):
+        _ = DATASET_KINDS[kind]
+
+
 def _kind(spec: str, base: Path) -> DatasetKind:
     """Return the kind of dataset that a text names; the error for a path without a kind suggests one."""
     name = parse(spec).kind

@@ -100,13 +100,14 @@ def calibrate(
         OtherModel: if a set, or the fit of the scorer, comes from other weights than the model's.
         NotFitted: if the scorer needs a fit, and there is no ``fit``.
         MissingInput: if the sets lack something that the scorer needs.
-        UnknownName: if there are no such ``sets`` or ``sets_among``.
+        UnknownName: if there are no such ``sets``, ``sets_among``, or options.
         BadLabels: if there are sets of labels, and ``id`` has no labels that are class indices of the model.
         BadInput: if the scorer needs something that a single model cannot compute, a share is out of range, the number
             of names is not the number of classes, there are options but no loader, or the preprocessing does not
             reproduce the features of the ID set.
         EmptyInput, NotFinite, HeadNotFound: as in ``extract`` and ``Scorer.score``.
     """
+    given = options_from(options, calibrate)
     if sets:
         check_rule(sets, alpha, sets_among)
     id, fit = _opened(id), None if fit is None else _opened(fit)
@@ -122,7 +123,6 @@ def calibrate(
         if isinstance(data, FeatureSet):
             require_weights(model, weights, data, name)
             return data
-        given = options_from(options)
         known = [probe.name for probe in given.all_probes]
         missing = [probe for probe in probes_for(needs) if probe.name not in known]
         with warnings.catch_warnings():

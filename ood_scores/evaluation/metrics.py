@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ood_scores.errors import BadInput
 from ood_scores.evaluation import calibration_error, selective
 from ood_scores.evaluation.calibration_error import ClassifiedRows
 from ood_scores.evaluation.roc_metrics import aupr_of, auroc_of, fpr_of, resampled_fpr
@@ -376,7 +377,10 @@ def table_metrics(asked: Iterable[str] = ()) -> list[Metric]:
 
     Raises:
         UnknownName: if there is no metric with a name that is asked for.
+        BadInput: if ``asked`` is a text instead of a list.
     """
+    if isinstance(asked, str):
+        raise BadInput(f"metrics is the text {asked!r}: give a list of names, such as [{asked!r}].")
     wanted = {METRICS[name].name for name in asked}
     return [metric for metric in METRICS.values() if metric.name in wanted or not metric.on_request]
 

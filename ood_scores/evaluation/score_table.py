@@ -57,7 +57,7 @@ def score_columns(sets: Mapping[str, Sets], scores: Mapping[str, Mapping[str, Te
 
     Returns:
         A data frame with the columns ``set`` and those of ``score_table``, with one column for each scorer in place of
-        ``score``.
+        ``score``. Labels and predictions are integers that allow missing values if a set has none.
     """
     import pandas as pd
 
@@ -67,4 +67,6 @@ def score_columns(sets: Mapping[str, Sets], scores: Mapping[str, Mapping[str, Te
         part = score_table(feats, first).drop(columns="score")
         part.insert(0, "set", name)
         parts.append(part.assign(**{label: values.cpu().numpy() for label, values in scores[name].items()}))
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    lacking = [name for name in ("label", "prediction") if name in table and table[name].isna().any()]
+    return table.astype(dict.fromkeys(lacking, "Int64"))

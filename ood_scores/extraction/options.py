@@ -168,13 +168,13 @@ class ExtractionOptions:
         )
 
 
-def options_from(given: Mapping[str, Any]) -> ExtractionOptions:
-    """Return the options with these values.
+def options_from(given: Mapping[str, Any], function: Callable[..., Any]) -> ExtractionOptions:
+    """Return the options with these values, which were given to a function that ``takes_options``.
 
     Raises:
-        UnknownName: if there is no such option; the message lists them.
+        UnknownName: if there is no such option; the message lists all arguments of the function.
     """
-    require_known(ExtractionOptions, given, "an extraction", "option")
+    require_known(function, given, function.__name__, "argument")
     return ExtractionOptions(**given)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ood_scores.atomic import user_path
+from ood_scores.atomic import require_writable, user_path
 from ood_scores.errors import UnfinishedCache
 from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
@@ -112,7 +112,7 @@ def extract(
         WorkerDied: if another process of ``torchrun`` has ended.
         ForeignFile, DamagedCache, CacheBusy, CacheWriteFailed: see ``ood_scores.errors``.
     """
-    chosen = options_from(options)
+    chosen = options_from(options, extract)
     model, ranks = unwrapped(model), Ranks.here()
     model = as_classifier(
         model, classes, templates, negatives, tokenizer, device=choose_device(model, device, ranks.local)
@@ -153,6 +153,8 @@ def _extracted(
         if task.progress:
             stderr_console().print(f"{path} is complete: reused, the model was not run", soft_wrap=True, markup=False)
         return load(path)
+    if not state:
+        require_writable(path.parent)
     if ranks.count > 1:
         if state:
             raise UnfinishedCache(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ood_scores.atomic import LockedFile, make_folder, replacing
+from ood_scores.atomic import LockedFile, disk_errors, make_folder, replacing
 from ood_scores.errors import BadInput, CheckpointError
 from ood_scores.training.recipe import Recipe, flat_tables
 
@@ -139,9 +139,12 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         BadInput: if it is a file.
         CacheBusy: if another process trains in the folder.
+        CacheWriteFailed: if the folder may not be written.
     """
     make_folder(folder)
-    with LockedFile(folder / ".lock", "a"):
+    with disk_errors(folder):
+        lock = LockedFile(folder / ".lock", "a")
+    with lock:
         yield
 
 

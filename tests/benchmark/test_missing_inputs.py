@@ -257,6 +257,19 @@ def test_benchmark_command_exits_with_1_if_nothing_runs(data: Path, tmp_path: Pa
     assert "near is 'cosins': give a list" in result.output
 
 
+def test_benchmark_command_exits_with_1_if_no_scorer_runs(data: Path, tmp_path: Path) -> None:
+    text = FILE.replace("&download=true", "")
+    result = command(data, tmp_path / "out", "--set", "scorers=['odin']", text=text)
+    assert result.exit_code == 1
+    assert "not run odin (" in result.output
+    assert "all metrics" not in result.output
+    assert load_results(tmp_path / "out").measures["measure"].tolist() == ["accuracy"]
+    nothing = ("scorers=[]", "near=[]", "far=[]")
+    assert (
+        command(data, tmp_path / "out", *(word for key in nothing for word in ("--set", key)), text=text).exit_code == 0
+    )
+
+
 def test_command_that_trains_runs_nothing_of_the_spec(tmp_path: Path) -> None:
     with pytest.raises(MissingData) as missing:
         find(ModelTable("resnet18", recipe='`id`"; id #'), 0, tmp_path)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ood_scores.benchmark.report import figures, html, latex, markdown, write_report
 from ood_scores.benchmark.report.figures import histogram_path, roc_path
+from ood_scores.benchmark.report.html import _brief
 from ood_scores.benchmark.report.tables import ScoreTable, errors_and_ties, part_tables, shown_metrics
 from ood_scores.benchmark.results import Results, table_columns
 from ood_scores.benchmark.unit_files import Scored
@@ -398,6 +399,11 @@ def test_report_of_scores_only(results: Results, tmp_path: Path) -> None:
         "tied" in attrs.get("class", "").split() for _, rows in read.tables for row in rows for attrs, _ in row
     )
     assert "svg" not in [tag for tag, _ in read.elements]
+
+
+def test_costs_have_no_exponent() -> None:
+    texts = [_brief(cost) for cost in (0.0, 1.3e-05, 0.0015, 2.34, 12345.6, float("nan"))]
+    assert texts == ["0", "<0.001", "0.0015", "2.3", "12,346", "–"]
 
 
 def test_report_of_models_that_were_not_run(results: Results, tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def test_spec_extends_another_file(tmp_path: Path) -> None:
         ("[search]\nid = 'fitz'\nood = ['fits']", 15, "there is no dataset 'fitz' (did you mean 'fits'?)"),
         ("[search]\nid = 'fits'\nood = ['fits']\n[search.grid.kn]\nk = [1]", 17, "there is no scorer 'kn'"),
         ("[[part]]\ntitle = 'a'\n[[part]]\ntitle = 'b'\nnear = ['cosins']", 18, "no dataset 'cosins' (did you mean"),
+        ("[[part]]\ntitle = 'a'\nsets.noise = 'foldr:x'", 16, "'foldr' (did you mean 'folder'?)"),
         ("[[model]]\nlabel = 'b'\nname = 'cifar_resnt20'", 16, "timm has no model 'cifar_resnt20' (did you mean"),
     ],
 )  # fmt: skip
@@ -287,6 +288,8 @@ def test_mistake_in_an_extended_spec_is_reported_there(tmp_path: Path) -> None:
         ("[[model]]\nlabel = 'a'\nname = 'resnet18'\ncache_dir = '.'", "line 16: 'cache_dir' is not an"),
         ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nact_layer = '/x'", "line 16: the argument 'act_layer' of"),
         ("[[model]]\nlabel = 'a'\nname = 'resnet18'\npretrained_cfg_overlay.url = 'http://x'", "is not an argument"),
+        ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nchekpoint = 'a.pt'",
+         "line 16: [[model]] has no key 'chekpoint' (did you mean 'checkpoint'?): correct it."),
         ("[[model]]\nlabel = 'a'\nname = 'resnet18'\nseeds = [1]", "seeds belong to a recipe"),
         ("measures = ['long_tail']", "long_tail needs a fit set"),
         ("[search]\nid = 'fits'\nood = ['cousins']", "'cousins' is reported as 'cousins'"),
@@ -305,6 +308,14 @@ def test_contradictions_in_a_spec_are_reported(tmp_path: Path, wrong: str, words
     message = refused(toml(tmp_path, text))
     assert message.startswith(f"{tmp_path}/small.toml")
     assert words in message
+
+
+def test_scorers_without_an_ood_dataset_are_refused(tmp_path: Path) -> None:
+    text = SMALL.replace('near = ["cousins"]\nfar = ["noise"]\n', "")
+    without = "the scorers have no OoD dataset to compare with: list some in near or far, or write scorers = []."
+    assert refused(toml(tmp_path, text)).endswith(without)
+    assert refused(toml(tmp_path, f'scorers = ["msp"]\n{text}')) == f"{tmp_path}/small.toml, line 1: {without}"
+    assert part(toml(tmp_path, f"scorers = []\n{text}")).ood == ()
 
 
 def test_published_numbers_of_unknown_things_are_reported(tmp_path: Path) -> None:

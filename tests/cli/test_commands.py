@@ -1,6 +1,7 @@
 """Tests of the commands against the functions that they call; errors are one line with exit code 1."""
 
 import csv
+import inspect
 import json
 import os
 import pickle
@@ -244,6 +245,24 @@ def test_score_writes_the_scores(caches: dict[str, Path], tmp_path: Path) -> Non
         assert f"{value:.3g}"[:3] in output
     lowest = re.findall(r"^│ +(\d+) │", output, re.MULTILINE)
     assert [int(row) for row in lowest] == expected.argsort()[:5].tolist()
+
+
+@pytest.mark.parametrize("words", [("score", "energy", "id"), ("evaluate", "--id", "id", "--ood", "far")])
+def test_tables_are_written_though_the_reader_of_the_output_leaves(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError
+
+    given = [caches.get(word, word) for word in words]
+    options = [*given, *(("--scorer", "msp", "--details", tmp_path / "rows.csv") if words[0] == "evaluate" else ())]
+    ok(*options, "--out", tmp_path / "expected.csv")
+    expected = {path.name: path.read_text() for path in tmp_path.glob("*.csv")}
+    (tmp_path / "rows.csv").unlink(missing_ok=True)
+    monkeypatch.setattr(f"ood_scores.cli.{words[0]}.answer", closed)
+    call(*options, "--out", tmp_path / "table.csv")
+    written = {path.name: path.read_text() for path in tmp_path.glob("*.csv")}
+    assert written == {**expected, "table.csv": expected["expected.csv"]}
 
 
 def test_score_writes_json_with_a_fit_set_and_without_labels(caches: dict[str, Path], tmp_path: Path) -> None:
@@ -601,6 +620,15 @@ def test_list_fits_in_a_screen_and_groups_all_scorers_by_what_they_need() -> Non
     assert {"gradnorm", "scale"} <= features
     assert {"knn", "vim", "prior_msp"} <= fitted
     assert {"odin", "gram", "ensemble", "mahalanobis_layers"} <= probed
+
+
+@pytest.mark.parametrize("scorer", ["weiper", "knn"])
+def test_list_cuts_no_parameter_in_a_terminal_of_80_columns(scorer: str) -> None:
+    output = ok("list", scorer, columns=80)
+    words = output.split()
+    for name, known in inspect.signature(scorer_class(scorer)).parameters.items():
+        assert f"{name}={known.default}" in words
+    assert "…" not in output
 
 
 def test_list_of_datasets() -> None:

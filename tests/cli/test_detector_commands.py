@@ -291,6 +291,35 @@ def test_the_screen_fits_a_terminal(home: Path, monkeypatch: pytest.MonkeyPatch)
     assert max(map(len, result.output.splitlines())) <= 80
 
 
+def test_a_folder_that_may_not_be_written_is_found_before_any_work(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    commands = (
+        ("calibrate", "no_such_model", "--id", "folder:gone", "--out", tmp_path / "detector"),
+        ("predict", "gone", "--detector", "gone", "--out", tmp_path / "rows.csv"),
+        ("predict", "gone", "--detector", "gone", "--explain", tmp_path / "why"),
+        ("linear-probe", home / "fit.h5", "--out", tmp_path / "probed"),
+        ("show", home / "fit.h5", "--out", tmp_path / "grid.png"),
+    )
+    for words in commands:
+        assert "the folder may not be written, so choose another." in " ".join(refused(*words).split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_writes_its_files_though_the_reader_of_the_output_leaves(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("ood_scores.cli.predict.answer", closed)
+    words = ("predict", home / "photos", "--detector", home / "detector")
+    call(*words, "--out", tmp_path / "rows.csv", "--explain", tmp_path / "why")
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == 30
+    assert (tmp_path / "why" / "index.html").exists()
+
+
 def test_predict_explains_rejected_images(home: Path, tmp_path: Path) -> None:
     detector = ("--detector", home / "detector")
     words = ("--explain", tmp_path / "why", "--fit", home / "fit.h5", "--id", home / "id.h5", "--scorer", "msp")

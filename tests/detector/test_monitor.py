@@ -293,6 +293,8 @@ def test_the_figure(tmp_path: Path) -> None:
     assert (limit[:, 1] == 3).all()
     assert 40 * 64 < reached[0, 0] < 43 * 64
     assert wealth.texts[0].get_text() == f"reached by row {reached[0, 0]:,.0f}"
+    middle = (curve[0, 0] + curve[-1, 0]) / 2
+    assert wealth.texts[0].get_horizontalalignment() == ("right" if reached[0, 0] > middle else "left")
     figure.savefig(tmp_path / "monitor.png")
     assert imread(tmp_path / "monitor.png").std() > 0.05
 

@@ -37,6 +37,8 @@ def test_details_have_the_scores_of_every_row() -> None:
     assert rows["id"].tolist()[:5] == names
     assert rows["id"].isna().tolist() == [False] * 5 + [True] * 4
     assert torch.allclose(torch.tensor(rows["energy"].to_numpy()), logits.double().logsumexp(1))
+    assert rows["label"].dtype == "Int64"
+    assert rows["label"].to_csv(index=False).split()[1:] == ["0", "1", "2", "0", "1", *['""'] * 4]
     assert rows["prediction"].tolist() == logits.argmax(1).tolist()
     with pytest.raises(BadInput, match="an OoD set cannot be named 'id'"):
         evaluate_details(["msp"], id=known, ood={"id": other}, progress=False)

@@ -172,6 +172,8 @@ def test_metrics_on_request_are_only_there_when_asked_for() -> None:
     assert [metric.name for metric in headline_metrics(["oscr"])] == ["auroc", "fpr95_id", "fpr95_ood", "oscr"]
     with pytest.raises(UnknownName, match="there is no metric"):
         compare([2.0], [1.0], metrics=["oscar"])
+    with pytest.raises(BadInput, match=r"metrics is the text 'oscr': give a list of names, such as \['oscr'\]"):
+        table_metrics("oscr")
 
 
 def test_correctness_of_the_wrong_form_is_refused() -> None:

@@ -24,8 +24,17 @@ def test_every_option_is_an_argument_with_its_default(function: Any) -> None:
     assert {name: parameters[name].default for name in NAMES} == {
         each.name: each.default for each in fields(ExtractionOptions)
     }
-    with pytest.raises(UnknownName, match="an extraction has no option 'precision': choose from amp"):
+    with pytest.raises(UnknownName, match="extract has no argument 'precision': choose from model, loader, cache"):
         ood_scores.extract(nn.Linear(2, 3), [torch.zeros(4, 2)], precision="high", progress=False)
+
+
+def test_misspelled_arguments_are_named() -> None:
+    model, data, misspelled = nn.Linear(2, 3), [torch.zeros(4, 2)], dict[str, Any]
+    for name, meant in (("progres", "progress"), ("overwrit", "overwrite"), ("prob", "probes")):
+        with pytest.raises(UnknownName, match=rf"extract has no argument '{name}' \(did you mean '{meant}'\?\)"):
+            ood_scores.extract(model, data, **misspelled({name: True}))
+    with pytest.raises(UnknownName, match=r"calibrate has no argument 'preprocess' \(did you mean 'preprocessing'\?\)"):
+        ood_scores.calibrate("msp", model, id="gone.h5", preprocess=None)
 
 
 @pytest.mark.parametrize("command", ["extract", "calibrate"])

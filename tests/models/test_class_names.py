@@ -158,6 +158,8 @@ def test_classes_option_errors(tmp_path: Path) -> None:
     for file, message in {"empty.txt": "contains no names", "bad.json": "cannot read the names"}.items():
         with pytest.raises(BadInput, match=message):
             read_classes(tmp_path / file)
+    with pytest.raises(BadInput, match=r"there is no file .*/gone\.txt of names of classes: correct the path"):
+        read_classes(tmp_path / "gone.txt")
 
 
 def test_a_list_shorter_than_the_classes_of_the_model_is_refused(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     from ood_scores.data.images import ImageDataset
 
+LEAST_COST = 0.001
+"""The cost below which the report only says so."""
 SEARCHED = ["scorer", "parameters", "metric", "value", "chosen", "model", "checkpoint", "part"]
 SHOWN = 6
 """Number of scorers of each model whose figures are unfolded."""
@@ -218,9 +220,11 @@ def _bars(models: Sequence[str], cells: Sequence[Cell]) -> Iterator[Bar]:
 
 
 def _brief(value: float) -> str:
-    """Format a cost with two significant digits."""
+    """Format a cost with two significant digits, without an exponent."""
     if isnan(value):
         return NONE
+    if 0 < value < LEAST_COST:
+        return f"<{LEAST_COST:g}"
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 

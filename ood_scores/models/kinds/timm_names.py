@@ -73,7 +73,12 @@ class TimmNames(ModelKind):
         return make(target, arguments)
 
     def open(self, target: str, arguments: Mapping[str, Any]) -> nn.Module:
-        self._config(target)
+        config = self._config(target)
+        if not (config and config.has_weights):
+            raise CheckpointError(
+                f"there are no pretrained weights of {target!r}: pass a checkpoint file, on the command line with "
+                "--checkpoint."
+            )
         try:
             return make(target, arguments, pretrained=True)
         except (OSError, RuntimeError) as error:
