@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, Subset
 from ood_scores.errors import BadInput
 
 FILES_ATTRIBUTES = ("samples", "imgs", "_samples", "_image_files")
-"""Attributes in which datasets, such as those of torchvision, or their readers keep their files, or pairs of a file and its label."""
+"""Attributes in which datasets such as torchvision's, or their readers, keep files, or pairs of a file and a label."""
 
 
 def ids_of(dataset: Any, unique: bool = False) -> Sequence[Any] | None:
