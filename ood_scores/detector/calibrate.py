@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -19,7 +20,7 @@ from ood_scores.detector.label_sets import Among, Method, calibrate_sets_on, che
 from ood_scores.detector.parts import require_weights
 from ood_scores.detector.prediction import predictions_of
 from ood_scores.detector.preprocessing import Preprocessing, preprocessing_of
-from ood_scores.errors import BadInput, NearChance, NotFitted
+from ood_scores.errors import BadInput, NearChance, NotFitted, UnknownName
 from ood_scores.extraction import extract
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions, options_from, takes_options
@@ -35,6 +36,8 @@ from ood_scores.scorers.requirements import probes_for
 from ood_scores.user_warnings import warn_user
 
 Data = OneSet | Iterable[Any]
+
+OPTIONS = inspect.signature(ExtractionOptions).parameters
 
 
 @takes_options
@@ -99,7 +102,8 @@ def calibrate(
         OtherModel: if a set, or the fit of the scorer, comes from other weights than the model's.
         NotFitted: if the scorer needs a fit, and there is no ``fit``.
         MissingInput: if the sets lack something that the scorer needs.
-        UnknownName: if there are no such ``sets`` or ``sets_among``.
+        UnknownName: if there are no such ``sets`` or ``sets_among``, or no such option, such as a parameter of the
+            scorer, which ``create_scorer`` takes.
         BadLabels: if there are sets of labels, and ``id`` has no labels that are class indices of the model.
         BadInput: if the scorer needs something that a single model cannot compute, a share is out of range, the number
             of names is not the number of classes, there are options but no loader, or the preprocessing does not
@@ -113,6 +117,7 @@ def calibrate(
     probes_for(ready.needs)  # refuses what a single model cannot compute
     if not ready.is_fitted and fit is None:
         raise NotFitted(f"{ready.name!r} needs to be fitted on ID data: pass fit=, a feature set or a loader.")
+    _check_options(options, ready)
     model = unwrapped(model)
     weights = weights_sha256(model)
 
@@ -163,6 +168,18 @@ def calibrate(
     detector.to(device)
     check_preprocessing(detector, id_set, id, images)
     return detector
+
+
+def _check_options(options: Mapping[str, Any], scorer: Scorer) -> None:
+    own = inspect.signature(type(scorer)).parameters
+    meant = {name: value for name, value in options.items() if name in own and name not in OPTIONS}
+    if meant:
+        given = ", ".join(f"{name}={value!r}" for name, value in meant.items())
+        raise UnknownName(
+            f"calibrate takes no parameters of the scorer {scorer.name!r}, such as {', '.join(meant)}: pass the scorer "
+            f"with them, ood_scores.create_scorer({scorer.name!r}, {given})."
+        )
+    options_from(options)
 
 
 def _opened(data: Data) -> FeatureSet | Iterable[Any]:
