@@ -27,7 +27,7 @@ from ood_scores.extraction.options import ExtractionOptions, options_from, takes
 from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import shared_rows
-from ood_scores.models.class_names import own_class_names
+from ood_scores.models.class_names import listed_class_names, own_class_names
 from ood_scores.models.running import unwrapped, weights_sha256
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer, as_scorer
@@ -89,7 +89,8 @@ def calibrate(
             the detector of such a model accepts only tensors.
         classes: the names of the classes, in the order of the logits; or a mapping from numbers to names
             (``id2label``) or from names to numbers (``class_to_idx``). By default those that come with the
-            model, such as a Hugging Face model's ``id2label``, if there are any.
+            model, such as a Hugging Face model's ``id2label``, or else those that the dataset of the loader ``id``
+            lists (``folder:PATH?classes=FILE``), if there are any.
         images: the images that ``id`` was extracted from, in order: a dataset, a loader, or a text such as
             ``folder:PATH``. Features of a few, computed through the preprocessing, are compared with those of the set.
             By default they are those of the loader ``id``. For a set they are those of the dataset that it names, but
@@ -147,7 +148,7 @@ def calibrate(
     scores = ready.score(id_set).numpy()
     label, _ = predictions_of(id_set)
     num_classes = id_set.num_classes or 0
-    own = own_class_names(model) or []
+    own = own_class_names(model) or listed_class_names(getattr(id, "dataset", None)) or []
     known = tuple(own) if len(own) == num_classes else None
     names_of_classes = known if classes is None else ordered(classes, num_classes)
     if len(scores) > 1 and scores.min() == scores.max():
