@@ -29,7 +29,7 @@ fit = loader(split.train_images, split.train_labels, [f"digit {row}" for row in 
 held_out = loader(split.test_images[:300], split.test_labels[:300])
 new_digits = split.test_images[300:]
 
-features = ood_scores.extract(model, fit, progress=False)
+features = ood_scores.extract(model, fit, pool="cls", progress=False)  # of the encoder: the head is still random
 probe = LogisticRegression(C=100, max_iter=2000).fit(features.features, features.labels)
 weights = {"weight": torch.from_numpy(probe.coef_), "bias": torch.from_numpy(probe.intercept_)}
 model.get_submodule("head").load_state_dict(weights)

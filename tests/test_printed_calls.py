@@ -1,10 +1,17 @@
-"""Every call of Python that a message or a remedy prints is run; a message with a new call fails until it is."""
+"""Every call of Python that a message or a remedy prints is run; a message with a new call fails until it is.
+
+Calls in the blocks of the documentation have the arguments that the functions take.
+"""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import glob
+import inspect
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +30,7 @@ from torchvision import transforms
 import ood_scores
 from ood_scores.benchmark.spec import Spec
 from ood_scores.data.sources import open_dataset
+from ood_scores.errors import EmptyInput
 from ood_scores.evaluation.feature_norms import norm_bins
 from ood_scores.evaluation.neural_collapse import neural_collapse
 from ood_scores.extraction.probes import PROBES
@@ -38,6 +46,8 @@ AS_PRINTED = (
     "Head(layer.weight, layer.bias)",
     "Head(weight, bias)",
     "content.state_dict()",
+    "detector.decide(ood_scores.extract(detector.model, loader))",
+    "detector.predict(x)",
     "extract(model, loader)",
     "feats.with_head(probed.head)",
     "fitted()",
@@ -81,6 +91,7 @@ WITH_VALUES = {
     "extract(..., probes=[MahalanobisODIN(fit='train.h5')])": "extracted(probes['mahalanobis_odin'](fit='train.h5'))",
     "extract(..., probes=[Mixup(proxy='folder:photos')])": "extracted(probes['mixup'](proxy='folder:photos'))",
     "extract(..., probes=[X])": "extracted(probes['norms']())",
+    "ood_scores.create_scorer(X, X)": "ood_scores.create_scorer('knn', k=5)",
     "ood_scores.extract(..., probes=[X])": "extracted(probes['odin']())",
     "ood_scores.load(X, verify=False)": "ood_scores.load(path, verify=False)",
     "open_clip.get_tokenizer(NAME)": "pytest.importorskip('open_clip').get_tokenizer('ViT-B-32')",
@@ -205,3 +216,40 @@ def test_calls_in_messages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         except Exception as error:
             failed[call] = error
     assert failed == {}
+
+
+BLOCK = re.compile(r"^([ *-]*)```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+
+
+def documented() -> Iterator[tuple[str, str, ast.Call]]:
+    """Yield the page, the name, and the call of every public function in the blocks of the documentation."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for _, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            for node in ast.walk(ast.parse(textwrap.dedent(block))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("ood_scores."):
+                    yield page.name, ast.unparse(node.func).removeprefix("ood_scores."), node
+
+
+def test_calls_in_the_documentation_have_arguments_that_exist() -> None:
+    found = list(documented())
+    assert len(found) > 50
+    for page, name, call in found:
+        if "." in name or any(isinstance(each, ast.Starred) for each in call.args):
+            continue
+        named = {each.arg: None for each in call.keywords if each.arg}
+        signature = inspect.signature(getattr(ood_scores, name))
+        bind = signature.bind if all(each.arg for each in call.keywords) else signature.bind_partial
+        try:
+            bind(*call.args, **named)
+        except TypeError as error:
+            pytest.fail(f"{page}: {ast.unparse(call)}: {error}")
+
+
+def test_evaluate_takes_the_scorers_of_the_documentation() -> None:
+    calls = [call for _, name, call in documented() if name == "evaluate"]
+    assert len(calls) > 5
+    known = {"ood_scores": ood_scores, "knn": ood_scores.create_scorer("knn")}
+    for call in calls:
+        scorers = eval(ast.unparse(call.args[0]), known)
+        with pytest.raises(EmptyInput, match="no OoD set"):
+            ood_scores.evaluate(scorers, id=ood_scores.FeatureSet(torch.zeros(1, 2)), ood={})

@@ -46,7 +46,8 @@ def loader(shuffle: bool = False) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, (network()(x).argmax(1) + 1) % 3), 16, shuffle=shuffle)
 
 
-FEATS, LACKING, OTHER = feats(), feats(80, predicted=2), feats(70)
+FEATS, LACKING = feats(), feats(80, predicted=2)
+OTHER = FeatureSet(feats(70).features, feats(70).logits)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def extract(
       noise:gaussian?n=10000&size=32&seed=0     or noise:uniform
       digits?classes=0-6             scikit-learn's handwritten digits
       options of all: rows=0:5000, take=500, only=2,4,7-9, long_tail=100,
-                      scramble=SEED
+                      scramble=SEED, validation=0.1, without_validation=0.1
+                      labels=none     OoD images in folders named like classes
                       classes=FILE    names in the order of the model's classes
       $NAME is replaced by the environment variable NAME
 

@@ -14,15 +14,16 @@ from torch.utils.data import ConcatDataset, Subset
 from ood_scores.errors import BadInput
 
 FILES_ATTRIBUTES = ("samples", "imgs", "_samples", "_image_files")
-"""Attributes in which datasets, such as those of torchvision, keep their files, or pairs of a file and its label."""
+"""Attributes in which datasets such as torchvision's, or their readers, keep files, or pairs of a file and a label."""
 
 
 def ids_of(dataset: Any, unique: bool = False) -> Sequence[Any] | None:
     """Return the id of each row of a dataset, a text or an integer, without reading images; None if there are none.
 
     They are the ``ids`` of a dataset, such as those of this package, or else the files in its ``samples`` or ``imgs``,
-    as torchvision has them, relative to its ``root``, if the first one exists: other texts, such as sentences, are no
-    names. Those of a ``Subset`` or ``ConcatDataset`` are those of its datasets.
+    as torchvision has them, or in those of its ``reader``, as timm has them, relative to the ``root`` beside them, if
+    the first one exists: other texts, such as sentences, are no names. Those of a ``Subset`` or ``ConcatDataset`` are
+    those of its datasets.
 
     Args:
         dataset: the dataset.
@@ -52,7 +53,8 @@ def ids_of(dataset: Any, unique: bool = False) -> Sequence[Any] | None:
             return None
         named = zip(parts, dataset.datasets, strict=True)
         return list(chain.from_iterable([""] * len(data) if ids is None else ids for ids, data in named))  # type: ignore[arg-type]
-    return _files_of(dataset)
+    files = _files_of(dataset, len(dataset))
+    return _files_of(getattr(dataset, "reader", None), len(dataset)) if files is None else files
 
 
 def _require_different(ids: Sequence[Any], name: str) -> None:
@@ -72,13 +74,14 @@ def below(paths: Sequence[str], top: str | os.PathLike[str]) -> list[str]:
     return [path.removeprefix(start) for path in paths]
 
 
-def _files_of(dataset: Any) -> list[str] | None:
+def _files_of(holder: Any, rows: int) -> list[str] | None:
+    """Return the files that a dataset or its reader keeps, one for each row; None if it keeps none."""
     for name in FILES_ATTRIBUTES:
-        entries = getattr(dataset, name, None)
-        if isinstance(entries, (list, tuple)) and len(entries) == len(dataset):
+        entries = getattr(holder, name, None)
+        if isinstance(entries, (list, tuple)) and len(entries) == rows:
             files = [entry[0] if isinstance(entry, tuple) and entry else entry for entry in entries]
             if all(isinstance(file, (str, os.PathLike)) for file in files):
-                root = getattr(dataset, "root", "")
+                root = getattr(holder, "root", "")
                 top = os.fspath(root) if isinstance(root, (str, os.PathLike)) else ""
                 paths = [os.fspath(file) for file in files]
                 if any(os.path.isfile(os.path.join(folder, path)) for folder in ("", top) for path in paths[:1]):

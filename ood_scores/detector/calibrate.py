@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -19,14 +20,14 @@ from ood_scores.detector.label_sets import Among, Method, calibrate_sets_on, che
 from ood_scores.detector.parts import require_weights
 from ood_scores.detector.prediction import predictions_of
 from ood_scores.detector.preprocessing import Preprocessing, preprocessing_of
-from ood_scores.errors import BadInput, NearChance, NotFitted
+from ood_scores.errors import BadInput, NearChance, NotFitted, UnknownName
 from ood_scores.extraction import extract
 from ood_scores.extraction.forward import Forward
 from ood_scores.extraction.options import ExtractionOptions, options_from, takes_options
 from ood_scores.features import FeatureSet, OneSet, as_feature_set
 from ood_scores.features.accuracy import label_warnings
 from ood_scores.features.statistics.row_hashes import shared_rows
-from ood_scores.models.class_names import own_class_names
+from ood_scores.models.class_names import listed_class_names, own_class_names
 from ood_scores.models.running import unwrapped, weights_sha256
 from ood_scores.runtime import default_torch_state
 from ood_scores.scorers.base import Scorer, as_scorer
@@ -36,6 +37,8 @@ from ood_scores.scorers.requirements import probes_for
 from ood_scores.user_warnings import warn_user
 
 Data = OneSet | Iterable[Any]
+
+OPTIONS = inspect.signature(ExtractionOptions).parameters
 
 
 @takes_options
@@ -87,7 +90,8 @@ def calibrate(
             the detector of such a model accepts only tensors.
         classes: the names of the classes, in the order of the logits; or a mapping from numbers to names
             (``id2label``) or from names to numbers (``class_to_idx``). By default those that come with the
-            model, such as a Hugging Face model's ``id2label``, if there are any.
+            model, such as a Hugging Face model's ``id2label``, or else those that the dataset of the loader ``id``
+            lists (``folder:PATH?classes=FILE``), if there are any.
         images: the images that ``id`` was extracted from, in order: a dataset, a loader, or a text such as
             ``folder:PATH``. Features of a few, computed through the preprocessing, are compared with those of the set.
             By default they are those of the loader ``id``. For a set they are those of the dataset that it names, but
@@ -100,18 +104,19 @@ def calibrate(
         OtherModel: if a set, or the fit of the scorer, comes from other weights than the model's.
         NotFitted: if the scorer needs a fit, and there is no ``fit``.
         MissingInput: if the sets lack something that the scorer needs.
-        UnknownName: if there are no such ``sets``, ``sets_among``, or options.
+        UnknownName: if there are no such ``sets`` or ``sets_among``, or no such option, such as a parameter of the
+            scorer, which ``create_scorer`` takes.
         BadLabels: if there are sets of labels, and ``id`` has no labels that are class indices of the model.
         BadInput: if the scorer needs something that a single model cannot compute, a share is out of range, the number
             of names is not the number of classes, there are options but no loader, or the preprocessing does not
             reproduce the features of the ID set.
         EmptyInput, NotFinite, HeadNotFound: as in ``extract`` and ``Scorer.score``.
     """
-    given = options_from(options, calibrate)
     if sets:
         check_rule(sets, alpha, sets_among)
     id, fit = _opened(id), None if fit is None else _opened(fit)
     ready = copy.deepcopy(as_scorer(scorer))
+    given = _checked_options(options, ready)
     probes_for(ready.needs)  # refuses what a single model cannot compute
     if not ready.is_fitted and fit is None:
         raise NotFitted(f"{ready.name!r} needs to be fitted on ID data: pass fit=, a feature set or a loader.")
@@ -144,7 +149,7 @@ def calibrate(
     scores = ready.score(id_set).numpy()
     label, _ = predictions_of(id_set)
     num_classes = id_set.num_classes or 0
-    own = own_class_names(model) or []
+    own = own_class_names(model) or listed_class_names(getattr(id, "dataset", None)) or []
     known = tuple(own) if len(own) == num_classes else None
     names_of_classes = known if classes is None else ordered(classes, num_classes)
     if len(scores) > 1 and scores.min() == scores.max():
@@ -165,6 +170,19 @@ def calibrate(
     detector.to(device)
     check_preprocessing(detector, id_set, id, images)
     return detector
+
+
+def _checked_options(options: Mapping[str, Any], scorer: Scorer) -> ExtractionOptions:
+    """Return the options of an extraction; raise UnknownName if there are others, such as parameters of the scorer."""
+    own = inspect.signature(type(scorer)).parameters
+    meant = {name: value for name, value in options.items() if name in own and name not in OPTIONS}
+    if meant:
+        values = ", ".join(f"{name}={value!r}" for name, value in meant.items())
+        raise UnknownName(
+            f"calibrate takes no parameters of the scorer {scorer.name!r}, such as {', '.join(meant)}: pass the scorer "
+            f"with them, ood_scores.create_scorer({scorer.name!r}, {values})."
+        )
+    return options_from(options, calibrate)
 
 
 def _opened(data: Data) -> FeatureSet | Iterable[Any]:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ood_scores.data.decoding import as_rgb, read_rgb
 from ood_scores.detector.preprocessing import FUNCTIONS, Transform, model_input
@@ -28,6 +29,9 @@ ACCEPTED = (
     "pass an input of the model [B, C, H, W], or images: files, PIL images, uint8 arrays [H, W, 3], or uint8 tensors "
     "[3, H, W]"
 )
+
+OF_LOADERS = "for the batches of a loader, call detector.decide(ood_scores.extract(detector.model, loader))"
+PAIRS = "for batches with labels, pass the inputs alone, detector.predict(x)"
 
 
 def input_batches(images: Any, transform: Transform | None, errors: dict[int, str] | None = None) -> Iterator[Tensor]:
@@ -115,7 +119,8 @@ def _batches(images: Any, transform: Transform | None, errors: dict[int, str] | 
             if readable := list(_readable(part, transform, errors)):
                 yield _stacked(readable)
     else:
-        raise BadInput(f"a batch of images cannot be of type {type(images).__name__}: {ACCEPTED}.")
+        advice = f"{OF_LOADERS}, a DataLoader over it" if isinstance(images, Dataset) else ACCEPTED
+        raise BadInput(f"a batch of images cannot be of type {type(images).__name__}: {advice}.")
 
 
 def _readable(
@@ -145,6 +150,10 @@ def _single(image: Any, transform: Transform | None) -> Tensor:
     if isinstance(image, np.ndarray):
         image = _of_array(image, "[H, W, 3]", 3)
     if isinstance(image, Tensor) and image.dtype != torch.uint8:
+        if image.ndim > 3:
+            raise ShapeMismatch(
+                f"an image in a list must be [C, H, W], got the batch {list(image.shape)}: {PAIRS}; {OF_LOADERS}."
+            )
         _require_layout(image, "an image in a list must be [C, H, W]", 3)
         return image
     if transform is None:
@@ -169,7 +178,8 @@ def _as_pil(image: Any) -> Image.Image:
         return read_rgb(image)
     if isinstance(image, Image.Image):
         return as_rgb(image, str(getattr(image, "filename", "")))
-    raise BadInput(f"an image cannot be of type {type(image).__name__}: {ACCEPTED}.")
+    advice = OF_LOADERS if isinstance(image, Mapping) else ACCEPTED
+    raise BadInput(f"an image cannot be of type {type(image).__name__}: {advice}.")
 
 
 def _is_encoded(image: Mapping[str, Any]) -> bool:
@@ -217,7 +227,13 @@ def _array_of_lists(values: Any) -> NDArray[Any]:
     try:
         return np.asarray(values)
     except ValueError as error:
-        raise BadInput(f"an image cannot be lists of different lengths: {ACCEPTED}.") from error
+        is_pair = any(hasattr(each, "shape") or isinstance(each, Image.Image) for each in values)
+        reason = (
+            f"a {type(values).__name__} of several values: {PAIRS}; {OF_LOADERS}."
+            if is_pair
+            else f"lists of different lengths: {ACCEPTED}."
+        )
+        raise BadInput(f"an image cannot be {reason}") from error
 
 
 def _stacked(images: list[Tensor]) -> Tensor:

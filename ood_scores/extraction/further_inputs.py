@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from ood_scores.errors import BadInput
 from ood_scores.extraction.hooks import hooked
-from ood_scores.extraction.loaders import INPUT_KEYS, NamedInputs, input_key, label_key
+from ood_scores.extraction.loaders import (
+    ID_KEYS,
+    INPUT_KEYS,
+    LABEL_KEYS,
+    NamedInputs,
+    can_be_labels,
+    input_key,
+    label_key,
+)
 
 MASKS = ("attention_mask", "pixel_attention_mask")
 """Names of the inputs of transformers that say which tokens are no padding."""
@@ -78,6 +86,21 @@ def further_inputs(batch: Any, model: nn.Module) -> dict[str, Tensor]:
         if not values.ndim or len(values) != rows:
             raise BadInput(f"{name!r} of a batch has shape {list(values.shape)}, but there are {rows} inputs.")
     return found
+
+
+def unread_labels(batch: Any, model: nn.Module) -> str | None:
+    """Return a warning of a dict batch without labels, but with entries that may be labels under other keys."""
+    if not isinstance(batch, Mapping) or label_key(batch) is not None:
+        return None
+    read = {input_key(batch), *further_inputs(batch, model), *ID_KEYS}
+    rows = len(batch[input_key(batch)])
+    unread = [str(key) for key, values in batch.items() if key not in read and can_be_labels(values, rows)]
+    if not unread:
+        return None
+    return (
+        f"the batches have no labels under {', '.join(LABEL_KEYS[:-1])}, or {LABEL_KEYS[-1]}, and nothing reads "
+        f"{', '.join(unread)}: if those are the labels, rename their key to {LABEL_KEYS[1]}."
+    )
 
 
 def mask_in(further: Mapping[str, Tensor]) -> Tensor | None:

@@ -109,6 +109,15 @@ def label_key(batch: Mapping[str, Any]) -> str | None:
     return next((key for key in LABEL_KEYS if key in batch), None)
 
 
+def can_be_labels(values: Any, rows: int) -> bool:
+    """Return whether values are integers, one for each input."""
+    try:
+        _as_labels(values, rows)
+    except BadLabels:
+        return False
+    return True
+
+
 def _as_labels(labels: Any, rows: int) -> Tensor:
     try:
         tensor = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
@@ -356,11 +365,15 @@ def _cloned(batch: Any) -> Any:
     copies = inputs.clone(), None if labels is None else labels.clone()
     if not isinstance(batch, Mapping):
         return copies
-    further = {key: values.clone() for key, values in batch.items() if isinstance(values, Tensor)}
-    further |= {key: values.copy() for key, values in batch.items() if isinstance(values, np.ndarray)}
-    further |= {key: values for key, values in batch.items() if key in ID_KEYS and key not in further}
+    further = {key: _own_copy(values) for key, values in batch.items()}
     found: dict[Any, Any] = further | dict(zip((input_key(batch), label_key(batch)), copies, strict=True))
     return NamedInputs(found, batch.first, batch.label) if isinstance(batch, NamedInputs) else found
+
+
+def _own_copy(values: Any) -> Any:
+    if isinstance(values, np.ndarray):
+        return values.copy()
+    return values.clone() if isinstance(values, Tensor) else values
 
 
 def _numbered(batches: Iterable[Any], start: int) -> Iterator[tuple[int, Any]]:

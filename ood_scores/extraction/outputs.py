@@ -34,8 +34,9 @@ def raw_logits_of(output: Any) -> Tensor:
         logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise HeadNotFound(
-            f"the model returned {type(output).__name__}, but a classifier returns a tensor of logits [batch, classes] "
-            "or an object with .logits: wrap the model so that it does."
+            f"the model returned {_in_words(output)}, but a classifier returns a tensor of logits [batch, classes], or "
+            "an object or dict with logits: wrap the model so that it does, with the four lines under 'Models that "
+            "return more than logits' in docs/models.md."
         )
     if is_flat(logits):
         return logits.flatten(1)
@@ -46,6 +47,13 @@ def raw_logits_of(output: Any) -> Tensor:
             "so that it returns logits."
         )
     return logits
+
+
+def _in_words(output: Any) -> str:
+    kind = type(output).__name__
+    if isinstance(output, dict):
+        return f"a {kind} with the keys {', '.join(map(str, output))}"
+    return f"a {kind} of {len(output)} values" if isinstance(output, (tuple, list)) else f"an object of type {kind}"
 
 
 def is_flat(values: Tensor) -> bool:

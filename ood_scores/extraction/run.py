@@ -18,7 +18,7 @@ from ood_scores.extraction import heads, loaders
 from ood_scores.extraction.distributed import extract_shards
 from ood_scores.extraction.encoders import pool_text, require_whole_inputs
 from ood_scores.extraction.forward import Forward
-from ood_scores.extraction.further_inputs import further_inputs, with_names
+from ood_scores.extraction.further_inputs import further_inputs, unread_labels, with_names
 from ood_scores.extraction.one_pass import Target, Task, run, state_of, warn_of_rows_left_out
 from ood_scores.extraction.options import options_from, takes_options
 from ood_scores.extraction.probes.base import record_of
@@ -73,6 +73,7 @@ def extract(
             for which ``pool`` is needed. The original module is run if it is wrapped by ``torch.compile``,
             ``DataParallel``, or the like.
         loader: an iterable of batches ``(x, y)``, ``x``, or dicts, of known or unknown length, with or without labels.
+            A dict has them under ``labels``, ``label``, ``targets``, ``target``, or ``y``; a warning names others.
         cache: the HDF5 file to write. If it exists and was created with the same weights, data, preprocessing, and
             options, it is opened and the model is not run; if its extraction was interrupted, it is continued.
         device: the device to run on; ``"auto"`` uses a GPU if the model is on the CPU and there is one, else the
@@ -121,9 +122,10 @@ def extract(
     require_whole_inputs(model)
     forward = Forward(model, chosen, choose_device(model, device, ranks.local), loaders.transform_of(loader))
     order = other_order(getattr(loader, "dataset", None), model)
-    if order and ranks.first:
-        warn_user(order)
     batches = loaders.Batches.look_into(loader, chosen.on_error == "skip", partial(with_names, model=model))
+    for text in (order, unread_labels(batches.example[1], model)):
+        if text and ranks.first:
+            warn_user(text)
     provenance = _describe(forward, batches, name)
     task = Task(forward, batches, progress and ranks.first)
     feats = _named(_extracted(task, provenance, cache, ranks, resume, overwrite), name)

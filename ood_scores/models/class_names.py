@@ -121,6 +121,16 @@ def require_as_many_classes(dataset: Any, classes: int) -> None:
         )
 
 
+def listed_class_names(dataset: Any) -> list[str] | None:
+    """Return the names of classes that the user listed for a dataset (``?classes=FILE``), in the order of the logits.
+
+    They are None without a list, or if the dataset does not know all names in it.
+    """
+    dataset = _whole(dataset)
+    names, listed = getattr(dataset, "class_names", None), getattr(dataset, "listed_classes", None)
+    return list(names) if names and len(names) == listed else None
+
+
 def _whole(dataset: Any) -> Any:
     """Return the dataset that a ``Subset`` is taken from."""
     while isinstance(dataset, Subset):

@@ -99,6 +99,25 @@ def test_calibrate_reads_caches_and_lists_of_any_name(home: Path, tmp_path: Path
     assert "save it as UTF-8" in " ".join(message.split())
 
 
+def test_calibrate_keeps_the_names_that_the_dataset_lists(home: Path, tmp_path: Path) -> None:
+    pictures = sorted((home / "photos").rglob("*.png"))
+    for number, picture in enumerate(pictures):
+        (tmp_path / "set" / NAMES[number % 4]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / NAMES[number % 4] / picture.name).write_bytes(picture.read_bytes())
+    listed = [NAMES[2], NAMES[0], NAMES[3], NAMES[1]]
+    (tmp_path / "names.txt").write_text("\n".join(listed))
+    words = ("calibrate", "tiny_net", "--checkpoint", home / "weights.safetensors", "--keep", 0.5, "--workers", 0)
+    data = f"folder:{tmp_path / 'set'}"
+    result = call(*words, "--id", f"{data}?classes={tmp_path / 'names.txt'}", "--out", tmp_path / "detector")
+    assert result.exit_code == 0, result.output
+    detector = Detector.load(tmp_path / "detector")
+    assert detector.classes == tuple(listed)
+    found = json.loads(call("predict", pictures[0], "--detector", tmp_path / "detector", "--json").stdout)
+    assert found["rows"][0]["class_name"] == listed[detector.predict([pictures[0]]).label[0]]
+    assert call(*words, "--id", data, "--out", tmp_path / "other").exit_code == 0
+    assert Detector.load(tmp_path / "other").classes is None  # of folders alone, it is not known that they are in order
+
+
 def test_calibrate_takes_the_options_of_extract(home: Path) -> None:
     words = ["calibrate", "tiny_net", "--checkpoint", home / "weights.safetensors", "--scorer", "odin"]
     options = ["--channels-last", "--dtype", "float16", "--probe", "odin:epsilon=0.1,std=(0.5,0.5,0.5)"]

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from ood_scores.cli import COMMANDS
+from ood_scores.data.subsets import VIEWS
 from ood_scores.extraction.probes import PROBES
 
 NARROW = 78
@@ -25,3 +26,8 @@ def test_the_help_of_extract_names_all_probes() -> None:
     _, _, text = (inspect.getdoc(COMMANDS["extract"]) or "").partition("[bold]Probes[/]")
     own = {name for name, probe in PROBES.items() if probe.__module__.startswith("ood_scores.")}
     assert own <= set(re.findall(r"\w+", text))
+
+
+def test_the_help_of_extract_names_all_options_of_datasets() -> None:
+    text = (inspect.getdoc(COMMANDS["extract"]) or "").partition("options of all:")[2].partition("[bold]Probes[/]")[0]
+    assert set(re.findall(r"(\w+)=", text)) == set(VIEWS)

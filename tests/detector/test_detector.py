@@ -31,6 +31,7 @@ from ood_scores.errors import (
     NotFitted,
     OtherModel,
     RowsLeftOut,
+    UnknownName,
     UnreadableImage,
 )
 from ood_scores.extraction.options import ExtractionOptions
@@ -220,6 +221,15 @@ def test_options_require_loaders(model: nn.Module, sets: dict[str, FeatureSet]) 
     found = calibrate("odin", model, id=loader(150, 2), probes=[ODIN(epsilon=0.2)], amp="bf16")
     assert found.forward.options == ExtractionOptions(amp="bf16", probes=[ODIN(epsilon=0.2)])
     assert calibrate("odin", model, id=loader(150, 2)).forward.options.probes == (ODIN(),)
+
+
+def test_parameters_of_the_scorer_are_no_options(model: nn.Module, sets: dict[str, FeatureSet]) -> None:
+    message = r"no parameters of the scorer 'knn', such as k: pass .* ood_scores\.create_scorer\('knn', k=5\)"
+    for fit, held_out in ((sets["fit"], sets["id"]), (loader(80, 1), loader(60, 2))):
+        with pytest.raises(UnknownName, match=message):
+            calibrate("knn", model, fit=fit, id=held_out, k=5)
+    with pytest.raises(UnknownName, match=r"calibrate has no argument 'kep' \(did you mean 'keep'\?\)"):
+        calibrate("energy", model, id=sets["id"], kep=0.9)
 
 
 def test_a_model_that_mixes_its_inputs_is_refused() -> None:

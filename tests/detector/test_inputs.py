@@ -13,6 +13,7 @@ import torch
 from detecting import PIXELS, Plain, Rows, extracted, network, same
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import ood_scores
 from ood_scores import Detector, calibrate
@@ -77,6 +78,9 @@ def test_gray_images_and_long_lists(detector: Detector) -> None:
     assert np.array_equal(found.score[64:128], detector.predict(grey[64:128]).score)
 
 
+LOADER = DataLoader(TensorDataset(torch.zeros(4, 3, 8, 8), torch.arange(4)), 2)
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
@@ -93,6 +97,16 @@ def test_gray_images_and_long_lists(detector: Detector) -> None:
         ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], ShapeMismatch, "different shapes"),
         ([torch.zeros(8, 8)], ShapeMismatch, r"an image in a list must be \[C, H, W\], got \[8, 8\]"),
         ([[[1.0, 2.0], [3.0]]], BadInput, "lists of different lengths"),
+        (LOADER, BadInput, r"a list of several values: .*predict\(x\); .*detector\.decide\("),
+        (LOADER.dataset, BadInput, r"of type TensorDataset: .*detector\.decide\(.*, a DataLoader over it"),
+        ([LOADER.dataset[0]], BadInput, r"a tuple of several values: .*predict\(x\); .*detector\.decide\("),
+        (
+            [{"image": torch.zeros(2, 3, 8, 8)}],
+            BadInput,
+            r"type dict: for the batches of a loader, call detector",
+        ),
+        (DataLoader(TensorDataset(torch.zeros(4, 3, 8, 8)), 2), ShapeMismatch, r"got the batch \[1, 2, 3, 8, 8\]"),
+        (next(iter(LOADER)), ShapeMismatch, r"got the batch \[2, 3, 8, 8\]: .*predict\(x\); .*detector\.decide\("),
         (
             [torch.full((3, 8, 8), 1.0), torch.full((3, 8, 8), torch.nan)],
             NotFinite,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,37 @@ def test_errors_say_what_is_passed() -> None:
         extract([{"pixel_values": PIXELS, "mask": MASK[:3]}])
     with pytest.raises(BadInput, match="compile=True is for models with one input"):
         extract(batches(), compile=True)
+
+
+@pytest.mark.parametrize(
+    ("entries", "named"),
+    [
+        ({"class": LABELS}, "class"),
+        ({"class": LABELS.tolist(), "coarse": LABELS.numpy()}, "class, coarse"),
+        ({"class": LABELS, "y": LABELS}, None),
+        ({"path": ["?"] * ROWS, "id": LABELS, "box": MASK, "weight": LABELS / 2}, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*same id")
+def test_labels_under_another_key_are_named_once(entries: dict[str, Any], named: str | None) -> None:
+    whole = {"pixel_values": PIXELS, "mask": MASK, **entries}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        feats = extract([whole, whole])
+    texts = [str(each.message) for each in caught if "no labels" in str(each.message)]
+    assert (feats.labels is None) == ("y" not in entries)
+    assert texts == [
+        f"the batches have no labels under labels, label, targets, target, or y, and nothing reads {name}: if those "
+        "are the labels, rename their key to label."
+        for name in [named]
+        if name
+    ]
+
+
+def test_what_a_wrapper_takes_is_no_label_that_nothing_reads() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ood_scores.extract(Wrapper(), [{"pixel_values": PIXELS, "mask": MASK}], progress=False)
 
 
 def test_a_text_classifier() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import ood_scores
 from ood_scores import FeatureSet, extract
 from ood_scores.errors import BadInput, HeadMismatch, HeadNotFound
 
@@ -292,9 +294,32 @@ def test_no_classes_and_no_pooling() -> None:
         extract(unpooled, [images()], device="cpu", progress=False)
 
 
-def test_a_model_that_returns_a_tuple_is_refused() -> None:
-    with pytest.raises(HeadNotFound, match=r"returned tuple, but .*: wrap the model"):
-        extract(Own(lambda features, head: (head(features), features)), [images(8)], device="cpu", progress=False)
+OTHER_OUTPUTS: dict[str, tuple[Callable[[Tensor, nn.Linear], Any], str]] = {
+    "a tuple of 2 values": (lambda features, head: (head(features), features), "[0]"),
+    "a dict with the keys out, aux": (lambda features, head: {"out": head(features), "aux": features}, '["out"]'),
+    "an object of type SimpleNamespace": (lambda features, head: SimpleNamespace(out=head(features)), ".out"),
+}
+
+
+@pytest.mark.parametrize("head", [None, "head"])
+@pytest.mark.parametrize("words", OTHER_OUTPUTS)
+def test_models_that_return_more_than_logits_are_refused_in_words(words: str, head: str | None) -> None:
+    with pytest.raises(HeadNotFound, match=f"the model returned {words}, but .*'Models that return more than logits'"):
+        extract(Own(OTHER_OUTPUTS[words][0]), [images(8)], device="cpu", progress=False, head=head)
+
+
+@pytest.mark.parametrize("words", OTHER_OUTPUTS)
+def test_the_wrapper_of_the_documentation_returns_the_logits_alone(words: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    block = page.partition("## Models that return more than logits")[2].partition("```python\n")[2].partition("```")[0]
+    last, place = OTHER_OUTPUTS[words]
+    model, data = Own(last).eval(), images(8)
+    known: dict[str, Any] = {"torch": torch, "ood_scores": ood_scores, "model": model, "loader": [data]}
+    exec(block.replace("(x)[0]", f"(x){place}"), known)
+    with torch.no_grad():
+        torch.testing.assert_close(known["feats"].logits, model.head(model.body(data)))
+        torch.testing.assert_close(known["feats"].features, model.body(data))
+    assert known["feats"].provenance.head_modules == "0.head"
 
 
 def test_naming_the_module() -> None:

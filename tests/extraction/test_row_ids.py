@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import timm
 import torch
 from interrupted import exit_code_of_fork
 from PIL import Image
@@ -176,6 +177,15 @@ def test_datasets_know_their_ids(pictures: Path) -> None:
     assert ids_of(Named(np.arange(40))) == list(range(40))
     with pytest.raises(BadInput, match="Named has 3 ids for 40 rows"):
         ids_of(Named([1, 2, 3]))
+
+
+def test_datasets_of_timm_know_their_files(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pictures.parent)
+    data = timm.data.create_dataset("folder", pictures.name, transform=to_tensor)
+    found = ids(extract(DataLoader(data, 4), inputs=48))
+    assert found == [each.removeprefix(f"{pictures.name}/") for each in data.filenames(absolute=True)]
+    assert set(found) == set(FILES)
+    assert ids_of(ConcatDataset([Subset(data, [3, 1]), TensorDataset(INPUTS[:1])])) == [found[3], found[1], ""]
 
 
 def test_archives_have_names(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from ood_scores.data.kinds.base import register_dataset_kind
 from ood_scores.data.long_tail import labels_of
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, MissingData, StaleCache
-from ood_scores.models.class_names import class_names, in_models_order
+from ood_scores.models.class_names import class_names, in_models_order, listed_class_names
 from ood_scores.models.opening import preprocessing
 
 WORDNET_IDS = {"n01440764": 0, "n02123045": 281, "n03000684": 491, "n13133613": 998}
@@ -127,6 +127,8 @@ def test_classes_option_numbers_labels_by_a_list(file: str, content: str, tmp_pa
     assert labels(open_dataset(f"folder:set?take=2&classes={file}", root=tmp_path)) == [3]
     some = open_dataset(f"folder:set?rows=2:&classes={file}", root=tmp_path)
     assert (labels(some), some.label_order) == ([1, 0], dataset.label_order)
+    assert listed_class_names(Subset(some, [0])) == list(read_classes(tmp_path / file))
+    assert listed_class_names(open_dataset("folder:set", root=tmp_path)) is None
 
 
 def test_classes_without_images_need_no_name(tmp_path: Path) -> None:
@@ -180,6 +182,7 @@ def test_a_list_shorter_than_the_classes_of_the_model_is_refused(tmp_path: Path)
     (tmp_path / "names.txt").write_text("ant\ncat\ndog\nox\n")
     dataset = open_dataset(f"folder:{top}?classes={tmp_path}/names.txt", preprocessing(network(4)))
     assert len(ood_scores.extract(network(4), DataLoader(dataset, 2), progress=False)) == 6
+    assert listed_class_names(dataset) is None  # the set has three of the classes
 
 
 def test_names_and_synonyms() -> None:

@@ -167,7 +167,7 @@ def test_negatives_that_are_all_classes() -> None:
         (["cat", " "], "the name of class 1 is empty"),
         (["cat"], "needs at least two classes, got 1"),
         ({1: "cat", 2: "dog"}, "classes must number the model's 2 classes from 0 to 1"),
-        ("/nowhere/classes.txt", "cannot read the names of classes in /nowhere/classes.txt"),
+        ("/nowhere/classes.txt", "there is no file /nowhere/classes.txt of names of classes"),
     ],
 )
 def test_wrong_classes(classes: Any, message: str) -> None:

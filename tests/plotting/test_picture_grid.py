@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,6 +23,7 @@ from ood_scores.data.images import ImageArrays
 from ood_scores.data.sources import open_dataset
 from ood_scores.errors import BadInput, MissingData
 from ood_scores.evaluation.pictures import pictures_of
+from ood_scores.evaluation.score_table import score_table
 from ood_scores.features import FeatureSet
 from ood_scores.plotting.picture_grid import extreme_rows, picture_grid
 
@@ -105,6 +107,19 @@ def test_pictures_are_found_by_name(pictures: Path, cache: Path) -> None:
         picture_grid(feats[1:], SCORES[1:])
     with pytest.raises(BadInput, match="columns must be at least 1, got 0"):
         picture_grid(feats, SCORES, pictures, columns=0)
+
+
+def test_rows_of_the_quick_start_are_looked_up_and_drawn(pictures: Path, tmp_path: Path) -> None:
+    data = timm.data.create_dataset("folder", str(pictures), transform=to_tensor)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(72, 3))
+    feats = ood_scores.extract(model, DataLoader(data, 4), tmp_path / "timm.h5", progress=False)
+    table = score_table(feats, SCORES)
+    assert table.columns.tolist() == ["row", "id", "score", "label", "prediction"]
+    assert table["id"].tolist() == NAMES
+    for each in (str(pictures), data):
+        assert shown(picture_grid(feats, SCORES, each, count=3)) == colors(1, 5, 8)
+    arguments = ["--data", str(pictures), "--most-ood", "3", "--out", str(tmp_path / "grid.png")]
+    assert CliRunner().invoke(app, ["show", str(tmp_path / "timm.h5"), *arguments]).exit_code == 0
 
 
 def test_pictures_that_only_the_set_names_are_not_opened(
