@@ -132,16 +132,16 @@ def draw_wealth(axes: Axes, rows: Values, wealth: Values, alpha: float) -> None:
     reached = np.flatnonzero(wealth >= -math.log(alpha))
     if len(reached):
         row = rows[reached[0]]
-        is_late = row > (rows[0] + rows[-1]) / 2  # before a late row, the curve is low; after an early one, high
+        is_late = row > (rows[0] + rows[-1]) / 2
         axes.axvline(row, color=OOD_COLORS[1], linewidth=1.0)
         axes.annotate(
             f"reached by row {row:,.0f}",
-            (row, 1 if is_late else 0),
-            (-3, -3) if is_late else (3, 3),
+            (row, 1),
+            (-3 if is_late else 3, -3),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             ha="right" if is_late else "left",
-            va="top" if is_late else "bottom",
+            va="top",
             fontsize=8,
             color=OOD_COLORS[1],
         )
