@@ -89,7 +89,7 @@ def _largest(changed: pd.DataFrame) -> pd.DataFrame:
 def _table(rows: pd.DataFrame, metrics: Sequence[Metric], several: bool) -> Table:
     """Return the table of changes; checkpoints are numbered if a model has several."""
     auroc, *others = metrics
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), header_style="")
     names = ["model", *(["checkpoint"] if several else []), "scorer", "ood"]
     if rows["part"].nunique() > 1:
         names.insert(0, "part")
