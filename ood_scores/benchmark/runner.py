@@ -18,7 +18,14 @@ from ood_scores.atomic import LockedFile, disk_errors, make_folder, user_path
 from ood_scores.benchmark import checks, unit_files
 from ood_scores.benchmark.extract_jobs import extract_all
 from ood_scores.benchmark.hardest import OpenedModels
-from ood_scores.benchmark.planning import Plan, limited, numbers_by_network, plan, without
+from ood_scores.benchmark.planning import (
+    Plan,
+    limited,
+    numbers_by_network,
+    plan,
+    runnable_after_extraction,
+    without,
+)
 from ood_scores.benchmark.progress import watching
 from ood_scores.benchmark.published import compared
 from ood_scores.benchmark.results import NotRun, Results, frame, plain, recorded_environment, save
@@ -30,6 +37,7 @@ from ood_scores.errors import BadInput, CacheBusy, OodScoresError
 from ood_scores.extraction.run import PACKAGES
 from ood_scores.progress import showing_work, stderr_console
 from ood_scores.runtime import versions_of
+from ood_scores.scorers.requirements import Requirement
 from ood_scores.user_warnings import warn_user
 
 RUNS = "runs"
@@ -128,6 +136,21 @@ def _speaker(progress: bool) -> Callable[[str], None]:
 def _say_plan(planned: Plan, say: Callable[[str], None]) -> None:
     todo = f"{len(planned.pending)} to do, {_rows_to_do(planned):,} rows" if planned.pending else "all done"
     say(f"extractions: {todo}")
+    for text in _scorers_in_vain(planned):
+        say(f"[yellow]will not run[/] {escape(text)}")
+
+
+def _scorers_in_vain(planned: Plan) -> Iterator[str]:
+    """Yield a line for each scorer that a part names and that none of its models will be able to run."""
+    lacking: dict[str, list[dict[str, Requirement]]] = {}
+    for unit in planned.units:
+        if unit.part.scorers != "all":
+            lacking.setdefault(unit.part.title, []).append(runnable_after_extraction(unit, planned.facts)[1])
+    for part, of_units in lacking.items():
+        of_all = set(of_units[0]).intersection(*of_units)
+        for label, missing in of_units[0].items():
+            if label in of_all:
+                yield f"{part} · {label}: {missing.reason}: {missing.how_to_get('benchmark')}"
 
 
 def _rows_to_do(planned: Plan) -> int:

@@ -183,6 +183,18 @@ def test_benchmark_parts_share_caches_with_equal_options(data: Path, tmp_path: P
     assert (row["n_id"], row["n_ood"]) == (10, 10)
 
 
+def test_scorers_that_no_model_can_run_are_named_before_the_extraction(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parts = part(scorers=named("odin", "msp")), part(title="All that can run")
+    run(spec(*parts), out=tmp_path, data=data, jobs=1, progress=True)
+    said = " ".join(capfd.readouterr().err.split())
+    line = "will not run Small · odin: scoring needs 'odin', which was not extracted: [extraction] probes = [\"odin\"]"
+    assert line in said
+    assert said.count("will not run") == 1
+    assert said.index("will not run") < said.index("scores of")
+
+
 def test_benchmark_with_several_checkpoints_and_an_ensemble(data: Path, tmp_path: Path) -> None:
     seeds = ModelTable("cifar_resnet20", "Net", tuple(f"{seed}.safetensors" for seed in range(3)))
     published = (
