@@ -93,7 +93,7 @@ def test_logits_alone_are_scored_as_the_advice_says() -> None:
         (lambda: api.extract(MODEL, Path("photos")), "got PosixPath: pass DataLoader"),
         (lambda: api.extract(MODEL, 5), "got int: pass DataLoader"),
         (lambda: api.extract(MODEL, IMAGES, 3), "expected a path, got int"),
-        (lambda: api.extract(MODEL, IMAGES, probe=["odin"]), "no option 'probe' .did you mean 'probes'"),
+        (lambda: api.extract(MODEL, IMAGES, probe=["odin"]), "no argument 'probe' .did you mean 'probes'"),
         (lambda: api.extract(MODEL, IMAGES, probes=[3]), "a probe must be a name or a Probe object, got 3"),
         (lambda: api.extract(MODEL, IMAGES, layers=3), "layers must be 'stages' or a list"),
         (lambda: api.training.train({"epochs": 1}), "expected a path, got dict"),

@@ -112,11 +112,11 @@ def calibrate(
             reproduce the features of the ID set.
         EmptyInput, NotFinite, HeadNotFound: as in ``extract`` and ``Scorer.score``.
     """
+    ready = copy.deepcopy(as_scorer(scorer))
+    given = _checked_options(options, ready)
     if sets:
         check_rule(sets, alpha, sets_among)
     id, fit = _opened(id), None if fit is None else _opened(fit)
-    ready = copy.deepcopy(as_scorer(scorer))
-    given = _checked_options(options, ready)
     probes_for(ready.needs)  # refuses what a single model cannot compute
     if not ready.is_fitted and fit is None:
         raise NotFitted(f"{ready.name!r} needs to be fitted on ID data: pass fit=, a feature set or a loader.")

@@ -20,7 +20,6 @@ from ood_scores import FeatureSet
 from ood_scores.errors import (
     BadInput,
     CacheBusy,
-    CacheWriteFailed,
     DamagedCache,
     ForeignFile,
     NotFinite,
@@ -137,7 +136,7 @@ def test_cache_folder_is_created(tmp_path: Path) -> None:
 
 def test_cache_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CacheWriteFailed, match="could not write"):
+    with pytest.raises(BadInput, match="cannot be a folder, since a file is in its way"):
         extract(tmp_path / "file" / "feats.h5")
 
 
