@@ -35,7 +35,7 @@ CLOSEST = 1e-12
 PARALLEL = 0.99
 """Cosines above this are computed in float64: what float32 leaves of their differences from 1 is too little."""
 
-CANCELED = 1e-2
+CANCELED = 1e-3
 """The divergence, relative to the entropy from which it results, below which it is computed without cancellation."""
 
 NO_DIVERGENCE = 1e-10
