@@ -16,8 +16,9 @@ from ood_scores.features.statistics.base import Found
 from ood_scores.features.statistics.collect import collect
 from ood_scores.features.statistics.moments import ClassMoments, Moments
 from ood_scores.scorers.base import Scorer, fitted
-from ood_scores.scorers.gaussian import classes_present, whitening
+from ood_scores.scorers.gaussian import classes_present
 from ood_scores.scorers.numerics.distances import squared_distances
+from ood_scores.scorers.numerics.whitening import whitening
 from ood_scores.scorers.papers import LEE_2018
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.requirements import Requirement

@@ -18,7 +18,8 @@ from ood_scores.features.statistics.means import Means
 from ood_scores.features.statistics.moments import GlobalMoments, Moments
 from ood_scores.features.statistics.row_samples import SampledRows
 from ood_scores.scorers.base import Scorer, fitted
-from ood_scores.scorers.gaussian import AMPLIFIED, rows_of, whitened, whitening
+from ood_scores.scorers.gaussian import rows_of
+from ood_scores.scorers.numerics.whitening import AMPLIFIED, whitened, whitening
 from ood_scores.scorers.registry import register_scorer
 from ood_scores.scorers.tags import Paper, Tags
 from ood_scores.user_warnings import warn_user

@@ -14,7 +14,7 @@ from sklearn.covariance import EmpiricalCovariance
 
 from ood_scores import FeatureSet, create_scorer, score
 from ood_scores.errors import BadInput
-from ood_scores.scorers.gaussian import Mahalanobis, whitened, whitening
+from ood_scores.scorers.gaussian import Mahalanobis
 from ood_scores.scorers.mixture import GMM
 from ood_scores.scorers.numerics.cholesky import (
     JITTERS,
@@ -23,6 +23,7 @@ from ood_scores.scorers.numerics.cholesky import (
     inverted_diagonal,
     solved_squares,
 )
+from ood_scores.scorers.numerics.whitening import whitened, whitening
 
 Array = NDArray[np.float64]
 CLASSES, WIDTH = 4, 6
