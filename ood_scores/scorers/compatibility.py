@@ -7,7 +7,7 @@ from typing import Any
 
 from ood_scores.errors import OtherModel
 from ood_scores.features import FeatureSet, Provenance
-from ood_scores.features.provenance import ProbeRecord
+from ood_scores.features.provenance import JOINT, ProbeRecord
 
 ADDRESS = " at 0x"
 """What the description of a function contains, which differs between processes."""
@@ -81,7 +81,7 @@ def _settings(record: ProbeRecord) -> tuple[str, dict[str, Any]]:
 
 
 def _model(provenance: Provenance) -> str:
-    weights = " + ".join(f"{each[:12]}…" for each in provenance.members)
+    weights = JOINT.join(f"{each[:12]}…" for each in provenance.members)
     return f"{provenance.architecture} with weights {weights}"
 
 
